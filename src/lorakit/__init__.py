@@ -1,0 +1,1 @@
+"""Low-rank adaptation: train, combine, merge, convert and serve adapters."""
