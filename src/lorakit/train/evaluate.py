@@ -1,0 +1,506 @@
+"""How good is the model: loss and perplexity, and answers that are right or wrong, before and after.
+
+Three measurements, each a plain function over token ids, each without gradient:
+
+- `evaluate_loss`: the mean loss per labelled token, its perplexity, and how often the likeliest token was the
+right one. The mean is over all labelled tokens, not over batches, so it does not depend on the batch size.
+- `score_choices`: the log-probability of each of a few given answers (a classification asked in words). An
+answer of several tokens counts with the sum of its tokens' log-probabilities.
+- `generate_answers`: the model's own greedy answers, batched with padding on the left.
+
+Scoring is where a naive loop wastes most: every choice drags its whole prompt along, and every prompt the
+same instruction. `score_choices` computes what all prompts begin with once, lays the choices side by side
+behind their prompt with an attention mask that keeps them from seeing each other, and asks for logits only
+where an answer begins or goes on. A model that cannot be run so (no position ids, a window shorter than the
+text) is scored row by row, which is slower and the same; the first prompts are scored both ways to be sure.
+
+"Before" is the same model under `lorakit.use(model, None)`, so nothing is loaded twice.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import logging
+import math
+import re
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lorakit.errors import LorakitError
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from lorakit.train.data import Example
+
+log = logging.getLogger("lorakit.train")
+
+IGNORED = -100
+
+
+@dataclass(frozen=True)
+class LossSums:
+    """Sums over labelled tokens, so that batches and processes simply add: `loss` is the summed negative
+    log-likelihood in nats, `correct` how many likeliest tokens were the label, `tokens` how many labels."""
+
+    loss: float = 0.0
+    correct: float = 0.0
+    tokens: int = 0
+
+    def __add__(self, other: LossSums) -> LossSums:
+        return LossSums(self.loss + other.loss, self.correct + other.correct, self.tokens + other.tokens)
+
+    @property
+    def mean(self) -> float:
+        """Mean loss per labelled token."""
+        return self.loss / self.tokens if self.tokens else math.nan
+
+    @property
+    def perplexity(self) -> float:
+        """e to the mean loss: infinite rather than an overflow for a hopeless model."""
+        return math.exp(self.mean) if self.mean < 700 else math.inf
+
+    @property
+    def token_accuracy(self) -> float:
+        """Share of labelled tokens that were the likeliest."""
+        return self.correct / self.tokens if self.tokens else math.nan
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One held-out row asked: the prompt as text, the answer expected, the answer given."""
+
+    prompt: str
+    expected: str
+    given: str
+
+    @property
+    def exact(self) -> bool:
+        """Equal but for white space around and between words."""
+        return " ".join(self.given.split()) == " ".join(self.expected.split())
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What was measured on one set of rows. What was not asked for is None.
+
+    `loss` in nats per labelled token; `accuracy`, `exact_match` and `token_accuracy` are shares between 0 and
+    1.
+    """
+
+    rows: int
+    loss: float | None = None
+    perplexity: float | None = None
+    token_accuracy: float | None = None
+    accuracy: float | None = None
+    exact_match: float | None = None
+    seconds: float = 0.0
+    answers: tuple[Answer, ...] = field(default=(), repr=False)
+
+    def numbers(self) -> dict[str, float]:
+        """The measured numbers by name, for a table, a model card or a line of JSON."""
+        names = ("loss", "perplexity", "token_accuracy", "accuracy", "exact_match")
+        return {name: value for name in names if (value := getattr(self, name)) is not None}
+
+
+# ------------------------------------------------------------------------------------------------ the loss
+
+
+def pad_batch(examples: Sequence[Example], device: torch.device | str = "cpu") -> dict[str, Tensor]:
+    """`input_ids`, `attention_mask` and `labels`, each [rows, longest], padded on the right.
+
+    The padding token's id is 0: it is masked out of attention and out of the loss, so any id of the
+    vocabulary does.
+    """
+    longest = max(len(example.input_ids) for example in examples)
+    shape = (len(examples), longest)
+    ids, mask = torch.zeros(shape, dtype=torch.long), torch.zeros(shape, dtype=torch.long)
+    labels = torch.full(shape, IGNORED)
+    for row, example in enumerate(examples):
+        length = len(example.input_ids)
+        ids[row, :length] = torch.tensor(example.input_ids)
+        labels[row, :length] = torch.tensor(example.labels)
+        mask[row, :length] = 1
+    return {
+        key: value.to(device)
+        for key, value in (("input_ids", ids), ("attention_mask", mask), ("labels", labels))
+    }
+
+
+def padded_loss(
+    model: nn.Module,
+    examples: Sequence[Example],
+    *,
+    num_items: float | Tensor | None = None,
+    label_smoothing: float = 0.0,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The causal loss by the plain path: padded rows through the whole model. Works for any causal model.
+
+    Returns `(loss, correct, tokens)`, scalars: the loss summed over labelled tokens and divided by
+    `num_items` (by this batch's own number of labelled tokens when None), how many likeliest tokens were
+    right, how many there were.
+    """
+    batch = pad_batch(examples, device=_device(model))
+    logits = model(
+        input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False
+    ).logits
+    labels = batch["labels"][:, 1:]
+    wanted = labels != IGNORED
+    labels = labels[wanted]
+    # Selected before the cast: the fp32 copy is only as large as the labelled positions.
+    logits = logits[:, :-1][wanted].float()
+    tokens = wanted.sum()
+    summed = F.cross_entropy(logits, labels, reduction="sum", label_smoothing=label_smoothing)
+    correct = (logits.detach().argmax(-1) == labels).sum()
+    return summed / (tokens if num_items is None else num_items), correct, tokens
+
+
+@torch.no_grad()
+def evaluate_loss(
+    model: nn.Module,
+    examples: Sequence[Example],
+    *,
+    batch_size: int = 16,
+    loss_of: Callable[[nn.Module, Sequence[Example]], LossSums] | None = None,
+) -> LossSums:
+    """Loss, perplexity and token accuracy over `examples`, in batches of similar length.
+
+    `loss_of` computes one batch; by default the padded path. Raises LorakitError when no example has a label.
+    """
+    by_length = sorted(examples, key=lambda example: len(example.input_ids))
+    total = LossSums()
+    with evaluating(model):
+        for start in range(0, len(by_length), batch_size):
+            batch = by_length[start : start + batch_size]
+            total += (loss_of or _padded_sums)(model, batch)
+    if total.tokens == 0:
+        raise LorakitError(
+            f"evaluate: asked for the loss of {len(examples)} rows; none of them has a labelled token; "
+            "check that the rows hold a completion and that truncation leaves it in"
+        )
+    return total
+
+
+def _padded_sums(model: nn.Module, examples: Sequence[Example]) -> LossSums:
+    loss, correct, tokens = padded_loss(model, examples, num_items=1.0)
+    return LossSums(float(loss), float(correct), int(tokens))
+
+
+# ------------------------------------------------------------------------------------------------ given
+# answers
+
+
+@torch.no_grad()
+def score_choices(
+    model: nn.Module,
+    prompts: Sequence[Sequence[int]],
+    choices: Sequence[Sequence[int]],
+    *,
+    batch_size: int = 32,
+    share: bool = True,
+) -> Tensor:
+    """Log-probability of every choice after every prompt: float32, [prompts, choices], on the CPU.
+
+    `prompts` and `choices` are token ids; a choice of several tokens has the sum of their log-probabilities.
+    Prompts are computed in order of length and what they all begin with once; `share=False` computes each
+    pair on its own. Raises LorakitError for an empty prompt or choice, which has no probability.
+    """
+    for what, given in (("prompt", prompts), ("choice", choices)):
+        for index, ids in enumerate(given):
+            if len(ids) == 0:
+                raise LorakitError(f"score: {what} {index} has no tokens, so nothing can be scored")
+    if not prompts or not choices:
+        return torch.zeros(len(prompts), len(choices))
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    scores = torch.empty(len(prompts), len(choices))
+    with evaluating(model):
+        if share and not _shares_exactly(model, [prompts[i] for i in order], choices):
+            share = False
+        if not share:
+            for start in range(0, len(order), batch_size):
+                rows = order[start : start + batch_size]
+                scores[rows] = _score_pairs(model, [prompts[i] for i in rows], choices)
+            return scores
+        shared = _common_prefix(prompts)
+        past = _read_prefix(model, prompts[0][:shared]) if shared else None
+        for start in range(0, len(order), batch_size):
+            rows = order[start : start + batch_size]
+            scores[rows] = _score_side_by_side(model, [prompts[i] for i in rows], choices, shared, past)
+    return scores
+
+
+def _score_pairs(
+    model: nn.Module, prompts: Sequence[Sequence[int]], choices: Sequence[Sequence[int]]
+) -> Tensor:
+    """Every prompt with every choice as a row of its own, padded on the right: the plain way, and the
+    reference."""
+    device = _device(model)
+    columns = []
+    for choice in choices:
+        lengths = torch.tensor([len(prompt) for prompt in prompts])
+        width = int(lengths.max()) + len(choice)
+        ids = torch.zeros(len(prompts), width, dtype=torch.long)
+        mask = torch.zeros(len(prompts), width, dtype=torch.long)
+        for row, prompt in enumerate(prompts):
+            ids[row, : len(prompt) + len(choice)] = torch.tensor([*prompt, *choice])
+            mask[row, : len(prompt) + len(choice)] = 1
+        logits = model(input_ids=ids.to(device), attention_mask=mask.to(device), use_cache=False).logits
+        steps = (lengths[:, None] - 1 + torch.arange(len(choice))).to(device)
+        rows = torch.arange(len(prompts), device=device)[:, None]
+        answer = torch.tensor(choice, device=device).expand(len(prompts), -1)
+        columns.append(_log_probabilities(logits[rows, steps], answer).sum(-1).cpu())
+    return torch.stack(columns, dim=1)
+
+
+def _score_side_by_side(
+    model: nn.Module,
+    prompts: Sequence[Sequence[int]],
+    choices: Sequence[Sequence[int]],
+    shared: int,
+    past: Any,
+) -> Tensor:
+    """All choices behind their prompt in one row, blind to each other; the prompts' first `shared` tokens are
+    in `past`.
+
+    The prompts end in one column, so the logits wanted (the prompt's last token and the choices) are the last
+    columns of every row.
+    """
+    device = _device(model)
+    dtype = next(model.parameters()).dtype
+    tails = [list(prompt[shared:]) for prompt in prompts]
+    tail = max(len(ids) for ids in tails)
+    width = tail + sum(len(choice) for choice in choices)
+    ids = torch.zeros(len(prompts), width, dtype=torch.long)
+    positions = torch.zeros(len(prompts), width, dtype=torch.long)
+    sees = torch.zeros(len(prompts), width, shared + width, dtype=torch.bool)
+    sees[:, :, :shared] = True
+    for row, own in enumerate(tails):
+        first = tail - len(own)
+        ids[row, first:tail] = torch.tensor(own)
+        positions[row, first:tail] = shared + torch.arange(len(own))
+        sees[row, first:, shared + first : shared + tail] = True
+        start = tail
+        for choice in choices:
+            end = start + len(choice)
+            ids[row, start:end] = torch.tensor(choice)
+            positions[row, start:end] = shared + len(own) + torch.arange(len(choice))
+            sees[row, start:end, shared + start : shared + end] = True
+            start = end
+    # Left to right within what may be seen; a padding token sees itself, so that no row of the softmax is
+    # empty.
+    sees &= torch.ones(width, shared + width, dtype=torch.bool).tril(diagonal=shared)
+    sees[:, torch.arange(width), shared + torch.arange(width)] = True
+    mask = torch.zeros(sees.shape, dtype=dtype).masked_fill_(~sees, torch.finfo(dtype).min)
+    if past is not None:
+        past = copy.deepcopy(past)
+        past.batch_repeat_interleave(len(prompts))
+    kept = 1 + width - tail
+    logits = model(
+        input_ids=ids.to(device),
+        attention_mask=mask[:, None].to(device),
+        position_ids=positions.to(device),
+        past_key_values=past,
+        use_cache=past is not None,
+        **({"logits_to_keep": kept} if "logits_to_keep" in _arguments(model) else {}),
+    ).logits[:, -kept:]
+    scores, start = [], 1
+    for choice in choices:
+        # The prompt's last token predicts the first of every choice, then each token of the choice the next.
+        before = [0, *range(start, start + len(choice) - 1)]
+        answer = torch.tensor(choice, device=device).expand(len(prompts), -1)
+        scores.append(_log_probabilities(logits[:, before], answer).sum(-1).cpu())
+        start += len(choice)
+    return torch.stack(scores, dim=1)
+
+
+def _log_probabilities(logits: Tensor, answer: Tensor) -> Tensor:
+    """Log-probability of `answer` [rows, tokens] under `logits` [rows, tokens, vocabulary], in float32."""
+    logits = logits.float()
+    return logits.gather(-1, answer[..., None])[..., 0] - logits.logsumexp(-1)
+
+
+def _shares_exactly(
+    model: nn.Module, prompts: Sequence[Sequence[int]], choices: Sequence[Sequence[int]]
+) -> bool:
+    """Whether scoring side by side is right for this model: by what it accepts, by its window, and by trying
+    it."""
+    arguments = _arguments(model)
+    if not {"position_ids", "past_key_values", "attention_mask"} <= set(arguments):
+        log.info("scoring row by row: %s takes no position ids or no cache", type(model).__name__)
+        return False
+    window = getattr(getattr(model, "config", None), "sliding_window", None)
+    longest = max(map(len, prompts)) + max(map(len, choices))
+    if isinstance(window, int) and window < longest:
+        log.info(
+            "scoring row by row: the model's attention window (%d) is shorter than the rows (%d)",
+            window,
+            longest,
+        )
+        return False
+    trial = [prompts[0], prompts[-1]]
+    shared = _common_prefix(trial)
+    past = _read_prefix(model, trial[0][:shared]) if shared else None
+    plain = _score_pairs(model, trial, choices)
+    together = _score_side_by_side(model, trial, choices, shared, past)
+    # The two ways add the same numbers in another order; bf16 keeps 8 bits of each.
+    bound = 1e-3 if next(model.parameters()).dtype in (torch.float32, torch.float64) else 5e-2
+    agree = bool(((plain - together).abs() <= bound * (1 + plain.abs())).all())
+    if not agree:
+        log.info("scoring row by row: %s does not keep choices side by side apart", type(model).__name__)
+    return agree
+
+
+def _common_prefix(prompts: Sequence[Sequence[int]]) -> int:
+    """How many tokens all prompts begin with, leaving each at least one of its own: its last predicts the
+    answer."""
+    if len(prompts) < 2:
+        return 0
+    first, last = min(list(prompt[:-1]) for prompt in prompts), max(list(prompt[:-1]) for prompt in prompts)
+    pairs = enumerate(zip(first, last, strict=False))
+    return next((place for place, (one, other) in pairs if one != other), min(len(first), len(last)))
+
+
+def _read_prefix(model: nn.Module, ids: Sequence[int]) -> Any:
+    """The keys and values of a prefix, computed once, to be repeated for every row that begins with it."""
+    return model(input_ids=torch.tensor([list(ids)], device=_device(model)), use_cache=True).past_key_values
+
+
+# ------------------------------------------------------------------------------------------------ own answers
+
+
+@torch.no_grad()
+def generate_answers(
+    model: Any,
+    tokenizer: Any,
+    prompts: Sequence[Sequence[int]],
+    *,
+    max_new_tokens: int = 32,
+    batch_size: int = 32,
+) -> list[str]:
+    """The model's greedy answer to every prompt (token ids), as text without special tokens.
+
+    Batches hold prompts of similar length, padded on the left so that every answer begins in the same column.
+    """
+    order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
+    answers = [""] * len(prompts)
+    stops = _stop_tokens(model, tokenizer)
+    with evaluating(model):
+        for start in range(0, len(order), batch_size):
+            rows = order[start : start + batch_size]
+            longest = max(len(prompts[i]) for i in rows)
+            ids = torch.zeros(len(rows), longest, dtype=torch.long)
+            mask = torch.zeros_like(ids)
+            for row, index in enumerate(rows):
+                ids[row, longest - len(prompts[index]) :] = torch.tensor(list(prompts[index]))
+                mask[row, longest - len(prompts[index]) :] = 1
+            written = model.generate(
+                input_ids=ids.to(model.device),
+                attention_mask=mask.to(model.device),
+                max_new_tokens=max_new_tokens,
+                do_sample=False,
+                num_beams=1,
+                use_cache=True,
+                temperature=None,
+                top_p=None,
+                top_k=None,
+                eos_token_id=stops or None,
+                pad_token_id=stops[0] if stops else 0,
+            )
+            for index, row in zip(rows, written[:, longest:].tolist(), strict=True):
+                end = next((place for place, token in enumerate(row) if token in stops), len(row))
+                answers[index] = str(tokenizer.decode(row[:end], skip_special_tokens=True))
+    return answers
+
+
+def match_choice(text: str, choices: Sequence[str]) -> str | None:
+    """Which of `choices` a free answer names first, as whole words and in any case; None if it names none."""
+    found = []
+    for choice in choices:
+        if match := re.search(rf"(?<!\w){re.escape(choice.strip())}(?!\w)", text, flags=re.IGNORECASE):
+            # Of two that begin at the same place, the longer is meant: "very good" before "very".
+            found.append((match.start(), -len(choice), choice))
+    return min(found)[2] if found else None
+
+
+def _stop_tokens(model: Any, tokenizer: Any) -> list[int]:
+    """Every token that ends an answer: the tokenizer's, and those of the model's generation settings."""
+    known: list[int] = []
+    for source in (tokenizer, getattr(model, "generation_config", None)):
+        token = getattr(source, "eos_token_id", None)
+        known += token if isinstance(token, list) else [token] if token is not None else []
+    return list(dict.fromkeys(known))
+
+
+# ------------------------------------------------------------------------------------------------ before and
+# after
+
+
+def compare(
+    model: nn.Module, adapter: str, measure: Callable[[], Evaluation]
+) -> tuple[Evaluation, Evaluation]:
+    """`measure()` with the base model, then with `adapter`: (before, after). The route in use is restored."""
+    import lorakit
+
+    with lorakit.use(model, None):
+        before = measure()
+    with lorakit.use(model, adapter):
+        after = measure()
+    return before, after
+
+
+def tabulate(evaluations: dict[str, Evaluation], title: str = "Evaluation") -> Table:
+    """A Rich table: one row per measured number, one column per evaluation (such as "before", "after")."""
+    from rich.table import Table
+
+    table = Table(title=title, title_justify="left")
+    table.add_column("")
+    for name in evaluations:
+        table.add_column(name, justify="right")
+    measured = list(dict.fromkeys(key for evaluation in evaluations.values() for key in evaluation.numbers()))
+    for key in measured:
+        cells = [evaluation.numbers().get(key) for evaluation in evaluations.values()]
+        table.add_row(key.replace("_", " "), *("" if cell is None else written(key, cell) for cell in cells))
+    table.add_row("rows", *(f"{evaluation.rows:,}" for evaluation in evaluations.values()))
+    return table
+
+
+def written(name: str, value: float) -> str:
+    """A measured number as a person reads it: shares in percent, losses with four digits."""
+    if name in ("accuracy", "exact_match", "token_accuracy"):
+        return f"{100 * value:.1f}%"
+    return f"{value:.4f}" if name == "loss" else f"{value:,.2f}"
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """The model in evaluation mode without gradients; afterwards in the mode it was in."""
+    training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        model.train(training)
+
+
+def stopwatch() -> Callable[[], float]:
+    """Seconds since it was made, at every call."""
+    start = time.perf_counter()
+    return lambda: time.perf_counter() - start
+
+
+def _device(model: nn.Module) -> torch.device:
+    return next(model.parameters()).device
+
+
+def _arguments(model: nn.Module) -> frozenset[str]:
+    """The names that the model's forward takes."""
+    return frozenset(inspect.signature(model.forward).parameters)
