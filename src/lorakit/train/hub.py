@@ -1,0 +1,104 @@
+"""The model hub, with or without a network.
+
+transformers retries for half a minute when there is no network, and asks it for some files even when told to
+use local ones only. So the hub is asked once whether it answers; if not, the cached copy is used as the local
+folder that it is.
+"""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    GatedRepoError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+
+from lorakit.errors import LorakitError, unknown
+
+logger = logging.getLogger(__name__)
+
+
+def find_on_hub(name: str, options: dict[str, Any]) -> str:
+    """What to give transformers for a hub name: the name, or without network the folder of its cached copy.
+
+    The folder, because transformers asks the network for some files even when told to use local ones only.
+    """
+    if reach_hub(name, options.get("revision")):
+        return name
+    try:
+        return huggingface_hub.snapshot_download(
+            name, revision=options.get("revision"), cache_dir=options.get("cache_dir"), local_files_only=True
+        )
+    except OSError as error:
+        raise not_cached(name, options.get("cache_dir")) from error
+
+
+def reach_hub(name: str, revision: str | None = None) -> bool:
+    """Whether the hub answers for this model, asked once; transformers alone would retry for half a minute.
+
+    Raises:
+        LorakitError: the hub answers that there is no such model, or that it is closed to this user.
+    """
+    try:
+        huggingface_hub.HfApi().model_info(name, revision=revision, timeout=10)
+    except GatedRepoError as error:
+        raise LorakitError(
+            f'load model: "{name}" is closed on the hub. Ask for access on https://huggingface.co/{name}, '
+            "then run `hf auth login`."
+        ) from error
+    except RevisionNotFoundError as error:
+        raise LorakitError(f'load model: "{name}" has no revision "{revision}" on the hub.') from error
+    except RepositoryNotFoundError as error:
+        raise LorakitError(
+            f'load model: "{name}" is neither a file or folder here (from {Path.cwd()}) nor a model on the '
+            "hub that this user can see. Check the spelling, or run `hf auth login` if it is private."
+        ) from error
+    except HFValidationError as error:
+        raise LorakitError(
+            f'load model: "{name}" is neither a file or folder here (from {Path.cwd()}) nor a hub name '
+            "(owner/name)."
+        ) from error
+    except Exception as error:
+        # Whatever a network does: refused, timed out, no such name, a proxy's answer, offline mode.
+        logger.info("the hub does not answer (%s); using the copy in the cache", first_line(error))
+        return False
+    return True
+
+
+def download_gguf(name: str, gguf_file: str) -> Path:
+    """One GGUF file of a hub repository, from the cache if it is there."""
+    online = reach_hub(name)
+    try:
+        return Path(huggingface_hub.hf_hub_download(name, gguf_file, local_files_only=not online))
+    except LocalEntryNotFoundError as error:
+        raise not_cached(name) from error
+    except EntryNotFoundError as error:
+        found = [file for file in huggingface_hub.list_repo_files(name) if file.endswith(".gguf")]
+        raise unknown("GGUF file", gguf_file, found, where=name) from error
+
+
+def not_cached(name: str, cache_dir: str | Path | None = None) -> LorakitError:
+    """The error for a hub name that is neither reachable nor whole in the cache."""
+    kept = Path(cache_dir or huggingface_hub.constants.HF_HUB_CACHE)
+    cached = sorted(
+        entry.name.removeprefix("models--").replace("--", "/") for entry in kept.glob("models--*")
+    )
+    return LorakitError(
+        f'load model: "{name}" was asked for; the hub cannot be reached (no network, or HF_HUB_OFFLINE is '
+        f"set) and the cache {kept} does not hold it whole. In the cache: "
+        f"{', '.join(cached) or 'no model'}. What works: connect once (`hf download {name}`), copy the "
+        "cache from a machine that has it and set HF_HOME, or give a local folder or a .gguf file."
+    )
+
+
+def first_line(error: Exception) -> str:
+    """An error's first line, which is what fits into another one's message."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
