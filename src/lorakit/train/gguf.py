@@ -34,7 +34,7 @@ CACHE_LIMIT = 8 * 2**30
 """Bytes of floats above which a model is not kept: disk space is the user's."""
 
 SPLITS_DIGITS = frozenset({"smollm", "starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b"})
-"""Names of GGUF pre-tokenizers that split digits off before GPT-2's rule; transformers applies the rule alone."""
+"""GGUF pre-tokenizers that split digits off before GPT-2's rule; transformers applies the rule alone."""
 
 
 def cache_root() -> Path:
