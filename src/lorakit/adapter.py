@@ -1,0 +1,490 @@
+"""An adapter is a named set of deltas over a model: put on, routed, taken off.
+
+`attach` replaces the chosen layers by `Adapted` ones in place. The model stays the object and the class that it was,
+so a Trainer, a plain loop and `generate` need not know; `detach` puts the very module objects back.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Self, cast
+
+import torch
+from torch import Tensor, nn
+
+from lorakit.delta import Delta, Method, Pool
+from lorakit.errors import LorakitError, unknown
+from lorakit.init import Initialiser, initialiser
+from lorakit.layer import Adapted, Replacement
+from lorakit.layout import Rows, Site, sites_of, split
+from lorakit.methods import LoRA
+from lorakit.routing import BASE, Board, Route, Routing, parse
+from lorakit.storage import storage_of
+from lorakit.targets import Targets, has_suffix, select, select_saved, value_for, walk
+
+log = logging.getLogger("lorakit")
+
+
+@dataclass
+class Adapter:
+    """One adapter on one model.
+
+    Attributes:
+        name: its name on this model.
+        model: the model it is on.
+        method: the spec all its deltas share, but for rank and alpha patterns.
+        targets: what it changes, as asked.
+        pool: tensors shared by its deltas.
+        layers: path -> adapted layer, for the layers that carry one of its deltas or replacements.
+        saved: paths of the modules it replaces whole.
+    """
+
+    name: str
+    model: nn.Module
+    method: Method
+    targets: Targets
+    pool: Pool
+    layers: dict[str, Adapted] = field(default_factory=dict, repr=False)
+    saved: tuple[str, ...] = ()
+
+    def deltas(self) -> Iterator[tuple[str, Site, Delta]]:
+        """`(path, site, delta)` of every matrix it changes."""
+        for path, layer in self.layers.items():
+            for key, delta in layer.deltas_of(self.name).items():
+                yield path, layer.sites[key], delta
+
+    def replacements(self) -> Iterator[tuple[str, Replacement]]:
+        """`(path, replacement)` of every layer in which it replaces tensors (biases, modules_to_save)."""
+        for path, layer in self.layers.items():
+            if self.name in layer.replacements:
+                yield path, cast(Replacement, layer.replacements[self.name])
+
+    def modules(self) -> Iterator[tuple[str, nn.Module]]:
+        """Everything that holds its tensors, by a name that is stable for this adapter."""
+        for path, site, delta in self.deltas():
+            yield f"{path}.{site.name}" if site.name else path, delta
+        yield "pool", self.pool
+
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """Its parameters, in the model's order."""
+        for prefix, module in self.modules():
+            for name, parameter in module.named_parameters():
+                yield f"{prefix}.{name}", parameter
+        for path, replacement in self.replacements():
+            for name, tensor in replacement.tensors().items():
+                if isinstance(tensor, nn.Parameter):
+                    yield f"{path}.{name}", tensor
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """Its parameters, in the model's order."""
+        return (parameter for _, parameter in self.named_parameters())
+
+    def roles(self) -> dict[str, str]:
+        """Parameter name -> what it is: the paper's letter ("A", "B"), "bias", "saved", or "pool"."""
+        roles: dict[str, str] = {}
+        for path, site, delta in self.deltas():
+            prefix = f"{path}.{site.name}" if site.name else path
+            for name, _ in delta.named_parameters():
+                letter = name.rpartition(".")[2]
+                roles[f"{prefix}.{name}"] = delta.roles.get(letter, letter)
+        for name, _ in self.pool.named_parameters():
+            roles[f"pool.{name}"] = "pool"
+        whole = set(self.saved)
+        for path, replacement in self.replacements():
+            for name in replacement.names:
+                roles[f"{path}.{name}"] = "saved" if path in whole else "bias"
+        return roles
+
+    def num_parameters(self, trainable: bool = False) -> int:
+        """How many numbers it holds in parameters; with `trainable`, how many of them train now."""
+        return sum(p.numel() for p in self.parameters() if p.requires_grad or not trainable)
+
+    def requires_grad_(self, flag: bool = True) -> Self:
+        """Make its floating parameters trainable or not."""
+        for parameter in self.parameters():
+            parameter.requires_grad_(flag)
+        for _, _, delta in self.deltas():
+            if flag and hasattr(delta, "freeze"):
+                delta.freeze()  # tensors that the method itself keeps frozen (LoRA-FA's A)
+        return self
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """All its tensors, buffers too, under lorakit's own names; the very tensors, detached."""
+        state = {
+            f"{prefix}.{name}": tensor.detach()
+            for prefix, module in self.modules()
+            for name, tensor in module.state_dict().items()
+        }
+        for path, replacement in self.replacements():
+            for name, tensor in replacement.tensors().items():
+                state[f"{path}.{name}"] = tensor.detach()
+        return state
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Copy tensors in place; every name and shape must agree, otherwise nothing is changed."""
+        own = self.state_dict()
+        for kind, names in (("has no", set(own) - set(state)), ("has an unexpected", set(state) - set(own))):
+            if names:
+                raise LorakitError(
+                    f"load_state_dict: the state {kind} tensor {sorted(names)[0]!r} (and {len(names) - 1} more); adapter "
+                    f"{self.name!r} holds {len(own)} tensors."
+                )
+        for name, tensor in own.items():
+            if tensor.shape != state[name].shape:
+                raise LorakitError(
+                    f"load_state_dict: {name} has shape {tuple(state[name].shape)}; this adapter needs {tuple(tensor.shape)}."
+                )
+        with torch.no_grad():
+            for name, tensor in own.items():
+                tensor.copy_(state[name])
+
+    def save(self, folder: str | Path, base: str | None = None, record: Mapping[str, Any] | None = None) -> Path:
+        """Write it as a folder that PEFT, vLLM and lorakit read; see `lorakit.store.save`."""
+        from lorakit import store  # the one import against the arrow: saving reads best as a method
+
+        return store.save(self, folder, base=base, record=record)
+
+
+# -- the model's board ----------------------------------------------------------------------------------------------------
+
+
+def board_of(model: nn.Module) -> Board:
+    """The board of a model with adapters; LorakitError where there is none."""
+    board = getattr(model, "_lorakit", None)
+    if not isinstance(board, Board):
+        raise LorakitError(f"this {type(model).__name__} has no adapter; lk.attach or lk.load puts one on.")
+    return board
+
+
+def adapters(model: nn.Module) -> dict[str, Adapter]:
+    """The adapters on a model, by name."""
+    board = getattr(model, "_lorakit", None)
+    return dict(board.adapters) if isinstance(board, Board) else {}
+
+
+@contextmanager
+def use(model: nn.Module, route: Route | Routing, copies: int = 1) -> Iterator[None]:
+    """Within the block the model runs with this route; afterwards with what it had before.
+
+    Args:
+        model: a model with adapters.
+        route: one name; a blend {name: weight}; a list with one of these or None per row of the batch; None for the base.
+        copies: how often each row is repeated in the batch (beam search, several returned sequences).
+    """
+    board = board_of(model)
+    before = board.set(_repeated(parse(route, board.adapters), copies))
+    try:
+        yield
+    finally:
+        board.routing = before
+
+
+def activate(model: nn.Module, route: Route | Routing, copies: int = 1) -> None:
+    """`use` without an end: the route stays until the next."""
+    board = board_of(model)
+    board.set(_repeated(parse(route, board.adapters), copies))
+
+
+def _repeated(routing: Routing, copies: int) -> Routing:
+    if copies == 1 or routing.table is None:
+        return routing
+    return Routing(routing.names, None, routing.table.repeat_interleave(copies, dim=0), routing.axis)
+
+
+# -- attach and detach --------------------------------------------------------------------------------------------------
+
+
+def _tuple(value: Any, option: str) -> Any:
+    """Lists as tuples, so that targets are frozen; anything else is refused."""
+    if value is None or isinstance(value, str):
+        return value
+    if isinstance(value, Iterable):
+        names = tuple(value)
+        if all(isinstance(name, str) for name in names):
+            return names
+    raise LorakitError(f"attach: {option} was given as {value!r}; it is a list of names or one string.")
+
+
+def _blocks(layers: int | Sequence[int] | range | None) -> tuple[int, ...] | None:
+    if layers is None:
+        return None
+    numbers = (layers,) if isinstance(layers, int) else tuple(layers)
+    if not numbers or not all(isinstance(number, int) for number in numbers):
+        raise LorakitError(f"attach: layers was given as {layers!r}; it is a block number, or a list or range of them.")
+    return numbers
+
+
+def attach(
+    model: nn.Module,
+    method: Method | None = None,
+    *,
+    name: str = "default",
+    target_modules: str | Iterable[str] = "all-linear",
+    exclude_modules: str | Iterable[str] | None = None,
+    layers: int | Sequence[int] | range | None = None,
+    layers_pattern: str | Iterable[str] | None = None,
+    rank_pattern: Mapping[str, int] | None = None,
+    alpha_pattern: Mapping[str, float] | None = None,
+    modules_to_save: Iterable[str] | None = None,
+    bias: str = "none",
+    init: str | Initialiser = "default",
+    parts: Mapping[str, Mapping[str, Any]] | None = None,
+) -> Adapter:
+    """Put a new adapter on a model, freeze the base, and make the adapter trainable and active.
+
+    Args:
+        model: any torch model; it stays the object that it is.
+        method: the spec, `LoRA()` by default.
+        name: the adapter's name on this model.
+        target_modules: suffixes of layer names; or one regular expression over whole names; or "all-linear" (every linear
+            layer but the output head), "attention", "mlp".
+        exclude_modules: suffixes or one regular expression; wins over target_modules.
+        layers: only inside these numbered blocks.
+        layers_pattern: the name(s) of the list that `layers` counts in.
+        rank_pattern, alpha_pattern: {pattern: value} for layers whose name the pattern ends.
+        modules_to_save: modules trained whole, beside their frozen original.
+        bias: "none", "lora_only" or "all".
+        init: initial values, a name or an Initialiser; "default" is the method's own.
+        parts: {layer suffix: {part: (start, stop) or [(start, stop), …]}}: each part of a fused layer its own delta.
+
+    Raises:
+        LorakitError: a name matches nothing, an option does not fit; the model is unchanged then.
+    """
+    lists = (layers_pattern,) if isinstance(layers_pattern, str) else layers_pattern
+    targets = Targets(
+        target_modules=_tuple(target_modules, "target_modules"),
+        exclude_modules=_tuple(exclude_modules, "exclude_modules"),
+        layers=_blocks(layers),
+        layers_pattern=None if lists is None else tuple(lists),
+        rank_pattern=dict(rank_pattern or {}),
+        alpha_pattern=dict(alpha_pattern or {}),
+        modules_to_save=tuple(modules_to_save or ()),
+        bias=bias,
+        parts={layer: dict(own) for layer, own in (parts or {}).items()},
+    )
+    adapter = build(model, method or LoRA(), targets, name, checked=True, start=initialiser(init))
+    adapter.requires_grad_(True)
+    activate(model, name)
+    return adapter
+
+
+def _check_name(name: str, board: Board | None) -> None:
+    if not isinstance(name, str) or not name or "." in name or "/" in name:
+        raise LorakitError(f"attach: an adapter's name is a non-empty string without '.' and '/'; {name!r} was given.")
+    if board is not None and name in board.adapters:
+        raise LorakitError(
+            f"attach: an adapter {name!r} is on this model already. Give another name=, or lk.detach(model, {name!r}) first."
+        )
+
+
+def _spec_for(method: Method, targets: Targets, path: str) -> Method:
+    """The method's spec with this layer's own rank and alpha."""
+    changes = {}
+    for option, patterns in targets.patterns().items():
+        if not patterns:
+            continue
+        if option not in method.pattern_fields:
+            raise LorakitError(f"attach: {option}_pattern was given, but {method.name} has no {option} per layer.")
+        value = value_for(patterns, path)
+        if value is not None:
+            changes[option] = value
+    return method.replace(**changes) if changes else method
+
+
+def _sites(module: nn.Module, path: str, targets: Targets) -> list[Site]:
+    sites = sites_of(module)
+    for suffix, parts in targets.parts.items():
+        if has_suffix(path, suffix):
+            return split(sites[0], parts, path)
+    return sites
+
+
+def _biases(module: nn.Module) -> list[str]:
+    """Names of a layer's own bias parameters."""
+    names = [name for name, _ in module.named_parameters(recurse=False) if "bias" in name]
+    if isinstance(module, nn.MultiheadAttention):
+        names += [f"out_proj.{name}" for name, _ in module.out_proj.named_parameters() if "bias" in name]
+    return names
+
+
+def build(
+    model: nn.Module,
+    method: Method,
+    targets: Targets,
+    name: str,
+    checked: bool,
+    start: Initialiser | None = None,
+    paths: list[str] | None = None,
+) -> Adapter:
+    """Make an adapter and put it on the model, neither trainable nor active yet. Used by `attach` and `store.load`.
+
+    All that can be refused is refused before the model is touched. `paths` gives the layers where they are known.
+    """
+    board = getattr(model, "_lorakit", None)
+    _check_name(name, board)
+    if paths is None:
+        paths = select(model, targets) if targets.target_modules else []
+    saved = select_saved(model, targets)
+    modules = dict(walk(model))
+    plan: dict[str, tuple[list[Site], dict[str, Method]]] = {}
+    for path in paths:
+        sites = _sites(modules[path], path, targets)
+        specs = {}
+        for site in sites:
+            storage_of(modules[path], site.weight, path)
+            where = f"{path}.{site.name}" if site.name else path
+            specs[site.name] = _spec_for(method, targets, where if isinstance(site.layout, Rows) else path)
+            if checked:
+                specs[site.name].check(site.layout.shape, where)
+        plan[path] = (sites, specs)
+        held = _adapted_at(board, path)
+        if held is not None and {s.name: s for s in sites} != held.sites and held.deltas:
+            raise LorakitError(
+                f"attach: {path} has adapters with other parts already; adapters on one layer must split its rows alike."
+            )
+    pool = Pool([site.layout.shape for sites, _ in plan.values() for site in sites])
+    adapter = Adapter(name, model, method, targets, pool, saved=tuple(saved))
+    made: list[tuple[str, list[Site], dict[str, Delta], Replacement | None]] = []
+    for path, (sites, specs) in plan.items():
+        module = modules[path]
+        deltas = {}
+        for site in sites:
+            delta = specs[site.name].build(site.layout.shape, pool)
+            deltas[site.name] = _settle(delta, module, site)
+            if start is not None:
+                start.begin(delta)
+        names = _biases(module) if targets.bias != "none" else []
+        made.append((path, sites, deltas, Replacement(module, names, torch.float32) if names else None))
+    for path, names in _replaced(modules, targets, set(paths), saved):
+        made.append((path, sites_of(modules[path]), {}, Replacement(modules[path], names, torch.float32)))
+    _warn_of_ties(model, modules, [path for path, *_ in made])
+    if board is None:
+        board = Board()
+        board.frozen = {key: parameter.requires_grad for key, parameter in model.named_parameters()}
+        model._lorakit = board  # type: ignore[assignment]
+        model.requires_grad_(False)
+    for path, sites, deltas, replacement in made:
+        layer = _adapted_at(board, path) or _wrap(model, path, modules[path], sites, board)
+        if deltas:
+            layer.sites = {site.name: site for site in sites}
+        layer.add(name, deltas, replacement)
+        layer.train(layer.base.training)
+        adapter.layers[path] = layer
+    reference = next(model.parameters(), None)
+    if reference is not None:
+        pool.to(reference.device)
+    for _, parameter in adapter.named_parameters():
+        parameter.requires_grad_(False)
+    board.adapters[name] = adapter
+    return adapter
+
+
+def _settle(delta: Delta, module: nn.Module, site: Site) -> Delta:
+    """The delta on its layer's device, its float tensors in float32 or better."""
+    weight = storage_of(module, site.weight).read(module, site.weight)
+    return delta.to(device=weight.device, dtype=torch.promote_types(weight.dtype, torch.float32))
+
+
+def _replaced(
+    modules: Mapping[str, nn.Module], targets: Targets, adapted: set[str], saved: list[str]
+) -> list[tuple[str, list[str]]]:
+    """Layers in which named tensors are replaced whole: modules_to_save, and with bias="all" all other biases."""
+    result = []
+    for path in saved:
+        module = modules[path]
+        names = [name for name, _ in module.named_parameters()]
+        buffers = [name for name, _ in module.named_buffers() if name in module.state_dict()]
+        result.append((path, names + buffers))
+    if targets.bias == "all":
+        for path, module in modules.items():
+            inside = any(path == name or path.startswith(name + ".") for name in saved)
+            names = _biases(module)
+            if path and path not in adapted and not inside and names:
+                result.append((path, names))
+    return result
+
+
+def _warn_of_ties(model: nn.Module, modules: Mapping[str, nn.Module], paths: list[str]) -> None:
+    for path in paths:
+        others = tied_with(model, path, modules)
+        if others:
+            log.warning(
+                "%s shares its weight with %s. The adapter acts beside %s alone; merging will need untie=True.",
+                path,
+                ", ".join(others),
+                path,
+            )
+
+
+def tied_with(model: nn.Module, path: str, modules: Mapping[str, nn.Module] | None = None) -> list[str]:
+    """Paths of other modules that hold one of this module's own parameters."""
+    modules = modules or dict(walk(model))
+    own = {id(parameter) for parameter in modules[path].parameters(recurse=False)}
+    return [
+        other
+        for other, module in modules.items()
+        if other != path and any(id(parameter) in own for parameter in module.parameters(recurse=False))
+    ]
+
+
+def _adapted_at(board: Board | None, path: str) -> Adapted | None:
+    if board is None:
+        return None
+    for adapter in board.adapters.values():
+        if path in adapter.layers:
+            return adapter.layers[path]
+    return None
+
+
+def _places(model: nn.Module, module: nn.Module) -> list[tuple[nn.Module, str]]:
+    """Every parent and attribute that refers to a module (a shared layer has several)."""
+    return [
+        (parent, name)
+        for parent in model.modules()
+        if not isinstance(parent, Adapted)
+        for name, child in parent._modules.items()
+        if child is module
+    ]
+
+
+def _wrap(model: nn.Module, path: str, module: nn.Module, sites: list[Site], board: Board) -> Adapted:
+    layer = Adapted(module, sites, board, path)
+    if isinstance(model.get_submodule(path.rpartition(".")[0]), nn.TransformerEncoderLayer):
+        # Torch's fused encoder reads its layers' weights and never calls them, unless a hook is registered.
+        layer.register_forward_hook(_keep_call)
+    for parent, name in _places(model, module):
+        parent._modules[name] = layer
+    return layer
+
+
+def _keep_call(module: nn.Module, args: Any, output: Any) -> None:
+    """A forward hook that does nothing; its presence keeps torch's fused encoder away."""
+
+
+def detach(model: nn.Module, name: str | None = None) -> nn.Module:
+    """Take one adapter off (all, without a name); the layers it leaves bare are again the very module objects they were.
+
+    With the last adapter the base's `requires_grad` flags come back too. Returns the model.
+    """
+    board = board_of(model)
+    if name is not None and name not in board.adapters:
+        raise unknown("adapter", name, board.adapters)
+    gone = [name] if name is not None else list(board.adapters)
+    for merged in board.merged.intersection(gone):
+        raise LorakitError(f"detach: adapter {merged!r} is merged into the weights just now; leave `merged` first.")
+    for one in gone:
+        for layer in board.adapters.pop(one).layers.values():
+            if layer.remove(one):
+                for parent, attribute in _places(model, layer):
+                    parent._modules[attribute] = layer.base
+    if set(board.routing.names) - set(board.adapters):
+        board.routing = BASE
+    if not board.adapters:
+        for key, parameter in model.named_parameters():
+            parameter.requires_grad_(board.frozen.get(key, parameter.requires_grad))
+        del model._lorakit
+    return model

@@ -1,0 +1,193 @@
+"""Arithmetic on what adapters add: here, writing `W + ΔW` into the base and taking it out again.
+
+Merging is an explicit act and leaves no flag behind. `merge` is for good: the weights change and the adapter comes off.
+`merged` is for a while: it keeps the original tensors and puts their very bits back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from lorakit.adapter import board_of, detach, tied_with
+from lorakit.errors import LorakitError
+from lorakit.layer import Adapted
+from lorakit.routing import Blend, Board, Routing, parse
+from lorakit.storage import storage_of
+from lorakit.targets import walk
+
+
+@dataclass(frozen=True)
+class MergeReport:
+    """What a merge did.
+
+    Attributes:
+        layers: paths of the layers whose tensors changed.
+        error: path -> relative error that storing made beyond the float dtype's rounding; 0 for float weights.
+    """
+
+    layers: tuple[str, ...]
+    error: dict[str, float] = field(default_factory=dict)
+
+
+Weighted = list[tuple[str, float]]
+
+
+def _uniform(board: Board, route: str | Blend, verb: str) -> Weighted:
+    routing = parse(route, board.adapters)
+    if routing.weights is None:
+        raise LorakitError(f"{verb}: a route with one adapter per row cannot be one weight; give a name or a blend.")
+    if not routing.names:
+        raise LorakitError(f"{verb}: no adapter was named; on this model are: {', '.join(board.adapters)}.")
+    return list(zip(routing.names, routing.weights, strict=True))
+
+
+def _layers(board: Board, blend: Weighted) -> dict[str, Adapted]:
+    layers: dict[str, Adapted] = {}
+    for name, _ in blend:
+        layers.update(board.adapters[name].layers)
+    return layers
+
+
+def _check(model: nn.Module, board: Board, blend: Weighted, layers: dict[str, Adapted], untie: bool) -> None:
+    """Everything that can be refused, before the first weight changes."""
+    for name, _ in blend:
+        for key, parameter in board.adapters[name].named_parameters():
+            if not torch.isfinite(parameter).all():
+                raise LorakitError(f"merge: {key} of adapter {name!r} holds a NaN or an infinity; nothing was merged.")
+    modules = dict(walk(model))
+    for path, layer in layers.items():
+        for site in layer.sites.values():
+            storage = storage_of(layer.base, site.weight, path)
+            if not storage.writable:
+                raise LorakitError(
+                    f"merge: {path} is held as {storage.name}, which can be read but not written. Merge into a float copy."
+                )
+        tied = tied_with(model, path, modules)
+        if tied and not untie:
+            raise LorakitError(
+                f"merge: {path} shares its weight with {', '.join(tied)}, which would change too. untie=True gives {path} "
+                "a weight of its own (and the model's files will hold both)."
+            )
+
+
+def _owner(layer: Adapted, name: str) -> tuple[nn.Module, str]:
+    path, _, attribute = name.rpartition(".")
+    return layer.base.get_submodule(path), attribute
+
+
+def _write(model: nn.Module, layer: Adapted, blend: Weighted, kept: dict[str, nn.Parameter | Tensor] | None) -> float:
+    """Write one layer's blend into its base; with `kept`, remember the tensor objects that were there."""
+    error = 0.0
+    weights = {site.weight for site in layer.sites.values()}
+    with torch.no_grad():
+        values = layer.substitutes(blend)
+    for name, value in values.items():
+        module, attribute = _owner(layer, name)
+        before = cast(Tensor, getattr(module, attribute))
+        if not torch.isfinite(value).all():
+            raise LorakitError(f"merge: {layer.path}.{name} would hold a NaN or an infinity.")
+        if kept is not None:
+            kept[name] = before
+        shared = bool(tied_with(model, layer.path))
+        if kept is not None or shared:
+            fresh = before.detach().clone()
+            if isinstance(before, nn.Parameter):
+                fresh = type(before)(fresh, requires_grad=before.requires_grad)
+            setattr(module, attribute, fresh)
+        if name in weights:
+            error = max(error, storage_of(layer.base, name, layer.path).write(layer.base, name, value))
+        else:
+            with torch.no_grad():
+                cast(Tensor, getattr(module, attribute)).copy_(value)
+    return error
+
+
+def _restore(layer: Adapted, kept: dict[str, nn.Parameter | Tensor]) -> None:
+    for name, value in kept.items():
+        module, attribute = _owner(layer, name)
+        setattr(module, attribute, value)
+
+
+def merge(model: nn.Module, route: str | Blend, untie: bool = False) -> MergeReport:
+    """Write adapters into the base weights for good and take them off: no adapter, no latency.
+
+    Args:
+        model: a model with the adapters.
+        route: a name or a blend {name: weight}.
+        untie: give a layer that shares its weight with another (tied embeddings) a weight of its own first.
+
+    Raises:
+        LorakitError: something cannot be merged; no weight has changed then.
+    """
+    board = board_of(model)
+    blend = _uniform(board, route, "merge")
+    layers = _layers(board, blend)
+    _check(model, board, blend, layers, untie)
+    report = MergeReport(tuple(layers))
+    done: list[tuple[Adapted, dict[str, nn.Parameter | Tensor]]] = []
+    unties = untie and any(tied_with(model, path) for path in layers)
+    try:
+        for path, layer in layers.items():
+            report.error[path] = _write(model, layer, blend, None)
+    except LorakitError as problem:
+        if report.error:
+            raise LorakitError(
+                f"{problem} {len(report.error)} layers were merged before it; load the base afresh."
+            ) from problem
+        raise
+    assert not done
+    for name, _ in blend:
+        detach(model, name)
+    if unties:
+        _untie_config(model)
+    return report
+
+
+def _untie_config(model: nn.Module) -> None:
+    """Tell a transformers model that its embeddings are no longer tied, so that both are saved and loaded."""
+    config = getattr(model, "config", None)
+    for part in (config, getattr(config, "get_text_config", lambda: None)()):
+        if part is not None and getattr(part, "tie_word_embeddings", False):
+            part.tie_word_embeddings = False
+
+
+@contextmanager
+def merged(model: nn.Module, route: str | Blend) -> Iterator[None]:
+    """Within the block the adapters are written into the weights and do not run; afterwards the very bits are back.
+
+    Tensors of merged layers are fresh objects within the block, so a tied weight stays as it is in the other place.
+    """
+    board = board_of(model)
+    blend = _uniform(board, route, "merged")
+    layers = _layers(board, blend)
+    _check(model, board, blend, layers, untie=True)
+    kept: dict[str, dict[str, nn.Parameter | Tensor]] = {}
+    routing, names = board.routing, {name for name, _ in blend}
+    already = sorted(names & board.merged)
+    if already:
+        raise LorakitError(f"merged: adapter {already[0]!r} is merged already.")
+    try:
+        for path, layer in layers.items():
+            kept[path] = {}
+            _write(model, layer, blend, kept[path])
+        board.merged |= names
+        board.routing = _without(routing, names)
+        yield
+    finally:
+        for path, tensors in kept.items():
+            _restore(layers[path], tensors)
+        board.merged -= names
+        board.routing = routing
+
+
+def _without(routing: Routing, names: set[str]) -> Routing:
+    left = [index for index, name in enumerate(routing.names) if name not in names]
+    table = routing.table[:, left] if routing.table is not None else None
+    weights = None if routing.weights is None else tuple(routing.weights[index] for index in left)
+    return Routing(tuple(routing.names[index] for index in left), weights, table, routing.axis)

@@ -1,0 +1,250 @@
+"""What to add to a matrix: the contract that every weight method fulfils.
+
+A method is two small classes in one file: a frozen spec (`Method`) that is the configuration, and a module (`Delta`)
+that holds the trainable tensors. A delta must write one thing, `dense(W) -> ΔW`; everything else (acting on
+activations, merging, blending, rows with different adapters, saving) follows from it. The family `LowRank` writes
+`factors() -> (B, A)` instead and gets the fast gated product of `kernel.py`.
+
+A delta knows matrices, never layers: `layout.py` says how a layer's weight is a matrix.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, ClassVar, Protocol, Self
+
+from torch import Tensor, nn
+
+from lorakit.errors import LorakitError, unknown
+
+
+@dataclass(frozen=True)
+class Shape:
+    """The matrix that a delta changes.
+
+    Attributes:
+        out: rows of the matrix, the layer's output features.
+        in_: columns of the matrix, all input features that one output sees (for convolutions channels × kernel).
+        taps: columns per input channel (the kernel's size; 1 for linear layers).
+        lookup: the layer's inputs are one-hot (an embedding): columns are vocabulary entries.
+    """
+
+    out: int
+    in_: int
+    taps: int = 1
+    lookup: bool = False
+
+
+@dataclass(frozen=True)
+class Card:
+    """What a reader wants to know of a method before using it; the method table is made from these.
+
+    Attributes:
+        title: the method's usual name.
+        formula: ΔW or y in one line.
+        parameters: trainable numbers for one matrix, as a function of its shape and the spec.
+        paper: arXiv number or venue.
+        use: when to choose it, in one sentence.
+        limits: what mathematics forbids, in one sentence; empty if nothing.
+        identity: whether a new delta changes nothing before training.
+        pooled: trainable numbers shared by all layers, as a function of all shapes and the spec.
+    """
+
+    title: str
+    formula: str
+    parameters: Callable[[Shape, Any], int]
+    paper: str
+    use: str
+    limits: str = ""
+    identity: bool = True
+    pooled: Callable[[list[Shape], Any], int] | None = None
+
+
+@dataclass(frozen=True)
+class Form:
+    """A delta lowered to `y' = gain · y + bias + B A x`, which is what the server batches.
+
+    `gain` and `bias` are (out,), `B` is (out, rank) with every scale folded in, `A` is (rank, in); each may be None.
+    """
+
+    gain: Tensor | None = None
+    bias: Tensor | None = None
+    B: Tensor | None = None
+    A: Tensor | None = None
+
+
+class Call(Protocol):
+    """One call of a layer as a delta sees it (made by `layer.py`)."""
+
+    @property
+    def y(self) -> Tensor:
+        """`W x` without the bias, in the layer's output shape."""
+
+    @property
+    def W(self) -> Tensor:
+        """The frozen weight as an (out, in) matrix."""
+
+    def linear(self, M: Tensor) -> Tensor:
+        """What the layer does with the matrix `M` (out, in) in place of its own, without bias."""
+
+    def product(
+        self,
+        B: Tensor,
+        A: Tensor,
+        gate: Tensor | None = None,
+        scale: float = 1.0,
+        dropout: float = 0.0,
+    ) -> Tensor:
+        """`((x Aᵀ) ⊙ gate) Bᵀ · scale` in the layer's output shape; dropout acts on the input of A."""
+
+    def gain(self, y: Tensor, g: Tensor) -> Tensor:
+        """`y` with every output feature multiplied by its entry of `g` (out,)."""
+
+
+class Method(ABC):
+    """The frozen spec of a method; subclasses are frozen dataclasses whose fields are the method's options."""
+
+    name: ClassVar[str]
+    card: ClassVar[Card]
+    peft_type: ClassVar[str | None] = None
+    """PEFT's name for the method, None where PEFT lacks it."""
+    peft_suffix: ClassVar[str] = r"\.lora_"
+    """What a tensor's name in PEFT's file holds if it belongs to this method (a regular expression)."""
+    peft_ignored: ClassVar[frozenset[str]] = frozenset()
+    """Entries of PEFT's configuration that say nothing about how a finished adapter acts."""
+    pattern_fields: ClassVar[dict[str, str]] = {}
+    """Fields that may differ per layer: field -> PEFT's name of the pattern option."""
+
+    @abstractmethod
+    def build(self, shape: Shape, pool: Pool) -> Delta:
+        """A new delta for one matrix, with the initial values of the paper."""
+
+    def check(self, shape: Shape, path: str) -> None:  # noqa: B027 - most methods fit every matrix
+        """Raise LorakitError where this spec cannot be used on a matrix of this shape."""
+
+    def replace(self, **changes: Any) -> Self:
+        """A copy with some fields changed; an unknown field is refused."""
+        known = [field.name for field in dataclasses.fields(self)]  # type: ignore[arg-type]
+        for name in changes:
+            if name not in known:
+                raise unknown(f"option of {self.name}", name, known)
+        return dataclasses.replace(self, **changes)  # type: ignore[type-var]
+
+    def to_dict(self) -> dict[str, Any]:
+        """The spec as plain data: the method's name and its options."""
+        return {"name": self.name, **dataclasses.asdict(self)}  # type: ignore[call-overload]
+
+    # -- PEFT's files -------------------------------------------------------------------------------------------------
+    def peft_config(self) -> dict[str, Any]:
+        """This method's own entries of PEFT's adapter_config.json."""
+        raise LorakitError(
+            f"save: PEFT has no format for {self.name}; it is kept in lorakit's own, or saved as_='lora'."
+        )
+
+    @classmethod
+    def from_peft(cls, config: dict[str, Any]) -> Self:
+        """The spec that PEFT's entries describe; entries that cannot be honoured are refused by name."""
+        raise LorakitError(f"load: PEFT has no format for {cls.name}.")
+
+
+class Pool(nn.Module):
+    """Tensors shared by all deltas of one adapter (VeRA's pair, a vector bank). Owned by the Adapter.
+
+    A delta asks for an entry by name with a function that makes it; the first to ask decides its value. `frozen`
+    entries are buffers.
+    """
+
+    def __init__(self, shapes: list[Shape] | None = None, seed: int = 0) -> None:
+        super().__init__()
+        self.shapes = shapes or []
+        """All matrices of the adapter, so that a shared tensor can be made large enough at once."""
+        self.seed = seed
+
+    def entry(self, name: str, make: Callable[[], Tensor], frozen: bool) -> Tensor:
+        """The shared tensor of this name, made on first use."""
+        if not hasattr(self, name):
+            if frozen:
+                self.register_buffer(name, make())
+            else:
+                setattr(self, name, nn.Parameter(make()))
+        return getattr(self, name)  # type: ignore[no-any-return]
+
+
+class Delta(nn.Module, ABC):
+    """What one adapter adds to one matrix. Trainable tensors are attributes named with the paper's letters."""
+
+    dropout: float = 0.0
+    roles: ClassVar[dict[str, str]] = {}
+    """What an optimiser should treat a tensor as, where that is not the attribute's own name."""
+
+    def __init__(self, spec: Method, shape: Shape, pool: Pool) -> None:
+        super().__init__()
+        self.spec = spec
+        self.shape = shape
+        self._pool = (pool,)  # in a tuple: the pool is the adapter's, not a child of every delta
+
+    @property
+    def pool(self) -> Pool:
+        return self._pool[0]
+
+    @abstractmethod
+    def dense(self, W: Tensor) -> Tensor:
+        """ΔW (out, in) for the frozen weight `W` (out, in); differentiable."""
+
+    def shift(self, b: Tensor | None) -> Tensor | None:
+        """Δb (out,) for the frozen bias `b` (None where the layer has none), or None: no change."""
+        return None
+
+    def act(self, call: Call) -> Tensor:
+        """`ΔW x` for one call of the layer; the default pushes the dense ΔW through it."""
+        return call.linear(self.dense(call.W))
+
+    def form(self, W: Tensor, b: Tensor | None) -> Form:
+        """The delta lowered for serving, or LorakitError where it has no such form."""
+        raise LorakitError(
+            f"{self.spec.name} has no form `gain · y + bias + B A x`; merge it, or save it as_='lora' at a stated error."
+        )
+
+    # -- PEFT's files -------------------------------------------------------------------------------------------------
+    def peft_keys(self, kind: str) -> dict[str, tuple[str, str]]:
+        """Attribute -> (PEFT's key suffix, axes) for a layer kind; axes is "in", "out" or "" for `Layout.pack`."""
+        raise LorakitError(f"PEFT has no tensors for {self.spec.name}.")
+
+
+class LowRank(Delta):
+    """The family whose ΔW is `scale · B diag(gate) A`; a member writes `factors`, and `gate` if it has one."""
+
+    scale: float = 1.0
+
+    @abstractmethod
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """`(B, A)`: (out, rank) and (rank, in)."""
+
+    def gate(self) -> Tensor | None:
+        """The diagonal in rank space, (rank,), or None where it is constant 1."""
+        return None
+
+    def set_factors(self, B: Tensor, A: Tensor) -> None:
+        """Start from these factors (an initialiser's result); ΔW becomes `scale · B A`."""
+        raise LorakitError(
+            f"{self.spec.name} computes its factors, so they cannot be set. Methods whose factors an initialiser can "
+            "set: lora, dora, adalora, dylora and their kin."
+        )
+
+    def dense(self, W: Tensor) -> Tensor:
+        B, A = self.factors()
+        gate = self.gate()
+        return self.scale * ((B if gate is None else B * gate) @ A)
+
+    def act(self, call: Call) -> Tensor:
+        B, A = self.factors()
+        dropout = self.dropout if self.training else 0.0
+        return call.product(B, A, self.gate(), self.scale, dropout)
+
+    def form(self, W: Tensor, b: Tensor | None) -> Form:
+        B, A = self.factors()
+        gate = self.gate()
+        return Form(B=(B if gate is None else B * gate) * self.scale, A=A)

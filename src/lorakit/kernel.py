@@ -1,0 +1,125 @@
+"""The one gated low-rank product, `y += ((x Aᵀ) ⊙ g) Bᵀ`, forward and backward.
+
+Every method of the low-rank family, every blend, every batch whose rows use different adapters is this product with
+another gate `g`. The backward is written by hand so that nothing is kept that can be had cheaply:
+
+- x is saved as it came (the same tensor that q, k and v share, so it is held once), or not at all where A is frozen;
+- dropout keeps a seed and draws its mask again;
+- the scale multiplies the rank-wide product, not the output;
+- the base layer's product is inside, so that the input's gradient is one accumulation and not a sum of two tensors.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
+
+
+def _keep_mask(x: Tensor, dropout: float, seed: int) -> Tensor:
+    """The dropout mask of this seed, already divided by the keep probability."""
+    generator = torch.Generator(device=x.device).manual_seed(seed)
+    keep = 1.0 - dropout
+    return torch.empty_like(x).bernoulli_(keep, generator=generator).div_(keep)
+
+
+def _reduce(gradient: Tensor, like: Tensor) -> Tensor:
+    """A gradient summed down to the shape that broadcasting stretched."""
+    return gradient.sum_to_size(like.shape)
+
+
+class _Product(Function):
+    """`x Wᵀ + b + s ((drop(x) Aᵀ) ⊙ g) Bᵀ` over the last axis; W and b may be None."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        W: Tensor | None,
+        b: Tensor | None,
+        B: Tensor,
+        A: Tensor,
+        gate: Tensor | None,
+        scale: float,
+        dropout: float,
+        seed: int,
+    ) -> Tensor:
+        flat = x.reshape(-1, x.shape[-1])
+        dropped = flat * _keep_mask(flat, dropout, seed) if dropout else flat
+        h = dropped @ A.T
+        gated = h * scale if gate is None else (h.view(*x.shape[:-1], -1) * (gate * scale)).view_as(h)
+        y = torch.addmm(F.linear(flat, W, b), gated, B.T) if W is not None else gated @ B.T
+        needs_x = ctx.needs_input_grad[4]
+        needs_h = ctx.needs_input_grad[3] or ctx.needs_input_grad[5]
+        ctx.save_for_backward(x if needs_x else None, h if needs_h else None, W, B, A, gate)
+        ctx.scale, ctx.dropout, ctx.seed, ctx.shape = scale, dropout, seed, x.shape
+        return y.view(*x.shape[:-1], -1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        x, h, W, B, A, gate = ctx.saved_tensors
+        scale: float = ctx.scale
+        leading, features = ctx.shape[:-1], ctx.shape[-1]
+        flat_dy = dy.reshape(-1, dy.shape[-1])
+        dx = db = dB = dA = dgate = None
+        into = flat_dy @ B  # (tokens, rank)
+        spread = None if gate is None else gate.expand(*leading, gate.shape[-1]).reshape(into.shape) * scale
+        if ctx.needs_input_grad[3]:
+            dB = flat_dy.T @ (h * scale if spread is None else h * spread)
+        if gate is not None and ctx.needs_input_grad[5]:
+            dgate = _reduce((into * h * scale).view(*leading, -1), gate)
+        dh = into * scale if spread is None else into * spread
+        mask = None
+        if ctx.dropout and (ctx.needs_input_grad[0] or ctx.needs_input_grad[4]):
+            mask = _keep_mask(dy.new_empty(flat_dy.shape[0], features), ctx.dropout, ctx.seed)
+        if ctx.needs_input_grad[4]:
+            flat = x.reshape(-1, features)
+            dA = dh.T @ (flat if mask is None else flat * mask)
+        if ctx.needs_input_grad[0]:
+            if W is None:
+                dx = dh @ A if mask is None else (dh @ A).mul_(mask)
+            elif mask is None:
+                dx = (flat_dy @ W).addmm_(dh, A)
+            else:
+                dx = (flat_dy @ W).add_((dh @ A).mul_(mask))
+            dx = dx.view(ctx.shape)
+        if ctx.needs_input_grad[2]:
+            db = flat_dy.sum(0)
+        return dx, None, db, dB, dA, dgate, None, None, None
+
+
+def product(
+    x: Tensor,
+    B: Tensor,
+    A: Tensor,
+    gate: Tensor | None = None,
+    scale: float = 1.0,
+    dropout: float = 0.0,
+    W: Tensor | None = None,
+    b: Tensor | None = None,
+) -> Tensor:
+    """`x Wᵀ + b + scale · ((drop(x) Aᵀ) ⊙ gate) Bᵀ`.
+
+    Args:
+        x: (..., in).
+        B: (out, rank).
+        A: (rank, in).
+        gate: broadcastable to (..., rank), or None for 1. One vector: AdaLoRA's Λ, VeRA's d. One row per batch entry:
+            every row its own adapter. One per token: a mixture.
+        scale: a constant that multiplies the product.
+        dropout: probability with which an input of A is zeroed (the base sees all of them).
+        W: (out, in), the frozen base weight, or None for the product alone. It gets no gradient.
+        b: (out,), the base's bias.
+
+    Returns:
+        (..., out), in x's dtype.
+    """
+    if dropout >= 1.0:
+        return F.linear(x, W, b) if W is not None else x.new_zeros(*x.shape[:-1], B.shape[0])
+    seed = int(torch.randint(2**62, ()).item()) if dropout else 0
+    return _Product.apply(x, W, b, B, A, gate, scale, dropout, seed)  # type: ignore[no-any-return, no-untyped-call]

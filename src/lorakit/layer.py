@@ -1,0 +1,464 @@
+"""The one adapted layer: a frozen base layer, the deltas of any number of adapters beside it, and their routing.
+
+There is one such class for every method, layer kind and storage. Its forward writes nothing. Deltas see `W x` without
+the bias; dtypes are cast here and nowhere else (adapter tensors are kept in float32 or better and computed with in the
+dtype of the activations).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from lorakit.delta import Delta, LowRank
+from lorakit.errors import LorakitError
+from lorakit.kernel import product
+from lorakit.layout import Rows, Site
+from lorakit.routing import Board
+from lorakit.storage import storage_of
+
+Weighted = list[tuple[str, float]]
+
+
+class Replacement(nn.Module):
+    """One adapter's own values for some named tensors of a layer: trained biases, or a whole module (modules_to_save).
+
+    As with deltas, several blend: the layer runs with `base + Σ weight · (own - base)`.
+    """
+
+    def __init__(self, base: nn.Module, names: list[str], dtype: torch.dtype | None = None) -> None:
+        super().__init__()
+        self.names = tuple(names)
+        for index, name in enumerate(names):
+            value = _tensor(base, name).detach().clone()
+            if not value.is_floating_point():
+                self.register_buffer(f"tensor_{index}", value)
+                continue
+            value = value.to(torch.promote_types(value.dtype, dtype or value.dtype))
+            if _is_parameter(base, name):
+                setattr(self, f"tensor_{index}", nn.Parameter(value))
+            else:
+                self.register_buffer(f"tensor_{index}", value)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The layer's tensor names -> this adapter's values."""
+        return {name: cast(Tensor, getattr(self, f"tensor_{index}")) for index, name in enumerate(self.names)}
+
+
+def _tensor(module: nn.Module, name: str) -> Tensor:
+    path, _, attribute = name.rpartition(".")
+    return cast(Tensor, getattr(module.get_submodule(path), attribute))
+
+
+def _is_parameter(module: nn.Module, name: str) -> bool:
+    return isinstance(_tensor(module, name), nn.Parameter)
+
+
+class LayerCall:
+    """One call of one site, as its deltas see it (`delta.Call`)."""
+
+    def __init__(self, layer: nn.Module, site: Site, x: Tensor, output: Tensor | None) -> None:
+        self.layer, self.site, self.x, self.output = layer, site, x, output
+
+    def _cast(self, tensor: Tensor) -> Tensor:
+        dtype = self.x.dtype if self.x.is_floating_point() else self.dtype
+        return tensor.to(dtype)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype to compute in."""
+        if self.x.is_floating_point():
+            return self.x.dtype
+        return self.output.dtype if self.output is not None else self.W.dtype
+
+    @property
+    def W(self) -> Tensor:
+        return self.site.layout.matrix(storage_of(self.layer, self.site.weight).read(self.layer, self.site.weight))
+
+    @property
+    def y(self) -> Tensor:
+        y = self.output if self.output is not None else self.site.layout.linear(self.layer, self.x, self._cast(self.W))
+        if self.site.bias is None:
+            return y
+        bias = _tensor(self.layer, self.site.bias).to(y.dtype)
+        layout = self.site.layout
+        if isinstance(layout, Rows):
+            return y - bias
+        return y - layout.features(bias, y)
+
+    def linear(self, M: Tensor) -> Tensor:
+        return self.site.layout.linear(self.layer, self.x, self._cast(M))
+
+    def product(
+        self,
+        B: Tensor,
+        A: Tensor,
+        gate: Tensor | None = None,
+        scale: float = 1.0,
+        dropout: float = 0.0,
+    ) -> Tensor:
+        layout, x = self.site.layout, self.x
+        B, A = self._cast(B), self._cast(A)
+        if gate is not None:
+            gate = self._cast(gate)
+        if layout.flat:
+            return product(x, B, A, gate, scale, dropout)
+        if dropout and x.is_floating_point():
+            x = F.dropout(x, dropout)
+        h = layout.down(self.layer, x, A) * scale
+        return layout.up(self.layer, h if gate is None else h * gate, B)
+
+    def gain(self, y: Tensor, g: Tensor) -> Tensor:
+        return y * self.site.layout.features(g.to(y.dtype), y)
+
+
+class Adapted(nn.Module):
+    """A base layer with deltas and replacements of any number of adapters; calls go by the board's routing.
+
+    Attributes that this class lacks are those of the base layer, so that models which read `layer.weight.dtype` and the
+    like keep working.
+    """
+
+    def __init__(self, base: nn.Module, sites: list[Site], board: Board, path: str) -> None:
+        super().__init__()
+        self.base = base
+        self.sites = {site.name: site for site in sites}
+        self.path = path
+        self.deltas = nn.ModuleDict()
+        """adapter -> site -> Delta; the site's empty name is written "self"."""
+        self.replacements = nn.ModuleDict()
+        self.board = board
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattr__("base"), name)
+
+    # -- what belongs to an adapter -----------------------------------------------------------------------------------
+    def deltas_of(self, adapter: str) -> dict[str, Delta]:
+        """This layer's deltas of one adapter, by site name."""
+        if adapter not in self.deltas:
+            return {}
+        held = cast(nn.ModuleDict, self.deltas[adapter])
+        return {"" if name == "self" else name: cast(Delta, delta) for name, delta in held.items()}
+
+    def add(self, adapter: str, deltas: dict[str, Delta], replacement: Replacement | None) -> None:
+        """Give this layer an adapter's deltas (by site name) and replaced tensors."""
+        if deltas:
+            self.deltas[adapter] = nn.ModuleDict({name or "self": delta for name, delta in deltas.items()})
+        if replacement is not None:
+            self.replacements[adapter] = replacement
+
+    def remove(self, adapter: str) -> bool:
+        """Forget an adapter; True where none is left and the base can go back in its place."""
+        if adapter in self.deltas:
+            del self.deltas[adapter]
+        if adapter in self.replacements:
+            del self.replacements[adapter]
+        return not len(self.deltas) and not len(self.replacements)
+
+    # -- calls --------------------------------------------------------------------------------------------------------
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        routing = self.board.routing
+        here = [name for name in routing.names if name in self.deltas or name in self.replacements]
+        if not here:
+            return self.base(*args, **kwargs)
+        if routing.weights is not None:
+            weights = dict(zip(routing.names, routing.weights, strict=True))
+            return self._uniform([(name, weights[name]) for name in here], args, kwargs)
+        table = routing.table_on(_first_tensor(args, kwargs).device)
+        columns = [routing.names.index(name) for name in here]
+        return self._by_rows(here, table[:, columns], routing.axis, args, kwargs)
+
+    def _uniform(self, blend: Weighted, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The same weighted adapters for the whole batch."""
+        tensors = self._blended(blend)
+        active = [(name, weight) for name, weight in blend if name in self.deltas and weight != 0.0]
+        if not active:
+            return self._call_base(tensors, args, kwargs)
+        if any(not site.layout.beside for site in self.sites.values()):
+            return self._substituted(active, tensors, args, kwargs)
+        x = _input(args, kwargs)
+        site = next(iter(self.sites.values()))
+        if len(active) == 1 and len(self.sites) == 1 and site.layout.flat and self._plain(site, tensors):
+            (name, weight) = active[0]
+            delta = self.deltas_of(name).get(site.name)
+            if type(delta).act is LowRank.act:
+                return self._fused(cast(LowRank, delta), weight, site, x, tensors)
+        y = self._call_base(tensors, args, kwargs)
+        total: Tensor | None = None
+        for name, weight in active:
+            for key, delta in self.deltas_of(name).items():
+                site = self.sites[key]
+                change = self._change(delta, site, x, y)
+                change = change if weight == 1.0 else change * weight
+                total = change if total is None else total + change
+        return y if total is None else y + total.to(y.dtype)
+
+    def _plain(self, site: Site, tensors: dict[str, Tensor]) -> bool:
+        """Whether the base is `x Wᵀ + b` with float tensors and nothing hooked to it, so that its product can be fused."""
+        base = self.base
+        weight = getattr(base, "weight", None)
+        return (
+            type(base).forward in (nn.Linear.forward, _conv1d_forward(base))
+            and type(weight) is nn.Parameter
+            and weight.is_floating_point()
+            and not weight.requires_grad
+            and set(tensors) <= {"bias"}
+            and not base._forward_hooks
+            and not base._forward_pre_hooks
+            and not base._backward_hooks
+            and "forward" not in base.__dict__
+        )
+
+    def _fused(self, delta: LowRank, weight: float, site: Site, x: Tensor, tensors: dict[str, Tensor]) -> Tensor:
+        """Base and low-rank product in one node of the graph."""
+        x = _autocast(x)
+        B, A = delta.factors()
+        gate = delta.gate()
+        bias = tensors.get("bias", cast(Any, self.base).bias)
+        return product(
+            x,
+            B.to(x.dtype),
+            A.to(x.dtype),
+            None if gate is None else gate.to(x.dtype),
+            delta.scale * weight,
+            delta.dropout if delta.training else 0.0,
+            W=site.layout.matrix(cast(Tensor, self.base.weight)).to(x.dtype),
+            b=None if bias is None else bias.to(x.dtype),
+        )
+
+    def _change(self, delta: Delta, site: Site, x: Tensor, y: Tensor) -> Tensor:
+        """What one delta adds to the layer's output: ΔW x, and Δb where it has one."""
+        change = delta.act(LayerCall(self.base, site, x, y))
+        shift = delta.shift(self._bias(site))
+        if shift is None:
+            return change
+        return change + site.layout.features(shift.to(change.dtype), change)
+
+    def _bias(self, site: Site) -> Tensor | None:
+        """The frozen bias of a site's rows."""
+        if site.bias is None:
+            return None
+        bias = _tensor(self.base, site.bias).detach()
+        return site.layout.part(bias) if isinstance(site.layout, Rows) else bias
+
+    def _blended(self, blend: Weighted) -> dict[str, Tensor]:
+        """The values of replaced tensors under a blend: base + Σ weight (own - base)."""
+        result: dict[str, Tensor] = {}
+        alone = len(blend) == 1 and blend[0][1] == 1.0
+        for name, weight in blend:
+            if name not in self.replacements or weight == 0.0:
+                continue
+            for key, own in cast(Replacement, self.replacements[name]).tensors().items():
+                base = _tensor(self.base, key).detach()
+                if alone or not own.is_floating_point():
+                    result[key] = own
+                else:
+                    result[key] = result.get(key, base) + weight * (own - base)
+        return {key: value.to(_tensor(self.base, key).dtype) for key, value in result.items()}
+
+    def _call_base(self, tensors: dict[str, Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if not tensors:
+            return self.base(*args, **kwargs)
+        return functional_call(self.base, tensors, args, kwargs)
+
+    def substitutes(self, blend: Weighted) -> dict[str, Tensor]:
+        """The layer's tensors under a blend, `W + Σ weight ΔW` and the biases: the layer's other execution.
+
+        Returns a value for every tensor that the blend changes, in the dtype of the computation (base's or better).
+        """
+        result = self._blended(blend)
+        for name, weight in blend:
+            for key, delta in self.deltas_of(name).items():
+                site = self.sites[key]
+                stored = storage_of(self.base, site.weight, self.path).read(self.base, site.weight)
+                change = delta.dense(site.layout.matrix(stored))
+                change = site.layout.weight(change, stored)
+                before = result.get(site.weight, stored)
+                result[site.weight] = before + weight * change.to(torch.promote_types(before.dtype, change.dtype))
+                shift = delta.shift(self._bias(site))
+                if shift is None:
+                    continue
+                if site.bias is None:
+                    raise LorakitError(
+                        f"{self.path}: {delta.spec.name} adds a bias, and this layer has none to put it in. It works "
+                        "unmerged; to merge, give the layer a zero bias first."
+                    )
+                bias = result.get(site.bias, _tensor(self.base, site.bias).detach())
+                whole = shift if not isinstance(site.layout, Rows) else site.layout.features(shift, shift)
+                result[site.bias] = bias + weight * whole.to(torch.promote_types(bias.dtype, whole.dtype))
+        return result
+
+    def _substituted(
+        self, blend: Weighted, tensors: dict[str, Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        changed = {**tensors, **self.substitutes(blend)}
+        changed = {name: value.to(_tensor(self.base, name).dtype) for name, value in changed.items()}
+        return functional_call(self.base, changed, args, kwargs)
+
+    # -- one adapter per row ------------------------------------------------------------------------------------------
+    def _by_rows(
+        self, names: list[str], table: Tensor, axis: int, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        """Every row of the batch its own weights; `table` is (rows, names)."""
+        together = not any(name in self.replacements for name in names) and all(
+            site.layout.beside for site in self.sites.values()
+        )
+        if not together:
+            return self._grouped(names, table, axis, args, kwargs)
+        x = _input(args, kwargs)
+        _check_rows(x, table.shape[0], axis, self.path)
+        y = self.base(*args, **kwargs)
+        total: Tensor | None = None
+        for key, site in self.sites.items():
+            low: list[tuple[int, LowRank]] = []
+            for column, name in enumerate(names):
+                delta = self.deltas_of(name).get(key)
+                if delta is None:
+                    continue
+                if type(delta).act is LowRank.act and not (delta.training and delta.dropout):
+                    low.append((column, cast(LowRank, delta)))
+                    continue
+                change = self._change(delta, site, x, y)
+                change = change * _per_row(table[:, column], change, axis).to(change.dtype)
+                total = change if total is None else total + change
+            if low:
+                change = self._gated(low, table, site, x, y, axis)
+                total = change if total is None else total + change
+        return y if total is None else y + total.to(y.dtype)
+
+    def _gated(
+        self, low: list[tuple[int, LowRank]], table: Tensor, site: Site, x: Tensor, y: Tensor, axis: int
+    ) -> Tensor:
+        """All low-rank deltas as one product: factors side by side, a gate that opens each row's own."""
+        Bs, As, gates = [], [], []
+        for column, delta in low:
+            B, A = delta.factors()
+            own = delta.gate()
+            weight = table[:, column : column + 1] * delta.scale
+            gates.append(weight.expand(-1, A.shape[0]) if own is None else weight * own)
+            Bs.append(B)
+            As.append(A)
+        gate = torch.cat(gates, dim=1)
+        B, A = torch.cat(Bs, dim=1), torch.cat(As, dim=0)
+        # The gate meets the rank-wide product h, whose axes are x's with the features last.
+        window = getattr(site.layout, "window", None)
+        axes = x.ndim + (1 if not x.is_floating_point() else 0) + (1 if window is not None else 0)
+        shape = [1] * axes
+        shape[axis], shape[-1] = gate.shape
+        return LayerCall(self.base, site, x, y).product(B, A, gate.reshape(shape))
+
+    def _grouped(
+        self, names: list[str], table: Tensor, axis: int, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        """Rows with the same weights together, one call of the layer for each such group."""
+        if axis != 0:
+            raise LorakitError(
+                f"use: {self.path} replaces whole tensors or is reached by substitution, so it cannot give every token of "
+                "one row its own adapter; route whole rows."
+            )
+        batch_axis = 0
+        if isinstance(self.base, nn.MultiheadAttention) and not self.base.batch_first:
+            batch_axis = 1
+        _check_rows(_first_tensor(args, kwargs), table.shape[0], batch_axis, self.path)
+        distinct, owner = torch.unique(table, dim=0, return_inverse=True)
+        pieces, order = [], []
+        for group in range(distinct.shape[0]):
+            rows = (owner == group).nonzero().flatten()
+            order.append(rows)
+            own_args = tuple(_take(value, rows, table.shape[0], batch_axis) for value in args)
+            own_kwargs = {key: _take(value, rows, table.shape[0], batch_axis) for key, value in kwargs.items()}
+            weights = distinct[group].tolist()
+            blend = [(name, weight) for name, weight in zip(names, weights, strict=True) if weight != 0.0]
+            if blend:
+                pieces.append(self._uniform(blend, own_args, own_kwargs))
+            else:
+                pieces.append(self.base(*own_args, **own_kwargs))
+        back = torch.argsort(torch.cat(order))
+        return _join(pieces, back, batch_axis, self.path)
+
+
+def _conv1d_forward(base: nn.Module) -> Any:
+    """transformers' Conv1D forward where the base is one (it is `x W + b`)."""
+    return type(base).forward if type(base).__name__ == "Conv1D" and hasattr(base, "nf") else None
+
+
+def _autocast(x: Tensor) -> Tensor:
+    """x in the dtype that autocast would give a linear layer."""
+    device = x.device.type
+    if torch.is_autocast_enabled(device):
+        return x.to(torch.get_autocast_dtype(device))
+    return x
+
+
+def _input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    return _first_tensor(args, kwargs)
+
+
+def _first_tensor(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    for value in (*args, *kwargs.values()):
+        if isinstance(value, Tensor):
+            return value
+    raise LorakitError("an adapted layer was called without any tensor.")
+
+
+def _check_rows(x: Tensor, rows: int, axis: int, path: str) -> None:
+    found = x.shape[axis] if axis < x.ndim else 0
+    if found != rows:
+        hint = ""
+        if found and found % rows == 0:
+            hint = f" For beam search or several returned sequences use lk.use(model, route, copies={found // rows})."
+        raise LorakitError(
+            f"use: the routing has {rows} rows, but {path} was called with a batch of {found} (shape {tuple(x.shape)}); "
+            f"give one entry per row of the batch.{hint}"
+        )
+
+
+def _per_row(column: Tensor, y: Tensor, axis: int) -> Tensor:
+    shape = [1] * y.ndim
+    shape[axis] = -1
+    return column.reshape(shape)
+
+
+def _take(value: Any, rows: Tensor, count: int, axis: int) -> Any:
+    """The rows of an argument that has the batch axis; other arguments as they are."""
+    if not isinstance(value, Tensor):
+        return value
+    if value.ndim > axis and value.shape[axis] == count:
+        return value.index_select(axis, rows.to(value.device))
+    if value.ndim and value.shape[0] == count:  # masks keep the batch first even where activations do not
+        return value.index_select(0, rows.to(value.device))
+    if value.ndim == 3 and value.shape[0] % count == 0:  # attention masks: (batch × heads, queries, keys)
+        return value.unflatten(0, (count, -1)).index_select(0, rows.to(value.device)).flatten(0, 1)
+    return value
+
+
+def _join(pieces: list[Any], back: Tensor, axis: int, path: str) -> Any:
+    first = pieces[0]
+    if isinstance(first, Tensor):
+        return torch.cat(pieces, dim=axis).index_select(axis, back.to(first.device))
+    if isinstance(first, tuple):
+        joined = []
+        for index, value in enumerate(first):
+            along = axis if index == 0 else 0
+            joined.append(None if value is None else _join([piece[index] for piece in pieces], back, along, path))
+        return tuple(joined)
+    raise LorakitError(f"use: {path} returns {type(first).__name__}, whose rows cannot be put together again.")
+
+
+@contextmanager
+def routed(board: Board, route: Any) -> Iterator[None]:
+    """Within the block the board's routing is `route`; afterwards what it was, whatever happened."""
+    before = board.set(route)
+    try:
+        yield
+    finally:
+        board.routing = before

@@ -1,0 +1,154 @@
+"""LoRA: a frozen weight, and beside it a trained product of two thin matrices.
+
+    y = W x + b + s B A drop(x)          A (rank, in), B (out, rank), s = alpha / rank, or alpha / √rank (rsLoRA)
+
+B starts at zero, so training starts from the base model. For an embedding the factor that meets the one-hot input is
+the zero one. One running example: a 576 → 1536 layer at rank 16 trains 16 · (576 + 1536) = 33,792 numbers instead of
+884,736. Hu et al. 2021, arXiv 2106.09685; rsLoRA: Kalajdzievski 2023, arXiv 2312.03732.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, ClassVar, Self
+
+import torch
+from torch import Tensor, nn
+
+from lorakit.delta import Card, LowRank, Method, Pool, Shape
+from lorakit.errors import LorakitError
+
+_REFUSED = {
+    "use_dora": "DoRA's magnitude is another method",
+    "lora_bias": "a bias on B is not part of ΔW",
+    "layer_replication": "it repeats layers of the base, which changes the model itself",
+    "target_parameters": "it adapts bare parameters",
+    "trainable_token_indices": "it replaces rows of an embedding",
+    "alora_invocation_tokens": "the adapter acts from certain tokens on only",
+    "use_qalora": "its A reads pooled inputs",
+    "use_bdlora": "its factors are block-diagonal and stored compactly",
+    "arrow_config": "it is a router over other adapters",
+    "kasa_config": "its base is truncated",
+    "velora_config": "VeLoRA is another method",
+    "monteclora_config": "MonteCLoRA is another method",
+    "megatron_config": "it adapts Megatron's parallel layers",
+}
+_SHIFTING = ("pissa", "olora", "corda", "lora_ga", "loftq")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoRA(Method):
+    """The options of LoRA.
+
+    Attributes:
+        rank: columns of B and rows of A.
+        alpha: the scale's numerator; the scale is alpha / rank. Keep alpha where it was when you change the rank.
+        dropout: probability with which an input of A is zeroed while training.
+        rslora: scale by alpha / √rank, which stays stable at large ranks.
+    """
+
+    name: ClassVar[str] = "lora"
+    peft_type: ClassVar[str | None] = "LORA"
+    peft_ignored: ClassVar[frozenset[str]] = frozenset(
+        {"init_lora_weights", "fan_in_fan_out", "ensure_weight_tying", "eva_config", "corda_config", "lora_ga_config",
+         "loftq_config", "megatron_core", "qalora_group_size", "runtime_config"}
+    )  # fmt: skip
+    pattern_fields: ClassVar[dict[str, str]] = {"rank": "rank_pattern", "alpha": "alpha_pattern"}
+    card: ClassVar[Card] = Card(
+        title="LoRA",
+        formula="ΔW = s B A, s = alpha / rank (rsLoRA: alpha / √rank)",
+        parameters=lambda shape, spec: spec.rank * (shape.out + shape.in_),
+        paper="arXiv 2106.09685; rsLoRA arXiv 2312.03732",
+        use="The default: cheap, merges exactly, every server reads it.",
+    )
+
+    rank: int = 16
+    alpha: float = 16.0
+    dropout: float = 0.0
+    rslora: bool = False
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.rank, int) or isinstance(self.rank, bool) or self.rank < 1:
+            raise LorakitError(f"lora: rank was given as {self.rank!r}; it is an integer of at least 1.")
+        if not isinstance(self.alpha, int | float) or not math.isfinite(self.alpha):
+            raise LorakitError(f"lora: alpha was given as {self.alpha!r}; it is a finite number.")
+        if not 0.0 <= self.dropout < 1.0:
+            raise LorakitError(f"lora: dropout was given as {self.dropout!r}; it is at least 0 and below 1.")
+
+    @property
+    def scale(self) -> float:
+        """The constant s that multiplies B A."""
+        return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
+
+    def build(self, shape: Shape, pool: Pool) -> LoRADelta:
+        return LoRADelta(self, shape, pool)
+
+    def check(self, shape: Shape, path: str) -> None:
+        if self.rank > min(shape.out, shape.in_):
+            raise LorakitError(
+                f"attach: rank {self.rank} is above the size of {path} ({shape.out} × {shape.in_}); a product of this rank "
+                f"cannot say more than rank {min(shape.out, shape.in_)} does. Give it less by "
+                f"rank_pattern={{{path!r}: {min(shape.out, shape.in_)}}}, or leave the layer out."
+            )
+
+    def peft_config(self) -> dict[str, Any]:
+        return {
+            "r": self.rank,
+            "lora_alpha": self.alpha,
+            "lora_dropout": self.dropout,
+            "use_rslora": self.rslora,
+            "use_dora": False,
+            "lora_bias": False,
+            "fan_in_fan_out": False,
+            "init_lora_weights": True,
+        }
+
+    @classmethod
+    def from_peft(cls, config: dict[str, Any]) -> Self:
+        for option, why in _REFUSED.items():
+            if config.get(option):
+                raise LorakitError(f"load: the configuration sets {option}={config[option]!r}: {why}.")
+        start = config.get("init_lora_weights", True)
+        if isinstance(start, str) and start.partition("_niter")[0] in _SHIFTING:
+            raise LorakitError(
+                f"load: the configuration says init_lora_weights={start!r}, so the tensors belong to a base whose weights "
+                "that start has changed, not to the original. In PEFT, save it with path_initial_model_for_weight_conversion "
+                "to get a plain LoRA for the original base."
+            )
+        return cls(
+            rank=config.get("r", 8),
+            alpha=config.get("lora_alpha", 8),
+            dropout=config.get("lora_dropout", 0.0),
+            rslora=bool(config.get("use_rslora", False)),
+        )
+
+
+class LoRADelta(LowRank):
+    """A and B of one matrix."""
+
+    def __init__(self, spec: LoRA, shape: Shape, pool: Pool) -> None:
+        super().__init__(spec, shape, pool)
+        self.scale, self.dropout = spec.scale, spec.dropout
+        self.A = nn.Parameter(torch.empty(spec.rank, shape.in_))
+        self.B = nn.Parameter(torch.empty(shape.out, spec.rank))
+        with torch.no_grad():
+            if shape.lookup:
+                self.A.zero_()
+                self.B.normal_()
+            else:
+                nn.init.kaiming_uniform_(self.A, a=math.sqrt(5))
+                self.B.zero_()
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        return self.B, self.A
+
+    def set_factors(self, B: Tensor, A: Tensor) -> None:
+        with torch.no_grad():
+            self.B.copy_(B)
+            self.A.copy_(A)
+
+    def peft_keys(self, kind: str) -> dict[str, tuple[str, str]]:
+        if kind == "embedding":
+            return {"A": ("lora_embedding_A", "in"), "B": ("lora_embedding_B", "out")}
+        return {"A": ("lora_A.weight", "in"), "B": ("lora_B.weight", "out")}
