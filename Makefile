@@ -1,0 +1,85 @@
+# The commands of this project. All that must be there is make, git and Python 3.11 or newer.
+#   make demo     fine-tune a chat model on film reviews, before and after, with a picture
+#   make test     every test; FAST=1 leaves out those on the real model
+# The first of either makes .venv and fetches what it needs; later ones reuse what is there.
+
+VENV := .venv
+BIN := $(VENV)/bin
+MATERIAL := examples/material.py
+
+# Fetched models and data, and floats made from them. Kept in the checkout, ignored by git.
+export LORAKIT_CACHE ?= $(CURDIR)/.cache
+# Passed on to pip, e.g. PIP_OPTIONS="--extra-index-url https://download.pytorch.org/whl/cpu" for the small CPU torch.
+PIP_OPTIONS ?=
+# Passed on to pytest, e.g. TESTS="tests/training -k gguf".
+TESTS ?=
+# The first of these that is new enough makes .venv; PYTHON=... names another.
+PYTHON ?=
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint format install install-test data clean
+.DELETE_ON_ERROR:
+
+help:
+	@echo "make demo        fine-tune a 135M-parameter chat model on 2,000 film reviews and show what it learnt"
+	@echo "make test        run all tests (FAST=1: without the real model; TESTS='...': pytest arguments)"
+	@echo "make lint        check format, lint and types"
+	@echo "make format      put files into the one format"
+	@echo "make bench-NAME  run one benchmark: $(or $(BENCHMARKS),none yet)"
+	@echo "make data        fetch the model and the data"
+	@echo "make clean       remove .venv and tool caches (fetched files in .cache stay)"
+
+BENCHMARKS := $(sort $(subst _,-,$(patsubst benchmarks/%.py,%,$(wildcard benchmarks/[a-z]*.py))))
+
+demo: data
+	$(BIN)/lorakit train examples/reviews.yaml
+
+test: install-test $(if $(FAST),,data)
+	$(if $(FAST),,LORAKIT_REQUIRE_MODEL=1) $(BIN)/python -m pytest $(if $(FAST),-m "not model and not slow") $(TESTS)
+
+lint: install-test
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+format: install-test
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+data: install
+	@$(BIN)/python $(MATERIAL) all
+
+# A benchmark prints its table, writes benchmarks/results/NAME.json and fails where a stated floor is missed.
+bench-%: install-test data
+	@test -f benchmarks/$(subst -,_,$*).py || { echo "no benchmark \"$*\"; there are: $(or $(BENCHMARKS),none yet)"; exit 2; }
+	PYTHONPATH=examples $(BIN)/python benchmarks/$(subst -,_,$*).py $(BENCH_OPTIONS)
+
+# The environment. A stamp is newer than what was installed from, so a second run does nothing.
+install: $(VENV)/installed
+install-test: $(VENV)/installed-test
+
+$(VENV)/made:
+	@python=$$(for name in $(or $(PYTHON),python3 python3.13 python3.12 python3.11 python); do \
+		"$$name" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo "$$name" && break; \
+	done); \
+	if [ -z "$$python" ]; then \
+		echo "lorakit needs Python 3.11 or newer. Found: $$( \
+			for name in $(or $(PYTHON),python3 python); do "$$name" --version 2>/dev/null | sed "s|^|$$name is |"; done \
+			| paste -sd, -)."; \
+		echo "Install one (https://www.python.org/downloads), or name it: make PYTHON=/path/to/python3.12 ..."; exit 1; \
+	fi; \
+	echo "making $(VENV) with $$python ($$("$$python" --version))"; \
+	"$$python" -m venv $(VENV) || { echo "\"$$python -m venv\" failed; on Debian and Ubuntu: apt install python3-venv"; exit 1; }
+	@touch $@
+
+$(VENV)/installed: $(VENV)/made pyproject.toml constraints.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_OPTIONS) -c constraints.txt -e .
+	@touch $@
+
+$(VENV)/installed-test: $(VENV)/installed
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_OPTIONS) -c constraints.txt -e '.[test]'
+	@touch $@
+
+clean:
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist src/*.egg-info
+	find src tests examples -name __pycache__ -type d -prune -exec rm -rf {} +
