@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from lorakit.adapter import Adapter, activate, adapters, attach, detach, use
 from lorakit.algebra import merge, merged
-from lorakit.errors import BaseMismatch, LorakitError
+from lorakit.errors import LorakitError
 from lorakit.init import Gaussian, Kaiming, Normal
 from lorakit.methods import METHODS, LoRA
 from lorakit.store import load
@@ -14,7 +14,6 @@ __version__ = "0.1.0"
 __all__ = [
     "METHODS",
     "Adapter",
-    "BaseMismatch",
     "Gaussian",
     "Kaiming",
     "LoRA",

@@ -108,8 +108,8 @@ class Adapter:
         for parameter in self.parameters():
             parameter.requires_grad_(flag)
         for _, _, delta in self.deltas():
-            if flag and hasattr(delta, "freeze"):
-                delta.freeze()  # tensors that the method itself keeps frozen (LoRA-FA's A)
+            for frozen in delta.frozen():
+                frozen.requires_grad_(False)
         return self
 
     def state_dict(self) -> dict[str, Tensor]:

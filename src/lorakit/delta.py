@@ -198,6 +198,10 @@ class Delta(nn.Module, ABC):
         """Δb (out,) for the frozen bias `b` (None where the layer has none), or None: no change."""
         return None
 
+    def frozen(self) -> list[nn.Parameter]:
+        """Parameters that the method itself never trains (LoRA-FA's A)."""
+        return []
+
     def act(self, call: Call) -> Tensor:
         """`ΔW x` for one call of the layer; the default pushes the dense ΔW through it."""
         return call.linear(self.dense(call.W))

@@ -14,10 +14,6 @@ class LorakitError(ValueError):
     """Something asked of lorakit cannot be done; the message says what was asked, found, and what would work."""
 
 
-class BaseMismatch(LorakitError):
-    """An adapter was made for another base model than the one it is put on."""
-
-
 def unknown(kind: str, asked: str, known: Iterable[str], where: str | None = None) -> LorakitError:
     """The error for a name that is not in a list of known names, with the nearest one.
 

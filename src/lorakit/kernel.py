@@ -61,7 +61,7 @@ class _Product(Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, h, W, B, A, gate = ctx.saved_tensors
         scale: float = ctx.scale
         leading, features = ctx.shape[:-1], ctx.shape[-1]

@@ -189,7 +189,7 @@ class Adapted(nn.Module):
         site = next(iter(self.sites.values()))
         if len(active) == 1 and len(self.sites) == 1 and site.layout.flat and self._plain(site, tensors):
             (name, weight) = active[0]
-            delta = self.deltas_of(name).get(site.name)
+            delta = self.deltas_of(name)[site.name]
             if type(delta).act is LowRank.act:
                 return self._fused(cast(LowRank, delta), weight, site, x, tensors)
         y = self._call_base(tensors, args, kwargs)

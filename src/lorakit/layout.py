@@ -137,7 +137,7 @@ class Convolution(Layout):
     def down(self, layer: nn.Module, x: Tensor, A: Tensor) -> Tensor:
         h = self._run(layer, x, A.repeat(self.groups, 1))
         channel = h.ndim - len(self.window)  # unbatched input has no leading axis
-        return h.movedim(channel, -1).unflatten(-1, (self.groups, -1))
+        return cast(Tensor, h.movedim(channel, -1).unflatten(-1, (self.groups, -1)))
 
     def up(self, layer: nn.Module, h: Tensor, B: Tensor) -> Tensor:
         per_group = B.unflatten(0, (self.groups, -1))
@@ -324,7 +324,7 @@ def split(
     for name, given in parts.items():
         first: Any = given[0] if len(given) else None
         ranges = [tuple(given)] if isinstance(first, int) else [tuple(cast(Any, r)) for r in given]
-        for pair in ranges:
+        for pair in cast("list[tuple[int, int]]", ranges):
             if len(pair) != 2 or not 0 <= pair[0] < pair[1] <= rows:
                 raise LorakitError(
                     f"attach: part {name!r} of {path} was given rows {pair}; the layer has {rows} output rows, so a range "
