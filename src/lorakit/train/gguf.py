@@ -15,8 +15,11 @@ import hashlib
 import logging
 import os
 import shutil
+import struct
 import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -76,9 +79,7 @@ def load(
         options: passed on to transformers' `from_pretrained`.
         with_tokenizer: whether the file's tokenizer is wanted; if not, the second value is None.
     """
-    folder = (
-        cache_root() / "gguf" / f"{path.stem}-{fingerprint(path)[:16]}-{str(dtype).removeprefix('torch.')}"
-    )
+    folder = cache_root() / "gguf" / f"{path.stem}-{fingerprint(path)[:16]}-{str(dtype).removeprefix('torch.')}"
     if not (folder / "config.json").exists():
         started = time.perf_counter()
         model = read_model(path, dtype)
@@ -134,6 +135,20 @@ def keep(model: Any, tokenizer: Any, folder: Path) -> bool:
     return True
 
 
+@contextmanager
+def refusing_what_transformers_cannot_read(path: Path) -> Iterator[None]:
+    """One error for the many that a parser raises on a broken file or an architecture that it does not know."""
+    try:
+        yield
+    except (ValueError, LookupError, TypeError, OSError, EOFError, NotImplementedError, struct.error) as error:
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise LorakitError(
+            f'load model: "{path}" was asked for; transformers {transformers.__version__} cannot read it: '
+            f"{reason}. What works: a whole GGUF file (version 2 or 3) of an architecture that transformers "
+            "knows, or the model's safetensors folder."
+        ) from error
+
+
 def read_model(path: Path, dtype: torch.dtype) -> Any:
     """The causal model of a GGUF file as plain floats that can be trained and saved."""
     options: dict[str, Any] = {}
@@ -141,17 +156,10 @@ def read_model(path: Path, dtype: torch.dtype) -> Any:
     # lack it.
     if hasattr(transformers, "GgufConfig"):
         options["quantization_config"] = transformers.GgufConfig(dequantize=True)
-    try:
+    with refusing_what_transformers_cannot_read(path):
         model = transformers.AutoModelForCausalLM.from_pretrained(
             path.parent, gguf_file=path.name, dtype=dtype, **options
         )
-    except (ValueError, KeyError, OSError, EOFError, NotImplementedError) as error:
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise LorakitError(
-            f'load model: "{path}" was asked for; transformers {transformers.__version__} cannot read it: '
-            f"{reason}. What works: a whole GGUF file (version 2 or 3) of an architecture that transformers "
-            "knows, or the model's safetensors folder."
-        ) from error
     clear_quantised_flags(model)
     return model
 
@@ -186,8 +194,9 @@ def read_tokenizer(path: Path) -> Any:
     from gguf import GGUFReader  # the package, not this module
     from tokenizers import pre_tokenizers
 
-    tokenizer = transformers.AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
-    fields = GGUFReader(path).fields
+    with refusing_what_transformers_cannot_read(path):
+        tokenizer = transformers.AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+        fields = GGUFReader(path).fields
 
     def field(name: str) -> Any:
         return fields[name].contents() if name in fields else None

@@ -63,8 +63,7 @@ def reach_hub(name: str, revision: str | None = None) -> bool:
         ) from error
     except HFValidationError as error:
         raise LorakitError(
-            f'load model: "{name}" is neither a file or folder here (from {Path.cwd()}) nor a hub name '
-            "(owner/name)."
+            f'load model: "{name}" is neither a file or folder here (from {Path.cwd()}) nor a hub name (owner/name).'
         ) from error
     except Exception as error:
         # Whatever a network does: refused, timed out, no such name, a proxy's answer, offline mode.
@@ -88,9 +87,7 @@ def download_gguf(name: str, gguf_file: str) -> Path:
 def not_cached(name: str, cache_dir: str | Path | None = None) -> LorakitError:
     """The error for a hub name that is neither reachable nor whole in the cache."""
     kept = Path(cache_dir or huggingface_hub.constants.HF_HUB_CACHE)
-    cached = sorted(
-        entry.name.removeprefix("models--").replace("--", "/") for entry in kept.glob("models--*")
-    )
+    cached = sorted(entry.name.removeprefix("models--").replace("--", "/") for entry in kept.glob("models--*"))
     return LorakitError(
         f'load model: "{name}" was asked for; the hub cannot be reached (no network, or HF_HUB_OFFLINE is '
         f"set) and the cache {kept} does not hold it whole. In the cache: "

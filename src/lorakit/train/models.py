@@ -95,9 +95,7 @@ def choose_dtype(device: str | torch.device | None = None) -> tuple[torch.dtype,
     return torch.float32, f"bfloat16 in hardware is not known for device type {kind}"
 
 
-def resolve_dtype(
-    dtype: str | torch.dtype, device: str | torch.device | None = None
-) -> tuple[torch.dtype, str]:
+def resolve_dtype(dtype: str | torch.dtype, device: str | torch.device | None = None) -> tuple[torch.dtype, str]:
     """A dtype from "auto", a name of `DTYPES`, or a dtype, with the reason for it in words."""
     if isinstance(dtype, torch.dtype):
         return dtype, "asked for"
@@ -180,9 +178,7 @@ def find_local(name_or_path: str | Path) -> Path | None:
     path = Path(text).expanduser()
     if not path.exists():
         if isinstance(name_or_path, Path) or text.startswith(("/", ".", "~")) or text.count("/") > 1:
-            raise LorakitError(
-                f'load model: "{text}" was asked for; no such file or folder (from {Path.cwd()}).'
-            )
+            raise LorakitError(f'load model: "{text}" was asked for; no such file or folder (from {Path.cwd()}).')
         if path.suffix == ".gguf":
             raise LorakitError(
                 f'load model: "{text}" was asked for; no such file (from {Path.cwd()}). For a GGUF file in '
@@ -222,17 +218,24 @@ def from_pretrained(class_name: str, where: str, **options: Any) -> Any:
 
 def load_tokenizer(where: str, options: dict[str, Any]) -> Any:
     """The tokenizer of a hub name or folder."""
-    passed = {
-        key: options[key] for key in ("revision", "cache_dir", "token", "trust_remote_code") if key in options
-    }
+    known = ("revision", "cache_dir", "token", "trust_remote_code")
+    passed = {key: options[key] for key in known if key in options}
     try:
-        return transformers.AutoTokenizer.from_pretrained(where, **passed)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(where, **passed)
     except (OSError, ValueError) as error:
-        raise LorakitError(
-            f'load tokenizer: "{where}" holds no tokenizer that transformers can read '
-            f"({hub.first_line(error)}). What works: write one there with "
-            "tokenizer.save_pretrained(folder), or name another place with tokenizer=."
-        ) from error
+        raise no_tokenizer(where, hub.first_line(error)) from error
+    # Where a folder has no tokenizer files, transformers makes an empty one of the model's kind and is silent.
+    if len(tokenizer) <= len(tokenizer.all_special_tokens):
+        raise no_tokenizer(where, "it would be empty")
+    return tokenizer
+
+
+def no_tokenizer(where: str, reason: str) -> LorakitError:
+    """The error for a place without a tokenizer."""
+    return LorakitError(
+        f'load tokenizer: "{where}" holds no tokenizer that transformers can read ({reason}). What works: write '
+        "one there with tokenizer.save_pretrained(folder), or name another place with tokenizer=."
+    )
 
 
 def settle_padding(model: Any, tokenizer: Any) -> None:
@@ -244,9 +247,7 @@ def settle_padding(model: Any, tokenizer: Any) -> None:
                 "tokenizer.pad_token and save it with tokenizer.save_pretrained(folder)."
             )
         tokenizer.pad_token = tokenizer.eos_token
-        logger.info(
-            "no padding token: %s, the end token, pads (padding carries no loss)", tokenizer.eos_token
-        )
+        logger.info("no padding token: %s, the end token, pads (padding carries no loss)", tokenizer.eos_token)
     if getattr(model.config, "pad_token_id", None) is None:
         model.config.pad_token_id = tokenizer.pad_token_id
     rows = model.get_input_embeddings().weight.shape[0]
