@@ -1,0 +1,1 @@
+"""Training: data, packing, the fast step, the Trainer that uses them."""
