@@ -6,7 +6,7 @@ from lorakit.adapter import Adapter, activate, adapters, attach, detach, use
 from lorakit.algebra import merge, merged
 from lorakit.errors import LorakitError
 from lorakit.init import Gaussian, Kaiming, Normal
-from lorakit.methods import METHODS, LoRA
+from lorakit.methods import METHODS, DoRA, LoRA, LoRAFA
 from lorakit.store import load
 
 __version__ = "0.1.0"
@@ -14,9 +14,11 @@ __version__ = "0.1.0"
 __all__ = [
     "METHODS",
     "Adapter",
+    "DoRA",
     "Gaussian",
     "Kaiming",
     "LoRA",
+    "LoRAFA",
     "LorakitError",
     "Normal",
     "__version__",

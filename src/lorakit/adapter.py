@@ -88,9 +88,10 @@ class Adapter:
         roles: dict[str, str] = {}
         for path, site, delta in self.deltas():
             prefix = f"{path}.{site.name}" if site.name else path
+            own = delta.roles()
             for name, _ in delta.named_parameters():
                 letter = name.rpartition(".")[2]
-                roles[f"{prefix}.{name}"] = delta.roles.get(letter, letter)
+                roles[f"{prefix}.{name}"] = own.get(letter, letter)
         for name, _ in self.pool.named_parameters():
             roles[f"pool.{name}"] = "pool"
         whole = set(self.saved)
@@ -357,6 +358,7 @@ def build(
             deltas[site.name] = _settle(delta, module, site)
             if start is not None:
                 start.begin(delta)
+            delta.begin(site.layout.matrix(storage_of(module, site.weight).read(module, site.weight)))
         names = _biases(module) if targets.bias != "none" else []
         made.append((path, sites, deltas, Replacement(module, names, torch.float32) if names else None))
     for path, names in _replaced(modules, targets, set(paths), saved):

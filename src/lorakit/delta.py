@@ -126,16 +126,20 @@ class Method(ABC):
         """Raise LorakitError where this spec cannot be used on a matrix of this shape."""
 
     def replace(self, **changes: Any) -> Self:
-        """A copy with some fields changed; an unknown field is refused."""
-        known = [field.name for field in dataclasses.fields(self)]  # type: ignore[arg-type]
-        for name in changes:
-            if name not in known:
-                raise unknown(f"option of {self.name}", name, known)
+        """A copy with some fields changed; an unknown field is refused. A combinator passes its inner method's on."""
+        own = [field.name for field in dataclasses.fields(self)]  # type: ignore[arg-type]
+        inner = getattr(self, "inner", None)
+        for name in [name for name in changes if name not in own]:
+            if not isinstance(inner, Method):
+                raise unknown(f"option of {self.name}", name, own)
+            inner = changes["inner"] = inner.replace(**{name: changes.pop(name)})
         return dataclasses.replace(self, **changes)  # type: ignore[type-var]
 
     def to_dict(self) -> dict[str, Any]:
         """The spec as plain data: the method's name and its options."""
-        return {"name": self.name, **dataclasses.asdict(self)}  # type: ignore[call-overload]
+        options = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}  # type: ignore[arg-type]
+        plain = {key: value.to_dict() if isinstance(value, Method) else value for key, value in options.items()}
+        return {"name": self.name, **plain}
 
     # -- PEFT's files -------------------------------------------------------------------------------------------------
     def peft_config(self) -> dict[str, Any]:
@@ -143,6 +147,11 @@ class Method(ABC):
         raise LorakitError(
             f"save: PEFT has no format for {self.name}; it is kept in lorakit's own, or saved as_='lora'."
         )
+
+    @classmethod
+    def reads(cls, config: dict[str, Any]) -> bool:
+        """Whether PEFT's configuration describes this method."""
+        return config.get("peft_type") == cls.peft_type
 
     @classmethod
     def from_peft(cls, config: dict[str, Any]) -> Self:
@@ -177,8 +186,6 @@ class Delta(nn.Module, ABC):
     """What one adapter adds to one matrix. Trainable tensors are attributes named with the paper's letters."""
 
     dropout: float = 0.0
-    roles: ClassVar[dict[str, str]] = {}
-    """What an optimiser should treat a tensor as, where that is not the attribute's own name."""
 
     def __init__(self, spec: Method, shape: Shape, pool: Pool) -> None:
         super().__init__()
@@ -198,6 +205,20 @@ class Delta(nn.Module, ABC):
         """Δb (out,) for the frozen bias `b` (None where the layer has none), or None: no change."""
         return None
 
+    def begin(self, W: Tensor) -> None:
+        """Called once when the delta is put on a layer, after its initial values: `W` (out, in) is the frozen weight."""
+
+    def low_rank(self) -> LowRank | None:
+        """The low-rank part whose factors an initialiser may set: the delta itself, or a combinator's inner one."""
+        inner = getattr(self, "inner", None)
+        return inner.low_rank() if isinstance(inner, Delta) else self if isinstance(self, LowRank) else None
+
+    def roles(self) -> dict[str, str]:
+        """Attribute -> what an optimiser should treat it as ("B": starts at zero, and LoRA+ moves it faster), where that is
+        not the attribute's own name."""
+        inner = getattr(self, "inner", None)
+        return inner.roles() if isinstance(inner, Delta) else {}
+
     def frozen(self) -> list[nn.Parameter]:
         """Parameters that the method itself never trains (LoRA-FA's A)."""
         return []
@@ -214,7 +235,8 @@ class Delta(nn.Module, ABC):
 
     # -- PEFT's files -------------------------------------------------------------------------------------------------
     def peft_keys(self, kind: str) -> dict[str, tuple[str, str]]:
-        """Attribute -> (PEFT's key suffix, axes) for a layer kind; axes is "in", "out" or "" for `Layout.pack`."""
+        """Attribute -> (PEFT's key suffix, axes) for a layer kind; axes is for `Layout.pack`: "in" for (rows × in), "out"
+        for (out × columns), "features" for (out,), or "" for a tensor that is stored as it is."""
         raise LorakitError(f"PEFT has no tensors for {self.spec.name}.")
 
 

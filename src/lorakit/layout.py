@@ -63,7 +63,8 @@ class Layout(ABC):
         return v
 
     def pack(self, tensor: Tensor, axes: str) -> Tensor:
-        """A delta's matrix in the shape that PEFT's files use: axes "in" (rows × in), "out" (out × columns) or ""."""
+        """A delta's tensor in the shape that PEFT's files use: axes "in" (rows × in), "out" (out × columns), "features"
+        (out,) or ""."""
         return tensor
 
     def unpack(self, tensor: Tensor, axes: str) -> Tensor:
@@ -152,6 +153,8 @@ class Convolution(Layout):
             return tensor.reshape(tensor.shape[0], *self.window)
         if axes == "out":
             return tensor.reshape(*tensor.shape, *[1] * (len(self.window) - 1))
+        if axes == "features":
+            return tensor.reshape(1, -1, *[1] * (len(self.window) - 1))
         return tensor
 
     def unpack(self, tensor: Tensor, axes: str) -> Tensor:
@@ -166,6 +169,8 @@ class Convolution(Layout):
                 f"load: a convolution's A has shape {tuple(tensor.shape)}; this layer needs (rank, "
                 f"{', '.join(map(str, self.window))}).{reason}"
             )
+        if axes == "features":
+            return tensor.flatten()
         return tensor.flatten(1) if axes in ("in", "out") else tensor
 
 

@@ -36,7 +36,7 @@ from lorakit.errors import LorakitError
 from lorakit.fingerprint import check, fingerprint
 from lorakit.layer import Replacement
 from lorakit.layout import Rows, Site
-from lorakit.methods import method_for_peft, method_named
+from lorakit.methods import method_for_peft, method_named, spec_from_dict
 from lorakit.targets import PRESETS, Targets, has_suffix, select, walk
 
 log = logging.getLogger("lorakit")
@@ -468,7 +468,7 @@ def load(
         raise LorakitError(f"load: an adapter {name!r} is on this model already; give another name=.")
     complain = _complaints(strict)
     config, own, tensors = read_config(path), read_own(path), read_tensors(path)
-    method_class = method_for_peft(config["peft_type"]) if not own else method_named(own["method"]["name"])
+    method_class = method_for_peft(config) if not own else method_named(own["method"]["name"])
     method = _method(method_class, config, own, path, complain)
     targets = _targets_from_own(own) if own else _targets_from_peft(config)
     modules = dict(walk(model))
@@ -508,8 +508,7 @@ def _method(
     method_class: type[Method], config: dict[str, Any], own: Mapping[str, Any], path: Path, complain: Complain
 ) -> Method:
     if own:
-        options = {key: value for key, value in own["method"].items() if key != "name"}
-        return method_from_dict(method_class, options, path / OWN)
+        return spec_from_dict(own["method"], str(path / OWN))
     read = method_class.from_peft(config)
     known = _COMMON | set(read.peft_config()) | method_class.peft_ignored
     for key, value in config.items():
@@ -519,17 +518,6 @@ def _method(
                 "adapter might act otherwise than its author saw."
             )
     return read
-
-
-def method_from_dict(method_class: type[Method], options: Mapping[str, Any], where: Path | str) -> Method:
-    """A spec from plain data; options it does not have are refused with the nearest name."""
-    from lorakit.errors import unknown
-
-    known = [field.name for field in dataclasses.fields(cast(Any, method_class))]
-    for key in options:
-        if key not in known:
-            raise unknown(f"option of {method_class.name}", key, known, where=str(where))
-    return method_class(**options)
 
 
 def _paths_in(tensors: Mapping[str, Tensor], paths: list[str], method: type[Method], folder: Path) -> list[str]:

@@ -24,13 +24,14 @@ class Initialiser(ABC):
 
     def begin(self, delta: Delta) -> None:
         """Give a delta its initial values."""
-        if not isinstance(delta, LowRank):
+        low_rank = delta.low_rank()
+        if low_rank is None:
             raise LorakitError(
                 f"attach: {delta.spec.name} has no low-rank factors, so init={self.name!r} cannot set it; "
                 'init="default" is the method\'s own start.'
             )
-        B, A = delta.factors()
-        delta.set_factors(*self.factors(delta, B.detach(), A.detach()))
+        B, A = low_rank.factors()
+        low_rank.set_factors(*self.factors(low_rank, B.detach(), A.detach()))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -20,7 +20,6 @@ from lorakit.delta import Card, LowRank, Method, Pool, Shape
 from lorakit.errors import LorakitError
 
 _REFUSED = {
-    "use_dora": "DoRA's magnitude is another method",
     "lora_bias": "a bias on B is not part of ΔW",
     "layer_replication": "it repeats layers of the base, which changes the model itself",
     "target_parameters": "it adapts bare parameters",
@@ -38,8 +37,8 @@ _SHIFTING = ("pissa", "olora", "corda", "lora_ga", "loftq")
 
 
 @dataclass(frozen=True, kw_only=True)
-class LoRA(Method):
-    """The options of LoRA.
+class LoRAOptions(Method):
+    """The options that LoRA and its nearest kin share.
 
     Attributes:
         rank: columns of B and rows of A.
@@ -48,21 +47,12 @@ class LoRA(Method):
         rslora: scale by alpha / √rank, which stays stable at large ranks.
     """
 
-    name: ClassVar[str] = "lora"
     peft_type: ClassVar[str | None] = "LORA"
     peft_ignored: ClassVar[frozenset[str]] = frozenset(
         {"init_lora_weights", "fan_in_fan_out", "ensure_weight_tying", "eva_config", "corda_config", "lora_ga_config",
          "loftq_config", "megatron_core", "qalora_group_size", "runtime_config"}
     )  # fmt: skip
     pattern_fields: ClassVar[dict[str, str]] = {"rank": "rank_pattern", "alpha": "alpha_pattern"}
-    card: ClassVar[Card] = Card(
-        title="LoRA",
-        formula="ΔW = s B A, s = alpha / rank (rsLoRA: alpha / √rank)",
-        parameters=lambda shape, spec: spec.rank * (shape.out + shape.in_),
-        paper="arXiv 2106.09685; rsLoRA arXiv 2312.03732",
-        use="The default: cheap, merges exactly, every server reads it.",
-    )
-
     rank: int = 16
     alpha: float = 16.0
     dropout: float = 0.0
@@ -70,19 +60,16 @@ class LoRA(Method):
 
     def __post_init__(self) -> None:
         if not isinstance(self.rank, int) or isinstance(self.rank, bool) or self.rank < 1:
-            raise LorakitError(f"lora: rank was given as {self.rank!r}; it is an integer of at least 1.")
+            raise LorakitError(f"{self.name}: rank was given as {self.rank!r}; it is an integer of at least 1.")
         if not isinstance(self.alpha, int | float) or not math.isfinite(self.alpha):
-            raise LorakitError(f"lora: alpha was given as {self.alpha!r}; it is a finite number.")
+            raise LorakitError(f"{self.name}: alpha was given as {self.alpha!r}; it is a finite number.")
         if not 0.0 <= self.dropout < 1.0:
-            raise LorakitError(f"lora: dropout was given as {self.dropout!r}; it is at least 0 and below 1.")
+            raise LorakitError(f"{self.name}: dropout was given as {self.dropout!r}; it is at least 0 and below 1.")
 
     @property
     def scale(self) -> float:
         """The constant s that multiplies B A."""
         return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
-
-    def build(self, shape: Shape, pool: Pool) -> LoRADelta:
-        return LoRADelta(self, shape, pool)
 
     def check(self, shape: Shape, path: str) -> None:
         if self.rank > min(shape.out, shape.in_):
@@ -124,10 +111,31 @@ class LoRA(Method):
         )
 
 
+@dataclass(frozen=True, kw_only=True)
+class LoRA(LoRAOptions):
+    """Low-rank adaptation, Hu et al. 2021."""
+
+    name: ClassVar[str] = "lora"
+    card: ClassVar[Card] = Card(
+        title="LoRA",
+        formula="ΔW = s B A, s = alpha / rank (rsLoRA: alpha / √rank)",
+        parameters=lambda shape, spec: spec.rank * (shape.out + shape.in_),
+        paper="arXiv 2106.09685; rsLoRA arXiv 2312.03732",
+        use="The default: cheap, merges exactly, every server reads it.",
+    )
+
+    def build(self, shape: Shape, pool: Pool) -> LoRADelta:
+        return LoRADelta(self, shape, pool)
+
+    @classmethod
+    def reads(cls, config: dict[str, Any]) -> bool:
+        return config.get("peft_type") == "LORA" and not config.get("use_dora")
+
+
 class LoRADelta(LowRank):
     """A and B of one matrix."""
 
-    def __init__(self, spec: LoRA, shape: Shape, pool: Pool) -> None:
+    def __init__(self, spec: LoRAOptions, shape: Shape, pool: Pool) -> None:
         super().__init__(spec, shape, pool)
         self.scale, self.dropout = spec.scale, spec.dropout
         self.A = nn.Parameter(torch.empty(spec.rank, shape.in_))
@@ -142,6 +150,9 @@ class LoRADelta(LowRank):
 
     def factors(self) -> tuple[Tensor, Tensor]:
         return self.B, self.A
+
+    def roles(self) -> dict[str, str]:
+        return {"A": "B", "B": "A"} if self.shape.lookup else {}  # an embedding's zero factor is A
 
     def set_factors(self, B: Tensor, A: Tensor) -> None:
         with torch.no_grad():

@@ -1,0 +1,134 @@
+"""DoRA: any additive change, with the length of every output row trained apart from its direction.
+
+    V = W + ΔW      c = ‖V‖ per row      y = (m / c) ⊙ V x + b          m starts at ‖W + ΔW₀‖, so nothing changes
+
+The axis: the paper says "column-wise", its code and PEFT keep one magnitude per output row of W (out × in); so here.
+The norm c is treated as a constant by the backward (section 4.3 of the paper). It needs no identity product and no pass
+over V: with ΔW = B A, ‖V_j‖² = ‖W_j‖² + 2 B_j · (A Wᵀ)_j + B_j (A Aᵀ) B_jᵀ. Liu et al. 2024, arXiv 2402.09353.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Self, cast
+
+import torch
+from torch import Tensor, nn
+
+from lorakit.delta import Call, Card, Delta, Form, LowRank, Method, Pool, Shape
+from lorakit.errors import LorakitError
+from lorakit.methods.lora import LoRA
+
+
+@dataclass(frozen=True, kw_only=True)
+class DoRA(Method):
+    """The options of DoRA.
+
+    Attributes:
+        inner: the method whose change gets trained magnitudes; LoRA in the paper.
+    """
+
+    name: ClassVar[str] = "dora"
+    peft_type: ClassVar[str | None] = "LORA"
+    peft_ignored: ClassVar[frozenset[str]] = LoRA.peft_ignored
+    pattern_fields: ClassVar[dict[str, str]] = {"rank": "rank_pattern", "alpha": "alpha_pattern"}
+    card: ClassVar[Card] = Card(
+        title="DoRA",
+        formula="W' = diag(m / ‖W + ΔW‖) (W + ΔW), ΔW of another method",
+        parameters=lambda shape, spec: spec.inner.card.parameters(shape, spec.inner) + shape.out,
+        paper="arXiv 2402.09353",
+        use="When LoRA at small rank falls short of full fine-tuning; half of LoRA's rank often does.",
+    )
+
+    inner: Method = field(default_factory=LoRA)
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.inner, Method):
+            raise LorakitError(f"dora: inner was given as {self.inner!r}; it is a method's spec, such as LoRA(rank=8).")
+
+    @property
+    def rank(self) -> int:
+        """The inner method's rank."""
+        return cast(int, cast(Any, self.inner).rank)
+
+    @property
+    def alpha(self) -> float:
+        """The inner method's alpha."""
+        return cast(float, cast(Any, self.inner).alpha)
+
+    @property
+    def rslora(self) -> bool:
+        """Whether the inner method scales by 1/√rank."""
+        return bool(getattr(self.inner, "rslora", False))
+
+    def build(self, shape: Shape, pool: Pool) -> DoRADelta:
+        return DoRADelta(self, shape, pool)
+
+    def check(self, shape: Shape, path: str) -> None:
+        self.inner.check(shape, path)
+
+    def peft_config(self) -> dict[str, Any]:
+        if not isinstance(self.inner, LoRA):
+            raise LorakitError(
+                f"save: PEFT has DoRA over LoRA only, not over {self.inner.name}; this adapter has no file in its format."
+            )
+        return {**self.inner.peft_config(), "use_dora": True}
+
+    @classmethod
+    def reads(cls, config: dict[str, Any]) -> bool:
+        return config.get("peft_type") == "LORA" and bool(config.get("use_dora"))
+
+    @classmethod
+    def from_peft(cls, config: dict[str, Any]) -> Self:
+        return cls(inner=LoRA.from_peft({**config, "use_dora": False}))
+
+
+class DoRADelta(Delta):
+    """An inner delta and the magnitudes `m` (out,), which are set when the weight is known."""
+
+    def __init__(self, spec: DoRA, shape: Shape, pool: Pool) -> None:
+        super().__init__(spec, shape, pool)
+        self.inner = spec.inner.build(shape, pool)
+        self.dropout = self.inner.dropout
+        self.m = nn.Parameter(torch.ones(shape.out))
+
+    def begin(self, W: Tensor) -> None:
+        with torch.no_grad():
+            self.m.copy_(self.norm(W))
+
+    def norm(self, W: Tensor) -> Tensor:
+        """c: the length of every row of W + ΔW, (out,), in float32 or better."""
+        W = W.to(torch.promote_types(W.dtype, torch.float32))
+        with torch.no_grad():
+            if not isinstance(self.inner, LowRank):
+                return torch.linalg.vector_norm(W + self.inner.dense(W), dim=1)
+            B, A = self.inner.factors()
+            gate = self.inner.gate()
+            B, A = ((B if gate is None else B * gate) * self.inner.scale).to(W.dtype), A.to(W.dtype)
+            cross = (B * (W @ A.T)).sum(1)
+            square = ((B @ (A @ A.T)) * B).sum(1)
+            norm: Tensor = ((W * W).sum(1) + 2 * cross + square).clamp_min(0).sqrt()
+            return norm
+
+    def _gain(self, W: Tensor) -> Tensor:
+        return self.m / self.norm(W)
+
+    def dense(self, W: Tensor) -> Tensor:
+        W = W.to(torch.promote_types(W.dtype, self.m.dtype))
+        return self._gain(W)[:, None] * (W + self.inner.dense(W)) - W
+
+    def act(self, call: Call) -> Tensor:
+        # With dropout the base part of the paper's code sees dropped inputs too; here the base always sees all of them.
+        gain = self._gain(call.W)
+        return call.gain(call.y, gain - 1) + call.gain(self.inner.act(call), gain)
+
+    def form(self, W: Tensor, b: Tensor | None) -> Form:
+        inner = self.inner.form(W, b)
+        if inner.gain is not None or inner.bias is not None or inner.B is None:
+            raise LorakitError(f"dora over {self.inner.spec.name} has no low-rank form; merge it.")
+        gain = self._gain(W)
+        return Form(gain=gain, B=gain[:, None] * inner.B, A=inner.A)
+
+    def peft_keys(self, kind: str) -> dict[str, tuple[str, str]]:
+        inner = {f"inner.{name}": key for name, key in self.inner.peft_keys(kind).items()}
+        return {**inner, "m": ("lora_magnitude_vector", "features")}

@@ -1,0 +1,45 @@
+"""LoRA-FA: LoRA with A frozen at its random start, so that the backward needs x Aᵀ and never x.
+
+    ΔW = s B A, only B trains          Zhang et al. 2023, arXiv 2308.03303
+
+The saving is in activations: rank-wide tensors are kept instead of input-wide ones. The later version corrects B's
+gradient by (A Aᵀ)⁻¹ (`optim/lorafa.py`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from torch import nn
+
+from lorakit.delta import Card, Pool, Shape
+from lorakit.methods.lora import LoRADelta, LoRAOptions
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoRAFA(LoRAOptions):
+    """The options of LoRA; A stays frozen."""
+
+    name: ClassVar[str] = "lora-fa"
+    card: ClassVar[Card] = Card(
+        title="LoRA-FA",
+        formula="ΔW = s B A, A frozen",
+        parameters=lambda shape, spec: spec.rank * (shape.in_ if shape.lookup else shape.out),
+        paper="arXiv 2308.03303",
+        use="When activations fill the memory: nothing as wide as the input is kept.",
+    )
+
+    def build(self, shape: Shape, pool: Pool) -> LoRAFADelta:
+        return LoRAFADelta(self, shape, pool)
+
+    @classmethod
+    def reads(cls, config: dict[str, Any]) -> bool:
+        return False  # its files are plain LoRA
+
+
+class LoRAFADelta(LoRADelta):
+    """LoRA's tensors, of which the random one never trains (B for an embedding, where A starts at zero)."""
+
+    def frozen(self) -> list[nn.Parameter]:
+        return [self.B if self.shape.lookup else self.A]
