@@ -14,8 +14,9 @@ import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, ClassVar, Protocol, Self
+from typing import Any, ClassVar, Protocol, Self, cast
 
+import torch
 from torch import Tensor, nn
 
 from lorakit.errors import LorakitError, unknown
@@ -99,6 +100,16 @@ class Call(Protocol):
         dropout: float = 0.0,
     ) -> Tensor:
         """`((x Aᵀ) ⊙ gate) Bᵀ · scale` in the layer's output shape; dropout acts on the input of A."""
+
+    def whole(
+        self,
+        B: Tensor,
+        A: Tensor,
+        gate: Tensor | None = None,
+        scale: float = 1.0,
+        dropout: float = 0.0,
+    ) -> Tensor:
+        """`W x + product(…)` in one pass, without the bias."""
 
     def gain(self, y: Tensor, g: Tensor) -> Tensor:
         """`y` with every output feature multiplied by its entry of `g` (out,)."""
@@ -227,6 +238,10 @@ class Delta(nn.Module, ABC):
         """`ΔW x` for one call of the layer; the default pushes the dense ΔW through it."""
         return call.linear(self.dense(call.W))
 
+    def output(self, call: Call) -> Tensor | None:
+        """`(W + ΔW) x` without the bias, where a method has it cheaper than `W x` and `act` apart; else None."""
+        return None
+
     def form(self, W: Tensor, b: Tensor | None) -> Form:
         """The delta lowered for serving, or LorakitError where it has no such form."""
         raise LorakitError(
@@ -238,6 +253,28 @@ class Delta(nn.Module, ABC):
         """Attribute -> (PEFT's key suffix, axes) for a layer kind; axes is for `Layout.pack`: "in" for (rows × in), "out"
         for (out × columns), "features" for (out,), or "" for a tensor that is stored as it is."""
         raise LorakitError(f"PEFT has no tensors for {self.spec.name}.")
+
+    def peft_views(self, kind: str) -> dict[str, View]:
+        """PEFT's key suffix -> the tensors that make up that entry of the file; by default one each, from `peft_keys`."""
+        return {key: View((_attribute(self, name),), axes) for name, (key, axes) in self.peft_keys(kind).items()}
+
+    def peft_spec(self) -> Method:
+        """The spec that PEFT's file gives for this delta; its own, unless the file holds it in another form."""
+        return self.spec
+
+
+def _attribute(delta: nn.Module, name: str) -> Tensor:
+    path, _, attribute = name.rpartition(".")
+    return cast(Tensor, getattr(delta.get_submodule(path), attribute)).detach()
+
+
+@dataclass(frozen=True)
+class View:
+    """One tensor of a file: the concatenation of a delta's own tensors along `dim`, packed by the layout as `axes`."""
+
+    tensors: tuple[Tensor, ...]
+    axes: str = ""
+    dim: int = 0
 
 
 class LowRank(Delta):
@@ -267,10 +304,73 @@ class LowRank(Delta):
 
     def act(self, call: Call) -> Tensor:
         B, A = self.factors()
-        dropout = self.dropout if self.training else 0.0
-        return call.product(B, A, self.gate(), self.scale, dropout)
+        return call.product(B, A, self.gate(), self.scale, self.dropout if self.training else 0.0)
+
+    def output(self, call: Call) -> Tensor | None:
+        B, A = self.factors()
+        return call.whole(B, A, self.gate(), self.scale, self.dropout if self.training else 0.0)
 
     def form(self, W: Tensor, b: Tensor | None) -> Form:
         B, A = self.factors()
         gate = self.gate()
         return Form(B=(B if gate is None else B * gate) * self.scale, A=A)
+
+
+class Offset(LowRank):
+    """A low-rank delta that starts elsewhere than at zero, less that start: `ΔW = s (B diag(g) A - B₀ A₀)`.
+
+    Starts that are read off the weights (PiSSA and its kin) would otherwise have to be subtracted from the base, which
+    then is no longer the model that other adapters, files and users know. Here the base stays as it is; the same function
+    is trained, and what comes out is an exact plain low-rank change of twice the rank.
+    """
+
+    def __init__(self, inner: LowRank) -> None:
+        super().__init__(inner.spec, inner.shape, inner.pool)
+        self.inner = inner
+        self.dropout = inner.dropout
+        B, A = inner.factors()
+        gate = inner.gate()
+        self.start = inner.scale
+        self.register_buffer("minus_B0", -(B if gate is None else B * gate).detach().clone())
+        self.register_buffer("A0", A.detach().clone())
+
+    @property
+    def scale(self) -> float:  # type: ignore[override]
+        return self.inner.scale
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        B, A = self.inner.factors()
+        minus_B0 = cast(Tensor, self.minus_B0)
+        if self.start != self.inner.scale:  # DyLoRA's scale moves with the rank it draws
+            minus_B0 = minus_B0 * (self.start / self.inner.scale)
+        return torch.cat([B, minus_B0], dim=1), torch.cat([A, cast(Tensor, self.A0)])
+
+    def gate(self) -> Tensor | None:
+        gate = self.inner.gate()
+        return None if gate is None else torch.cat([gate, gate.new_ones(cast(Tensor, self.A0).shape[0])])
+
+    def set_factors(self, B: Tensor, A: Tensor) -> None:
+        self.inner.set_factors(B, A)
+
+    def frozen(self) -> list[nn.Parameter]:
+        return self.inner.frozen()
+
+    def peft_views(self, kind: str) -> dict[str, View]:
+        own = self.inner.peft_views(kind)
+        by_axes = {view.axes: key for key, view in own.items()}
+        if set(by_axes) != {"in", "out"}:
+            raise LorakitError(
+                f"save: {self.spec.name} from a shifted start is a plain LoRA of twice the rank plus the method's own tensors, "
+                "which its format has no place for; save it as_='lora'."
+            )
+        A, B = own[by_axes["in"]], own[by_axes["out"]]
+        return {
+            by_axes["in"]: View((*A.tensors, cast(Tensor, self.A0)), "in", dim=0),
+            by_axes["out"]: View((*B.tensors, cast(Tensor, self.minus_B0)), "out", dim=1),
+        }
+
+    def peft_spec(self) -> Method:
+        spec = cast(Any, self.inner.peft_spec())
+        rank = spec.rank + cast(Tensor, self.A0).shape[0]
+        grown = (rank / spec.rank) ** (0.5 if getattr(spec, "rslora", False) else 1.0)
+        return cast(Method, spec.replace(rank=rank, alpha=spec.alpha * grown))

@@ -20,11 +20,23 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 
-def _keep_mask(x: Tensor, dropout: float, seed: int) -> Tensor:
-    """The dropout mask of this seed, already divided by the keep probability."""
-    generator = torch.Generator(device=x.device).manual_seed(seed)
+def _keep_mask(like: Tensor, rows: int, columns: int, dropout: float, seed: int) -> Tensor:
+    """The dropout mask of this seed, already divided by the keep probability.
+
+    It is always contiguous: random numbers are drawn in the order of memory, so that a mask laid out as a strided input
+    is would be another one when the backward draws it again.
+    """
+    generator = torch.Generator(device=like.device).manual_seed(seed)
     keep = 1.0 - dropout
-    return torch.empty_like(x).bernoulli_(keep, generator=generator).div_(keep)
+    return like.new_empty(rows, columns).bernoulli_(keep, generator=generator).div_(keep)
+
+
+def autocast(x: Tensor) -> Tensor:
+    """x in the dtype that autocast would give a linear layer's input."""
+    device = x.device.type
+    if x.dtype in (torch.float32, torch.float16, torch.bfloat16) and torch.is_autocast_enabled(device):
+        return x.to(torch.get_autocast_dtype(device))
+    return x
 
 
 def _reduce(gradient: Tensor, like: Tensor) -> Tensor:
@@ -48,37 +60,38 @@ class _Product(Function):
         dropout: float,
         seed: int,
     ) -> Tensor:
-        flat = x.reshape(-1, x.shape[-1])
-        dropped = flat * _keep_mask(flat, dropout, seed) if dropout else flat
+        leading, rank = x.shape[:-1], A.shape[0]
+        flat = x.reshape(leading.numel(), x.shape[-1])
+        dropped = flat * _keep_mask(flat, *flat.shape, dropout, seed) if dropout else flat
         h = dropped @ A.T
-        gated = h * scale if gate is None else (h.view(*x.shape[:-1], -1) * (gate * scale)).view_as(h)
+        gated = h * scale if gate is None else (h.view(*leading, rank) * (gate * scale)).view_as(h)
         y = torch.addmm(F.linear(flat, W, b), gated, B.T) if W is not None else gated @ B.T
         needs_x = ctx.needs_input_grad[4]
         needs_h = ctx.needs_input_grad[3] or ctx.needs_input_grad[5]
         ctx.save_for_backward(x if needs_x else None, h if needs_h else None, W, B, A, gate)
         ctx.scale, ctx.dropout, ctx.seed, ctx.shape = scale, dropout, seed, x.shape
-        return y.view(*x.shape[:-1], -1)
+        return y.view(*leading, B.shape[0])
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, h, W, B, A, gate = ctx.saved_tensors
         scale: float = ctx.scale
-        leading, features = ctx.shape[:-1], ctx.shape[-1]
-        flat_dy = dy.reshape(-1, dy.shape[-1])
+        leading, features, rank = ctx.shape[:-1], ctx.shape[-1], A.shape[0]
+        flat_dy = dy.reshape(leading.numel(), dy.shape[-1])
         dx = db = dB = dA = dgate = None
         into = flat_dy @ B  # (tokens, rank)
-        spread = None if gate is None else gate.expand(*leading, gate.shape[-1]).reshape(into.shape) * scale
+        spread = None if gate is None else gate.expand(*leading, rank).reshape(into.shape) * scale
         if ctx.needs_input_grad[3]:
             dB = flat_dy.T @ (h * scale if spread is None else h * spread)
         if gate is not None and ctx.needs_input_grad[5]:
-            dgate = _reduce((into * h * scale).view(*leading, -1), gate)
+            dgate = _reduce((into * h * scale).view(*leading, rank), gate)
         dh = into * scale if spread is None else into * spread
         mask = None
         if ctx.dropout and (ctx.needs_input_grad[0] or ctx.needs_input_grad[4]):
-            mask = _keep_mask(dy.new_empty(flat_dy.shape[0], features), ctx.dropout, ctx.seed)
+            mask = _keep_mask(flat_dy, flat_dy.shape[0], features, ctx.dropout, ctx.seed)
         if ctx.needs_input_grad[4]:
-            flat = x.reshape(-1, features)
+            flat = x.reshape(leading.numel(), features)
             dA = dh.T @ (flat if mask is None else flat * mask)
         if ctx.needs_input_grad[0]:
             if W is None:
@@ -117,8 +130,13 @@ def product(
         b: (out,), the base's bias.
 
     Returns:
-        (..., out), in x's dtype.
+        (..., out), in x's dtype, or autocast's where that is on.
     """
+    cast = autocast(x)
+    if cast is not x:
+        x = cast
+        B, A = B.to(x.dtype), A.to(x.dtype)
+        gate, W, b = (None if tensor is None else tensor.to(x.dtype) for tensor in (gate, W, b))
     if dropout >= 1.0:
         return F.linear(x, W, b) if W is not None else x.new_zeros(*x.shape[:-1], B.shape[0])
     seed = int(torch.randint(2**62, ()).item()) if dropout else 0

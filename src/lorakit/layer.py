@@ -18,7 +18,7 @@ from torch.func import functional_call
 
 from lorakit.delta import Delta, LowRank
 from lorakit.errors import LorakitError
-from lorakit.kernel import product
+from lorakit.kernel import autocast, product
 from lorakit.layout import Rows, Site
 from lorakit.routing import Board
 from lorakit.storage import storage_of
@@ -64,7 +64,7 @@ class LayerCall:
     """One call of one site, as its deltas see it (`delta.Call`)."""
 
     def __init__(self, layer: nn.Module, site: Site, x: Tensor, output: Tensor | None) -> None:
-        self.layer, self.site, self.x, self.output = layer, site, x, output
+        self.layer, self.site, self.x, self.output = layer, site, autocast(x), output
 
     def _cast(self, tensor: Tensor) -> Tensor:
         dtype = self.x.dtype if self.x.is_floating_point() else self.dtype
@@ -83,7 +83,9 @@ class LayerCall:
 
     @property
     def y(self) -> Tensor:
-        y = self.output if self.output is not None else self.site.layout.linear(self.layer, self.x, self._cast(self.W))
+        if self.output is None:
+            return self.linear(self.W)
+        y = self.output
         if self.site.bias is None:
             return y
         bias = _tensor(self.layer, self.site.bias).to(y.dtype)
@@ -113,6 +115,25 @@ class LayerCall:
             x = F.dropout(x, dropout)
         h = layout.down(self.layer, x, A) * scale
         return layout.up(self.layer, h if gate is None else h * gate, B)
+
+    def whole(
+        self,
+        B: Tensor,
+        A: Tensor,
+        gate: Tensor | None = None,
+        scale: float = 1.0,
+        dropout: float = 0.0,
+    ) -> Tensor:
+        W = self.site.layout.matrix(cast(Tensor, self.layer.weight))
+        return product(
+            self.x,
+            self._cast(B),
+            self._cast(A),
+            None if gate is None else self._cast(gate),
+            scale,
+            dropout,
+            W=self._cast(W),
+        )
 
     def gain(self, y: Tensor, g: Tensor) -> Tensor:
         return y * self.site.layout.features(g.to(y.dtype), y)
@@ -188,16 +209,17 @@ class Adapted(nn.Module):
         x = _input(args, kwargs)
         site = next(iter(self.sites.values()))
         if len(active) == 1 and len(self.sites) == 1 and site.layout.flat and self._plain(site, tensors):
-            (name, weight) = active[0]
-            delta = self.deltas_of(name)[site.name]
-            if type(delta).act is LowRank.act:
-                return self._fused(cast(LowRank, delta), weight, site, x, tensors)
+            name, weight = active[0]
+            fused = self._fused(self.deltas_of(name)[site.name], weight, site, x, tensors)
+            if fused is not None:
+                return fused
         y = self._call_base(tensors, args, kwargs)
         total: Tensor | None = None
         for name, weight in active:
             for key, delta in self.deltas_of(name).items():
                 site = self.sites[key]
-                change = self._change(delta, site, x, y)
+                # Where the base ran with replaced tensors, its output is not the frozen W x that a delta is about.
+                change = self._change(delta, site, x, None if tensors else y)
                 change = change if weight == 1.0 else change * weight
                 total = change if total is None else total + change
         return y if total is None else y + total.to(y.dtype)
@@ -218,24 +240,31 @@ class Adapted(nn.Module):
             and "forward" not in base.__dict__
         )
 
-    def _fused(self, delta: LowRank, weight: float, site: Site, x: Tensor, tensors: dict[str, Tensor]) -> Tensor:
-        """Base and low-rank product in one node of the graph."""
+    def _fused(self, delta: Delta, weight: float, site: Site, x: Tensor, tensors: dict[str, Tensor]) -> Tensor | None:
+        """Base and delta in one node of the graph, where the method can; else None."""
         x = _autocast(x)
-        B, A = delta.factors()
-        gate = delta.gate()
         bias = tensors.get("bias", cast(Any, self.base).bias)
-        return product(
-            x,
-            B.to(x.dtype),
-            A.to(x.dtype),
-            None if gate is None else gate.to(x.dtype),
-            delta.scale * weight,
-            delta.dropout if delta.training else 0.0,
-            W=site.layout.matrix(cast(Tensor, self.base.weight)).to(x.dtype),
-            b=None if bias is None else bias.to(x.dtype),
-        )
+        bias = None if bias is None else bias.to(x.dtype)
+        if type(delta).output is LowRank.output:
+            low_rank = cast(LowRank, delta)
+            B, A = low_rank.factors()
+            gate = low_rank.gate()
+            return product(
+                x,
+                B.to(x.dtype),
+                A.to(x.dtype),
+                None if gate is None else gate.to(x.dtype),
+                low_rank.scale * weight,
+                delta.dropout if delta.training else 0.0,
+                W=site.layout.matrix(cast(Tensor, self.base.weight)).to(x.dtype),
+                b=bias,
+            )
+        if weight != 1.0 or type(delta).shift is not Delta.shift:
+            return None
+        y = delta.output(LayerCall(self.base, site, x, None))
+        return y if y is None or bias is None else y + bias
 
-    def _change(self, delta: Delta, site: Site, x: Tensor, y: Tensor) -> Tensor:
+    def _change(self, delta: Delta, site: Site, x: Tensor, y: Tensor | None) -> Tensor:
         """What one delta adds to the layer's output: ΔW x, and Δb where it has one."""
         change = delta.act(LayerCall(self.base, site, x, y))
         shift = delta.shift(self._bias(site))
@@ -324,7 +353,7 @@ class Adapted(nn.Module):
                 delta = self.deltas_of(name).get(key)
                 if delta is None:
                     continue
-                if type(delta).act is LowRank.act and not (delta.training and delta.dropout):
+                if _is_product(delta) and not (delta.training and delta.dropout):
                     low.append((column, cast(LowRank, delta)))
                     continue
                 change = self._change(delta, site, x, y)
@@ -365,17 +394,24 @@ class Adapted(nn.Module):
                 f"use: {self.path} replaces whole tensors or is reached by substitution, so it cannot give every token of "
                 "one row its own adapter; route whole rows."
             )
-        batch_axis = 0
-        if isinstance(self.base, nn.MultiheadAttention) and not self.base.batch_first:
-            batch_axis = 1
-        _check_rows(_first_tensor(args, kwargs), table.shape[0], batch_axis, self.path)
+        attention = self.base if isinstance(self.base, nn.MultiheadAttention) else None
+        batch_axis = 0 if attention is None or attention.batch_first else 1
+        x, count = _first_tensor(args, kwargs), table.shape[0]
+        if attention is not None and x.ndim == 2:
+            raise LorakitError(
+                f"use: {self.path} was called without a batch axis (shape {tuple(x.shape)}), so it has no rows to route."
+            )
+        _check_rows(x, count, batch_axis, self.path)
         distinct, owner = torch.unique(table, dim=0, return_inverse=True)
         pieces, order = [], []
         for group in range(distinct.shape[0]):
             rows = (owner == group).nonzero().flatten()
             order.append(rows)
-            own_args = tuple(_take(value, rows, table.shape[0], batch_axis) for value in args)
-            own_kwargs = {key: _take(value, rows, table.shape[0], batch_axis) for key, value in kwargs.items()}
+            if attention is not None:
+                own_args: tuple[Any, ...] = ()
+                own_kwargs = _take_attention(attention, args, kwargs, rows)
+            else:
+                own_args, own_kwargs = _take(args, rows, count), _take(kwargs, rows, count)
             weights = distinct[group].tolist()
             blend = [(name, weight) for name, weight in zip(names, weights, strict=True) if weight != 0.0]
             if blend:
@@ -391,12 +427,9 @@ def _conv1d_forward(base: nn.Module) -> Any:
     return type(base).forward if type(base).__name__ == "Conv1D" and hasattr(base, "nf") else None
 
 
-def _autocast(x: Tensor) -> Tensor:
-    """x in the dtype that autocast would give a linear layer."""
-    device = x.device.type
-    if torch.is_autocast_enabled(device):
-        return x.to(torch.get_autocast_dtype(device))
-    return x
+def _is_product(delta: Delta | None) -> bool:
+    """Whether a delta is its low-rank product and nothing besides, so that the kernel may run it."""
+    return isinstance(delta, LowRank) and type(delta).act is LowRank.act and type(delta).shift is Delta.shift
 
 
 def _input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
@@ -428,17 +461,37 @@ def _per_row(column: Tensor, y: Tensor, axis: int) -> Tensor:
     return column.reshape(shape)
 
 
-def _take(value: Any, rows: Tensor, count: int, axis: int) -> Any:
-    """The rows of an argument that has the batch axis; other arguments as they are."""
-    if not isinstance(value, Tensor):
-        return value
-    if value.ndim > axis and value.shape[axis] == count:
-        return value.index_select(axis, rows.to(value.device))
-    if value.ndim and value.shape[0] == count:  # masks keep the batch first even where activations do not
-        return value.index_select(0, rows.to(value.device))
-    if value.ndim == 3 and value.shape[0] % count == 0:  # attention masks: (batch × heads, queries, keys)
-        return value.unflatten(0, (count, -1)).index_select(0, rows.to(value.device)).flatten(0, 1)
+def _take(value: Any, rows: Tensor, count: int) -> Any:
+    """The rows of everything that has the batch as its first axis; other arguments as they are."""
+    if isinstance(value, Tensor):
+        return value.index_select(0, rows.to(value.device)) if value.ndim and value.shape[0] == count else value
+    if type(value) in (tuple, list):
+        return type(value)(_take(item, rows, count) for item in value)
+    if type(value) is dict:
+        return {key: _take(item, rows, count) for key, item in value.items()}
     return value
+
+
+_ATTENTION_ARGUMENTS = (
+    "query", "key", "value", "key_padding_mask", "need_weights", "attn_mask", "average_attn_weights", "is_causal"
+)  # fmt: skip
+
+
+def _take_attention(
+    base: nn.MultiheadAttention, args: tuple[Any, ...], kwargs: dict[str, Any], rows: Tensor
+) -> dict[str, Any]:
+    """The rows of an attention call by the arguments' names, since sizes do not tell the batch from the tokens."""
+    given = {**dict(zip(_ATTENTION_ARGUMENTS, args, strict=False)), **kwargs}
+    axis = 0 if base.batch_first else 1
+    for name in ("query", "key", "value"):
+        given[name] = given[name].index_select(axis, rows.to(given[name].device))
+    padding, mask = given.get("key_padding_mask"), given.get("attn_mask")
+    if padding is not None:
+        given["key_padding_mask"] = padding.index_select(0, rows.to(padding.device))
+    if mask is not None and mask.ndim == 3:  # (batch × heads, queries, keys); with two axes it is for all rows
+        per_row = mask.unflatten(0, (-1, base.num_heads))
+        given["attn_mask"] = per_row.index_select(0, rows.to(mask.device)).flatten(0, 1)
+    return given
 
 
 def _join(pieces: list[Any], back: Tensor, axis: int, path: str) -> Any:

@@ -135,15 +135,13 @@ def _site_prefix(site: Site) -> str:
     return f"base_layer.{site.name}." if site.layout.kind == "attention" else f"{site.name}."
 
 
-def _attribute(delta: Delta, name: str) -> Tensor:
-    return cast(Tensor, getattr(delta.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2])).detach()
-
-
 def _site_tensors(site: Site, delta: Delta) -> dict[str, Tensor]:
     """PEFT's names below the layer -> tensors, for one matrix."""
     return {
-        _site_prefix(site) + key: site.layout.pack(_attribute(delta, name), axes).contiguous()
-        for name, (key, axes) in delta.peft_keys(site.layout.kind).items()
+        _site_prefix(site) + key: site.layout.pack(torch.cat(view.tensors, dim=view.dim), view.axes).contiguous()
+        if len(view.tensors) > 1
+        else site.layout.pack(view.tensors[0], view.axes).contiguous()
+        for key, view in delta.peft_views(site.layout.kind).items()
     }
 
 
@@ -216,7 +214,7 @@ def _patterns(adapter: Adapter) -> tuple[dict[str, Any], dict[str, dict[str, Any
         deltas = list(layer.deltas_of(adapter.name).values())
         if not deltas:
             continue
-        spec = deltas[0].spec
+        spec = deltas[0].peft_spec()
         if len(deltas) > 1 and "" not in layer.deltas_of(adapter.name) and "rank" in values:
             sites = list(layer.sites.values())
             if isinstance(sites[0].layout, Rows):
@@ -590,9 +588,15 @@ def _fill(
             _fill_parts(path, sites, take, put)
             continue
         for site, delta in sites:
-            for attribute, (suffix, axes) in delta.peft_keys(site.layout.kind).items():
+            for suffix, view in delta.peft_views(site.layout.kind).items():
                 key = f"{path}.{_site_prefix(site)}{suffix}"
-                put(_attribute(delta, attribute), site.layout.unpack(take(key), axes), key)
+                value = site.layout.unpack(take(key), view.axes)
+                sizes = [tensor.shape[view.dim] if tensor.ndim else 1 for tensor in view.tensors]
+                if len(sizes) > 1 and sum(sizes) == value.shape[view.dim]:
+                    for own, piece in zip(view.tensors, value.split(sizes, dim=view.dim), strict=True):
+                        put(own, piece, key)
+                else:
+                    put(view.tensors[0], value, key)
     for path, replacement in adapter.replacements():
         _fill_replacement(adapter, path, replacement, take, put)
     for attribute, tensor in adapter.pool.state_dict().items():

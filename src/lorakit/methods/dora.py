@@ -15,7 +15,7 @@ from typing import Any, ClassVar, Self, cast
 import torch
 from torch import Tensor, nn
 
-from lorakit.delta import Call, Card, Delta, Form, LowRank, Method, Pool, Shape
+from lorakit.delta import Call, Card, Delta, Form, LowRank, Method, Pool, Shape, View
 from lorakit.errors import LorakitError
 from lorakit.methods.lora import LoRA
 
@@ -91,23 +91,29 @@ class DoRADelta(Delta):
         self.inner = spec.inner.build(shape, pool)
         self.dropout = self.inner.dropout
         self.m = nn.Parameter(torch.ones(shape.out))
+        self._known: tuple[tuple[int, int], Tensor] | None = None
 
     def begin(self, W: Tensor) -> None:
+        self._known = (_identity(W), _squares(W))
         with torch.no_grad():
             self.m.copy_(self.norm(W))
 
     def norm(self, W: Tensor) -> Tensor:
         """c: the length of every row of W + ΔW, (out,), in float32 or better."""
-        W = W.to(torch.promote_types(W.dtype, torch.float32))
+        precise = torch.promote_types(W.dtype, torch.float32)
         with torch.no_grad():
             if not isinstance(self.inner, LowRank):
-                return torch.linalg.vector_norm(W + self.inner.dense(W), dim=1)
+                dense = W.to(precise) + self.inner.dense(W)
+                length: Tensor = torch.linalg.vector_norm(dense, dim=1)
+                return length
             B, A = self.inner.factors()
             gate = self.inner.gate()
-            B, A = ((B if gate is None else B * gate) * self.inner.scale).to(W.dtype), A.to(W.dtype)
-            cross = (B * (W @ A.T)).sum(1)
-            square = ((B @ (A @ A.T)) * B).sum(1)
-            norm: Tensor = ((W * W).sum(1) + 2 * cross + square).clamp_min(0).sqrt()
+            B = ((B if gate is None else B * gate) * self.inner.scale).to(precise)
+            # W meets A in W's own dtype: ΔW is small beside W, so the rounding of this term is far below that of W's.
+            cross = (B * (W @ A.to(W.dtype).T)).sum(1)
+            A = A.to(precise)
+            squares = self._known[1] if self._known and self._known[0] == _identity(W) else _squares(W)
+            norm: Tensor = (squares + 2 * cross + ((B @ (A @ A.T)) * B).sum(1)).clamp_min(0).sqrt()
             return norm
 
     def _gain(self, W: Tensor) -> Tensor:
@@ -122,6 +128,13 @@ class DoRADelta(Delta):
         gain = self._gain(call.W)
         return call.gain(call.y, gain - 1) + call.gain(self.inner.act(call), gain)
 
+    def output(self, call: Call) -> Tensor | None:
+        if not isinstance(self.inner, LowRank):
+            return None
+        B, A = self.inner.factors()
+        dropout = self.dropout if self.training else 0.0
+        return call.gain(call.whole(B, A, self.inner.gate(), self.inner.scale, dropout), self._gain(call.W))
+
     def form(self, W: Tensor, b: Tensor | None) -> Form:
         inner = self.inner.form(W, b)
         if inner.gain is not None or inner.bias is not None or inner.B is None:
@@ -129,6 +142,20 @@ class DoRADelta(Delta):
         gain = self._gain(W)
         return Form(gain=gain, B=gain[:, None] * inner.B, A=inner.A)
 
-    def peft_keys(self, kind: str) -> dict[str, tuple[str, str]]:
-        inner = {f"inner.{name}": key for name, key in self.inner.peft_keys(kind).items()}
-        return {**inner, "m": ("lora_magnitude_vector", "features")}
+    def peft_views(self, kind: str) -> dict[str, View]:
+        return {**self.inner.peft_views(kind), "lora_magnitude_vector": View((self.m.detach(),), "features")}
+
+    def peft_spec(self) -> Method:
+        return self.spec.replace(inner=self.inner.peft_spec())
+
+
+def _squares(W: Tensor) -> Tensor:
+    """‖W_j‖² of every row, (out,), in float32 or better."""
+    precise = torch.promote_types(W.dtype, torch.float32)
+    length: Tensor = torch.linalg.vector_norm(W, dim=1, dtype=precise)
+    return length.square()
+
+
+def _identity(W: Tensor) -> tuple[int, int]:
+    """What tells that a frozen weight is still the same tensor with the same content."""
+    return W.data_ptr(), W._version
