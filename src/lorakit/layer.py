@@ -242,10 +242,10 @@ class Adapted(nn.Module):
 
     def _fused(self, delta: Delta, weight: float, site: Site, x: Tensor, tensors: dict[str, Tensor]) -> Tensor | None:
         """Base and delta in one node of the graph, where the method can; else None."""
-        x = _autocast(x)
+        x = autocast(x)
         bias = tensors.get("bias", cast(Any, self.base).bias)
         bias = None if bias is None else bias.to(x.dtype)
-        if type(delta).output is LowRank.output:
+        if type(delta).output is LowRank.output and _is_product(delta):
             low_rank = cast(LowRank, delta)
             B, A = low_rank.factors()
             gate = low_rank.gate()
