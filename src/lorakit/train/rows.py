@@ -1,0 +1,320 @@
+"""Rows of training data, each with the file and line it came from.
+
+Sources are JSONL, JSON, CSV, TSV and Parquet files, folders of these, folders that `datasets` saved, and `datasets`
+names. Everything is read into memory: fine-tuning data is small beside the model. A line that cannot be parsed does
+not stop the reading; it becomes a `BadRow` that says why, and what is done about it is decided where rows are used.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import random
+import re
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lorakit.errors import LorakitError
+
+SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
+
+SPLITS = ("train", "validation", "valid", "dev", "test", "eval", "evaluation", "held_out")
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One row: its columns, and where it stands ("reviews.jsonl, line 12")."""
+
+    fields: Mapping[str, Any]
+    where: str
+
+
+@dataclass(frozen=True, slots=True)
+class BadRow:
+    """A row that cannot be used, and why."""
+
+    where: str
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.where}: {self.reason}"
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The rows of a source.
+
+    Attributes:
+        rows: the readable ones, in order.
+        bad: the unreadable ones.
+        source: the source in words.
+        label_names: the names of a dataset's integer labels, where it has them.
+    """
+
+    rows: tuple[Row, ...]
+    bad: tuple[BadRow, ...] = ()
+    source: str = ""
+    label_names: tuple[str, ...] | None = None
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """The columns that any row has, in order of appearance."""
+        return tuple(dict.fromkeys(name for row in self.rows for name in row.fields))
+
+    def take(self, rows: Sequence[Row], bad: Sequence[BadRow] | None = None) -> Rows:
+        """The same source with other rows."""
+        return Rows(tuple(rows), self.bad if bad is None else tuple(bad), self.source, self.label_names)
+
+    def shuffled(self, seed: int) -> Rows:
+        """The rows in an order drawn from `seed`, the same on every machine."""
+        order = list(self.rows)
+        random.Random(seed).shuffle(order)
+        return self.take(order)
+
+
+def load_rows(source: str | Path | Sequence[str | Path], *, split: str = "train", subset: str | None = None) -> Rows:
+    """Reads the rows of a source, or of several one after the other.
+
+    Args:
+        source: a file, a folder, or a `datasets` name; or a list of these.
+        split: which split of a folder or dataset; a single file has none, and is read whole.
+        subset: the configuration of a `datasets` name.
+
+    Raises:
+        LorakitError: no such source, an unknown kind of file, a file that cannot be read, or no rows in it.
+    """
+    if not isinstance(source, str | Path):
+        parts = [load_rows(one, split=split, subset=subset) for one in source]
+        if not parts:
+            raise LorakitError("load_rows: no source was given; name a file, a folder or a dataset")
+        return Rows(
+            tuple(row for part in parts for row in part.rows),
+            tuple(row for part in parts for row in part.bad),
+            ", ".join(part.source for part in parts),
+            parts[0].label_names,
+        )
+    path = Path(source)
+    if path.is_file():
+        found = _read_file(path)
+    elif path.is_dir():
+        found = _read_folder(path, split)
+    elif path.suffix.lower() in SUFFIXES or not re.fullmatch(r"[\w.\-]+(/[\w.\-]+)?", str(source)):
+        near = sorted(p.name for p in path.parent.iterdir() if p.suffix in SUFFIXES) if path.parent.is_dir() else []
+        holds = f"; {path.parent} holds {', '.join(near[:8])}" if near else ""
+        raise LorakitError(f"load_rows: there is no file or folder {path}{holds}")
+    else:
+        found = _read_dataset(str(source), split, subset)
+    if not found.rows and not found.bad:
+        raise LorakitError(f"load_rows: {found.source} holds no rows")
+    return found
+
+
+def _read_file(path: Path) -> Rows:
+    readers = {
+        ".jsonl": _read_json_lines,
+        ".ndjson": _read_json_lines,
+        ".json": _read_json,
+        ".csv": _read_table,
+        ".tsv": _read_table,
+        ".parquet": _read_parquet,
+    }
+    reader = readers.get(path.suffix.lower())
+    if reader is None:
+        raise LorakitError(f"load_rows: {path} is not of a known kind; known are {', '.join(SUFFIXES)}")
+    rows: list[Row] = []
+    bad: list[BadRow] = []
+    try:
+        for row in reader(path):
+            if isinstance(row, Row):
+                rows.append(row)
+            else:
+                bad.append(row)
+    except OSError as error:
+        raise LorakitError(f"load_rows: {path} cannot be read: {error}") from error
+    return Rows(tuple(rows), tuple(bad), str(path))
+
+
+def _row(value: Any, where: str) -> Row | BadRow:
+    if isinstance(value, dict):
+        return Row(value, where)
+    return BadRow(where, f"expected an object with columns, found {_kind(value)}")
+
+
+def _kind(value: Any) -> str:
+    kinds = {str: "text", list: "a list", dict: "an object", type(None): "null", bool: "true or false"}
+    return kinds.get(type(value), f"a number ({value})" if isinstance(value, int | float) else type(value).__name__)
+
+
+def _read_json_lines(path: Path) -> Iterator[Row | BadRow]:
+    # Bytes are split at line feeds alone: text may hold U+2028 and its kin, which str.splitlines would split at.
+    for number, raw in enumerate(path.read_bytes().removeprefix(b"\xef\xbb\xbf").split(b"\n"), start=1):
+        where = f"{path}, line {number}"
+        if not raw.strip():
+            continue
+        try:
+            yield _row(json.loads(raw.decode("utf-8")), where)
+        except UnicodeDecodeError as error:
+            yield BadRow(where, f"not UTF-8 text (byte {error.start + 1})")
+        except json.JSONDecodeError as error:
+            yield BadRow(where, f"not JSON: {error.msg} at column {error.colno}")
+        except RecursionError:
+            yield BadRow(where, "not usable JSON: nested too deeply")
+
+
+def _decoded(path: Path) -> str:
+    raw = path.read_bytes()
+    try:
+        return raw.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = raw.count(b"\n", 0, error.start) + 1
+        raise LorakitError(f"load_rows: {path}, line {line}: not UTF-8 text; save the file as UTF-8") from None
+
+
+def _read_json(path: Path) -> Iterator[Row | BadRow]:
+    text = _decoded(path)
+    start = len(text) - len(text.lstrip())
+    if text[start : start + 1] != "[":
+        yield from _read_json_lines(path)  # many a .json file holds an object per line
+        return
+    decoder = json.JSONDecoder()
+    blank = re.compile(r"[\s,]*")
+    position, line, counted = start + 1, 1, 0
+    while True:
+        match = blank.match(text, position)
+        position = match.end() if match else position
+        line += text.count("\n", counted, position)
+        counted = position
+        if text[position : position + 1] == "]":
+            return
+        try:
+            value, position = decoder.raw_decode(text, position)
+        except json.JSONDecodeError as error:
+            # What follows a broken item cannot be told apart from it, so the file as a whole is refused.
+            place = f"{path}, line {error.lineno}"
+            raise LorakitError(f"load_rows: {place}: not JSON: {error.msg} at column {error.colno}") from None
+        yield _row(value, f"{path}, line {line}")
+
+
+def _read_table(path: Path) -> Iterator[Row | BadRow]:
+    delimiter = "\t" if path.suffix.lower() == ".tsv" else ","
+    text = _decoded(path)
+    limit = csv.field_size_limit(sys.maxsize)  # the default refuses texts above 128 KiB
+    try:
+        reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
+        header: list[str] | None = None
+        line = 1
+        while True:
+            try:
+                cells = next(reader)
+            except StopIteration:
+                return
+            except csv.Error as error:
+                raise LorakitError(f"load_rows: {path}, line {line}: not CSV: {error}") from None
+            where, line = f"{path}, line {line}", reader.line_num + 1
+            if not cells:
+                continue
+            if header is None:
+                header = [cell.strip() for cell in cells]
+                if len(set(header)) < len(header):
+                    twice = next(name for name in header if header.count(name) > 1)
+                    raise LorakitError(f'load_rows: {where}: the column "{twice}" is named twice')
+            elif len(cells) != len(header):
+                yield BadRow(where, f"{len(cells)} cells under {len(header)} columns ({', '.join(header)})")
+            else:
+                yield Row(dict(zip(header, cells, strict=True)), where)
+    finally:
+        csv.field_size_limit(limit)
+
+
+def _read_parquet(path: Path) -> Iterator[Row | BadRow]:
+    try:
+        import pyarrow  # type: ignore[import-untyped]
+        import pyarrow.parquet  # type: ignore[import-untyped]
+    except ImportError:
+        raise LorakitError("load_rows: reading Parquet needs pyarrow: pip install pyarrow") from None
+    try:
+        table = pyarrow.parquet.read_table(path)
+    except (pyarrow.ArrowException, OSError) as error:
+        short = str(error).splitlines()[0]
+        raise LorakitError(f"load_rows: {path} is not a whole Parquet file: {short}") from None
+    for number, fields in enumerate(table.to_pylist(), start=1):
+        yield Row(fields, f"{path}, row {number}")
+
+
+def _read_folder(path: Path, split: str) -> Rows:
+    if (path / "dataset_info.json").is_file() or (path / "dataset_dict.json").is_file():
+        return _saved_dataset(path, split)
+    files = sorted(p for p in path.iterdir() if p.is_file() and p.suffix.lower() in SUFFIXES)
+    if not files:
+        raise LorakitError(f"load_rows: {path} holds no data files; known are {', '.join(SUFFIXES)}")
+    named = {p: _split_of(p.stem) for p in files}
+    if any(named.values()):  # files named after splits are never mixed: train.jsonl beside test.jsonl
+        files = [p for p in files if named[p] == split]
+        if not files:
+            found = ", ".join(p.name for p in named)
+            raise LorakitError(f'load_rows: {path} has no file of the split "{split}"; it holds {found}')
+    parts = [_read_file(p) for p in files]
+    rows = tuple(row for part in parts for row in part.rows)
+    return Rows(rows, tuple(row for part in parts for row in part.bad), str(path))
+
+
+def _split_of(stem: str) -> str | None:
+    for split in SPLITS:
+        if re.search(rf"(^|[-_.]){split}($|[-_.])", stem, re.IGNORECASE):
+            return split
+    return None
+
+
+def _datasets() -> Any:
+    try:
+        import datasets
+    except ImportError:
+        raise LorakitError("load_rows: reading a dataset by name needs datasets: pip install datasets") from None
+    return datasets
+
+
+def _saved_dataset(path: Path, split: str) -> Rows:
+    try:
+        loaded = _datasets().load_from_disk(str(path))
+    except LorakitError:
+        raise
+    except Exception as error:
+        raise LorakitError(f"load_rows: {path} is not a whole saved dataset: {error}") from error
+    return _from_dataset(loaded, split, str(path))
+
+
+def _read_dataset(name: str, split: str, subset: str | None) -> Rows:
+    datasets = _datasets()
+    try:
+        loaded = datasets.load_dataset(name, subset, split=split)
+    except Exception as error:  # datasets raises a dozen kinds; each is said with what would work
+        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        offline = isinstance(error, ConnectionError | TimeoutError) or "offline" in first.lower()
+        if offline or "couldn't reach" in first.lower() or "connection" in first.lower():
+            raise LorakitError(
+                f'load_rows: "{name}" is no file or folder here, and the hub cannot be reached to look for a dataset of '
+                f"this name ({first}). Check the path, or download the dataset first and give its folder."
+            ) from error
+        raise LorakitError(
+            f'load_rows: the dataset "{name}" (split "{split}") cannot be loaded: {first}. '
+            "If a local file is meant, check its path."
+        ) from error
+    return _from_dataset(loaded, split, name)
+
+
+def _from_dataset(loaded: Any, split: str, source: str) -> Rows:
+    if isinstance(loaded, dict):
+        if split not in loaded:
+            raise LorakitError(f'load_rows: {source} has no split "{split}"; it has {", ".join(map(str, loaded))}')
+        loaded = loaded[split]
+    feature = (loaded.features or {}).get("label")
+    names = tuple(getattr(feature, "names", None) or ()) or None
+    rows = (Row(fields, f"{source}[{split}], row {number}") for number, fields in enumerate(loaded, start=1))
+    return Rows(tuple(rows), (), f"{source} ({split})", names)
