@@ -17,7 +17,7 @@ TESTS ?=
 PYTHON ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format install install-test data clean
+.PHONY: help demo test lint format docs install install-test data clean
 .DELETE_ON_ERROR:
 
 help:
@@ -26,6 +26,7 @@ help:
 	@echo "make lint        check format, lint and types"
 	@echo "make format      put files into the one format"
 	@echo "make bench-NAME  run one benchmark: $(or $(BENCHMARKS),none yet)"
+	@echo "make docs        fill the generated parts of the pages"
 	@echo "make data        fetch the model and the data"
 	@echo "make clean       remove .venv and tool caches (fetched files in .cache stay)"
 
@@ -45,6 +46,9 @@ lint: install-test
 format: install-test
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+docs: install
+	$(BIN)/python docs/pages.py
 
 data: install
 	@$(BIN)/python $(MATERIAL) all

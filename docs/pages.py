@@ -1,0 +1,159 @@
+"""Fill the generated parts of the pages: the tree, the method table, benchmark figures. Run by `make docs`.
+
+A generated part stands between `<!-- NAME -->` and `<!-- end -->`. `python docs/pages.py --check` says which pages are out
+of date and fails; a test calls the same, so that a page cannot drift from what it describes.
+"""
+
+from __future__ import annotations
+
+import ast
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGES = ("README.md", "CONTRIBUTING.md", "docs/architecture.md", "docs/methods.md", "docs/benchmarks.md")
+FOLDERS = {
+    "benchmarks": "one command each: measured side by side with the peers",
+    "docs": "how it is built, every method, what was measured",
+    "examples": "one YAML and one page per recipe",
+    "src/lorakit": "the library",
+    "src/lorakit/cli": "one file per verb",
+    "src/lorakit/edits": "what cannot be merged",
+    "src/lorakit/experts": "mixtures and routers",
+    "src/lorakit/init": "how a delta starts",
+    "src/lorakit/methods": "one file per weight delta",
+    "src/lorakit/optim": "optimisers, by role",
+    "src/lorakit/serve": "many adapters on one base",
+    "src/lorakit/train": "data, fast path, trainer, report",
+    "tests": "laws, formulas, PEFT as oracle, format, faults, training",
+}
+
+
+def _files() -> list[str]:
+    """Every file of the project that git would keep."""
+    listed = subprocess.run(
+        ["git", "ls-files", "--cached", "--others", "--exclude-standard"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    return sorted(name for name in listed.stdout.split("\n") if name and (ROOT / name).is_file())
+
+
+def _summary(path: Path) -> str:
+    """The first sentence of a module's docstring, or of a package's."""
+    docstring = ast.get_docstring(ast.parse(path.read_text())) or ""
+    return re.split(r"\.\s", docstring.strip().split("\n\n")[0].replace("\n", " ") + " ")[0].rstrip(".: ")
+
+
+def tree() -> str:
+    """The source tree, a line per module, each with its docstring's first sentence."""
+    files = _files()
+    lines: list[str] = []
+    shown: set[str] = set()
+
+    def folder(name: str) -> None:
+        if name in shown:
+            return
+        shown.add(name)
+        depth = name.count("/")
+        label = name.rpartition("/")[2] + "/" if depth else name + "/"
+        lines.append(f"{'  ' * depth}{label}".ljust(26) + FOLDERS.get(name, ""))
+
+    for name in files:
+        path = Path(name)
+        top = path.parts[0]
+        if top == "tests" and len(path.parts) > 1:
+            folder("tests")
+            kind = "/".join(path.parts[:2])
+            if len(path.parts) > 2 and kind not in shown:
+                shown.add(kind)
+                lines.append(f"  {path.parts[1]}/")
+            continue
+        if path.suffix != ".py" or top not in ("src", "benchmarks", "docs", "examples") or path.name == "__init__.py":
+            continue
+        parents = [str(parent) for parent in reversed(path.parents) if str(parent) not in (".", "src")]
+        for parent in parents:
+            folder(parent)
+        indent = "  " * (len(parents) + (1 if top == "src" else 0))
+        lines.append(f"{indent}{path.name}".ljust(26) + _summary(ROOT / name))
+    return "```\n" + "\n".join(line.rstrip() for line in lines) + "\n```"
+
+
+def methods() -> str:
+    """The method table, from the method cards, for a 576 → 1536 layer at the methods' own defaults."""
+    from lorakit.delta import Shape
+    from lorakit.errors import LorakitError
+    from lorakit.methods import METHODS
+
+    shape = Shape(1536, 576)
+    rows = ["| name | method | formula | numbers for 576 → 1536 | paper | when |", "|---|---|---|---|---|---|"]
+    for name, method in METHODS.items():
+        card = method.card
+        try:
+            count = f"{card.parameters(shape, method()):,}"
+            if card.pooled is not None:
+                count += f" + {card.pooled([shape], method()):,} shared"
+        except (LorakitError, TypeError):
+            count = "depends"
+        limits = f" {card.limits}" if card.limits else ""
+        cells = (f"`{name}`", card.title, card.formula.replace("|", "\\|"), count, card.paper, card.use + limits)
+        rows.append("| " + " | ".join(cells) + " |")
+    return "\n".join(rows)
+
+
+def results(name: str) -> str:
+    """The table that a benchmark wrote into benchmarks/results/NAME.json, under "markdown"."""
+    path = ROOT / "benchmarks" / "results" / f"{name}.json"
+    if not path.is_file():
+        return f"Not measured yet: `make bench-{name}`."
+    record: dict[str, Any] = json.loads(path.read_text())
+    return str(record["markdown"]).strip()
+
+
+def parts() -> dict[str, Callable[[], str]]:
+    """Marker -> what stands under it."""
+    named: dict[str, Callable[[], str]] = {"tree": tree, "methods": methods}
+    for page in PAGES:
+        if (ROOT / page).is_file():
+            for marker in re.findall(r"<!-- bench (\w[\w-]*) -->", (ROOT / page).read_text()):
+                named[f"bench {marker}"] = lambda marker=marker: results(marker)  # type: ignore[misc]
+    return named
+
+
+def render(text: str) -> str:
+    """A page with its generated parts made anew."""
+    for marker, make in parts().items():
+        pattern = re.compile(rf"(<!-- {re.escape(marker)} -->\n).*?(<!-- end -->)", re.DOTALL)
+        if pattern.search(text):
+            content = make()
+            text = pattern.sub(lambda match, content=content: f"{match[1]}{content}\n{match[2]}", text)  # type: ignore[misc]
+    return text
+
+
+def main(arguments: list[str]) -> int:
+    """Write the pages, or with --check only say which would change."""
+    stale = []
+    for page in PAGES:
+        path = ROOT / page
+        if not path.is_file():
+            continue
+        fresh = render(path.read_text())
+        if fresh != path.read_text():
+            stale.append(page)
+            if "--check" not in arguments:
+                path.write_text(fresh)
+    if "--check" in arguments and stale:
+        print(f"out of date: {', '.join(stale)}; run `make docs`.")
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
