@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 import lorakit.train.choices as choices
 from lorakit.errors import LorakitError
 from lorakit.init import Default, Normal
-from lorakit.methods import LoRA
+from lorakit.methods import DoRA, LoRA, LoRAFA
 from lorakit.train.config import (
     DataOptions,
     EvaluateOptions,
@@ -298,7 +298,9 @@ def test_fields_describe_every_option_and_each_makes_a_flag(tmp_path: Path) -> N
     assert fields["train.learning_rate"].default_text == "0.0002"
     config = TrainConfig(model="m", data=DataOptions(train="rows.jsonl"))
     for field in fields.values():  # the default, given as a flag, changes nothing
-        if not field.is_required:
+        if not field.is_required and (
+            field.section != "method" or field.name in ("rank", "alpha", "dropout", "rslora")
+        ):
             assert loaded(tmp_path, SMALL, f"{field.flag}={field.default_text}") == config, field.name
 
 
@@ -324,16 +326,34 @@ class Around:
     share: float = 0.5
 
 
+class Marker:
+    """What methods of the test may be."""
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Narrow:
+class Narrow(Marker):
     """A method of the test without a rank."""
 
     gain: float = 1.0
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Thick(Marker):
+    """A method of the test."""
+
+    depth: int = 1
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Holder:
+    """A method of the test that may hold several others."""
+
+    inner: Marker = Thick()
+
+
 @pytest.fixture
 def table(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
-    rows = {"lora": LoRA, "plain": Plain, "around": Around, "narrow": Narrow}
+    rows = {"lora": LoRA, "plain": Plain, "around": Around, "narrow": Narrow, "thick": Thick, "holder": Holder}
     inits = {"default": Default, "pissa": Narrow}
     monkeypatch.setattr(choices, "methods", lambda: rows)
     monkeypatch.setattr(choices, "initialisers", lambda: inits)
@@ -356,7 +376,24 @@ def test_a_new_row_of_the_table_is_known_to_files_and_flags(table: dict[str, Any
     assert loaded(tmp_path, to_yaml(config)) == config
     assert loaded(tmp_path, SMALL, "--init", "pissa").init == Narrow()
     assert loaded(tmp_path, SMALL, "--init", "pissa", "--init.gain", "3").init == Narrow(gain=3.0)
+    narrow = loaded(tmp_path, SMALL + "method: {name: holder, inner: narrow}\n", "--gain", "2").method
+    assert narrow == Holder(inner=Narrow(gain=2.0))
     assert choices.option_docs(Plain) == {"rank": "how wide it is.", "kind": "which."}
+
+
+def test_every_method_and_its_options_make_flags(tmp_path: Path) -> None:
+    table = choices.methods()
+    for name, spec in table.items():
+        config = loaded(tmp_path, SMALL, "--method", name)
+        assert type(config.method) is spec
+        assert loaded(tmp_path, to_yaml(config)) == config
+        for field in config_fields():
+            if field.section == "method" and field.name in choices.option_names(spec, table):
+                assert loaded(tmp_path, SMALL, "--method", name, f"{field.flag}={field.default_text}").method
+    assert loaded(tmp_path, SMALL, "--method", "dora", "--rank", "2").method == DoRA(inner=LoRA(rank=2))
+    assert loaded(tmp_path, SMALL + "rank: 2\nmethod: {name: dora, inner: lora-fa}\n").method == DoRA(
+        inner=LoRAFA(rank=2)
+    )
 
 
 def test_an_option_of_another_method_is_refused(table: dict[str, Any], tmp_path: Path) -> None:

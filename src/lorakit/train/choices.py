@@ -35,12 +35,15 @@ def initialisers() -> dict[str, type]:
     return dict(INITIALISERS)
 
 
-def option_names(spec: type, table: Mapping[str, type]) -> dict[str, type]:
-    """Every option that can be written for a spec: name -> the class that has it, the outermost one."""
+def option_names(spec: type, table: Mapping[str, type], options: Mapping[str, Any] | None = None) -> dict[str, type]:
+    """Every option that can be written for a spec: name -> the class that has it, the outermost one.
+
+    `options` may already name the specs that this one holds; else they are the default ones.
+    """
     names: dict[str, type] = {}
     for field in dataclasses.fields(spec):
         names.setdefault(field.name, spec)
-    for inner in _inner_classes(spec, table).values():
+    for inner in inner_classes(spec, table, options).values():
         for name, owner in option_names(inner, table).items():
             names.setdefault(name, owner)
     return names
@@ -74,8 +77,7 @@ def read_choice(value: Any, table: Mapping[str, type], kind: str, name: str, ori
     """
     if isinstance(value, tuple(table.values())):
         return value
-    if isinstance(value, FlagText) and value.lstrip().startswith("{"):
-        value = parse_value(value)
+    value = _opened(value)
     if isinstance(value, str):
         value = {"name": str(value)}
     if not isinstance(value, Mapping) or not isinstance(value.get("name"), str):
@@ -91,6 +93,11 @@ def read_choice(value: Any, table: Mapping[str, type], kind: str, name: str, ori
     return _make(table[chosen], chosen, options, table, kind, name, origins)
 
 
+def _opened(value: Any) -> Any:
+    """A mapping that was written as a flag's text; anything else as it is."""
+    return parse_value(value) if isinstance(value, FlagText) and value.lstrip().startswith("{") else value
+
+
 def _make(
     spec: type,
     chosen: str,
@@ -100,9 +107,10 @@ def _make(
     name: str,
     origins: Origins,
 ) -> Any:
-    inner = _inner_classes(spec, table)
+    options = {key: _opened(item) for key, item in options.items()}
+    inner = inner_classes(spec, table, options)
     own = {field.name: field for field in dataclasses.fields(spec)}
-    reachable = option_names(spec, table)
+    reachable = option_names(spec, table, options)
     for key in options:
         if key not in reachable:
             place = origins.of(f"{name}.{key}")
@@ -150,15 +158,23 @@ def _bound(hint: Any) -> type:
     return hint if isinstance(hint, type) else object
 
 
-def _inner_classes(spec: type, table: Mapping[str, type]) -> dict[str, type]:
-    """The fields of a spec that hold another spec: field -> the class of its default, or the first that fits."""
+def inner_classes(spec: type, table: Mapping[str, type], options: Mapping[str, Any] | None = None) -> dict[str, type]:
+    """The fields of a spec that hold another spec: field -> its class, as `options` name it or as the default is."""
     found: dict[str, type] = {}
+    hints = hints_of(spec)
     for field in dataclasses.fields(spec):
-        hint = hints_of(spec)[field.name]
-        if isinstance(hint, type) and any(issubclass(cls, hint) for cls in table.values()) and hint is not object:
-            default = default_of(field)
-            fitting = [cls for cls in table.values() if issubclass(cls, hint) and cls is not spec]
-            found[field.name] = type(default) if isinstance(default, hint) else fitting[0]
+        hint = hints[field.name]
+        if not isinstance(hint, type) or not any(issubclass(cls, hint) for cls in table.values()):
+            continue
+        written = (options or {}).get(field.name)
+        name = written.get("name") if isinstance(written, Mapping) else written
+        default = default_of(field)
+        if isinstance(name, str) and name in table:
+            found[field.name] = table[name]
+        elif isinstance(default, hint):
+            found[field.name] = type(default)
+        else:
+            found[field.name] = next(c for c in table.values() if issubclass(c, hint) and c is not spec)
     return found
 
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from lorakit.train.choices import methods, option_docs, option_names
+from lorakit.train.choices import inner_classes, methods, option_docs, option_names, write_method
 from lorakit.train.document import dump
 from lorakit.train.options import TrainConfig
 from lorakit.train.schema import default_of, describe, hints_of, iterate, plain
@@ -54,19 +54,23 @@ class ConfigField:
 def config_fields() -> Iterator[ConfigField]:
     """Every option of a run, with those of all methods under their short names (`rank`, not `method.rank`)."""
     yield from _fields()
-    owners: dict[str, list[tuple[str, type]]] = {}
+    table = methods()
     taken = {name for name, _, _ in iterate(TrainConfig)}
-    for method, spec in methods().items():
-        for name, owner in option_names(spec, methods()).items():
+    owners: dict[str, list[tuple[str, type]]] = {}
+    for method, spec in table.items():
+        for name, owner in option_names(spec, table).items():
             if name not in taken:
                 owners.setdefault(name, []).append((method, owner))
     for name, users in owners.items():
         spec = users[0][1]
         field = next(field for field in dataclasses.fields(spec) if field.name == name)
-        hint = hints_of(spec)[name]
+        hint, default = hints_of(spec)[name], default_of(field)
+        kind = describe(hint)
+        if name in inner_classes(spec, table):
+            kind, default = "a method", write_method(default)
         doc = option_docs(spec).get(name, "").rstrip(".")
         doc = f"{doc} ({', '.join(method for method, _ in users)})".strip()
-        yield ConfigField(name, "method", describe(hint), default_of(field), doc, hint is bool, _choices(hint))
+        yield ConfigField(name, "method", kind, default, doc, hint is bool, _choices(hint))
 
 
 def _fields() -> Iterator[ConfigField]:
