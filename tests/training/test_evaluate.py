@@ -10,16 +10,19 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from lorakit.errors import LorakitError
+from lorakit.train.data import Question
 from lorakit.train.evaluate import (
-    Answer,
     Evaluation,
     evaluate_loss,
     generate_answers,
     match_choice,
-    padded_loss,
+    measure,
+    normalise,
     score_choices,
+    strip_shared,
     tabulate,
 )
+from lorakit.train.options import EvaluateOptions
 
 VOCABULARY = 61
 
@@ -59,18 +62,14 @@ def by_hand(model: torch.nn.Module, ids: list[int], first: int) -> tuple[float, 
     model.eval()
     logits = model(torch.tensor([ids])).logits[0].log_softmax(-1)
     places = range(first, len(ids))
-    return sum(float(logits[t - 1, ids[t]]) for t in places), sum(
-        int(logits[t - 1].argmax()) == ids[t] for t in places
-    )
+    return sum(float(logits[t - 1, ids[t]]) for t in places), sum(int(logits[t - 1].argmax()) == ids[t] for t in places)
 
 
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("batch_size", [1, 3, 100])
 def test_loss_is_the_mean_over_labelled_tokens_whatever_the_batches(name: str, batch_size: int) -> None:
     model = MODELS[name]()
-    examples = [
-        example(length, prompt, seed=length) for length, prompt in [(9, 3), (5, 4), (17, 0), (12, 11), (7, 2)]
-    ]
+    examples = [example(length, prompt, seed=length) for length, prompt in [(9, 3), (5, 4), (17, 0), (12, 11), (7, 2)]]
     logs, right, tokens = 0.0, 0, 0
     for one in examples:
         first = max(1, next(i for i, label in enumerate(one.labels) if label != -100))
@@ -83,25 +82,6 @@ def test_loss_is_the_mean_over_labelled_tokens_whatever_the_batches(name: str, b
     assert measured.perplexity == pytest.approx(math.exp(logs / tokens), rel=1e-6)
     assert measured.token_accuracy == pytest.approx(right / tokens)
     assert model.training, "evaluation gives the model back in the mode it was in"
-
-
-def test_padded_loss_normalises_by_the_items_it_is_given() -> None:
-    model = llama()
-    examples = [example(9, 3, 1), example(5, 2, 2)]
-    own, _, tokens = padded_loss(model, examples)
-    given, _, _ = padded_loss(model, examples, num_items=18)
-    assert float(own.detach() * tokens / 18) == pytest.approx(float(given.detach()), rel=1e-6)
-    assert own.requires_grad
-
-
-def test_padded_loss_smooths_labels_as_the_definition_says() -> None:
-    model, one = llama(), example(8, 3, 5)
-    with torch.no_grad():
-        logs = model(torch.tensor([one.input_ids])).logits[0, 2:-1].float().log_softmax(-1)
-        truth = logs.gather(1, torch.tensor(one.input_ids[3:])[:, None]).mean()
-        expected = -(0.9 * truth + 0.1 * logs.mean())
-        loss, _, _ = padded_loss(model, [one], label_smoothing=0.1)
-    assert float(loss) == pytest.approx(float(expected), rel=1e-6)
 
 
 def test_rows_without_any_label_are_refused() -> None:
@@ -119,18 +99,13 @@ def test_scores_are_those_of_each_pair_alone(
     """Prompts of unequal length with and without a common beginning; choices of one, three and two tokens,
     two of them beginning alike."""
     model = MODELS[name]()
-    prompts = [
-        list(range(instruction)) + example(length, 0, seed=50 + length).input_ids
-        for length in (3, 11, 1, 6, 4)
-    ]
+    prompts = [list(range(instruction)) + example(length, 0, seed=50 + length).input_ids for length in (3, 11, 1, 6, 4)]
     choices = [[7], [7, 9, 11], [30, 2]]
     with caplog.at_level("INFO", logger="lorakit.train"):
         scores = score_choices(model, prompts, choices, batch_size=2, share=share)
     assert "row by row" not in caplog.text, "these models can be scored side by side"
     expected = [[by_hand(model, [*p, *c], len(p))[0] for c in choices] for p in prompts]
-    torch.testing.assert_close(
-        scores.double(), torch.tensor(expected, dtype=torch.double), rtol=1e-5, atol=1e-5
-    )
+    torch.testing.assert_close(scores.double(), torch.tensor(expected, dtype=torch.double), rtol=1e-5, atol=1e-5)
 
 
 def test_identical_prompts_leave_a_token_to_predict_from() -> None:
@@ -172,9 +147,7 @@ def test_a_model_that_mixes_choices_up_is_noticed_and_scored_row_by_row(
     assert "does not keep choices side by side apart" in caplog.text
     model.forward = forward
     expected = [[by_hand(model, [*p, *c], len(p))[0] for c in choices] for p in prompts]
-    torch.testing.assert_close(
-        scores.double(), torch.tensor(expected, dtype=torch.double), rtol=1e-5, atol=1e-5
-    )
+    torch.testing.assert_close(scores.double(), torch.tensor(expected, dtype=torch.double), rtol=1e-5, atol=1e-5)
 
 
 def test_scoring_refuses_what_has_no_probability() -> None:
@@ -224,9 +197,53 @@ def test_the_choice_that_a_free_answer_names(text: str, choice: str | None) -> N
     assert match_choice(text, ["positive", "negative", "very", "very good"]) == choice
 
 
-def test_exact_match_forgives_white_space_alone() -> None:
-    assert Answer("q", "a  b", " a b\n").exact
-    assert not Answer("q", "a b", "A b").exact
+def test_answers_are_compared_without_white_space_and_if_asked_without_case() -> None:
+    assert normalise(" a  B\n") == normalise("A b")
+    assert normalise("a B", ignore_case=False) != normalise("A b", ignore_case=False)
+
+
+def test_a_prompt_is_shown_without_what_all_prompts_share() -> None:
+    assert strip_shared(["Judge: good film.\nA:", "Judge: a bore.\nA:"]) == ["good film", "a bore"]
+    assert strip_shared(["same", "same"]) == ["same", "same"]
+    assert strip_shared(["aXa", "aa"]) == ["X", ""]
+
+
+def question(ids: list[int], answer: str, place: str = "rows.jsonl, line 1") -> Question:
+    return Question(ids, f"Q {ids[-1]} ?", answer, place)
+
+
+def test_scored_answers_take_the_likeliest_choice() -> None:
+    model = llama()
+    asked = [question([4, 5, 6 + i], "yes") for i in range(12)]
+    options = EvaluateOptions(answers="score", choices=("Yes", "no"))
+    likeliest = score_choices(model, [one.prompt_ids for one in asked], [[7], [9]]).argmax(-1).tolist()
+    assert 0 < sum(likeliest) < 12, "both answers must occur for this test to mean anything"
+    measured = measure(model, Numbers(), [example(6, 2, 1)], asked, options=options, choices=[[7], [9]])
+    assert [one.given for one in measured.answers] == [options.choices[i] for i in likeliest]
+    assert measured.accuracy == pytest.approx(1 - sum(likeliest) / 12)
+    assert measured.exact_match is None
+    assert [one.prompt for one in measured.answers] == [str(6 + i) for i in range(12)]
+
+
+def test_a_row_that_expects_none_of_the_choices_is_refused_with_its_place() -> None:
+    options = EvaluateOptions(answers="score", choices=("Yes", "no"))
+    asked = [question([4], "maybe", "rows.jsonl, line 9")]
+    with pytest.raises(LorakitError, match=r"line 9 expects 'maybe', which is none of"):
+        measure(llama(), Numbers(), [example(6, 2, 1)], asked, options=options, choices=[[7], [9, 8]])
+
+
+def test_generated_answers_are_compared_whole_and_by_the_choice_they_name() -> None:
+    model = llama()
+    texts = generate_answers(model, Numbers(), [[4, 5, 6], [1, 2, 3]], max_new_tokens=3)
+    first = texts[0].split()[0]
+    options = EvaluateOptions(answers="generate", max_new_tokens=3, choices=(first, "no such word"))
+    asked = [question([4, 5, 6], texts[0]), question([1, 2, 3], "else")]
+    measured = measure(model, Numbers(), [example(6, 2, 1)], asked, options=options)
+    assert measured.exact_match == 0.5
+    assert measured.accuracy == 0.0, "the first names a choice that is not its whole expected answer"
+    assert [one.right for one in measured.answers] == [True, False]
+    asked = [question([4, 5, 6], first)]
+    assert measure(model, Numbers(), [example(6, 2, 1)], asked, options=options).accuracy == 1.0
 
 
 def test_before_and_after_stand_side_by_side() -> None:

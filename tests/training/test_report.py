@@ -36,17 +36,13 @@ RECORD = RunRecord(
     seconds=100.0,
     versions={"lorakit": "0.1.0", "torch": "2.13.0"},
     before=Evaluation(rows=500, loss=2.5, perplexity=12.18, accuracy=0.744),
-    after=Evaluation(
-        rows=500, loss=0.25, perplexity=1.28, accuracy=0.88, answers=(Answer("A|b `c`\nd", "good", "bad"),)
-    ),
+    after=Evaluation(rows=500, loss=0.25, perplexity=1.28, accuracy=0.88),
+    samples=[Answer("A|b `c`\nd", "good", "bad", right=False)],
     findings=["step 9: the loss jumped to 5.0"],
 )
 
 HISTORY = [
-    *(
-        {"step": s, "loss": 2 / s, "learning_rate": 1e-3 / s, "token_accuracy": 1 - 1 / (s + 1)}
-        for s in range(1, 30)
-    ),
+    *({"step": s, "loss": 2 / s, "learning_rate": 1e-3 / s, "token_accuracy": 1 - 1 / (s + 1)} for s in range(1, 30)),
     {"step": 15, "eval_loss": 0.3, "eval_token_accuracy": 0.8},
     {"step": 29, "eval_loss": math.nan},
 ]
@@ -82,9 +78,7 @@ def test_the_card_says_what_the_run_was() -> None:
 
 
 def test_the_card_of_a_run_without_evaluation_claims_no_result() -> None:
-    card = model_card(
-        dataclasses.replace(RECORD, before=None, after=None, eval_rows=0, findings=(), stopped="NaN")
-    )
+    card = model_card(dataclasses.replace(RECORD, before=None, after=None, eval_rows=0, findings=(), stopped="NaN"))
     assert "Nothing was measured" in card
     assert "nothing is known about how well it does" in card
     assert "The run was stopped before its end: NaN" in card
@@ -144,6 +138,4 @@ def test_the_record_is_plain_json() -> None:
 
 
 def test_json_lines_end_every_event() -> None:
-    assert (
-        json_lines([{"step": 1}, {"step": 2, "loss": math.inf}]) == '{"step": 1}\n{"step": 2, "loss": null}\n'
-    )
+    assert json_lines([{"step": 1}, {"step": 2, "loss": math.inf}]) == '{"step": 1}\n{"step": 2, "loss": null}\n'

@@ -25,13 +25,12 @@ import logging
 import math
 import re
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lorakit.errors import LorakitError
@@ -39,11 +38,10 @@ from lorakit.errors import LorakitError
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from lorakit.train.data import Example
+    from lorakit.train.data import Example, Question
+    from lorakit.train.options import EvaluateOptions
 
 log = logging.getLogger("lorakit.train")
-
-IGNORED = -100
 
 
 @dataclass(frozen=True)
@@ -76,16 +74,13 @@ class LossSums:
 
 @dataclass(frozen=True)
 class Answer:
-    """One held-out row asked: the prompt as text, the answer expected, the answer given."""
+    """One held-out row asked: what was asked (without what all prompts share), expected, given, and if
+    right."""
 
     prompt: str
     expected: str
     given: str
-
-    @property
-    def exact(self) -> bool:
-        """Equal but for white space around and between words."""
-        return " ".join(self.given.split()) == " ".join(self.expected.split())
+    right: bool
 
 
 @dataclass(frozen=True)
@@ -111,56 +106,7 @@ class Evaluation:
         return {name: value for name in names if (value := getattr(self, name)) is not None}
 
 
-# ------------------------------------------------------------------------------------------------ the loss
-
-
-def pad_batch(examples: Sequence[Example], device: torch.device | str = "cpu") -> dict[str, Tensor]:
-    """`input_ids`, `attention_mask` and `labels`, each [rows, longest], padded on the right.
-
-    The padding token's id is 0: it is masked out of attention and out of the loss, so any id of the
-    vocabulary does.
-    """
-    longest = max(len(example.input_ids) for example in examples)
-    shape = (len(examples), longest)
-    ids, mask = torch.zeros(shape, dtype=torch.long), torch.zeros(shape, dtype=torch.long)
-    labels = torch.full(shape, IGNORED)
-    for row, example in enumerate(examples):
-        length = len(example.input_ids)
-        ids[row, :length] = torch.tensor(example.input_ids)
-        labels[row, :length] = torch.tensor(example.labels)
-        mask[row, :length] = 1
-    return {
-        key: value.to(device)
-        for key, value in (("input_ids", ids), ("attention_mask", mask), ("labels", labels))
-    }
-
-
-def padded_loss(
-    model: nn.Module,
-    examples: Sequence[Example],
-    *,
-    num_items: float | Tensor | None = None,
-    label_smoothing: float = 0.0,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The causal loss by the plain path: padded rows through the whole model. Works for any causal model.
-
-    Returns `(loss, correct, tokens)`, scalars: the loss summed over labelled tokens and divided by
-    `num_items` (by this batch's own number of labelled tokens when None), how many likeliest tokens were
-    right, how many there were.
-    """
-    batch = pad_batch(examples, device=_device(model))
-    logits = model(
-        input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False
-    ).logits
-    labels = batch["labels"][:, 1:]
-    wanted = labels != IGNORED
-    labels = labels[wanted]
-    # Selected before the cast: the fp32 copy is only as large as the labelled positions.
-    logits = logits[:, :-1][wanted].float()
-    tokens = wanted.sum()
-    summed = F.cross_entropy(logits, labels, reduction="sum", label_smoothing=label_smoothing)
-    correct = (logits.detach().argmax(-1) == labels).sum()
-    return summed / (tokens if num_items is None else num_items), correct, tokens
+# -- the loss --------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
@@ -190,12 +136,13 @@ def evaluate_loss(
 
 
 def _padded_sums(model: nn.Module, examples: Sequence[Example]) -> LossSums:
-    loss, correct, tokens = padded_loss(model, examples, num_items=1.0)
-    return LossSums(float(loss), float(correct), int(tokens))
+    from lorakit.train.loss import padded_loss
+
+    _, stats = padded_loss(model, examples)
+    return LossSums(float(stats.total), float(stats.right), stats.targets)
 
 
-# ------------------------------------------------------------------------------------------------ given
-# answers
+# -- given answers ---------------------------------------------------------------------------------
 
 
 @torch.no_grad()
@@ -237,9 +184,7 @@ def score_choices(
     return scores
 
 
-def _score_pairs(
-    model: nn.Module, prompts: Sequence[Sequence[int]], choices: Sequence[Sequence[int]]
-) -> Tensor:
+def _score_pairs(model: nn.Module, prompts: Sequence[Sequence[int]], choices: Sequence[Sequence[int]]) -> Tensor:
     """Every prompt with every choice as a row of its own, padded on the right: the plain way, and the
     reference."""
     device = _device(model)
@@ -327,9 +272,7 @@ def _log_probabilities(logits: Tensor, answer: Tensor) -> Tensor:
     return logits.gather(-1, answer[..., None])[..., 0] - logits.logsumexp(-1)
 
 
-def _shares_exactly(
-    model: nn.Module, prompts: Sequence[Sequence[int]], choices: Sequence[Sequence[int]]
-) -> bool:
+def _shares_exactly(model: nn.Module, prompts: Sequence[Sequence[int]], choices: Sequence[Sequence[int]]) -> bool:
     """Whether scoring side by side is right for this model: by what it accepts, by its window, and by trying
     it."""
     arguments = _arguments(model)
@@ -373,7 +316,7 @@ def _read_prefix(model: nn.Module, ids: Sequence[int]) -> Any:
     return model(input_ids=torch.tensor([list(ids)], device=_device(model)), use_cache=True).past_key_values
 
 
-# ------------------------------------------------------------------------------------------------ own answers
+# -- own answers -----------------------------------------------------------------------------------
 
 
 @torch.no_grad()
@@ -439,13 +382,121 @@ def _stop_tokens(model: Any, tokenizer: Any) -> list[int]:
     return list(dict.fromkeys(known))
 
 
-# ------------------------------------------------------------------------------------------------ before and
-# after
+# -- all together ----------------------------------------------------------------------------------
 
 
-def compare(
-    model: nn.Module, adapter: str, measure: Callable[[], Evaluation]
-) -> tuple[Evaluation, Evaluation]:
+def measure(
+    model: Any,
+    tokenizer: Any,
+    examples: Sequence[Example],
+    questions: Sequence[Question] = (),
+    *,
+    options: EvaluateOptions | None = None,
+    choices: Sequence[Sequence[int]] = (),
+    batch_size: int = 32,
+    loss_of: Callable[[nn.Module, Sequence[Example]], LossSums] | None = None,
+) -> Evaluation:
+    """Everything that `options` asks for, on the route that is in use.
+
+    `choices` are the token ids of `options.choices` (see `lorakit.train.data.choice_ids`), for scored
+    answers. Raises LorakitError when a row to be scored expects an answer that is none of the choices.
+    """
+    start = time.perf_counter()
+    sums = evaluate_loss(model, examples, batch_size=batch_size, loss_of=loss_of)
+    answers: list[Answer] = []
+    accuracy = exact = None
+    if options is not None and options.answers != "none" and questions:
+        asked = list(questions)[: options.limit]
+        if options.answers == "score":
+            answers = _scored_answers(model, asked, options, choices, batch_size)
+            accuracy = _share(answer.right for answer in answers)
+        else:
+            answers, named = _generated_answers(model, tokenizer, asked, options, batch_size)
+            exact = _share(answer.right for answer in answers)
+            accuracy = _share(named) if named else None
+    return Evaluation(
+        rows=len(examples),
+        loss=sums.mean,
+        perplexity=sums.perplexity,
+        token_accuracy=sums.token_accuracy,
+        accuracy=accuracy,
+        exact_match=exact,
+        seconds=time.perf_counter() - start,
+        answers=tuple(answers),
+    )
+
+
+def _scored_answers(
+    model: Any,
+    questions: Sequence[Question],
+    options: EvaluateOptions,
+    choices: Sequence[Sequence[int]],
+    batch_size: int,
+) -> list[Answer]:
+    known = {normalise(choice, options.ignore_case) for choice in options.choices}
+    for question in questions:
+        if normalise(question.answer, options.ignore_case) not in known:
+            raise LorakitError(
+                f"evaluate: {question.where} expects {question.answer!r}, which is none of evaluate.choices "
+                f"({', '.join(options.choices)}); add it, or use evaluate.answers: generate"
+            )
+    scores = score_choices(model, [question.prompt_ids for question in questions], choices, batch_size=batch_size)
+    given = [options.choices[i] for i in scores.argmax(-1).tolist()]
+    return _answers(questions, given, options)
+
+
+def _generated_answers(
+    model: Any, tokenizer: Any, questions: Sequence[Question], options: EvaluateOptions, batch_size: int
+) -> tuple[list[Answer], list[bool]]:
+    """The answers, and with choices: whether the choice that each answer names first is the one expected."""
+    given = generate_answers(
+        model,
+        tokenizer,
+        [question.prompt_ids for question in questions],
+        max_new_tokens=options.max_new_tokens,
+        batch_size=batch_size,
+    )
+    named = []
+    if options.choices:
+        for question, text in zip(questions, given, strict=True):
+            choice = match_choice(text, options.choices)
+            named.append(choice is not None and normalise(choice) == normalise(question.answer))
+    return _answers(questions, given, options), named
+
+
+def _answers(questions: Sequence[Question], given: Sequence[str], options: EvaluateOptions) -> list[Answer]:
+    shown = strip_shared([question.prompt for question in questions])
+    answers = []
+    for prompt, question, text in zip(shown, questions, given, strict=True):
+        right = normalise(text, options.ignore_case) == normalise(question.answer, options.ignore_case)
+        answers.append(Answer(prompt, question.answer, text.strip(), right))
+    return answers
+
+
+def normalise(text: str, ignore_case: bool = True) -> str:
+    """An answer as it is compared: white space around and between words does not count, nor case if so
+    asked."""
+    text = " ".join(text.split())
+    return text.casefold() if ignore_case else text
+
+
+def strip_shared(texts: Sequence[str]) -> list[str]:
+    """Texts without the beginning and the end that all of them share: of prompts, what is asked in each."""
+    if len(set(texts)) < 2:
+        return list(texts)
+    shortest = min(map(len, texts))
+    start = next((i for i in range(shortest) if len({text[i] for text in texts}) > 1), shortest)
+    left = shortest - start
+    end = next((i for i in range(left) if len({text[-1 - i] for text in texts}) > 1), left)
+    return [text[start : len(text) - end].strip() for text in texts]
+
+
+def _share(right: Iterable[bool]) -> float:
+    known = list(right)
+    return sum(known) / len(known)
+
+
+def compare(model: nn.Module, adapter: str, measure: Callable[[], Evaluation]) -> tuple[Evaluation, Evaluation]:
     """`measure()` with the base model, then with `adapter`: (before, after). The route in use is restored."""
     import lorakit
 
@@ -489,12 +540,6 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             yield
     finally:
         model.train(training)
-
-
-def stopwatch() -> Callable[[], float]:
-    """Seconds since it was made, at every call."""
-    start = time.perf_counter()
-    return lambda: time.perf_counter() - start
 
 
 def _device(model: nn.Module) -> torch.device:

@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lorakit.train.evaluate import Evaluation, written
+from lorakit.train.evaluate import Answer, Evaluation, written
 
 CARD, CONFIG, METRICS, CURVES = "README.md", "train.yaml", "metrics.jsonl", "curves.png"
 
@@ -57,10 +57,11 @@ class RunRecord:
     findings: Sequence[str] = ()
     stopped: str | None = None
     checkpoint: str | None = None
+    samples: Sequence[Answer] = ()
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values, for the training record inside `lorakit.json`."""
-        plain = {key: value for key, value in vars(self).items() if key not in ("before", "after")}
+        plain = {key: value for key, value in vars(self).items() if key not in ("before", "after", "samples")}
         plain["method_options"], plain["versions"] = dict(self.method_options), dict(self.versions)
         plain["data"], plain["findings"] = list(self.data), list(self.findings)
         for key in ("before", "after"):
@@ -131,12 +132,10 @@ def write_whole(path: Path, content: bytes) -> Path:
 
 def json_lines(history: Iterable[Mapping[str, Any]]) -> str:
     """Log events as JSON lines. Numbers that are not finite become null, which every JSON reader takes."""
-    return "".join(
-        json.dumps({key: _finite(value) for key, value in event.items()}) + "\n" for event in history
-    )
+    return "".join(json.dumps({key: _finite(value) for key, value in event.items()}) + "\n" for event in history)
 
 
-# ------------------------------------------------------------------------------------------------ the picture
+# -- the picture -----------------------------------------------------------------------------------
 
 
 def draw_curves(curves: Curves, title: str = "") -> bytes:
@@ -163,10 +162,8 @@ def draw_curves(curves: Curves, title: str = "") -> bytes:
     figure = Figure(figsize=(8, 1.0 + 1.35 * sum(heights)), dpi=130, layout="constrained")
     if not panels:
         figure.text(0.5, 0.5, "nothing was logged", ha="center")
-    axes = (
-        figure.subplots(len(panels), 1, sharex=True, height_ratios=heights, squeeze=False)[:, 0]
-        if panels
-        else []
+    axes: Any = (
+        figure.subplots(len(panels), 1, sharex=True, height_ratios=heights, squeeze=False)[:, 0] if panels else []
     )
     for axis, (name, series) in zip(axes, panels, strict=True):
         for points, label, colour in series:
@@ -200,9 +197,7 @@ _BLUE, _ORANGE, _GREY = "#2b6cb0", "#dd6b20", "#4a5568"
 def _draw_series(axis: Any, points: list[tuple[int, float]], label: str, colour: str) -> None:
     steps, values = [step for step, _ in points], [value for _, value in points]
     if label == "evaluation" or len(points) == 1:
-        axis.plot(
-            steps, values, color=colour, marker="o", markersize=4.5, linewidth=1.6, label=label, zorder=3
-        )
+        axis.plot(steps, values, color=colour, marker="o", markersize=4.5, linewidth=1.6, label=label, zorder=3)
         return
     if label == "training" and len(points) >= 20:
         # The raw series of small batches is a thicket: it stays visible, faintly, under its running mean.
@@ -220,8 +215,7 @@ def _running_mean(values: list[float]) -> list[float]:
     return [sum(window) / len(window) for window in windows]
 
 
-# ------------------------------------------------------------------------------------------------ the model
-# card
+# -- the model card --------------------------------------------------------------------------------
 
 
 def model_card(record: RunRecord, *, curves: bool = True) -> str:
@@ -271,8 +265,7 @@ def model_card(record: RunRecord, *, curves: bool = True) -> str:
         "",
         *_loading(record),
         "",
-        f"The exact configuration is in [`{CONFIG}`]({CONFIG}), every logged number in "
-        f"[`{METRICS}`]({METRICS}).",
+        f"The exact configuration is in [`{CONFIG}`]({CONFIG}), every logged number in [`{METRICS}`]({METRICS}).",
         "",
     ]
     return "\n".join(lines)
@@ -293,8 +286,7 @@ def _facts(record: RunRecord) -> list[tuple[str, str]]:
         ("tokens", f"{record.tokens:,}"),
         (
             "time",
-            f"{_duration(record.seconds)} ({record.tokens / max(record.seconds, 1e-9):,.0f} tokens per "
-            "second)",
+            f"{_duration(record.seconds)} ({record.tokens / max(record.seconds, 1e-9):,.0f} tokens per second)",
         ),
         ("versions", ", ".join(f"{name} {version}" for name, version in record.versions.items())),
         *([("checkpoint", record.checkpoint)] if record.checkpoint else []),
@@ -302,9 +294,7 @@ def _facts(record: RunRecord) -> list[tuple[str, str]]:
 
 
 def _results(record: RunRecord) -> list[str]:
-    measured = {
-        name: one for name, one in (("before", record.before), ("after", record.after)) if one is not None
-    }
+    measured = {name: one for name, one in (("before", record.before), ("after", record.after)) if one is not None}
     if not measured:
         return ["Nothing was measured: the run had no evaluation rows."]
     names = list(dict.fromkeys(name for evaluation in measured.values() for name in evaluation.numbers()))
@@ -316,11 +306,10 @@ def _results(record: RunRecord) -> list[str]:
         cells = [evaluation.numbers().get(name) for evaluation in measured.values()]
         shown = ["" if cell is None else written(name, cell) for cell in cells]
         rows.append(f"| {name.replace('_', ' ')} | " + " | ".join(shown) + " |")
-    answers = record.after.answers[:3] if record.after else ()
-    if answers:
+    if record.samples:
         rows += ["", "Sample answers:", ""]
-        for answer in answers:
-            mark = "right" if answer.exact else f"expected `{_inline(answer.expected)}`"
+        for answer in record.samples:
+            mark = "right" if answer.right else f"expected `{_inline(answer.expected)}`"
             rows.append(f"- {_inline(answer.prompt)} → `{_inline(answer.given)}` ({mark})")
     return rows
 

@@ -1,0 +1,94 @@
+"""The command line: `lorakit VERB`, one file per verb.
+
+Nothing here or in the verbs' files imports torch at the top, so that `lorakit --help` and a mistyped verb
+answer at once; each verb imports what it needs when it runs. A `LorakitError` is the user's to mend: its
+message is printed on stderr, the exit code is 2, and no traceback is shown (`--debug` shows it). Any other
+exception is a bug and looks like one.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from lorakit.cli import chat as chat_verb
+from lorakit.cli import evaluate as eval_verb
+from lorakit.cli import generate as generate_verb
+from lorakit.cli import inspect as inspect_verb
+from lorakit.cli import merge as merge_verb
+from lorakit.cli import train as train_verb
+from lorakit.cli.screen import fail
+
+
+class Verbs(TyperGroup):
+    """A group of commands in which a LorakitError is a message and `--debug` may stand anywhere."""
+
+    debug = False
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Takes `--debug` out of the arguments, wherever it is."""
+        self.debug = "--debug" in args
+        rest: list[str] = super().parse_args(ctx, [arg for arg in args if arg != "--debug"])
+        return rest
+
+    def invoke(self, ctx: Any) -> Any:
+        """Runs the verb."""
+        from lorakit.errors import LorakitError
+
+        try:
+            return super().invoke(ctx)
+        except LorakitError as error:
+            if self.debug:
+                raise
+            fail(str(error))
+            raise typer.Exit(2) from None
+
+
+app = typer.Typer(
+    name="lorakit",
+    cls=Verbs,
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    help="Low-rank adaptation: train an adapter, look at it, talk to it, merge it. `--debug` shows tracebacks.",
+)
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        from importlib.metadata import version
+
+        typer.echo(version("lorakit"))
+        raise typer.Exit
+
+
+@app.callback()
+def _main(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """Low-rank adaptation: train an adapter, look at it, talk to it, merge it. `--debug` shows tracebacks."""
+
+
+app.command(name="train", help=train_verb.HELP, context_settings=train_verb.CONTEXT, add_help_option=False)(
+    train_verb.train
+)
+app.command(name="eval", help=eval_verb.HELP, context_settings=eval_verb.CONTEXT)(eval_verb.evaluate)
+app.command(name="generate", help=generate_verb.HELP)(generate_verb.generate)
+app.command(name="chat", help=chat_verb.HELP)(chat_verb.chat)
+app.command(name="merge", help=merge_verb.HELP)(merge_verb.merge)
+app.command(name="inspect", help=inspect_verb.HELP)(inspect_verb.inspect)
+
+
+def main() -> None:
+    """The entry point of the `lorakit` command."""
+    try:
+        app(prog_name="lorakit")
+    except KeyboardInterrupt:
+        fail("interrupted")
+        sys.exit(130)

@@ -1,0 +1,82 @@
+"""`lorakit eval`: measure an adapter against its base on the rows of a run, or on others."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from lorakit.cli.screen import err, out, show_log
+
+HELP = (
+    "Measure an adapter against its base. WHAT is an adapter folder that lorakit trained (its own "
+    "configuration says on which rows), or a CONFIG.yaml together with --adapter. Options of the run may be "
+    "given as for train."
+)
+
+CONTEXT: dict[str, Any] = {"allow_extra_args": True, "ignore_unknown_options": True}
+
+
+def evaluate(
+    context: typer.Context,
+    what: Annotated[Path, typer.Argument(help="An adapter folder with its train.yaml, or a configuration.")],
+    adapter: Annotated[
+        list[Path] | None, typer.Option("--adapter", "-a", help="An adapter folder; give several to compare.")
+    ] = None,
+    base: Annotated[bool, typer.Option(help="Measure the base model too.")] = True,
+    samples: Annotated[int, typer.Option(min=0, help="How many answers to show.")] = 3,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the numbers as JSON instead.")] = False,
+) -> None:
+    """Measure, and print a table with a column for the base and for each adapter."""
+    show_log(err)
+    import lorakit as lk
+    from lorakit.errors import LorakitError
+    from lorakit.train.config import load_config
+    from lorakit.train.data import load_splits
+    from lorakit.train.evaluate import Evaluation, tabulate
+    from lorakit.train.models import load_model
+    from lorakit.train.run import examine, hold
+    from lorakit.train.trainer import choose_path
+
+    file, adapters = what, list(adapter or ())
+    if what.is_dir():
+        file, adapters = what / "train.yaml", [what, *adapters]
+        if not file.exists():
+            raise LorakitError(
+                f"eval: {what} has no train.yaml, so nothing says on which rows to measure it; "
+                f"use lorakit eval CONFIG.yaml --adapter {what}"
+            )
+    config = load_config(file, context.args)
+    _, rows = load_splits(config.data)
+    if rows is None:
+        raise LorakitError(
+            f"eval: {file} names no rows to evaluate on; give --data.evaluation FILE or --data.evaluation-size N"
+        )
+    model, tokenizer = load_model(config.model, dtype=config.train.precision)
+    held = hold(rows, tokenizer, config)
+    loaded = [lk.load(model, folder).name for folder in adapters]
+    path = choose_path(model, config.train.fast_path)
+    measured: dict[str, Evaluation] = {}
+    if base:
+        with lk.use(model, None) if loaded else _nothing():
+            measured["base"] = examine(model, tokenizer, held, config, path)
+    for name in loaded:
+        with lk.use(model, name):
+            measured[name] = examine(model, tokenizer, held, config, path)
+    if as_json:
+        numbers = {name: {"rows": one.rows, **one.numbers()} for name, one in measured.items()}
+        print(json.dumps(numbers, indent=2))
+        return
+    out.print(tabulate(measured, title=f"{config.model} on {len(held.examples):,} rows"))
+    last = list(measured.values())[-1] if measured else None
+    for answer in last.answers[:samples] if last else ():
+        mark = "right" if answer.right else f"expected {answer.expected}"
+        out.print(f"{answer.prompt}\n  → {answer.given} ({mark})", markup=False)
+
+
+def _nothing() -> Any:
+    import contextlib
+
+    return contextlib.nullcontext()

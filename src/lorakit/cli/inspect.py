@@ -1,0 +1,177 @@
+"""`lorakit inspect`: what an adapter is, read from its folder alone; no base model is loaded."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from lorakit.cli.screen import out
+
+if TYPE_CHECKING:
+    from rich.table import Table
+    from torch import Tensor
+
+HELP = "Show what an adapter is: method, base, rank and size per layer, largest singular values of what it adds."
+
+# How a method's pair of factors ends in PEFT's file: A, then B.
+_PAIRS = {".lora_A.weight": ".lora_B.weight", ".lora_embedding_A": ".lora_embedding_B"}
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """One adapted layer. `singular_values` are the largest of the matrix that is added, scale included."""
+
+    name: str
+    rank: int
+    alpha: float
+    scale: float
+    parameters: int
+    norm: float
+    singular_values: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class AdapterReport:
+    """An adapter folder in numbers. `other` are tensors that are no factor: biases, modules trained in
+    full."""
+
+    folder: str
+    method: str
+    base: str | None
+    parameters: int
+    bytes: int
+    dtypes: dict[str, int]
+    targets: Any
+    layers: tuple[LayerReport, ...]
+    other: dict[str, tuple[int, ...]]
+    record: dict[str, Any]
+
+
+def inspect(
+    adapter: Annotated[Path, typer.Argument(help="An adapter folder, lorakit's or PEFT's.")],
+    top: Annotated[int, typer.Option(min=0, help="How many singular values per layer.")] = 4,
+    as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON instead.")] = False,
+) -> None:
+    """Print the report of an adapter folder."""
+    report = examine(adapter, top)
+    if as_json:
+        # Plain print: JSON must not be wrapped at the width of a terminal.
+        print(json.dumps(asdict(report), indent=2))
+        return
+    out.print(f"[bold]{report.folder}[/bold]: {report.method} for {report.base or 'an unnamed base model'}")
+    size = f"{report.bytes / 2**20:.1f} MiB" if report.bytes >= 2**20 else f"{report.bytes / 2**10:.1f} KiB"
+    dtypes = ", ".join(f"{dtype} ×{count}" for dtype, count in report.dtypes.items())
+    out.print(f"{report.parameters:,} parameters in {len(report.layers)} layers, {size} ({dtypes})")
+    ranks = sorted({layer.rank for layer in report.layers})
+    out.print(f"ranks {', '.join(map(str, ranks)) or '-'}; targets {_shown(report.targets)}")
+    if report.record:
+        out.print(_trained(report.record))
+    out.print(_table(report, top))
+    for name, shape in report.other.items():
+        out.print(f"also holds {name} {'×'.join(map(str, shape))}", markup=False)
+
+
+def examine(folder: Path, top: int = 4) -> AdapterReport:
+    """Read an adapter folder into a report.
+
+    The singular values of B A are those of the small matrix R_B R_Aᵀ of two QR factorisations, at the cost of
+    the rank rather than of the layer. Raises LorakitError for a folder that holds no readable adapter.
+    """
+    from lorakit import store
+
+    config, own, tensors = store.read_config(folder), store.read_own(folder), store.read_tensors(folder)
+    layers, used = [], set()
+    for key, A in tensors.items():
+        ending = next((ending for ending in _PAIRS if key.endswith(ending)), None)
+        if ending is None or key.removesuffix(ending) + _PAIRS[ending] not in tensors:
+            continue
+        partner = key.removesuffix(ending) + _PAIRS[ending]
+        used |= {key, partner}
+        layers.append(_layer(key.removesuffix(ending), A, tensors[partner], config, top))
+    other = {key: tuple(tensor.shape) for key, tensor in tensors.items() if key not in used}
+    dtypes: dict[str, int] = {}
+    for tensor in tensors.values():
+        name = str(tensor.dtype).removeprefix("torch.")
+        dtypes[name] = dtypes.get(name, 0) + 1
+    return AdapterReport(
+        folder=str(folder),
+        method=_method(config, own),
+        base=config.get("base_model_name_or_path"),
+        parameters=sum(tensor.numel() for tensor in tensors.values()),
+        bytes=sum(tensor.numel() * tensor.element_size() for tensor in tensors.values()),
+        dtypes=dtypes,
+        targets=config.get("target_modules"),
+        layers=tuple(layers),
+        other=other,
+        record=own.get("record", {}),
+    )
+
+
+def _layer(key: str, A: Tensor, B: Tensor, config: Mapping[str, Any], top: int) -> LayerReport:
+    import torch
+
+    from lorakit.targets import value_for
+
+    path = key.removeprefix("base_model.model.")
+    rank = A.shape[0]
+    # The file's own alpha for this layer, by PEFT's rule; the rank is what the tensors have.
+    alpha = value_for(config.get("alpha_pattern") or {}, path)
+    alpha = float(config.get("lora_alpha", rank) if alpha is None else alpha)
+    scale = alpha / (rank**0.5 if config.get("use_rslora") else rank)
+    flat_A, flat_B = A.flatten(1).double(), B.flatten(1).double()
+    small = torch.linalg.qr(flat_B).R @ torch.linalg.qr(flat_A.T).R.T
+    values = abs(scale) * torch.linalg.svdvals(small)
+    return LayerReport(
+        name=path,
+        rank=rank,
+        alpha=alpha,
+        scale=scale,
+        parameters=A.numel() + B.numel(),
+        norm=float(torch.linalg.vector_norm(values)),
+        singular_values=tuple(values[:top].tolist()),
+    )
+
+
+def _method(config: Mapping[str, Any], own: Mapping[str, Any]) -> str:
+    options = [name for name in ("use_rslora", "use_dora") if config.get(name)]
+    name = own.get("method", {}).get("name") or str(config["peft_type"]).lower()
+    return name + (f" ({', '.join(option.removeprefix('use_') for option in options)})" if options else "")
+
+
+def _table(report: AdapterReport, top: int) -> Table:
+    from rich.table import Table
+
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    table.add_column("layer", overflow="fold")
+    for column in ("rank", "scale", "parameters", "norm of ΔW"):
+        table.add_column(column, justify="right")
+    if top:
+        table.add_column("largest singular values of ΔW", justify="right")
+    for layer in report.layers:
+        cells = [layer.name, str(layer.rank), f"{layer.scale:g}", f"{layer.parameters:,}", f"{layer.norm:.4g}"]
+        if top:
+            cells.append("  ".join(f"{value:.3g}" for value in layer.singular_values))
+        table.add_row(*cells)
+    return table
+
+
+def _shown(targets: Any) -> str:
+    return ", ".join(targets) if isinstance(targets, list) else str(targets)
+
+
+def _trained(record: Mapping[str, Any]) -> str:
+    words = (
+        f"trained on {record['train_rows']:,} rows, {record['steps']:,} steps" if "train_rows" in record else "trained"
+    )
+    measured = []
+    for when in ("before", "after"):
+        numbers = record.get(when) or {}
+        measured += [
+            f"{name.replace('_', ' ')} {when} {value:.4g}" for name, value in numbers.items() if name != "rows"
+        ]
+    return words + (f" ({', '.join(measured)})" if measured else "")

@@ -1,0 +1,218 @@
+"""Checkpoints of a run: the adapter and what is needed to go on exactly, and nothing of the base model.
+
+    checkpoint-120/
+        adapter_state.safetensors   the adapter's tensors, exact
+        optimizer.pt  scheduler.pt  rng_state.pth  trainer_state.json      written by transformers
+        checkpoint.json             written last: the run's configuration, its data, every file's size and
+        hash
+
+A checkpoint without `checkpoint.json` was being written when the run was killed. One whose files do not agree
+with it is damaged. One of another configuration or of other rows would go on as a run that never was. Each is
+refused with the reason; nothing is loaded in part.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import re
+import shutil
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lorakit.errors import LorakitError
+from lorakit.train.report import write_whole
+
+if TYPE_CHECKING:
+    from lorakit.train.data import Example
+
+log = logging.getLogger("lorakit.train")
+
+FOLDER = "checkpoints"
+ADAPTER = "adapter_state.safetensors"
+MANIFEST = "checkpoint.json"
+FINISHED = "finished"
+
+FREE = {
+    "name",
+    "evaluate",
+    "train.output",
+    "train.resume",
+    "train.report_to",
+    "train.logging_steps",
+    "train.eval_steps",
+    "train.save_steps",
+    "train.save_total_limit",
+    "train.keep_best",
+    "train.early_stopping_patience",
+    "train.evaluation_batch_size",
+    "data.evaluation_limit",
+}
+"""Options that may differ between a checkpoint and the run that goes on from it: they move no parameter."""
+
+LENGTH = {"train.epochs", "train.max_steps"}
+"""Options that may differ too, since a run may be made longer; the learning rate then follows the new
+length."""
+
+
+def digest_examples(examples: Iterable[Example]) -> str:
+    """A hash of the tokens and labels of all rows in their order: the data as the run saw it."""
+    digest = hashlib.sha256()
+    for example in examples:
+        for ids in (example.input_ids, example.labels):
+            digest.update(repr(list(ids)).encode())
+    return digest.hexdigest()
+
+
+def write_manifest(
+    folder: Path, *, config: Mapping[str, Any], data: str, step: int, findings: Sequence[str]
+) -> None:
+    """Seal a checkpoint: only from now on is it one."""
+    files = {
+        path.name: {"size": path.stat().st_size, "sha256": _digest(path)}
+        for path in sorted(folder.iterdir())
+        if path.is_file() and path.name != MANIFEST
+    }
+    manifest = {"config": config, "data": data, "step": step, "findings": list(findings), "files": files}
+    write_whole(folder / MANIFEST, json.dumps(manifest, indent=1).encode())
+
+
+def checkpoints_in(output: Path) -> list[Path]:
+    """The checkpoint folders of a run in order of steps, complete or not."""
+    found = [
+        path for path in (output / FOLDER).glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)
+    ]
+    return sorted(found, key=lambda path: int(path.name.rpartition("-")[2]))
+
+
+def find_checkpoint(output: Path, resume: bool | str) -> Path:
+    """The checkpoint to go on from: the newest complete one for `True`, else the one named.
+
+    Raises LorakitError when there is none. A newest one that was never completed is passed over, and said so.
+    """
+    if isinstance(resume, str):
+        folder = Path(resume)
+        if not folder.is_dir():
+            known = ", ".join(path.name for path in checkpoints_in(output)) or "none"
+            raise LorakitError(
+                f"resume: there is no checkpoint {folder}; checkpoints in {output / FOLDER}: {known}"
+            )
+        return folder
+    for folder in reversed(checkpoints_in(output)):
+        if (folder / MANIFEST).exists():
+            return folder
+        log.warning(
+            "resume: %s was not finished when its run ended (it has no %s); passing it over", folder, MANIFEST
+        )
+    raise LorakitError(
+        f"resume: asked to go on from the newest checkpoint in {output / FOLDER}; found no complete one. "
+        "Start without train.resume, or name a checkpoint folder"
+    )
+
+
+def check_checkpoint(folder: Path, *, config: Mapping[str, Any], data: str) -> dict[str, Any]:
+    """Read a checkpoint's manifest and make sure that going on from it is the same run; returns the manifest.
+
+    Raises LorakitError for a checkpoint that is incomplete, damaged, of another configuration or of other
+    rows.
+    """
+    try:
+        manifest: dict[str, Any] = json.loads((folder / MANIFEST).read_text())
+        files, saved = manifest["files"], manifest["config"]
+    except FileNotFoundError:
+        raise LorakitError(
+            f"resume: {folder} has no {MANIFEST}, so it was not finished or is no checkpoint of lorakit; "
+            "use an earlier one, or start anew"
+        ) from None
+    except (ValueError, KeyError, TypeError) as error:
+        raise LorakitError(
+            f"resume: {folder / MANIFEST} cannot be read ({error}); use an earlier checkpoint"
+        ) from None
+    for name, facts in files.items():
+        path = folder / name
+        if not path.is_file():
+            problem = "is missing"
+        elif path.stat().st_size != facts["size"]:
+            problem = f"has {path.stat().st_size:,} bytes and was written with {facts['size']:,}"
+        elif _digest(path) != facts["sha256"]:
+            problem = "has another content than was written (its hash differs)"
+        else:
+            continue
+        raise LorakitError(
+            f"resume: {folder} is damaged: {name} {problem}; use an earlier checkpoint, or start anew"
+        )
+    _check_config(folder, saved, config)
+    if manifest["data"] != data:
+        raise LorakitError(
+            f"resume: {folder} was trained on other rows than the data holds now (the options are the same, "
+            "the tokens are not); bring the data of that run back, or start anew"
+        )
+    return manifest
+
+
+def _check_config(folder: Path, saved: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    before, after = dict(_leaves(saved)), dict(_leaves(now))
+    differing = [
+        name
+        for name in dict.fromkeys([*before, *after])
+        if before.get(name) != after.get(name) and not any(f"{name}.".startswith(f"{free}.") for free in FREE)
+    ]
+    refused = [name for name in differing if name not in LENGTH]
+    if refused:
+        shown = "; ".join(f"{name} was {before.get(name)!r}, is {after.get(name)!r}" for name in refused[:5])
+        more = f" and {len(refused) - 5} more" if len(refused) > 5 else ""
+        raise LorakitError(
+            f"resume: {folder} is of another configuration: {shown}{more}. Set these back, or start anew "
+            "without train.resume"
+        )
+    for name in differing:
+        log.warning(
+            "resume: %s was %s, is %s: the learning rate follows the new length from here on",
+            name,
+            before.get(name),
+            after.get(name),
+        )
+
+
+def begin(output: Path) -> None:
+    """Make room for a fresh run: checkpoints of a finished one are removed, those of an unfinished one
+    refused.
+
+    Raises LorakitError when an earlier run in the same folder was interrupted: its work is not thrown away
+    unasked.
+    """
+    earlier = checkpoints_in(output)
+    if earlier and not (output / FOLDER / FINISHED).exists():
+        raise LorakitError(
+            f"train: {output} holds an unfinished run ({len(earlier)} checkpoints, the newest "
+            f"{earlier[-1].name}). Go on with it by train.resume, choose another train.output, or delete "
+            f"{output / FOLDER}"
+        )
+    for folder in earlier:
+        shutil.rmtree(folder)
+    if earlier:
+        log.info(
+            "starting anew: %d checkpoints of the earlier, finished run in %s removed", len(earlier), output
+        )
+    (output / FOLDER / FINISHED).unlink(missing_ok=True)
+
+
+def finish(output: Path) -> None:
+    """Mark the run in `output` as finished."""
+    write_whole(output / FOLDER / FINISHED, b"")
+
+
+def _leaves(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """The options of a configuration under their dotted names; a list is one value."""
+    if isinstance(tree, Mapping) and tree:
+        for name, value in tree.items():
+            yield from _leaves(value, f"{prefix}.{name}" if prefix else str(name))
+    else:
+        yield prefix, list(tree) if isinstance(tree, tuple) else tree
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

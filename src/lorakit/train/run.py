@@ -1,0 +1,276 @@
+"""One training run from a configuration to an adapter folder: `train(config)`.
+
+In order: the rows are read (a misspelt column should not wait for a model), the base is loaded, the rows
+become tokens, the adapter goes on, the base is measured, the adapter is trained and measured, and the folder
+is written: the adapter, its model card, the exact configuration, the metrics and the curves. What a person
+would want to know on the way (which number format and why, which training path and why, what became of the
+rows) is logged in words.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import logging
+import platform
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import transformers
+from rich.console import Console
+
+from lorakit.errors import LorakitError
+from lorakit.train import checkpoint
+from lorakit.train.config import TrainConfig, to_tree, to_yaml
+from lorakit.train.data import Example, Prepared, Question, choice_ids, load_splits, prepare, questions
+from lorakit.train.evaluate import Answer, Evaluation, evaluating, measure, written
+from lorakit.train.models import load_model
+from lorakit.train.report import RunRecord, write_report
+from lorakit.train.trainer import LoraTrainer, LossPath, choose_path, recomputing
+
+if TYPE_CHECKING:
+    from lorakit.adapter import Adapter
+    from lorakit.train.rows import Rows
+
+log = logging.getLogger("lorakit.train")
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """A finished run. `before` and `after` are None where there were no rows to evaluate on; `stopped` is the
+    reason where the health watch ended the run."""
+
+    folder: Path
+    record: RunRecord
+    adapter: Adapter
+    model: Any = field(repr=False)
+    tokenizer: Any = field(repr=False)
+    history: list[dict[str, Any]] = field(repr=False)
+
+    @property
+    def before(self) -> Evaluation | None:
+        """The base model's measurements."""
+        return self.record.before
+
+    @property
+    def after(self) -> Evaluation | None:
+        """The trained adapter's measurements."""
+        return self.record.after
+
+    @property
+    def stopped(self) -> str | None:
+        """Why the run ended early, if the health watch ended it."""
+        return self.record.stopped
+
+
+@dataclass(frozen=True)
+class Held:
+    """What a model is measured on: examples for the loss, questions and choices for the answers."""
+
+    examples: Sequence[Example]
+    questions: Sequence[Question] = ()
+    choices: Sequence[Sequence[int]] = ()
+
+
+def train(config: TrainConfig, *, console: Console | None = None) -> TrainResult:
+    """Carry out a run.
+
+    `console` is where progress is shown; None shows none. Log lines go to the logger "lorakit" either way.
+
+    Raises:
+        LorakitError: the model or the rows cannot be read or used, the configuration asks for what cannot be,
+        a checkpoint to resume from is unusable, or the output folder holds an unfinished run.
+    """
+    options = config.train
+    if options.precision == "fp16":
+        raise LorakitError(
+            "train.precision is fp16, whose small range needs its loss scaled, which lorakit does not do; "
+            "use bf16 where the hardware has it, else fp32 (auto chooses)"
+        )
+    train_rows, held_rows = load_splits(config.data)
+    device = "cuda" if torch.cuda.is_available() else None
+    model, tokenizer = load_model(config.model, dtype=options.precision, device=device)
+    prepared = prepare(train_rows, tokenizer, config.data)
+    for line in prepared.report.lines():
+        log.info("data: %s", line)
+    held = hold(held_rows, tokenizer, config) if held_rows is not None else None
+
+    import lorakit as lk
+
+    transformers.set_seed(options.seed)
+    adapter = lk.attach(model, config.method, **config.attach_arguments())
+    base_parameters = sum(p.numel() for p in model.parameters()) - adapter.num_parameters()
+    log.info("adapter: %s", describe(adapter, base_parameters))
+    path = choose_path(model, options.fast_path)
+    with contextlib.ExitStack() as stack:
+        if options.compile == "auto":
+            _fuse(model, stack)
+        before = _measure_base(model, tokenizer, held, config, path) if held else None
+        stack.enter_context(recomputing(model, options.memory))
+        trainer = LoraTrainer(
+            model,
+            adapter,
+            config,
+            prepared.examples,
+            held.examples if held else None,
+            path=path,
+            console=console,
+        )
+        start = time.perf_counter()
+        trainer.train_from(options.resume)
+        seconds = time.perf_counter() - start
+        with lk.use(model, adapter.name):
+            after = examine(model, tokenizer, held, config, path) if held else None
+    record = _record(config, adapter, base_parameters, prepared, held, trainer, before, after, seconds)
+    history = list(trainer.state.log_history)
+    if trainer.is_world_process_zero():
+        adapter.save(options.output, base=config.model, record=record.as_dict())
+        write_report(options.output, record, to_yaml(config), history)
+        if record.stopped is None:
+            checkpoint.finish(Path(options.output))
+        log.info("the adapter is in %s", options.output)
+    return TrainResult(Path(options.output), record, adapter, model, tokenizer, history)
+
+
+def hold(rows: Rows, tokenizer: Any, config: TrainConfig) -> Held:
+    """Evaluation rows made ready for what the configuration measures on them."""
+    prepared = prepare(rows, tokenizer, config.data)
+    for line in prepared.report.lines():
+        log.info("evaluation data: %s", line)
+    options = config.evaluate
+    if options.answers == "none":
+        return Held(prepared.examples)
+    asked = questions(rows, tokenizer, config.data)
+    choices = choice_ids(options.choices, rows, tokenizer, config.data) if options.answers == "score" else ()
+    return Held(prepared.examples, asked, choices)
+
+
+def examine(model: Any, tokenizer: Any, held: Held, config: TrainConfig, path: LossPath) -> Evaluation:
+    """Measure the route in use on the held-out rows, by the loss path of the run."""
+    with path.opened(model), evaluating(model):
+        return measure(
+            model,
+            tokenizer,
+            held.examples,
+            held.questions,
+            options=config.evaluate,
+            choices=held.choices,
+            batch_size=config.train.evaluation_batch_size,
+            loss_of=path.sums,
+        )
+
+
+def describe(adapter: Adapter, base_parameters: int) -> str:
+    """An adapter in one line: its method, how many layers, how large, against the base."""
+    options = ", ".join(
+        f"{name} {value}" for name, value in _options(adapter.method).items() if value not in (None, False)
+    )
+    count = adapter.num_parameters()
+    return (
+        f"{type(adapter.method).__name__} ({options}) on {len(adapter.layers)} layers, {count:,} parameters, "
+        f"{100 * count / max(base_parameters, 1):.2f}% of the base's {base_parameters:,}"
+    )
+
+
+def _measure_base(model: Any, tokenizer: Any, held: Held, config: TrainConfig, path: LossPath) -> Evaluation | None:
+    import lorakit as lk
+
+    if not config.evaluate.before_and_after:
+        return None
+    with lk.use(model, None):
+        before = examine(model, tokenizer, held, config, path)
+    numbers = ", ".join(f"{name.replace('_', ' ')} {written(name, value)}" for name, value in before.numbers().items())
+    log.info("before training: %s", numbers)
+    return before
+
+
+def _fuse(model: Any, stack: contextlib.ExitStack) -> None:
+    """Compile the model's small functions for the time of the run, where there is a compiler."""
+    from lorakit.train.fusion import fused
+
+    report = stack.enter_context(fused(model))
+    if report.reason is not None:
+        log.info("small functions are not fused: %s", report.reason)
+
+
+def _record(
+    config: TrainConfig,
+    adapter: Adapter,
+    base_parameters: int,
+    prepared: Prepared,
+    held: Held | None,
+    trainer: LoraTrainer,
+    before: Evaluation | None,
+    after: Evaluation | None,
+    seconds: float,
+) -> RunRecord:
+    options = config.train
+    tree = to_tree(config)
+    names = ("lorakit", "torch", "transformers", "peft")
+    versions = {"python": platform.python_version()} | {name: found for name in names if (found := _version(name))}
+    targets = config.target_modules
+    world = trainer.args.world_size
+    return RunRecord(
+        name=Path(options.output).name,
+        base=config.model,
+        method=type(config.method).__name__,
+        method_options=_options(config.method),
+        targets=targets if isinstance(targets, str) else ", ".join(targets),
+        parameters=adapter.num_parameters(),
+        base_parameters=base_parameters,
+        dtype=str(next(iter(trainer.bare.parameters())).dtype).removeprefix("torch."),
+        path=trainer.path.name,
+        train_rows=len(prepared.examples),
+        eval_rows=len(held.examples) if held else 0,
+        data=[
+            *prepared.report.lines(),
+            f"loss on {'completions only' if tree['data']['completion_only_loss'] else 'all tokens'}",
+        ],
+        steps=trainer.state.global_step,
+        epochs=float(trainer.state.epoch or 0.0),
+        batch_size=options.batch_size * options.gradient_accumulation * world,
+        learning_rate=options.learning_rate,
+        seed=options.seed,
+        tokens=int(trainer.state.num_input_tokens_seen),
+        seconds=seconds,
+        versions=versions,
+        base_revision=getattr(trainer.bare.config, "_commit_hash", None),
+        before=before,
+        after=after,
+        findings=trainer.findings,
+        stopped=trainer.health.stopped,
+        samples=_samples(after.answers if after else (), config.evaluate.samples),
+        checkpoint=Path(str(trainer.state.best_model_checkpoint)).name if options.keep_best else None,
+    )
+
+
+def _samples(answers: Sequence[Answer], count: int) -> list[Answer]:
+    """A few answers: one that is wrong among them, if there is any, since a page of right ones says
+    little."""
+    wrong = [answer for answer in answers if not answer.right][: min(1, count)]
+    right = [answer for answer in answers if answer.right][: count - len(wrong)]
+    return [*right, *wrong]
+
+
+def _options(method: Any) -> dict[str, Any]:
+    """A spec's options as plain values, an inner spec's among them."""
+    plain: dict[str, Any] = {}
+    for one in dataclasses.fields(method):
+        value = getattr(method, one.name)
+        plain |= _options(value) if dataclasses.is_dataclass(value) else {one.name: value}
+    return plain
+
+
+def _version(package: str) -> str | None:
+    """A package's version; None where it is not installed (peft is optional)."""
+    from importlib.metadata import PackageNotFoundError
+
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None

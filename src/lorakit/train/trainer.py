@@ -1,0 +1,442 @@
+"""One training run: from a configuration to an adapter folder, on the Hugging Face Trainer.
+
+`train(config)` is the whole run: load the base, read the rows, attach, train, evaluate before and after,
+save, report. `LoraTrainer` is the part that steps: a `transformers.Trainer`, so that Accelerate, schedulers,
+checkpoints, early stopping and trackers come with it, with what a low-rank run does differently:
+
+- the loss: flat rows without padding where the model allows it, else padded rows; either way the sum over
+labelled tokens, divided by their number in the whole accumulated batch, so that splitting a batch changes
+nothing;
+- evaluation by the same path, over all labelled tokens rather than a mean of batch means;
+- checkpoints that hold the adapter alone, and go on bit for bit;
+- several processes share a small sum of the adapter's gradients; the model itself is never wrapped.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import transformers
+from rich.console import Console
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from lorakit.errors import LorakitError, unknown
+from lorakit.optim import parameter_groups
+from lorakit.train import checkpoint
+from lorakit.train.attention import flat_attention
+from lorakit.train.config import TrainConfig, to_tree
+from lorakit.train.evaluate import LossSums, evaluate_loss
+from lorakit.train.health import HealthCallback, HealthWatch
+from lorakit.train.loss import causal_loss, flat_support, padded_loss
+from lorakit.train.packing import pack
+from lorakit.train.progress import MetricsFile, ProgressCallback
+
+if TYPE_CHECKING:
+    from lorakit.adapter import Adapter
+    from lorakit.train.data import Example
+
+log = logging.getLogger("lorakit.train")
+
+
+@dataclass(frozen=True)
+class LossPath:
+    """How the loss of a batch is computed.
+
+    `name` is for the log. `loss(model, examples, num_items, label_smoothing)` gives the loss summed over
+    labelled tokens divided by `num_items`, how many likeliest tokens were right, and how many labelled tokens
+    there were. `opened(model)` is held open around forward and backward.
+    """
+
+    name: str
+    loss: Callable[[nn.Module, Sequence[Example], float, float], tuple[Tensor, Tensor, int]]
+    opened: Callable[[nn.Module], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext
+
+    def sums(self, model: nn.Module, examples: Sequence[Example]) -> LossSums:
+        """The sums of one batch, for evaluation; no label is smoothed."""
+        loss, correct, tokens = self.loss(model, examples, 1.0, 0.0)
+        return LossSums(float(loss), float(correct), tokens)
+
+
+def choose_path(model: nn.Module, fast_path: str = "auto") -> LossPath:
+    """The flat path where the model supports it and it is not turned off, else the padded one; the log says
+    why."""
+    reason = "train.fast_path is off" if fast_path == "off" else flat_support(model)
+    if reason is not None:
+        log.info("training path: padded rows, because %s", reason)
+        return PADDED
+    log.info("training path: flat rows without padding, shared beginnings once, logits only where labels are")
+    return FLAT
+
+
+def _padded(
+    model: nn.Module, examples: Sequence[Example], num_items: float, label_smoothing: float
+) -> tuple[Tensor, Tensor, int]:
+    loss, stats = padded_loss(model, examples, num_items=num_items, label_smoothing=label_smoothing)
+    return loss, stats.right, stats.targets
+
+
+def _flat(
+    model: nn.Module, examples: Sequence[Example], num_items: float, label_smoothing: float
+) -> tuple[Tensor, Tensor, int]:
+    batch = pack(examples).to(next(model.parameters()).device)
+    loss, stats = causal_loss(model, batch, num_items=num_items, label_smoothing=label_smoothing)
+    return loss, stats.right, stats.targets
+
+
+PADDED = LossPath("padded rows", _padded)
+FLAT = LossPath("flat rows, shared beginnings once", _flat, flat_attention)
+
+
+class LoraTrainer(transformers.Trainer):
+    """The Trainer of one adapter.
+
+    `train_examples` and `eval_examples` are tokenised examples; `path` how the loss is computed. `console` is
+    where progress is shown; None shows none.
+    """
+
+    loss_is_scaled_for_ga = True
+
+    def __init__(
+        self,
+        model: nn.Module,
+        adapter: Adapter,
+        config: TrainConfig,
+        train_examples: Sequence[Example],
+        eval_examples: Sequence[Example] | None = None,
+        *,
+        path: LossPath = PADDED,
+        console: Console | None = None,
+        callbacks: Sequence[transformers.TrainerCallback] = (),
+    ) -> None:
+        if not train_examples:
+            raise LorakitError("train: there are no rows to train on")
+        self.adapter = adapter
+        # The model itself, never a wrapper around it for several processes.
+        self.bare: Any = model
+        self.lora_config = config
+        self.path = path
+        self.output = Path(config.train.output)
+        self.health = HealthCallback(HealthWatch(), adapter.named_parameters())
+        self.progress = ProgressCallback(console) if console is not None else None
+        self._right = torch.zeros(())
+        self._labels = 0
+        self._since = time.perf_counter()
+        self._tokens_at_log = 0
+        self._earlier_findings: list[str] = []
+        self._data = checkpoint.digest_examples(train_examples)
+        own: list[transformers.TrainerCallback] = [self.health, MetricsFile(self.output / "metrics.jsonl")]
+        if self.progress is not None:
+            own.append(self.progress)
+        if config.train.early_stopping_patience is not None:
+            own.append(transformers.EarlyStoppingCallback(config.train.early_stopping_patience))
+        super().__init__(
+            model=model,
+            args=training_arguments(config, evaluates=bool(eval_examples)),
+            data_collator=_as_list,
+            train_dataset=list(train_examples),
+            eval_dataset=list(eval_examples) if eval_examples else None,
+            callbacks=[*own, *callbacks],
+        )
+        # What transformers prints at every log event is said by the progress callback.
+        self.remove_callback(transformers.PrinterCallback)
+        self.model_accepts_loss_kwargs = True
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            raise LorakitError(
+                "train: asked for FSDP or DeepSpeed, which shard the model; the adapter's checkpoints need "
+                "it whole. Several processes with a copy of the model each (accelerate launch --multi_gpu) "
+                "do work"
+            )
+
+    # -- one step ----------------------------------------------------------------------------------
+
+    def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
+        """Forward and backward of one micro-batch. `inputs` is a list of examples."""
+        # The bare model: a wrapper for several processes would have to see every forward, and the flat path
+        # has its own.
+        with self.path.opened(self.bare):
+            loss: Tensor = super().training_step(self.bare, inputs, num_items_in_batch)
+        if self.args.world_size > 1:
+            if self.accelerator.sync_gradients:
+                for parameter in self.adapter.parameters():
+                    if parameter.requires_grad:
+                        if parameter.grad is None:
+                            parameter.grad = torch.zeros_like(parameter)
+                        torch.distributed.all_reduce(parameter.grad)
+            torch.distributed.all_reduce(loss)
+        self.health.add_loss(loss)
+        return loss
+
+    def compute_loss(
+        self, model: nn.Module, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Tensor:
+        """The loss of one micro-batch as its share of the whole accumulated batch's mean over labelled
+        tokens."""
+        if return_outputs:
+            raise LorakitError("compute_loss: asked for outputs too; the logits are never there as a whole")
+        items = float(num_items_in_batch) if num_items_in_batch is not None else float(_count_labels(inputs))
+        loss, correct, tokens = self.path.loss(model, inputs, max(items, 1.0), self.args.label_smoothing_factor)
+        # Kept on its device: reading it would wait for the step.
+        self._right = self._right.to(correct.device) + correct.detach()
+        self._labels += tokens
+        self.state.num_input_tokens_seen += sum(len(example.input_ids) for example in inputs) * self.args.world_size
+        return loss
+
+    def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> int:
+        """Labelled tokens in all micro-batches of an optimiser step, over all processes."""
+        count = sum(_count_labels(batch) for batch in batch_samples)
+        if self.args.world_size > 1:
+            total = torch.tensor(count, device=device)
+            torch.distributed.all_reduce(total)
+            count = int(total)
+        return count
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """The optimiser over the adapter's trainable parameters alone."""
+        if self.optimizer is None:
+            options = self.lora_config.train
+            groups = parameter_groups(
+                self.adapter.named_parameters(),
+                self.adapter.roles(),
+                options.learning_rate,
+                weight_decay=options.weight_decay,
+                ratio=options.loraplus_ratio or 1.0,
+            )
+            self.optimizer = make_optimizer(options.optimizer, groups, options.learning_rate, options.optimizer_options)
+        optimizer: torch.optim.Optimizer = self.optimizer
+        return optimizer
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Adds token accuracy and tokens per second to what is logged about training."""
+        if "loss" in logs:
+            now, tokens = time.perf_counter(), self.state.num_input_tokens_seen
+            logs["token_accuracy"] = float(self._right) / max(self._labels, 1)
+            logs["tokens_per_second"] = round((tokens - self._tokens_at_log) / max(now - self._since, 1e-9), 1)
+            self._right, self._labels = torch.zeros(()), 0
+            self._since, self._tokens_at_log = now, tokens
+        super().log(logs, start_time)
+
+    # -- evaluation --------------------------------------------------------------------------------
+
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
+        """Loss, perplexity and token accuracy over all labelled tokens of the evaluation examples."""
+        examples: Any = self.eval_dataset if eval_dataset is None else eval_dataset
+        sums = self.loss_sums(examples)
+        metrics = {
+            f"{metric_key_prefix}_loss": sums.mean,
+            f"{metric_key_prefix}_perplexity": sums.perplexity,
+            f"{metric_key_prefix}_token_accuracy": sums.token_accuracy,
+        }
+        self.log(dict(metrics))
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def loss_sums(self, examples: Sequence[Example]) -> LossSums:
+        """The sums of `evaluate` over examples, each process doing its share."""
+        world, rank = self.args.world_size, self.args.process_index
+        mine = list(examples)[rank::world]
+        with self.path.opened(self.bare):
+            sums = evaluate_loss(
+                self.bare, mine, batch_size=self.args.per_device_eval_batch_size, loss_of=self.path.sums
+            )
+        if world > 1:
+            total = torch.tensor([sums.loss, sums.correct, sums.tokens], dtype=torch.float64, device=self.args.device)
+            torch.distributed.all_reduce(total)
+            sums = LossSums(float(total[0]), float(total[1]), int(total[2]))
+        return sums
+
+    # -- checkpoints --------------------------------------------------------------------------------
+
+    def train_from(self, resume: bool | str = False) -> Any:
+        """Train, from the start or from a checkpoint (`True`: the newest), and show no bar afterwards either
+        way.
+
+        Raises LorakitError for a checkpoint that is damaged, incomplete, or of another run.
+        """
+        folder = None
+        if resume:
+            folder = checkpoint.find_checkpoint(self.output, resume)
+            manifest = checkpoint.check_checkpoint(folder, config=to_tree(self.lora_config), data=self._data)
+            self._earlier_findings = manifest["findings"]
+            log.info("going on from %s", folder)
+        elif self.is_world_process_zero():
+            checkpoint.begin(self.output)
+        self._since = time.perf_counter()
+        cache = getattr(getattr(self.bare, "config", None), "use_cache", None)
+        try:
+            return self.train(resume_from_checkpoint=str(folder) if folder else None)
+        finally:
+            if self.progress is not None:
+                self.progress.close()
+            self.bare.eval()
+            if cache is not None:
+                self.bare.config.use_cache = cache
+
+    @property
+    def findings(self) -> list[str]:
+        """What the health watch said, before a resume too."""
+        return [*self._earlier_findings, *map(str, self.health.watch.findings)]
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        folder = Path(str(output_dir or self.args.output_dir))
+        folder.mkdir(parents=True, exist_ok=True)
+        # Contiguous copies: tensors that share memory cannot be written side by side.
+        state = {name: tensor.contiguous().clone() for name, tensor in self.adapter.state_dict().items()}
+        save_file(state, folder / checkpoint.ADAPTER)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        folder = Path(str(self.args.output_dir)) / f"checkpoint-{self.state.global_step}"
+        (folder / checkpoint.MANIFEST).unlink(missing_ok=True)
+        super()._save_checkpoint(model, trial)
+        if self.args.world_size > 1:
+            torch.distributed.barrier()
+        if self.args.should_save and folder.is_dir():
+            checkpoint.write_manifest(
+                folder,
+                config=to_tree(self.lora_config),
+                data=self._data,
+                step=self.state.global_step,
+                findings=self.findings,
+            )
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        self.adapter.load_state_dict(load_file(Path(resume_from_checkpoint) / checkpoint.ADAPTER))
+
+    def _load_best_model(self) -> None:
+        log.info("the best checkpoint: %s", Path(str(self.state.best_model_checkpoint)).name)
+        self._load_from_checkpoint(str(self.state.best_model_checkpoint))
+
+
+# -- made from options -----------------------------------------------------------------------------
+
+
+def training_arguments(config: TrainConfig, *, evaluates: bool) -> transformers.TrainingArguments:
+    """The Hugging Face arguments that a configuration means."""
+    options = config.train
+    evaluation = "no" if not evaluates else "epoch" if options.eval_steps is None else "steps"
+    save_steps = options.save_steps
+    if options.keep_best:
+        # The best evaluation must have a checkpoint, so both happen at the same steps.
+        save_steps = save_steps or options.eval_steps
+        if (save_steps is None) != (options.eval_steps is None) or (
+            save_steps and options.eval_steps and save_steps % options.eval_steps
+        ):
+            raise LorakitError(
+                "train.keep_best needs a checkpoint where it evaluates; found train.eval_steps "
+                f"{options.eval_steps} and train.save_steps {save_steps}. Make save_steps a multiple of "
+                "eval_steps, or give neither"
+            )
+    wants_best = options.keep_best or options.early_stopping_patience is not None
+    return transformers.TrainingArguments(
+        output_dir=str(Path(options.output) / checkpoint.FOLDER),
+        num_train_epochs=options.epochs,
+        max_steps=options.max_steps or -1,
+        per_device_train_batch_size=options.batch_size,
+        per_device_eval_batch_size=options.evaluation_batch_size,
+        gradient_accumulation_steps=options.gradient_accumulation,
+        learning_rate=options.learning_rate,
+        lr_scheduler_type=options.scheduler,
+        warmup_steps=options.warmup,
+        weight_decay=options.weight_decay,
+        max_grad_norm=options.max_grad_norm,
+        label_smoothing_factor=options.label_smoothing,
+        logging_strategy="steps",
+        logging_steps=options.logging_steps,
+        logging_first_step=True,
+        logging_nan_inf_filter=True,  # a step that was skipped is not in the mean; the health watch names it
+        eval_strategy=evaluation,
+        eval_steps=options.eval_steps,
+        save_strategy="epoch" if save_steps is None else "steps",
+        save_steps=save_steps or 500,
+        save_total_limit=options.save_total_limit,
+        load_best_model_at_end=options.keep_best,
+        metric_for_best_model="loss" if wants_best else None,
+        greater_is_better=False if wants_best else None,
+        restore_callback_states_from_checkpoint=options.early_stopping_patience is not None,
+        seed=options.seed,
+        report_to=list(options.report_to) or "none",
+        disable_tqdm=True,
+        remove_unused_columns=False,
+        dataloader_pin_memory=False,
+        label_names=["labels"],
+        # The base is held in its own dtype and the adapter casts once per layer: no autocast.
+        bf16=False,
+        fp16=False,
+    )
+
+
+def make_optimizer(
+    name: str, groups: list[dict[str, Any]], learning_rate: float, options: dict[str, Any]
+) -> torch.optim.Optimizer:
+    """An optimiser of `torch.optim` by name ("adamw" or a class name in any case) over parameter groups."""
+    classes: dict[str, Any] = {
+        key.lower(): value
+        for key, value in vars(torch.optim).items()
+        if isinstance(value, type) and issubclass(value, torch.optim.Optimizer) and value is not torch.optim.Optimizer
+    }
+    if name.lower() not in classes:
+        raise unknown("optimizer", name, sorted(value.__name__ for value in classes.values()), where="train.optimizer")
+    made = classes[name.lower()]
+    if made in (torch.optim.AdamW, torch.optim.Adam) and not {"fused", "foreach", "capturable"} & set(options):
+        # One kernel over all tensors: an adapter has hundreds of small ones, and the loop over them costs
+        # more.
+        options = {"fused": True, **options}
+    try:
+        optimizer: torch.optim.Optimizer = made(groups, lr=learning_rate, **options)
+        return optimizer
+    except TypeError as error:
+        raise LorakitError(f"train.optimizer_options: {made.__name__} refuses them: {error}") from None
+
+
+def _as_list(examples: list[Any]) -> Any:
+    """The collator: a batch is its examples, which the loss path makes into tensors in its own way."""
+    return list(examples)
+
+
+def _count_labels(examples: Sequence[Example]) -> int:
+    """Labelled tokens that are predicted: the first token of a row never is."""
+    return sum(label != -100 for example in examples for label in example.labels[1:])
+
+
+@contextlib.contextmanager
+def recomputing(model: nn.Module, memory: str) -> Iterator[None]:
+    """Activation checkpointing for `train.memory`: "balanced" recomputes every second block, "small" every
+    block.
+
+    Raises LorakitError for a model that has no blocks that can be recomputed.
+    """
+    if memory == "fast":
+        yield
+        return
+    if not getattr(model, "supports_gradient_checkpointing", False):
+        raise LorakitError(
+            f"train.memory is {memory}, which recomputes blocks; {type(model).__name__} has none that can "
+            "be. Use memory: fast with a smaller batch_size and more gradient_accumulation"
+        )
+    # Not re-entrant: a re-entrant one looks for a gradient at the block's input, and a frozen embedding gives
+    # none.
+    how = {"use_reentrant": False}
+    enable: Any = getattr(model, "activation_checkpointing_enable", None)
+    if enable is not None:
+        enable(how, every_n_layers=2 if memory == "balanced" else 1)
+        disable: Any = model.activation_checkpointing_disable
+    else:  # an older transformers: every block or none
+        enable, disable = model.gradient_checkpointing_enable, model.gradient_checkpointing_disable
+        enable(how)
+    log.info("memory: %s, so %s is computed again in the backward pass", memory, _BLOCKS[memory])
+    try:
+        yield
+    finally:
+        disable()
+
+
+_BLOCKS = {"balanced": "every second block", "small": "every block"}
