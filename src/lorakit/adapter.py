@@ -329,6 +329,8 @@ def build(
     _check_name(name, board)
     if paths is None:
         paths = select(model, targets) if targets.target_modules else []
+    if checked:
+        method.check_layers(paths)
     saved = select_saved(model, targets)
     modules = dict(walk(model))
     plan: dict[str, tuple[list[Site], dict[str, Method]]] = {}
@@ -338,7 +340,7 @@ def build(
         for site in sites:
             storage_of(modules[path], site.weight, path)
             where = f"{path}.{site.name}" if site.name else path
-            specs[site.name] = _spec_for(method, targets, where if isinstance(site.layout, Rows) else path)
+            specs[site.name] = _spec_for(method.at(path), targets, where if isinstance(site.layout, Rows) else path)
             if checked:
                 specs[site.name].check(site.layout.shape, where)
         plan[path] = (sites, specs)

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol, Self, cast
 
@@ -31,12 +31,14 @@ class Shape:
         in_: columns of the matrix, all input features that one output sees (for convolutions channels × kernel).
         taps: columns per input channel (the kernel's size; 1 for linear layers).
         lookup: the layer's inputs are one-hot (an embedding): columns are vocabulary entries.
+        bias: the layer adds a bias to what this matrix gives.
     """
 
     out: int
     in_: int
     taps: int = 1
     lookup: bool = False
+    bias: bool = True
 
 
 @dataclass(frozen=True)
@@ -88,8 +90,16 @@ class Call(Protocol):
     def W(self) -> Tensor:
         """The frozen weight as an (out, in) matrix."""
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype to compute in, that of the activations."""
+
     def linear(self, M: Tensor) -> Tensor:
         """What the layer does with the matrix `M` (out, in) in place of its own, without bias."""
+
+    def through(self, f: Callable[[Tensor], Tensor], M: Callable[[], Tensor]) -> Tensor:
+        """`linear(M())` for a matrix that has a cheaper way: `f` maps inputs (..., in) to outputs (..., out). It is used
+        where the layer meets its inputs as they are (linear layers); elsewhere (convolutions, lookups) `M` is made."""
 
     def product(
         self,
@@ -135,6 +145,18 @@ class Method(ABC):
 
     def check(self, shape: Shape, path: str) -> None:  # noqa: B027 - most methods fit every matrix
         """Raise LorakitError where this spec cannot be used on a matrix of this shape."""
+
+    def check_layers(self, paths: Sequence[str]) -> None:
+        """Raise LorakitError where this spec names layers that are none of the adapted ones."""
+        inner = getattr(self, "inner", None)
+        if isinstance(inner, Method):
+            inner.check_layers(paths)
+
+    def at(self, path: str) -> Method:
+        """The spec for the layer of this name: this one, unless the method treats some layers otherwise than others."""
+        inner = getattr(self, "inner", None)
+        own = inner.at(path) if isinstance(inner, Method) else inner
+        return self if own is inner else self.replace(inner=own)
 
     def replace(self, **changes: Any) -> Self:
         """A copy with some fields changed; an unknown field is refused. A combinator passes its inner method's on."""

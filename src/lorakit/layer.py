@@ -7,7 +7,7 @@ dtype of the activations).
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, cast
 
@@ -96,6 +96,10 @@ class LayerCall:
 
     def linear(self, M: Tensor) -> Tensor:
         return self.site.layout.linear(self.layer, self.x, self._cast(M))
+
+    def through(self, f: Callable[[Tensor], Tensor], M: Callable[[], Tensor]) -> Tensor:
+        y = self.site.layout.through(self.x, f)
+        return self.linear(M()) if y is None else y
 
     def product(
         self,
@@ -259,10 +263,13 @@ class Adapted(nn.Module):
                 W=site.layout.matrix(cast(Tensor, self.base.weight)).to(x.dtype),
                 b=bias,
             )
-        if weight != 1.0 or type(delta).shift is not Delta.shift:
+        y = delta.output(LayerCall(self.base, site, x, None)) if weight == 1.0 else None
+        if y is None:
             return None
-        y = delta.output(LayerCall(self.base, site, x, None))
-        return y if y is None or bias is None else y + bias
+        shift = delta.shift(self._bias(site))
+        if shift is not None:
+            bias = shift.to(y.dtype) if bias is None else bias + shift.to(y.dtype)
+        return y if bias is None else y + bias
 
     def _change(self, delta: Delta, site: Site, x: Tensor, y: Tensor | None) -> Tensor:
         """What one delta adds to the layer's output: ΔW x, and Δb where it has one."""

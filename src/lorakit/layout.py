@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -50,6 +50,10 @@ class Layout(ABC):
     def linear(self, layer: nn.Module, x: Tensor, M: Tensor) -> Tensor:
         """What the layer does to `x` with the matrix `M` in place of its own, without bias."""
 
+    def through(self, x: Tensor, f: Callable[[Tensor], Tensor]) -> Tensor | None:
+        """`linear` by a function of inputs with features last, or None where the layer does not meet its inputs so."""
+        return None
+
     @abstractmethod
     def down(self, layer: nn.Module, x: Tensor, A: Tensor) -> Tensor:
         """The input side of a low-rank product: (..., rank), features last (grouped layers: (..., groups, rank))."""
@@ -64,12 +68,18 @@ class Layout(ABC):
 
     def pack(self, tensor: Tensor, axes: str) -> Tensor:
         """A delta's tensor in the shape that PEFT's files use: axes "in" (rows × in), "out" (out × columns), "features"
-        (out,) or ""."""
-        return tensor
+        (out,), "column" (out,) kept as a column, "row" (channels,) kept as a row, "taps" (rows × some channels' taps) or
+        ""."""
+        return tensor[:, None] if axes == "column" else tensor[None] if axes == "row" else tensor
 
     def unpack(self, tensor: Tensor, axes: str) -> Tensor:
         """The inverse of `pack`; refuses a shape that does not fit."""
-        return tensor
+        if axes not in ("column", "row"):
+            return tensor
+        axis = 1 if axes == "column" else 0
+        if tensor.ndim != 2 or tensor.shape[axis] != 1:
+            raise LorakitError(f"load: a {axes} was expected in the file and a tensor of {tuple(tensor.shape)} found.")
+        return tensor.squeeze(axis)
 
 
 @dataclass(frozen=True)
@@ -88,6 +98,9 @@ class Linear(Layout):
 
     def linear(self, layer: nn.Module, x: Tensor, M: Tensor) -> Tensor:
         return F.linear(x, M)
+
+    def through(self, x: Tensor, f: Callable[[Tensor], Tensor]) -> Tensor | None:
+        return f(x)
 
     def down(self, layer: nn.Module, x: Tensor, A: Tensor) -> Tensor:
         return F.linear(x, A)
@@ -153,8 +166,10 @@ class Convolution(Layout):
             return tensor.reshape(tensor.shape[0], *self.window)
         if axes == "out":
             return tensor.reshape(*tensor.shape, *[1] * (len(self.window) - 1))
-        if axes == "features":
+        if axes in ("features", "column", "row"):
             return tensor.reshape(1, -1, *[1] * (len(self.window) - 1))
+        if axes == "taps":
+            return tensor.reshape(tensor.shape[0], -1, *self.window[1:])
         return tensor
 
     def unpack(self, tensor: Tensor, axes: str) -> Tensor:
@@ -169,9 +184,9 @@ class Convolution(Layout):
                 f"load: a convolution's A has shape {tuple(tensor.shape)}; this layer needs (rank, "
                 f"{', '.join(map(str, self.window))}).{reason}"
             )
-        if axes == "features":
+        if axes in ("features", "column", "row"):
             return tensor.flatten()
-        return tensor.flatten(1) if axes in ("in", "out") else tensor
+        return tensor.flatten(1) if axes in ("in", "out", "taps") else tensor
 
 
 @dataclass(frozen=True)
@@ -214,7 +229,7 @@ class Rows(Layout):
 
     def __post_init__(self) -> None:
         rows = sum(stop - start for start, stop in self.ranges)
-        object.__setattr__(self, "shape", Shape(rows, self.inner.shape.in_))
+        object.__setattr__(self, "shape", Shape(rows, self.inner.shape.in_, bias=self.inner.shape.bias))
 
     def index(self, device: torch.device | None = None) -> Tensor:
         """The row numbers of this part, (rows,)."""
@@ -239,6 +254,9 @@ class Rows(Layout):
 
     def linear(self, layer: nn.Module, x: Tensor, M: Tensor) -> Tensor:
         return self._place(F.linear(x, M))
+
+    def through(self, x: Tensor, f: Callable[[Tensor], Tensor]) -> Tensor | None:
+        return self._place(f(x))
 
     def down(self, layer: nn.Module, x: Tensor, A: Tensor) -> Tensor:
         return F.linear(x, A)
@@ -279,12 +297,15 @@ def _attention_sites(module: nn.MultiheadAttention) -> list[Site]:
     bias = "in_proj_bias" if module.in_proj_bias is not None else None
     sites = []
     if module.in_proj_weight is not None:
-        sites.append(Site("in_proj", "in_proj_weight", bias, Substituted(Shape(3 * dim, dim))))
+        shape = Shape(3 * dim, dim, bias=bias is not None)
+        sites.append(Site("in_proj", "in_proj_weight", bias, Substituted(shape)))
     else:
         for letter, width in (("q", dim), ("k", module.kdim or dim), ("v", module.vdim or dim)):
-            sites.append(Site(f"{letter}_proj", f"{letter}_proj_weight", None, Substituted(Shape(dim, width))))
+            shape = Shape(dim, width, bias=False)
+            sites.append(Site(f"{letter}_proj", f"{letter}_proj_weight", None, Substituted(shape)))
     out_bias = "out_proj.bias" if module.out_proj.bias is not None else None
-    sites.append(Site("out_proj", "out_proj.weight", out_bias, Substituted(Shape(dim, dim))))
+    shape = Shape(dim, dim, bias=out_bias is not None)
+    sites.append(Site("out_proj", "out_proj.weight", out_bias, Substituted(shape)))
     return sites
 
 
@@ -294,14 +315,15 @@ def sites_of(module: nn.Module) -> list[Site]:
     if isinstance(module, nn.MultiheadAttention):
         return _attention_sites(module)
     if isinstance(module, nn.Linear):
-        return [Site("", "weight", bias, Linear(Shape(module.out_features, module.in_features)))]
+        shape = Shape(module.out_features, module.in_features, bias=bias is not None)
+        return [Site("", "weight", bias, Linear(shape))]
     if _is_conv1d(module):
         width, height = cast(Tensor, module.weight).shape
-        return [Site("", "weight", bias, Transposed(Shape(height, width)))]
+        return [Site("", "weight", bias, Transposed(Shape(height, width, bias=bias is not None)))]
     if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d):
         window = tuple(module.weight.shape[1:])
         taps = math.prod(window[1:])
-        shape = Shape(module.out_channels, window[0] * taps, taps=taps)
+        shape = Shape(module.out_channels, window[0] * taps, taps=taps, bias=bias is not None)
         return [Site("", "weight", bias, Convolution(shape, window, module.groups))]
     if isinstance(module, nn.Embedding):
         if module.max_norm is not None:
@@ -309,7 +331,7 @@ def sites_of(module: nn.Module) -> list[Site]:
                 "attach: this embedding has max_norm set, so that its forward rewrites its own weights; an adapter beside "
                 "it would not see the same weights. Set max_norm to None first."
             )
-        shape = Shape(module.embedding_dim, module.num_embeddings, lookup=True)
+        shape = Shape(module.embedding_dim, module.num_embeddings, lookup=True, bias=False)
         return [Site("", "weight", None, Embedding(shape))]
     return []
 
