@@ -218,6 +218,14 @@ def test_a_template_that_rewrites_earlier_turns_is_refused_not_masked_wrongly() 
         prepare(rows_of({"messages": turns + turns}), tokenizer, options())
 
 
+def test_a_prompt_that_is_not_how_the_conversation_begins_is_refused() -> None:
+    thinking = CHAT.replace("assistant\n{% endif %}", "assistant\n<think>{% endif %}")
+    with pytest.raises(LorakitError, match="row 1: the chat template writes the prompt before an answer differently"):
+        prepare(rows_of({"prompt": "a", "completion": "yes"}), byte_pairs(thinking), options())
+    made = prepare(rows_of({"prompt": "a", "completion": "<think> yes"}), byte_pairs(thinking), options())
+    assert learned(byte_pairs(thinking), made.examples[0]) == [" yes<|im_end|>\n"]
+
+
 def test_a_row_that_the_template_refuses_is_named() -> None:
     template = "{% if messages[0]['content'] == 'x' %}{{ raise_exception('no x here') }}{% endif %}" + CHAT
     good, bad = {"prompt": "a", "completion": "b"}, {"prompt": "x", "completion": "b"}
