@@ -300,7 +300,7 @@ class FlatAttention(torch.autograd.Function):
             out = torch.bmm(lane.view(-1, queries.shape[1], block.length), values)
             if path is not None and path_values is not None:
                 out = out.view(plan.key_heads, -1, plan.head_dim)
-                out = torch.baddbmm(out, path.view(plan.key_heads, -1, block.offset), path_values)
+                out.baddbmm_(path.view(plan.key_heads, -1, block.offset), path_values)
             rows.append(out.view(-1, plan.head_dim))
             log_sums.append(log_sum)
         out = (

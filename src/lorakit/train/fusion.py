@@ -18,7 +18,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from types import MethodType
+from types import FunctionType, MethodType
 from typing import Any
 
 import torch
@@ -55,7 +55,7 @@ def call(function: Callable[..., Any], *tensors: Tensor | None, **constants: Any
         return function(*tensors, **constants)
     compiled = _compiled.get(key)
     if compiled is None:
-        compiled = _compiled[key] = torch.compile(functools.partial(function, **constants), dynamic=True)
+        compiled = _compiled[key] = torch.compile(_bind(function, constants), dynamic=True)
     # A graph is built for each pattern of types; only those calls are timed.
     shape = (key, *(None if tensor is None else (tensor.dtype, tensor.device.type) for tensor in tensors))
     if shape in _met:
@@ -71,6 +71,15 @@ def call(function: Callable[..., Any], *tensors: Tensor | None, **constants: Any
     _met.add(shape)
     report.compile_seconds += time.perf_counter() - begin
     return result
+
+
+def _bind(function: Callable[..., Any], constants: dict[str, Any]) -> Callable[..., Any]:
+    """A copy of `function` with its keyword arguments set, and with code of its own: the compiler keeps its results by
+    code object and gives up after a few on the same one, which every functools.partial shares."""
+    code = function.__code__.replace(co_name=f"{function.__name__}_{len(_compiled)}")
+    bound = FunctionType(code, function.__globals__, function.__name__)
+    bound.__kwdefaults__ = constants
+    return bound
 
 
 def find_obstacle(device: torch.device) -> str | None:

@@ -1,0 +1,148 @@
+"""Fused small functions: the same values and gradients as the modules they stand for, and everything put back.
+
+Compiling takes seconds, so most tests run the functions uncompiled (they are plain PyTorch); one test compiles.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import transformers as tf
+from torch import Tensor
+
+from lorakit.train import fusion
+from lorakit.train.fusion import FusedGate, FusedNorm, FusedRotary, fused
+from lorakit.train.loss import causal_loss
+from lorakit.train.packing import pack
+from tests.training.test_flat import MODELS, build, gradients, make_examples, oracle
+
+
+def draw(*shape: int) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(sum(shape)), dtype=torch.float64).requires_grad_()
+
+
+@pytest.fixture
+def uncompiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "compile", lambda function, **options: function)
+    monkeypatch.setattr(fusion, "_compiled", {})
+    monkeypatch.setattr(fusion, "_met", set())
+    monkeypatch.setattr(fusion, "_plain", {})
+
+
+@pytest.mark.parametrize("shift", [0.0, 1.0])
+def test_norm(shift: float) -> None:
+    x, weight = draw(2, 3, 7), draw(7)
+    assert torch.autograd.gradcheck(lambda x, w: FusedNorm.apply(x, w, 1e-5, shift), (x, weight))
+    expected = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-5) * (weight + shift)
+    torch.testing.assert_close(FusedNorm.apply(x, weight, 1e-5, shift), expected)
+
+
+@pytest.mark.parametrize(
+    ("kind", "activation"),
+    [("silu", torch.nn.functional.silu), ("gelu_tanh", lambda x: torch.nn.functional.gelu(x, approximate="tanh"))],
+)
+def test_gate(kind: str, activation: Callable[[Tensor], Tensor]) -> None:
+    gate, up = draw(2, 3, 7), draw(2, 3, 7).mul(1.3).detach().requires_grad_()
+    assert torch.autograd.gradcheck(lambda g, u: FusedGate.apply(g, u, kind), (gate, up))
+    torch.testing.assert_close(FusedGate.apply(gate, up, kind), activation(gate) * up)
+
+
+def test_rotary() -> None:
+    x, cos, sin = draw(5, 3, 8), draw(5, 8).detach(), draw(5, 8).mul(0.7).detach()
+    assert torch.autograd.gradcheck(lambda x: FusedRotary.apply(x, cos, sin), (x,))
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3", "mistral", "gemma2", "gemma3", "gpt2", "granite"])
+def test_models(name: str, uncompiled: None) -> None:
+    torch.manual_seed(5)
+    model: Any = MODELS[name]()
+    expected_value = oracle(model.eval(), make_examples())
+    expected = gradients(model, expected_value)
+    with fused(model) as report:
+        assert report.reason is None
+        value, _ = causal_loss(model, pack(make_examples(), minimum_shared=8))
+        found = gradients(model, value)
+    assert not report.failed
+    assert value.item() == pytest.approx(expected_value.item(), rel=1e-5)
+    scale = max(float(gradient.abs().max()) for gradient in expected.values())
+    for key, gradient in expected.items():
+        assert float((found[key] - gradient).abs().max()) <= 1e-4 * scale, key
+    if name != "gpt2":
+        layers = model.config.num_hidden_layers
+        assert report.gates == layers
+        assert report.norms >= 2 * layers + 1
+        assert report.rotaries == 1
+
+
+def test_everything_is_put_back(uncompiled: None) -> None:
+    model: Any = MODELS["llama"]()
+    modelling = tf.models.llama.modeling_llama
+    before = modelling.apply_rotary_pos_emb
+    with pytest.raises(RuntimeError, match="planted"), fused(model):
+        assert modelling.apply_rotary_pos_emb is not before
+        assert "forward" in vars(model.model.norm)
+        raise RuntimeError("planted")
+    assert modelling.apply_rotary_pos_emb is before
+    assert not any("forward" in vars(module) for module in model.modules())
+    assert fusion._report is None
+
+
+def test_a_module_that_only_looks_like_one_is_left_alone(uncompiled: None) -> None:
+    model: Any = MODELS["llama"]()
+    kind = type(model.model.norm)
+
+    class OddRMSNorm(kind):  # type: ignore[misc, valid-type]
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x) * 1.5  # type: ignore[no-any-return]
+
+    model.model.norm.__class__ = OddRMSNorm
+    with fused(model) as report:
+        assert "forward" not in vars(model.model.norm)
+        assert report.norms == 2 * model.config.num_hidden_layers
+
+
+def test_no_compiler_means_off(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    monkeypatch.setattr(fusion, "find_obstacle", lambda device: "no C++ compiler was found")
+    model: Any = MODELS["llama"]()
+    with caplog.at_level("INFO", logger="lorakit.train.fusion"), fused(model) as report:
+        assert report.reason == "no C++ compiler was found"
+        assert not any("forward" in vars(module) for module in model.modules())
+        causal_loss(model, pack(make_examples()))
+    assert "no C++ compiler was found" in caplog.text
+
+
+def test_what_does_not_compile_runs_unfused(
+    uncompiled: None, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def broken(function: Any, **options: Any) -> Any:
+        def run(*args: Any) -> Any:
+            raise RuntimeError("planted")
+
+        return run
+
+    monkeypatch.setattr(torch, "compile", broken)
+    model = build("llama")
+    expected = oracle(model, make_examples())
+    with fused(model) as report:
+        value, _ = causal_loss(model, pack(make_examples(), minimum_shared=8))
+    assert value.item() == pytest.approx(expected.item(), rel=1e-12)
+    assert "softmax_joined" in report.failed and "planted" in caplog.text
+
+
+@pytest.mark.slow
+def test_compiled() -> None:
+    if fusion.find_obstacle(torch.device("cpu")) is not None:
+        pytest.skip("no compiler here")
+    torch.manual_seed(5)
+    model: Any = MODELS["llama"]()
+    expected = gradients(model, oracle(model.eval(), make_examples()))
+    with fused(model) as report:
+        value, _ = causal_loss(model, pack(make_examples(), minimum_shared=8))
+        found = gradients(model, value)
+    assert not report.failed and report.compile_seconds > 0
+    scale = max(float(gradient.abs().max()) for gradient in expected.values())
+    for key, gradient in expected.items():
+        assert float((found[key] - gradient).abs().max()) <= 1e-4 * scale, key
