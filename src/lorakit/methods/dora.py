@@ -38,6 +38,8 @@ class DoRA(Method):
         parameters=lambda shape, spec: spec.inner.card.parameters(shape, spec.inner) + shape.out,
         paper="arXiv 2402.09353",
         use="When LoRA at small rank falls short of full fine-tuning; half of LoRA's rank often does.",
+        limits="Those of the inner method.",
+        pooled=lambda shapes, spec: spec.inner.card.pooled(shapes, spec.inner) if spec.inner.card.pooled else 0,
     )
 
     inner: Method = field(default_factory=LoRA)
@@ -45,6 +47,8 @@ class DoRA(Method):
     def __post_init__(self) -> None:
         if not isinstance(self.inner, Method):
             raise LorakitError(f"dora: inner was given as {self.inner!r}; it is a method's spec, such as LoRA(rank=8).")
+        # What may differ per layer is what may differ for the inner method.
+        object.__setattr__(self, "pattern_fields", self.inner.pattern_fields)
 
     @property
     def rank(self) -> int:
@@ -68,10 +72,8 @@ class DoRA(Method):
         self.inner.check(shape, path)
 
     def peft_config(self) -> dict[str, Any]:
-        if not isinstance(self.inner, LoRA):
-            raise LorakitError(
-                f"save: PEFT has DoRA over LoRA only, not over {self.inner.name}; this adapter has no file in its format."
-            )
+        if not isinstance(self.inner, LoRA):  # PEFT has no such thing; the file is lorakit's own and says so
+            return {**self.inner.peft_config(), "peft_type": "DORA"}
         return {**self.inner.peft_config(), "use_dora": True}
 
     @classmethod
@@ -94,6 +96,7 @@ class DoRADelta(Delta):
         self._known: tuple[tuple[int, int], Tensor] | None = None
 
     def begin(self, W: Tensor) -> None:
+        self.inner.begin(W)
         self._known = (_identity(W), _squares(W))
         with torch.no_grad():
             self.m.copy_(self.norm(W))
@@ -129,18 +132,25 @@ class DoRADelta(Delta):
         return call.gain(call.y, gain - 1) + call.gain(self.inner.act(call), gain)
 
     def output(self, call: Call) -> Tensor | None:
-        if not isinstance(self.inner, LowRank):
-            return None
-        B, A = self.inner.factors()
-        dropout = self.dropout if self.training else 0.0
-        return call.gain(call.whole(B, A, self.inner.gate(), self.inner.scale, dropout), self._gain(call.W))
+        y = self.inner.output(call)
+        return None if y is None else call.gain(y, self._gain(call.W))
+
+    def shift(self, b: Tensor | None) -> Tensor | None:
+        return self.inner.shift(b)  # a magnitude is a row of W's, not the bias's
+
+    def frozen(self) -> list[nn.Parameter]:
+        return self.inner.frozen()
 
     def form(self, W: Tensor, b: Tensor | None) -> Form:
-        inner = self.inner.form(W, b)
-        if inner.gain is not None or inner.bias is not None or inner.B is None:
-            raise LorakitError(f"dora over {self.inner.spec.name} has no low-rank form; merge it.")
-        gain = self._gain(W)
-        return Form(gain=gain, B=gain[:, None] * inner.B, A=inner.A)
+        inner, gain = self.inner.form(W, b), self._gain(W)
+        B = None if inner.B is None else gain[:, None] * inner.B
+        if inner.gain is not None:
+            gain = gain * inner.gain
+        # A form's gain meets `W x + b`; the magnitudes meet `W x` alone, so what they do to b is taken back.
+        bias = self.shift(b)
+        if b is not None:
+            bias = b - gain * b if bias is None else bias + (b - gain * b)
+        return Form(gain=gain, bias=bias, B=B, A=inner.A)
 
     def peft_views(self, kind: str) -> dict[str, View]:
         return {**self.inner.peft_views(kind), "lora_magnitude_vector": View((self.m.detach(),), "features")}
