@@ -378,9 +378,7 @@ def build(
         layer.add(name, deltas, replacement)
         layer.train(layer.base.training)
         adapter.layers[path] = layer
-    reference = next(model.parameters(), None)
-    if reference is not None:
-        pool.to(reference.device)
+    _settle_pool(adapter)
     for _, parameter in adapter.named_parameters():
         parameter.requires_grad_(False)
     board.adapters[name] = adapter
@@ -391,6 +389,17 @@ def _settle(delta: Delta, module: nn.Module, site: Site) -> Delta:
     """The delta on its layer's device, its float tensors in float32 or better."""
     weight = storage_of(module, site.weight).read(module, site.weight)
     return delta.to(device=weight.device, dtype=torch.promote_types(weight.dtype, torch.float32))
+
+
+def _settle_pool(adapter: Adapter) -> None:
+    """The shared tensors on the model's device, in the widest dtype of the deltas that use them."""
+    reference = next(adapter.model.parameters(), None)
+    dtype = torch.float32
+    for _, _, delta in adapter.deltas():
+        for tensor in (*delta.parameters(), *delta.buffers()):
+            if tensor.is_floating_point():
+                dtype = torch.promote_types(dtype, tensor.dtype)
+    adapter.pool.to(device=None if reference is None else reference.device, dtype=dtype)
 
 
 def _replaced(

@@ -191,12 +191,17 @@ class Method(ABC):
         """The spec that PEFT's entries describe; entries that cannot be honoured are refused by name."""
         raise LorakitError(f"load: PEFT has no format for {cls.name}.")
 
+    def from_file(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """A file's tensors by name, in the form in which this method's deltas hold them; by default as they are."""
+        return tensors
+
 
 class Pool(nn.Module):
     """Tensors shared by all deltas of one adapter (VeRA's pair, a vector bank). Owned by the Adapter.
 
     A delta asks for an entry by name with a function that makes it; the first to ask decides its value. `frozen`
-    entries are buffers.
+    entries are buffers; those that are not `kept` are made anew instead of being read from a file. Deltas ask for an
+    entry at each use and never hold it, since its dtype and device follow the layers.
     """
 
     def __init__(self, shapes: list[Shape] | None = None, seed: int = 0) -> None:
@@ -205,11 +210,11 @@ class Pool(nn.Module):
         """All matrices of the adapter, so that a shared tensor can be made large enough at once."""
         self.seed = seed
 
-    def entry(self, name: str, make: Callable[[], Tensor], frozen: bool) -> Tensor:
+    def entry(self, name: str, make: Callable[[], Tensor], frozen: bool, kept: bool = True) -> Tensor:
         """The shared tensor of this name, made on first use."""
         if not hasattr(self, name):
             if frozen:
-                self.register_buffer(name, make())
+                self.register_buffer(name, make(), persistent=kept)
             else:
                 setattr(self, name, nn.Parameter(make()))
         return getattr(self, name)  # type: ignore[no-any-return]
@@ -262,6 +267,8 @@ class Delta(nn.Module, ABC):
 
     def output(self, call: Call) -> Tensor | None:
         """`(W + ΔW) x` without the bias, where a method has it cheaper than `W x` and `act` apart; else None."""
+        if type(self).act is Delta.act:  # a dense ΔW costs one product as large as W's own, so do both at once
+            return call.linear(call.W + self.dense(call.W))
         return None
 
     def form(self, W: Tensor, b: Tensor | None) -> Form:
