@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from lorakit.adapter import Adapter
+from lorakit.interchange import plain_names, unwrapped
 from lorakit.storage import storage_of
 
 SAMPLES = 512
@@ -24,21 +25,23 @@ SAMPLES = 512
 
 def _sample(tensor: Tensor, count: int) -> Tensor:
     flat = tensor.detach().reshape(-1)
-    index = torch.linspace(0, flat.numel() - 1, count, device=flat.device).round().long()
+    # whole numbers: a float has no exact place in a weight of more than 2²⁴ entries
+    index = torch.arange(count, device=flat.device) * (flat.numel() - 1) // max(1, count - 1)
     return flat[index].float().cpu()
 
 
 def _layers(adapter: Adapter) -> list[tuple[str, Tensor, bool]]:
     """`(name, weight, is it a plain float)` of every adapted matrix, or of every replaced tensor without any."""
     layers = []
+    plain = plain_names(adapter.model)
     for path, site, _ in adapter.deltas():
         layer = adapter.layers[path].base
         storage = storage_of(layer, site.weight, path)
-        layers.append((f"{path}.{site.weight}", storage.read(layer, site.weight), storage.name == "float"))
+        layers.append((f"{plain[path]}.{site.weight}", storage.read(layer, site.weight), storage.name == "float"))
     if not layers:
         for path, replacement in adapter.replacements():
             state = adapter.layers[path].base.state_dict()
-            layers += [(f"{path}.{name}", state[name], True) for name in replacement.names]
+            layers += [(f"{plain[path]}.{name}", state[name], True) for name in replacement.names]
     return layers
 
 
@@ -50,7 +53,7 @@ def fingerprint(adapter: Adapter) -> dict[str, Any]:
     each = max(4, SAMPLES // max(1, len(chosen)))
     values = torch.cat([_sample(tensor, each) for _, tensor, _ in chosen]) if chosen else torch.zeros(0)
     return {
-        "architecture": type(adapter.model).__name__,
+        "architecture": type(unwrapped(adapter.model)).__name__,
         "layers": len(layers),
         "shapes": shapes.hexdigest(),
         "sample": [round(value, 8) for value in values.to(torch.bfloat16).tolist()],

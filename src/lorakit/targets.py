@@ -167,7 +167,7 @@ def select(model: nn.Module, targets: Targets) -> list[str]:
     ):
         for pattern in patterns:
             _compile(pattern, option)
-            if not any(value_for({pattern: 1}, path) for path in chosen):
+            if not any(value_for({pattern: 1}, name) for name in [*chosen, *_part_names(chosen, targets.parts)]):
                 raise LorakitError(
                     f"attach: {option} has the pattern {pattern!r}, which matches none of the {len(chosen)} adapted layers "
                     f"(the first is {chosen[0] if chosen else '-'}). A pattern matches the end of a layer's name."
@@ -176,6 +176,13 @@ def select(model: nn.Module, targets: Targets) -> list[str]:
         if not any(has_suffix(path, suffix) for path in chosen):
             raise LorakitError(f"attach: parts names {suffix!r}, which is none of the adapted layers.")
     return chosen
+
+
+def _part_names(paths: list[str], parts: Parts) -> list[str]:
+    """The names that parts of fused layers have, under which patterns give them ranks of their own."""
+    return [
+        f"{path}.{part}" for layer, own in parts.items() for path in paths if has_suffix(path, layer) for part in own
+    ]
 
 
 def _chosen(model: nn.Module, modules: list[tuple[str, nn.Module]], targets: Targets) -> list[str]:

@@ -1,0 +1,225 @@
+"""A folder that is replaced whole: a process killed at any moment leaves the old content or the new, never a mixture.
+
+The new content is written beside the folder, flushed, and put in its place in one step of the system. Whoever looks at
+the folder, also a program that knows nothing of this, sees the old files or the new ones. Where a system cannot exchange
+two folders there is an instant with no folder; the next reader or writer then brings the old one back.
+
+What is not part of the content (a card, metrics, checkpoints) belongs to others and survives. Locks are the operating
+system's own, so that they end with the process that held them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import logging
+import os
+import secrets
+import shutil
+import sys
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from lorakit.errors import LorakitError
+
+if sys.platform != "win32":
+    import fcntl
+
+log = logging.getLogger("lorakit")
+
+_FRESH, _PREVIOUS = ".saving-", ".previous-"
+
+
+def replace_folder(folder: Path, write: Callable[[Path], None], content: Collection[str]) -> None:
+    """Let `write` fill a fresh folder, then put it in place of `folder` in one step.
+
+    Two processes that save to one folder do so one after the other; the later content stays, whole.
+
+    Args:
+        folder: what to replace or make; a link is followed.
+        write: fills the folder that it is given.
+        content: names of the files that make up the content; all other entries of `folder` are carried over.
+
+    Raises:
+        LorakitError: `folder` cannot be replaced, or writing failed; it is as it was then.
+    """
+    folder = folder.resolve()
+    _check_place(folder)
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with _fresh_beside(folder) as fresh:
+            write(fresh)
+            for entry in fresh.iterdir():
+                _flush(entry)
+            _flush(fresh)
+            with _locked(folder.parent, wait=True):
+                _settle(folder, content)
+                _swap(fresh, folder, content)
+    except OSError as problem:
+        raise LorakitError(
+            f"save: {folder} could not be written ({problem}); what was there is as it was."
+        ) from problem
+
+
+def recover(folder: Path, content: Collection[str]) -> None:
+    """Finish what a killed save left beside a folder: bring back its files, remove what is half-written.
+
+    Called before reading. A save that is going on is left alone, and nothing is written where that is not allowed.
+    """
+    folder = folder.resolve()
+    with contextlib.suppress(OSError):
+        if not _leftovers(folder, _FRESH) and not _leftovers(folder, _PREVIOUS):
+            return
+        with _locked(folder.parent, wait=not folder.exists()) as held:
+            if held:
+                _settle(folder, content)
+
+
+# -- steps ---------------------------------------------------------------------------------------------------------------
+
+
+def _check_place(folder: Path) -> None:
+    if folder.exists() and not folder.is_dir():
+        raise LorakitError(f"save: {folder} exists and is a file; an adapter is a folder.")
+    if folder.is_mount():
+        raise LorakitError(
+            f"save: {folder} is a mount point, which cannot be replaced in one step. A folder below it can: "
+            f"{folder / 'adapter'}."
+        )
+    if Path.cwd().is_relative_to(folder):
+        raise LorakitError(
+            f"save: {folder} holds the current directory, which would be replaced under this process. A folder below it "
+            f"can be: {folder / 'adapter'}."
+        )
+
+
+@contextmanager
+def _fresh_beside(folder: Path) -> Iterator[Path]:
+    """A new folder beside `folder`, locked while this process lives, gone if the block fails."""
+    fresh = folder.with_name(f".{folder.name}{_FRESH}{secrets.token_hex(4)}")
+    with contextlib.ExitStack() as stack:
+        with _locked(folder.parent, wait=True):  # so that nobody takes it for a leftover before its lock is held
+            fresh.mkdir()
+            stack.enter_context(_locked(fresh, wait=True))
+        if folder.exists():
+            shutil.copymode(folder, fresh)
+        try:
+            yield fresh
+        except BaseException:
+            with _locked(folder.parent, wait=True):
+                shutil.rmtree(fresh, ignore_errors=True)
+            raise
+
+
+@contextmanager
+def _locked(folder: Path, wait: bool) -> Iterator[bool]:
+    """Hold the system's lock of a folder, which ends with the process; yields whether it was free."""
+    if sys.platform == "win32":
+        yield True
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            held = True
+        except BlockingIOError:
+            held = False
+        except OSError:
+            held = True  # a file system without locks; two writers at once are then on their own
+        yield held
+    finally:
+        os.close(handle)
+
+
+def _flush(path: Path) -> None:
+    if sys.platform == "win32" and path.is_dir():
+        return
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _leftovers(folder: Path, kind: str) -> list[Path]:
+    """What saves of this folder have beside it, the oldest first."""
+    start = f".{folder.name}{kind}"
+    found = [entry for entry in folder.parent.iterdir() if entry.name.startswith(start)]
+    return sorted(found, key=lambda entry: entry.stat().st_mtime)
+
+
+def _settle(folder: Path, content: Collection[str]) -> None:
+    """Clear the leftovers of killed saves; the parent's lock is held, and a living save holds that of its own folder."""
+    for previous in reversed(_leftovers(folder, _PREVIOUS)):
+        if not folder.exists():
+            previous.rename(folder)
+        else:
+            _absorb(previous, folder, content)
+    for fresh in _leftovers(folder, _FRESH):
+        with _locked(fresh, wait=False) as dead:
+            if dead and folder.exists():
+                _absorb(fresh, folder, content)
+            elif dead:
+                shutil.rmtree(fresh)
+
+
+def _swap(fresh: Path, folder: Path, content: Collection[str]) -> None:
+    """Put `fresh` in place of `folder`, and carry over what is not content."""
+    if not folder.exists():
+        fresh.rename(folder)
+        _flush(folder.parent)
+        return
+    for entry in folder.iterdir():
+        if entry.name not in content and entry.is_file() and not entry.is_symlink():
+            # Already in place when the exchange comes; a system without hard links moves them afterwards instead.
+            with contextlib.suppress(OSError):
+                os.link(entry, fresh / entry.name)
+    if exchange(fresh, folder):
+        old = fresh
+    else:
+        old = folder.with_name(f".{folder.name}{_PREVIOUS}{secrets.token_hex(4)}")
+        folder.rename(old)
+        try:
+            fresh.rename(folder)
+        except OSError:
+            old.rename(folder)
+            raise
+    _flush(folder.parent)
+    _absorb(old, folder, content)
+
+
+def exchange(first: Path, second: Path) -> bool:
+    """Swap two folders in one step where the system can (Linux renameat2, macOS renamex_np); False where it cannot."""
+    if sys.platform == "win32":
+        return False
+    libc = ctypes.CDLL(None, use_errno=True)
+    if sys.platform == "linux" and hasattr(libc, "renameat2"):
+        at_cwd, both = -100, 2
+        return bool(libc.renameat2(at_cwd, os.fsencode(first), at_cwd, os.fsencode(second), both) == 0)
+    if sys.platform == "darwin" and hasattr(libc, "renamex_np"):
+        return bool(libc.renamex_np(os.fsencode(first), os.fsencode(second), 2) == 0)
+    return False
+
+
+def _absorb(old: Path, folder: Path, content: Collection[str]) -> None:
+    """Move what others put into `old` over to `folder`, then remove `old`."""
+    for entry in list(old.iterdir()):
+        if entry.name not in content:
+            _carry(entry, folder / entry.name)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _carry(entry: Path, target: Path) -> None:
+    """Move one file or folder to `target`; what is there already is merged (folders) or kept as well (files)."""
+    if not os.path.lexists(target):
+        entry.rename(target)
+    elif entry.is_dir() and not entry.is_symlink() and target.is_dir():
+        for child in list(entry.iterdir()):
+            _carry(child, target / child.name)
+    elif not (entry.exists() and target.exists() and entry.samefile(target)):
+        kept = target.with_name(f"{target.name}.{secrets.token_hex(4)}")
+        log.warning(
+            "save: %s was written anew while its folder was replaced; the other one is kept as %s", target, kept
+        )
+        entry.rename(kept)
