@@ -62,7 +62,7 @@ class _Product(Function):
     ) -> Tensor:
         leading, rank = x.shape[:-1], A.shape[0]
         flat = x.reshape(leading.numel(), x.shape[-1])
-        dropped = flat * _keep_mask(flat, *flat.shape, dropout, seed) if dropout else flat
+        dropped = flat * _keep_mask(flat, flat.shape[0], flat.shape[1], dropout, seed) if dropout else flat
         h = dropped @ A.T
         gated = h * scale if gate is None else (h.view(*leading, rank) * (gate * scale)).view_as(h)
         y = torch.addmm(F.linear(flat, W, b), gated, B.T) if W is not None else gated @ B.T

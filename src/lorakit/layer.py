@@ -195,12 +195,29 @@ class Adapted(nn.Module):
         here = [name for name in routing.names if name in self.deltas or name in self.replacements]
         if not here:
             return self.base(*args, **kwargs)
+        if _first_tensor(args, kwargs).is_nested:
+            return self._padded(args, kwargs)
         if routing.weights is not None:
             weights = dict(zip(routing.names, routing.weights, strict=True))
             return self._uniform([(name, weights[name]) for name in here], args, kwargs)
         table = routing.table_on(_first_tensor(args, kwargs).device)
         columns = [routing.names.index(name) for name in here]
         return self._by_rows(here, table[:, columns], routing.axis, args, kwargs)
+
+    def _padded(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """A call with nested tensors (torch's encoder makes them of padded batches), by way of padding and back."""
+        x = _first_tensor(args, kwargs)
+        lengths = [row.shape[0] for row in x.unbind()]
+        args = tuple(_pad(value) for value in args)
+        kwargs = {key: _pad(value) for key, value in kwargs.items()}
+        if isinstance(self.base, nn.MultiheadAttention):
+            position = torch.arange(max(lengths), device=x.device)
+            kwargs["key_padding_mask"] = position >= torch.tensor(lengths, device=x.device)[:, None]
+        y = self.forward(*args, **kwargs)
+        first = y[0] if isinstance(y, tuple) else y
+        rows = [row[:length] for row, length in zip(first, lengths, strict=True)]
+        nested = torch.nested.as_nested_tensor(rows, layout=x.layout)
+        return (nested, *y[1:]) if isinstance(y, tuple) else nested
 
     def _uniform(self, blend: Weighted, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The same weighted adapters for the whole batch."""
@@ -448,6 +465,13 @@ def _first_tensor(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
         if isinstance(value, Tensor):
             return value
     raise LorakitError("an adapted layer was called without any tensor.")
+
+
+def _pad(value: Any) -> Any:
+    """A nested tensor padded with zeros; anything else as it is."""
+    if isinstance(value, Tensor) and value.is_nested:
+        return torch.nested.to_padded_tensor(value, 0.0)
+    return value
 
 
 def _check_rows(x: Tensor, rows: int, axis: int, path: str) -> None:

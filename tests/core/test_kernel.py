@@ -52,7 +52,9 @@ def tensors(gate: tuple[int, ...] | None = None, base: bool = True, **options: A
     }
 
 
-def reference(x: Tensor, B: Tensor, A: Tensor, gate: Any = None, scale: float = 1.0, W: Any = None, b: Any = None) -> Tensor:
+def reference(
+    x: Tensor, B: Tensor, A: Tensor, gate: Any = None, scale: float = 1.0, W: Any = None, b: Any = None
+) -> Tensor:
     h = x @ A.T
     y = (h if gate is None else h * gate) @ B.T * scale
     return y if W is None else y + x @ W.T + (0 if b is None else b)
@@ -138,14 +140,16 @@ def test_trained_A_keeps_x_itself_and_no_copy() -> None:
     for dropout in (0.0, 0.5):
         storages = {t.untyped_storage().data_ptr() for t in kept(lambda d=dropout: product(**given, dropout=d))}
         assert given["x"].untyped_storage().data_ptr() in storages
-        wide = [t for t in kept(lambda d=dropout: product(**given, dropout=d)) if t.shape[-1] == IN and t.numel() > OUT * IN]
+        wide = [
+            t for t in kept(lambda d=dropout: product(**given, dropout=d)) if t.shape[-1] == IN and t.numel() > OUT * IN
+        ]
         assert [t.data_ptr() for t in wide] == [given["x"].data_ptr()]
 
 
 def test_projections_of_one_input_keep_it_once() -> None:
     x = torch.randn(BATCH, TOKENS, IN, requires_grad=True)
     layers = [nn.Linear(IN, out, bias=False) for out in (5, 6, 8)]
-    model = nn.ModuleDict({name: layer for name, layer in zip("qkv", layers, strict=True)})
+    model = nn.ModuleDict(dict(zip("qkv", layers, strict=True)))
     lk.attach(model, lk.LoRA(rank=RANK), target_modules=["q", "k", "v"])
     inputs = [t for t in kept(lambda: [model[name](x) for name in "qkv"]) if t.shape == x.shape]
     assert len(inputs) == 1

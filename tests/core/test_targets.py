@@ -1,0 +1,201 @@
+"""Which layers are chosen: presets by exact count, suffixes, expressions, exclusions, ranges; what matches nothing raises."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import pytest
+from torch import nn
+
+import lorakit as lk
+from core import models
+from lorakit.errors import LorakitError
+from lorakit.targets import Targets, block_of, has_suffix, select, value_for
+
+
+def chosen(model: nn.Module, **options: Any) -> list[str]:
+    return select(model, Targets(**options))
+
+
+PRESETS = [
+    (models.llama, "all-linear", 14),
+    (models.llama, "attention", 8),
+    (models.llama, "mlp", 6),
+    (models.gpt2, "all-linear", 8),
+    (models.gpt2, "attention", 4),
+    (models.gpt2, "mlp", 4),
+    (models.bert, "all-linear", 13),  # six per layer, and the pooler
+    (models.bert, "attention", 8),
+    (models.bert, "mlp", 5),
+    (models.t5, "all-linear", 32),
+    (models.t5, "attention", 24),
+    (models.t5, "mlp", 8),
+    (models.vit, "all-linear", 12),
+    (models.vit, "attention", 8),
+    (models.vit, "mlp", 4),
+    (models.Convolutional, "all-linear", 3),
+]
+
+
+@pytest.mark.parametrize(("make", "preset", "count"), PRESETS, ids=lambda v: getattr(v, "__name__", str(v)))
+def test_presets_by_count(make: Any, preset: str, count: int) -> None:
+    paths = chosen(make(), target_modules=preset)
+    assert len(paths) == len(set(paths)) == count, paths
+
+
+@pytest.mark.parametrize("make", [models.llama, models.gpt2, models.bert, models.t5, models.vit])
+def test_all_linear_is_never_the_head(make: Any) -> None:
+    model = make()
+    head = model.get_output_embeddings()
+    paths = chosen(model, target_modules="all-linear")
+    assert not [path for path in paths if path.endswith(("lm_head", "classifier"))]
+    assert all(model.get_submodule(path) is not head for path in paths)
+
+
+def test_attention_and_mlp_are_all_linear() -> None:
+    for make in (models.llama, models.gpt2, models.bert, models.t5, models.vit):
+        model = make()
+        halves = chosen(model, target_modules="attention") + chosen(model, target_modules="mlp")
+        assert sorted(halves) == sorted(chosen(model, target_modules="all-linear"))
+
+
+def test_presets_see_through_adapters_that_are_there() -> None:
+    model = models.llama()
+    before = chosen(model, target_modules="all-linear")
+    lk.attach(model, lk.LoRA(rank=2), name="one")
+    assert chosen(model, target_modules="all-linear") == before
+    assert len(lk.attach(model, lk.LoRA(rank=2), name="two").layers) == 14
+
+
+def test_suffixes_expressions_and_order() -> None:
+    model = models.llama()
+    q = [f"model.layers.{i}.self_attn.q_proj" for i in range(2)]
+    v = [f"model.layers.{i}.self_attn.v_proj" for i in range(2)]
+    assert chosen(model, target_modules=("v_proj", "q_proj")) == [q[0], v[0], q[1], v[1]]
+    assert chosen(model, target_modules=("0.self_attn.q_proj",)) == q[:1]
+    assert chosen(model, target_modules=r".*\.1\.self_attn\.(q|v)_proj") == [q[1], v[1]]
+    assert chosen(model, target_modules=("lm_head",)) == ["lm_head"]
+    assert chosen(model, target_modules=("embed_tokens",)) == ["model.embed_tokens"]
+
+
+def test_a_suffix_ends_at_a_dot() -> None:
+    assert has_suffix("a.q_proj", "q_proj")
+    assert has_suffix("q_proj", "q_proj")
+    assert not has_suffix("a.xq_proj", "q_proj")
+    with pytest.raises(LorakitError, match='no layer matches "proj"'):
+        chosen(models.llama(), target_modules=("proj",))
+
+
+def test_exclusion_wins() -> None:
+    model = models.llama()
+    paths = chosen(model, target_modules="attention", exclude_modules=("q_proj", "0.self_attn.v_proj"))
+    assert len(paths) == 8 - 2 - 1
+    assert not [path for path in paths if path.endswith("q_proj")]
+    assert len(chosen(model, target_modules="attention", exclude_modules=r".*\.0\..*")) == 4
+
+
+def test_layer_ranges() -> None:
+    model = models.llama(layers=4)
+    assert len(chosen(model, target_modules=("q_proj",), layers=(1, 3))) == 2
+    adapter = lk.attach(model, lk.LoRA(rank=2), layers=range(2, 4))
+    assert {block_of(path) for path in adapter.layers} == {2, 3}
+    lk.detach(model)
+    assert {block_of(path) for path in lk.attach(model, lk.LoRA(rank=2), layers=1).layers} == {1}
+
+
+def test_layer_ranges_of_a_named_list() -> None:
+    assert block_of("decoder.block.1.layer.0.q") == 1
+    assert block_of("decoder.block.1.layer.0.q", ["layer"]) == 0
+    assert block_of("decoder.block.1.layer.0.q", ["block"]) == 1
+    assert block_of("lm_head") is None
+    paths = chosen(models.t5(), target_modules=("q",), layers=(1,), layers_pattern=("block",))
+    assert paths
+    assert all(".block.1." in path for path in paths)
+
+
+def test_patterns_by_layer() -> None:
+    model = models.llama()
+    adapter = lk.attach(
+        model,
+        lk.LoRA(rank=2, alpha=4.0),
+        target_modules=["q_proj", "v_proj"],
+        rank_pattern={"v_proj": 1, r"layers\.1\..*q_proj": 3},
+        alpha_pattern={"0.self_attn.v_proj": 8.0},
+    )
+    found = {path.split("layers.")[1]: (delta.spec.rank, delta.spec.alpha) for path, _, delta in adapter.deltas()}
+    assert found == {
+        "0.self_attn.q_proj": (2, 4.0),
+        "0.self_attn.v_proj": (1, 8.0),
+        "1.self_attn.q_proj": (3, 4.0),
+        "1.self_attn.v_proj": (1, 4.0),
+    }
+    assert adapter.method == lk.LoRA(rank=2, alpha=4.0)
+
+
+def test_first_pattern_counts() -> None:
+    assert value_for({"q": 1, "a.q": 2}, "a.q") == 1
+    assert value_for({"a.q": 2, "q": 1}, "a.q") == 2
+    assert value_for({"q": 1}, "a.xq") is None
+
+
+UNMATCHED: list[tuple[dict[str, Any], str]] = [
+    ({"target_modules": ["q_porj"]}, 'no layer matches "q_porj"'),
+    ({"target_modules": ["q_proj", "q_porj"]}, 'no layer matches "q_porj"'),
+    ({"target_modules": ["input_layernorm"]}, '"input_layernorm" matches'),
+    ({"target_modules": "q_proj"}, '"q_proj" matches no layer'),
+    ({"target_modules": "(q_proj"}, "regular expression"),
+    ({"exclude_modules": ["nothing"]}, '"nothing"'),
+    ({"exclude_modules": ".*nothing"}, ".*nothing"),
+    ({"exclude_modules": "(x"}, "exclude_modules"),
+    ({"exclude_modules": ".*"}, "leaves no layer"),
+    ({"layers": [0, 7]}, "block 7"),
+    ({"layers": 2}, "block 2"),
+    ({"layers": []}, "layers"),
+    ({"layers": 0, "layers_pattern": "blocks"}, "block 0"),
+    ({"rank_pattern": {"q_porj": 2}}, "q_porj"),
+    ({"alpha_pattern": {"(": 2}}, "alpha_pattern"),
+    ({"modules_to_save": ["lm_haed"]}, '"lm_haed"'),
+    ({"bias": "some"}, "'some'"),
+    ({"parts": {"c_attn": {"q": (0, 2)}}}, "'c_attn'"),
+    ({"parts": {"q_proj": {"a": (0, 9)}}}, "(0, 9)"),
+    ({"parts": {"q_proj": {"a": (4, 2)}}}, "(4, 2)"),
+    ({"parts": {"q_proj": {"a": (0, 4), "b": (3, 5)}}}, "'b'"),
+    ({"init": "kaimng"}, "kaiming"),
+    ({"init": 3}, "init"),
+    ({"name": "a.b"}, "'a.b'"),
+    ({"name": ""}, "name"),
+    ({"target_modules": 3}, "target_modules"),
+    ({"target_modules": [3]}, "target_modules"),
+    ({"method": lk.LoRA(rank=9)}, "rank 9"),
+]
+
+
+@pytest.mark.parametrize(("options", "said"), UNMATCHED, ids=[said for _, said in UNMATCHED])
+def test_what_matches_nothing_is_named_and_changes_nothing(options: dict[str, Any], said: str) -> None:
+    model = models.llama()
+    modules, flags = dict(model.named_modules()), {k: p.requires_grad for k, p in model.named_parameters()}
+    options = {"method": lk.LoRA(rank=2), **options}
+    with pytest.raises(LorakitError, match=re.escape(said)):
+        lk.attach(model, options.pop("method"), **options)
+    assert dict(model.named_modules()) == modules
+    assert {k: p.requires_grad for k, p in model.named_parameters()} == flags
+    assert lk.adapters(model) == {}
+
+
+def test_nothing_linear_is_said() -> None:
+    with pytest.raises(LorakitError, match="all-linear"):
+        lk.attach(nn.Sequential(nn.Conv1d(2, 2, 1)), lk.LoRA(rank=1))
+
+
+def test_an_unknown_kind_in_a_container_is_refused_by_suffix() -> None:
+    model = nn.ModuleDict({"gru": nn.GRU(4, 4), "fc": nn.Linear(4, 4)})
+    with pytest.raises(LorakitError, match="GRU"):
+        lk.attach(model, lk.LoRA(rank=1), target_modules=["gru"])
+
+
+def test_modules_to_save_are_not_adapted_too() -> None:
+    model = models.bert()
+    adapter = lk.attach(model, lk.LoRA(rank=2), modules_to_save=["pooler", "classifier"])
+    assert len([path for path, _, _ in adapter.deltas()]) == 12
+    assert sorted(adapter.saved) == ["bert.pooler", "classifier"]
