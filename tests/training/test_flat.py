@@ -98,7 +98,14 @@ def make_examples(labels_in_prefix: bool = False) -> list[Example]:
         return torch.randint(1, VOCABULARY, (length,), generator=generator).tolist()
 
     first, second, nested = run(20), run(13), run(10)
-    rows = [first + run(9), first + nested + run(3), first + nested + run(24), second + run(1), second + run(7), run(31)]
+    rows = [
+        first + run(9),
+        first + nested + run(3),
+        first + nested + run(24),
+        second + run(1),
+        second + run(7),
+        run(31),
+    ]
     rows += [first + nested, list(rows[0]), run(1), run(2)]
     examples = []
     for row in rows:
@@ -139,7 +146,7 @@ def assert_same(found: dict[str, Tensor], expected: dict[str, Tensor], bound: fl
 def piece(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[int]:
     """Runs whole, and runs cut into pieces."""
     monkeypatch.setattr(attention, "PIECE", request.param)
-    yield request.param
+    return request.param
 
 
 @pytest.mark.parametrize("labels_in_prefix", [False, True])
@@ -318,7 +325,8 @@ def test_what_cannot_be_packed() -> None:
 
 def test_no_labels_at_all_is_a_loss_of_zero() -> None:
     value, stats = causal_loss(build("llama"), pack([Example([1, 2, 3], [IGNORED] * 3)]))
-    assert value.item() == 0.0 and stats.targets == 0
+    assert value.item() == 0.0
+    assert stats.targets == 0
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -331,7 +339,8 @@ def test_supported(name: str, dtype: torch.dtype) -> None:
     torch.manual_seed(5)
     model = MODELS[name]().to(dtype)
     assert flat_support(model) is None
-    assert model.training and not is_flat(model)
+    assert model.training
+    assert not is_flat(model)
 
 
 def hide_the_window() -> Any:
@@ -379,10 +388,12 @@ def test_refused(name: str, caplog: pytest.LogCaptureFixture) -> None:
     model = make()
     with caplog.at_level("INFO", logger="lorakit.train.loss"):
         reason = flat_support(model)
-    assert reason and words in reason
+    assert reason
+    assert words in reason
     assert "padded batches" in caplog.text
     caplog.clear()
-    assert flat_support(model) == reason and not caplog.text, "asked once"
+    assert flat_support(model) == reason
+    assert not caplog.text, "asked once"
 
 
 def test_other_calls_go_on_as_before() -> None:
@@ -396,7 +407,8 @@ def test_other_calls_go_on_as_before() -> None:
         assert torch.equal(model(input_ids=row, attention_mask=mask).logits, expected)
         causal_loss(model, pack(make_examples()))
         assert model.generate(row[:1], max_new_tokens=3, do_sample=False).shape == (1, 33)
-    assert model.config._attn_implementation == before and not is_flat(model)
+    assert model.config._attn_implementation == before
+    assert not is_flat(model)
     assert torch.equal(model(input_ids=row, attention_mask=mask).logits, expected)
     with pytest.raises(RuntimeError, match="planted"), flat_attention(model):
         raise RuntimeError("planted")

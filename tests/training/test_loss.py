@@ -60,7 +60,8 @@ def test_only_the_gradients_that_are_wanted() -> None:
     total, _ = target_loss(Head(linear, 1.0, None), hidden, targets, weights)
     total.backward()
     assert hidden.grad is not None
-    assert linear.weight.grad is None and linear.bias.grad is None
+    assert linear.weight.grad is None
+    assert linear.bias.grad is None
 
 
 def test_a_head_that_is_more_than_linear_is_called_as_it_is() -> None:
@@ -111,5 +112,6 @@ def test_bfloat16_stays_within_its_roundings() -> None:
 def test_no_target_is_a_loss_of_zero() -> None:
     linear, hidden, targets, weights = make()
     total, right = target_loss(Head(linear, 1.0, None), hidden[:0], targets[:0], weights[:0])
-    assert float(total) == 0.0 and float(right) == 0.0
+    assert float(total) == 0.0
+    assert float(right) == 0.0
     total.backward()

@@ -77,20 +77,16 @@ class Plan:
     used: int
 
 
-def plan_attention(
-    batch: FlatBatch, query_heads: int, key_heads: int, head_dim: int, window: int | None
-) -> Plan:
+def plan_attention(batch: FlatBatch, query_heads: int, key_heads: int, head_dim: int, window: int | None) -> Plan:
     """Work out the blocks of a batch once; the batch keeps them for its other layers."""
     key = (query_heads, key_heads, head_dim, window)
-    plan = batch.plans.get(key)
+    plan: Plan | None = batch.plans.get(key)
     if plan is None:
         plan = batch.plans[key] = _build_plan(batch, query_heads, key_heads, head_dim, window)
-    return plan  # type: ignore[no-any-return]
+    return plan
 
 
-def _build_plan(
-    batch: FlatBatch, query_heads: int, key_heads: int, head_dim: int, window: int | None
-) -> Plan:
+def _build_plan(batch: FlatBatch, query_heads: int, key_heads: int, head_dim: int, window: int | None) -> Plan:
     device = batch.input_ids.device
     fold = query_heads // key_heads
     groups: dict[int, list[Segment]] = {}
@@ -106,9 +102,7 @@ def _build_plan(
     query_rows = key_rows = 0
     key_head = torch.arange(key_heads)
     for parent, members in groups.items():
-        path_rows = torch.tensor(
-            [t for start, n in paths[parent] for t in range(start, start + n)], dtype=torch.long
-        )
+        path_rows = torch.tensor([t for start, n in paths[parent] for t in range(start, start + n)], dtype=torch.long)
         first = 0
         if window is not None:
             # The lane's first token still sees the window - 1 tokens before it; what lies further back, nobody does.
@@ -128,9 +122,7 @@ def _build_plan(
 
             real = step[None] < lengths[:, None]
             where = torch.arange(key_heads * count * fold * length).view(key_heads, count, fold, length)
-            query_return[tokens[real]] = (
-                (query_rows + where).permute(1, 3, 0, 2).reshape(count, length, -1)[real]
-            )
+            query_return[tokens[real]] = (query_rows + where).permute(1, 3, 0, 2).reshape(count, length, -1)[real]
             where = torch.arange(key_heads * count * length).view(key_heads, count, length)
             key_return[tokens[real]] = (key_rows + where).permute(1, 2, 0)[real]
             padding = torch.zeros(count, length).masked_fill_(~real, float("inf"))
@@ -303,9 +295,7 @@ class FlatAttention(torch.autograd.Function):
                 out.baddbmm_(path.view(plan.key_heads, -1, block.offset), path_values)
             rows.append(out.view(-1, plan.head_dim))
             log_sums.append(log_sum)
-        out = (
-            _join(rows).index_select(0, plan.query_return).view(plan.tokens, plan.query_heads, plan.head_dim)
-        )
+        out = _join(rows).index_select(0, plan.query_return).view(plan.tokens, plan.query_heads, plan.head_dim)
         ctx.save_for_backward(q, k, v, sinks, out, *log_sums)
         ctx.plan, ctx.scale, ctx.softcap, ctx.window = plan, scale, softcap, window
         return out
@@ -342,12 +332,7 @@ class FlatAttention(torch.autograd.Function):
             value_rows.append(torch.bmm(p.transpose(1, 2), grads_out).view(-1, plan.head_dim))
             key_rows.append(torch.bmm(inner.transpose(1, 2), queries).view(-1, plan.head_dim))
             grad_queries = torch.bmm(inner, keys)
-            if (
-                path is not None
-                and path_keys is not None
-                and path_values is not None
-                and block.path is not None
-            ):
+            if path is not None and path_keys is not None and path_values is not None and block.path is not None:
                 all_grads = grads_out.view(plan.key_heads, -1, plan.head_dim)
                 all_queries = queries.view(plan.key_heads, -1, plan.head_dim)
                 grad_path = torch.bmm(all_grads, path_values.transpose(1, 2)).view_as(path)
@@ -373,9 +358,7 @@ class FlatAttention(torch.autograd.Function):
                         torch.bmm(p.transpose(1, 2), all_grads),
                     )
                 )
-                grad_queries = torch.baddbmm(
-                    grad_queries.view(plan.key_heads, -1, plan.head_dim), inner, path_keys
-                )
+                grad_queries = torch.baddbmm(grad_queries.view(plan.key_heads, -1, plan.head_dim), inner, path_keys)
             query_rows.append(grad_queries.view(-1, plan.head_dim))
             if sink_grad is not None and sinks is not None:
                 p_sink = torch.exp(_sink(plan, block, sinks) - log_sum)
@@ -473,9 +456,7 @@ def flat_attention_forward(
     if flat_batch is None:
         if _in_flat_forward.get():
             raise ValueError("flat attention: this model does not hand keyword arguments to its attention")
-        raise ValueError(
-            "flat attention: called without flat_batch; this name is only for lorakit's own forward"
-        )
+        raise ValueError("flat attention: called without flat_batch; this name is only for lorakit's own forward")
     if dropout:
         raise ValueError(f"flat attention: attention dropout is {dropout}; only 0 is supported; set it to 0")
     if attention_mask is not None or kwargs.get("position_bias") is not None:
@@ -492,7 +473,7 @@ def flat_attention_forward(
         raise ValueError("flat attention: keys and values differ in width; use the padded path")
     plan = plan_attention(flat_batch, q.shape[1], k.shape[1], q.shape[2], sliding_window)
     scale = q.shape[2] ** -0.5 if scaling is None else float(scaling)
-    out = FlatAttention.apply(q, k, v, s_aux, plan, scale, softcap, sliding_window)
+    out: Tensor = FlatAttention.apply(q, k, v, s_aux, plan, scale, softcap, sliding_window)  # type: ignore[no-untyped-call]
     return out[None], None
 
 
@@ -504,7 +485,7 @@ def _attention_over(original: str) -> Callable[..., Any]:
             return flat_attention_forward(module, *args, **kwargs)
         from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-        eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
+        eager: Any = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
         return ALL_ATTENTION_FUNCTIONS.get_interface(original, eager)(module, *args, **kwargs)
 
     return forward
@@ -526,7 +507,7 @@ def _mask_over(original: str) -> Callable[..., Any]:
 def _configs(model: torch.nn.Module) -> list[Any]:
     """Every distinct configuration in a model: its own, its parts', and the sub-configurations of these."""
     found: dict[int, Any] = {}
-    waiting = [module.config for module in model.modules() if hasattr(module, "config")]
+    waiting: list[Any] = [module.config for module in model.modules() if hasattr(module, "config")]
     while waiting:
         config = waiting.pop()
         if id(config) in found or not hasattr(config, "_attn_implementation_internal"):

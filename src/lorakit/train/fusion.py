@@ -138,7 +138,7 @@ class FusedNorm(torch.autograd.Function):
         y, scale = call(norm_rows, rows, weight, eps=eps, shift=shift)
         ctx.save_for_backward(rows, weight, scale)
         ctx.shift = shift
-        return y.view(x.shape)
+        return y.view(x.shape)  # type: ignore[no-any-return]
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
@@ -285,15 +285,12 @@ def _patch(model: nn.Module, report: FusionReport, undo: list[Callable[[], None]
             if forward is not None:
                 report.gates += 1
         if forward is not None:
-            module.forward = MethodType(forward, module)  # type: ignore[method-assign]
+            module.forward = MethodType(forward, module)
             undo.append(functools.partial(delattr, module, "forward"))
         name = type(module).__module__
         if name.startswith("transformers.") and name not in modelling:
             modelling[name] = _patch_rotary(name, undo)
             report.rotaries += modelling[name]
-
-
-_known: dict[tuple[type, Any], Any] = {}
 
 
 def _norm_of(module: nn.Module) -> Callable[..., Tensor] | None:
@@ -309,7 +306,7 @@ def _norm_of(module: nn.Module) -> Callable[..., Tensor] | None:
     for shift in (0.0, 1.0):
 
         def forward(self: nn.Module, x: Tensor, *, shift: float = shift) -> Tensor:
-            return FusedNorm.apply(x, self.weight, eps, shift)  # type: ignore[no-any-return]
+            return FusedNorm.apply(x, self.weight, eps, shift)  # type: ignore[no-any-return, no-untyped-call]
 
         if _agrees(module, forward, (3, weight.shape[0]), weight):
             return forward
@@ -322,12 +319,10 @@ def _gate_of(module: nn.Module) -> Callable[..., Tensor] | None:
     if not all(isinstance(part, nn.Module) or callable(part) for part in parts) or None in parts:
         return None
     first = next(iter(module.parameters()), None)
-    width = getattr(parts[0], "in_features", None) or getattr(
-        getattr(parts[0], "base", None), "in_features", None
-    )
+    width = getattr(parts[0], "in_features", None) or getattr(getattr(parts[0], "base", None), "in_features", None)
     if first is None or set(dict(module.named_children())) - {"gate_proj", "up_proj", "down_proj", "act_fn"}:
         return None
-    act = parts[3]
+    act: Any = parts[3]
     probe = torch.linspace(-4, 4, 33, device=first.device)
     with torch.no_grad():
         if torch.allclose(act(probe), nn.functional.silu(probe), atol=1e-6):
@@ -337,8 +332,8 @@ def _gate_of(module: nn.Module) -> Callable[..., Tensor] | None:
         else:
             return None
 
-    def forward(self: nn.Module, x: Tensor) -> Tensor:
-        gated = FusedGate.apply(self.gate_proj(x), self.up_proj(x), kind)
+    def forward(self: Any, x: Tensor) -> Tensor:
+        gated = FusedGate.apply(self.gate_proj(x), self.up_proj(x), kind)  # type: ignore[no-untyped-call]
         return self.down_proj(gated)  # type: ignore[no-any-return]
 
     if width is None:
@@ -353,11 +348,15 @@ def _agrees(module: nn.Module, forward: Callable[..., Tensor], shape: tuple[int,
     """Does `forward` give what the module gives, to a few roundings of its dtype?"""
     dtype = next((p.dtype for p in module.parameters() if p.dtype != torch.float32), like.dtype)
     x = torch.linspace(-2, 2, torch.Size(shape).numel(), device=like.device).view(shape).sin().to(dtype)
+    training = module.training
     try:
+        module.eval()  # an adapter's dropout would tell the two apart
         with torch.no_grad():
             expected, found = module(x), forward(module, x)
     except (RuntimeError, TypeError):
         return False
+    finally:
+        module.train(training)
     bound = 8 * torch.finfo(dtype).eps if dtype != torch.float64 else 1e-5
     gap = (expected.double() - found.double()).abs().max()
     return bool(gap <= bound * expected.double().abs().max().clamp_min(1e-30))
@@ -375,10 +374,8 @@ def _patch_rotary(name: str, undo: list[Callable[[], None]]) -> bool:
     ) -> tuple[Tensor, Tensor]:
         if args or kwargs or q.dim() != 4 or q.shape[0] != 1 or cos.shape != (1, q.shape[2], q.shape[3]):
             return original(q, k, cos, sin, *args, **kwargs)  # type: ignore[no-any-return]
-        turned = (
-            FusedRotary.apply(x[0].transpose(0, 1), cos[0], sin[0]).transpose(0, 1)[None] for x in (q, k)
-        )
-        return tuple(turned)  # type: ignore[return-value]
+        turn: Any = FusedRotary.apply
+        return tuple(turn(x[0].transpose(0, 1), cos[0], sin[0]).transpose(0, 1)[None] for x in (q, k))
 
     apply_rotary.fused = True  # type: ignore[attr-defined]
     q, k = torch.randn(1, 3, 5, 8), torch.randn(1, 2, 5, 8)
@@ -389,6 +386,6 @@ def _patch_rotary(name: str, undo: list[Callable[[], None]]) -> bool:
             return False
     except (RuntimeError, TypeError, ValueError):
         return False
-    modelling.apply_rotary_pos_emb = apply_rotary  # type: ignore[attr-defined]
+    vars(modelling)["apply_rotary_pos_emb"] = apply_rotary
     undo.append(functools.partial(setattr, modelling, "apply_rotary_pos_emb", original))
     return True

@@ -9,6 +9,7 @@ backward pass. `causal_loss` is the whole step on a flat row, `padded_loss` the 
 
 from __future__ import annotations
 
+import itertools
 import logging
 import weakref
 from collections.abc import Sequence
@@ -203,7 +204,7 @@ def _chunks(targets: int, vocabulary: int) -> list[tuple[int, int]]:
     size = max(16, CHUNK_LOGITS // max(1, vocabulary))
     count = -(-targets // size)
     edges = [targets * i // count for i in range(count + 1)] if count else [0]
-    return list(zip(edges[:-1], edges[1:], strict=True))
+    return list(itertools.pairwise(edges))
 
 
 def _module_losses(head: Head, hidden: Tensor, targets: Tensor, smoothing: float) -> tuple[Tensor, Tensor]:
@@ -219,7 +220,8 @@ def target_loss(
     module = head.module
     if head.is_linear and isinstance(module, nn.Linear):
         arguments = (targets, weights, head.scale, head.softcap, label_smoothing)
-        total, right = _LinearLoss.apply(hidden.to(module.weight.dtype), module.weight, module.bias, *arguments)
+        rows = hidden.to(module.weight.dtype)
+        total, right = _LinearLoss.apply(rows, module.weight, module.bias, *arguments)  # type: ignore[no-untyped-call]
         return total, right
     from torch.utils.checkpoint import checkpoint
 

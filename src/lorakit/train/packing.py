@@ -116,8 +116,8 @@ def pack(
 
     input_ids: list[int] = []
     position_ids: list[int] = []
-    for (example, begin, end), segment in zip(trie.sources, trie.segments, strict=True):
-        input_ids += rows[example][begin:end]
+    for (source, begin, end), segment in zip(trie.sources, trie.segments, strict=True):
+        input_ids += rows[source][begin:end]
         position_ids += range(segment.position, segment.position + segment.length)
     used = len(input_ids)
 
