@@ -68,8 +68,7 @@ class Layout(ABC):
 
     def pack(self, tensor: Tensor, axes: str) -> Tensor:
         """A delta's tensor in the shape that PEFT's files use: axes "in" (rows × in), "out" (out × columns), "features"
-        (out,), "column" (out,) kept as a column, "row" (channels,) kept as a row, "taps" (rows × some channels' taps) or
-        ""."""
+        (one number per channel), "column" and "row" (a vector kept as one), "taps" (rows × some channels' taps) or ""."""
         return tensor[:, None] if axes == "column" else tensor[None] if axes == "row" else tensor
 
     def unpack(self, tensor: Tensor, axes: str) -> Tensor:
@@ -166,11 +165,11 @@ class Convolution(Layout):
             return tensor.reshape(tensor.shape[0], *self.window)
         if axes == "out":
             return tensor.reshape(*tensor.shape, *[1] * (len(self.window) - 1))
-        if axes in ("features", "column", "row"):
+        if axes == "features":
             return tensor.reshape(1, -1, *[1] * (len(self.window) - 1))
         if axes == "taps":
             return tensor.reshape(tensor.shape[0], -1, *self.window[1:])
-        return tensor
+        return super().pack(tensor, axes)
 
     def unpack(self, tensor: Tensor, axes: str) -> Tensor:
         if axes == "in" and tensor.shape[1:] != self.window:
@@ -184,9 +183,9 @@ class Convolution(Layout):
                 f"load: a convolution's A has shape {tuple(tensor.shape)}; this layer needs (rank, "
                 f"{', '.join(map(str, self.window))}).{reason}"
             )
-        if axes in ("features", "column", "row"):
+        if axes == "features":
             return tensor.flatten()
-        return tensor.flatten(1) if axes in ("in", "out", "taps") else tensor
+        return tensor.flatten(1) if axes in ("in", "out", "taps") else super().unpack(tensor, axes)
 
 
 @dataclass(frozen=True)
