@@ -1,0 +1,114 @@
+"""C3A: a matrix of circulant blocks, one trained row per block.
+
+    ΔW[i b + p, j b + q] = k[i, j, (q - p) mod b] / in          k (out/b, in/b, b), b = block_size
+
+A product with it is a circular correlation, done by transforms of length b; its rank can be full. Parameters are those of
+a dense matrix over b. k starts Xavier-uniform as in the paper, so that a new adapter does change the model, a little (the
+change is divided by `in`); `start_zero` starts at the base model and trains as well. The division makes it weak on
+embeddings, where `in` is the vocabulary. Chen et al. 2024, arXiv 2407.19342.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, ClassVar, Self
+
+import torch
+from torch import Tensor, nn
+
+from lorakit.delta import Call, Card, Delta, Method, Pool, Shape
+from lorakit.errors import LorakitError
+
+
+@dataclass(frozen=True, kw_only=True)
+class C3A(Method):
+    """The options of C3A.
+
+    Attributes:
+        block_size: side of a circulant block; it divides both sides of every adapted matrix. Larger means fewer numbers.
+        start_zero: start k at zero instead of Xavier-uniform.
+    """
+
+    name: ClassVar[str] = "c3a"
+    peft_type: ClassVar[str | None] = "C3A"
+    peft_suffix: ClassVar[str] = r"\.c3a_kernel$"
+    peft_ignored: ClassVar[frozenset[str]] = frozenset({"init_weights", "runtime_config"})
+    card: ClassVar[Card] = Card(
+        title="C3A",
+        formula="ΔW = blocks circ(k_ij) / in",
+        parameters=lambda shape, spec: shape.out * shape.in_ // spec.block_size,
+        paper="arXiv 2407.19342",
+        use="When full rank is wanted at LoRA's number of trained values.",
+        limits="block_size divides both sides of every matrix",
+        identity=False,
+    )
+
+    block_size: int = 256
+    start_zero: bool = False
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.block_size, int) or isinstance(self.block_size, bool) or self.block_size < 1:
+            raise LorakitError(f"c3a: block_size was given as {self.block_size!r}; it is an integer of at least 1.")
+
+    def check(self, shape: Shape, path: str) -> None:
+        if shape.out % self.block_size or shape.in_ % self.block_size:
+            common = math.gcd(shape.out, shape.in_)
+            fitting = [n for n in range(1, common + 1) if common % n == 0]
+            raise LorakitError(
+                f"attach: block_size {self.block_size} does not divide both sides of {path} ({shape.out} × {shape.in_}). "
+                f"For this layer {', '.join(map(str, fitting[-6:]))} would; one size must fit all layers, so choose a common "
+                "divisor or leave this one out."
+            )
+
+    def build(self, shape: Shape, pool: Pool) -> C3ADelta:
+        return C3ADelta(self, shape, pool)
+
+    def peft_config(self) -> dict[str, Any]:
+        start = True if self.start_zero else "xavier_uniform"
+        return {"block_size": self.block_size, "block_size_pattern": {}, "init_weights": start}
+
+    @classmethod
+    def from_peft(cls, config: dict[str, Any]) -> Self:
+        if config.get("block_size_pattern"):
+            raise LorakitError(
+                f"load: the configuration sets block_size_pattern={config['block_size_pattern']!r}; lorakit has one "
+                "block_size for all layers of an adapter."
+            )
+        return cls(block_size=config.get("block_size", 256), start_zero=config.get("init_weights") is True)
+
+
+class C3ADelta(Delta):
+    """k of one matrix: (out/b, in/b, b)."""
+
+    spec: C3A
+
+    def __init__(self, spec: C3A, shape: Shape, pool: Pool) -> None:
+        super().__init__(spec, shape, pool)
+        b = spec.block_size
+        self.k = nn.Parameter(torch.zeros(shape.out // b, shape.in_ // b, b))
+        if not spec.start_zero:
+            bound = math.sqrt(6 / (shape.out + shape.in_))
+            with torch.no_grad():
+                self.k.uniform_(-bound, bound)
+
+    def dense(self, W: Tensor) -> Tensor:
+        # Row p of a block is k turned by p: all rows are windows of k written twice.
+        twice = torch.cat([self.k[..., 1:], self.k], dim=-1)
+        blocks = twice.unfold(-1, self.spec.block_size, 1).flip(-2)
+        return blocks.permute(0, 2, 1, 3).reshape(self.shape.out, self.shape.in_) / self.shape.in_
+
+    def act(self, call: Call) -> Tensor:
+        return call.through(self.correlate, lambda: self.dense(call.W))
+
+    def correlate(self, x: Tensor) -> Tensor:
+        """ΔW x by transforms along the blocks, (..., in) -> (..., out), in single precision or better."""
+        b, dtype = self.spec.block_size, torch.promote_types(x.dtype, torch.float32)
+        parts = torch.fft.rfft(x.to(dtype).unflatten(-1, (-1, b)), dim=-1)
+        rows = torch.fft.rfft(self.k.to(dtype), dim=-1).conj()
+        y = torch.fft.irfft(torch.einsum("...nf,mnf->...mf", parts, rows), n=b, dim=-1)
+        change: Tensor = y.flatten(-2) / self.shape.in_
+        return change.to(x.dtype)
+
+    def peft_keys(self, kind: str) -> dict[str, tuple[str, str]]:
+        return {"k": ("c3a_kernel", "")}

@@ -1,0 +1,121 @@
+"""FourierFT: a few trained numbers at random places of a spectrum, whose inverse transform is the change.
+
+    ΔW = scale · Re(ifft2(F))          F (out, in) is zero but for `n_frequency` trained entries c at fixed random places
+
+The places come from a seed (the same for every layer of a shape) and are in no file. c starts at N(0, 1) as in the paper, so a
+new adapter does change the model, by scale · √n / (out · in) per weight; `start_zero` starts at the base model, and trains
+as well, since ΔW is linear in c. ΔW is dense and costs a matrix of W's size per call, and one transform.
+Gao et al. 2024, arXiv 2405.03003.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, ClassVar, Self, cast
+
+import torch
+from torch import Tensor, nn
+
+from lorakit.delta import Card, Delta, Method, Pool, Shape
+from lorakit.errors import LorakitError
+
+
+@dataclass(frozen=True, kw_only=True)
+class FourierFT(Method):
+    """The options of FourierFT.
+
+    Attributes:
+        n_frequency: how many entries of the spectrum train.
+        scale: what multiplies the inverse transform; 100 to 300 in the paper.
+        seed: what the places are drawn from.
+        start_zero: start c at zero instead of N(0, 1).
+    """
+
+    name: ClassVar[str] = "fourierft"
+    peft_type: ClassVar[str | None] = "FOURIERFT"
+    peft_suffix: ClassVar[str] = r"\.fourierft_spectrum$"
+    peft_ignored: ClassVar[frozenset[str]] = frozenset({"fan_in_fan_out", "runtime_config"})
+    card: ClassVar[Card] = Card(
+        title="FourierFT",
+        formula="ΔW = scale · Re(ifft2(F)), F sparse at fixed places",
+        parameters=lambda shape, spec: spec.n_frequency,
+        paper="arXiv 2405.03003",
+        use="When an adapter may hold a thousand numbers per matrix, whatever the matrix's size.",
+        limits="n_frequency is at most out · in",
+        identity=False,
+    )
+
+    n_frequency: int = 1000
+    scale: float = 150.0
+    seed: int = 777
+    start_zero: bool = False
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.n_frequency, int) or isinstance(self.n_frequency, bool) or self.n_frequency < 1:
+            raise LorakitError(
+                f"fourierft: n_frequency was given as {self.n_frequency!r}; it is an integer of at least 1."
+            )
+        if not math.isfinite(self.scale) or self.scale == 0:
+            raise LorakitError(f"fourierft: scale was given as {self.scale!r}; it is a finite number other than 0.")
+
+    def check(self, shape: Shape, path: str) -> None:
+        if self.n_frequency > shape.out * shape.in_:
+            raise LorakitError(
+                f"attach: n_frequency {self.n_frequency} is above the {shape.out * shape.in_} places in the spectrum of {path} "
+                f"({shape.out} × {shape.in_}). Give {shape.out * shape.in_} or less, or leave the layer out."
+            )
+
+    def build(self, shape: Shape, pool: Pool) -> FourierFTDelta:
+        return FourierFTDelta(self, shape, pool)
+
+    def peft_config(self) -> dict[str, Any]:
+        return {
+            "n_frequency": self.n_frequency,
+            "scaling": self.scale,
+            "random_loc_seed": self.seed,
+            "n_frequency_pattern": {},
+            "init_weights": self.start_zero,
+            "fan_in_fan_out": False,
+        }
+
+    @classmethod
+    def from_peft(cls, config: dict[str, Any]) -> Self:
+        if config.get("n_frequency_pattern"):
+            raise LorakitError(
+                f"load: the configuration sets n_frequency_pattern={config['n_frequency_pattern']!r}; lorakit has one "
+                "n_frequency for all layers of an adapter."
+            )
+        if config.get("random_loc_seed", 777) is None:
+            raise LorakitError(
+                "load: the configuration has random_loc_seed=null, and the places of the frequencies are in no file."
+            )
+        return cls(
+            n_frequency=config.get("n_frequency", 1000),
+            scale=config.get("scaling", 150.0),
+            seed=config.get("random_loc_seed", 777),
+            start_zero=bool(config.get("init_weights", False)),
+        )
+
+
+class FourierFTDelta(Delta):
+    """c of one matrix (n_frequency,); its places follow from seed and shape."""
+
+    spec: FourierFT
+
+    def __init__(self, spec: FourierFT, shape: Shape, pool: Pool) -> None:
+        super().__init__(spec, shape, pool)
+        generator = torch.Generator().manual_seed(spec.seed)
+        places = torch.randperm(shape.out * shape.in_, generator=generator)[: spec.n_frequency].clone()
+        self.register_buffer("places", places, persistent=False)
+        self.c = nn.Parameter(torch.zeros(spec.n_frequency) if spec.start_zero else torch.randn(spec.n_frequency))
+
+    def dense(self, W: Tensor) -> Tensor:
+        size = self.shape.out, self.shape.in_
+        c = self.c.to(torch.promote_types(self.c.dtype, torch.float32))  # there is no transform in half precision
+        F = c.new_zeros(size[0] * size[1]).index_copy(0, cast(Tensor, self.places), c)
+        change: Tensor = torch.fft.ifft2(F.view(size)).real
+        return change * self.spec.scale
+
+    def peft_keys(self, kind: str) -> dict[str, tuple[str, str]]:
+        return {"c": ("fourierft_spectrum", "")}

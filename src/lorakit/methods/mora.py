@@ -1,0 +1,147 @@
+"""MoRA: one square matrix instead of two thin ones, between a fixed compression and decompression.
+
+    ΔW x = g(M f(x))          M (side, side), side = round(√(rank · (out + in))): LoRA's number of values, at a higher rank
+
+The paper has several pairs f, g; here are the two it recommends and its code calls type 1 and type 6.
+
+    "sharing"   (type 1, equation 6)  f adds the inputs whose number is equal modulo `side`, g repeats M's output.
+                                      For large ranks.
+    "rotation"  (type 6, equation 9)  x is cut into segments of `side`, each turned by rotary angles that tell its position
+                                      apart, each multiplied by M, and put one after the other. For small ranks.
+
+A last segment that is not full goes on with x's first entries, and an output longer than the result repeats it, as in the
+authors' code. For "rotation" the side is rounded down to an even number. M starts at zero; there is no scale. On an embedding
+tokens that are equal modulo `side` share their change: not advisable. Jiang et al. 2024, arXiv 2405.12130.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from lorakit.delta import Call, Card, Delta, LowRank, Method, Pool, Shape
+from lorakit.errors import LorakitError
+
+_KINDS = ("rotation", "sharing")
+
+
+def side(shape: Shape, spec: Any) -> int:
+    """The width of M for a matrix."""
+    width = int(math.sqrt((shape.out + shape.in_) * spec.rank) + 0.5)
+    return width // 2 * 2 if spec.kind == "rotation" else width
+
+
+@dataclass(frozen=True, kw_only=True)
+class MoRA(Method):
+    """The options of MoRA.
+
+    Attributes:
+        rank: of the LoRA that has about as many trained values.
+        kind: "rotation" or "sharing".
+    """
+
+    name: ClassVar[str] = "mora"
+    peft_suffix: ClassVar[str] = r"\.mora_M$"
+    pattern_fields: ClassVar[dict[str, str]] = {"rank": "rank_pattern"}
+    card: ClassVar[Card] = Card(
+        title="MoRA",
+        formula="ΔW x = g(M f(x)), M square; f, g fixed",
+        parameters=lambda shape, spec: side(shape, spec) ** 2,
+        paper="arXiv 2405.12130",
+        use="When the model has to memorise new facts, where low rank falls behind.",
+    )
+
+    rank: int = 8
+    kind: str = "rotation"
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.rank, int) or isinstance(self.rank, bool) or self.rank < 1:
+            raise LorakitError(f"mora: rank was given as {self.rank!r}; it is an integer of at least 1.")
+        if self.kind not in _KINDS:
+            raise LorakitError(f"mora: kind was given as {self.kind!r}; it is one of {', '.join(_KINDS)}.")
+
+    def check(self, shape: Shape, path: str) -> None:
+        if self.rank > min(shape.out, shape.in_):
+            raise LorakitError(
+                f"attach: rank {self.rank} is above the size of {path} ({shape.out} × {shape.in_}), so that M would hold more "
+                f"than the matrix it changes. Give it less by rank_pattern={{{path!r}: {min(shape.out, shape.in_)}}}, or leave "
+                "the layer out."
+            )
+
+    def build(self, shape: Shape, pool: Pool) -> Delta:
+        return (RotationDelta if self.kind == "rotation" else SharingDelta)(self, shape, pool)
+
+    def peft_config(self) -> dict[str, Any]:
+        return {"r": self.rank, "use_mora": True, "mora_type": 6 if self.kind == "rotation" else 1}
+
+
+def _padded(shape: Shape, width: int, device: torch.device) -> Tensor:
+    """The numbers of the inputs, cut to whole segments: the last one goes on with the first inputs."""
+    return torch.arange(math.ceil(shape.in_ / width) * width, device=device) % shape.in_
+
+
+class SharingDelta(LowRank):
+    """M, between sums of inputs and repeated outputs: a low-rank pair, A of zeros and ones, B of M's rows."""
+
+    def __init__(self, spec: MoRA, shape: Shape, pool: Pool) -> None:
+        super().__init__(spec, shape, pool)
+        width = side(shape, spec)
+        self.M = nn.Parameter(torch.zeros(width, width))
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        width, device = self.M.shape[0], self.M.device
+        columns = _padded(self.shape, width, device)
+        rows = torch.arange(columns.numel(), device=device) % width
+        ones = self.M.new_ones(columns.numel())
+        A = self.M.new_zeros(width, self.shape.in_).index_put((rows, columns), ones, accumulate=True)
+        B = self.M.index_select(0, torch.arange(self.shape.out, device=device) % width)
+        return B, A
+
+    def peft_keys(self, kind: str) -> dict[str, tuple[str, str]]:
+        return {"M": ("mora_M", "")}
+
+
+class RotationDelta(Delta):
+    """M, applied to every segment of the input, each turned by its own angles."""
+
+    def __init__(self, spec: MoRA, shape: Shape, pool: Pool) -> None:
+        super().__init__(spec, shape, pool)
+        width = side(shape, spec)
+        self.M = nn.Parameter(torch.zeros(width, width))
+
+    def turned(self, dtype: torch.dtype) -> Tensor:
+        """M R_s for every segment s: (segments, side, side); R_s turns entry k against entry k + side/2."""
+        width, half = self.M.shape[0], self.M.shape[0] // 2
+        M = self.M.to(dtype)
+        frequency = 10000.0 ** (-torch.arange(half, device=M.device, dtype=torch.float64) / half)
+        segments = torch.arange(math.ceil(self.shape.in_ / width), device=M.device, dtype=torch.float64)
+        angle = (segments[:, None] * frequency).repeat(1, 2)[:, None, :]  # (segments, 1, side), for M's columns
+        swapped = torch.cat([M[:, half:], -M[:, :half]], dim=1)
+        return M * angle.cos().to(dtype) + swapped * angle.sin().to(dtype)
+
+    def dense(self, W: Tensor) -> Tensor:
+        blocks = self.turned(self.M.dtype)
+        whole = torch.block_diag(*blocks)
+        rows = torch.arange(self.shape.out, device=whole.device) % whole.shape[0]
+        columns = _padded(self.shape, blocks.shape[-1], whole.device)
+        zero = whole.new_zeros(self.shape.out, self.shape.in_)
+        change: Tensor = zero.index_add(1, columns, whole.index_select(0, rows))
+        return change
+
+    def act(self, call: Call) -> Tensor:
+        return call.through(self.segmentwise, lambda: self.dense(call.W))
+
+    def segmentwise(self, x: Tensor) -> Tensor:
+        """ΔW x without ΔW: (..., in) -> (..., out)."""
+        blocks = self.turned(self.M.dtype).to(x.dtype)
+        width = blocks.shape[-1]
+        parts = x[..., _padded(self.shape, width, x.device)].unflatten(-1, (-1, width))
+        y = torch.einsum("...sq,spq->...sp", parts, blocks).flatten(-2)
+        return y[..., torch.arange(self.shape.out, device=x.device) % y.shape[-1]]
+
+    def peft_keys(self, kind: str) -> dict[str, tuple[str, str]]:
+        return {"M": ("mora_M", "")}

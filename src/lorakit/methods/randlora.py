@@ -1,0 +1,189 @@
+"""RandLoRA: a full-rank change from many frozen random low-rank pairs, of which only diagonals train.
+
+    ΔW = s Σ_j B_j diag(λ_j) A diag(γ_j)          n = ⌈min(out, in) / rank⌉ pairs, s = alpha / rank
+
+A (rank, smaller side) is one for all pairs, B_j (larger side, rank) each its own; where the input is the larger side the
+change is the transpose. λ (rank, n) starts at zero, γ (n, smaller side) at 1 / its longest side. Both bases are shared by
+all layers and drawn from a seed. A *smaller* rank means more pairs and more trained numbers. n · rank is at least the smaller
+side, so an adapted layer costs about two of itself: the price of full rank. Lower the learning rate or alpha if it diverges.
+
+PEFT flattens the pairs of B by (pair, rank) and those of A by (rank, pair) before multiplying, so that the k-th column of B
+meets the k-th row of A in that order. All columns are drawn alike, so nothing is lost; here it is done the same way, so that
+files agree. PEFT also stores both bases again under every layer; here they are written once, which PEFT loads to the same
+function (it warns of missing keys). Albert et al. 2025, arXiv 2502.00987.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, ClassVar, Self
+
+import torch
+from torch import Tensor, nn
+
+from lorakit.delta import Card, LowRank, Method, Pool, Shape
+from lorakit.errors import LorakitError
+
+_BASES = ("dense", "sparse", "very_sparse")
+
+
+def _pairs(shape: Shape, rank: int) -> int:
+    """n: how many low-rank pairs make up full rank."""
+    return math.ceil(min(shape.out, shape.in_) / rank)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RandLoRA(Method):
+    """The options of RandLoRA.
+
+    Attributes:
+        rank: of each random pair; smaller means more trained numbers.
+        alpha: the scale's numerator; about 20 times the rank.
+        dropout: probability with which an input is zeroed while training.
+        seed: what the shared bases are drawn from.
+        save_projection: keep the shared bases in the file; without them the seed alone must reproduce them elsewhere.
+        basis: "dense", or ternary with a sixth of +1 and of -1 ("sparse"), or with half of 1/√D of each ("very_sparse").
+    """
+
+    name: ClassVar[str] = "randlora"
+    peft_type: ClassVar[str | None] = "RANDLORA"
+    peft_suffix: ClassVar[str] = r"\.randlora_(lambda|gamma)$"
+    peft_ignored: ClassVar[frozenset[str]] = frozenset({"fan_in_fan_out", "init_weights", "runtime_config"})
+    card: ClassVar[Card] = Card(
+        title="RandLoRA",
+        formula="ΔW = s Σ_j B_j diag(λ_j) A diag(γ_j); A, B random, frozen, shared by all layers",
+        parameters=lambda shape, spec: _pairs(shape, spec.rank) * (spec.rank + min(shape.out, shape.in_)),
+        paper="arXiv 2502.00987",
+        use="When low rank is what limits quality; a full-rank change for LoRA's number of trained values.",
+    )
+
+    rank: int = 32
+    alpha: float = 640.0
+    dropout: float = 0.0
+    seed: int = 0
+    save_projection: bool = True
+    basis: str = "dense"
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.rank, int) or isinstance(self.rank, bool) or self.rank < 1:
+            raise LorakitError(f"randlora: rank was given as {self.rank!r}; it is an integer of at least 1.")
+        if not math.isfinite(self.alpha):
+            raise LorakitError(f"randlora: alpha was given as {self.alpha!r}; it is a finite number.")
+        if not 0.0 <= self.dropout < 1.0:
+            raise LorakitError(f"randlora: dropout was given as {self.dropout!r}; it is at least 0 and below 1.")
+        if self.basis not in _BASES:
+            raise LorakitError(f"randlora: basis was given as {self.basis!r}; it is one of {', '.join(_BASES)}.")
+
+    def build(self, shape: Shape, pool: Pool) -> RandLoRADelta:
+        return RandLoRADelta(self, shape, pool)
+
+    def peft_config(self) -> dict[str, Any]:
+        return {
+            "r": self.rank,
+            "randlora_alpha": self.alpha,
+            "randlora_dropout": self.dropout,
+            "projection_prng_key": self.seed,
+            "save_projection": self.save_projection,
+            "sparse": self.basis == "sparse",
+            "very_sparse": self.basis == "very_sparse",
+            "fan_in_fan_out": False,
+            "init_weights": True,
+        }
+
+    @classmethod
+    def from_peft(cls, config: dict[str, Any]) -> Self:
+        return cls(
+            rank=config.get("r", 32),
+            alpha=config.get("randlora_alpha", 640),
+            dropout=config.get("randlora_dropout", 0.0),
+            seed=config.get("projection_prng_key") or 0,
+            save_projection=bool(config.get("save_projection", True)),
+            basis="very_sparse" if config.get("very_sparse") else "sparse" if config.get("sparse") else "dense",
+        )
+
+    def from_file(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The bases once: PEFT repeats them under every layer."""
+        result = dict(tensors)
+        for key in tensors:
+            path, _, name = key.rpartition(".")
+            if not path or name not in ("randlora_A", "randlora_B"):
+                continue
+            copy, shared = result.pop(key), result.get(name)
+            if shared is None:
+                result[name] = copy
+            elif copy.shape != shared.shape or not torch.equal(copy, shared):
+                raise LorakitError(
+                    f"load: {key} is another basis than the file's other {name}; one adapter has one pair of bases."
+                )
+        return result
+
+
+class RandLoRADelta(LowRank):
+    """λ and γ of one matrix; the bases are the pool's."""
+
+    spec: RandLoRA
+
+    def __init__(self, spec: RandLoRA, shape: Shape, pool: Pool) -> None:
+        super().__init__(spec, shape, pool)
+        self.scale, self.dropout = spec.alpha / spec.rank, spec.dropout
+        self.pairs, self.side = _pairs(shape, spec.rank), min(shape.out, shape.in_)
+        self.lambda_ = nn.Parameter(torch.zeros(spec.rank, self.pairs))
+        self.gamma = nn.Parameter(torch.full((self.pairs, self.side), 1 / max(self.pairs, self.side)))
+        self.bases()
+
+    def bases(self) -> tuple[Tensor, Tensor]:
+        """The shared `(B, A)`: (largest side, pairs, rank) and (rank, 1, largest smaller side)."""
+        spec, shapes = self.spec, self.pool.shapes or [self.shape]
+        sides = max(s.out for s in shapes), max(s.in_ for s in shapes)
+        drawn: list[Tensor] = []
+
+        def draw(index: int) -> Tensor:
+            if not drawn:
+                drawn.extend(_draw(spec, max(sides), min(sides)))
+            return drawn[index]
+
+        A = self.pool.entry("randlora_A", lambda: draw(0), frozen=True, kept=spec.save_projection)
+        B = self.pool.entry("randlora_B", lambda: draw(1), frozen=True, kept=spec.save_projection)
+        return B, A
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        B, A = self.bases()
+        large = B[: max(self.shape.out, self.shape.in_), : self.pairs].flatten(1)
+        small = (self.lambda_[:, :, None] * A[:, :, : self.side] * self.gamma).flatten(0, 1)
+        return (large, small) if self.side == self.shape.in_ else (small.T, large.T)
+
+    def peft_keys(self, kind: str) -> dict[str, tuple[str, str]]:
+        return {"lambda_": ("randlora_lambda", ""), "gamma": ("randlora_gamma", "")}
+
+
+def _draw(spec: RandLoRA, large: int, small: int) -> tuple[Tensor, Tensor]:
+    """A (rank, 1, small) and B (large, pairs, rank) from the seed, each over its own deviation.
+
+    Dense ones are drawn in bfloat16, one pair after the other, as PEFT does: the seed then gives the same values.
+    """
+    generator = torch.Generator().manual_seed(spec.seed)
+    pairs = math.ceil(small / spec.rank)
+    if spec.basis == "dense":
+
+        def uniform(*size: int) -> Tensor:
+            bound = 1 / math.sqrt(size[1] * size[2])
+            return torch.empty(size, dtype=torch.bfloat16).uniform_(-bound, bound, generator=generator)
+
+        A = uniform(spec.rank, 1, small)
+        B = torch.cat([uniform(large, 1, spec.rank) for _ in range(pairs)], dim=1)
+    else:
+        tail = 1 / (2 * (3 if spec.basis == "sparse" else math.sqrt(small)))
+
+        def ternary(*size: int) -> Tensor:
+            draw = torch.rand(size, generator=generator)
+            return (draw > 1 - tail).float() - (draw < tail).float()
+
+        A, B = ternary(spec.rank, 1, small), ternary(large, pairs, spec.rank)
+    for name, basis in (("A", A), ("B", B)):
+        if basis.unique().numel() < 2:
+            raise LorakitError(
+                f"randlora: the {spec.basis} basis {name} came out constant for rank {spec.rank} and sides {large} and "
+                f'{small}; such small layers need basis="dense".'
+            )
+    return (A / A.std()).float(), (B / B.std()).float()

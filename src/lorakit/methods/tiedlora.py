@@ -1,0 +1,133 @@
+"""Tied-LoRA: one pair of factors for all layers of a shape, and two trained vectors per layer.
+
+    ΔW_l = s diag(v_l) B diag(u_l) A          A (rank, in) and B (out, rank) shared, u (rank) and v (out) per layer
+
+Layers tie where their matrices have the same shape (a fused qkv ties with the other fused ones, q of 576 → 576 with o of
+the same size); every other shape has a pair of its own. u and v start at one, B at zero. The gradients of A and B are sums
+over the layers, so their learning rate is lower. `trained` says which of the four train: "ABuv" is the paper's TL6; "AB"
+ties and nothing more; "uv" is VeRA up to the start (B is random then and v zero).
+Renduchintala, Konuk, Kuchaiev 2023, arXiv 2311.09578.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from lorakit.delta import Card, LowRank, Method, Pool, Shape
+from lorakit.errors import LorakitError
+
+
+def _pooled(shapes: list[Shape], spec: Any) -> int:
+    distinct = {_key(shape): shape for shape in shapes}.values()
+    return sum(
+        spec.rank * (shape.in_ * ("A" in spec.trained) + shape.out * ("B" in spec.trained)) for shape in distinct
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class TiedLoRA(Method):
+    """The options of Tied-LoRA.
+
+    Attributes:
+        rank: rows of A and columns of B.
+        alpha: the scale's numerator; the scale is alpha / rank.
+        dropout: probability with which an input of A is zeroed while training.
+        trained: which of A, B, u, v train.
+    """
+
+    name: ClassVar[str] = "tied-lora"
+    peft_suffix: ClassVar[str] = r"\.tied_[uv]$"
+    card: ClassVar[Card] = Card(
+        title="Tied-LoRA",
+        formula="ΔW = s diag(v) B diag(u) A; A, B shared by all layers of a shape",
+        parameters=lambda shape, spec: spec.rank * ("u" in spec.trained) + shape.out * ("v" in spec.trained),
+        pooled=_pooled,
+        paper="arXiv 2311.09578",
+        use="When a deep model's adapter must be small and A and B should still learn.",
+    )
+
+    rank: int = 16
+    alpha: float = 16.0
+    dropout: float = 0.0
+    trained: str = "ABuv"
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.rank, int) or isinstance(self.rank, bool) or self.rank < 1:
+            raise LorakitError(f"tied-lora: rank was given as {self.rank!r}; it is an integer of at least 1.")
+        if not math.isfinite(self.alpha):
+            raise LorakitError(f"tied-lora: alpha was given as {self.alpha!r}; it is a finite number.")
+        if not 0.0 <= self.dropout < 1.0:
+            raise LorakitError(f"tied-lora: dropout was given as {self.dropout!r}; it is at least 0 and below 1.")
+        if not self.trained or set(self.trained) - set("ABuv") or len(set(self.trained)) != len(self.trained):
+            raise LorakitError(
+                f'tied-lora: trained was given as {self.trained!r}; it is one or more of the letters A, B, u, v, as in "ABuv".'
+            )
+        if not set(self.trained) & set("Bv"):
+            raise LorakitError(
+                f"tied-lora: trained was given as {self.trained!r}; without B or v there is no trained tensor that could start "
+                "at zero. Add one of them."
+            )
+
+    def build(self, shape: Shape, pool: Pool) -> TiedLoRADelta:
+        return TiedLoRADelta(self, shape, pool)
+
+    def peft_config(self) -> dict[str, Any]:
+        return {"r": self.rank, "lora_alpha": self.alpha, "lora_dropout": self.dropout, "trained": self.trained}
+
+
+def _key(shape: Shape) -> str:
+    """What layers must agree on to be tied."""
+    return f"{shape.out}x{shape.in_}" + (f"k{shape.taps}" if shape.taps > 1 else "") + ("e" if shape.lookup else "")
+
+
+class TiedLoRADelta(LowRank):
+    """u and v of one matrix; A and B are the pool's."""
+
+    spec: TiedLoRA
+
+    def __init__(self, spec: TiedLoRA, shape: Shape, pool: Pool) -> None:
+        super().__init__(spec, shape, pool)
+        self.scale, self.dropout = spec.alpha / spec.rank, spec.dropout
+        self.u = nn.Parameter(torch.ones(spec.rank))
+        self.v = nn.Parameter(torch.ones(shape.out) if "B" in spec.trained else torch.zeros(shape.out))
+        self.tied()
+
+    def tied(self) -> tuple[Tensor, Tensor]:
+        """The shared `(B, A)` of this shape: (out, rank) and (rank, in)."""
+        spec, shape = self.spec, self.shape
+
+        def random(*size: int) -> Tensor:
+            tensor = torch.empty(*size)
+            return tensor.normal_() if shape.lookup else nn.init.kaiming_uniform_(tensor, a=math.sqrt(5))
+
+        # Of the two factors an embedding's one-hot input meets A, so there it is A that starts at zero, if it trains.
+        zero = "" if "B" not in spec.trained else "A" if shape.lookup and "A" in spec.trained else "B"
+        tensors = []
+        for letter, size in (("A", (spec.rank, shape.in_)), ("B", (shape.out, spec.rank))):
+            make = torch.zeros if letter == zero else random
+            tensors.append(
+                self.pool.entry(
+                    f"tied_{letter}_{_key(shape)}",
+                    lambda make=make, size=size: make(*size),  # type: ignore[misc]
+                    frozen=letter not in spec.trained,
+                )
+            )
+        return tensors[1], tensors[0]
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        B, A = self.tied()
+        return self.v[:, None] * B, A
+
+    def gate(self) -> Tensor | None:
+        return self.u
+
+    def frozen(self) -> list[nn.Parameter]:
+        return [vector for letter, vector in (("u", self.u), ("v", self.v)) if letter not in self.spec.trained]
+
+    def peft_keys(self, kind: str) -> dict[str, tuple[str, str]]:
+        return {"u": ("tied_u", ""), "v": ("tied_v", "")}

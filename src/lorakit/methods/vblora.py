@@ -1,0 +1,184 @@
+"""VB-LoRA: LoRA's factors put together from one bank of short vectors that all layers share.
+
+    A, B cut into pieces of `vector_length` b; each piece = Σ softmax(its topk largest logits) · (those vectors of the bank)
+    ΔW = B A          bank (h, b) shared, logits_A (rank, in/b, h), logits_B (out/b, rank, h); pieces of B run along `out`
+
+Bank U(±0.02) and logits N(0, 0.1²): the start is not zero but small, about 1e-4 of W. Only the selected logits get gradients.
+Trained are all logits, far more numbers than the paper's stored ones (topk indices and topk - 1 weights per piece). lorakit
+writes the logits; files that hold the selection alone (PEFT's save_only_topk_weights) are read exactly, and since the logits
+that lost are gone from them, their logits no longer train. Give the bank a lower learning rate (1e-3) than the logits (1e-2).
+Li et al. 2024, arXiv 2405.15179.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, ClassVar, Self
+
+import torch
+from torch import Tensor, nn
+
+from lorakit.delta import Card, LowRank, Method, Pool, Shape
+from lorakit.errors import LorakitError
+
+_LOST, _NEVER = -1e3, -1e4
+"""Logits of a selected piece whose weight was stored as 0, and of pieces that were not selected: both give 0 in float64."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class VBLoRA(Method):
+    """The options of VB-LoRA.
+
+    Attributes:
+        rank: rows of A and columns of B.
+        num_vectors: h, vectors in the bank.
+        vector_length: b, numbers in each; it divides both sides of every adapted matrix.
+        topk: how many vectors make one piece.
+        dropout: probability with which an input of A is zeroed while training.
+        bank_bound: the bank starts uniform within ± this.
+        logits_std: the logits start normal with this deviation.
+        fixed_selection: the logits do not train (they came from a file that holds the selected ones alone).
+    """
+
+    name: ClassVar[str] = "vb-lora"
+    peft_type: ClassVar[str | None] = "VBLORA"
+    peft_suffix: ClassVar[str] = r"\.vblora_logits_"
+    peft_ignored: ClassVar[frozenset[str]] = frozenset({"fan_in_fan_out", "save_only_topk_weights", "runtime_config"})
+    card: ClassVar[Card] = Card(
+        title="VB-LoRA",
+        formula="ΔW = B A; pieces of A and B are top-k mixtures of a shared bank of vectors",
+        parameters=lambda shape, spec: (
+            0 if spec.fixed_selection else spec.num_vectors * spec.rank * (shape.out + shape.in_) // spec.vector_length
+        ),
+        pooled=lambda shapes, spec: spec.num_vectors * spec.vector_length,
+        paper="arXiv 2405.15179",
+        use="When the stored adapter must be tiny; training needs more numbers than LoRA.",
+        limits="vector_length divides both sides of every matrix",
+        identity=False,
+    )
+
+    rank: int = 4
+    num_vectors: int = 256
+    vector_length: int = 256
+    topk: int = 2
+    dropout: float = 0.0
+    bank_bound: float = 0.02
+    logits_std: float = 0.1
+    fixed_selection: bool = False
+
+    def __post_init__(self) -> None:
+        for option in ("rank", "num_vectors", "vector_length", "topk"):
+            value = getattr(self, option)
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise LorakitError(f"vb-lora: {option} was given as {value!r}; it is an integer of at least 1.")
+        if self.topk > self.num_vectors:
+            raise LorakitError(
+                f"vb-lora: topk {self.topk} of num_vectors {self.num_vectors} cannot be selected; topk is at most num_vectors."
+            )
+        if not 0.0 <= self.dropout < 1.0:
+            raise LorakitError(f"vb-lora: dropout was given as {self.dropout!r}; it is at least 0 and below 1.")
+        for option in ("bank_bound", "logits_std"):
+            value = getattr(self, option)
+            if not 0.0 < value < math.inf:
+                raise LorakitError(
+                    f"vb-lora: {option} was given as {value!r}; it is above 0, else nothing would train."
+                )
+
+    def check(self, shape: Shape, path: str) -> None:
+        if shape.out % self.vector_length or shape.in_ % self.vector_length:
+            common = math.gcd(shape.out, shape.in_)
+            fitting = [n for n in range(1, common + 1) if common % n == 0]
+            raise LorakitError(
+                f"attach: vector_length {self.vector_length} does not divide both sides of {path} ({shape.out} × "
+                f"{shape.in_}). For this layer {', '.join(map(str, fitting[-6:]))} would; the same length must fit all "
+                "layers, so choose a common divisor or leave this one out."
+            )
+
+    def build(self, shape: Shape, pool: Pool) -> VBLoRADelta:
+        return VBLoRADelta(self, shape, pool)
+
+    def peft_config(self) -> dict[str, Any]:
+        return {
+            "r": self.rank,
+            "num_vectors": self.num_vectors,
+            "vector_length": self.vector_length,
+            "topk": self.topk,
+            "vblora_dropout": self.dropout,
+            "init_vector_bank_bound": self.bank_bound,
+            "init_logits_std": self.logits_std,
+            "save_only_topk_weights": False,
+            "fan_in_fan_out": False,
+        }
+
+    @classmethod
+    def from_peft(cls, config: dict[str, Any]) -> Self:
+        return cls(
+            rank=config.get("r", 4),
+            num_vectors=config.get("num_vectors", 256),
+            vector_length=config.get("vector_length", 256),
+            topk=config.get("topk", 2),
+            dropout=config.get("vblora_dropout", 0.0),
+            bank_bound=config.get("init_vector_bank_bound", 0.02),
+            logits_std=config.get("init_logits_std", 0.1),
+            fixed_selection=bool(config.get("save_only_topk_weights", False)),
+        )
+
+    def from_file(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Selections become logits: the logarithms of the stored weights, and for all others a value that never wins."""
+        ending = "_topk_indices"
+        result = dict(tensors)
+        for key in [key for key in tensors if key.endswith(ending)]:
+            name = key.removesuffix(ending)
+            indices, weights = result.pop(key).long(), result.pop(f"{name}_topk_weights", None)
+            if weights is None or weights.shape[-1] + 1 != indices.shape[-1]:
+                raise LorakitError(
+                    f"load: {key} needs {name}_topk_weights with one weight less than indices, since they sum to 1."
+                )
+            if indices.min() < 0 or indices.max() >= self.num_vectors:
+                raise LorakitError(
+                    f"load: {key} selects vector {int(indices.max())}; the bank has {self.num_vectors} vectors."
+                )
+            weights = torch.cat([weights, 1 - weights.sum(-1, keepdim=True)], dim=-1)
+            logits = weights.new_full((*indices.shape[:-1], self.num_vectors), _NEVER)
+            result[name] = logits.scatter(-1, indices, weights.clamp_min(0).log().clamp_min(_LOST))
+        return result
+
+
+class VBLoRADelta(LowRank):
+    """The logits of one matrix; the bank is the pool's."""
+
+    spec: VBLoRA
+
+    def __init__(self, spec: VBLoRA, shape: Shape, pool: Pool) -> None:
+        super().__init__(spec, shape, pool)
+        self.dropout = spec.dropout
+        b, h = spec.vector_length, spec.num_vectors
+        self.logits_A = nn.Parameter(torch.randn(spec.rank, shape.in_ // b, h) * spec.logits_std)
+        self.logits_B = nn.Parameter(torch.randn(shape.out // b, spec.rank, h) * spec.logits_std)
+        self.bank()
+
+    def bank(self) -> Tensor:
+        """The shared vectors, (h, b)."""
+        spec = self.spec
+
+        def make() -> Tensor:
+            return torch.empty(spec.num_vectors, spec.vector_length).uniform_(-spec.bank_bound, spec.bank_bound)
+
+        return self.pool.entry("vblora_vector_bank", make, frozen=False)
+
+    def pieces(self, logits: Tensor) -> Tensor:
+        """(..., h) -> (..., b): the weighted vectors that the logits select."""
+        top, indices = logits.topk(self.spec.topk, dim=-1)
+        return (top.softmax(-1)[..., None] * self.bank()[indices]).sum(-2)
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        A = self.pieces(self.logits_A).flatten(1)
+        B = self.pieces(self.logits_B).transpose(1, 2).flatten(0, 1)
+        return B, A
+
+    def frozen(self) -> list[nn.Parameter]:
+        return [self.logits_A, self.logits_B] if self.spec.fixed_selection else []
+
+    def peft_keys(self, kind: str) -> dict[str, tuple[str, str]]:
+        return {"logits_A": ("vblora_logits_A", ""), "logits_B": ("vblora_logits_B", "")}

@@ -1,0 +1,134 @@
+"""VeRA: one frozen random pair of factors for the whole model, and two trained vectors per matrix.
+
+    ΔW = diag(λ_b) B diag(λ_d) A          A (rank, widest in), B (widest out, rank), each layer uses the slice that fits it
+
+λ_b (out) starts at zero, λ_d (rank) at 0.1; nothing else trains. The pair belongs to the adapter: it is drawn once from a
+seed on the CPU and saved with the adapter, unless `save_projection` is off and the seed has to bring it back. A rank above
+the width of a layer is meant: the paper has 1024 for a width of 768. Use learning rates near 1e-2.
+
+Not advisable on embeddings: the pair grows as wide as the vocabulary, and one token meets one tiny column of A.
+Kopiczko et al. 2023, arXiv 2310.11454.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, ClassVar, Self
+
+import torch
+from torch import Tensor, nn
+
+from lorakit.delta import Card, LowRank, Method, Pool, Shape
+from lorakit.errors import LorakitError
+
+
+@dataclass(frozen=True, kw_only=True)
+class VeRA(Method):
+    """The options of VeRA.
+
+    Attributes:
+        rank: rows of A and columns of B, both shared and frozen.
+        d_initial: where every entry of λ_d starts.
+        dropout: probability with which an input of A is zeroed while training.
+        seed: what the shared pair is drawn from.
+        save_projection: keep the shared pair in the file; without it the seed alone must reproduce it elsewhere.
+    """
+
+    name: ClassVar[str] = "vera"
+    peft_type: ClassVar[str | None] = "VERA"
+    peft_suffix: ClassVar[str] = r"\.vera_lambda_"
+    peft_ignored: ClassVar[frozenset[str]] = frozenset({"fan_in_fan_out", "init_weights", "runtime_config"})
+    card: ClassVar[Card] = Card(
+        title="VeRA",
+        formula="ΔW = diag(λ_b) B diag(λ_d) A; A, B random, frozen, shared by all layers",
+        parameters=lambda shape, spec: shape.out + spec.rank,
+        paper="arXiv 2310.11454",
+        use="When many adapters have to be stored: an adapter is two vectors per matrix.",
+    )
+
+    rank: int = 256
+    d_initial: float = 0.1
+    dropout: float = 0.0
+    seed: int = 0
+    save_projection: bool = True
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.rank, int) or isinstance(self.rank, bool) or self.rank < 1:
+            raise LorakitError(f"vera: rank was given as {self.rank!r}; it is an integer of at least 1.")
+        if not math.isfinite(self.d_initial) or self.d_initial == 0:
+            raise LorakitError(
+                f"vera: d_initial was given as {self.d_initial!r}; it is a finite number other than 0, since λ_b is zero at "
+                "the start and with both at zero nothing would ever train."
+            )
+        if not 0.0 <= self.dropout < 1.0:
+            raise LorakitError(f"vera: dropout was given as {self.dropout!r}; it is at least 0 and below 1.")
+
+    def build(self, shape: Shape, pool: Pool) -> VeRADelta:
+        return VeRADelta(self, shape, pool)
+
+    def peft_config(self) -> dict[str, Any]:
+        return {
+            "r": self.rank,
+            "d_initial": self.d_initial,
+            "vera_dropout": self.dropout,
+            "projection_prng_key": self.seed,
+            "save_projection": self.save_projection,
+            "fan_in_fan_out": False,
+            "init_weights": True,
+        }
+
+    @classmethod
+    def from_peft(cls, config: dict[str, Any]) -> Self:
+        return cls(
+            rank=config.get("r", 256),
+            d_initial=config.get("d_initial", 0.1),
+            dropout=config.get("vera_dropout", 0.0),
+            seed=config.get("projection_prng_key") or 0,
+            save_projection=bool(config.get("save_projection", True)),
+        )
+
+
+class VeRADelta(LowRank):
+    """λ_b and λ_d of one matrix; A and B are the pool's."""
+
+    spec: VeRA
+
+    def __init__(self, spec: VeRA, shape: Shape, pool: Pool) -> None:
+        super().__init__(spec, shape, pool)
+        self.dropout = spec.dropout
+        self.lambda_b = nn.Parameter(torch.zeros(shape.out))
+        self.lambda_d = nn.Parameter(torch.full((spec.rank,), spec.d_initial))
+        self.projections()
+
+    def projections(self) -> tuple[Tensor, Tensor]:
+        """The shared `(B, A)`: (widest out, rank) and (rank, widest in)."""
+        spec, shapes = self.spec, self.pool.shapes or [self.shape]
+        sizes = [(spec.rank, max(s.in_ for s in shapes)), (max(s.out for s in shapes), spec.rank)]
+        drawn: list[Tensor] = []
+
+        def draw(index: int) -> Tensor:
+            if not drawn:
+                generator = torch.Generator().manual_seed(spec.seed)
+                drawn.extend(_kaiming(size, generator) for size in sizes)
+            return drawn[index]
+
+        A = self.pool.entry("vera_A", lambda: draw(0), frozen=True, kept=spec.save_projection)
+        B = self.pool.entry("vera_B", lambda: draw(1), frozen=True, kept=spec.save_projection)
+        return B, A
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        B, A = self.projections()
+        return self.lambda_b[:, None] * B[: self.shape.out], A[:, : self.shape.in_]
+
+    def gate(self) -> Tensor | None:
+        return self.lambda_d
+
+    def peft_keys(self, kind: str) -> dict[str, tuple[str, str]]:
+        return {"lambda_b": ("vera_lambda_b", ""), "lambda_d": ("vera_lambda_d", "")}
+
+
+def _kaiming(size: tuple[int, int], generator: torch.Generator) -> Tensor:
+    """Uniform within ±√(6 / columns); the order of operations is that of PEFT, so that a seed gives the same bits."""
+    bound = math.sqrt(3.0) * (math.sqrt(2.0) / math.sqrt(size[1]))
+    return torch.empty(size).uniform_(-bound, bound, generator=generator)
