@@ -6,21 +6,46 @@ from lorakit.adapter import Adapter, activate, adapters, attach, detach, use
 from lorakit.algebra import merge, merged
 from lorakit.errors import LorakitError
 from lorakit.init import Gaussian, Kaiming, Normal
-from lorakit.methods import METHODS, DoRA, LoRA, LoRAFA
+from lorakit.methods import (
+    C3A,
+    METHODS,
+    DoRA,
+    FourierFT,
+    LoRA,
+    LoRAFA,
+    LoRAXS,
+    MoRA,
+    OneLoRA,
+    RandLoRA,
+    SHiRA,
+    TiedLoRA,
+    VBLoRA,
+    VeRA,
+)
 from lorakit.store import load
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "C3A",
     "METHODS",
     "Adapter",
     "DoRA",
+    "FourierFT",
     "Gaussian",
     "Kaiming",
     "LoRA",
     "LoRAFA",
+    "LoRAXS",
     "LorakitError",
+    "MoRA",
     "Normal",
+    "OneLoRA",
+    "RandLoRA",
+    "SHiRA",
+    "TiedLoRA",
+    "VBLoRA",
+    "VeRA",
     "__version__",
     "activate",
     "adapters",

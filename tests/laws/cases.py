@@ -24,7 +24,22 @@ from lorakit.delta import Call, Card, Delta, Form, Method, Pool, Shape
 from lorakit.errors import LorakitError
 from lorakit.layer import Adapted
 from lorakit.layout import sites_of
-from lorakit.methods import METHODS, DoRA, LoRA, LoRAFA
+from lorakit.methods import (
+    C3A,
+    METHODS,
+    DoRA,
+    FourierFT,
+    LoRA,
+    LoRAFA,
+    LoRAXS,
+    MoRA,
+    OneLoRA,
+    RandLoRA,
+    SHiRA,
+    TiedLoRA,
+    VBLoRA,
+    VeRA,
+)
 
 # -- two methods that exist for the laws alone -----------------------------------------------------------------------------
 
@@ -87,6 +102,16 @@ SPECS: dict[str, tuple[Method, ...]] = {
     "lora": (LoRA(rank=2, alpha=3.0), LoRA(rank=2, alpha=3.0, rslora=True)),
     "lora-fa": (LoRAFA(rank=2, alpha=3.0),),
     "dora": (DoRA(inner=LoRA(rank=2, alpha=3.0)),),
+    "vera": (VeRA(rank=3),),
+    "vb-lora": (VBLoRA(rank=2, num_vectors=5, vector_length=2, topk=2),),
+    "lora-xs": (LoRAXS(rank=2, alpha=3.0),),
+    "tied-lora": (TiedLoRA(rank=2, alpha=3.0), TiedLoRA(rank=2, trained="Auv")),
+    "1lora": (OneLoRA(),),
+    "randlora": (RandLoRA(rank=3, alpha=6.0),),
+    "fourierft": (FourierFT(n_frequency=7, scale=20.0),),
+    "shira": (SHiRA(rank=1), SHiRA(rank=1, mask="magnitude")),
+    "c3a": (C3A(block_size=2),),
+    "mora": (MoRA(rank=2), MoRA(rank=2, kind="sharing")),
 }
 """Method name -> example specs; a test holds the keys to METHODS. Ranks are 2: every layer here is at least that wide."""
 

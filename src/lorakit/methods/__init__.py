@@ -8,14 +8,34 @@ from typing import Any, cast
 
 from lorakit.delta import Method
 from lorakit.errors import LorakitError, unknown
+from lorakit.methods.c3a import C3A
 from lorakit.methods.dora import DoRA
+from lorakit.methods.fourierft import FourierFT
 from lorakit.methods.lora import LoRA
 from lorakit.methods.lorafa import LoRAFA
+from lorakit.methods.loraxs import LoRAXS
+from lorakit.methods.mora import MoRA
+from lorakit.methods.onelora import OneLoRA
+from lorakit.methods.randlora import RandLoRA
+from lorakit.methods.shira import SHiRA
+from lorakit.methods.tiedlora import TiedLoRA
+from lorakit.methods.vblora import VBLoRA
+from lorakit.methods.vera import VeRA
 
 METHODS: dict[str, type[Method]] = {
     "lora": LoRA,
     "lora-fa": LoRAFA,
     "dora": DoRA,
+    "vera": VeRA,
+    "vb-lora": VBLoRA,
+    "lora-xs": LoRAXS,
+    "tied-lora": TiedLoRA,
+    "1lora": OneLoRA,
+    "randlora": RandLoRA,
+    "fourierft": FourierFT,
+    "shira": SHiRA,
+    "c3a": C3A,
+    "mora": MoRA,
 }
 
 
@@ -54,4 +74,22 @@ def spec_from_dict(options: Mapping[str, Any], where: str | None = None) -> Meth
     return method(**values)
 
 
-__all__ = ["METHODS", "DoRA", "LoRA", "LoRAFA", "method_for_peft", "method_named", "spec_from_dict"]
+__all__ = [
+    "C3A",
+    "METHODS",
+    "DoRA",
+    "FourierFT",
+    "LoRA",
+    "LoRAFA",
+    "LoRAXS",
+    "MoRA",
+    "OneLoRA",
+    "RandLoRA",
+    "SHiRA",
+    "TiedLoRA",
+    "VBLoRA",
+    "VeRA",
+    "method_for_peft",
+    "method_named",
+    "spec_from_dict",
+]
