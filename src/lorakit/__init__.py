@@ -7,10 +7,18 @@ from lorakit.algebra import merge, merged
 from lorakit.errors import LorakitError
 from lorakit.init import Gaussian, Kaiming, Normal
 from lorakit.methods import (
+    BOFT,
     C3A,
+    IA3,
     METHODS,
+    OFT,
+    BitFit,
     DoRA,
     FourierFT,
+    Full,
+    HiRA,
+    LoHa,
+    LoKr,
     LoRA,
     LoRAFA,
     LoRAXS,
@@ -27,13 +35,21 @@ from lorakit.store import load
 __version__ = "0.1.0"
 
 __all__ = [
+    "BOFT",
     "C3A",
+    "IA3",
     "METHODS",
+    "OFT",
     "Adapter",
+    "BitFit",
     "DoRA",
     "FourierFT",
+    "Full",
     "Gaussian",
+    "HiRA",
     "Kaiming",
+    "LoHa",
+    "LoKr",
     "LoRA",
     "LoRAFA",
     "LoRAXS",

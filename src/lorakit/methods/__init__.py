@@ -8,13 +8,21 @@ from typing import Any, cast
 
 from lorakit.delta import Method
 from lorakit.errors import LorakitError, unknown
+from lorakit.methods.bitfit import BitFit
+from lorakit.methods.boft import BOFT
 from lorakit.methods.c3a import C3A
 from lorakit.methods.dora import DoRA
 from lorakit.methods.fourierft import FourierFT
+from lorakit.methods.full import Full
+from lorakit.methods.hira import HiRA
+from lorakit.methods.ia3 import IA3
+from lorakit.methods.loha import LoHa
+from lorakit.methods.lokr import LoKr
 from lorakit.methods.lora import LoRA
 from lorakit.methods.lorafa import LoRAFA
 from lorakit.methods.loraxs import LoRAXS
 from lorakit.methods.mora import MoRA
+from lorakit.methods.oft import OFT
 from lorakit.methods.onelora import OneLoRA
 from lorakit.methods.randlora import RandLoRA
 from lorakit.methods.shira import SHiRA
@@ -36,6 +44,14 @@ METHODS: dict[str, type[Method]] = {
     "shira": SHiRA,
     "c3a": C3A,
     "mora": MoRA,
+    "loha": LoHa,
+    "lokr": LoKr,
+    "oft": OFT,
+    "boft": BOFT,
+    "hira": HiRA,
+    "ia3": IA3,
+    "bitfit": BitFit,
+    "full": Full,
 }
 
 
@@ -75,10 +91,18 @@ def spec_from_dict(options: Mapping[str, Any], where: str | None = None) -> Meth
 
 
 __all__ = [
+    "BOFT",
     "C3A",
+    "IA3",
     "METHODS",
+    "OFT",
+    "BitFit",
     "DoRA",
     "FourierFT",
+    "Full",
+    "HiRA",
+    "LoHa",
+    "LoKr",
     "LoRA",
     "LoRAFA",
     "LoRAXS",

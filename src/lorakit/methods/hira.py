@@ -1,0 +1,94 @@
+"""HiRA: a low-rank change relative to the weight it changes, so that ΔW has a high rank.
+
+    ΔW = W ⊙ (B A)          A (rank, in), B (out, rank), B starts at zero
+
+Every entry of W is scaled by `1 + (B A)_jk`. The rank of ΔW is up to that of W times the rank of B A. There is no alpha: the
+change is relative already. The price is a matrix as large as W made in each step, which LoRA avoids. A 576 → 1536 layer at
+rank 32 trains 32 · (576 + 1536) = 67,584 numbers. Where W is zero, ΔW stays zero.
+
+For an embedding A, which meets the one-hot input, starts at zero. Huang et al. 2025 (ICLR), "HiRA: Parameter-efficient
+Hadamard high-rank adaptation".
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, ClassVar, Self
+
+import torch
+from torch import Tensor, nn
+
+from lorakit.delta import Card, Delta, Method, Pool, Shape
+from lorakit.errors import LorakitError
+from lorakit.methods.ranked import check_rank
+
+
+@dataclass(frozen=True, kw_only=True)
+class HiRA(Method):
+    """The options of HiRA.
+
+    Attributes:
+        rank: of the factor that multiplies the weight.
+    """
+
+    name: ClassVar[str] = "hira"
+    peft_type: ClassVar[str | None] = "HIRA"
+    peft_suffix: ClassVar[str] = r"\.hira_"
+    peft_ignored: ClassVar[frozenset[str]] = frozenset({"hira_dropout", "init_weights", "fan_in_fan_out"})
+    pattern_fields: ClassVar[dict[str, str]] = {"rank": "rank_pattern"}
+    card: ClassVar[Card] = Card(
+        title="HiRA",
+        formula="ΔW = W ⊙ (B A)",
+        parameters=lambda shape, spec: spec.rank * (shape.out + shape.in_),
+        paper="ICLR 2025 (HiRA)",
+        use="When LoRA's rank limits and memory for one matrix per layer is there.",
+        limits="The rank is at most the smaller side of the matrix; zeros of W stay zero.",
+    )
+
+    rank: int = 32
+
+    def __post_init__(self) -> None:
+        check_rank(self.name, self.rank)
+
+    def check(self, shape: Shape, path: str) -> None:
+        smaller = min(shape.out, shape.in_)
+        if self.rank > smaller:
+            raise LorakitError(
+                f"attach: rank {self.rank} is above the size of {path} ({shape.out} × {shape.in_}). Give it less by "
+                f"rank_pattern={{{path!r}: {smaller}}}, or leave the layer out."
+            )
+
+    def build(self, shape: Shape, pool: Pool) -> HiRADelta:
+        return HiRADelta(self, shape, pool)
+
+    def peft_config(self) -> dict[str, Any]:
+        return {"r": self.rank, "fan_in_fan_out": False}
+
+    @classmethod
+    def from_peft(cls, config: dict[str, Any]) -> Self:
+        return cls(rank=config.get("r", 32))
+
+
+class HiRADelta(Delta):
+    """A and B of one matrix."""
+
+    def __init__(self, spec: HiRA, shape: Shape, pool: Pool) -> None:
+        super().__init__(spec, shape, pool)
+        self.A = nn.Parameter(torch.zeros(spec.rank, shape.in_))
+        self.B = nn.Parameter(torch.zeros(shape.out, spec.rank))
+        if shape.lookup:
+            nn.init.normal_(self.B)
+        else:
+            nn.init.kaiming_uniform_(self.A, a=math.sqrt(5))
+
+    def dense(self, W: Tensor) -> Tensor:
+        return W * (self.B @ self.A)
+
+    def roles(self) -> dict[str, str]:
+        return {"A": "B", "B": "A"} if self.shape.lookup else {}
+
+    def peft_keys(self, kind: str) -> dict[str, tuple[str, str]]:
+        if kind == "embedding":
+            return {"A": ("hira_embedding_A", ""), "B": ("hira_embedding_B", "")}
+        return {"A": ("hira_A", "in"), "B": ("hira_B", "out")}

@@ -1,0 +1,139 @@
+"""LoHa: the elementwise product of two low-rank matrices, whose rank is up to the square of theirs.
+
+    ΔW = s (B1 A1) ⊙ (B2 A2)          B* (out, rank), A* (rank, in), s = alpha / rank, A2 starts at zero
+
+The product is itself a low-rank product: its factors are the row-wise and column-wise Khatri-Rao products of the B's and
+of the A's, of rank rank², exactly. Where rank² is small against the matrix (4 → 16, 8 → 64) it acts through them, like
+LoRA, and the matrix is never made. Elsewhere ΔW is made, and the backward makes `B1 A1` and `B2 A2` again rather than
+keep two matrices as large as W. A 576 → 1536 layer at rank 8 trains 2 · 8 · (576 + 1536) = 33,792 numbers.
+
+LyCORIS draws its factors from N(0, 1), which at a scale of alpha / rank explodes for small ranks; here, as in PEFT and
+FedPara, they are Kaiming-uniform. PEFT's "effective" form for convolutions (three tensors per product) is another
+parametrisation and refused by name. Hyeon-Woo et al. 2021, arXiv 2108.06098; Yeh et al. 2023, arXiv 2309.14859.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, ClassVar, Self
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import Function
+
+from lorakit.delta import Card, Delta, LowRank, Method, Pool, Shape
+from lorakit.errors import LorakitError
+from lorakit.methods.ranked import check_rank, check_scale
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoHa(Method):
+    """The options of LoHa.
+
+    Attributes:
+        rank: the rank of each of the two products; that of ΔW is up to rank².
+        alpha: the scale's numerator; the scale is alpha / rank.
+    """
+
+    name: ClassVar[str] = "loha"
+    peft_type: ClassVar[str | None] = "LOHA"
+    peft_suffix: ClassVar[str] = r"\.hada_"
+    peft_ignored: ClassVar[frozenset[str]] = frozenset({"rank_dropout", "module_dropout", "init_weights"})
+    pattern_fields: ClassVar[dict[str, str]] = {"rank": "rank_pattern", "alpha": "alpha_pattern"}
+    card: ClassVar[Card] = Card(
+        title="LoHa",
+        formula="ΔW = s (B1 A1) ⊙ (B2 A2), s = alpha / rank",
+        parameters=lambda shape, spec: 2 * spec.rank * (shape.out + shape.in_),
+        paper="arXiv 2108.06098; 2309.14859",
+        use="When a change of higher rank is wanted for the same number of parameters; common for diffusion models.",
+        limits="The rank is at most the smaller side of the matrix.",
+    )
+
+    rank: int = 8
+    alpha: float = 8.0
+
+    def __post_init__(self) -> None:
+        check_rank(self.name, self.rank)
+        check_scale(self.name, self.alpha)
+
+    def check(self, shape: Shape, path: str) -> None:
+        smaller = min(shape.out, shape.in_)
+        if self.rank > smaller:
+            raise LorakitError(
+                f"attach: rank {self.rank} is above the size of {path} ({shape.out} × {shape.in_}). Rank "
+                f"{math.isqrt(smaller - 1) + 1} makes ΔW of full rank already; {smaller} is the most that is allowed."
+            )
+
+    def build(self, shape: Shape, pool: Pool) -> LoHaDelta:
+        thin = self.rank**2 * (shape.out + shape.in_) < shape.out * shape.in_
+        return (LoHaDelta if thin else WideLoHaDelta)(self, shape, pool)
+
+    def peft_config(self) -> dict[str, Any]:
+        return {"r": self.rank, "alpha": self.alpha, "use_effective_conv2d": False}
+
+    @classmethod
+    def from_peft(cls, config: dict[str, Any]) -> Self:
+        if config.get("use_effective_conv2d"):
+            raise LorakitError(
+                "load: the configuration sets use_effective_conv2d=True: each product is then a Tucker decomposition of "
+                "three tensors for convolutions with a kernel, which lorakit's LoHa does not have. If no such convolution is "
+                "adapted the entry has no effect and can be set to false."
+            )
+        return cls(rank=config.get("r", 8), alpha=config.get("alpha", 8))
+
+
+class LoHaDelta(LowRank):
+    """B1, A1, B2, A2 of one matrix, acting through their Khatri-Rao factors."""
+
+    def __init__(self, spec: LoHa, shape: Shape, pool: Pool) -> None:
+        super().__init__(spec, shape, pool)
+        self.scale = spec.alpha / spec.rank
+        self.B1 = nn.Parameter(torch.empty(shape.out, spec.rank))
+        self.A1 = nn.Parameter(torch.empty(spec.rank, shape.in_))
+        self.B2 = nn.Parameter(torch.empty(shape.out, spec.rank))
+        self.A2 = nn.Parameter(torch.zeros(spec.rank, shape.in_))
+        for factor in (self.B1, self.A1, self.B2):
+            nn.init.kaiming_uniform_(factor, a=math.sqrt(5))
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        B = (self.B1[:, :, None] * self.B2[:, None, :]).flatten(1)
+        A = (self.A1[:, None, :] * self.A2[None, :, :]).flatten(0, 1)
+        return B, A
+
+    def dense(self, W: Tensor) -> Tensor:
+        product: Tensor = _Hadamard.apply(self.B1, self.A1, self.B2, self.A2, self.scale)  # type: ignore[no-untyped-call]
+        return product
+
+    def roles(self) -> dict[str, str]:
+        return {"B1": "A", "A1": "A", "B2": "A", "A2": "B"}  # "B" is the one that starts at zero
+
+    def peft_keys(self, kind: str) -> dict[str, tuple[str, str]]:
+        return {"B1": ("hada_w1_a", ""), "A1": ("hada_w1_b", ""), "B2": ("hada_w2_a", ""), "A2": ("hada_w2_b", "")}
+
+
+class WideLoHaDelta(LoHaDelta):
+    """The same where rank² is too large for the Khatri-Rao factors to be thin: ΔW is made and used."""
+
+    act = Delta.act
+    output = Delta.output
+
+
+class _Hadamard(Function):
+    """`scale (B1 A1) ⊙ (B2 A2)`, keeping the four factors and no product for the backward."""
+
+    @staticmethod
+    def forward(ctx: Any, B1: Tensor, A1: Tensor, B2: Tensor, A2: Tensor, scale: float) -> Tensor:
+        ctx.save_for_backward(B1, A1, B2, A2)
+        ctx.scale = scale
+        return (B1 @ A1).mul_(B2 @ A2).mul_(scale)
+
+    @staticmethod
+    def backward(ctx: Any, d: Tensor) -> tuple[Tensor | None, ...]:
+        B1, A1, B2, A2 = ctx.saved_tensors
+        d = d * ctx.scale
+        first = d * (B2 @ A2)
+        dB1, dA1 = first @ A1.T, B1.T @ first
+        del first
+        second = d * (B1 @ A1)
+        return dB1, dA1, second @ A2.T, B2.T @ second, None

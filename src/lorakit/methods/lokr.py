@@ -1,0 +1,188 @@
+"""LoKr: a Kronecker product of a small matrix and a low-rank one.
+
+    ΔW = s (C ⊗ D)      C (o1, i1), D (o2, i2) = D_a D_b, out = o1 o2, in = i1 i2, s = alpha / rank, C starts at zero
+
+It acts by reshapes and is never made for linear layers: with x as an (i1, i2) matrix X, `ΔW x` is `s C X Dᵀ`. A 576 → 1536
+layer at rank 16 with the sizes nearest the square roots (24 · 24, 32 · 48) trains 32 · 24 + 16 · (48 + 24) = 1920 numbers.
+The rank of ΔW is rank(C) · rank(D).
+
+D is stored whole where rank >= max(o2, i2) / 2; C is a product `C_a C_b` only with decompose_both and rank below
+max(o1, i1) / 2. PEFT divides by the rank in every case; LyCORIS takes s = 1 where both C and D are whole: scale_rule says
+which. For a convolution C spans channels and D the rest with the kernel. Yeh et al. 2023, arXiv 2309.14859.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, ClassVar, Self
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lorakit.delta import Call, Card, Delta, Method, Pool, Shape
+from lorakit.errors import LorakitError
+from lorakit.methods.ranked import check_rank, check_scale
+
+
+def split_size(size: int, factor: int = -1) -> tuple[int, int]:
+    """Two numbers whose product is `size`: the sizes of C and of D along one axis.
+
+    A `factor` that divides `size` is C's. Otherwise the most balanced pair whose smaller number is at most `factor`
+    (-1: any): 127 → (1, 127), 360 → (18, 20), 768 → (24, 32).
+    """
+    if factor > 0 and size % factor == 0:
+        return factor, size // factor
+    most = math.isqrt(size) if factor == -1 else min(factor, math.isqrt(size))
+    smaller = max(divisor for divisor in range(1, most + 1) if size % divisor == 0)
+    return smaller, size // smaller
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoKr(Method):
+    """The options of LoKr.
+
+    Attributes:
+        rank: of D, and of C with decompose_both.
+        alpha: the scale's numerator; the scale is alpha / rank.
+        factor: how large C is along each axis (`split_size`); -1 is as near the square root as the size has divisors.
+        decompose_both: C is a low-rank product too, where that is smaller.
+        scale_rule: "peft": alpha / rank always; "lycoris": 1 where both matrices are whole.
+    """
+
+    name: ClassVar[str] = "lokr"
+    peft_type: ClassVar[str | None] = "LOKR"
+    peft_suffix: ClassVar[str] = r"\.lokr_"
+    peft_ignored: ClassVar[frozenset[str]] = frozenset(
+        {"rank_dropout", "module_dropout", "rank_dropout_scale", "init_weights"}
+    )
+    pattern_fields: ClassVar[dict[str, str]] = {"rank": "rank_pattern", "alpha": "alpha_pattern"}
+    card: ClassVar[Card] = Card(
+        title="LoKr",
+        formula="ΔW = s (C ⊗ D), D = D_a D_b, s = alpha / rank",
+        parameters=lambda shape, spec: sum(rows * columns for rows, columns in _sizes(shape, spec).values()),
+        paper="arXiv 2309.14859",
+        use="The smallest files at a high rank; common for diffusion models.",
+    )
+
+    rank: int = 8
+    alpha: float = 8.0
+    factor: int = -1
+    decompose_both: bool = False
+    scale_rule: str = "peft"
+
+    def __post_init__(self) -> None:
+        check_rank(self.name, self.rank)
+        check_scale(self.name, self.alpha)
+        if not isinstance(self.factor, int) or isinstance(self.factor, bool) or (self.factor < 1 and self.factor != -1):
+            raise LorakitError(
+                f"lokr: factor was given as {self.factor!r}; it is C's size along each axis, at least 1, or -1 for the most "
+                "balanced sizes."
+            )
+        if self.scale_rule not in ("peft", "lycoris"):
+            raise LorakitError(f'lokr: scale_rule was given as {self.scale_rule!r}; it is "peft" or "lycoris".')
+
+    def build(self, shape: Shape, pool: Pool) -> LoKrDelta:
+        return LoKrDelta(self, shape, pool)
+
+    def peft_config(self) -> dict[str, Any]:
+        return {
+            "r": self.rank,
+            "alpha": self.alpha,
+            "decompose_factor": self.factor,
+            "decompose_both": self.decompose_both,
+            "use_effective_conv2d": False,
+        }
+
+    @classmethod
+    def from_peft(cls, config: dict[str, Any]) -> Self:
+        if config.get("use_effective_conv2d"):
+            raise LorakitError(
+                "load: the configuration sets use_effective_conv2d=True: D is then a Tucker decomposition of three tensors "
+                "for convolutions with a kernel, which lorakit's LoKr does not have. If no such convolution is adapted the "
+                "entry has no effect and can be set to false."
+            )
+        return cls(
+            rank=config.get("r", 8),
+            alpha=config.get("alpha", 8),
+            factor=config.get("decompose_factor", -1),
+            decompose_both=bool(config.get("decompose_both", False)),
+        )
+
+
+def _sizes(shape: Shape, spec: LoKr) -> dict[str, tuple[int, int]]:
+    """The tensors of one matrix and their sizes."""
+    o1, o2 = split_size(shape.out, spec.factor)
+    i1, i2 = split_size(shape.in_ // shape.taps, spec.factor)
+    sizes: dict[str, tuple[int, int]] = {}
+    if spec.decompose_both and spec.rank < max(o1, i1) / 2:
+        sizes |= {"C_a": (o1, spec.rank), "C_b": (spec.rank, i1)}
+    else:
+        sizes["C"] = (o1, i1)
+    if spec.rank < max(o2, i2) / 2:
+        sizes |= {"D_a": (o2, spec.rank), "D_b": (spec.rank, i2 * shape.taps)}
+    else:
+        sizes["D"] = (o2, i2 * shape.taps)
+    return sizes
+
+
+class LoKrDelta(Delta):
+    """C and D of one matrix, each whole or as a product."""
+
+    def __init__(self, spec: LoKr, shape: Shape, pool: Pool) -> None:
+        super().__init__(spec, shape, pool)
+        self.names = tuple(_sizes(shape, spec))
+        for name, size in _sizes(shape, spec).items():
+            factor = nn.Parameter(torch.zeros(size))
+            if name not in ("C", "C_a"):
+                nn.init.kaiming_uniform_(factor, a=math.sqrt(5))
+            setattr(self, name, factor)
+        whole = "C" in self.names and "D" in self.names
+        self.scale = 1.0 if whole and spec.scale_rule == "lycoris" else spec.alpha / spec.rank
+
+    def _matrices(self, letter: str) -> list[Tensor]:
+        """C or D as the one or two matrices whose product it is."""
+        return [getattr(self, name) for name in self.names if name.startswith(letter)]
+
+    def dense(self, W: Tensor) -> Tensor:
+        C, D = (_product(self._matrices(letter)) for letter in "CD")
+        return torch.kron(C * self.scale, D)
+
+    def act(self, call: Call) -> Tensor:
+        return call.through(lambda x: self._reshaped(x, call.dtype), lambda: self.dense(call.W))
+
+    def _reshaped(self, x: Tensor, dtype: torch.dtype) -> Tensor:
+        """`s C X Dᵀ` for x (..., in) as X (..., i1, i2)."""
+        i1 = self._matrices("C")[-1].shape[1]
+        h: Tensor = x.unflatten(-1, (i1, -1))
+        for matrix in reversed(self._matrices("D")):
+            h = F.linear(h, matrix.to(dtype))
+        h = h.transpose(-1, -2)
+        for index, matrix in enumerate(reversed(self._matrices("C"))):
+            h = F.linear(h, (matrix if index else matrix * self.scale).to(dtype))
+        y: Tensor = h.transpose(-1, -2).flatten(-2)
+        return y
+
+    def roles(self) -> dict[str, str]:
+        return {name: "B" if name in ("C", "C_a") else "A" for name in self.names}
+
+    def peft_keys(self, kind: str) -> dict[str, tuple[str, str]]:
+        keys = {
+            "C": ("lokr_w1", ""),
+            "C_a": ("lokr_w1_a", ""),
+            "C_b": ("lokr_w1_b", ""),
+            "D": ("lokr_w2", "taps"),
+            "D_a": ("lokr_w2_a", ""),
+            "D_b": ("lokr_w2_b", ""),
+        }
+        return {name: keys[name] for name in self.names}
+
+    def peft_spec(self) -> Method:
+        spec = self.spec
+        assert isinstance(spec, LoKr)
+        return spec.replace(alpha=self.scale * spec.rank, scale_rule="peft")
+
+
+def _product(matrices: list[Tensor]) -> Tensor:
+    return matrices[0] if len(matrices) == 1 else matrices[0] @ matrices[1]

@@ -1,0 +1,199 @@
+"""OFT: the inputs of a layer are turned by a block-diagonal rotation; nothing is added and no length changes.
+
+    y = (x R) Wᵀ + b      R = blockdiag(R_1 … R_k), R_j = (I + Q_j)(I - Q_j)⁻¹, Q_j (c, c) skew, k c = in, Q starts at zero
+
+Trained are the strict upper triangles: in · (c - 1) / 2 numbers, with a shared block c · (c - 1) / 2. A 576 → 1536 layer
+in blocks of 32 trains 18 · 496 = 8928 numbers. More blocks are fewer numbers.
+
+Cayley-Neumann (PEFT's default) replaces the inverse by the first terms of its series, I + 2Q + 2Q² + 2Q³ + Q⁴: cheap, but
+only nearly orthogonal; the error grows like ‖Q‖⁵. COFT keeps every block within a ball: ‖Q‖ <= eps (eps / √k for k
+blocks); here Q is scaled back within the formula, not overwritten in each forward as elsewhere.
+
+The sign of Q: PEFT's exact branch computes (I - Q)(I + Q)⁻¹, the inverse of what its series branch approximates, so a file
+means one rotation or its inverse by a flag. Here both are the same function of Q, and the exact form reads its triangle
+with the other sign, so that PEFT's files act in lorakit as they do in PEFT.
+Qiu et al. 2023, arXiv 2306.07280; OFTv2 (input-side): arXiv 2506.19847.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass
+from typing import Any, ClassVar, Self, cast
+
+import torch
+from torch import Tensor, nn
+
+from lorakit.delta import Card, Method, Pool, Shape
+from lorakit.errors import LorakitError
+from lorakit.methods.rotation import (
+    Rotation,
+    cayley,
+    check_blocks,
+    check_divides,
+    divisors,
+    turn_blocks,
+    turned_size,
+)
+
+_SINCE = (0, 18)
+"""The version of PEFT from which its files hold the series in this form."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class OFT(Method):
+    """The options of OFT.
+
+    Attributes:
+        block_size: the size c of a block, 32 where neither this nor `blocks` is given.
+        blocks: the number k of blocks instead.
+        exact: the exact Cayley transform; otherwise its series.
+        terms: how many terms of the series; at least 4.
+        coft: keep every block within `eps` of the identity.
+        eps: that distance.
+        block_share: one block for all.
+        dropout: share of blocks that are the identity in a training step.
+    """
+
+    name: ClassVar[str] = "oft"
+    peft_type: ClassVar[str | None] = "OFT"
+    peft_suffix: ClassVar[str] = r"\.oft_"
+    peft_ignored: ClassVar[frozenset[str]] = frozenset({"init_weights", "fan_in_fan_out"})
+    card: ClassVar[Card] = Card(
+        title="OFT",
+        formula="W' = W Rᵀ, R = blockdiag((I + Q)(I - Q)⁻¹), Q skew",
+        parameters=lambda shape, spec: math.prod(_size(shape, spec)),
+        paper="arXiv 2306.07280; OFTv2 arXiv 2506.19847",
+        use="When the base's knowledge must stay: angles between neurons do not change.",
+        limits="The block size divides the number of inputs (of an embedding's features).",
+    )
+
+    block_size: int | None = None
+    blocks: int | None = None
+    exact: bool = False
+    terms: int = 5
+    coft: bool = False
+    eps: float = 6e-5
+    block_share: bool = False
+    dropout: float = 0.0
+
+    def __post_init__(self) -> None:
+        check_blocks(self.name, self.block_size, self.blocks)
+        if self.blocks is None and self.block_size is None:
+            object.__setattr__(self, "block_size", 32)
+        if self.block_size == 1:
+            raise LorakitError("oft: a block of size 1 has nothing to turn; block_size is at least 2.")
+        if not isinstance(self.terms, int) or self.terms < 4:
+            raise LorakitError(
+                f"oft: terms was given as {self.terms!r}; it is an integer of at least 4, or exact=True."
+            )
+        if not self.eps > 0:
+            raise LorakitError(f"oft: eps was given as {self.eps!r}; it is above 0.")
+        if not 0.0 <= self.dropout < 1.0:
+            raise LorakitError(f"oft: dropout was given as {self.dropout!r}; it is at least 0 and below 1.")
+
+    def check(self, shape: Shape, path: str) -> None:
+        size = turned_size(shape)
+        unit, what = (self.blocks, "blocks") if self.blocks else (cast(int, self.block_size), "block_size")
+        check_divides(self.name, size, unit, path, what)
+        if size // unit < 2 and self.blocks:
+            raise LorakitError(
+                f"attach: oft with blocks={self.blocks} gives {path} ({size} features) blocks of size {size // unit}, which "
+                f"have nothing to turn; at most {size // 2} blocks do."
+            )
+
+    def build(self, shape: Shape, pool: Pool) -> OFTDelta:
+        return OFTDelta(self, shape, pool)
+
+    def peft_config(self) -> dict[str, Any]:
+        return {
+            "r": self.blocks or 0,
+            "oft_block_size": self.block_size or 0,
+            "use_cayley_neumann": not self.exact,
+            "num_cayley_neumann_terms": self.terms,
+            "coft": self.coft,
+            "eps": self.eps,
+            "block_share": self.block_share,
+            "module_dropout": self.dropout,
+            "fan_in_fan_out": False,
+            "peft_version": ".".join(map(str, _SINCE)) + ".0",
+        }
+
+    @classmethod
+    def from_peft(cls, config: dict[str, Any]) -> Self:
+        if "oft_block_size" not in config:
+            raise LorakitError(
+                "load: the configuration has no oft_block_size: before PEFT 0.14, OFT's files held whole blocks that acted "
+                "on the other side. PEFT cannot read them either."
+            )
+        exact = not config.get("use_cayley_neumann", False)
+        version = re.match(r"(\d+)\.(\d+)", str(config.get("peft_version", "")))
+        if not exact and (version is None or tuple(map(int, version.groups())) < _SINCE):
+            raise LorakitError(
+                f"load: the configuration is of PEFT {config.get('peft_version') or 'before 0.18'} with use_cayley_neumann, "
+                "whose series was another then; PEFT 0.17 can merge it."
+            )
+        terms = config.get("num_cayley_neumann_terms", 5)
+        if not exact and terms < 3:
+            raise LorakitError(f"load: num_cayley_neumann_terms={terms} is no rotation; at least 3 are needed.")
+        return cls(
+            block_size=config["oft_block_size"] or None,
+            blocks=config.get("r", 0) or None,
+            exact=exact,
+            terms=max(terms, 4),  # PEFT's third and fourth give the same series
+            coft=bool(config.get("coft", False)),
+            eps=config.get("eps", 6e-5),
+            block_share=bool(config.get("block_share", False)),
+            dropout=config.get("module_dropout", 0.0),
+        )
+
+
+def _size(shape: Shape, spec: OFT) -> tuple[int, int]:
+    """Rows and columns of Q's triangles. A size that does not divide (a file of PEFT's, which takes the nearest that
+    does) becomes the nearest that does; `check` refuses it for a new adapter."""
+    size = turned_size(shape)
+    unit = spec.blocks or cast(int, spec.block_size)
+    unit = min(divisors(size), key=lambda number: (abs(number - unit), number))
+    c, k = (size // unit, unit) if spec.blocks else (unit, size // unit)
+    return (1 if spec.block_share else k), c * (c - 1) // 2
+
+
+class OFTDelta(Rotation):
+    """Q (k, c (c - 1) / 2) of one matrix: the strict upper triangles, row by row."""
+
+    def __init__(self, spec: OFT, shape: Shape, pool: Pool) -> None:
+        super().__init__(spec, shape, pool)
+        k, numbers = _size(shape, spec)
+        self.c = (1 + math.isqrt(1 + 8 * numbers)) // 2
+        self.exact, self.terms, self.dropout = spec.exact, spec.terms, spec.dropout
+        self.eps = spec.eps / math.sqrt(k) if spec.coft else None
+        self.Q = nn.Parameter(torch.zeros(k, numbers))
+
+    def skew(self) -> Tensor:
+        """Q as skew matrices, (k, c, c), within COFT's ball."""
+        q = self.Q
+        if self.eps is not None:
+            norm = math.sqrt(2) * torch.linalg.vector_norm(q, dim=1, keepdim=True)
+            q = q * (self.eps / norm.clamp_min(self.eps))
+        rows, columns = torch.triu_indices(self.c, self.c, 1, device=q.device)
+        upper = q.new_zeros(q.shape[0], self.c, self.c).index_put((torch.arange(len(q))[:, None], rows, columns), q)
+        return upper - upper.mT
+
+    def turns(self) -> Tensor:
+        """R - I, (k, c, c)."""
+        Q = self.skew()
+        if self.exact:
+            return cayley(-Q)
+        K, power = 2 * Q, Q
+        for order in range(2, self.terms):
+            power = power @ Q
+            K = K + power * (1 if order == self.terms - 1 else 2)
+        return K
+
+    def change(self, x: Tensor, back: bool = False) -> Tensor:
+        K = self.thin(self.turns())
+        return turn_blocks(x, K.mT if back else K)
+
+    def peft_keys(self, kind: str) -> dict[str, tuple[str, str]]:
+        return {"Q": ("oft_embedding_R.weight" if kind == "embedding" else "oft_R.weight", "")}

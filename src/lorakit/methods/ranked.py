@@ -1,0 +1,19 @@
+"""What a rank and a scale may be, for methods that have them."""
+
+from __future__ import annotations
+
+import math
+
+from lorakit.errors import LorakitError
+
+
+def check_rank(method: str, rank: object) -> None:
+    """LorakitError unless `rank` is an integer of at least 1."""
+    if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
+        raise LorakitError(f"{method}: rank was given as {rank!r}; it is an integer of at least 1.")
+
+
+def check_scale(method: str, alpha: object) -> None:
+    """LorakitError unless `alpha` is a finite number."""
+    if not isinstance(alpha, int | float) or isinstance(alpha, bool) or not math.isfinite(alpha):
+        raise LorakitError(f"{method}: alpha was given as {alpha!r}; it is a finite number.")

@@ -1,0 +1,123 @@
+"""The family that turns a weight instead of adding to it: `W' = diag(s) W Rᵀ`, R orthogonal.
+
+Inputs are turned before they meet the weight: `y = (x R) Wᵀ`, which leaves the lengths of W's rows and the angles between
+them as they are. The columns of an embedding's matrix are vocabulary entries and not features, so there the rows of the
+table are turned instead: `W' = Rᵀ W`.
+
+Everything is computed from R - I, not from R: at the start that is exactly zero, and in low precision a small turn is not
+lost beside the one that stands on R's diagonal.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lorakit.delta import Call, Delta, Method, Pool, Shape
+from lorakit.errors import LorakitError
+
+
+def turned_size(shape: Shape) -> int:
+    """The size of R: the inputs, or an embedding's features."""
+    return shape.out if shape.lookup else shape.in_
+
+
+def divisors(size: int) -> list[int]:
+    """All divisors, ascending."""
+    return [number for number in range(1, size + 1) if size % number == 0]
+
+
+def check_blocks(method: str, block_size: object, blocks: object) -> None:
+    """LorakitError unless at most one of the two is given, and it is an integer of at least 1."""
+    for option, value in (("block_size", block_size), ("blocks", blocks)):
+        if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
+            raise LorakitError(f"{method}: {option} was given as {value!r}; it is an integer of at least 1.")
+    if block_size is not None and blocks is not None:
+        raise LorakitError(
+            f"{method}: block_size={block_size} and blocks={blocks} were both given; their product is the layer's size, so "
+            "give one of them."
+        )
+
+
+def check_divides(method: str, size: int, unit: int, path: str, what: str) -> None:
+    """LorakitError unless `unit` divides the layer's `size`; names the nearest sizes that do."""
+    if size % unit:
+        near = sorted(sorted(divisors(size), key=lambda number: abs(number - unit))[:4])
+        raise LorakitError(
+            f"attach: {method} turns {size} features of {path} in blocks, and {what} {unit} does not divide {size}. Near it "
+            f"{', '.join(map(str, near))} do; or leave the layer out."
+        )
+
+
+def cayley(Q: Tensor) -> Tensor:
+    """`(I + Q)(I - Q)⁻¹ - I = 2 Q (I - Q)⁻¹` for skew Q (blocks, size, size): a rotation, less the identity."""
+    eye = torch.eye(Q.shape[-1], dtype=Q.dtype, device=Q.device)
+    K: Tensor = torch.linalg.solve(eye - Q, 2 * Q, left=False)
+    return K
+
+
+class Rotation(Delta):
+    """`W' = diag(s) W Rᵀ`; a member writes `change` and, if it has output scales, `gain`."""
+
+    def __init__(self, spec: Method, shape: Shape, pool: Pool) -> None:
+        super().__init__(spec, shape, pool)
+        self.size = turned_size(shape)
+
+    @abstractmethod
+    def change(self, x: Tensor, back: bool = False) -> Tensor:
+        """`x (R - I)`, or `x (Rᵀ - I)` with `back`; x is (..., size)."""
+
+    def gain(self) -> Tensor | None:
+        """The output scales s, (out,), or None where they are 1."""
+        return None
+
+    def thin(self, blocks: Tensor) -> Tensor:
+        """Multiplicative dropout: while training, this share of the blocks R - I (blocks, c, c) is zero."""
+        count = int(self.dropout * blocks.shape[0]) if self.training else 0
+        if not count:
+            return blocks
+        return blocks.index_fill(0, torch.randperm(blocks.shape[0], device=blocks.device)[:count], 0)
+
+    def _turn(self, W: Tensor) -> Tensor:
+        """The change of the weight without the output scales."""
+        return self.change(W.T).T if self.shape.lookup else self.change(W, back=True)
+
+    def dense(self, W: Tensor) -> Tensor:
+        W = W.to(torch.promote_types(W.dtype, next(self.parameters()).dtype))
+        change, s = self._turn(W), self.gain()
+        return change if s is None else s[:, None] * (W + change) - W
+
+    def act(self, call: Call) -> Tensor:
+        change = self.change(call.y) if self.shape.lookup else self._changed(call)
+        s = self.gain()
+        return change if s is None else call.gain(change, s) + call.gain(call.y, s - 1)
+
+    def _changed(self, call: Call) -> Tensor:
+        def product(x: Tensor) -> Tensor:
+            W = call.W.to(call.dtype)
+            # A turned weight would need a gradient as large as W; without gradients it is the cheaper one for long inputs.
+            if not torch.is_grad_enabled() and x.numel() > W.numel():
+                return F.linear(x, self.change(W, back=True))
+            return F.linear(self.change(x), W)
+
+        return call.through(product, lambda: self._turn(call.W.to(torch.promote_types(call.W.dtype, call.dtype))))
+
+    def output(self, call: Call) -> Tensor | None:
+        if self.shape.lookup:
+            return None
+        y = call.through(
+            lambda x: F.linear(x + self.change(x), call.W.to(call.dtype)), lambda: call.W + self._turn(call.W)
+        )
+        s = self.gain()
+        return y if s is None else call.gain(y, s)
+
+
+def turn_blocks(x: Tensor, K: Tensor) -> Tensor:
+    """`x` (..., blocks · c) times the block-diagonal matrix of `K` (blocks or 1, c, c)."""
+    c = K.shape[-1]
+    pieces = x.reshape(-1, x.shape[-1] // c, c).transpose(0, 1)
+    turned = torch.matmul(pieces, K.to(x.dtype))  # a shared block broadcasts
+    return turned.transpose(0, 1).reshape(x.shape)
