@@ -167,6 +167,20 @@ def test_loss_and_gradients(name: str, share: bool, labels_in_prefix: bool, piec
     assert stats.targets == sum(label != IGNORED for e in examples for label in e.labels[1:])
 
 
+@pytest.mark.parametrize("name", ["llama", "mistral", "gpt2", "gemma2"])
+def test_long_rows(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Long examples take torch's own attention, where softcap and windows let them."""
+    calls = []
+    original = attention._attend_long
+    monkeypatch.setattr(attention, "LONG", 7)
+    monkeypatch.setattr(attention, "_attend_long", lambda *args: calls.append(1) or original(*args))
+    model, examples = build(name), make_examples(True)
+    with flat_attention(model):
+        found = gradients(model, causal_loss(model, pack(examples, share_prefix=False))[0])
+    assert len(calls) == {"llama": 2, "gpt2": 2}.get(name, 0)
+    assert_same(found, gradients(model, oracle(model, examples)), 1e-5 if name in SINGLE else 1e-11)
+
+
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 @pytest.mark.parametrize("name", ["llama", "gemma3", "gpt2", "gemma2"])
 def test_padded_path_is_the_same(name: str, smoothing: float) -> None:

@@ -1,11 +1,12 @@
 """Attention over a flat row: every example sees itself and the shared runs above it, exactly, without padding outside.
 
-A batch is cut into blocks. A block is a few runs of tokens (its lanes, padded to one length) that hang on the same
-path of ancestors. Scores against the path are one matmul for all lanes together, since its keys are the same for all
-of them; scores inside the lanes are a batched matmul; one softmax joins the two. Long runs are cut into pieces that
-hang on each other, so that what causality hides is never computed and nothing of size tokens x tokens exists. Query
-heads that share a key head are folded into the rows of the matmul. The backward pass forms the probabilities again
-from the log of their sum; only q, k, v, the output and that sum are kept.
+A batch is cut into blocks. A block is a few runs of tokens (its lanes, padded to one length) that hang on the
+same path of ancestors. Scores against the path are one matmul for all lanes together, since its keys are the
+same for all of them; scores inside the lanes are a batched matmul; one softmax joins the two. Long runs are cut
+into pieces that hang on each other, so that what causality hides is never computed and nothing of size tokens x
+tokens exists; where long examples share nothing and nothing is special about them, torch's own attention takes
+them one by one. Query heads that share a key head are folded into the rows of the matmul. The backward pass
+forms the probabilities again from the log of their sum; only q, k, v, the output and that sum are kept.
 
 The function reaches models through transformers' own registry: `flat_attention(model)` switches a model to it and
 back. The batch travels as the keyword argument `flat_batch` of the model's forward, which gradient checkpointing
@@ -28,7 +29,11 @@ from lorakit.train import fusion
 from lorakit.train.packing import FlatBatch, Segment
 
 PIECE = 256
-"""Longest run computed at once; longer ones are cut. Measured best between 128 and 512 for rows of 1,024 to 2,048."""
+"""Longest run computed at once; longer ones are cut. The fastest of 128, 256 and 512 at rows of 1,536."""
+
+LONG = 512
+"""From this mean length on, examples that share nothing go through torch's own attention, one by one: on the machine
+of docs/benchmarks.md it takes 0.74 of the time at 1,536 tokens, and more than three times the time at 35."""
 
 LANE_MULTIPLE = 16
 """Lanes are padded to a multiple of this, which keeps the number of distinct matmul shapes small."""
@@ -468,6 +473,8 @@ def flat_attention_forward(
         )
     if not getattr(module, "is_causal", True) or kwargs.get("is_causal") is False:
         raise ValueError("flat attention: this layer is not causal")
+    if softcap is None and s_aux is None and _is_long(flat_batch, sliding_window):
+        return _attend_long(flat_batch, query, key, value, scaling), None
     q, k, v = (tensor[0].transpose(0, 1).contiguous() for tensor in (query, key, value))
     if q.shape[2] != k.shape[2] or v.shape[2] != k.shape[2]:
         raise ValueError("flat attention: keys and values differ in width; use the padded path")
@@ -475,6 +482,34 @@ def flat_attention_forward(
     scale = q.shape[2] ** -0.5 if scaling is None else float(scaling)
     out: Tensor = FlatAttention.apply(q, k, v, s_aux, plan, scale, softcap, sliding_window)  # type: ignore[no-untyped-call]
     return out[None], None
+
+
+def _is_long(batch: FlatBatch, window: int | None) -> bool:
+    """Does torch's own causal attention suit this batch: long examples without company, no window that matters?"""
+    segments = batch.segments
+    alone = all(segment.parent < 0 for segment in segments)
+    longest = max(segment.length for segment in segments)
+    return alone and batch.used >= LONG * len(segments) and (window is None or longest <= window)
+
+
+def _attend_long(batch: FlatBatch, query: Tensor, key: Tensor, value: Tensor, scaling: float | None) -> Tensor:
+    """Each segment through torch's own causal attention. -> `[1, tokens, heads, head_dim]`."""
+    rows = []
+    for segment in batch.segments:
+        run = slice(segment.start, segment.start + segment.length)
+        out = torch.nn.functional.scaled_dot_product_attention(
+            query[:, :, run],
+            key[:, :, run],
+            value[:, :, run],
+            is_causal=True,
+            scale=scaling,
+            enable_gqa=query.shape[1] != key.shape[1],
+        )
+        rows.append(out.transpose(1, 2))
+    fill = batch.tokens - batch.used
+    if fill:
+        rows.append(query.new_zeros(1, fill, query.shape[1], value.shape[3]))
+    return torch.cat(rows, 1)
 
 
 def _attention_over(original: str) -> Callable[..., Any]:
