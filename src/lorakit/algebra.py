@@ -74,6 +74,23 @@ def _check(model: nn.Module, board: Board, blend: Weighted, layers: dict[str, Ad
                 f"merge: {path} shares its weight with {', '.join(tied)}, which would change too. untie=True gives {path} "
                 "a weight of its own (and the model's files will hold both)."
             )
+    for layer in layers.values():
+        _check_values(layer, blend)
+
+
+def _check_values(layer: Adapted, blend: Weighted) -> None:
+    """What one layer would hold, in the format that it would be written in; only then is anything written."""
+    with torch.no_grad():
+        values = layer.substitutes(blend)
+    for name, value in values.items():
+        module, attribute = _owner(layer, name)
+        before = cast(Tensor, getattr(module, attribute))
+        if before.is_floating_point():
+            value = value.to(before.dtype)
+        if not torch.isfinite(value).all():
+            raise LorakitError(
+                f"merge: {layer.path}.{name} would hold a NaN or an infinity in {before.dtype}; nothing was merged."
+            )
 
 
 def _owner(layer: Adapted, name: str) -> tuple[nn.Module, str]:
@@ -90,8 +107,6 @@ def _write(model: nn.Module, layer: Adapted, blend: Weighted, kept: dict[str, nn
     for name, value in values.items():
         module, attribute = _owner(layer, name)
         before = cast(Tensor, getattr(module, attribute))
-        if not torch.isfinite(value).all():
-            raise LorakitError(f"merge: {layer.path}.{name} would hold a NaN or an infinity.")
         if kept is not None:
             kept[name] = before
         shared = bool(tied_with(model, layer.path))
@@ -127,22 +142,19 @@ def merge(model: nn.Module, route: str | Blend, untie: bool = False) -> MergeRep
     """
     board = board_of(model)
     blend = _uniform(board, route, "merge")
+    if board.merged:
+        raise LorakitError(
+            f"merge: adapter {min(board.merged)!r} is merged for a while just now, and the weights will be put back; leave "
+            "`merged` first."
+        )
     layers = _layers(board, blend)
     _check(model, board, blend, layers, untie)
     report = MergeReport(tuple(layers))
-    done: list[tuple[Adapted, dict[str, nn.Parameter | Tensor]]] = []
     unties = untie and any(tied_with(model, path) for path in layers)
-    try:
-        for path, layer in layers.items():
-            report.error[path] = _write(model, layer, blend, None)
-    except LorakitError as problem:
-        if report.error:
-            raise LorakitError(
-                f"{problem} {len(report.error)} layers were merged before it; load the base afresh."
-            ) from problem
-        raise
-    assert not done
+    for path, layer in layers.items():
+        report.error[path] = _write(model, layer, blend, None)
     for name, _ in blend:
+        board.adapters[name].originals.clear()  # what was merged stays, though a start replaced weights before
         detach(model, name)
     if unties:
         _untie_config(model)
@@ -161,13 +173,15 @@ def _untie_config(model: nn.Module) -> None:
 def merged(model: nn.Module, route: str | Blend) -> Iterator[None]:
     """Within the block the adapters are written into the weights and do not run; afterwards the very bits are back.
 
-    Tensors of merged layers are fresh objects within the block, so a tied weight stays as it is in the other place.
+    Tensors of merged layers are fresh objects within the block, so a tied weight stays as it is in the other place. Other
+    adapters, active or merged inside, add what they would add beside it: `{merged: 1, other: 1}`.
     """
     board = board_of(model)
     blend = _uniform(board, route, "merged")
     layers = _layers(board, blend)
     _check(model, board, blend, layers, untie=True)
     kept: dict[str, dict[str, nn.Parameter | Tensor]] = {}
+    firsts: list[tuple[Adapted, list[str]]] = []
     routing, names = board.routing, {name for name, _ in blend}
     already = sorted(names & board.merged)
     if already:
@@ -176,12 +190,18 @@ def merged(model: nn.Module, route: str | Blend) -> Iterator[None]:
         for path, layer in layers.items():
             kept[path] = {}
             _write(model, layer, blend, kept[path])
+            first = {name: value.detach() for name, value in kept[path].items() if name not in layer.kept}
+            firsts.append((layer, list(first)))
+            layer.kept.update({name: value for name, value in first.items() if value.is_floating_point()})
         board.merged |= names
         board.routing = _without(routing, names)
         yield
     finally:
         for path, tensors in kept.items():
             _restore(layers[path], tensors)
+        for layer, written in firsts:
+            for name in written:
+                layer.kept.pop(name, None)
         board.merged -= names
         board.routing = routing
 

@@ -63,8 +63,11 @@ def _is_parameter(module: nn.Module, name: str) -> bool:
 class LayerCall:
     """One call of one site, as its deltas see it (`delta.Call`)."""
 
-    def __init__(self, layer: nn.Module, site: Site, x: Tensor, output: Tensor | None) -> None:
-        self.layer, self.site, self.x, self.output = layer, site, autocast(x), output
+    def __init__(
+        self, layer: nn.Module, site: Site, x: Tensor, output: Tensor | None, stored: Tensor | None = None
+    ) -> None:
+        """`output`: what the frozen layer gave; `stored`: its weight, where the layer holds another one just now."""
+        self.layer, self.site, self.x, self.output, self.stored = layer, site, autocast(x), output, stored
 
     def _cast(self, tensor: Tensor) -> Tensor:
         dtype = self.x.dtype if self.x.is_floating_point() else self.dtype
@@ -79,7 +82,10 @@ class LayerCall:
 
     @property
     def W(self) -> Tensor:
-        return self.site.layout.matrix(storage_of(self.layer, self.site.weight).read(self.layer, self.site.weight))
+        stored = self.stored
+        if stored is None:
+            stored = storage_of(self.layer, self.site.weight).read(self.layer, self.site.weight)
+        return self.site.layout.matrix(stored)
 
     @property
     def y(self) -> Tensor:
@@ -159,6 +165,8 @@ class Adapted(nn.Module):
         """adapter -> site -> Delta; the site's empty name is written "self"."""
         self.replacements = nn.ModuleDict()
         self.board = board
+        self.kept: dict[str, Tensor] = {}
+        """Within `merged`: tensors as they were before it wrote into them. What adapters add is about these."""
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -226,7 +234,7 @@ class Adapted(nn.Module):
         if not active:
             return self._call_base(tensors, args, kwargs)
         if any(not site.layout.beside for site in self.sites.values()):
-            return self._substituted(active, tensors, args, kwargs)
+            return self._substituted(blend, args, kwargs)
         x = _input(args, kwargs)
         site = next(iter(self.sites.values()))
         if len(active) == 1 and len(self.sites) == 1 and site.layout.flat and self._plain(site, tensors):
@@ -239,7 +247,6 @@ class Adapted(nn.Module):
         for name, weight in active:
             for key, delta in self.deltas_of(name).items():
                 site = self.sites[key]
-                # Where the base ran with replaced tensors, its output is not the frozen W x that a delta is about.
                 change = self._change(delta, site, x, None if tensors else y)
                 change = change if weight == 1.0 else change * weight
                 total = change if total is None else total + change
@@ -280,7 +287,7 @@ class Adapted(nn.Module):
                 W=site.layout.matrix(cast(Tensor, self.base.weight)).to(x.dtype),
                 b=bias,
             )
-        y = delta.output(LayerCall(self.base, site, x, None)) if weight == 1.0 else None
+        y = delta.output(LayerCall(self.base, site, x, None)) if weight == 1.0 and not self.kept else None
         if y is None:
             return None
         shift = delta.shift(self._bias(site))
@@ -289,8 +296,13 @@ class Adapted(nn.Module):
         return y if bias is None else y + bias
 
     def _change(self, delta: Delta, site: Site, x: Tensor, y: Tensor | None) -> Tensor:
-        """What one delta adds to the layer's output: ΔW x, and Δb where it has one."""
-        change = delta.act(LayerCall(self.base, site, x, y))
+        """What one delta adds to the layer's output: ΔW x, and Δb where it has one.
+
+        A delta is about the frozen W x; `y` is None where the base ran with replaced tensors, and is of no use to it
+        where others are merged.
+        """
+        call = LayerCall(self.base, site, x, None if self.kept else y, self.kept.get(site.weight))
+        change = delta.act(call)
         shift = delta.shift(self._bias(site))
         if shift is None:
             return change
@@ -300,8 +312,12 @@ class Adapted(nn.Module):
         """The frozen bias of a site's rows."""
         if site.bias is None:
             return None
-        bias = _tensor(self.base, site.bias).detach()
+        bias = self._frozen(site.bias)
         return site.layout.part(bias) if isinstance(site.layout, Rows) else bias
+
+    def _frozen(self, name: str) -> Tensor:
+        """One of the base's own tensors, whatever is merged into it just now."""
+        return self.kept[name] if name in self.kept else _tensor(self.base, name).detach()
 
     def _blended(self, blend: Weighted) -> dict[str, Tensor]:
         """The values of replaced tensors under a blend: base + Σ weight (own - base)."""
@@ -311,11 +327,11 @@ class Adapted(nn.Module):
             if name not in self.replacements or weight == 0.0:
                 continue
             for key, own in cast(Replacement, self.replacements[name]).tensors().items():
-                base = _tensor(self.base, key).detach()
-                if alone or not own.is_floating_point():
+                if (alone and key not in self.kept) or not own.is_floating_point():
                     result[key] = own
                 else:
-                    result[key] = result.get(key, base) + weight * (own - base)
+                    present = result.get(key, _tensor(self.base, key).detach())
+                    result[key] = present + weight * (own - self._frozen(key))
         return {key: value.to(_tensor(self.base, key).dtype) for key, value in result.items()}
 
     def _call_base(self, tensors: dict[str, Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -333,7 +349,7 @@ class Adapted(nn.Module):
             for key, delta in self.deltas_of(name).items():
                 site = self.sites[key]
                 stored = storage_of(self.base, site.weight, self.path).read(self.base, site.weight)
-                change = delta.dense(site.layout.matrix(stored))
+                change = delta.dense(site.layout.matrix(self.kept.get(site.weight, stored)))
                 change = site.layout.weight(change, stored)
                 before = result.get(site.weight, stored)
                 result[site.weight] = before + weight * change.to(torch.promote_types(before.dtype, change.dtype))
@@ -350,11 +366,8 @@ class Adapted(nn.Module):
                 result[site.bias] = bias + weight * whole.to(torch.promote_types(bias.dtype, whole.dtype))
         return result
 
-    def _substituted(
-        self, blend: Weighted, tensors: dict[str, Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> Any:
-        changed = {**tensors, **self.substitutes(blend)}
-        changed = {name: value.to(_tensor(self.base, name).dtype) for name, value in changed.items()}
+    def _substituted(self, blend: Weighted, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        changed = {name: value.to(_tensor(self.base, name).dtype) for name, value in self.substitutes(blend).items()}
         return functional_call(self.base, changed, args, kwargs)
 
     # -- one adapter per row ------------------------------------------------------------------------------------------

@@ -342,6 +342,24 @@ def test_two_adapters_keep_their_own_biases_and_saved_modules() -> None:
     assert torch.allclose(mixed, apart, atol=1e-5)
 
 
+def test_an_adapter_of_biases_alone_blends_with_one_of_attention() -> None:
+    """One replaces the bias, the other adapts the weights and the bias; the layer is reached by substitution."""
+    model = nn.ModuleDict({"a": nn.MultiheadAttention(4, 2, batch_first=True), "fc": nn.Linear(4, 4)}).double()
+    randomise(lk.attach(model, lk.LoRA(rank=2), name="biases", target_modules=["fc"], bias="all"))
+    randomise(lk.attach(model, lk.LoRA(rank=2), name="both", target_modules=["a"], bias="lora_only"))
+    x = torch.randn(3, 5, 4, dtype=torch.float64)
+    blend = {"biases": 0.5, "both": 0.25}
+    with lk.use(model, blend):
+        acted = model["a"](x, x, x)[0]
+    with lk.merged(model, blend):
+        assert torch.allclose(model["a"](x, x, x)[0], acted, atol=1e-12)
+    base = model["a"].base
+    own = {name: adapter.state_dict() for name, adapter in lk.adapters(model).items()}
+    bias = base.in_proj_bias.detach()
+    expected = bias + sum(weight * (own[name]["a.in_proj_bias"] - bias) for name, weight in blend.items())
+    assert torch.allclose(model["a"].substitutes(list(blend.items()))["in_proj_bias"], expected, atol=1e-12)
+
+
 class Nested(nn.Module):
     """A head with layers inside, which one adapter may save whole and another adapt from within."""
 
