@@ -111,14 +111,18 @@ def _shape_logits(logits: Tensor, scale: float, softcap: float | None) -> Tensor
 def chunk_losses(
     raw: Tensor, targets: Tensor, *, scale: float, softcap: float | None, smoothing: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """raw [targets, vocabulary] -> (loss of each target, log of the sum, most likely token)."""
+    """raw [targets, vocabulary] -> (loss of each target, log of the sum, is the target the most likely token).
+
+    Right is a target that no token beats, rather than the first of equals: a compiled maximum is far faster than the
+    place of one.
+    """
     logits = _shape_logits(raw, scale, softcap)
     top = logits.amax(-1, keepdim=True)
     log_sum = (logits - top).exp().sum(-1, keepdim=True).log() + top
     losses = log_sum[:, 0] - (1 - smoothing) * logits.gather(1, targets[:, None])[:, 0]
     if smoothing:
         losses = losses - smoothing * logits.mean(-1)
-    return losses, log_sum, raw.argmax(-1)
+    return losses, log_sum, raw.gather(1, targets[:, None])[:, 0] >= raw.amax(-1)
 
 
 def chunk_gradient(
@@ -170,9 +174,9 @@ class _LinearLoss(torch.autograd.Function):
             part = slice(begin[0], begin[1])
             rows = hidden[part]
             raw = nn.functional.linear(rows, weight, bias)
-            losses, log_sum, best = fusion.call(chunk_losses, raw, targets[part], **constants)
+            losses, log_sum, hit = fusion.call(chunk_losses, raw, targets[part], **constants)
             total += (losses * weights[part]).sum()
-            right += ((best == targets[part]) * weights[part]).sum()
+            right += (hit * weights[part]).sum()
             if not any((need_hidden, need_weight, need_bias)):
                 continue
             slope = fusion.call(chunk_gradient, raw, targets[part], log_sum, weights[part], **constants)
@@ -209,8 +213,8 @@ def _chunks(targets: int, vocabulary: int) -> list[tuple[int, int]]:
 
 def _module_losses(head: Head, hidden: Tensor, targets: Tensor, smoothing: float) -> tuple[Tensor, Tensor]:
     raw = head.module(hidden)
-    losses, _, best = chunk_losses(raw, targets, scale=head.scale, softcap=head.softcap, smoothing=smoothing)
-    return losses, best
+    losses, _, hit = chunk_losses(raw, targets, scale=head.scale, softcap=head.softcap, smoothing=smoothing)
+    return losses, hit
 
 
 def target_loss(
@@ -229,11 +233,11 @@ def target_loss(
     right = torch.zeros((), dtype=torch.float32, device=hidden.device)
     vocabulary = getattr(module, "out_features", None) or 1 << 17
     for begin, end in _chunks(len(targets), int(vocabulary)):
-        losses, best = checkpoint(
+        losses, hit = checkpoint(
             _module_losses, head, hidden[begin:end], targets[begin:end], label_smoothing, use_reentrant=False
         )
         total = total + (losses * weights[begin:end].to(losses.dtype)).sum()
-        right = right + ((best == targets[begin:end]) * weights[begin:end]).sum()
+        right = right + (hit * weights[begin:end]).sum()
     return total, right
 
 
