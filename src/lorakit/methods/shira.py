@@ -110,8 +110,8 @@ class SHiRADelta(Delta):
 
     def dense(self, W: Tensor) -> Tensor:
         rows, columns = self.indices.long()
-        flat = self.values.new_zeros(self.shape.out * self.shape.in_)
-        return flat.index_copy(0, rows * self.shape.in_ + columns, self.values).view(self.shape.out, self.shape.in_)
+        zero = self.values.new_zeros(self.shape.out, self.shape.in_)
+        return zero.index_put((rows, columns), self.values)
 
     def peft_keys(self, kind: str) -> dict[str, tuple[str, str]]:
         return {"values": ("shira_weight", ""), "indices": ("shira_indices", "")}
