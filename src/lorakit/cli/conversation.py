@@ -58,7 +58,8 @@ class Speaker:
         """Answer a prompt through an adapter (or the base, for None). `on_text` gets the answer piece by
         piece.
 
-        Temperature 0 takes the likeliest token each time; above, tokens are drawn.
+        Temperature 0 takes the likeliest token each time; above, tokens are drawn. The answer ends where the model's
+        window does. Raises LorakitError for a prompt that leaves no room for one.
         """
         import torch
         from transformers import TextStreamer
@@ -67,11 +68,12 @@ class Speaker:
 
         length = len(prompt)
         limit = getattr(self.model.config, "max_position_embeddings", None)
-        if isinstance(limit, int) and length + max_new_tokens > limit:
+        if isinstance(limit, int) and length >= limit:
             raise LorakitError(
-                f"generate: the prompt has {length} tokens and {max_new_tokens} more were asked for; this "
-                f"model reads {limit}. Shorten the prompt (in a chat: /clear), or ask for fewer"
+                f"generate: the prompt has {length} tokens and this model reads {limit}, its answer included; "
+                "shorten the prompt (in a chat: /clear)"
             )
+        room = max_new_tokens if not isinstance(limit, int) else min(max_new_tokens, limit - length)
         pieces: list[str] = []
 
         class Streamer(TextStreamer):
@@ -87,7 +89,7 @@ class Speaker:
             self.model.generate(
                 input_ids=ids,
                 attention_mask=torch.ones_like(ids),
-                max_new_tokens=max_new_tokens,
+                max_new_tokens=room,
                 pad_token_id=self.tokenizer.pad_token_id,
                 streamer=Streamer(self.tokenizer, skip_prompt=True, skip_special_tokens=True),
                 **(drawn if temperature > 0 else likeliest),

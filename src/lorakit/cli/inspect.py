@@ -147,11 +147,11 @@ def _table(report: AdapterReport, top: int) -> Table:
     from rich.table import Table
 
     table = Table(box=None, header_style="bold", pad_edge=False)
-    table.add_column("layer", overflow="fold")
+    table.add_column("layer", overflow="fold", min_width=24)
     for column in ("rank", "scale", "parameters", "norm of ΔW"):
         table.add_column(column, justify="right")
     if top:
-        table.add_column("largest singular values of ΔW", justify="right")
+        table.add_column("largest singular values", justify="right")
     for layer in report.layers:
         cells = [layer.name, str(layer.rank), f"{layer.scale:g}", f"{layer.parameters:,}", f"{layer.norm:.4g}"]
         if top:

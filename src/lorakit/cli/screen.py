@@ -4,11 +4,13 @@ clean."""
 from __future__ import annotations
 
 import logging
+import sys
 
 from rich.console import Console
 from rich.text import Text
 
-out = Console(highlight=False, soft_wrap=True)
+# A pipe has no width: a table there is as wide as it is, rather than cut at 80 columns.
+out = Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else 160)
 """Results: tables, answers, JSON."""
 
 err = Console(stderr=True, highlight=False, soft_wrap=True)
