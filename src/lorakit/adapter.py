@@ -282,15 +282,16 @@ def _check_name(name: str, board: Board | None) -> None:
         )
 
 
-def _spec_for(method: Method, targets: Targets, path: str) -> Method:
-    """The method's spec with this layer's own rank and alpha."""
+def _spec_for(method: Method, targets: Targets, where: str, path: str) -> Method:
+    """The method's spec with the rank and alpha of this part of a layer, or of the layer."""
     changes = {}
     for option, patterns in targets.patterns().items():
         if not patterns:
             continue
         if option not in method.pattern_fields:
             raise LorakitError(f"attach: {option}_pattern was given, but {method.name} has no {option} per layer.")
-        value = value_for(patterns, path)
+        value = value_for(patterns, where)
+        value = value_for(patterns, path) if value is None else value
         if value is not None:
             changes[option] = value
     return method.replace(**changes) if changes else method
@@ -340,7 +341,9 @@ def build(
         for site in sites:
             storage_of(modules[path], site.weight, path)
             where = f"{path}.{site.name}" if site.name else path
-            specs[site.name] = _spec_for(method.at(path), targets, where if isinstance(site.layout, Rows) else path)
+            specs[site.name] = _spec_for(
+                method.at(path), targets, where, where if isinstance(site.layout, Rows) else path
+            )
             if checked:
                 specs[site.name].check(site.layout.shape, where)
         plan[path] = (sites, specs)

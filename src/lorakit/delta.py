@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol, Self, cast
 
@@ -138,6 +138,8 @@ class Method(ABC):
     """Entries of PEFT's configuration that say nothing about how a finished adapter acts."""
     pattern_fields: ClassVar[dict[str, str]] = {}
     """Fields that may differ per layer: field -> PEFT's name of the pattern option."""
+    schedule: ClassVar[str | None] = None
+    """What training does to its deltas besides optimiser steps: a name in `train/schedules.py`."""
 
     @abstractmethod
     def build(self, shape: Shape, pool: Pool) -> Delta:
@@ -190,6 +192,16 @@ class Method(ABC):
     def from_peft(cls, config: dict[str, Any]) -> Self:
         """The spec that PEFT's entries describe; entries that cannot be honoured are refused by name."""
         raise LorakitError(f"load: PEFT has no format for {cls.name}.")
+
+    def peft_layers(self, specs: Mapping[str, Any]) -> dict[str, Any]:
+        """Entries of PEFT's configuration that depend on the specs of all layers (layer name -> spec), where PEFT does not
+        say them by patterns of plain values."""
+        return {}
+
+    @classmethod
+    def peft_patterns(cls, config: dict[str, Any]) -> dict[str, Any]:
+        """`rank_pattern` and `alpha_pattern` as they would be by the rule of LoRA, where PEFT's say it otherwise."""
+        return {}
 
     def from_file(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         """A file's tensors by name, in the form in which this method's deltas hold them; by default as they are."""
@@ -325,6 +337,10 @@ class LowRank(Delta):
             f"{self.spec.name} computes its factors, so they cannot be set. Methods whose factors an initialiser can "
             "set: lora, dora, adalora, dylora and their kin."
         )
+
+    def truncated(self, rank: int) -> tuple[Tensor, Tensor] | None:
+        """`(B, A)` of this rank with the scale folded into B, where the method itself orders its ranks; else None."""
+        return None
 
     def dense(self, W: Tensor) -> Tensor:
         B, A = self.factors()

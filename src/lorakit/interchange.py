@@ -7,6 +7,7 @@ no part of a layer's name.
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections import Counter
 from collections.abc import Collection, Mapping
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from lorakit.adapter import Adapter
-from lorakit.delta import LowRank, Method, View
+from lorakit.delta import LowRank, Method, Offset, View
 from lorakit.errors import LorakitError
 from lorakit.layer import Adapted
 from lorakit.layout import Rows, Site
@@ -119,11 +120,11 @@ def _fused(parts: list[tuple[Site, LowRank]]) -> tuple[Tensor, Tensor]:
     inner = cast(Rows, parts[0][0].layout).inner
     B_all, A_all, start = A.new_zeros(inner.shape.out, rank), [], 0
     for (site, delta), factor in zip(parts, part_scales(parts), strict=True):
-        B, A = delta.factors()
-        stop = start + A.shape[0]
-        B_all[cast(Rows, site.layout).index(A.device), start:stop] = B.detach() * factor
-        A_all.append(A.detach())
-        start = stop
+        for B, A in delta.pairs():
+            stop = start + A.shape[0]
+            B_all[cast(Rows, site.layout).index(A.device), start:stop] = B.detach() * factor
+            A_all.append(A.detach())
+            start = stop
     return B_all.detach(), torch.cat(A_all)
 
 
@@ -207,14 +208,9 @@ def target_modules(paths: list[str], model: nn.Module) -> list[str] | str:
 def _patterns(adapter: Adapter, plain: Mapping[str, str]) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
     """The most common value of each field that differs per layer, and the exceptions by whole layer name."""
     values: dict[str, dict[str, Any]] = {field: {} for field in adapter.method.pattern_fields}
-    for path, layer in adapter.layers.items():
-        deltas = list(layer.deltas_of(adapter.name).values())
-        if not deltas:
-            continue
-        parts = parts_of(layer, adapter.name)
-        spec = _fused_spec(parts) if parts else deltas[0].peft_spec()
+    for path, spec in _specs(adapter, plain).items():
         for field in values:
-            values[field][plain[path]] = getattr(spec, field)
+            values[field][path] = getattr(spec, field)
     common, patterns = {}, {}
     for field, by_path in values.items():
         if by_path:
@@ -223,6 +219,59 @@ def _patterns(adapter: Adapter, plain: Mapping[str, str]) -> tuple[dict[str, Any
                 _exact(path, by_path): value for path, value in by_path.items() if value != common[field]
             }
     return common, patterns
+
+
+def _specs(adapter: Adapter, plain: Mapping[str, str]) -> dict[str, Method]:
+    """Plain layer name -> the spec that the file gives for this layer."""
+    specs: dict[str, Method] = {}
+    for path, layer in adapter.layers.items():
+        deltas = list(layer.deltas_of(adapter.name).values())
+        if deltas:
+            parts = parts_of(layer, adapter.name)
+            specs[plain[path]] = _fused_spec(parts) if parts else deltas[0].peft_spec()
+    return specs
+
+
+def stored(adapter: Adapter) -> tuple[Method, Targets]:
+    """The method and the request that make an adapter as it is in a file: its own, unless ranks have changed since it was
+    attached (a schedule has moved, taken or added some); then each layer's own rank and scale by its exact name."""
+    asked: dict[str, Method] = {}
+    found: dict[str, Method] = {}
+    for path, site, delta in adapter.deltas():
+        where = f"{path}.{site.name}" if site.name else path
+        asked[where] = _asked(adapter, path, where, where if isinstance(site.layout, Rows) else path)
+        found[where] = asked[where] if _shifted(delta) else delta.peft_spec()
+    if found == asked:
+        return adapter.method, adapter.targets
+    method = adapter.method
+    if any(type(spec) is not type(method) for spec in found.values()):
+        method = next(iter(found.values()))
+    common: dict[str, Any] = {}
+    patterns: dict[str, Any] = {}
+    for field in method.pattern_fields:
+        values = {where: getattr(spec, field) for where, spec in found.items()}
+        common[field] = Counter(values.values()).most_common(1)[0][0]
+        patterns[f"{field}_pattern"] = {
+            f"^{re.escape(where)}": value for where, value in values.items() if value != common[field]
+        }
+    return method.replace(**common), dataclasses.replace(adapter.targets, **patterns)
+
+
+def _asked(adapter: Adapter, path: str, where: str, layer: str) -> Method:
+    """The spec that a layer, or a part of one, was given when the adapter was attached."""
+    changes = {}
+    for option, patterns in adapter.targets.patterns().items():
+        value = value_for(patterns, where)
+        value = value_for(patterns, layer) if value is None else value
+        if value is not None:
+            changes[option] = value
+    spec = adapter.method.at(path)
+    return spec.replace(**changes) if changes else spec
+
+
+def _shifted(delta: nn.Module) -> bool:
+    """Whether a delta, or one that it holds, has a start taken off, which the file's reader puts back itself."""
+    return any(isinstance(module, Offset) for module in delta.modules())
 
 
 def _exact(path: str, others: Collection[str]) -> str:
@@ -288,7 +337,7 @@ def config_of(adapter: Adapter, base: str | None = None) -> dict[str, Any]:
     }
     for field, option in adapter.method.pattern_fields.items():
         config[option] = patterns.get(field, {})
-    return config
+    return {**config, **adapter.method.peft_layers(_specs(adapter, plain))}
 
 
 # -- the configuration, read -------------------------------------------------------------------------------------------------

@@ -48,6 +48,7 @@ from lorakit.interchange import (
     plain_names,
     replacement_key,
     site_prefix,
+    stored,
     targets_from,
     tensors_of,
     unwrapped,
@@ -92,13 +93,14 @@ def save(
         if tensor.is_floating_point() and not torch.isfinite(tensor).all():
             raise LorakitError(f"save: {key} holds a NaN or an infinity; {folder} is left as it was.")
     config = config_of(adapter, base)
+    method, targets = stored(adapter)
     from lorakit import __version__
 
     own = {
         "format": FORMAT,
         "lorakit_version": __version__,
-        "method": adapter.method.to_dict(),
-        "targets": _targets_to_own(adapter.targets),
+        "method": method.to_dict(),
+        "targets": _targets_to_own(targets),
         "base": {"name": config["base_model_name_or_path"], "fingerprint": fingerprint(adapter)},
         "record": dict(record or {}),
     }
@@ -173,7 +175,10 @@ def load(
     method_class = method_named(bundle.own["method"].get("name", "")) if bundle.own else method_for_peft(bundle.config)
     method = _method(method_class, bundle, complain)
     tensors = method.from_file(tensors)
-    targets = _targets_from_own(bundle) if bundle.own else targets_from(bundle.config, model, tensors)
+    if bundle.own:
+        targets = _targets_from_own(bundle)
+    else:
+        targets = targets_from({**bundle.config, **method_class.peft_patterns(bundle.config)}, model, tensors)
     found = _layers_in(tensors, plain, method_class, bundle.folder)
     _check_targets(model, bundle.config, [plain[path] for path in found], complain)
     adapter = build(model, method, _resolved(targets, found, plain), name, checked=False, paths=found)

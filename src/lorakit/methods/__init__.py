@@ -8,10 +8,13 @@ from typing import Any, cast
 
 from lorakit.delta import Method
 from lorakit.errors import LorakitError, unknown
+from lorakit.methods.adalora import AdaLoRA
 from lorakit.methods.bitfit import BitFit
 from lorakit.methods.boft import BOFT
 from lorakit.methods.c3a import C3A
 from lorakit.methods.dora import DoRA
+from lorakit.methods.dylora import DyLoRA
+from lorakit.methods.elalora import ElaLoRA
 from lorakit.methods.fourierft import FourierFT
 from lorakit.methods.full import Full
 from lorakit.methods.hira import HiRA
@@ -25,6 +28,7 @@ from lorakit.methods.mora import MoRA
 from lorakit.methods.oft import OFT
 from lorakit.methods.onelora import OneLoRA
 from lorakit.methods.randlora import RandLoRA
+from lorakit.methods.relora import ReLoRA
 from lorakit.methods.shira import SHiRA
 from lorakit.methods.tiedlora import TiedLoRA
 from lorakit.methods.vblora import VBLoRA
@@ -34,6 +38,10 @@ METHODS: dict[str, type[Method]] = {
     "lora": LoRA,
     "lora-fa": LoRAFA,
     "dora": DoRA,
+    "adalora": AdaLoRA,
+    "elalora": ElaLoRA,
+    "dylora": DyLoRA,
+    "relora": ReLoRA,
     "vera": VeRA,
     "vb-lora": VBLoRA,
     "lora-xs": LoRAXS,
@@ -96,8 +104,11 @@ __all__ = [
     "IA3",
     "METHODS",
     "OFT",
+    "AdaLoRA",
     "BitFit",
     "DoRA",
+    "DyLoRA",
+    "ElaLoRA",
     "FourierFT",
     "Full",
     "HiRA",
@@ -109,6 +120,7 @@ __all__ = [
     "MoRA",
     "OneLoRA",
     "RandLoRA",
+    "ReLoRA",
     "SHiRA",
     "TiedLoRA",
     "VBLoRA",

@@ -138,21 +138,14 @@ class LoRADelta(LowRank):
     def __init__(self, spec: LoRAOptions, shape: Shape, pool: Pool) -> None:
         super().__init__(spec, shape, pool)
         self.scale, self.dropout = spec.scale, spec.dropout
-        self.A = nn.Parameter(torch.empty(spec.rank, shape.in_))
-        self.B = nn.Parameter(torch.empty(shape.out, spec.rank))
-        with torch.no_grad():
-            if shape.lookup:
-                self.A.zero_()
-                self.B.normal_()
-            else:
-                nn.init.kaiming_uniform_(self.A, a=math.sqrt(5))
-                self.B.zero_()
+        B, A = start_factors(shape, spec.rank)
+        self.A, self.B = nn.Parameter(A), nn.Parameter(B)
 
     def factors(self) -> tuple[Tensor, Tensor]:
         return self.B, self.A
 
     def roles(self) -> dict[str, str]:
-        return {"A": "B", "B": "A"} if self.shape.lookup else {}  # an embedding's zero factor is A
+        return factor_roles(self.shape)
 
     def set_factors(self, B: Tensor, A: Tensor) -> None:
         with torch.no_grad():
@@ -160,6 +153,26 @@ class LoRADelta(LowRank):
             self.A.copy_(A)
 
     def peft_keys(self, kind: str) -> dict[str, tuple[str, str]]:
-        if kind == "embedding":
-            return {"A": ("lora_embedding_A", "in"), "B": ("lora_embedding_B", "out")}
-        return {"A": ("lora_A.weight", "in"), "B": ("lora_B.weight", "out")}
+        return factor_keys(kind)
+
+
+def start_factors(shape: Shape, rank: int) -> tuple[Tensor, Tensor]:
+    """`(B, A)` as LoRA starts: A uniform within 1/√in and B zero; for an embedding A zero and B normal."""
+    A, B = torch.zeros(rank, shape.in_), torch.zeros(shape.out, rank)
+    if shape.lookup:
+        B.normal_()
+    else:
+        nn.init.kaiming_uniform_(A, a=math.sqrt(5))
+    return B, A
+
+
+def factor_roles(shape: Shape) -> dict[str, str]:
+    """Which of A and B starts at zero, where that is not B: an embedding's A."""
+    return {"A": "B", "B": "A"} if shape.lookup else {}
+
+
+def factor_keys(kind: str) -> dict[str, tuple[str, str]]:
+    """PEFT's names and axes of A and B for a layer kind."""
+    if kind == "embedding":
+        return {"A": ("lora_embedding_A", "in"), "B": ("lora_embedding_B", "out")}
+    return {"A": ("lora_A.weight", "in"), "B": ("lora_B.weight", "out")}

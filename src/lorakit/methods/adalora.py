@@ -1,0 +1,310 @@
+"""AdaLoRA: a change in the form of a singular value decomposition, whose ranks are spent where they matter.
+
+    ΔW = s P diag(λ) Q          P (out, rank), λ (rank,), Q (rank, in), s = alpha / rank
+
+A triplet is one column of P, one λ and one row of Q. Training starts with `rank` triplets in every layer; a schedule
+(`train/schedules.py`) measures how much each matters, |w · ∂L/∂w| smoothed over steps, and lets the total fall along a
+cubic curve to `target_rank` per layer on average, setting the λ of the others to zero. P and Q are kept near orthonormal
+by a penalty. λ starts at zero. A 576 → 1536 layer at rank 12 trains 12 · (576 + 1536 + 1) = 25,356 numbers; what is saved
+are the triplets that were kept. Zhang et al. 2023, arXiv 2303.10512.
+
+Where the codes that are in use go wrong, this does not: exactly the budget is kept (ties are broken evenly over layers,
+not all masked), a target equal to the start is allowed, weights are judged before the step with the gradient that belongs
+to them, and the penalty is no part of a reported or evaluated loss. As in those codes s stays alpha / rank while ranks
+fall, and the penalty is the mean over all P and Q of the norm, not of its square as in the paper. In PEFT's file the scale
+is lora_alpha / (init_r + 1e-5), so its lora_alpha is written as s · (init_r + 1e-5).
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, Self, cast
+
+import torch
+from torch import Tensor, nn
+
+from lorakit.delta import Card, LowRank, Method, Pool, Shape, View
+from lorakit.errors import LorakitError
+from lorakit.methods.lora import LoRA
+from lorakit.methods.ranked import check_rank, check_scale
+
+_PEFT_EPSILON = 1e-5
+
+
+@dataclass(frozen=True, kw_only=True)
+class TripletOptions(Method):
+    """The options that AdaLoRA and ElaLoRA share.
+
+    Attributes:
+        rank: triplets of every layer at the start.
+        alpha: the scale's numerator; the scale is alpha / rank and stays when ranks change.
+        dropout: probability with which an input of Q is zeroed while training.
+        warmup: steps before ranks begin to change; a count, or a share of the run below 1.
+        final: last steps, in which ranks stay as they are; a count, or a share of the run below 1.
+        interval: steps between two changes of the ranks.
+        beta1: smoothing of the importance.
+        beta2: smoothing of the importance's uncertainty.
+        orthogonality: weight of the penalty that keeps P and Q orthonormal.
+    """
+
+    peft_type: ClassVar[str | None] = "ADALORA"
+    peft_ignored: ClassVar[frozenset[str]] = LoRA.peft_ignored
+    pattern_fields: ClassVar[dict[str, str]] = {"rank": "rank_pattern", "alpha": "alpha_pattern"}
+
+    rank: int = 12
+    alpha: float = 12.0
+    dropout: float = 0.0
+    warmup: int | float = 0.1
+    final: int | float = 0.4
+    interval: int = 10
+    beta1: float = 0.85
+    beta2: float = 0.85
+    orthogonality: float = 0.1
+
+    def __post_init__(self) -> None:
+        check_rank(self.name, self.rank)
+        check_scale(self.name, self.alpha)
+        if not 0.0 <= self.dropout < 1.0:
+            raise LorakitError(f"{self.name}: dropout was given as {self.dropout!r}; it is at least 0 and below 1.")
+        for option in ("warmup", "final"):
+            value = getattr(self, option)
+            if isinstance(value, bool) or value < 0 or (isinstance(value, float) and value >= 1 and value % 1):
+                raise LorakitError(
+                    f"{self.name}: {option} was given as {value!r}; it is a count of steps, or a share of the run below 1."
+                )
+        if not isinstance(self.interval, int) or self.interval < 1:
+            raise LorakitError(f"{self.name}: interval was given as {self.interval!r}; it is at least 1 step.")
+        for option in ("beta1", "beta2"):
+            if not 0.0 <= getattr(self, option) < 1.0:
+                raise LorakitError(
+                    f"{self.name}: {option} was given as {getattr(self, option)!r}; it is at least 0 and below 1."
+                )
+        if self.orthogonality < 0:
+            raise LorakitError(f"{self.name}: orthogonality was given as {self.orthogonality!r}; it is at least 0.")
+
+    @property
+    def scale(self) -> float:
+        """The constant s that multiplies P diag(λ) Q."""
+        return self.alpha / self.rank
+
+    def resized(self, rank: int) -> Self:
+        """The spec of a layer that has another number of triplets by now: the scale stays."""
+        return self if rank == self.rank else self.replace(rank=rank, alpha=self.scale * rank)
+
+    def check(self, shape: Shape, path: str) -> None:
+        smaller = min(shape.out, shape.in_)
+        if self.rank > smaller:
+            raise LorakitError(
+                f"attach: rank {self.rank} is above the size of {path} ({shape.out} × {shape.in_}). Give it less by "
+                f"rank_pattern={{{path!r}: {smaller}}}, or leave the layer out."
+            )
+
+    def build(self, shape: Shape, pool: Pool) -> Triplets:
+        return Triplets(self, shape, pool)
+
+    @property
+    def final_rank(self) -> int:
+        """Triplets per layer, on average, that are left at the end."""
+        return self.rank
+
+    def peft_config(self) -> dict[str, Any]:
+        counts = {name: value if isinstance(value, int) else 0 for name, value in
+                  (("tinit", self.warmup), ("tfinal", self.final))}  # fmt: skip
+        return {
+            "init_r": self.rank,
+            "target_r": min(self.final_rank, self.rank),
+            "r": 8,  # PEFT does not use it, and warns of any other value
+            "lora_alpha": self.scale * (self.rank + _PEFT_EPSILON),
+            "lora_dropout": self.dropout,
+            **counts,
+            "total_step": sum(counts.values())
+            + 1,  # how long the run was is not known; PEFT wants a number above these
+            "deltaT": self.interval,
+            "beta1": self.beta1,
+            "beta2": self.beta2,
+            "orth_reg_weight": self.orthogonality,
+            "init_lora_weights": True,
+            "fan_in_fan_out": False,
+            "use_dora": False,
+            "use_rslora": False,
+            "lora_bias": False,
+        }
+
+    def peft_layers(self, specs: Mapping[str, Any]) -> dict[str, Any]:
+        """PEFT starts all layers at one rank with one scale and says by booleans which triplets are left."""
+        scales = [spec.scale for spec in specs.values()]
+        if max(scales) - min(scales) > 1e-12 * abs(max(scales)):
+            return {"peft_type": f"{self.name.upper()}-SCALES"}  # PEFT has one scale for all; the file is lorakit's own
+        start = max(spec.rank for spec in specs.values())
+        entries: dict[str, Any] = {
+            "init_r": start,
+            "target_r": min(self.final_rank, start),
+            "lora_alpha": scales[0] * (start + _PEFT_EPSILON),
+            "rank_pattern": None,
+            "alpha_pattern": {},
+        }
+        if any(spec.rank != start for spec in specs.values()):
+            entries["rank_pattern"] = {
+                f"{path}.lora_E": [index < spec.rank for index in range(start)] for path, spec in specs.items()
+            }
+        return entries
+
+    @classmethod
+    def peft_patterns(cls, config: dict[str, Any]) -> dict[str, Any]:
+        kept = config.get("rank_pattern") or {}
+        ranks = {f"^{re.escape(key.rpartition('.')[0])}": max(1, sum(map(bool, flags))) for key, flags in kept.items()}
+        scale = _scale_in(config)
+        return {"rank_pattern": ranks, "alpha_pattern": {path: scale * rank for path, rank in ranks.items()}}
+
+    @classmethod
+    def from_peft(cls, config: dict[str, Any]) -> Self:
+        LoRA.from_peft(config)  # refuses what it cannot honour
+        start = config.get("init_r", 12)
+        return cls(
+            rank=start,
+            alpha=_scale_in(config) * start,
+            dropout=config.get("lora_dropout", 0.0),
+            warmup=config.get("tinit", 0),
+            final=config.get("tfinal", 0),
+            interval=config.get("deltaT", 1),
+            beta1=config.get("beta1", 0.85),
+            beta2=config.get("beta2", 0.85),
+            orthogonality=config.get("orth_reg_weight", 0.5),
+        )
+
+    def from_file(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """PEFT takes all triplets of a layer away where none was kept; here one with λ = 0 stands for them."""
+        return {
+            key: _one_empty(tensor, key) if key.endswith((".lora_A", ".lora_B", ".lora_E")) else tensor
+            for key, tensor in tensors.items()
+        }
+
+
+def _scale_in(config: Mapping[str, Any]) -> float:
+    start, alpha = config.get("init_r", 12), config.get("lora_alpha", 8)
+    return float((alpha if alpha > 0 else start) / (start + _PEFT_EPSILON))
+
+
+def _one_empty(tensor: Tensor, key: str) -> Tensor:
+    axis = 1 if key.endswith(".lora_B") else 0
+    if tensor.shape[axis]:
+        return tensor
+    return tensor.new_zeros(tensor.shape[0], 1) if axis else tensor.new_zeros(1, *tensor.shape[1:])
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdaLoRA(TripletOptions):
+    """The options of AdaLoRA.
+
+    Attributes:
+        target_rank: triplets per layer, on average, that are left at the end.
+    """
+
+    name: ClassVar[str] = "adalora"
+    schedule: ClassVar[str | None] = "budget"
+    card: ClassVar[Card] = Card(
+        title="AdaLoRA",
+        formula="ΔW = s P diag(λ) Q, s = alpha / rank; ranks fall to a budget where they matter least",
+        parameters=lambda shape, spec: spec.rank * (shape.out + shape.in_ + 1),
+        paper="arXiv 2303.10512",
+        use="When layers differ in what they need and the final size is what counts.",
+        limits="The rank is at most the smaller side of the matrix.",
+    )
+
+    target_rank: int = 8
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_rank(self.name, self.target_rank)
+
+    @property
+    def final_rank(self) -> int:
+        return self.target_rank
+
+    @classmethod
+    def from_peft(cls, config: dict[str, Any]) -> Self:
+        return super().from_peft(config).replace(target_rank=config.get("target_r", 8))
+
+
+class Triplets(LowRank):
+    """P, λ and Q of one matrix, and which triplets are kept.
+
+    `kept` (rank,) says what the last allocation kept. It gates nothing: between two allocations a λ may grow again and so
+    win its place back. A triplet is left out of files where it is not kept and its λ is zero, which changes nothing.
+    """
+
+    kept: Tensor
+
+    def __init__(self, spec: TripletOptions, shape: Shape, pool: Pool) -> None:
+        super().__init__(spec, shape, pool)
+        self.scale, self.dropout = spec.scale, spec.dropout
+        self.P = nn.Parameter(torch.randn(shape.out, spec.rank) * 0.02)
+        self.lam = nn.Parameter(torch.zeros(spec.rank))
+        self.Q = nn.Parameter(torch.randn(spec.rank, shape.in_) * 0.02)
+        self.register_buffer("kept", torch.ones(spec.rank, dtype=torch.bool))
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        return self.P, self.Q
+
+    def gate(self) -> Tensor | None:
+        return self.lam
+
+    def set_factors(self, B: Tensor, A: Tensor) -> None:
+        """λ takes the lengths, so that P's columns and Q's rows have length 1; a product of zero is λ = 0."""
+        with torch.no_grad():
+            up, down = torch.linalg.vector_norm(B, dim=0), torch.linalg.vector_norm(A, dim=1)
+            self.lam.copy_(up * down)
+            self.P.copy_(torch.where(up > 0, B / up.clamp_min(torch.finfo(B.dtype).tiny), self.P))
+            rows = A / down.clamp_min(torch.finfo(A.dtype).tiny)[:, None]
+            self.Q.copy_(torch.where(down[:, None] > 0, rows, self.Q))
+
+    def roles(self) -> dict[str, str]:
+        return {"P": "A", "Q": "A"}  # neither starts at zero
+
+    # -- ranks that change ---------------------------------------------------------------------------------------------
+    def rows(self) -> Tensor:
+        """Indices of the triplets that count: kept ones and those that are not zero; at least one."""
+        found = (self.kept | (self.lam.detach() != 0)).nonzero().flatten()
+        return found if len(found) else torch.zeros(1, dtype=torch.long, device=self.lam.device)
+
+    def move(self, left: Tensor, P: Tensor, Q: Tensor) -> None:
+        """Keep the triplets of these indices and add new ones with λ = 0: columns of P (out, new), rows of Q (new, in).
+
+        The parameters stay the objects that they are.
+        """
+        with torch.no_grad():
+            self.lam.data = torch.cat([self.lam.data[left], self.lam.new_zeros(P.shape[1])])
+            self.P.data = torch.cat([self.P.data[:, left], P.to(self.P)], dim=1)
+            self.Q.data = torch.cat([self.Q.data[left], Q.to(self.Q)])
+            self.kept = torch.ones_like(self.lam, dtype=torch.bool)
+        for parameter in (self.P, self.lam, self.Q):
+            parameter.grad = None
+        self.spec = cast(TripletOptions, self.spec).resized(len(self.lam))
+
+    def truncated(self, rank: int) -> tuple[Tensor, Tensor] | None:
+        """The triplets of the largest |λ| ‖P_k‖ ‖Q_k‖."""
+        P, Q = self.P.detach(), self.Q.detach()
+        size = self.lam.detach().abs() * torch.linalg.vector_norm(P, dim=0) * torch.linalg.vector_norm(Q, dim=1)
+        best = size.topk(min(rank, len(size))).indices.sort().values
+        return self.scale * P[:, best] * self.lam.detach()[best], Q[best]
+
+    # -- PEFT's files --------------------------------------------------------------------------------------------------
+    def peft_keys(self, kind: str) -> dict[str, tuple[str, str]]:
+        return {"Q": ("lora_A", ""), "P": ("lora_B", ""), "lam": ("lora_E", "column")}
+
+    def peft_views(self, kind: str) -> dict[str, View]:
+        rows = self.rows()
+        index = slice(None) if len(rows) == len(self.lam) else rows  # a slice is a view, which a reader can fill
+        tensors = {"Q": self.Q.detach()[index], "P": self.P.detach()[:, index], "lam": self.lam.detach()[index]}
+        return {key: View((tensors[name],), axes) for name, (key, axes) in self.peft_keys(kind).items()}
+
+    def peft_spec(self) -> Method:
+        return cast(TripletOptions, self.spec).resized(len(self.rows()))
+
+
+def share_of(steps: int | float, total: int) -> int:
+    """A number of steps from a count or a share of the run below 1."""
+    return math.floor(steps * total) if isinstance(steps, float) and steps < 1 else int(steps)

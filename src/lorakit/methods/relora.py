@@ -1,0 +1,146 @@
+"""ReLoRA: several low-rank trainings one after the other, whose sum has a high rank.
+
+    ΔW = s (B A + B₁ A₁ + … + B_k A_k)          A (rank, in), B (out, rank), s = alpha / rank
+
+Every so many steps (`train/schedules.py`) the product so far is put aside, A and B start anew, their optimiser state is
+forgotten and the learning rate rises again from zero. Only B and A train: for a 576 → 1536 layer at rank 16,
+16 · (576 + 1536) = 33,792 numbers, while ΔW gets a rank of up to 16 (k + 1). Lialin et al. 2023, arXiv 2307.05695.
+
+The paper adds the product to the base weight. Here the base is never written, so that it stays the model other adapters
+know: what is put aside is kept as frozen factors beside A and B. That is exact, saves as a plain LoRA of rank (k + 1) rank,
+and per token costs rank · (out + in) multiplications for each restart; a dense ΔW would cost out · in at once, which for
+this layer is more up to 25 restarts. Beyond min(out, in) the kept factors are brought back to that rank by a thin
+singular value decomposition, which loses nothing but rounding.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar, cast
+
+import torch
+from torch import Tensor, nn
+
+from lorakit.delta import Card, LowRank, Method, Pool, Shape, View
+from lorakit.errors import LorakitError
+from lorakit.methods.lora import LoRA, LoRAOptions, factor_keys, factor_roles, start_factors
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReLoRA(LoRAOptions):
+    """The options of LoRA, and when it restarts.
+
+    Attributes:
+        every: steps between two restarts; a count, or a share of the run below 1.
+        rewarm: steps in which the learning rate rises from zero after a restart.
+    """
+
+    name: ClassVar[str] = "relora"
+    schedule: ClassVar[str | None] = "restart"
+    card: ClassVar[Card] = Card(
+        title="ReLoRA",
+        formula="ΔW = s (B A + Σ B_k A_k), the B_k A_k frozen products of earlier stretches",
+        parameters=lambda shape, spec: spec.rank * (shape.out + shape.in_),
+        paper="arXiv 2307.05695",
+        use="Long runs that need more rank than memory for trained numbers and their moments allows.",
+        limits="The rank is at most the smaller side of the matrix.",
+    )
+
+    every: int | float = 0.25
+    rewarm: int = 10
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if isinstance(self.every, bool) or self.every <= 0 or (isinstance(self.every, float) and self.every >= 1):
+            raise LorakitError(
+                f"relora: every was given as {self.every!r}; it is a count of steps, or a share of the run below 1."
+            )
+        if not isinstance(self.rewarm, int) or self.rewarm < 0:
+            raise LorakitError(f"relora: rewarm was given as {self.rewarm!r}; it is a count of steps.")
+        if self.dropout:
+            raise LorakitError(
+                f"relora: dropout was given as {self.dropout}; it would also act on what earlier stretches have learnt. "
+                "Use dropout=0."
+            )
+
+    def build(self, shape: Shape, pool: Pool) -> ReLoRADelta:
+        return ReLoRADelta(self, shape, pool)
+
+    @classmethod
+    def reads(cls, config: dict[str, Any]) -> bool:
+        return False  # its files are plain LoRA
+
+
+class ReLoRADelta(LowRank):
+    """A and B of one matrix, and the frozen factors of earlier stretches: `B_kept` (out, k), `A_kept` (k, in)."""
+
+    A_kept: Tensor
+    B_kept: Tensor
+
+    def __init__(self, spec: ReLoRA, shape: Shape, pool: Pool) -> None:
+        super().__init__(spec, shape, pool)
+        self.scale = spec.scale
+        B, A = start_factors(shape, spec.rank)
+        self.A, self.B = nn.Parameter(A), nn.Parameter(B)
+        self.register_buffer("A_kept", torch.empty(0, shape.in_))
+        self.register_buffer("B_kept", torch.empty(shape.out, 0))
+
+    def kept(self) -> tuple[Tensor, Tensor]:
+        """`(B, A)` of what was put aside."""
+        return self.B_kept, self.A_kept
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        B, A = self.kept()
+        if not A.shape[0]:
+            return self.B, self.A
+        return torch.cat([self.B, B], dim=1), torch.cat([self.A, A])
+
+    def restart(self, B: Tensor, A: Tensor) -> None:
+        """Put the product so far aside and go on from these factors, whose product is zero."""
+        with torch.no_grad():
+            kept_B, kept_A = (factor.detach().clone() for factor in self.factors())
+            smaller = min(self.shape.out, self.shape.in_)
+            if kept_A.shape[0] > smaller:
+                kept_B, kept_A = _thin(kept_B, kept_A, smaller)
+            self.B_kept, self.A_kept = kept_B, kept_A
+            self.B.copy_(B)
+            self.A.copy_(A)
+
+    def hold(self, rank: int) -> None:
+        """Make room for frozen factors of this rank, to be filled from a checkpoint."""
+        self.B_kept, self.A_kept = self.B.new_zeros(self.shape.out, rank), self.A.new_zeros(rank, self.shape.in_)
+
+    def roles(self) -> dict[str, str]:
+        return factor_roles(self.shape)
+
+    def set_factors(self, B: Tensor, A: Tensor) -> None:
+        with torch.no_grad():
+            self.B.copy_(B)
+            self.A.copy_(A)
+
+    def peft_keys(self, kind: str) -> dict[str, tuple[str, str]]:
+        return factor_keys(kind)
+
+    def peft_views(self, kind: str) -> dict[str, View]:
+        keys, (B, A) = self.peft_keys(kind), self.kept()
+        return {
+            keys["A"][0]: View((self.A.detach(), A), "in", dim=0),
+            keys["B"][0]: View((self.B.detach(), B), "out", dim=1),
+        }
+
+    def peft_spec(self) -> Method:
+        """As it is in a file: a plain LoRA of the whole rank, once something was put aside."""
+        spec, kept = cast(ReLoRA, self.spec), self.kept()[1].shape[0]
+        if not kept:
+            return spec
+        rank = spec.rank + kept
+        grown = (rank / spec.rank) ** (0.5 if spec.rslora else 1.0)
+        return LoRA(rank=rank, alpha=spec.alpha * grown, rslora=spec.rslora)
+
+
+def _thin(B: Tensor, A: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """Factors of the same product at a rank that it does not exceed."""
+    left, right = torch.linalg.qr(B.double()), torch.linalg.qr(A.double().T)
+    U, S, Vh = torch.linalg.svd(left.R @ right.R.T, full_matrices=False)
+    root = S[:rank].sqrt()
+    return ((left.Q @ U[:, :rank]) * root).to(B), (root[:, None] * (Vh[:rank] @ right.Q.T)).to(A)
