@@ -8,7 +8,8 @@ The rank of ΔW is rank(C) · rank(D).
 
 D is stored whole where rank >= max(o2, i2) / 2; C is a product `C_a C_b` only with decompose_both and rank below
 max(o1, i1) / 2. PEFT divides by the rank in every case; LyCORIS takes s = 1 where both C and D are whole: scale_rule says
-which. For a convolution C spans channels and D the rest with the kernel. Yeh et al. 2023, arXiv 2309.14859.
+which. For a convolution C spans channels and D the rest with the kernel. (PEFT's files with a whole D on a Conv1d mean
+something else: there C meets the wrong axes; see the test.) Yeh et al. 2023, arXiv 2309.14859.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lorakit.delta import Call, Card, Delta, Method, Pool, Shape
+from lorakit.delta import Call, Card, Delta, Form, Method, Pool, Shape
 from lorakit.errors import LorakitError
 from lorakit.methods.ranked import check_rank, check_scale
 
@@ -163,6 +164,18 @@ class LoKrDelta(Delta):
             h = F.linear(h, (matrix if index else matrix * self.scale).to(dtype))
         y: Tensor = h.transpose(-1, -2).flatten(-2)
         return y
+
+    def form(self, W: Tensor, b: Tensor | None) -> Form:
+        """`(C ⊗ P)(I ⊗ Q)` or `(I ⊗ P)(C ⊗ Q)` with D = P Q, whichever is thinner: rank min(o1, i1) · rank."""
+        C, D = _product(self._matrices("C")) * self.scale, self._matrices("D")
+        if len(D) == 1:
+            thin = D[0].shape[0] <= D[0].shape[1]
+            eye = torch.eye(min(D[0].shape), dtype=C.dtype, device=C.device)
+            D = [eye, D[0]] if thin else [D[0], eye]
+        eye = torch.eye(min(C.shape), dtype=C.dtype, device=C.device)
+        if C.shape[1] <= C.shape[0]:
+            return Form(B=torch.kron(C, D[0]), A=torch.kron(eye, D[1]))
+        return Form(B=torch.kron(eye, D[0]), A=torch.kron(C, D[1]))
 
     def roles(self) -> dict[str, str]:
         return {name: "B" if name in ("C", "C_a") else "A" for name in self.names}
