@@ -6,6 +6,7 @@ so a Trainer, a plain loop and `generate` need not know; `detach` puts the very 
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -16,13 +17,15 @@ from typing import Any, Self, cast
 import torch
 from torch import Tensor, nn
 
+from lorakit.calibration import Batch
 from lorakit.delta import Delta, Method, Pool
 from lorakit.errors import LorakitError, unknown
-from lorakit.init import Initialiser, initialiser
+from lorakit.init import Default, Initialiser, initialiser
 from lorakit.layer import Adapted, Replacement
 from lorakit.layout import Rows, Site, sites_of, split
 from lorakit.methods import LoRA
 from lorakit.routing import BASE, Board, Route, Routing, parse
+from lorakit.starts import Plan, Planned, begin, restore, rewrite
 from lorakit.storage import storage_of
 from lorakit.targets import Targets, has_suffix, select, select_saved, value_for, walk
 
@@ -41,6 +44,7 @@ class Adapter:
         pool: tensors shared by its deltas.
         layers: path -> adapted layer, for the layers that carry one of its deltas or replacements.
         saved: paths of the modules it replaces whole.
+        originals: path -> the base's own tensors, where the adapter's start has put others in their place (LoftQ).
     """
 
     name: str
@@ -50,6 +54,7 @@ class Adapter:
     pool: Pool
     layers: dict[str, Adapted] = field(default_factory=dict, repr=False)
     saved: tuple[str, ...] = ()
+    originals: dict[str, dict[str, Tensor]] = field(default_factory=dict, repr=False)
 
     def deltas(self) -> Iterator[tuple[str, Site, Delta]]:
         """`(path, site, delta)` of every matrix it changes."""
@@ -233,6 +238,7 @@ def attach(
     modules_to_save: Iterable[str] | None = None,
     bias: str = "none",
     init: str | Initialiser = "default",
+    batches: Iterable[Batch] | None = None,
     parts: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> Adapter:
     """Put a new adapter on a model, freeze the base, and make the adapter trainable and active.
@@ -250,6 +256,7 @@ def attach(
         modules_to_save: modules trained whole, beside their frozen original.
         bias: "none", "lora_only" or "all".
         init: initial values, a name or an Initialiser; "default" is the method's own.
+        batches: data for starts that measure the model (eva, corda, lora-ga): each the arguments of one `model(**batch)`.
         parts: {layer suffix: {part: (start, stop) or [(start, stop), …]}}: each part of a fused layer its own delta.
 
     Raises:
@@ -267,7 +274,7 @@ def attach(
         bias=bias,
         parts={layer: dict(own) for layer, own in (parts or {}).items()},
     )
-    adapter = build(model, method or LoRA(), targets, name, checked=True, start=initialiser(init))
+    adapter = build(model, method or LoRA(), targets, name, checked=True, start=initialiser(init), batches=batches)
     adapter.requires_grad_(True)
     activate(model, name)
     return adapter
@@ -321,11 +328,15 @@ def build(
     checked: bool,
     start: Initialiser | None = None,
     paths: list[str] | None = None,
+    batches: Iterable[Batch] | None = None,
+    shifted: bool = False,
 ) -> Adapter:
     """Make an adapter and put it on the model, neither trainable nor active yet. Used by `attach` and `store.load`.
 
-    All that can be refused is refused before the model is touched. `paths` gives the layers where they are known.
+    All that can be refused is refused before the model is touched. `paths` gives the layers where they are known;
+    `shifted` says that the deltas have a start to be taken off (`delta.Offset`), whose tensors are filled in afterwards.
     """
+    start = start or Default()
     board = getattr(model, "_lorakit", None)
     _check_name(name, board)
     if paths is None:
@@ -334,7 +345,7 @@ def build(
         method.check_layers(paths)
     saved = select_saved(model, targets)
     modules = dict(walk(model))
-    plan: dict[str, tuple[list[Site], dict[str, Method]]] = {}
+    plan: Plan = {}
     for path in paths:
         sites = _sites(modules[path], path, targets)
         specs = {}
@@ -346,27 +357,28 @@ def build(
             )
             if checked:
                 specs[site.name].check(site.layout.shape, where)
-        plan[path] = (sites, specs)
+        plan[path] = Planned(modules[path], sites, specs)
         held = _adapted_at(board, path)
         if held is not None and {s.name: s for s in sites} != held.sites and held.deltas:
             raise LorakitError(
                 f"attach: {path} has adapters with other parts already; adapters on one layer must split its rows alike."
             )
-    pool = Pool([site.layout.shape for sites, _ in plan.values() for site in sites])
-    adapter = Adapter(name, model, method, targets, pool, saved=tuple(saved))
+    _check_rewriting(start, board)
+    begun = begin(model, plan, start, batches, shifted)
+    if begun.patterns:
+        targets = dataclasses.replace(
+            targets,
+            rank_pattern=begun.patterns.get("rank", targets.rank_pattern),
+            alpha_pattern=begun.patterns.get("alpha", targets.alpha_pattern),
+        )
+    adapter = Adapter(name, model, method, targets, begun.pool, saved=tuple(saved))
     made: list[tuple[str, list[Site], dict[str, Delta], Replacement | None]] = []
-    for path, (sites, specs) in plan.items():
-        module = modules[path]
-        deltas = {}
-        for site in sites:
-            delta = specs[site.name].build(site.layout.shape, pool)
-            deltas[site.name] = _settle(delta, module, site)
-            if start is not None:
-                start.begin(delta)
-            delta.begin(site.layout.matrix(storage_of(module, site.weight).read(module, site.weight)))
+    for path, planned in begun.plan.items():
+        module = planned.layer
         names = _biases(module) if targets.bias != "none" else []
-        made.append((path, sites, deltas, Replacement(module, names, torch.float32) if names else None))
-    for path, names in _replaced(modules, targets, set(paths), saved):
+        replacement = Replacement(module, names, torch.float32) if names else None
+        made.append((path, planned.sites, begun.deltas[path], replacement))
+    for path, names in _replaced(modules, targets, set(begun.plan), saved):
         made.append((path, sites_of(modules[path]), {}, Replacement(modules[path], names, torch.float32)))
     _warn_of_ties(model, modules, [path for path, *_ in made])
     if board is None:
@@ -381,6 +393,8 @@ def build(
         layer.add(name, deltas, replacement)
         layer.train(layer.base.training)
         adapter.layers[path] = layer
+        if path in begun.weights:
+            adapter.originals[path] = rewrite(layer.base, begun.weights[path])
     _settle_pool(adapter)
     for _, parameter in adapter.named_parameters():
         parameter.requires_grad_(False)
@@ -388,10 +402,13 @@ def build(
     return adapter
 
 
-def _settle(delta: Delta, module: nn.Module, site: Site) -> Delta:
-    """The delta on its layer's device, its float tensors in float32 or better."""
-    weight = storage_of(module, site.weight).read(module, site.weight)
-    return delta.to(device=weight.device, dtype=torch.promote_types(weight.dtype, torch.float32))
+def _check_rewriting(start: Initialiser, board: Board | None) -> None:
+    """A start that replaces the base's weights must be the first on the model: the others were made for those weights."""
+    if start.rewrites and board is not None:
+        raise LorakitError(
+            f"attach: init={start.name!r} replaces the base's weights, and there are adapters on this model that are about the "
+            f"present ones: {', '.join(board.adapters)}. lk.detach(model) first, and attach them afterwards."
+        )
 
 
 def _settle_pool(adapter: Adapter) -> None:
@@ -493,7 +510,15 @@ def detach(model: nn.Module, name: str | None = None) -> nn.Module:
     for merged in board.merged.intersection(gone):
         raise LorakitError(f"detach: adapter {merged!r} is merged into the weights just now; leave `merged` first.")
     for one in gone:
-        for layer in board.adapters.pop(one).layers.values():
+        if board.adapters[one].originals and name is not None and len(board.adapters) > 1:
+            raise LorakitError(
+                f"detach: the start of adapter {one!r} replaced the base's weights, and there are others on them now: "
+                f"{', '.join(other for other in board.adapters if other != one)}. Detach these first, or all at once."
+            )
+    for one in gone:
+        adapter = board.adapters.pop(one)
+        for path, layer in adapter.layers.items():
+            restore(layer.base, adapter.originals.get(path, {}))
             if layer.remove(one):
                 for parent, attribute in _places(model, layer):
                     parent._modules[attribute] = layer.base

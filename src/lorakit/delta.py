@@ -279,7 +279,9 @@ class Delta(nn.Module, ABC):
 
     def output(self, call: Call) -> Tensor | None:
         """`(W + ΔW) x` without the bias, where a method has it cheaper than `W x` and `act` apart; else None."""
-        if type(self).act is Delta.act:  # a dense ΔW costs one product as large as W's own, so do both at once
+        if type(self).act is Delta.act and torch.finfo(call.dtype).bits >= 32:
+            # A dense ΔW costs one product as large as W's own, so do both at once; in lower precision not, where W + ΔW
+            # would round away what is small beside W.
             return call.linear(call.W + self.dense(call.W))
         return None
 
@@ -331,6 +333,10 @@ class LowRank(Delta):
         """The diagonal in rank space, (rank,), or None where it is constant 1."""
         return None
 
+    def pairs(self) -> list[tuple[Tensor, Tensor]]:
+        """The tensors that a file keeps in place of `factors`: pairs (B, A) whose products add up to ΔW / (gate · scale)."""
+        return [self.factors()]
+
     def set_factors(self, B: Tensor, A: Tensor) -> None:
         """Start from these factors (an initialiser's result); ΔW becomes `scale · B A`."""
         raise LorakitError(
@@ -367,6 +373,9 @@ class Offset(LowRank):
     Starts that are read off the weights (PiSSA and its kin) would otherwise have to be subtracted from the base, which
     then is no longer the model that other adapters, files and users know. Here the base stays as it is; the same function
     is trained, and what comes out is an exact plain low-rank change of twice the rank.
+
+    It is computed as `B diag(g) (A - A₀) + (B diag(g) - B₀) A₀`, which is the same and exactly zero at the start: both
+    differences are taken in the master's precision, so that steps far below A's rounding in bfloat16 are not lost.
     """
 
     def __init__(self, inner: LowRank) -> None:
@@ -385,17 +394,26 @@ class Offset(LowRank):
 
     def factors(self) -> tuple[Tensor, Tensor]:
         B, A = self.inner.factors()
-        minus_B0 = cast(Tensor, self.minus_B0)
+        minus_B0, A0 = cast(Tensor, self.minus_B0), cast(Tensor, self.A0)
         if self.start != self.inner.scale:  # DyLoRA's scale moves with the rank it draws
             minus_B0 = minus_B0 * (self.start / self.inner.scale)
-        return torch.cat([B, minus_B0], dim=1), torch.cat([A, cast(Tensor, self.A0)])
+        if A.shape != A0.shape:  # the method has changed its rank since: the two products side by side
+            return torch.cat([B, minus_B0], dim=1), torch.cat([A, A0])
+        gate = self.inner.gate()
+        return torch.cat([B, (B if gate is None else B * gate) + minus_B0], dim=1), torch.cat([A - A0, A0])
 
     def gate(self) -> Tensor | None:
         gate = self.inner.gate()
         return None if gate is None else torch.cat([gate, gate.new_ones(cast(Tensor, self.A0).shape[0])])
 
+    def pairs(self) -> list[tuple[Tensor, Tensor]]:
+        return [*self.inner.pairs(), (cast(Tensor, self.minus_B0), cast(Tensor, self.A0))]
+
     def set_factors(self, B: Tensor, A: Tensor) -> None:
         self.inner.set_factors(B, A)
+
+    def begin(self, W: Tensor) -> None:
+        self.inner.begin(W)
 
     def frozen(self) -> list[nn.Parameter]:
         return self.inner.frozen()
@@ -419,3 +437,14 @@ class Offset(LowRank):
         rank = spec.rank + cast(Tensor, self.A0).shape[0]
         grown = (rank / spec.rank) ** (0.5 if getattr(spec, "rslora", False) else 1.0)
         return cast(Method, spec.replace(rank=rank, alpha=spec.alpha * grown))
+
+
+def offset(delta: Delta) -> Delta:
+    """The delta with its low-rank part less what that part is now; within a combinator, the part inside it."""
+    inner = getattr(delta, "inner", None)
+    if isinstance(inner, Delta):
+        delta.inner = offset(inner)
+        return delta
+    if not isinstance(delta, LowRank):
+        raise LorakitError(f"{delta.spec.name} has no low-rank factors, so it has no start to take off.")
+    return Offset(delta)

@@ -34,7 +34,7 @@ from lorakit.bundle import (
     read_own,
     read_tensors,
 )
-from lorakit.delta import Method
+from lorakit.delta import Method, Offset
 from lorakit.errors import LorakitError
 from lorakit.fingerprint import check, fingerprint
 from lorakit.folder import replace_folder
@@ -101,6 +101,7 @@ def save(
         "lorakit_version": __version__,
         "method": method.to_dict(),
         "targets": _targets_to_own(targets),
+        "shifted": any(isinstance(part, Offset) for _, _, delta in adapter.deltas() for part in delta.modules()),
         "base": {"name": config["base_model_name_or_path"], "fingerprint": fingerprint(adapter)},
         "record": dict(record or {}),
     }
@@ -180,8 +181,11 @@ def load(
     else:
         targets = targets_from({**bundle.config, **method_class.peft_patterns(bundle.config)}, model, tensors)
     found = _layers_in(tensors, plain, method_class, bundle.folder)
+    shifted = bool(
+        bundle.own.get("shifted")
+    )  # the file's factors are two halves: what is trained, less where it started
     _check_targets(model, bundle.config, [plain[path] for path in found], complain)
-    adapter = build(model, method, _resolved(targets, found, plain), name, checked=False, paths=found)
+    adapter = build(model, method, _resolved(targets, found, plain), name, checked=False, paths=found, shifted=shifted)
     adapter.targets = targets
     try:
         if bundle.own:
@@ -234,7 +238,15 @@ def _targets_from_own(bundle: Bundle) -> Targets:
             values[key] = dict(value)
         elif isinstance(value, list):
             values[key] = tuple(value)
+    values["parts"] = {
+        layer: {part: _ranges(given) for part, given in parts.items()} for layer, parts in values["parts"].items()
+    }
     return Targets(**values)
+
+
+def _ranges(given: list[Any]) -> Any:
+    """Rows of a part as they were given: one pair (start, stop), or a list of pairs."""
+    return [tuple(pair) for pair in given] if isinstance(given[0], list) else tuple(given)
 
 
 def _layers_in(tensors: Iterable[str], plain: Mapping[str, str], method: type[Method], folder: Path) -> list[str]:
@@ -243,12 +255,13 @@ def _layers_in(tensors: Iterable[str], plain: Mapping[str, str], method: type[Me
     known = set(plain.values())
     found = set()
     for key in tensors:
-        if not suffix.search(key):
+        own = list(suffix.finditer(key))
+        if not own:
             continue
-        layer = key.replace(".base_layer.out_proj.", ".")
-        while layer and layer not in known:
-            layer = layer.rpartition(".")[0]
-        if not layer:
+        layer = key[: own[-1].start()]
+        if layer not in known:
+            layer = layer.partition(".base_layer.")[0]  # a matrix within nn.MultiheadAttention
+        if layer not in known:
             raise LorakitError(
                 f"load: {folder / TENSORS} holds {key!r}, and this model has no layer of that name. It was made for "
                 "another architecture, or saved under another prefix."
@@ -389,12 +402,13 @@ def _fill_parts(adapter: Adapter, path: str, plain: str, supply: _Supply) -> Non
             )
     rest, start = B.clone(), 0
     for (site, delta), factor in zip(parts, part_scales(parts), strict=True):
-        own_B, own_A = delta.factors()
-        stop, rows = start + own_A.shape[0], cast(Rows, site.layout).index()
-        supply.put(own_A, A[start:stop], key_A)
-        supply.put(own_B, B[rows, start:stop] / factor, key_B)
-        rest[rows, start:stop] = 0
-        start = stop
+        rows = cast(Rows, site.layout).index()
+        for own_B, own_A in delta.pairs():
+            stop = start + own_A.shape[0]
+            supply.put(own_A, A[start:stop], key_A)
+            supply.put(own_B, B[rows, start:stop] / factor, key_B)
+            rest[rows, start:stop] = 0
+            start = stop
     if rest.any():
         raise LorakitError(f"load: {key_B} in {supply.where} is not made of the parts that {OWN} names.")
 

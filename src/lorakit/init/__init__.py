@@ -6,14 +6,28 @@ They know no layer and no method: a low-rank delta takes the factors through `se
 from __future__ import annotations
 
 from lorakit.errors import LorakitError, unknown
-from lorakit.init.initialiser import Default, Initialiser
-from lorakit.init.random import Gaussian, Kaiming, Normal
+from lorakit.init.corda import CorDA
+from lorakit.init.eva import EVA
+from lorakit.init.initialiser import Default, Factors, Initialiser, Measured, Start, Statistic
+from lorakit.init.loftq import LoftQ
+from lorakit.init.loraga import LoRAGA
+from lorakit.init.olora import OLoRA
+from lorakit.init.pissa import MiLoRA, PiSSA
+from lorakit.init.random import Gaussian, Kaiming, Normal, Orthogonal
 
 INITIALISERS: dict[str, type[Initialiser]] = {
     "default": Default,
     "kaiming": Kaiming,
     "gaussian": Gaussian,
     "normal": Normal,
+    "orthogonal": Orthogonal,
+    "pissa": PiSSA,
+    "milora": MiLoRA,
+    "olora": OLoRA,
+    "loftq": LoftQ,
+    "eva": EVA,
+    "corda": CorDA,
+    "lora-ga": LoRAGA,
 }
 
 
@@ -30,4 +44,24 @@ def initialiser(given: str | Initialiser) -> Initialiser:
     return INITIALISERS[given]()
 
 
-__all__ = ["INITIALISERS", "Default", "Gaussian", "Initialiser", "Kaiming", "Normal", "initialiser"]
+__all__ = [
+    "EVA",
+    "INITIALISERS",
+    "CorDA",
+    "Default",
+    "Factors",
+    "Gaussian",
+    "Initialiser",
+    "Kaiming",
+    "LoRAGA",
+    "LoftQ",
+    "Measured",
+    "MiLoRA",
+    "Normal",
+    "OLoRA",
+    "Orthogonal",
+    "PiSSA",
+    "Start",
+    "Statistic",
+    "initialiser",
+]

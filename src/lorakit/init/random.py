@@ -13,20 +13,19 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from lorakit.delta import LowRank
-from lorakit.init.initialiser import Initialiser
+from lorakit.errors import LorakitError
+from lorakit.init.initialiser import Factors, Initialiser, Start
 
 
-def _start(delta: LowRank, B: Tensor, A: Tensor, std: float | None) -> tuple[Tensor, Tensor]:
+def _start(start: Start, std: float | None) -> Factors:
     """A random and B zero; the reverse for lookups. `std` None: uniform within 1/√in (Kaiming with a = √5)."""
-    random, zero = (B, A) if delta.shape.lookup else (A, B)
-    if delta.shape.lookup:
-        values = torch.randn_like(random) * (1.0 if std is None else std)
-    elif std is None:
-        values = torch.empty_like(random).uniform_(-1.0, 1.0) / math.sqrt(delta.shape.in_)
-    else:
-        values = torch.randn_like(random) * std
-    return (values, torch.zeros_like(zero)) if delta.shape.lookup else (torch.zeros_like(zero), values)
+    B, A = start.zeros(start.shape.out, start.rank), start.zeros(start.rank, start.shape.in_)
+    if start.shape.lookup:
+        return Factors(B.normal_(std=1.0 if std is None else std), A)
+    if std is None:
+        bound = 1.0 / math.sqrt(start.shape.in_)
+        return Factors(B, A.uniform_(-bound, bound))
+    return Factors(B, A.normal_(std=std))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,8 +34,8 @@ class Kaiming(Initialiser):
 
     name: ClassVar[str] = "kaiming"
 
-    def factors(self, delta: LowRank, B: Tensor, A: Tensor) -> tuple[Tensor, Tensor]:
-        return _start(delta, B, A, None)
+    def factors(self, start: Start) -> Factors:
+        return _start(start, None)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,16 +44,54 @@ class Gaussian(Initialiser):
 
     name: ClassVar[str] = "gaussian"
 
-    def factors(self, delta: LowRank, B: Tensor, A: Tensor) -> tuple[Tensor, Tensor]:
-        return _start(delta, B, A, 1.0 / A.shape[0])
+    def factors(self, start: Start) -> Factors:
+        return _start(start, 1.0 / start.rank)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Normal(Initialiser):
-    """The LoRA paper's start: A normal; the paper does not give σ, so it is an option."""
+    """The LoRA paper's start: A normal; the paper does not give σ, so it is an option.
+
+    Attributes:
+        std: standard deviation of A's entries.
+    """
 
     name: ClassVar[str] = "normal"
     std: float = 0.02
 
-    def factors(self, delta: LowRank, B: Tensor, A: Tensor) -> tuple[Tensor, Tensor]:
-        return _start(delta, B, A, self.std)
+    def __post_init__(self) -> None:
+        if not self.std > 0:
+            raise LorakitError(f"init normal: std was given as {self.std}; it is a number above 0.")
+
+    def factors(self, start: Start) -> Factors:
+        return _start(start, self.std)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Orthogonal(Initialiser):
+    """B A = 0 with neither factor zero, so that both learn from the first step.
+
+    The columns of B and the rows of A are random combinations of two orthogonal halves of rank space: with Q orthogonal
+    (rank × rank), B = M Q_even, A = (N Q_odd)ᵀ, hence B A = M Q_even Q_oddᵀ Nᵀ = 0 up to rounding.
+
+    Attributes:
+        std: standard deviation of the entries of M and N.
+    """
+
+    name: ClassVar[str] = "orthogonal"
+    std: float = 0.1
+
+    def __post_init__(self) -> None:
+        if not self.std > 0:
+            raise LorakitError(f"init orthogonal: std was given as {self.std}; it is a number above 0.")
+
+    def factors(self, start: Start) -> Factors:
+        if start.rank % 2:
+            raise LorakitError(
+                f"attach: init='orthogonal' halves rank space, and {start.path} has rank {start.rank}; give an even rank."
+            )
+        Q: Tensor = torch.linalg.qr(start.zeros(start.rank, start.rank).normal_())[0]
+        half = start.rank // 2
+        M = start.zeros(start.shape.out, half).normal_(std=self.std)
+        N = start.zeros(start.shape.in_, half).normal_(std=self.std)
+        return Factors(M @ Q[0::2], (N @ Q[1::2]).T)
