@@ -25,10 +25,18 @@ from lorakit.errors import LorakitError
 from lorakit.layer import Adapted
 from lorakit.layout import sites_of
 from lorakit.methods import (
+    BOFT,
     C3A,
+    IA3,
     METHODS,
+    OFT,
+    BitFit,
     DoRA,
     FourierFT,
+    Full,
+    HiRA,
+    LoHa,
+    LoKr,
     LoRA,
     LoRAFA,
     LoRAXS,
@@ -112,6 +120,22 @@ SPECS: dict[str, tuple[Method, ...]] = {
     "shira": (SHiRA(rank=1), SHiRA(rank=1, mask="magnitude")),
     "c3a": (C3A(block_size=2),),
     "mora": (MoRA(rank=2), MoRA(rank=2, kind="sharing")),
+    "loha": (LoHa(rank=2, alpha=3.0), LoHa(rank=1, alpha=0.7)),
+    "lokr": (
+        LoKr(rank=1, alpha=1.5),
+        LoKr(rank=1, alpha=1.5, decompose_both=True, factor=1),
+        LoKr(rank=8, alpha=3.0, scale_rule="lycoris"),
+    ),
+    "oft": (
+        OFT(block_size=2),
+        OFT(blocks=2, exact=True),
+        OFT(block_size=2, coft=True, eps=0.3, block_share=True),
+    ),
+    "boft": (BOFT(block_size=2), BOFT(blocks=2, factors=1)),
+    "hira": (HiRA(rank=2),),
+    "ia3": (IA3(feedforward_modules=()), IA3(feedforward_modules=("layer",))),
+    "bitfit": (BitFit(),),
+    "full": (Full(),),
 }
 """Method name -> example specs; a test holds the keys to METHODS. Ranks are 2: every layer here is at least that wide."""
 
