@@ -6,6 +6,10 @@ from __future__ import annotations
 import json
 import logging
 import math
+import os
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -169,6 +173,33 @@ def test_splitting_a_batch_changes_nothing(tmp_path: Path, fast_path: str) -> No
             torch.testing.assert_close(tensor, tensors(runs[0])[name], rtol=1e-3, atol=1e-5)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("fast_path", ["off", "auto"])
+def test_two_processes_train_as_one_with_the_same_batch(tmp_path: Path, fast_path: str) -> None:
+    """Two processes with batches of 4 against one with 8: the same rows, the same mean over labels, the same steps."""
+    from safetensors.torch import load_file
+
+    script = str(Path(__file__).with_name("processes.py"))
+    source = Path(lk.__file__).parents[1]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "PYTHONPATH": str(source)}
+    for count, size in ((1, 8), (2, 4)):
+        start = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(count), "--standalone"]
+        done = subprocess.run(
+            [*start, script, str(tmp_path / str(count)), str(size), fast_path],
+            env=environment,
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 0, done.stderr[-2000:]
+    one, two = (json.loads((tmp_path / name / "facts.json").read_text()) for name in ("1", "2"))
+    assert (one["processes"], two["processes"]) == (1, 2)
+    assert two["losses"] == pytest.approx(one["losses"], rel=1e-5)
+    assert two["eval_loss"] == pytest.approx(one["eval_loss"], rel=1e-5)
+    alone = load_file(tmp_path / "1" / "tensors.safetensors")
+    for name, tensor in load_file(tmp_path / "2" / "tensors.safetensors").items():
+        torch.testing.assert_close(tensor, alone[name], rtol=1e-3, atol=1e-5)
+
+
 def test_a_checkpoint_holds_the_adapter_and_nothing_of_the_base(tmp_path: Path) -> None:
     from safetensors.torch import load_file
 
@@ -188,17 +219,36 @@ def test_a_checkpoint_holds_the_adapter_and_nothing_of_the_base(tmp_path: Path) 
     assert sum(state["exp_avg"].numel() for state in moments.values()) == trainer.adapter.num_parameters()
 
 
-def interrupted(tmp_path: Path, **options: Any) -> tuple[TrainConfig, Path]:
-    config = configure(tmp_path, epochs=3, save_steps=2, **options)
+def interrupt(output: Path, **options: Any) -> tuple[TrainConfig, Path]:
+    """A run of 18 steps cut off at the fifth, with checkpoints at the second and fourth; its newest checkpoint."""
+    config = configure(output, epochs=3, save_steps=2, **options)
     with pytest.raises(InterruptionError):
         make(config, InterruptAt(5)).train_from()
-    return config, checkpoint.checkpoints_in(tmp_path)[-1]
+    return config, checkpoint.checkpoints_in(output)[-1]
+
+
+@pytest.fixture(scope="module")
+def cut_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The output folder of an interrupted run, to be copied and never changed."""
+    output = tmp_path_factory.mktemp("cut")
+    interrupt(output)
+    return output
+
+
+@pytest.fixture
+def interrupted(cut_run: Path, tmp_path: Path) -> tuple[TrainConfig, Path]:
+    """A copy of an interrupted run: its configuration, and its newest checkpoint."""
+    shutil.copytree(cut_run, tmp_path / "run")
+    config = configure(tmp_path / "run", epochs=3, save_steps=2)
+    return config, checkpoint.checkpoints_in(tmp_path / "run")[-1]
 
 
 @pytest.mark.parametrize("name", ["adapter_state.safetensors", "optimizer.pt", "rng_state.pth", "trainer_state.json"])
 @pytest.mark.parametrize("damage", ["truncated", "changed", "missing"])
-def test_a_damaged_checkpoint_is_refused_with_the_reason(tmp_path: Path, name: str, damage: str) -> None:
-    config, folder = interrupted(tmp_path)
+def test_a_damaged_checkpoint_is_refused_with_the_reason(
+    interrupted: tuple[TrainConfig, Path], name: str, damage: str
+) -> None:
+    config, folder = interrupted
     content = (folder / name).read_bytes()
     if damage == "missing":
         (folder / name).unlink()
@@ -215,9 +265,9 @@ def test_a_damaged_checkpoint_is_refused_with_the_reason(tmp_path: Path, name: s
 
 
 def test_a_checkpoint_cut_off_by_a_kill_is_passed_over_and_said_so(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
+    interrupted: tuple[TrainConfig, Path], caplog: pytest.LogCaptureFixture
 ) -> None:
-    config, folder = interrupted(tmp_path)
+    config, folder = interrupted
     (folder / checkpoint.MANIFEST).unlink()
     trainer = make(config)
     with caplog.at_level(logging.INFO, logger="lorakit.train"):
@@ -226,7 +276,7 @@ def test_a_checkpoint_cut_off_by_a_kill_is_passed_over_and_said_so(
     assert "going on from" in caplog.text
     assert "checkpoint-2" in caplog.text
     assert trainer.state.global_step == 18
-    cut_off = tmp_path / "checkpoints" / "checkpoint-99"
+    cut_off = folder.with_name("checkpoint-99")
     cut_off.mkdir()
     with pytest.raises(LorakitError, match=r"has no checkpoint\.json"):
         make(config).train_from(resume=str(cut_off))
@@ -242,27 +292,31 @@ def test_a_checkpoint_cut_off_by_a_kill_is_passed_over_and_said_so(
         ({"train__seed": 5}, r"train\.seed was 0, is 5"),
     ],
 )
-def test_a_checkpoint_of_another_configuration_is_refused(tmp_path: Path, change: dict[str, Any], words: str) -> None:
-    config, _ = interrupted(tmp_path)
+def test_a_checkpoint_of_another_configuration_is_refused(
+    interrupted: tuple[TrainConfig, Path], change: dict[str, Any], words: str
+) -> None:
+    config, _ = interrupted
     with pytest.raises(LorakitError, match=words):
         make(config.replace(**change)).train_from(resume=True)
 
 
-def test_a_checkpoint_of_other_rows_is_refused(tmp_path: Path) -> None:
-    config, _ = interrupted(tmp_path)
+def test_a_checkpoint_of_other_rows_is_refused(interrupted: tuple[TrainConfig, Path]) -> None:
+    config, _ = interrupted
     with pytest.raises(LorakitError, match="trained on other rows"):
         make(config, data=rows(24, seed=9)).train_from(resume=True)
 
 
-def test_options_that_move_no_parameter_may_differ(tmp_path: Path) -> None:
-    config, _ = interrupted(tmp_path)
+def test_options_that_move_no_parameter_may_differ(interrupted: tuple[TrainConfig, Path]) -> None:
+    config, _ = interrupted
     trainer = make(config.replace(train__logging_steps=3, train__save_total_limit=1, train__resume=True))
     trainer.train_from(resume=True)
     assert trainer.state.global_step == 18
 
 
-def test_a_longer_run_goes_on_and_says_what_that_means(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    config, _ = interrupted(tmp_path)
+def test_a_longer_run_goes_on_and_says_what_that_means(
+    interrupted: tuple[TrainConfig, Path], caplog: pytest.LogCaptureFixture
+) -> None:
+    config, _ = interrupted
     trainer = make(config.replace(train__epochs=4))
     with caplog.at_level(logging.WARNING, logger="lorakit.train"):
         trainer.train_from(resume=True)
@@ -270,12 +324,12 @@ def test_a_longer_run_goes_on_and_says_what_that_means(tmp_path: Path, caplog: p
     assert trainer.state.global_step == 24
 
 
-def test_a_fresh_run_does_not_throw_an_interrupted_one_away(tmp_path: Path) -> None:
-    config, _ = interrupted(tmp_path)
+def test_a_fresh_run_does_not_throw_an_interrupted_one_away(interrupted: tuple[TrainConfig, Path]) -> None:
+    config, _ = interrupted
     with pytest.raises(LorakitError, match="holds an unfinished run"):
         make(config).train_from()
-    assert len(checkpoint.checkpoints_in(tmp_path)) == 2
-    checkpoint.finish(tmp_path)
+    assert len(checkpoint.checkpoints_in(Path(config.train.output))) == 2
+    checkpoint.finish(Path(config.train.output))
     make(config).train_from()
 
 

@@ -21,14 +21,19 @@ from lorakit.train.report import json_lines, write_whole
 
 
 class Pace:
-    """Steps and tokens per second over the last steps, so that a slow first step is soon forgotten."""
+    """Steps and tokens per second over the last steps. The first step, which may compile, counts only while it is the
+    only one."""
 
     def __init__(self, window: int = 20) -> None:
         self._marks: deque[tuple[float, int, int]] = deque(maxlen=window + 1)
+        self._count = 0
 
     def mark(self, step: int, tokens: int, now: float | None = None) -> None:
         """Note that by now so many steps and tokens are done."""
         self._marks.append((time.perf_counter() if now is None else now, step, tokens))
+        self._count += 1
+        if self._count == 3:
+            self._marks.popleft()
 
     @property
     def tokens_per_second(self) -> float:
