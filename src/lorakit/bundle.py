@@ -11,6 +11,7 @@ over them, what it says is no longer true, and that is noticed.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -33,6 +34,8 @@ FORMAT = 1
 _LABELS = ("base_model_name_or_path", "revision", "task_type", "inference_mode", "auto_mapping", "peft_version")
 """Entries of the configuration that may be edited by hand: they do not change what the adapter computes."""
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
+
+_ATTEMPTS = 100
 
 T = TypeVar("T")
 
@@ -67,6 +70,8 @@ def locate(folder: str | Path, revision: str | None = None) -> Path:
     path = Path(folder).expanduser()
     if path.parent.is_dir():
         recover(path, CONTENT)
+        if not path.is_dir():
+            recover(path, CONTENT)  # now it waits for a save that is just between its two renames
     if not path.is_dir():
         # A known first part ("adapters/sql" where ./adapters exists) is a misspelt path and not a user of the hub.
         if isinstance(folder, str) and _HUB_NAME.fullmatch(folder) and not path.exists() and not path.parent.exists():
@@ -149,24 +154,28 @@ def read_tensors(folder: str | Path) -> dict[str, Tensor]:
 
 
 def _unmoved(path: Path, read: Callable[[], T]) -> T:
-    """What `read` gives while the folder is one and the same; a folder replaced meanwhile is read again."""
+    """What `read` gives while the files are the same ones; a folder that is replaced meanwhile is read again."""
 
-    def identity() -> int:
-        try:
-            return os.stat(path).st_ino
-        except OSError:
-            return 0  # the instant between two renames
+    def identity() -> list[tuple[int, ...]]:
+        found: list[tuple[int, ...]] = []
+        for name in CONTENT:
+            with contextlib.suppress(OSError):
+                status = os.stat(path / name)
+                found.append((status.st_ino, status.st_mtime_ns, status.st_size))
+        return found
 
-    while True:
+    for _ in range(_ATTEMPTS):
         before = identity()
         try:
             result = read()
         except LorakitError:
-            if identity() == before != 0:
+            if path.is_dir() and identity() == before:
                 raise
+            recover(path, CONTENT)  # waits for the save that is just between its two renames
         else:
             if identity() == before:
                 return result
+    raise LorakitError(f"load: {path} was replaced {_ATTEMPTS} times while it was read; save to it less often.")
 
 
 def _config(path: Path) -> dict[str, Any]:
@@ -208,7 +217,7 @@ def _tensors(path: Path) -> dict[str, Tensor]:
         raise LorakitError(f"load: {path} has no {TENSORS}.")
     try:
         return load_file(file)
-    except (SafetensorError, OSError) as problem:
+    except (SafetensorError, OSError, RuntimeError) as problem:
         raise LorakitError(f"load: {file} is no whole safetensors file ({problem}).") from problem
 
 

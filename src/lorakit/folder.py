@@ -49,13 +49,18 @@ def replace_folder(folder: Path, write: Callable[[Path], None], content: Collect
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with _fresh_beside(folder) as fresh:
-            write(fresh)
-            for entry in fresh.iterdir():
-                _flush(entry)
-            _flush(fresh)
+            try:
+                write(fresh)
+                for entry in fresh.iterdir():
+                    _flush(entry)
+                _flush(fresh)
+            except BaseException:
+                with _locked(folder.parent, wait=True):
+                    shutil.rmtree(fresh, ignore_errors=True)
+                raise
             with _locked(folder.parent, wait=True):
                 _settle(folder, content)
-                _swap(fresh, folder, content)
+                _swap(fresh, folder, content)  # from its exchange on, `fresh` names the old folder: no cleaning up here
     except OSError as problem:
         raise LorakitError(
             f"save: {folder} could not be written ({problem}); what was there is as it was."
@@ -96,7 +101,7 @@ def _check_place(folder: Path) -> None:
 
 @contextmanager
 def _fresh_beside(folder: Path) -> Iterator[Path]:
-    """A new folder beside `folder`, locked while this process lives, gone if the block fails."""
+    """A new folder beside `folder`, locked while this process lives or until the block ends."""
     fresh = folder.with_name(f".{folder.name}{_FRESH}{secrets.token_hex(4)}")
     with contextlib.ExitStack() as stack:
         with _locked(folder.parent, wait=True):  # so that nobody takes it for a leftover before its lock is held
@@ -104,12 +109,7 @@ def _fresh_beside(folder: Path) -> Iterator[Path]:
             stack.enter_context(_locked(fresh, wait=True))
         if folder.exists():
             shutil.copymode(folder, fresh)
-        try:
-            yield fresh
-        except BaseException:
-            with _locked(folder.parent, wait=True):
-                shutil.rmtree(fresh, ignore_errors=True)
-            raise
+        yield fresh
 
 
 @contextmanager
@@ -184,9 +184,19 @@ def _swap(fresh: Path, folder: Path, content: Collection[str]) -> None:
             fresh.rename(folder)
         except OSError:
             old.rename(folder)
+            shutil.rmtree(fresh, ignore_errors=True)
             raise
-    _flush(folder.parent)
-    _absorb(old, folder, content)
+    try:
+        _flush(folder.parent)
+        _absorb(old, folder, content)
+    except OSError as problem:
+        log.warning(
+            "save: %s is in place, but what others keep in it could not be brought over (%s); it is in %s until the next "
+            "save or load",
+            folder,
+            problem,
+            old,
+        )
 
 
 def exchange(first: Path, second: Path) -> bool:

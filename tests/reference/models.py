@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -121,14 +122,20 @@ def plain(kind: Callable[[], nn.Module]) -> nn.Module:
     return model
 
 
+def _copies(make: Callable[[], nn.Module]) -> Callable[[], nn.Module]:
+    """A function that gives a new copy of one and the same model."""
+    first = functools.cache(make)
+    return lambda: copy.deepcopy(first())
+
+
 MODELS: dict[str, Callable[[], nn.Module]] = {
-    "llama": llama,
-    "gpt2": gpt2,
-    "bert": bert,
-    "t5": t5,
-    "convolutions": lambda: plain(Convolutions),
-    "attention": lambda: plain(Attention),
-    "words": lambda: plain(Words),
+    "llama": _copies(llama),
+    "gpt2": _copies(gpt2),
+    "bert": _copies(bert),
+    "t5": _copies(t5),
+    "convolutions": _copies(lambda: plain(Convolutions)),
+    "attention": _copies(lambda: plain(Attention)),
+    "words": _copies(lambda: plain(Words)),
 }
 
 

@@ -201,7 +201,8 @@ def test_float32_and_bfloat16_bases(tmp_path: Path) -> None:
         adapter = lk.load(base, tmp_path / "theirs", name="a")
         adapter.save(tmp_path / "ours")
         again = load_file(tmp_path / "ours" / TENSORS)
-        assert all(torch.equal(again[key], tensor) for key, tensor in tensors.items()) and len(again) == len(tensors)
+        assert all(torch.equal(again[key], tensor) for key, tensor in tensors.items())
+        assert len(again) == len(tensors)
         if dtype == torch.float32:
             with lk.use(base, "a"):
                 assert_same(logits(base, "llama"), logits(wrapped, "llama"))
