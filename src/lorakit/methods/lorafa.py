@@ -3,7 +3,7 @@
     ΔW = s B A, only B trains          Zhang et al. 2023, arXiv 2308.03303
 
 The saving is in activations: rank-wide tensors are kept instead of input-wide ones. The later version corrects B's
-gradient by (A Aᵀ)⁻¹ (`optim/lorafa.py`).
+gradient by (A Aᵀ)⁻¹ (`corrected`, `optim/correction.py`).
 """
 
 from __future__ import annotations
@@ -19,7 +19,11 @@ from lorakit.methods.lora import LoRADelta, LoRAOptions
 
 @dataclass(frozen=True, kw_only=True)
 class LoRAFA(LoRAOptions):
-    """The options of LoRA; A stays frozen."""
+    """The options of LoRA; A stays frozen.
+
+    Attributes:
+        corrected: give the optimiser the B-step that is nearest to a step of the whole weight.
+    """
 
     name: ClassVar[str] = "lora-fa"
     card: ClassVar[Card] = Card(
@@ -29,6 +33,8 @@ class LoRAFA(LoRAOptions):
         paper="arXiv 2308.03303",
         use="When activations fill the memory: nothing as wide as the input is kept.",
     )
+
+    corrected: bool = False
 
     def build(self, shape: Shape, pool: Pool) -> LoRAFADelta:
         return LoRAFADelta(self, shape, pool)

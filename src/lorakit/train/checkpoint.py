@@ -2,6 +2,7 @@
 
     checkpoint-120/
         adapter_state.safetensors   the adapter's tensors, exact
+        schedule_state.safetensors  what its schedule remembers, where the method has one
         optimizer.pt  scheduler.pt  rng_state.pth  trainer_state.json      written by transformers
         checkpoint.json             written last: the run's configuration, its data, every file's size and
         hash
@@ -32,6 +33,7 @@ log = logging.getLogger("lorakit.train")
 
 FOLDER = "checkpoints"
 ADAPTER = "adapter_state.safetensors"
+SCHEDULE = "schedule_state.safetensors"
 MANIFEST = "checkpoint.json"
 FINISHED = "finished"
 
@@ -66,9 +68,7 @@ def digest_examples(examples: Iterable[Example]) -> str:
     return digest.hexdigest()
 
 
-def write_manifest(
-    folder: Path, *, config: Mapping[str, Any], data: str, step: int, findings: Sequence[str]
-) -> None:
+def write_manifest(folder: Path, *, config: Mapping[str, Any], data: str, step: int, findings: Sequence[str]) -> None:
     """Seal a checkpoint: only from now on is it one."""
     files = {
         path.name: {"size": path.stat().st_size, "sha256": _digest(path)}
@@ -81,9 +81,7 @@ def write_manifest(
 
 def checkpoints_in(output: Path) -> list[Path]:
     """The checkpoint folders of a run in order of steps, complete or not."""
-    found = [
-        path for path in (output / FOLDER).glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)
-    ]
+    found = [path for path in (output / FOLDER).glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
     return sorted(found, key=lambda path: int(path.name.rpartition("-")[2]))
 
 
@@ -96,16 +94,12 @@ def find_checkpoint(output: Path, resume: bool | str) -> Path:
         folder = Path(resume)
         if not folder.is_dir():
             known = ", ".join(path.name for path in checkpoints_in(output)) or "none"
-            raise LorakitError(
-                f"resume: there is no checkpoint {folder}; checkpoints in {output / FOLDER}: {known}"
-            )
+            raise LorakitError(f"resume: there is no checkpoint {folder}; checkpoints in {output / FOLDER}: {known}")
         return folder
     for folder in reversed(checkpoints_in(output)):
         if (folder / MANIFEST).exists():
             return folder
-        log.warning(
-            "resume: %s was not finished when its run ended (it has no %s); passing it over", folder, MANIFEST
-        )
+        log.warning("resume: %s was not finished when its run ended (it has no %s); passing it over", folder, MANIFEST)
     raise LorakitError(
         f"resume: asked to go on from the newest checkpoint in {output / FOLDER}; found no complete one. "
         "Start without train.resume, or name a checkpoint folder"
@@ -127,9 +121,7 @@ def check_checkpoint(folder: Path, *, config: Mapping[str, Any], data: str) -> d
             "use an earlier one, or start anew"
         ) from None
     except (ValueError, KeyError, TypeError) as error:
-        raise LorakitError(
-            f"resume: {folder / MANIFEST} cannot be read ({error}); use an earlier checkpoint"
-        ) from None
+        raise LorakitError(f"resume: {folder / MANIFEST} cannot be read ({error}); use an earlier checkpoint") from None
     for name, facts in files.items():
         path = folder / name
         if not path.is_file():
@@ -140,9 +132,7 @@ def check_checkpoint(folder: Path, *, config: Mapping[str, Any], data: str) -> d
             problem = "has another content than was written (its hash differs)"
         else:
             continue
-        raise LorakitError(
-            f"resume: {folder} is damaged: {name} {problem}; use an earlier checkpoint, or start anew"
-        )
+        raise LorakitError(f"resume: {folder} is damaged: {name} {problem}; use an earlier checkpoint, or start anew")
     _check_config(folder, saved, config)
     if manifest["data"] != data:
         raise LorakitError(
@@ -193,9 +183,7 @@ def begin(output: Path) -> None:
     for folder in earlier:
         shutil.rmtree(folder)
     if earlier:
-        log.info(
-            "starting anew: %d checkpoints of the earlier, finished run in %s removed", len(earlier), output
-        )
+        log.info("starting anew: %d checkpoints of the earlier, finished run in %s removed", len(earlier), output)
     (output / FOLDER / FINISHED).unlink(missing_ok=True)
 
 

@@ -95,7 +95,10 @@ class TrainOptions:
     warmup: int | float = option(0.03, "steps of rising learning rate: a count, or a share below 1", minimum=0)
     weight_decay: float = option(0.0, "decoupled weight decay", minimum=0)
     max_grad_norm: float = option(1.0, "gradients are scaled down to this norm; 0 does not", minimum=0)
-    optimizer: str = option("adamw", "adamw, or the name of an optimiser class in torch.optim (SGD, Adafactor, ...)")
+    optimizer: str = option(
+        "adamw",
+        "adamw, a class of torch.optim (SGD, Adafactor, ...), muon, galore (with method full), adamw-8bit, galore-8bit",
+    )
     optimizer_options: dict[str, Any] = option(
         factory=dict, doc="further arguments of the optimiser: {betas: [0.9, 0.95]}"
     )

@@ -28,8 +28,8 @@ from rich.console import Console
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from lorakit.errors import LorakitError, unknown
-from lorakit.optim import parameter_groups
+from lorakit.errors import LorakitError
+from lorakit.optim import build_optimizer, correct_gradients, corrections_of, parameter_groups
 from lorakit.train import checkpoint
 from lorakit.train.attention import flat_attention
 from lorakit.train.config import TrainConfig, to_tree
@@ -38,6 +38,7 @@ from lorakit.train.health import HealthCallback, HealthWatch
 from lorakit.train.loss import causal_loss, flat_support, padded_loss
 from lorakit.train.packing import pack
 from lorakit.train.progress import MetricsFile, ProgressCallback
+from lorakit.train.schedules import ScheduleCallback, schedule_for
 
 if TYPE_CHECKING:
     from lorakit.adapter import Adapter
@@ -125,6 +126,7 @@ class LoraTrainer(transformers.Trainer):
         self.path = path
         self.output = Path(config.train.output)
         self.health = HealthCallback(HealthWatch(), adapter.named_parameters())
+        self.schedule = schedule_for(adapter, config.train.seed)
         self.progress = ProgressCallback(console) if console is not None else None
         self._right = torch.zeros(())
         self._labels = 0
@@ -133,6 +135,8 @@ class LoraTrainer(transformers.Trainer):
         self._earlier_findings: list[str] = []
         self._data = checkpoint.digest_examples(train_examples)
         own: list[transformers.TrainerCallback] = [self.health, MetricsFile(self.output / "metrics.jsonl")]
+        if self.schedule is not None:  # after the health watch, which takes the gradients of a skipped step away
+            own.insert(1, ScheduleCallback(self.schedule))
         if self.progress is not None:
             own.append(self.progress)
         if config.train.early_stopping_patience is not None:
@@ -171,6 +175,8 @@ class LoraTrainer(transformers.Trainer):
                             parameter.grad = torch.zeros_like(parameter)
                         torch.distributed.all_reduce(parameter.grad)
             torch.distributed.all_reduce(loss)
+        if self.schedule is not None and self.accelerator.sync_gradients:
+            self.schedule.penalise()
         self.health.add_loss(loss)
         return loss
 
@@ -210,6 +216,7 @@ class LoraTrainer(transformers.Trainer):
                 ratio=options.loraplus_ratio or 1.0,
             )
             self.optimizer = make_optimizer(options.optimizer, groups, options.learning_rate, options.optimizer_options)
+            correct_gradients(self.optimizer, corrections_of(self.adapter))
         optimizer: torch.optim.Optimizer = self.optimizer
         return optimizer
 
@@ -292,6 +299,8 @@ class LoraTrainer(transformers.Trainer):
         # Contiguous copies: tensors that share memory cannot be written side by side.
         state = {name: tensor.contiguous().clone() for name, tensor in self.adapter.state_dict().items()}
         save_file(state, folder / checkpoint.ADAPTER)
+        if self.schedule is not None:
+            save_file(self.schedule.state_dict(), folder / checkpoint.SCHEDULE)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         folder = Path(str(self.args.output_dir)) / f"checkpoint-{self.state.global_step}"
@@ -309,7 +318,11 @@ class LoraTrainer(transformers.Trainer):
             )
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        self.adapter.load_state_dict(load_file(Path(resume_from_checkpoint) / checkpoint.ADAPTER))
+        folder = Path(resume_from_checkpoint)
+        state = load_file(folder / checkpoint.ADAPTER)
+        if self.schedule is not None:  # ranks may have changed, so this comes first
+            self.schedule.load_state_dict(load_file(folder / checkpoint.SCHEDULE), state)
+        self.adapter.load_state_dict(state)
 
     def _load_best_model(self) -> None:
         log.info("the best checkpoint: %s", Path(str(self.state.best_model_checkpoint)).name)
@@ -377,24 +390,11 @@ def training_arguments(config: TrainConfig, *, evaluates: bool) -> transformers.
 def make_optimizer(
     name: str, groups: list[dict[str, Any]], learning_rate: float, options: dict[str, Any]
 ) -> torch.optim.Optimizer:
-    """An optimiser of `torch.optim` by name ("adamw" or a class name in any case) over parameter groups."""
-    classes: dict[str, Any] = {
-        key.lower(): value
-        for key, value in vars(torch.optim).items()
-        if isinstance(value, type) and issubclass(value, torch.optim.Optimizer) and value is not torch.optim.Optimizer
-    }
-    if name.lower() not in classes:
-        raise unknown("optimizer", name, sorted(value.__name__ for value in classes.values()), where="train.optimizer")
-    made = classes[name.lower()]
-    if made in (torch.optim.AdamW, torch.optim.Adam) and not {"fused", "foreach", "capturable"} & set(options):
-        # One kernel over all tensors: an adapter has hundreds of small ones, and the loop over them costs
-        # more.
-        options = {"fused": True, **options}
+    """The optimiser that a configuration names, over parameter groups."""
     try:
-        optimizer: torch.optim.Optimizer = made(groups, lr=learning_rate, **options)
-        return optimizer
-    except TypeError as error:
-        raise LorakitError(f"train.optimizer_options: {made.__name__} refuses them: {error}") from None
+        return build_optimizer(name, groups, lr=learning_rate, **options)
+    except LorakitError as problem:
+        raise LorakitError(f"train.optimizer: {problem}") from None
 
 
 def _as_list(examples: list[Any]) -> Any:
