@@ -353,6 +353,7 @@ def targets_from(config: Mapping[str, Any], model: nn.Module, tensors: Collectio
     def names(value: Any) -> Any:
         return value if value is None or isinstance(value, str) else tuple(value)
 
+    bias = str(config.get("bias", "none"))
     layers = config.get("layers_to_transform")
     lists = config.get("layers_pattern") or None
     optional = _HEADS.get(str(config.get("task_type")), ())
@@ -374,7 +375,7 @@ def targets_from(config: Mapping[str, Any], model: nn.Module, tensors: Collectio
         rank_pattern=config.get("rank_pattern") or {},
         alpha_pattern=config.get("alpha_pattern") or {},
         modules_to_save=tuple(saved),
-        bias=config.get("bias", "none"),
+        bias="lora_only" if bias.endswith("_only") else bias,  # "oft_only" and the like: each method has its own word
     )
 
 

@@ -164,6 +164,12 @@ def test_peft(model: str, options: dict[str, Any], tmp_path: Path) -> None:
     both_ways(model, peft.OFTConfig(**options), spec, tmp_path)
 
 
+def test_biases_beside_it(tmp_path: Path) -> None:
+    """PEFT's word for the biases of adapted layers is each method's own, here "oft_only"; ours is "lora_only" for all."""
+    config = peft.OFTConfig(target_modules=["query"], oft_block_size=8, bias="oft_only")
+    both_ways("bert", config, lk.OFT(block_size=8), tmp_path, bias="lora_only")
+
+
 def test_peft_flag_turns_a_file_around(tmp_path: Path) -> None:
     """PEFT's two branches are inverse rotations (methods.md 4.8): the same tensors with the flag changed turn back. Here
     they do as well, because the file means what PEFT makes of it."""
