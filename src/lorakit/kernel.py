@@ -65,7 +65,8 @@ class _Product(Function):
         dropped = flat * _keep_mask(flat, flat.shape[0], flat.shape[1], dropout, seed) if dropout else flat
         h = dropped @ A.T
         gated = h * scale if gate is None else (h.view(*leading, rank) * (gate * scale)).view_as(h)
-        y = torch.addmm(F.linear(flat, W, b), gated, B.T) if W is not None else gated @ B.T
+        # in place: addmm would copy its first argument into a new tensor
+        y = F.linear(flat, W, b).addmm_(gated, B.T) if W is not None else gated @ B.T
         needs_x = ctx.needs_input_grad[4]
         needs_h = ctx.needs_input_grad[3] or ctx.needs_input_grad[5]
         ctx.save_for_backward(x if needs_x else None, h if needs_h else None, W, B, A, gate)
