@@ -166,7 +166,7 @@ def test_peft(model: str, options: dict[str, Any], tmp_path: Path) -> None:
 
 def test_biases_beside_it(tmp_path: Path) -> None:
     """PEFT's word for the biases of adapted layers is each method's own, here "oft_only"; ours is "lora_only" for all."""
-    config = peft.OFTConfig(target_modules=["query"], oft_block_size=8, bias="oft_only")
+    config = peft.OFTConfig(target_modules=["query", "dense"], oft_block_size=8, bias="oft_only")
     both_ways("bert", config, lk.OFT(block_size=8), tmp_path, bias="lora_only")
 
 
