@@ -19,6 +19,7 @@ from laws.cases import KINDS, SPECS, Affine, AffineDelta, Case, Dense, DenseDelt
 from lorakit import algebra, kernel, layer, layout, store
 from lorakit.delta import Form, LowRank, Pool
 from lorakit.init import Kaiming
+from lorakit.init.initialiser import Factors, Start
 from lorakit.methods.lora import LoRA, LoRADelta
 
 BY_NAME = {kind.name: kind for kind in KINDS}
@@ -57,8 +58,13 @@ def start_not_zero(patch: pytest.MonkeyPatch) -> None:
 
 
 def embedding_starts_as_linear(patch: pytest.MonkeyPatch) -> None:
-    """An initialiser that draws A for a lookup too, and forgets that B is not zero there."""
-    patch.setattr(Kaiming, "factors", lambda self, delta, B, A: (B, torch.randn_like(A)))
+    """An initialiser that draws A for a lookup too, where B is not zero."""
+
+    def planted(self: Kaiming, start: Start) -> Factors:
+        shape = start.shape
+        return Factors(start.zeros(shape.out, start.rank).normal_(), start.zeros(start.rank, shape.in_).normal_())
+
+    patch.setattr(Kaiming, "factors", planted)
 
 
 def wrong_scale_in_act(patch: pytest.MonkeyPatch) -> None:
