@@ -169,25 +169,65 @@ def score_choices(
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     scores = torch.empty(len(prompts), len(choices))
     with evaluating(model):
-        if share and not _shares_exactly(model, [prompts[i] for i in order], choices):
-            share = False
-        if not share:
-            for start in range(0, len(order), batch_size):
-                rows = order[start : start + batch_size]
-                scores[rows] = _score_pairs(model, [prompts[i] for i in rows], choices)
-            return scores
-        shared = _common_prefix(prompts)
-        past = _read_prefix(model, prompts[0][:shared]) if shared else None
+        reader = Reader(model)
+        together = share and _shares_exactly(reader, [prompts[i] for i in order], choices)
+        shared = _common_prefix(prompts) if together else 0
+        past = reader.read_prefix(prompts[0][:shared]) if shared else None
         for start in range(0, len(order), batch_size):
             rows = order[start : start + batch_size]
-            scores[rows] = _score_side_by_side(model, [prompts[i] for i in rows], choices, shared, past)
+            asked = [prompts[i] for i in rows]
+            if together:
+                scores[rows] = _score_side_by_side(reader, asked, choices, shared, past)
+            else:
+                scores[rows] = _score_pairs(reader, asked, choices)
     return scores
 
 
-def _score_pairs(model: nn.Module, prompts: Sequence[Sequence[int]], choices: Sequence[Sequence[int]]) -> Tensor:
-    """Every prompt with every choice as a row of its own, padded on the right: the plain way, and the
-    reference."""
-    device = _device(model)
+class Reader:
+    """A causal model asked for logits in a few places only, and those in float32.
+
+    In bf16 a logit of 20 is known to 0.06, which turns close calls between answers into coin tosses; the head is a
+    small part of the work when only the answers' places are asked for, so it is done in float32 there. A model
+    without a plain linear head gives its own logits.
+    """
+
+    def __init__(self, model: Any) -> None:
+        from lorakit.train.loss import Head, decoder_of, read_head
+
+        self.model = model
+        self.device = next(model.parameters()).device
+        self.dtype = next(model.parameters()).dtype
+        self.body: Any = None
+        try:
+            head: Head | None = read_head(model)
+            self.body = decoder_of(model) if head is not None and head.is_linear else None
+        except LorakitError:
+            head = None
+        self.head = head
+        if self.body is not None and head is not None:
+            wide = torch.promote_types(self.dtype, torch.float32)
+            linear: Any = head.module
+            self.weight: Tensor = linear.weight.detach().to(wide)
+            self.bias: Tensor | None = linear.bias.detach().to(wide) if linear.bias is not None else None
+        self.arguments = frozenset(inspect.signature((self.body or model).forward).parameters)
+
+    def logits(self, rows: Tensor, places: Tensor, **inputs: Any) -> Tensor:
+        """Logits [rows, places, vocabulary] at `places` [rows, places] of the model's output on `inputs`."""
+        if self.body is None or self.head is None:
+            logits: Tensor = self.model(**inputs).logits[rows, places]
+            return logits.to(torch.promote_types(logits.dtype, torch.float32))
+        hidden = self.body(**inputs).last_hidden_state[rows, places]
+        return self.head.shape(nn.functional.linear(hidden.to(self.weight.dtype), self.weight, self.bias))
+
+    def read_prefix(self, ids: Sequence[int]) -> Any:
+        """The keys and values of a prefix, computed once, to be repeated for every row that begins with it."""
+        ids_of_one = torch.tensor([list(ids)], device=self.device)
+        return (self.body or self.model)(input_ids=ids_of_one, use_cache=True).past_key_values
+
+
+def _score_pairs(reader: Reader, prompts: Sequence[Sequence[int]], choices: Sequence[Sequence[int]]) -> Tensor:
+    """Every prompt with every choice as a row of its own, padded on the right: the plain way, and the reference."""
+    device = reader.device
     columns = []
     for choice in choices:
         lengths = torch.tensor([len(prompt) for prompt in prompts])
@@ -197,29 +237,23 @@ def _score_pairs(model: nn.Module, prompts: Sequence[Sequence[int]], choices: Se
         for row, prompt in enumerate(prompts):
             ids[row, : len(prompt) + len(choice)] = torch.tensor([*prompt, *choice])
             mask[row, : len(prompt) + len(choice)] = 1
-        logits = model(input_ids=ids.to(device), attention_mask=mask.to(device), use_cache=False).logits
-        steps = (lengths[:, None] - 1 + torch.arange(len(choice))).to(device)
+        places = (lengths[:, None] - 1 + torch.arange(len(choice))).to(device)
         rows = torch.arange(len(prompts), device=device)[:, None]
+        inputs = {"input_ids": ids.to(device), "attention_mask": mask.to(device), "use_cache": False}
         answer = torch.tensor(choice, device=device).expand(len(prompts), -1)
-        columns.append(_log_probabilities(logits[rows, steps], answer).sum(-1).cpu())
-    return torch.stack(columns, dim=1)
+        columns.append(_log_probabilities(reader.logits(rows, places, **inputs), answer).sum(-1).cpu())
+    return torch.stack(columns, dim=1).float()
 
 
 def _score_side_by_side(
-    model: nn.Module,
-    prompts: Sequence[Sequence[int]],
-    choices: Sequence[Sequence[int]],
-    shared: int,
-    past: Any,
+    reader: Reader, prompts: Sequence[Sequence[int]], choices: Sequence[Sequence[int]], shared: int, past: Any
 ) -> Tensor:
-    """All choices behind their prompt in one row, blind to each other; the prompts' first `shared` tokens are
-    in `past`.
+    """All choices behind their prompt in one row, blind to each other; the prompts' first `shared` tokens are `past`.
 
-    The prompts end in one column, so the logits wanted (the prompt's last token and the choices) are the last
-    columns of every row.
+    The prompts end in one column, so the places wanted (the prompt's last token and the choices) are the last columns
+    of every row.
     """
-    device = _device(model)
-    dtype = next(model.parameters()).dtype
+    device, dtype = reader.device, reader.dtype
     tails = [list(prompt[shared:]) for prompt in prompts]
     tail = max(len(ids) for ids in tails)
     width = tail + sum(len(choice) for choice in choices)
@@ -239,23 +273,24 @@ def _score_side_by_side(
             positions[row, start:end] = shared + len(own) + torch.arange(len(choice))
             sees[row, start:end, shared + start : shared + end] = True
             start = end
-    # Left to right within what may be seen; a padding token sees itself, so that no row of the softmax is
-    # empty.
+    # Left to right within what may be seen; a padding token sees itself, so that no row of the softmax is empty.
     sees &= torch.ones(width, shared + width, dtype=torch.bool).tril(diagonal=shared)
     sees[:, torch.arange(width), shared + torch.arange(width)] = True
     mask = torch.zeros(sees.shape, dtype=dtype).masked_fill_(~sees, torch.finfo(dtype).min)
     if past is not None:
         past = copy.deepcopy(past)
         past.batch_repeat_interleave(len(prompts))
-    kept = 1 + width - tail
-    logits = model(
+    rows = torch.arange(len(prompts), device=device)[:, None]
+    places = torch.arange(tail - 1, width, device=device)[None]
+    logits = reader.logits(
+        rows,
+        places,
         input_ids=ids.to(device),
         attention_mask=mask[:, None].to(device),
         position_ids=positions.to(device),
         past_key_values=past,
         use_cache=past is not None,
-        **({"logits_to_keep": kept} if "logits_to_keep" in _arguments(model) else {}),
-    ).logits[:, -kept:]
+    )
     scores, start = [], 1
     for choice in choices:
         # The prompt's last token predicts the first of every choice, then each token of the choice the next.
@@ -263,38 +298,33 @@ def _score_side_by_side(
         answer = torch.tensor(choice, device=device).expand(len(prompts), -1)
         scores.append(_log_probabilities(logits[:, before], answer).sum(-1).cpu())
         start += len(choice)
-    return torch.stack(scores, dim=1)
+    return torch.stack(scores, dim=1).float()
 
 
 def _log_probabilities(logits: Tensor, answer: Tensor) -> Tensor:
-    """Log-probability of `answer` [rows, tokens] under `logits` [rows, tokens, vocabulary], in float32."""
-    logits = logits.float()
+    """Log-probability of `answer` [rows, tokens] under `logits` [rows, tokens, vocabulary]."""
     return logits.gather(-1, answer[..., None])[..., 0] - logits.logsumexp(-1)
 
 
-def _shares_exactly(model: nn.Module, prompts: Sequence[Sequence[int]], choices: Sequence[Sequence[int]]) -> bool:
-    """Whether scoring side by side is right for this model: by what it accepts, by its window, and by trying
-    it."""
-    arguments = _arguments(model)
-    if not {"position_ids", "past_key_values", "attention_mask"} <= set(arguments):
+def _shares_exactly(reader: Reader, prompts: Sequence[Sequence[int]], choices: Sequence[Sequence[int]]) -> bool:
+    """Whether scoring side by side is right for this model: by what it accepts, by its window, and by trying it."""
+    model = reader.model
+    if not {"position_ids", "past_key_values", "attention_mask"} <= reader.arguments:
         log.info("scoring row by row: %s takes no position ids or no cache", type(model).__name__)
         return False
     window = getattr(getattr(model, "config", None), "sliding_window", None)
     longest = max(map(len, prompts)) + max(map(len, choices))
     if isinstance(window, int) and window < longest:
-        log.info(
-            "scoring row by row: the model's attention window (%d) is shorter than the rows (%d)",
-            window,
-            longest,
-        )
+        log.info("scoring row by row: the model's attention window (%d) is shorter than the rows (%d)", window, longest)
         return False
     trial = [prompts[0], prompts[-1]]
     shared = _common_prefix(trial)
-    past = _read_prefix(model, trial[0][:shared]) if shared else None
-    plain = _score_pairs(model, trial, choices)
-    together = _score_side_by_side(model, trial, choices, shared, past)
-    # The two ways add the same numbers in another order; bf16 keeps 8 bits of each.
-    bound = 1e-3 if next(model.parameters()).dtype in (torch.float32, torch.float64) else 5e-2
+    past = reader.read_prefix(trial[0][:shared]) if shared else None
+    plain = _score_pairs(reader, trial, choices)
+    together = _score_side_by_side(reader, trial, choices, shared, past)
+    # The two ways add the same numbers in another order. Rounding moves a score by a few units of the dtype's
+    # precision for each layer; a model that mixes choices up is off by whole nats.
+    bound = 1e-3 if torch.finfo(reader.dtype).eps < 1e-6 else 0.25
     agree = bool(((plain - together).abs() <= bound * (1 + plain.abs())).all())
     if not agree:
         log.info("scoring row by row: %s does not keep choices side by side apart", type(model).__name__)
@@ -309,11 +339,6 @@ def _common_prefix(prompts: Sequence[Sequence[int]]) -> int:
     first, last = min(list(prompt[:-1]) for prompt in prompts), max(list(prompt[:-1]) for prompt in prompts)
     pairs = enumerate(zip(first, last, strict=False))
     return next((place for place, (one, other) in pairs if one != other), min(len(first), len(last)))
-
-
-def _read_prefix(model: nn.Module, ids: Sequence[int]) -> Any:
-    """The keys and values of a prefix, computed once, to be repeated for every row that begins with it."""
-    return model(input_ids=torch.tensor([list(ids)], device=_device(model)), use_cache=True).past_key_values
 
 
 # -- own answers -----------------------------------------------------------------------------------
@@ -540,12 +565,3 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             yield
     finally:
         model.train(training)
-
-
-def _device(model: nn.Module) -> torch.device:
-    return next(model.parameters()).device
-
-
-def _arguments(model: nn.Module) -> frozenset[str]:
-    """The names that the model's forward takes."""
-    return frozenset(inspect.signature(model.forward).parameters)
