@@ -34,6 +34,7 @@ from lorakit.methods import (
     VBLoRA,
     VeRA,
 )
+from lorakit.resizing import resize
 from lorakit.store import load
 
 __version__ = "0.1.0"
@@ -78,5 +79,6 @@ __all__ = [
     "load",
     "merge",
     "merged",
+    "resize",
     "use",
 ]

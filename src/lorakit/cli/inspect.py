@@ -18,8 +18,9 @@ if TYPE_CHECKING:
 
 HELP = "Show what an adapter is: method, base, rank and size per layer, largest singular values of what it adds."
 
-# How a method's pair of factors ends in PEFT's file: A, then B.
-_PAIRS = {".lora_A.weight": ".lora_B.weight", ".lora_embedding_A": ".lora_embedding_B"}
+# How a method's pair of factors ends in PEFT's file: A, then B. AdaLoRA's have no ".weight", and a diagonal between them.
+_PAIRS = {".lora_A.weight": ".lora_B.weight", ".lora_embedding_A": ".lora_embedding_B", ".lora_A": ".lora_B"}
+_DIAGONAL = ".lora_E"
 
 
 @dataclass(frozen=True)
@@ -56,9 +57,17 @@ def inspect(
     adapter: Annotated[Path, typer.Argument(help="An adapter folder, lorakit's or PEFT's.")],
     top: Annotated[int, typer.Option(min=0, help="How many singular values per layer.")] = 4,
     as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON instead.")] = False,
+    picture: Annotated[Path | None, typer.Option(help="Also draw the rank of every layer into this PNG file.")] = None,
 ) -> None:
     """Print the report of an adapter folder."""
     report = examine(adapter, top)
+    if picture is not None:
+        from lorakit.cli.picture import draw_ranks
+        from lorakit.errors import LorakitError
+
+        if not report.layers:
+            raise LorakitError(f"inspect: {adapter} ({report.method}) has no pairs of factors, so no ranks to draw.")
+        picture.write_bytes(draw_ranks(report.layers, f"{report.folder}: {report.method}, rank per layer"))
     if as_json:
         # Plain print: JSON must not be wrapped at the width of a terminal.
         print(json.dumps(asdict(report), indent=2))
@@ -79,8 +88,8 @@ def inspect(
 def examine(folder: Path, top: int = 4) -> AdapterReport:
     """Read an adapter folder into a report.
 
-    The singular values of B A are those of the small matrix R_B R_Aᵀ of two QR factorisations, at the cost of
-    the rank rather than of the layer. Raises LorakitError for a folder that holds no readable adapter.
+    The singular values of B A cost what the rank costs rather than the layer (`spectrum.py`).
+    Raises LorakitError for a folder that holds no readable adapter.
     """
     from lorakit import store
 
@@ -92,7 +101,10 @@ def examine(folder: Path, top: int = 4) -> AdapterReport:
             continue
         partner = key.removesuffix(ending) + _PAIRS[ending]
         used |= {key, partner}
-        layers.append(_layer(key.removesuffix(ending), A, tensors[partner], config, top))
+        diagonal = tensors.get(key.removesuffix(ending) + _DIAGONAL)
+        if diagonal is not None:
+            used.add(key.removesuffix(ending) + _DIAGONAL)
+        layers.append(_layer(key.removesuffix(ending), A, tensors[partner], diagonal, config, top))
     other = {key: tuple(tensor.shape) for key, tensor in tensors.items() if key not in used}
     dtypes: dict[str, int] = {}
     for tensor in tensors.values():
@@ -112,9 +124,8 @@ def examine(folder: Path, top: int = 4) -> AdapterReport:
     )
 
 
-def _layer(key: str, A: Tensor, B: Tensor, config: Mapping[str, Any], top: int) -> LayerReport:
-    import torch
-
+def _layer(key: str, A: Tensor, B: Tensor, diagonal: Tensor | None, config: Mapping[str, Any], top: int) -> LayerReport:
+    from lorakit.spectrum import spectrum
     from lorakit.targets import value_for
 
     path = key.removeprefix("base_model.model.")
@@ -123,16 +134,17 @@ def _layer(key: str, A: Tensor, B: Tensor, config: Mapping[str, Any], top: int) 
     alpha = value_for(config.get("alpha_pattern") or {}, path)
     alpha = float(config.get("lora_alpha", rank) if alpha is None else alpha)
     scale = alpha / (rank**0.5 if config.get("use_rslora") else rank)
-    flat_A, flat_B = A.flatten(1).double(), B.flatten(1).double()
-    small = torch.linalg.qr(flat_B).R @ torch.linalg.qr(flat_A.T).R.T
-    values = abs(scale) * torch.linalg.svdvals(small)
+    if diagonal is not None:  # PEFT's AdaLoRA divides by the rank that it started from, plus a constant
+        scale = alpha / (float(config.get("init_r", rank)) + 1e-5)
+        B = B.double() * diagonal.double().flatten()
+    values = abs(scale) * spectrum(B.flatten(1), A.flatten(1)).values
     return LayerReport(
         name=path,
         rank=rank,
         alpha=alpha,
         scale=scale,
-        parameters=A.numel() + B.numel(),
-        norm=float(torch.linalg.vector_norm(values)),
+        parameters=A.numel() + B.numel() + (0 if diagonal is None else diagonal.numel()),
+        norm=float(values.square().sum().sqrt()),
         singular_values=tuple(values[:top].tolist()),
     )
 
