@@ -35,12 +35,14 @@ def _layers(adapter: Adapter) -> list[tuple[str, Tensor, bool]]:
     layers = []
     plain = plain_names(adapter.model)
     for path, site, _ in adapter.deltas():
-        layer = adapter.layers[path].base
-        storage = storage_of(layer, site.weight, path)
-        layers.append((f"{plain[path]}.{site.weight}", storage.read(layer, site.weight), storage.name == "float"))
+        layer = adapter.layers[path]
+        storage = storage_of(layer.base, site.weight, path)
+        weight = layer.kept.get(site.weight)  # while another or this adapter is merged, the weight from before
+        weight = storage.read(layer.base, site.weight) if weight is None else weight
+        layers.append((f"{plain[path]}.{site.weight}", weight, storage.name == "float"))
     if not layers:
         for path, replacement in adapter.replacements():
-            state = adapter.layers[path].base.state_dict()
+            state = {**adapter.layers[path].base.state_dict(), **adapter.layers[path].kept}
             layers += [(f"{plain[path]}.{name}", state[name], True) for name in replacement.names]
     return layers
 

@@ -20,7 +20,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from lorakit.adapter import Adapter, activate, adapters, board_of, build, detach
+from lorakit.adapter import Adapter, activate, adapters, build, detach
 from lorakit.bundle import (
     CONFIG,
     CONTENT,
@@ -80,13 +80,13 @@ def save(
         record: anything to keep with it, such as how it was trained (plain data).
 
     Raises:
-        LorakitError: the method has no file format, a tensor holds a NaN, or writing failed; the folder is as it was.
+        LorakitError: the adapter is on no model, the method has no file format, a tensor holds a NaN, or writing failed;
+            the folder is as it was.
     """
-    merged = sorted(board_of(adapter.model).merged)
-    if merged:
+    if adapters(adapter.model).get(adapter.name) is not adapter:
         raise LorakitError(
-            f"save: adapter {merged[0]!r} is merged into the weights just now, so that the base model's fingerprint would "
-            "be that of the merged weights; leave `merged` first."
+            f"save: adapter {adapter.name!r} has been taken off its model, and its tensors with it; save it before lk.detach "
+            "or lk.merge."
         )
     tensors = tensors_of(adapter)
     for key, tensor in tensors.items():
@@ -373,7 +373,7 @@ def _fill(
         for name, tensor in replacement.tensors().items():
             key = replacement_key(adapter, path, plain[path], name)
             if name == "in_proj_bias" and key not in supply.left:
-                continue  # PEFT trains this bias of nn.MultiheadAttention and leaves it out of its files
+                continue  # PEFT neither trains nor saves this bias of nn.MultiheadAttention
             supply.put(tensor, supply.take(key), key)
     for name, tensor in adapter.pool.state_dict().items():
         supply.put(tensor, supply.take(name), name)

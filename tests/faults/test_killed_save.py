@@ -170,6 +170,25 @@ def test_killed_at_every_step_of_replacing(way: str, unflushed: None, tmp_path: 
     assert seen == {"old", "new"}
 
 
+def test_a_save_in_place_would_be_seen(unflushed: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A planted bug: the files written one by one into the folder itself. Some kill then leaves a mixture."""
+    monkeypatch.setattr("lorakit.store.replace_folder", lambda folder, write, content: write(folder))
+    old, new = adapter(1.0, rank=1), adapter(2.0, rank=2)
+    mixtures = 0
+    for step in range(1, 12):
+        target = tmp_path / str(step) / "sql"
+        target.mkdir(parents=True)
+        old.save(target)
+        before = content(target)
+        ended = child(lambda step=step, target=target: killed_at(step, lambda: new.save(target)))
+        found = content(target)
+        new.save(target)
+        mixtures += found not in (before, content(target))
+        if ended == 0:
+            break
+    assert mixtures
+
+
 def test_killed_at_every_step_of_the_first_save(unflushed: None, tmp_path: Path) -> None:
     """Where nothing was, there is nothing or the whole adapter; the next save clears what was left."""
     new = adapter(2.0, rank=2)

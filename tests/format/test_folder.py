@@ -196,6 +196,9 @@ def test_the_state_of_the_model_is_not_in_the_file(tmp_path: Path) -> None:
 
     def same(number: int) -> None:
         adapter.save(tmp_path / str(number))
+        assert_equal(number)
+
+    def assert_equal(number: int) -> None:
         for name in FILES:
             assert (tmp_path / "0" / name).read_bytes() == (tmp_path / str(number) / name).read_bytes(), name
 
@@ -208,10 +211,36 @@ def test_the_state_of_the_model_is_not_in_the_file(tmp_path: Path) -> None:
     model.train()
     adapter.requires_grad_(False)
     same(4)
-    with lk.merged(model, "default"), pytest.raises(LorakitError, match=r"save: adapter 'default' is merged .* leave"):
-        adapter.save(tmp_path / "5")
-    assert not (tmp_path / "5").exists()
-    same(6)
+    for merged in ("default", "other", {"default": 0.5, "other": -1.0}):
+        with lk.merged(model, merged):
+            same(5)
+    again = load(model, tmp_path / "5", name="again")
+    with lk.merged(model, "default"):
+        load(model, tmp_path / "0", name="meanwhile")
+    lk.detach(model, "default")
+    again.save(tmp_path / "6")
+    assert_equal(6)
+
+
+def test_an_adapter_that_is_gone_overwrites_nothing(tmp_path: Path) -> None:
+    model, adapter = adapted()
+    adapter.save(tmp_path)
+    lk.detach(model)
+    for _ in range(2):
+        with pytest.raises(LorakitError, match="save: adapter 'default' has been taken off its model"):
+            adapter.save(tmp_path)
+        if not lk.adapters(model):
+            adapted(model)  # another of the same name does not bring the first back
+    assert len(read_tensors(tmp_path)) == 12
+
+
+def test_trained_modules_alone_while_merged(tmp_path: Path) -> None:
+    """An adapter without deltas is told by the modules that it replaces, as they were before a merge."""
+    model, adapter = adapted(target_modules=[], modules_to_save=["head"])
+    adapter.save(tmp_path / "a")
+    with lk.merged(model, "default"):
+        adapter.save(tmp_path / "b")
+    assert (tmp_path / "a" / OWN).read_bytes() == (tmp_path / "b" / OWN).read_bytes()
 
 
 def test_names_of_adapters_are_not_in_the_file(tmp_path: Path) -> None:

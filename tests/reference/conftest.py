@@ -1,11 +1,13 @@
-"""What the tests against PEFT share."""
+"""What the tests against PEFT share: neither library spends time on what is not compared."""
 
 import os
 
+import peft
 import pytest
 
 
 @pytest.fixture(autouse=True)
-def _without_waiting_for_the_disk(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each save waits for the disk four times; the tests of faults do it, these need not."""
+def _plain_saves(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No waiting for the disk (the tests of faults do that), and no model card from PEFT."""
     monkeypatch.setattr(os, "fsync", lambda handle: None)
+    monkeypatch.setattr(peft.PeftModel, "create_or_update_model_card", lambda self, folder: None)
