@@ -5,7 +5,7 @@ from __future__ import annotations
 from lorakit.adapter import Adapter, activate, adapters, attach, detach, use
 from lorakit.algebra import merge, merged
 from lorakit.errors import LorakitError
-from lorakit.init import Gaussian, Kaiming, Normal
+from lorakit.init import EVA, CorDA, Gaussian, Kaiming, LoftQ, LoRAGA, MiLoRA, Normal, OLoRA, Orthogonal, PiSSA
 from lorakit.methods import (
     BOFT,
     C3A,
@@ -42,12 +42,14 @@ __version__ = "0.1.0"
 __all__ = [
     "BOFT",
     "C3A",
+    "EVA",
     "IA3",
     "METHODS",
     "OFT",
     "AdaLoRA",
     "Adapter",
     "BitFit",
+    "CorDA",
     "DoRA",
     "DyLoRA",
     "ElaLoRA",
@@ -60,11 +62,17 @@ __all__ = [
     "LoKr",
     "LoRA",
     "LoRAFA",
+    "LoRAGA",
     "LoRAXS",
+    "LoftQ",
     "LorakitError",
+    "MiLoRA",
     "MoRA",
     "Normal",
+    "OLoRA",
     "OneLoRA",
+    "Orthogonal",
+    "PiSSA",
     "RandLoRA",
     "ReLoRA",
     "SHiRA",

@@ -266,11 +266,15 @@ def _inputs(
     for run in _in_budget(sizes, budget):
         statistics = {first: start.statistic(matrices[first].site.layout.shape, ranks[first]) for first in run}
         measured = {name: matrices[name].measured(statistics[first]) for first in run for name in members[first]}
+        reached: set[str] = set()
         for number, batch in enumerate(batches, 1):
-            _measure(model, matrices, members, statistics, batch, start)
+            reached |= _measure(model, matrices, members, statistics, batch, start)
             if start.settled(measured):
                 log.info("init %s: nothing changes any more after %d of %d batches", start.name, number, len(batches))
                 break
+        for first in run:
+            if first not in reached:
+                raise _unreached(start, first, batches, "inputs")
         yield from ((name, one.statistic) for name, one in measured.items())
 
 
@@ -281,8 +285,10 @@ def _measure(
     statistics: Mapping[str, Any],
     batch: Batch,
     start: Initialiser,
-) -> None:
-    """Feed one batch to the statistics of the leaders, and see that the others still get the same inputs."""
+) -> set[str]:
+    """Feed one batch to the statistics of the leaders, and see that the others still get the same inputs.
+
+    Returns the leaders that got any token."""
     masks = _masks(model, batch, start.completions)
     collected: dict[str, list[Tensor]] = {first: [] for first in statistics}
     latest: dict[str, weakref.ref[Tensor]] = {}
@@ -309,9 +315,17 @@ def _measure(
                 handles.append(matrices[name].layer.register_forward_pre_hook(hook, with_kwargs=True))
     with _hooked(handles), torch.no_grad():
         _run(model, batch)
-    for first, samples in collected.items():
-        if samples:
-            statistics[first].add(samples)
+    reached = {first for first, samples in collected.items() if any(len(sample) for sample in samples)}
+    for first in reached:
+        statistics[first].add(collected[first])
+    return reached
+
+
+def _unreached(start: Initialiser, name: str, batches: list[Batch], what: str) -> LorakitError:
+    return LorakitError(
+        f"attach: init={start.name!r} measures {what}, and none of the {len(batches)} batches gave {name} any; leave the layer "
+        "out by exclude_modules, or give batches that use it (padding and positions without a label may not count)."
+    )
 
 
 # -- gradients ---------------------------------------------------------------------------------------------------------------
@@ -332,10 +346,7 @@ def _gradients(
                 torch.autograd.backward(_loss(_run(model, batch), start))
         for name in run:
             if name not in sums:
-                raise LorakitError(
-                    f"attach: init={start.name!r} needs the gradient of {name}, and none of the {len(batches)} batches gave "
-                    "it one; leave the layer out by exclude_modules, or give batches that use it."
-                )
+                raise _unreached(start, name, batches, "gradients")
             yield name, sums.pop(name) / len(batches)
 
 

@@ -130,10 +130,6 @@ class Initialiser(ABC):
         """The rank of each matrix; asked where `redistributes`. 0 takes its adapter away."""
         return {name: matrix.rank for name, matrix in matrices.items()}
 
-    def to_dict(self) -> dict[str, Any]:
-        """The initialiser as plain data: its name and options."""
-        return {"name": self.name, **{key: getattr(self, key) for key in self.__dataclass_fields__}}
-
 
 @dataclass(frozen=True, kw_only=True)
 class Default(Initialiser):
