@@ -1,43 +1,113 @@
-"""lorakit: low-rank adaptation of any torch model. The names that users need."""
+"""lorakit: low-rank adaptation of any torch model. The names that users need, each imported when it is first used.
+
+Importing torch takes seconds; `lorakit --help` and tools that only ask for the version should not wait for it.
+"""
 
 from __future__ import annotations
 
-from lorakit.adapter import Adapter, activate, adapters, attach, detach, use
-from lorakit.algebra import merge, merged
-from lorakit.errors import LorakitError
-from lorakit.init import EVA, CorDA, Gaussian, Kaiming, LoftQ, LoRAGA, MiLoRA, Normal, OLoRA, Orthogonal, PiSSA
-from lorakit.methods import (
-    BOFT,
-    C3A,
-    IA3,
-    METHODS,
-    OFT,
-    AdaLoRA,
-    BitFit,
-    DoRA,
-    DyLoRA,
-    ElaLoRA,
-    FourierFT,
-    Full,
-    HiRA,
-    LoHa,
-    LoKr,
-    LoRA,
-    LoRAFA,
-    LoRAXS,
-    MoRA,
-    OneLoRA,
-    RandLoRA,
-    ReLoRA,
-    SHiRA,
-    TiedLoRA,
-    VBLoRA,
-    VeRA,
-)
-from lorakit.resizing import resize
-from lorakit.store import load
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from lorakit.adapter import Adapter, activate, adapters, attach, detach, use
+    from lorakit.algebra import merge, merged
+    from lorakit.errors import LorakitError
+    from lorakit.init import EVA, CorDA, Gaussian, Kaiming, LoftQ, LoRAGA, MiLoRA, Normal, OLoRA, Orthogonal, PiSSA
+    from lorakit.methods import (
+        BOFT,
+        C3A,
+        IA3,
+        METHODS,
+        OFT,
+        AdaLoRA,
+        BitFit,
+        DoRA,
+        DyLoRA,
+        ElaLoRA,
+        FourierFT,
+        Full,
+        HiRA,
+        LoHa,
+        LoKr,
+        LoRA,
+        LoRAFA,
+        LoRAXS,
+        MoRA,
+        OneLoRA,
+        RandLoRA,
+        ReLoRA,
+        SHiRA,
+        TiedLoRA,
+        VBLoRA,
+        VeRA,
+    )
+    from lorakit.resizing import resize
+    from lorakit.store import load
 
 __version__ = "0.1.0"
+
+_HOMES = {
+    "lorakit.adapter": ("Adapter", "activate", "adapters", "attach", "detach", "use"),
+    "lorakit.algebra": ("merge", "merged"),
+    "lorakit.errors": ("LorakitError",),
+    "lorakit.init": (
+        "EVA",
+        "CorDA",
+        "Gaussian",
+        "Kaiming",
+        "LoftQ",
+        "LoRAGA",
+        "MiLoRA",
+        "Normal",
+        "OLoRA",
+        "Orthogonal",
+        "PiSSA",
+    ),
+    "lorakit.methods": (
+        "BOFT",
+        "C3A",
+        "IA3",
+        "METHODS",
+        "OFT",
+        "AdaLoRA",
+        "BitFit",
+        "DoRA",
+        "DyLoRA",
+        "ElaLoRA",
+        "FourierFT",
+        "Full",
+        "HiRA",
+        "LoHa",
+        "LoKr",
+        "LoRA",
+        "LoRAFA",
+        "LoRAXS",
+        "MoRA",
+        "OneLoRA",
+        "RandLoRA",
+        "ReLoRA",
+        "SHiRA",
+        "TiedLoRA",
+        "VBLoRA",
+        "VeRA",
+    ),
+    "lorakit.resizing": ("resize",),
+    "lorakit.store": ("load",),
+}
+_HOME = {name: home for home, names in _HOMES.items() for name in names}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'lorakit' has no attribute {name!r}")
+    value = getattr(import_module(_HOME[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)
+
 
 __all__ = [
     "BOFT",

@@ -283,6 +283,11 @@ def attach(
 def _check_name(name: str, board: Board | None) -> None:
     if not isinstance(name, str) or not name or "." in name or "/" in name:
         raise LorakitError(f"attach: an adapter's name is a non-empty string without '.' and '/'; {name!r} was given.")
+    if board is not None and board.merged:
+        raise LorakitError(
+            f"attach: adapter {sorted(board.merged)[0]!r} is merged into the weights just now, so a new one would start from "
+            "weights that are not the base's; leave `merged` first."
+        )
     if board is not None and name in board.adapters:
         raise LorakitError(
             f"attach: an adapter {name!r} is on this model already. Give another name=, or lk.detach(model, {name!r}) first."
@@ -363,6 +368,7 @@ def build(
             raise LorakitError(
                 f"attach: {path} has adapters with other parts already; adapters on one layer must split its rows alike."
             )
+    _check_nesting(board, modules, targets, set(paths), saved)
     _check_rewriting(start, board)
     begun = begin(model, plan, start, batches, shifted)
     if begun.patterns:
@@ -400,6 +406,23 @@ def build(
         parameter.requires_grad_(False)
     board.adapters[name] = adapter
     return adapter
+
+
+def _check_nesting(
+    board: Board | None, modules: Mapping[str, nn.Module], targets: Targets, paths: set[str], saved: list[str]
+) -> None:
+    """No adapter may train whole a module within which another adapts layers: a copy would hold the other's tensors."""
+    touched = paths | {path for path, _ in _replaced(modules, targets, paths, saved)}
+    for other in board.adapters.values() if board is not None else ():
+        pairs = [(whole, path) for whole in saved for path in other.layers]
+        pairs += [(whole, path) for whole in other.saved for path in touched]
+        for whole, path in pairs:
+            if path.startswith(whole + "."):
+                raise LorakitError(
+                    f"attach: {whole} is trained whole by one adapter, and {path} within it is changed by another "
+                    f"({other.name!r} is on this model already). Name the parts of {whole} in modules_to_save instead, or "
+                    f"lk.detach(model, {other.name!r}) first."
+                )
 
 
 def _check_rewriting(start: Initialiser, board: Board | None) -> None:
