@@ -30,7 +30,8 @@ class LoRAXS(Method):
         alpha: the scale's numerator; the scale is alpha / rank.
         dropout: probability with which an input of A is zeroed while training.
         start: standard deviation of R at the start.
-        iterations: power iterations of a randomised decomposition (the paper's code has 10); None decomposes exactly.
+        iterations: power iterations of a randomised decomposition, as in the paper's code; None decomposes exactly, which
+            takes minutes for a large model.
     """
 
     name: ClassVar[str] = "lora-xs"
@@ -50,7 +51,7 @@ class LoRAXS(Method):
     alpha: float = 64.0
     dropout: float = 0.0
     start: float = 1e-5
-    iterations: int | None = None
+    iterations: int | None = 10
 
     def __post_init__(self) -> None:
         if not isinstance(self.rank, int) or isinstance(self.rank, bool) or self.rank < 1:

@@ -149,8 +149,8 @@ class RandLoRADelta(LowRank):
 
     def factors(self) -> tuple[Tensor, Tensor]:
         B, A = self.bases()
-        large = B[: max(self.shape.out, self.shape.in_), : self.pairs].flatten(1)
-        small = (self.lambda_[:, :, None] * A[:, :, : self.side] * self.gamma).flatten(0, 1)
+        large = B[: max(self.shape.out, self.shape.in_), : self.pairs].flatten(1).to(self.gamma)
+        small = (self.lambda_[:, :, None] * A[:, :, : self.side].to(self.gamma) * self.gamma).flatten(0, 1)
         return (large, small) if self.side == self.shape.in_ else (small.T, large.T)
 
     def peft_keys(self, kind: str) -> dict[str, tuple[str, str]]:

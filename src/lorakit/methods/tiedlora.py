@@ -121,7 +121,7 @@ class TiedLoRADelta(LowRank):
 
     def factors(self) -> tuple[Tensor, Tensor]:
         B, A = self.tied()
-        return self.v[:, None] * B, A
+        return self.v[:, None] * B.to(self.v), A.to(self.v)  # on this layer's device
 
     def gate(self) -> Tensor | None:
         return self.u

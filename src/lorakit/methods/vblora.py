@@ -170,7 +170,7 @@ class VBLoRADelta(LowRank):
     def pieces(self, logits: Tensor) -> Tensor:
         """(..., h) -> (..., b): the weighted vectors that the logits select."""
         top, indices = logits.topk(self.spec.topk, dim=-1)
-        return (top.softmax(-1)[..., None] * self.bank()[indices]).sum(-2)
+        return (top.softmax(-1)[..., None] * self.bank().to(logits)[indices]).sum(-2)
 
     def factors(self) -> tuple[Tensor, Tensor]:
         A = self.pieces(self.logits_A).flatten(1)

@@ -119,7 +119,8 @@ class VeRADelta(LowRank):
 
     def factors(self) -> tuple[Tensor, Tensor]:
         B, A = self.projections()
-        return self.lambda_b[:, None] * B[: self.shape.out], A[:, : self.shape.in_]
+        own = self.lambda_b  # the model's layers may be on several devices, the pair is on one
+        return own[:, None] * B[: self.shape.out].to(own), A[:, : self.shape.in_].to(own)
 
     def gate(self) -> Tensor | None:
         return self.lambda_d
