@@ -127,9 +127,9 @@ class RandLoRADelta(LowRank):
     def __init__(self, spec: RandLoRA, shape: Shape, pool: Pool) -> None:
         super().__init__(spec, shape, pool)
         self.scale, self.dropout = spec.alpha / spec.rank, spec.dropout
-        self.pairs, self.side = _pairs(shape, spec.rank), min(shape.out, shape.in_)
-        self.lambda_ = nn.Parameter(torch.zeros(spec.rank, self.pairs))
-        self.gamma = nn.Parameter(torch.full((self.pairs, self.side), 1 / max(self.pairs, self.side)))
+        self.count, self.side = _pairs(shape, spec.rank), min(shape.out, shape.in_)
+        self.lambda_ = nn.Parameter(torch.zeros(spec.rank, self.count))
+        self.gamma = nn.Parameter(torch.full((self.count, self.side), 1 / max(self.count, self.side)))
         self.bases()
 
     def bases(self) -> tuple[Tensor, Tensor]:
@@ -149,7 +149,7 @@ class RandLoRADelta(LowRank):
 
     def factors(self) -> tuple[Tensor, Tensor]:
         B, A = self.bases()
-        large = B[: max(self.shape.out, self.shape.in_), : self.pairs].flatten(1).to(self.gamma)
+        large = B[: max(self.shape.out, self.shape.in_), : self.count].flatten(1).to(self.gamma)
         small = (self.lambda_[:, :, None] * A[:, :, : self.side].to(self.gamma) * self.gamma).flatten(0, 1)
         return (large, small) if self.side == self.shape.in_ else (small.T, large.T)
 
