@@ -215,8 +215,6 @@ def test_the_state_of_the_model_is_not_in_the_file(tmp_path: Path) -> None:
         with lk.merged(model, merged):
             same(5)
     again = load(model, tmp_path / "5", name="again")
-    with lk.merged(model, "default"):
-        load(model, tmp_path / "0", name="meanwhile")
     lk.detach(model, "default")
     again.save(tmp_path / "6")
     assert_equal(6)
