@@ -419,18 +419,21 @@ class Offset(LowRank):
         return self.inner.frozen()
 
     def peft_views(self, kind: str) -> dict[str, View]:
-        own = self.inner.peft_views(kind)
-        by_axes = {view.axes: key for key, view in own.items()}
-        if set(by_axes) != {"in", "out"}:
-            raise LorakitError(
-                f"save: {self.spec.name} from a shifted start is a plain LoRA of twice the rank plus the method's own tensors, "
-                "which its format has no place for; save it as_='lora'."
-            )
-        A, B = own[by_axes["in"]], own[by_axes["out"]]
-        return {
-            by_axes["in"]: View((*A.tensors, cast(Tensor, self.A0)), "in", dim=0),
-            by_axes["out"]: View((*B.tensors, cast(Tensor, self.minus_B0)), "out", dim=1),
-        }
+        A0, minus_B0 = cast(Tensor, self.A0), cast(Tensor, self.minus_B0)
+        views = {}
+        for key, view in self.inner.peft_views(kind).items():
+            if "_A" in key:
+                views[key] = View((*view.tensors, A0), view.axes, dim=0)
+            elif "_B" in key:
+                views[key] = View((*view.tensors, minus_B0), view.axes, dim=1)
+            elif self.inner.gate() is not None and view.tensors[0].ndim == 1:  # a gate, which the start does not have
+                views[key] = View((*view.tensors, A0.new_ones(A0.shape[0])), view.axes, dim=0)
+            else:
+                raise LorakitError(
+                    f"save: {self.spec.name} from a shifted start is of twice the rank, and its format has no place for {key} "
+                    "there. lorakit.resize(adapter, energy=1.0) makes a plain LoRA of it."
+                )
+        return views
 
     def peft_spec(self) -> Method:
         spec = cast(Any, self.inner.peft_spec())

@@ -237,10 +237,11 @@ def stored(adapter: Adapter) -> tuple[Method, Targets]:
     attached (a schedule has moved, taken or added some); then each layer's own rank and scale by its exact name."""
     asked: dict[str, Method] = {}
     found: dict[str, Method] = {}
+    halves = shifted(adapter)
     for path, site, delta in adapter.deltas():
         where = f"{path}.{site.name}" if site.name else path
         asked[where] = _asked(adapter, path, where, where if isinstance(site.layout, Rows) else path)
-        found[where] = asked[where] if _shifted(delta) else delta.peft_spec()
+        found[where] = asked[where] if halves else delta.peft_spec()
     if found == asked:
         return adapter.method, adapter.targets
     method = adapter.method
@@ -269,9 +270,11 @@ def _asked(adapter: Adapter, path: str, where: str, layer: str) -> Method:
     return spec.replace(**changes) if changes else spec
 
 
-def _shifted(delta: nn.Module) -> bool:
-    """Whether a delta, or one that it holds, has a start taken off, which the file's reader puts back itself."""
-    return any(isinstance(module, Offset) for module in delta.modules())
+def shifted(adapter: Adapter) -> bool:
+    """Whether a reader can tell in the file what is trained from the start that is taken off it: all of the adapter's
+    deltas have such a start, and the ranks that they had then. If not, the file reads as one product of the whole rank."""
+    starts = [module for _, _, delta in adapter.deltas() for module in delta.modules() if isinstance(module, Offset)]
+    return bool(starts) and all(start.inner.peft_spec() == start.inner.spec for start in starts)
 
 
 def _exact(path: str, others: Collection[str]) -> str:

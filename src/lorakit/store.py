@@ -34,7 +34,7 @@ from lorakit.bundle import (
     read_own,
     read_tensors,
 )
-from lorakit.delta import Method, Offset
+from lorakit.delta import Method
 from lorakit.errors import LorakitError
 from lorakit.fingerprint import check, fingerprint
 from lorakit.folder import replace_folder
@@ -47,6 +47,7 @@ from lorakit.interchange import (
     pieces,
     plain_names,
     replacement_key,
+    shifted,
     site_prefix,
     stored,
     targets_from,
@@ -101,7 +102,7 @@ def save(
         "lorakit_version": __version__,
         "method": method.to_dict(),
         "targets": _targets_to_own(targets),
-        "shifted": any(isinstance(part, Offset) for _, _, delta in adapter.deltas() for part in delta.modules()),
+        "shifted": shifted(adapter),
         "base": {"name": config["base_model_name_or_path"], "fingerprint": fingerprint(adapter)},
         "record": dict(record or {}),
     }
@@ -176,16 +177,12 @@ def load(
     method_class = method_named(bundle.own["method"].get("name", "")) if bundle.own else method_for_peft(bundle.config)
     method = _method(method_class, bundle, complain)
     tensors = method.from_file(tensors)
-    if bundle.own:
-        targets = _targets_from_own(bundle)
-    else:
-        targets = targets_from({**bundle.config, **method_class.peft_patterns(bundle.config)}, model, tensors)
+    config = {**bundle.config, **method_class.peft_patterns(bundle.config)}
+    targets = _targets_from_own(bundle) if bundle.own else targets_from(config, model, tensors)
     found = _layers_in(tensors, plain, method_class, bundle.folder)
-    shifted = bool(
-        bundle.own.get("shifted")
-    )  # the file's factors are two halves: what is trained, less where it started
-    _check_targets(model, bundle.config, [plain[path] for path in found], complain)
-    adapter = build(model, method, _resolved(targets, found, plain), name, checked=False, paths=found, shifted=shifted)
+    halves = bool(bundle.own.get("shifted"))  # what is trained, and the start that is taken off it
+    _check_targets(model, config, [plain[path] for path in found], complain)
+    adapter = build(model, method, _resolved(targets, found, plain), name, checked=False, paths=found, shifted=halves)
     adapter.targets = targets
     try:
         if bundle.own:

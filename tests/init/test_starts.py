@@ -262,3 +262,41 @@ def test_names_of_the_table() -> None:
     assert lk.init.initialiser("pissa") == PiSSA()
     with pytest.raises(LorakitError, match='unknown quantiser "nf3"; did you mean "nf4"'):
         LoftQ(quantiser="nf3")
+
+
+@pytest.mark.parametrize("start", [*SHIFTED, "eva", "orthogonal"])
+@pytest.mark.parametrize("spec", [lk.AdaLoRA(rank=2), lk.ElaLoRA(rank=2), lk.DyLoRA(rank=3), lk.ReLoRA(rank=2)])
+def test_methods_whose_ranks_change(spec: Any, start: str, tmp_path: Path) -> None:
+    """They start from any factors too, and their files give the same function: with both halves while ranks are as they
+    were, else as one product."""
+    if start == "orthogonal" and spec.rank % 2:
+        return
+    given: Any = EVA(rho=1.0) if start == "eva" else start
+    model, batch = mixed(), mixed_batches(1)[0]
+    before = model(**batch)
+    adapter = lk.attach(model, spec, target_modules=["first", "image"], name="mine", **options(given, mixed_batches()))
+    assert torch.allclose(model(**batch), before, rtol=0, atol=1e-12)
+    train(adapter)
+    for name in ("as it was", "changed"):
+        if name == "changed":
+            for _, _, delta in adapter.deltas():
+                change_rank(delta.low_rank())
+        model.eval()
+        expected = model(**batch)
+        adapter.save(tmp_path / name)
+        again = mixed()
+        loaded = lk.load(again, tmp_path / name, name="mine")
+        with lk.use(again, "mine"):
+            assert torch.allclose(again(**batch), expected, rtol=0, atol=1e-10)
+        kept = any(isinstance(delta, Offset) for _, _, delta in loaded.deltas())
+        assert kept == (start in SHIFTED and (name == "as it was" or isinstance(spec, lk.DyLoRA)))
+
+
+def change_rank(delta: Any) -> None:
+    """What a schedule does to a delta."""
+    if hasattr(delta, "restart"):
+        delta.restart(delta.B.detach() * 0, delta.A.detach().clone())
+    elif hasattr(delta, "kept"):
+        delta.kept[0] = False
+        with torch.no_grad():
+            delta.lam[0] = 0
