@@ -19,7 +19,9 @@ def trained_by_peft(model: Any, config: Any, size: float = 0.2) -> Any:
     """PEFT's adapter on a model, with values as after training."""
     with quiet():
         wrapped: Any = peft.get_peft_model(model, config)
-    scramble(((k, p) for k, p in wrapped.named_parameters() if p.requires_grad), size=size)
+    # AdaLoRA's ranknum, the divisor of the scale, is left trainable by PEFT and is not in its files.
+    trained = ((k, p) for k, p in wrapped.named_parameters() if p.requires_grad and ".ranknum." not in k)
+    scramble(trained, size=size)
     return wrapped.eval()
 
 

@@ -154,6 +154,8 @@ class TripletOptions(Method):
 
     @classmethod
     def peft_patterns(cls, config: dict[str, Any]) -> dict[str, Any]:
+        if config.get("peft_type") != cls.peft_type:
+            return {}  # lorakit's own: plain ranks
         kept = config.get("rank_pattern") or {}
         ranks = {f"^{re.escape(key.rpartition('.')[0])}": max(1, sum(map(bool, flags))) for key, flags in kept.items()}
         scale = _scale_in(config)
