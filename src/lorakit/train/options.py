@@ -174,7 +174,8 @@ class TrainConfig:
     )
     init: Any = option(
         factory=lambda: initialisers()["default"](),
-        doc="how the factors start: default (the method's own), kaiming, gaussian, or {name: normal, std: 0.01}",
+        doc="how the factors start: default (the method's own), a name such as pissa or eva, or {name: pissa, iterations: 4}; "
+        "starts that measure inputs or gradients do so on training rows",
         reader=read_init,
         writer=write_init,
         shown="an initialiser",

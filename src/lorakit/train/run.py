@@ -26,6 +26,7 @@ from rich.console import Console
 
 from lorakit.errors import LorakitError
 from lorakit.train import checkpoint
+from lorakit.train.calibration import calibration_batches
 from lorakit.train.config import TrainConfig, to_tree, to_yaml
 from lorakit.train.data import Example, Prepared, Question, choice_ids, load_splits, prepare, questions
 from lorakit.train.evaluate import Answer, Evaluation, evaluating, measure, written
@@ -103,7 +104,12 @@ def train(config: TrainConfig, *, console: Console | None = None) -> TrainResult
     import lorakit as lk
 
     transformers.set_seed(options.seed)
-    adapter = lk.attach(model, config.method, **config.attach_arguments())
+    batches = calibration_batches(prepared.examples, config.init, options.seed)
+    if batches is not None:
+        log.info(
+            "init %s measures the %s of every layer on %d batches", config.init.name, config.init.needs, len(batches)
+        )
+    adapter = lk.attach(model, config.method, **config.attach_arguments(), batches=batches)
     base_parameters = sum(p.numel() for p in model.parameters()) - adapter.num_parameters()
     log.info("adapter: %s", describe(adapter, base_parameters))
     path = choose_path(model, options.fast_path)
