@@ -19,14 +19,13 @@ SHAPES = [(9, 5), (5, 9), (6, 6)]
 def independent(W: Tensor, gradients: list[Tensor], rank: int, gap: int, lr: float, scale: float, wd: float) -> Tensor:
     """Adam in the projected space, written from the paper: W (out, in), one gradient per step."""
     W, tall = W.clone(), W.shape[0] >= W.shape[1]
-    m = v = None
+    m = v = P = None
     for t, G in enumerate(gradients, start=1):
         if (t - 1) % gap == 0:
             U, _, Vt = torch.linalg.svd(G)
-            P = Vt[:rank].T if tall else U[:, :rank]
-            if t > 1:  # the same subspace may come with other signs; ours keeps the nearest
+            old, P = P, Vt[:rank].T if tall else U[:, :rank]
+            if old is not None:  # the same subspace may come with other signs; ours keeps the nearest
                 P = P * torch.sign((P * old).sum(0))
-            old = P
         R = G @ P if tall else P.T @ G
         m = 0.1 * R if m is None else 0.9 * m + 0.1 * R
         v = 0.001 * R**2 if v is None else 0.999 * v + 0.001 * R**2
