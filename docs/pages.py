@@ -88,22 +88,26 @@ def tree() -> str:
 
 def methods() -> str:
     """The method table, from the method cards, for a 576 → 1536 layer at the methods' own defaults."""
+    from lorakit.catalogue import catalogue
     from lorakit.delta import Shape
-    from lorakit.errors import LorakitError
-    from lorakit.methods import METHODS
 
-    shape = Shape(1536, 576)
-    rows = ["| name | method | formula | numbers for 576 → 1536 | paper | when |", "|---|---|---|---|---|---|"]
-    for name, method in METHODS.items():
-        card = method.card
-        try:
-            count = f"{card.parameters(shape, method()):,}"
-            if card.pooled is not None:
-                count += f" + {card.pooled([shape], method()):,} shared"
-        except (LorakitError, TypeError):
-            count = "depends"
-        limits = f" {card.limits}" if card.limits else ""
-        cells = (f"`{name}`", card.title, card.formula.replace("|", "\\|"), count, card.paper, card.use + limits)
+    rows = [
+        "| name | method | formula | numbers for 576 → 1536 | served together | PEFT | paper | when |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for entry in catalogue([Shape(1536, 576)]):
+        count = f"{entry.parameters:,}" if entry.parameters is not None else "does not fit"
+        limits = f" {entry.limits}" if entry.limits else ""
+        cells = (
+            f"`{entry.name}`",
+            entry.title,
+            entry.formula.replace("|", "\\|"),
+            count,
+            "yes" if entry.form else "no",
+            f"`{entry.peft}`" if entry.peft else "-",
+            entry.paper,
+            entry.use + limits,
+        )
         rows.append("| " + " | ".join(cells) + " |")
     return "\n".join(rows)
 

@@ -19,6 +19,7 @@ from lorakit.cli import evaluate as eval_verb
 from lorakit.cli import generate as generate_verb
 from lorakit.cli import inspect as inspect_verb
 from lorakit.cli import merge as merge_verb
+from lorakit.cli import methods as methods_verb
 from lorakit.cli import resize as resize_verb
 from lorakit.cli import train as train_verb
 from lorakit.cli.screen import fail
@@ -84,6 +85,7 @@ app.command(name="generate", help=generate_verb.HELP)(generate_verb.generate)
 app.command(name="chat", help=chat_verb.HELP)(chat_verb.chat)
 app.command(name="merge", help=merge_verb.HELP)(merge_verb.merge)
 app.command(name="inspect", help=inspect_verb.HELP)(inspect_verb.inspect)
+app.command(name="methods", help=methods_verb.HELP)(methods_verb.methods)
 app.command(name="resize", help=resize_verb.HELP)(resize_verb.resize)
 
 
