@@ -253,11 +253,12 @@ def _write(bundle: Bundle, output: Path, tensors: dict[str, Tensor], report: Res
         "alpha_pattern": {path: float(rank) for path, rank in other.items()},
     }
     own = dict(bundle.own)
+    if own.get("targets", {}).get("parts"):
+        own = {}  # parts of a fused layer are one pair in the file, and after the cut no longer apart: a plain LoRA of it
     if own:
         own["method"] = method.to_dict()
         patterns = {"rank_pattern": list(other.items()), "alpha_pattern": [(p, float(r)) for p, r in other.items()]}
-        # Parts of a fused layer are one pair in the file, and after the cut no longer apart.
-        own["targets"] = {**own["targets"], **patterns, "parts": {}}
+        own["targets"] = {**own["targets"], **patterns}
         own["record"] = {**own.get("record", {}), "resized": {"from": str(bundle.folder), "error": report.error}}
 
     def write(fresh: Path) -> None:
