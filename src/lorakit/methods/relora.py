@@ -10,8 +10,9 @@ The paper adds the product to the base weight. Here the base is never written, s
 know: what is put aside is kept as frozen factors beside A and B. That is exact, saves as a plain LoRA of rank (k + 1) rank,
 and per token costs rank · (out + in) multiplications for each restart; a dense ΔW would cost out · in at once, which for
 this layer is more up to 25 restarts. Measured on one CPU thread, forward and backward of this layer for 512 tokens: 19 ms
-before any restart, 27 ms after 5, 36 ms after 10, 41 ms after 20; with a dense ΔW beside the base 41 ms. Beyond min(out, in) the kept factors are brought back to that rank by a thin
-singular value decomposition, which loses nothing but rounding.
+before any restart, 27 ms after 5, 36 ms after 10, 41 ms after 20; with a dense ΔW beside the base 41 ms. Beyond
+min(out, in) the kept factors are brought back to that rank by a thin singular value decomposition, which loses nothing
+but rounding.
 """
 
 from __future__ import annotations
