@@ -21,6 +21,7 @@ from lorakit.errors import LorakitError
 from lorakit.kernel import autocast, product
 from lorakit.layout import Rows, Site
 from lorakit.routing import Board
+from lorakit.rows import check_rows, first_tensor, join, pad, per_row, take, take_attention
 from lorakit.storage import storage_of
 
 Weighted = list[tuple[str, float]]
@@ -203,21 +204,21 @@ class Adapted(nn.Module):
         here = [name for name in routing.names if name in self.deltas or name in self.replacements]
         if not here:
             return self.base(*args, **kwargs)
-        if _first_tensor(args, kwargs).is_nested:
+        if first_tensor(args, kwargs).is_nested:
             return self._padded(args, kwargs)
         if routing.weights is not None:
             weights = dict(zip(routing.names, routing.weights, strict=True))
             return self._uniform([(name, weights[name]) for name in here], args, kwargs)
-        table = routing.table_on(_first_tensor(args, kwargs).device)
+        table = routing.table_on(first_tensor(args, kwargs).device)
         columns = [routing.names.index(name) for name in here]
         return self._by_rows(here, table[:, columns], routing.axis, args, kwargs)
 
     def _padded(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """A call with nested tensors (torch's encoder makes them of padded batches), by way of padding and back."""
-        x = _first_tensor(args, kwargs)
+        x = first_tensor(args, kwargs)
         lengths = [row.shape[0] for row in x.unbind()]
-        args = tuple(_pad(value) for value in args)
-        kwargs = {key: _pad(value) for key, value in kwargs.items()}
+        args = tuple(pad(value) for value in args)
+        kwargs = {key: pad(value) for key, value in kwargs.items()}
         if isinstance(self.base, nn.MultiheadAttention):
             position = torch.arange(max(lengths), device=x.device)
             kwargs["key_padding_mask"] = position >= torch.tensor(lengths, device=x.device)[:, None]
@@ -235,7 +236,7 @@ class Adapted(nn.Module):
             return self._call_base(tensors, args, kwargs)
         if any(not site.layout.beside for site in self.sites.values()):
             return self._substituted(blend, args, kwargs)
-        x = _input(args, kwargs)
+        x = first_tensor(args, kwargs)
         site = next(iter(self.sites.values()))
         if len(active) == 1 and len(self.sites) == 1 and site.layout.flat and self._plain(site, tensors):
             name, weight = active[0]
@@ -380,8 +381,8 @@ class Adapted(nn.Module):
         )
         if not together:
             return self._grouped(names, table, axis, args, kwargs)
-        x = _input(args, kwargs)
-        _check_rows(x, table.shape[0], axis, self.path)
+        x = first_tensor(args, kwargs)
+        check_rows(x, table.shape[0], axis, self.path)
         y = self.base(*args, **kwargs)
         total: Tensor | None = None
         for key, site in self.sites.items():
@@ -394,7 +395,7 @@ class Adapted(nn.Module):
                     low.append((column, cast(LowRank, delta)))
                     continue
                 change = self._change(delta, site, x, y)
-                change = change * _per_row(table[:, column], change, axis).to(change.dtype)
+                change = change * per_row(table[:, column], change, axis).to(change.dtype)
                 total = change if total is None else total + change
             if low:
                 change = self._gated(low, table, site, x, y, axis)
@@ -433,12 +434,12 @@ class Adapted(nn.Module):
             )
         attention = self.base if isinstance(self.base, nn.MultiheadAttention) else None
         batch_axis = 0 if attention is None or attention.batch_first else 1
-        x, count = _first_tensor(args, kwargs), table.shape[0]
+        x, count = first_tensor(args, kwargs), table.shape[0]
         if attention is not None and x.ndim == 2:
             raise LorakitError(
                 f"use: {self.path} was called without a batch axis (shape {tuple(x.shape)}), so it has no rows to route."
             )
-        _check_rows(x, count, batch_axis, self.path)
+        check_rows(x, count, batch_axis, self.path)
         distinct, owner = torch.unique(table, dim=0, return_inverse=True)
         pieces, order = [], []
         for group in range(distinct.shape[0]):
@@ -446,9 +447,9 @@ class Adapted(nn.Module):
             order.append(rows)
             if attention is not None:
                 own_args: tuple[Any, ...] = ()
-                own_kwargs = _take_attention(attention, args, kwargs, rows)
+                own_kwargs = take_attention(attention, args, kwargs, rows)
             else:
-                own_args, own_kwargs = _take(args, rows, count), _take(kwargs, rows, count)
+                own_args, own_kwargs = take(args, rows, count), take(kwargs, rows, count)
             weights = distinct[group].tolist()
             blend = [(name, weight) for name, weight in zip(names, weights, strict=True) if weight != 0.0]
             if blend:
@@ -456,7 +457,7 @@ class Adapted(nn.Module):
             else:
                 pieces.append(self.base(*own_args, **own_kwargs))
         back = torch.argsort(torch.cat(order))
-        return _join(pieces, back, batch_axis, self.path)
+        return join(pieces, back, batch_axis, self.path)
 
 
 def _conv1d_forward(base: nn.Module) -> Any:
@@ -467,88 +468,6 @@ def _conv1d_forward(base: nn.Module) -> Any:
 def _is_product(delta: Delta | None) -> bool:
     """Whether a delta is its low-rank product and nothing besides, so that the kernel may run it."""
     return isinstance(delta, LowRank) and type(delta).act is LowRank.act and type(delta).shift is Delta.shift
-
-
-def _input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-    return _first_tensor(args, kwargs)
-
-
-def _first_tensor(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-    for value in (*args, *kwargs.values()):
-        if isinstance(value, Tensor):
-            return value
-    raise LorakitError("an adapted layer was called without any tensor.")
-
-
-def _pad(value: Any) -> Any:
-    """A nested tensor padded with zeros; anything else as it is."""
-    if isinstance(value, Tensor) and value.is_nested:
-        return torch.nested.to_padded_tensor(value, 0.0)
-    return value
-
-
-def _check_rows(x: Tensor, rows: int, axis: int, path: str) -> None:
-    found = x.shape[axis] if axis < x.ndim else 0
-    if found != rows:
-        hint = ""
-        if found and found % rows == 0:
-            hint = f" For beam search or several returned sequences use lk.use(model, route, copies={found // rows})."
-        raise LorakitError(
-            f"use: the routing has {rows} rows, but {path} was called with a batch of {found} (shape {tuple(x.shape)}); "
-            f"give one entry per row of the batch.{hint}"
-        )
-
-
-def _per_row(column: Tensor, y: Tensor, axis: int) -> Tensor:
-    shape = [1] * y.ndim
-    shape[axis] = -1
-    return column.reshape(shape)
-
-
-def _take(value: Any, rows: Tensor, count: int) -> Any:
-    """The rows of everything that has the batch as its first axis; other arguments as they are."""
-    if isinstance(value, Tensor):
-        return value.index_select(0, rows.to(value.device)) if value.ndim and value.shape[0] == count else value
-    if type(value) in (tuple, list):
-        return type(value)(_take(item, rows, count) for item in value)
-    if type(value) is dict:
-        return {key: _take(item, rows, count) for key, item in value.items()}
-    return value
-
-
-_ATTENTION_ARGUMENTS = (
-    "query", "key", "value", "key_padding_mask", "need_weights", "attn_mask", "average_attn_weights", "is_causal"
-)  # fmt: skip
-
-
-def _take_attention(
-    base: nn.MultiheadAttention, args: tuple[Any, ...], kwargs: dict[str, Any], rows: Tensor
-) -> dict[str, Any]:
-    """The rows of an attention call by the arguments' names, since sizes do not tell the batch from the tokens."""
-    given = {**dict(zip(_ATTENTION_ARGUMENTS, args, strict=False)), **kwargs}
-    axis = 0 if base.batch_first else 1
-    for name in ("query", "key", "value"):
-        given[name] = given[name].index_select(axis, rows.to(given[name].device))
-    padding, mask = given.get("key_padding_mask"), given.get("attn_mask")
-    if padding is not None:
-        given["key_padding_mask"] = padding.index_select(0, rows.to(padding.device))
-    if mask is not None and mask.ndim == 3:  # (batch × heads, queries, keys); with two axes it is for all rows
-        per_row = mask.unflatten(0, (-1, base.num_heads))
-        given["attn_mask"] = per_row.index_select(0, rows.to(mask.device)).flatten(0, 1)
-    return given
-
-
-def _join(pieces: list[Any], back: Tensor, axis: int, path: str) -> Any:
-    first = pieces[0]
-    if isinstance(first, Tensor):
-        return torch.cat(pieces, dim=axis).index_select(axis, back.to(first.device))
-    if isinstance(first, tuple):
-        joined = []
-        for index, value in enumerate(first):
-            along = axis if index == 0 else 0
-            joined.append(None if value is None else _join([piece[index] for piece in pieces], back, along, path))
-        return tuple(joined)
-    raise LorakitError(f"use: {path} returns {type(first).__name__}, whose rows cannot be put together again.")
 
 
 @contextmanager
