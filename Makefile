@@ -35,8 +35,10 @@ BENCHMARKS := $(sort $(subst _,-,$(patsubst benchmarks/%.py,%,$(wildcard benchma
 demo: data
 	$(BIN)/lorakit train examples/reviews.yaml
 
+# The fast tests on every processor, a thread each; those on the real model after them, one by one.
 test: install-test $(if $(FAST),,data)
-	$(if $(FAST),,LORAKIT_REQUIRE_MODEL=1) $(BIN)/python -m pytest $(if $(FAST),-m "not model and not slow") $(TESTS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto -m "not model and not slow" $(TESTS)
+	$(if $(FAST),,LORAKIT_REQUIRE_MODEL=1 $(BIN)/python -m pytest -m "model or slow" $(TESTS))
 
 lint: install-test
 	$(BIN)/ruff format --check .

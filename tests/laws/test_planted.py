@@ -244,7 +244,7 @@ def first_rows_for_all(patch: pytest.MonkeyPatch) -> None:
 
 def mask_rows_not_taken(patch: pytest.MonkeyPatch) -> None:
     """A padding mask keeps the whole batch's order while the rows are taken apart."""
-    take = layer._take_attention
+    take = layer.take_attention
 
     def planted(base: Any, args: Any, kwargs: Any, rows: Tensor) -> Any:
         given = take(base, args, kwargs, rows)
@@ -252,7 +252,7 @@ def mask_rows_not_taken(patch: pytest.MonkeyPatch) -> None:
             given["key_padding_mask"] = kwargs["key_padding_mask"][: len(rows)]
         return given
 
-    patch.setattr(layer, "_take_attention", planted)
+    patch.setattr(layer, "take_attention", planted)
 
 
 def form_without_scale(patch: pytest.MonkeyPatch) -> None:
