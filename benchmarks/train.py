@@ -405,6 +405,8 @@ def sections(run: Run) -> Iterator[str]:
         else "No process shared the machine with others."
     )
     yield told + ("" if run.finished else " **The run was interrupted.**")
+    if run.finished and run.options.output == RESULTS:
+        yield f"![Real tokens a second and peak memory of every side](pictures/{PICTURE.name})"
     yield floor_table(judge(warm))
     for name, title in WORKLOADS.items():
         if any(row["workload"] == name for row in warm):

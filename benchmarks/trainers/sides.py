@@ -125,12 +125,13 @@ def main(path: str) -> None:
 
 def configuration(job: Job) -> Any:
     """The run as lorakit's configuration; the other sides read their data and numbers from it."""
-    from lorakit.methods import METHODS
+    import lorakit as lk
     from lorakit.train.config import DataOptions, EvaluateOptions, TrainConfig, TrainOptions
 
+    lora = lk.LoRA(rank=job["rank"], alpha=job["alpha"])
     return TrainConfig(
         model=job["model"],
-        method=METHODS[job.get("method", "lora")](rank=job["rank"], alpha=job["alpha"]),
+        method=lk.DoRA(inner=lora) if job.get("method") == "dora" else lora,
         target_modules="all-linear",
         data=DataOptions(train=job["rows"], shuffle_seed=None, **job.get("data", {})),
         train=TrainOptions(
@@ -424,24 +425,23 @@ def write_newspaper(job: Job) -> dict[str, Any]:
 def score(job: Job) -> dict[str, Any]:
     """The share of right answers of each finished adapter, all by lorakit's evaluator on the same base."""
     import lorakit as lk
-    from lorakit.train.config import EvaluateOptions
     from lorakit.train.data import load_rows
-    from lorakit.train.evaluate import measure
-    from lorakit.train.models import load_model
-    from lorakit.train.run import hold
+    from lorakit.train.run import class_list, examine, hold, load_base, path_for
 
     config = configuration(job)
-    held = load_rows(job["held_out"])
-    model, tokenizer = load_model(job["model"], dtype=job["precision"])
-    evaluate = EvaluateOptions(answers="score", choices=("positive", "negative"))
-    config = config.replace(evaluate__answers="score", evaluate__choices=("positive", "negative"))
-    rows = hold(held, tokenizer, config)
+    classes = None
+    if "task" not in job:
+        config = config.replace(evaluate__answers="score", evaluate__choices=("positive", "negative"))
+    model, tokenizer = load_base(config, load_rows(job["rows"]))
+    if "task" in job:
+        classes = class_list(model)
+    held = hold(load_rows(job["held_out"]), tokenizer, config, classes)
+    path = path_for(config, model)
     found: dict[str, Any] = {}
     for name, folder in job["adapters"].items():
         adapter = lk.load(model, folder, name="scored")
-        done = measure(
-            model, tokenizer, rows.examples, rows.questions, options=evaluate, choices=rows.choices, batch_size=32
-        )
+        with lk.use(model, adapter.name):
+            done = examine(model, tokenizer, held, config, path)
         found[name] = {"accuracy": done.accuracy, "loss": done.loss}
         lk.detach(model, adapter.name)
     return {"scores": found}

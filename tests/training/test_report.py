@@ -65,7 +65,7 @@ def test_the_card_says_what_the_run_was() -> None:
         "the loss jumped",
         "Intended use",
         "Limits",
-        'lk.load(model, "path/to/this/folder")',
+        'adapter = lk.load(model, "path/to/this/folder")',
         "PeftModel.from_pretrained",
         "curves.png",
         "expected `good`",

@@ -36,9 +36,7 @@ def evaluate(
     from lorakit.train.config import load_config
     from lorakit.train.data import load_splits
     from lorakit.train.evaluate import Evaluation, tabulate
-    from lorakit.train.models import load_model
-    from lorakit.train.run import examine, hold
-    from lorakit.train.trainer import choose_path
+    from lorakit.train.run import class_list, examine, hold, load_base, path_for
 
     file, adapters = what, list(adapter or ())
     if what.is_dir():
@@ -49,15 +47,15 @@ def evaluate(
                 f"use lorakit eval CONFIG.yaml --adapter {what}"
             )
     config = load_config(file, context.args)
-    _, rows = load_splits(config.data)
+    train_rows, rows = load_splits(config.data)
     if rows is None:
         raise LorakitError(
             f"eval: {file} names no rows to evaluate on; give --data.evaluation FILE or --data.evaluation-size N"
         )
-    model, tokenizer = load_model(config.model, dtype=config.train.precision)
-    held = hold(rows, tokenizer, config)
+    model, tokenizer = load_base(config, train_rows)
+    held = hold(rows, tokenizer, config, class_list(model) if config.task == "seq-cls" else None)
     loaded = [lk.load(model, folder).name for folder in adapters]
-    path = choose_path(model, config.train.fast_path)
+    path = path_for(config, model)
     measured: dict[str, Evaluation] = {}
     if base:
         with lk.use(model, None) if loaded else _nothing():

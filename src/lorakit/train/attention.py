@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from lorakit.train import fusion
-from lorakit.train.packing import FlatBatch, Segment
+from lorakit.train.packing import FlatBatch, Segment, TextBatch
 
 PIECE = 256
 """Longest run computed at once; longer ones are cut. The fastest of 128, 256 and 512 at rows of 1,536."""
@@ -450,7 +450,7 @@ def flat_attention_forward(
     softcap: float | None = None,
     sliding_window: int | None = None,
     s_aux: Tensor | None = None,
-    flat_batch: FlatBatch | None = None,
+    flat_batch: FlatBatch | TextBatch | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """What transformers calls in each layer. query `[1, heads, tokens, head_dim]` -> `[1, tokens, heads, head_dim]`.
@@ -462,6 +462,8 @@ def flat_attention_forward(
         if _in_flat_forward.get():
             raise ValueError("flat attention: this model does not hand keyword arguments to its attention")
         raise ValueError("flat attention: called without flat_batch; this name is only for lorakit's own forward")
+    if isinstance(flat_batch, TextBatch):
+        return _attend_both_ways(flat_batch, module, (query, key, value), dropout, scaling, kwargs), None
     if dropout:
         raise ValueError(f"flat attention: attention dropout is {dropout}; only 0 is supported; set it to 0")
     if attention_mask is not None or kwargs.get("position_bias") is not None:
@@ -510,6 +512,64 @@ def _attend_long(batch: FlatBatch, query: Tensor, key: Tensor, value: Tensor, sc
     if fill:
         rows.append(query.new_zeros(1, fill, query.shape[1], value.shape[3]))
     return torch.cat(rows, 1)
+
+
+class _Move(torch.autograd.Function):
+    """Rows to places of a larger tensor, zeros between, or back from them. Places are distinct, so nothing adds up."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, place: Tensor, size: int | None) -> Tensor:
+        ctx.save_for_backward(place)
+        ctx.rows, ctx.spreads = rows.shape[0], size is not None
+        if size is None:
+            return rows.index_select(0, place)
+        return rows.new_zeros(size, rows.shape[1]).index_copy_(0, place, rows)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
+        (place,) = ctx.saved_tensors
+        grad = grads[0].contiguous()
+        if ctx.spreads:
+            return grad.index_select(0, place), None, None
+        return grad.new_zeros(ctx.rows, grad.shape[1]).index_copy_(0, place, grad), None, None
+
+
+def _attend_both_ways(
+    batch: TextBatch,
+    module: torch.nn.Module,
+    heads: tuple[Tensor, Tensor, Tensor],
+    dropout: float,
+    scaling: float | None,
+    given: dict[str, Any],
+) -> Tensor:
+    """An encoder's attention: each text sees all of itself. heads: `[1, heads, tokens, head_dim]` each.
+
+    Padding exists in here alone, and matmuls suit it: texts are short.
+    """
+    if getattr(module, "is_causal", False) or given.get("is_causal"):
+        raise ValueError("flat attention: this layer is causal, but the row holds texts for an encoder")
+    if given.get("position_bias") is not None or heads[1].shape[1] != heads[0].shape[1]:
+        raise ValueError("flat attention: a bias or shared key heads in an encoder; use the padded path")
+    _, count, tokens, d = heads[0].shape
+    if tokens != batch.tokens:
+        raise ValueError(f"flat attention: {tokens} queries are not one row of {batch.tokens} tokens")
+    texts, _, longest = batch.hidden.shape
+    if count not in batch.plans:
+        text, step = batch.place // longest, batch.place % longest
+        row = (text[:, None] * count + torch.arange(count, device=text.device)) * longest + step[:, None]
+        wide = batch.hidden[:, None].expand(texts, count, 1, longest).reshape(texts * count, 1, longest)
+        bias = torch.zeros(wide.shape, dtype=heads[0].dtype, device=wide.device).masked_fill_(wide, float("-inf"))
+        batch.plans[count] = row.view(-1), bias
+    place, bias = batch.plans[count]
+    size = texts * count * longest
+    q, k, v = (
+        _Move.apply(one[0].transpose(0, 1).reshape(-1, d), place, size).view(-1, longest, d)  # type: ignore[no-untyped-call]
+        for one in heads
+    )
+    scores = torch.baddbmm(bias, q, k.transpose(1, 2), alpha=d**-0.5 if scaling is None else float(scaling))
+    p = torch.nn.functional.dropout(scores.softmax(-1), dropout, dropout > 0)
+    out: Tensor = _Move.apply(torch.bmm(p, v).view(-1, d), place, None)  # type: ignore[no-untyped-call]
+    return out.view(1, tokens, count, d)
 
 
 def _attention_over(original: str) -> Callable[..., Any]:
@@ -583,18 +643,22 @@ def is_flat(model: torch.nn.Module) -> bool:
     return any((config._attn_implementation_internal or "").startswith(PREFIX) for config in _configs(model))
 
 
-def flat_hidden(decoder: torch.nn.Module, batch: FlatBatch) -> Tensor:
-    """Hidden states of a flat batch, `[tokens, hidden]`, from a model without its head, inside `flat_attention`."""
+def flat_call(model: torch.nn.Module, batch: FlatBatch | TextBatch, **arguments: Any) -> Any:
+    """Call a model, or one without its head, on a flat row, inside `flat_attention`."""
     token = _in_flat_forward.set(True)
     try:
-        output = decoder(
+        return model(
             input_ids=batch.input_ids,
             position_ids=batch.position_ids,
-            use_cache=False,
             return_dict=True,
             flat_batch=batch,
+            **arguments,
         )
     finally:
         _in_flat_forward.reset(token)
-    hidden: Tensor = output.last_hidden_state
+
+
+def flat_hidden(decoder: torch.nn.Module, batch: FlatBatch) -> Tensor:
+    """Hidden states of a flat batch, `[tokens, hidden]`, from a model without its head, inside `flat_attention`."""
+    hidden: Tensor = flat_call(decoder, batch, use_cache=False).last_hidden_state
     return hidden[0]

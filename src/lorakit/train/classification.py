@@ -12,6 +12,7 @@ from lorakit.train.data import Report, length_limit
 from lorakit.train.formats import refuse_bad_rows, renamed, say_missing
 from lorakit.train.options import DataOptions
 from lorakit.train.rows import BadRow, Row, Rows
+from lorakit.train.tokenise import IGNORED
 
 
 @dataclass(frozen=True)
@@ -20,6 +21,12 @@ class LabelledExample:
 
     input_ids: list[int]
     label: int
+
+    @property
+    def labels(self) -> list[int]:
+        """The class as the one label of the row, behind a first token that has none, for whatever counts or hashes
+        labels."""
+        return [IGNORED, self.label]
 
 
 @dataclass(frozen=True)
@@ -32,6 +39,44 @@ class PreparedLabels:
 
     def __len__(self) -> int:
         return len(self.examples)
+
+
+def class_names(rows: Rows, options: DataOptions) -> tuple[str, ...]:
+    """The classes that occur in the rows, in the order of their indices.
+
+    Raises LorakitError where there are fewer than two.
+    """
+    texts, _ = _labelled(rows, options)
+    names = _names(rows, texts)
+    if len(names) < 2:
+        raise LorakitError(
+            f'{rows.source}: a classifier needs rows of "text" and "label" with at least two different labels; found '
+            f"{', '.join(names) or 'none'}. Columns of other names are given by data.columns."
+        )
+    return names
+
+
+def _labelled(rows: Rows, options: DataOptions) -> tuple[list[tuple[Row, str, str]], list[BadRow]]:
+    """Row, text and label of each usable row, and the unusable ones."""
+    bad: list[BadRow] = []
+    texts: list[tuple[Row, str, str]] = []
+    for row, values in renamed(rows, options):
+        label = values.get("label")
+        if not isinstance(values.get("text"), str) or not values["text"].strip():
+            bad.append(BadRow(row.where, say_missing("text", values)))
+        elif isinstance(label, bool) or not isinstance(label, str | int) or label == "":
+            bad.append(BadRow(row.where, f'"label" is {label!r}, expected a name or an integer'))
+        else:
+            if rows.label_names and isinstance(label, int) and 0 <= label < len(rows.label_names):
+                label = rows.label_names[label]
+            texts.append((row, values["text"], str(label)))
+    return texts, bad
+
+
+def _names(rows: Rows, texts: Sequence[tuple[Row, str, str]]) -> tuple[str, ...]:
+    found = {label for _, _, label in texts}
+    numeric = all(re.fullmatch(r"-?\d+", label) for label in found)
+    return tuple(rows.label_names or sorted(found, key=int if numeric else None))
 
 
 def prepare_labels(
@@ -48,22 +93,8 @@ def prepare_labels(
     Raises:
         LorakitError: as `prepare`; a label that is not among `names` makes a row unusable.
     """
-    bad: list[BadRow] = []
-    texts: list[tuple[Row, str, str]] = []
-    for row, values in renamed(rows, options):
-        label = values.get("label")
-        if not isinstance(values.get("text"), str) or not values["text"].strip():
-            bad.append(BadRow(row.where, say_missing("text", values)))
-        elif isinstance(label, bool) or not isinstance(label, str | int) or label == "":
-            bad.append(BadRow(row.where, f'"label" is {label!r}, expected a name or an integer'))
-        else:
-            if rows.label_names and isinstance(label, int) and 0 <= label < len(rows.label_names):
-                label = rows.label_names[label]
-            texts.append((row, values["text"], str(label)))
-    if names is None:
-        found = {label for _, _, label in texts}
-        numeric = all(re.fullmatch(r"-?\d+", label) for label in found)
-        names = rows.label_names or sorted(found, key=int if numeric else None)
+    texts, bad = _labelled(rows, options)
+    names = _names(rows, texts) if names is None else names
     index = {name: position for position, name in enumerate(names)}
     for row, _, label in texts:
         if label not in index:

@@ -164,6 +164,10 @@ class TrainConfig:
     """Everything that decides a run. See the module's docstring for the file form."""
 
     model: str = option(doc="the base model: a hub name, a local folder, or a GGUF file")
+    task: Literal["causal-lm", "seq-cls"] = option(
+        "causal-lm",
+        "what is learned: to go on with a text, or the class of a text (rows of text and label; the head is trained too)",
+    )
     name: str = option("default", "the adapter's name")
     method: Any = option(
         factory=lambda: methods()["lora"](),
@@ -206,7 +210,20 @@ class TrainConfig:
                     f"{needs} is {asked}, which needs rows to evaluate on; found none. "
                     "Give data.evaluation, data.evaluation_split or data.evaluation_size."
                 )
-        if self.evaluate.answers != "none" and self.data.format in ("text", "classification"):
+        classifies = self.task == "seq-cls"
+        if classifies and self.data.format not in ("auto", "classification"):
+            raise LorakitError(
+                f"data.format is {self.data.format} while task is seq-cls, which learns from rows of text and label; use "
+                "classification or auto"
+            )
+        if self.data.format == "classification" and not classifies:
+            raise LorakitError("data.format is classification, which needs task: seq-cls")
+        if classifies and self.evaluate.answers != "none":
+            raise LorakitError(
+                f"evaluate.answers is {self.evaluate.answers} while task is seq-cls, whose accuracy is measured anyway; "
+                "leave it at none"
+            )
+        if self.evaluate.answers != "none" and self.data.format == "text":
             raise LorakitError(
                 f"evaluate.answers is {self.evaluate.answers}, but rows of format {self.data.format} hold no answer to "
                 "compare; use prompt-completion or messages"

@@ -149,6 +149,46 @@ def pack(
     )
 
 
+@dataclass(frozen=True)
+class TextBatch:
+    """Whole texts one after another, for an encoder: nothing is shared, since every token looks both ways.
+
+    `input_ids` and `position_ids` are `[1, tokens]`. Padded to `[texts, longest]`, token t of the row stands at `place[t]`;
+    `hidden` `[texts, 1, longest]` is true where padding stands. `first` is the row of each text's first token.
+    """
+
+    input_ids: Tensor
+    position_ids: Tensor
+    place: Tensor
+    hidden: Tensor
+    first: Tensor
+    plans: dict[Any, Any] = field(default_factory=dict, compare=False, repr=False)
+
+    @property
+    def tokens(self) -> int:
+        """Length of the flat row."""
+        return int(self.input_ids.shape[1])
+
+
+def pack_texts(rows: Sequence[Sequence[int]], device: torch.device | str = "cpu", first_position: int = 0) -> TextBatch:
+    """Texts as one flat row. `first_position` is the position of a text's first token, 0 for most encoders.
+
+    Raises ValueError for a text without tokens, which has no first token to read a class from.
+    """
+    if not rows or not all(rows):
+        raise ValueError("pack: a text has no token; leave it out, or give it its opening token")
+    lengths = torch.tensor([len(row) for row in rows])
+    step = torch.arange(int(lengths.max()))
+    real = step[None] < lengths[:, None]
+    return TextBatch(
+        input_ids=torch.tensor([[token for row in rows for token in row]], device=device),
+        position_ids=(step.expand(len(rows), -1)[real] + first_position)[None].to(device),
+        place=real.view(-1).nonzero()[:, 0].to(device),
+        hidden=~real[:, None].to(device),
+        first=(lengths.cumsum(0) - lengths).to(device),
+    )
+
+
 class _Trie:
     """Segments in the order in which they lie in the row, a parent always before its children."""
 

@@ -29,7 +29,7 @@ CARD, CONFIG, METRICS, CURVES = "README.md", "train.yaml", "metrics.jsonl", "cur
 @dataclass(frozen=True)
 class RunRecord:
     """The facts of a run that its report tells. Counts are whole runs', across resumes; `seconds` this
-    session's."""
+    session's. `classes` are a classifier's, by their index."""
 
     name: str
     base: str
@@ -58,12 +58,14 @@ class RunRecord:
     stopped: str | None = None
     checkpoint: str | None = None
     samples: Sequence[Answer] = ()
+    classes: Sequence[str] = ()
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values, for the training record inside `lorakit.json`."""
         plain = {key: value for key, value in vars(self).items() if key not in ("before", "after", "samples")}
         plain["method_options"], plain["versions"] = dict(self.method_options), dict(self.versions)
         plain["data"], plain["findings"] = list(self.data), list(self.findings)
+        plain["classes"] = list(self.classes)
         for key in ("before", "after"):
             evaluation = getattr(self, key)
             plain[key] = None if evaluation is None else {"rows": evaluation.rows, **evaluation.numbers()}
@@ -321,15 +323,21 @@ def _findings(record: RunRecord) -> list[str]:
 
 
 def _loading(record: RunRecord) -> list[str]:
+    model, head = "AutoModelForCausalLM", ""
+    if record.classes:
+        model, head = "AutoModelForSequenceClassification", f", num_labels={len(record.classes)}"
+    named = [f"The classes, by their index: {', '.join(f'`{_inline(name)}`' for name in record.classes)}.", ""]
     return [
         "## How to load it",
         "",
+        *(named if record.classes else []),
         "```python",
         "import lorakit as lk",
-        "from transformers import AutoModelForCausalLM",
+        f"from transformers import {model}",
         "",
-        f'model = AutoModelForCausalLM.from_pretrained("{record.base}")',
-        'lk.load(model, "path/to/this/folder")',
+        f'model = {model}.from_pretrained("{record.base}"{head})',
+        'adapter = lk.load(model, "path/to/this/folder")',
+        "lk.activate(model, adapter.name)",
         "",
         "# or with PEFT",
         "from peft import PeftModel",

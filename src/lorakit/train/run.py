@@ -25,8 +25,10 @@ import transformers
 from rich.console import Console
 
 from lorakit.errors import LorakitError
+from lorakit.interchange import heads_for
 from lorakit.train import checkpoint
 from lorakit.train.calibration import calibration_batches
+from lorakit.train.classification import PreparedLabels, class_names, prepare_labels
 from lorakit.train.config import TrainConfig, to_tree, to_yaml
 from lorakit.train.data import Example, Prepared, Question, choice_ids, load_splits, prepare, questions
 from lorakit.train.evaluate import Answer, Evaluation, evaluating, measure, written
@@ -71,7 +73,8 @@ class TrainResult:
 
 @dataclass(frozen=True)
 class Held:
-    """What a model is measured on: examples for the loss, questions and choices for the answers."""
+    """What a model is measured on: examples for the loss (of a classifier, labelled texts), questions and choices for the
+    answers."""
 
     examples: Sequence[Example]
     questions: Sequence[Question] = ()
@@ -95,24 +98,30 @@ def train(config: TrainConfig, *, console: Console | None = None) -> TrainResult
         )
     train_rows, held_rows = load_splits(config.data)
     device = "cuda" if torch.cuda.is_available() else None
-    model, tokenizer = load_model(config.model, dtype=options.precision, device=device)
-    prepared = prepare(train_rows, tokenizer, config.data)
+    model, tokenizer = load_base(config, train_rows, device=device)
+    classes = class_list(model) if config.task == "seq-cls" else None
+    prepared: Prepared | PreparedLabels
+    if classes is None:
+        prepared = prepare(train_rows, tokenizer, config.data)
+    else:
+        prepared = prepare_labels(train_rows, tokenizer, config.data, classes)
     for line in prepared.report.lines():
         log.info("data: %s", line)
-    held = hold(held_rows, tokenizer, config) if held_rows is not None else None
+    held = hold(held_rows, tokenizer, config, classes) if held_rows is not None else None
 
     import lorakit as lk
 
     transformers.set_seed(options.seed)
-    batches = calibration_batches(prepared.examples, config.init, options.seed)
+    examples: Sequence[Any] = prepared.examples
+    batches = calibration_batches(examples, config.init, options.seed)
     if batches is not None:
         log.info(
             "init %s measures the %s of every layer on %d batches", config.init.name, config.init.needs, len(batches)
         )
-    adapter = lk.attach(model, config.method, **config.attach_arguments(), batches=batches)
+    adapter = lk.attach(model, config.method, **attach_arguments(config, model), batches=batches)
     base_parameters = sum(p.numel() for p in model.parameters()) - adapter.num_parameters()
     log.info("adapter: %s", describe(adapter, base_parameters))
-    path = choose_path(model, options.fast_path)
+    path = path_for(config, model)
     with contextlib.ExitStack() as stack:
         if options.compile == "auto":
             _fuse(model, stack)
@@ -122,7 +131,7 @@ def train(config: TrainConfig, *, console: Console | None = None) -> TrainResult
             model,
             adapter,
             config,
-            prepared.examples,
+            examples,
             held.examples if held else None,
             path=path,
             console=console,
@@ -143,8 +152,59 @@ def train(config: TrainConfig, *, console: Console | None = None) -> TrainResult
     return TrainResult(Path(options.output), record, adapter, model, tokenizer, history)
 
 
-def hold(rows: Rows, tokenizer: Any, config: TrainConfig) -> Held:
-    """Evaluation rows made ready for what the configuration measures on them."""
+def load_base(config: TrainConfig, train_rows: Rows, device: str | None = None) -> tuple[Any, Any]:
+    """The base of a run and its tokenizer; for a classifier with a new head for the classes of the training rows, which
+    is the same for the same seed."""
+    precision = config.train.precision
+    if config.task == "causal-lm":
+        return load_model(config.model, dtype=precision, device=device)
+    names = class_names(train_rows, config.data)
+    log.info("classes: %s", ", ".join(names))
+    transformers.set_seed(config.train.seed)
+    known: dict[str, Any] = {
+        "id2label": dict(enumerate(names)),
+        "label2id": {name: place for place, name in enumerate(names)},
+    }
+    return load_model(config.model, dtype=precision, device=device, task=config.task, num_labels=len(names), **known)
+
+
+def class_list(model: Any) -> list[str]:
+    """The names of a classifier's classes by their index."""
+    return [model.config.id2label[place] for place in range(model.config.num_labels)]
+
+
+def path_for(config: TrainConfig, model: Any) -> LossPath:
+    """How the loss of this run's task is computed on this model."""
+    if config.task == "causal-lm":
+        return choose_path(model, config.train.fast_path)
+    from lorakit.train.classes import choose_class_path
+
+    return choose_class_path(model, config.train.fast_path)
+
+
+def attach_arguments(config: TrainConfig, model: Any) -> dict[str, Any]:
+    """The arguments of `attach`: those of the configuration, and for a classifier its head, which starts at random and
+    must be trained."""
+    arguments = config.attach_arguments()
+    if config.task == "seq-cls" and not config.modules_to_save:
+        heads = [name for name in heads_for("SEQ_CLS") if isinstance(getattr(model, name, None), torch.nn.Module)]
+        if not heads:
+            raise LorakitError(
+                f"train: {type(model).__name__} has no head named {' or '.join(heads_for('SEQ_CLS'))}, which starts at random "
+                "and must be trained; name it in modules_to_save"
+            )
+        arguments["modules_to_save"] = heads
+    return arguments
+
+
+def hold(rows: Rows, tokenizer: Any, config: TrainConfig, classes: Sequence[str] | None = None) -> Held:
+    """Evaluation rows made ready for what the configuration measures on them; `classes` are those of a classifier."""
+    if classes is not None:
+        labelled = prepare_labels(rows, tokenizer, config.data, classes)
+        for line in labelled.report.lines():
+            log.info("evaluation data: %s", line)
+        texts: Sequence[Any] = labelled.examples
+        return Held(texts)
     prepared = prepare(rows, tokenizer, config.data)
     for line in prepared.report.lines():
         log.info("evaluation data: %s", line)
@@ -159,7 +219,7 @@ def hold(rows: Rows, tokenizer: Any, config: TrainConfig) -> Held:
 def examine(model: Any, tokenizer: Any, held: Held, config: TrainConfig, path: LossPath) -> Evaluation:
     """Measure the route in use on the held-out rows, by the loss path of the run."""
     with path.opened(model), evaluating(model):
-        return measure(
+        found = measure(
             model,
             tokenizer,
             held.examples,
@@ -169,6 +229,9 @@ def examine(model: Any, tokenizer: Any, held: Held, config: TrainConfig, path: L
             batch_size=config.train.evaluation_batch_size,
             loss_of=path.sums,
         )
+    if config.task == "seq-cls":  # one label a text: its "tokens" are texts
+        return dataclasses.replace(found, accuracy=found.token_accuracy, token_accuracy=None, perplexity=None)
+    return found
 
 
 def describe(adapter: Adapter, base_parameters: int) -> str:
@@ -208,7 +271,7 @@ def _record(
     config: TrainConfig,
     adapter: Adapter,
     base_parameters: int,
-    prepared: Prepared,
+    prepared: Prepared | PreparedLabels,
     held: Held | None,
     trainer: LoraTrainer,
     before: Evaluation | None,
@@ -219,11 +282,15 @@ def _record(
     tree = to_tree(config)
     names = ("lorakit", "torch", "transformers", "peft")
     versions = {"python": platform.python_version()} | {name: found for name in names if (found := _version(name))}
+    learned = "completions only" if tree["data"]["completion_only_loss"] else "all tokens"
+    if config.task == "seq-cls":
+        learned = "the class of each text"
     targets = config.target_modules
     world = trainer.args.world_size
     return RunRecord(
         name=Path(options.output).name,
         base=config.model,
+        classes=class_list(trainer.bare) if config.task == "seq-cls" else (),
         method=type(config.method).__name__,
         method_options=_options(config.method),
         targets=targets if isinstance(targets, str) else ", ".join(targets),
@@ -233,10 +300,7 @@ def _record(
         path=trainer.path.name,
         train_rows=len(prepared.examples),
         eval_rows=len(held.examples) if held else 0,
-        data=[
-            *prepared.report.lines(),
-            f"loss on {'completions only' if tree['data']['completion_only_loss'] else 'all tokens'}",
-        ],
+        data=[*prepared.report.lines(), f"loss on {learned}"],
         steps=trainer.state.global_step,
         epochs=float(trainer.state.epoch or 0.0),
         batch_size=options.batch_size * options.gradient_accumulation * world,
