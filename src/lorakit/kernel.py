@@ -64,9 +64,9 @@ class _Product(Function):
         flat = x.reshape(leading.numel(), x.shape[-1])
         dropped = flat * _keep_mask(flat, flat.shape[0], flat.shape[1], dropout, seed) if dropout else flat
         h = dropped @ A.T
-        gated = h * scale if gate is None else (h.view(*leading, rank) * (gate * scale)).view_as(h)
+        gated = h if gate is None else (h.view(*leading, rank) * gate).view_as(h)
         # in place: addmm would copy its first argument into a new tensor
-        y = F.linear(flat, W, b).addmm_(gated, B.T) if W is not None else gated @ B.T
+        y = F.linear(flat, W, b).addmm_(gated, B.T, alpha=scale) if W is not None else (gated @ B.T).mul_(scale)
         needs_x = ctx.needs_input_grad[4]
         needs_h = ctx.needs_input_grad[3] or ctx.needs_input_grad[5]
         ctx.save_for_backward(x if needs_x else None, h if needs_h else None, W, B, A, gate)
@@ -82,12 +82,12 @@ class _Product(Function):
         flat_dy = dy.reshape(leading.numel(), dy.shape[-1])
         dx = db = dB = dA = dgate = None
         into = flat_dy @ B  # (tokens, rank)
-        spread = None if gate is None else gate.expand(*leading, rank).reshape(into.shape) * scale
+        spread = None if gate is None else gate.expand(*leading, rank).reshape(into.shape)
         if ctx.needs_input_grad[3]:
-            dB = flat_dy.T @ (h * scale if spread is None else h * spread)
+            dB = (flat_dy.T @ (h if spread is None else h * spread)).mul_(scale)
         if gate is not None and ctx.needs_input_grad[5]:
-            dgate = _reduce((into * h * scale).view(*leading, rank), gate)
-        dh = into * scale if spread is None else into * spread
+            dgate = _reduce((into * h).view(*leading, rank), gate).mul(scale)
+        dh = into.mul_(scale) if spread is None else (into * spread).mul_(scale)
         mask = None
         if ctx.dropout and (ctx.needs_input_grad[0] or ctx.needs_input_grad[4]):
             mask = _keep_mask(flat_dy, flat_dy.shape[0], features, ctx.dropout, ctx.seed)

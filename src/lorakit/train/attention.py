@@ -41,6 +41,9 @@ LANE_MULTIPLE = 16
 LANE_WASTE = 2.0
 """Lanes of one block may differ in length by this factor at most; beyond it they go into separate blocks."""
 
+KEEP = 1 << 22
+"""A block keeps its probabilities for the backward pass up to this many numbers; beyond, they are computed again."""
+
 PREFIX = "lorakit_flat_over_"
 _in_flat_forward: contextvars.ContextVar[bool] = contextvars.ContextVar("lorakit_flat_forward", default=False)
 
@@ -234,10 +237,18 @@ def softmax_joined(
     if sink is not None:
         total = total + torch.exp(sink - top)
     if path is None:
-        return None, (own / total).to(lane.dtype), total.log() + top + padding
+        share = torch.where(padding == 0, 1 / total, 0.0)
+        return None, (own * share).to(lane.dtype), total.log() + top + padding
     above = torch.exp(above - top)
     total = total + above.sum(-1, keepdim=True)
-    return (above / total).to(path.dtype), (own / total).to(lane.dtype), total.log() + top + padding
+    share = torch.where(padding == 0, 1 / total, 0.0)
+    return (above * share).to(path.dtype), (own * share).to(lane.dtype), total.log() + top + padding
+
+
+def softmax_kept_backward(p: Tensor, grad: Tensor, delta: Tensor, *, scale: float) -> Tensor:
+    """The gradient of the raw scores from kept probabilities (zero at padded queries)."""
+    wide = torch.promote_types(p.dtype, torch.float32)
+    return (p.to(wide) * (grad.to(wide) - delta) * scale).to(p.dtype)
 
 
 def softmax_joined_backward(
@@ -281,8 +292,9 @@ class FlatAttention(torch.autograd.Function):
         window: int | None,
     ) -> Tensor:
         rows, log_sums = [], []
+        kept: list[Tensor | None] = []
         for block in plan.blocks:
-            queries, keys, values, path_keys, path_values = _gather(plan, block, q, k, v)
+            queries, keys, values, path_keys, path_values = gathered = _gather(plan, block, q, k, v)
             path, lane = _scores(plan, block, queries, keys, path_keys)
             path, lane, log_sum = fusion.call(
                 softmax_joined,
@@ -294,6 +306,8 @@ class FlatAttention(torch.autograd.Function):
                 softcap=softcap,
                 window=window,
             )
+            small = softcap is None and lane.numel() + (0 if path is None else path.numel()) <= KEEP
+            kept += [*gathered, path, lane] if small else [None] * 7
             out = torch.bmm(lane.view(-1, queries.shape[1], block.length), values)
             if path is not None and path_values is not None:
                 out = out.view(plan.key_heads, -1, plan.head_dim)
@@ -301,38 +315,45 @@ class FlatAttention(torch.autograd.Function):
             rows.append(out.view(-1, plan.head_dim))
             log_sums.append(log_sum)
         out = _join(rows).index_select(0, plan.query_return).view(plan.tokens, plan.query_heads, plan.head_dim)
-        ctx.save_for_backward(q, k, v, sinks, out, *log_sums)
+        ctx.save_for_backward(q, k, v, sinks, out, *log_sums, *kept)
         ctx.plan, ctx.scale, ctx.softcap, ctx.window = plan, scale, softcap, window
         return out
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
         (grad,) = grads
-        q, k, v, sinks, out, *log_sums = ctx.saved_tensors
+        q, k, v, sinks, out, *rest = ctx.saved_tensors
         plan, scale, softcap, window = ctx.plan, ctx.scale, ctx.softcap, ctx.window
+        log_sums, kept = rest[: len(plan.blocks)], rest[len(plan.blocks) :]
         grad = grad.contiguous().view(-1, plan.head_dim)
         delta_rows = fusion.call(_row_products, grad, out.view(-1, plan.head_dim))
         query_rows, key_rows, value_rows = [], [], []
         path_grads: list[tuple[Tensor, Tensor, Tensor]] = []
         sink_grad = None if sinks is None else torch.zeros_like(sinks, dtype=delta_rows.dtype)
-        for block, log_sum in zip(plan.blocks, log_sums, strict=True):
-            queries, keys, values, path_keys, path_values = _gather(plan, block, q, k, v)
-            path, lane = _scores(plan, block, queries, keys, path_keys)
+        for index, (block, log_sum) in enumerate(zip(plan.blocks, log_sums, strict=True)):
+            *gathered, path, lane = kept[7 * index : 7 * index + 7]
+            remembers = lane is not None
+            queries, keys, values, path_keys, path_values = gathered if remembers else _gather(plan, block, q, k, v)
+            if not remembers:
+                path, lane = _scores(plan, block, queries, keys, path_keys)
             grads_out = grad.index_select(0, block.query_index).view_as(queries)
             delta = delta_rows.index_select(0, block.query_index).view_as(log_sum)
             rows = queries.shape[1]
             grad_lane = torch.bmm(grads_out, values.transpose(1, 2)).view_as(lane)
-            p, inner = fusion.call(
-                softmax_joined_backward,
-                lane,
-                grad_lane,
-                log_sum,
-                delta,
-                scale=scale,
-                softcap=softcap,
-                window=window,
-                in_path=False,
-            )
+            if remembers:
+                p, inner = lane, fusion.call(softmax_kept_backward, lane, grad_lane, delta, scale=scale)
+            else:
+                p, inner = fusion.call(
+                    softmax_joined_backward,
+                    lane,
+                    grad_lane,
+                    log_sum,
+                    delta,
+                    scale=scale,
+                    softcap=softcap,
+                    window=window,
+                    in_path=False,
+                )
             p, inner = p.view(-1, rows, block.length), inner.view(-1, rows, block.length)
             value_rows.append(torch.bmm(p.transpose(1, 2), grads_out).view(-1, plan.head_dim))
             key_rows.append(torch.bmm(inner.transpose(1, 2), queries).view(-1, plan.head_dim))
@@ -341,17 +362,20 @@ class FlatAttention(torch.autograd.Function):
                 all_grads = grads_out.view(plan.key_heads, -1, plan.head_dim)
                 all_queries = queries.view(plan.key_heads, -1, plan.head_dim)
                 grad_path = torch.bmm(all_grads, path_values.transpose(1, 2)).view_as(path)
-                p, inner = fusion.call(
-                    softmax_joined_backward,
-                    path,
-                    grad_path,
-                    log_sum,
-                    delta,
-                    scale=scale,
-                    softcap=softcap,
-                    window=window,
-                    in_path=True,
-                )
+                if remembers:
+                    p, inner = path, fusion.call(softmax_kept_backward, path, grad_path, delta, scale=scale)
+                else:
+                    p, inner = fusion.call(
+                        softmax_joined_backward,
+                        path,
+                        grad_path,
+                        log_sum,
+                        delta,
+                        scale=scale,
+                        softcap=softcap,
+                        window=window,
+                        in_path=True,
+                    )
                 p, inner = (
                     p.view(plan.key_heads, -1, block.offset),
                     inner.view(plan.key_heads, -1, block.offset),
