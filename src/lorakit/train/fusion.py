@@ -22,6 +22,7 @@ from types import FunctionType, MethodType
 from typing import Any
 
 import torch
+import torch.fx.experimental._config
 from torch import Tensor, nn
 
 logger = logging.getLogger(__name__)
@@ -53,16 +54,20 @@ def call(function: Callable[..., Any], *tensors: Tensor | None, **constants: Any
     key = (function, *constants.items())
     if key in _plain:
         return function(*tensors, **constants)
+    # Detached: the same code for a tensor that asks for a gradient and one that does not. The derivatives are ours.
+    tensors = tuple(None if tensor is None else tensor.detach() for tensor in tensors)
     compiled = _compiled.get(key)
     if compiled is None:
         compiled = _compiled[key] = torch.compile(_bind(function, constants), dynamic=True)
     # A graph is built for each pattern of types; only those calls are timed.
-    shape = (key, *(None if tensor is None else (tensor.dtype, tensor.device.type) for tensor in tensors))
+    shape = (key, *(None if tensor is None else (tensor.dtype, tensor.device.type, tensor.ndim) for tensor in tensors))
     if shape in _met:
         return compiled(*tensors)
     begin = time.perf_counter()
     try:
-        result = compiled(*tensors)
+        # Two sizes that happen to be equal at first are not taken for one size, which would compile again later.
+        with torch.fx.experimental._config.patch(use_duck_shape=False):  # type: ignore[attr-defined]
+            result = compiled(*tensors)
     except Exception as error:  # whatever a compiler may raise, the plain function is still right
         _plain[key] = function
         report.failed.append(function.__name__)
