@@ -161,9 +161,7 @@ class HealthWatch:
         self.skipped += 1
         self.skipped_in_a_row += 1
         seen = (
-            f"the loss is {_number(loss)}"
-            if not math.isfinite(loss)
-            else f"the gradient is {_number(gradient_norm)}"
+            f"the loss is {_number(loss)}" if not math.isfinite(loss) else f"the gradient is {_number(gradient_norm)}"
         )
         if self.skipped_in_a_row >= self.limits.stop_after:
             text = (
@@ -249,9 +247,7 @@ class HealthCallback(TrainerCallback):
         found = self.watch.step(step, loss, float(torch.linalg.vector_norm(norms)))
         if any(finding.action != "told" for finding in found):
             for parameter in self._parameters.values():
-                parameter.grad = (
-                    None  # an optimiser passes over a tensor without a gradient: no decay, no moment
-                )
+                parameter.grad = None  # an optimiser passes over a tensor without a gradient: no decay, no moment
         elif self.watch.watches_gradients:
             known = dict(zip(gradients, norms.tolist(), strict=False))
             found += self.watch.gradients(step, {name: known.get(name, 0.0) for name in self._parameters})
