@@ -392,8 +392,9 @@ def build(
         board.frozen = {key: parameter.requires_grad for key, parameter in model.named_parameters()}
         model._lorakit = board  # type: ignore[assignment]
         model.requires_grad_(False)
+    places = _places(model)
     for path, sites, deltas, replacement in made:
-        layer = _adapted_at(board, path) or _wrap(model, path, modules[path], sites, board)
+        layer = _adapted_at(board, path) or _wrap(model, path, modules[path], sites, board, places)
         if deltas:
             layer.sites = {site.name: site for site in sites}
         layer.add(name, deltas, replacement)
@@ -465,26 +466,30 @@ def _replaced(
 
 
 def _warn_of_ties(model: nn.Module, modules: Mapping[str, nn.Module], paths: list[str]) -> None:
+    tied = ties(modules)
     for path in paths:
-        others = tied_with(model, path, modules)
-        if others:
+        if path in tied:
             log.warning(
                 "%s shares its weight with %s. The adapter acts beside %s alone; merging will need untie=True.",
                 path,
-                ", ".join(others),
+                ", ".join(tied[path]),
                 path,
             )
 
 
-def tied_with(model: nn.Module, path: str, modules: Mapping[str, nn.Module] | None = None) -> list[str]:
-    """Paths of other modules that hold one of this module's own parameters."""
-    modules = modules or dict(walk(model))
-    own = {id(parameter) for parameter in modules[path].parameters(recurse=False)}
-    return [
-        other
-        for other, module in modules.items()
-        if other != path and any(id(parameter) in own for parameter in module.parameters(recurse=False))
-    ]
+def ties(modules: Mapping[str, nn.Module]) -> dict[str, list[str]]:
+    """Path -> paths of other modules that hold one of the same parameters, for the modules that share any."""
+    owners: dict[int, list[str]] = {}
+    for path, module in modules.items():
+        for parameter in module._parameters.values():
+            if parameter is not None:
+                owners.setdefault(id(parameter), []).append(path)
+    shared: dict[str, list[str]] = {}
+    for paths in owners.values():
+        for path in paths if len(paths) > 1 else ():
+            others = [other for other in paths if other != path]
+            shared[path] = list(dict.fromkeys(shared.get(path, []) + others))
+    return shared
 
 
 def _adapted_at(board: Board | None, path: str) -> Adapted | None:
@@ -496,23 +501,25 @@ def _adapted_at(board: Board | None, path: str) -> Adapted | None:
     return None
 
 
-def _places(model: nn.Module, module: nn.Module) -> list[tuple[nn.Module, str]]:
-    """Every parent and attribute that refers to a module (a shared layer has several)."""
-    return [
-        (parent, name)
-        for parent in model.modules()
-        if not isinstance(parent, Adapted)
-        for name, child in parent._modules.items()
-        if child is module
-    ]
+Places = dict[int, list[tuple[nn.Module, str]]]
 
 
-def _wrap(model: nn.Module, path: str, module: nn.Module, sites: list[Site], board: Board) -> Adapted:
+def _places(model: nn.Module) -> Places:
+    """Every module's identity -> the parents and attributes that refer to it (a shared layer has several)."""
+    places: Places = {}
+    for parent in model.modules():
+        if not isinstance(parent, Adapted):
+            for name, child in parent._modules.items():
+                places.setdefault(id(child), []).append((parent, name))
+    return places
+
+
+def _wrap(model: nn.Module, path: str, module: nn.Module, sites: list[Site], board: Board, places: Places) -> Adapted:
     layer = Adapted(module, sites, board, path)
     if isinstance(model.get_submodule(path.rpartition(".")[0]), nn.TransformerEncoderLayer):
         # Torch's fused encoder reads its layers' weights and never calls them, unless a hook is registered.
         layer.register_forward_hook(_keep_call)
-    for parent, name in _places(model, module):
+    for parent, name in places[id(module)]:
         parent._modules[name] = layer
     return layer
 
@@ -538,12 +545,13 @@ def detach(model: nn.Module, name: str | None = None) -> nn.Module:
                 f"detach: the start of adapter {one!r} replaced the base's weights, and there are others on them now: "
                 f"{', '.join(other for other in board.adapters if other != one)}. Detach these first, or all at once."
             )
+    places = _places(model)
     for one in gone:
         adapter = board.adapters.pop(one)
         for path, layer in adapter.layers.items():
             restore(layer.base, adapter.originals.get(path, {}))
             if layer.remove(one):
-                for parent, attribute in _places(model, layer):
+                for parent, attribute in places[id(layer)]:
                     parent._modules[attribute] = layer.base
     if set(board.routing.names) - set(board.adapters):
         board.routing = BASE

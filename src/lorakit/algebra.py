@@ -14,7 +14,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from lorakit.adapter import board_of, detach, tied_with
+from lorakit.adapter import board_of, detach, ties
 from lorakit.errors import LorakitError
 from lorakit.layer import Adapted
 from lorakit.routing import Blend, Board, Routing, parse
@@ -60,7 +60,7 @@ def _check(model: nn.Module, board: Board, blend: Weighted, layers: dict[str, Ad
         for key, parameter in board.adapters[name].named_parameters():
             if not torch.isfinite(parameter).all():
                 raise LorakitError(f"merge: {key} of adapter {name!r} holds a NaN or an infinity; nothing was merged.")
-    modules = dict(walk(model))
+    tied = ties(dict(walk(model)))
     for path, layer in layers.items():
         for site in layer.sites.values():
             storage = storage_of(layer.base, site.weight, path)
@@ -68,10 +68,9 @@ def _check(model: nn.Module, board: Board, blend: Weighted, layers: dict[str, Ad
                 raise LorakitError(
                     f"merge: {path} is held as {storage.name}, which can be read but not written. Merge into a float copy."
                 )
-        tied = tied_with(model, path, modules)
-        if tied and not untie:
+        if path in tied and not untie:
             raise LorakitError(
-                f"merge: {path} shares its weight with {', '.join(tied)}, which would change too. untie=True gives {path} "
+                f"merge: {path} shares its weight with {', '.join(tied[path])}, which would change too. untie=True gives {path} "
                 "a weight of its own (and the model's files will hold both)."
             )
     for layer in layers.values():
@@ -98,8 +97,11 @@ def _owner(layer: Adapted, name: str) -> tuple[nn.Module, str]:
     return layer.base.get_submodule(path), attribute
 
 
-def _write(model: nn.Module, layer: Adapted, blend: Weighted, kept: dict[str, nn.Parameter | Tensor] | None) -> float:
-    """Write one layer's blend into its base; with `kept`, remember the tensor objects that were there."""
+def _write(
+    layer: Adapted, blend: Weighted, kept: dict[str, nn.Parameter | Tensor] | None, shared: bool = False
+) -> float:
+    """Write one layer's blend into its base; with `kept`, remember the tensor objects that were there; where they are
+    `shared` with another layer, this one gets its own."""
     error = 0.0
     weights = {site.weight for site in layer.sites.values()}
     with torch.no_grad():
@@ -109,7 +111,6 @@ def _write(model: nn.Module, layer: Adapted, blend: Weighted, kept: dict[str, nn
         before = cast(Tensor, getattr(module, attribute))
         if kept is not None:
             kept[name] = before
-        shared = bool(tied_with(model, layer.path))
         if kept is not None or shared:
             fresh = before.detach().clone()
             if isinstance(before, nn.Parameter):
@@ -150,13 +151,13 @@ def merge(model: nn.Module, route: str | Blend, untie: bool = False) -> MergeRep
     layers = _layers(board, blend)
     _check(model, board, blend, layers, untie)
     report = MergeReport(tuple(layers))
-    unties = untie and any(tied_with(model, path) for path in layers)
+    tied = ties(dict(walk(model)))
     for path, layer in layers.items():
-        report.error[path] = _write(model, layer, blend, None)
+        report.error[path] = _write(layer, blend, None, shared=path in tied)
     for name, _ in blend:
         board.adapters[name].originals.clear()  # what was merged stays, though a start replaced weights before
         detach(model, name)
-    if unties:
+    if untie and any(path in tied for path in layers):
         _untie_config(model)
     return report
 
@@ -189,7 +190,7 @@ def merged(model: nn.Module, route: str | Blend) -> Iterator[None]:
     try:
         for path, layer in layers.items():
             kept[path] = {}
-            _write(model, layer, blend, kept[path])
+            _write(layer, blend, kept[path])
             first = {name: value.detach() for name, value in kept[path].items() if name not in layer.kept}
             firsts.append((layer, list(first)))
             layer.kept.update({name: value for name, value in first.items() if value.is_floating_point()})

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from lorakit.errors import LorakitError
@@ -232,6 +232,36 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 # -- what belongs together ---------------------------------------------------------------------------------------------------
+
+
+def write_bundle(
+    fresh: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor], own: Mapping[str, Any] | None
+) -> None:
+    """Write the three files into an empty folder (see `folder.replace_folder`); lorakit.json only where `own` is given.
+
+    Raises:
+        OSError: a file cannot be written.
+    """
+    path = fresh / TENSORS
+    try:
+        save_file({key: tensor.cpu() for key, tensor in tensors.items()}, path, metadata={"format": "pt"})
+    except SafetensorError as problem:
+        raise OSError(str(problem)) from problem
+    text = plain(config, CONFIG)
+    (fresh / CONFIG).write_text(text, encoding="utf-8")
+    # safetensors makes its file readable by its owner alone; the adapter's files are all as readable as the rest
+    path.chmod((fresh / CONFIG).stat().st_mode)
+    if own is not None:
+        files = digests(json.loads(text), path)
+        (fresh / OWN).write_text(plain({**own, "files": files}, OWN), encoding="utf-8")
+
+
+def plain(value: Any, name: str) -> str:
+    """JSON as the files hold it: sorted, so that the same adapter gives the same bytes."""
+    try:
+        return json.dumps(value, indent=2, sort_keys=True) + "\n"
+    except (TypeError, ValueError) as problem:
+        raise LorakitError(f"save: {name} takes plain data only ({problem}).") from problem
 
 
 def digests(config: Mapping[str, Any], tensors: Path) -> dict[str, str]:

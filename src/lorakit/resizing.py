@@ -8,7 +8,6 @@ method that orders its ranks: DyLoRA's leading components, AdaLoRA's largest tri
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 import re
 from collections import Counter
@@ -18,11 +17,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from lorakit.adapter import Adapter, board_of, build
-from lorakit.bundle import CONFIG, CONTENT, OWN, TENSORS, Bundle, digests, read_bundle
+from lorakit.bundle import CONTENT, Bundle, read_bundle, write_bundle
 from lorakit.delta import Delta, LowRank
 from lorakit.errors import LorakitError
 from lorakit.folder import replace_folder
@@ -261,11 +259,4 @@ def _write(bundle: Bundle, output: Path, tensors: dict[str, Tensor], report: Res
         own["targets"] = {**own["targets"], **patterns}
         own["record"] = {**own.get("record", {}), "resized": {"from": str(bundle.folder), "error": report.error}}
 
-    def write(fresh: Path) -> None:
-        save_file(tensors, fresh / TENSORS, metadata={"format": "pt"})
-        (fresh / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-        if own:
-            text = json.dumps({**own, "files": digests(config, fresh / TENSORS)}, indent=2, sort_keys=True)
-            (fresh / OWN).write_text(text + "\n", encoding="utf-8")
-
-    replace_folder(output.expanduser(), write, CONTENT)
+    replace_folder(output.expanduser(), lambda fresh: write_bundle(fresh, config, tensors, own or None), CONTENT)

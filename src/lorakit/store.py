@@ -8,7 +8,6 @@ option that cannot be honoured, another base model, each is an error with a name
 from __future__ import annotations
 
 import dataclasses
-import json
 import logging
 import re
 from collections.abc import Callable, Iterable, Mapping
@@ -16,8 +15,6 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from lorakit.adapter import Adapter, activate, adapters, build, detach
@@ -28,11 +25,12 @@ from lorakit.bundle import (
     OWN,
     TENSORS,
     Bundle,
-    digests,
+    plain,
     read_bundle,
     read_config,
     read_own,
     read_tensors,
+    write_bundle,
 )
 from lorakit.delta import Method
 from lorakit.errors import LorakitError
@@ -106,37 +104,20 @@ def save(
         "base": {"name": config["base_model_name_or_path"], "fingerprint": fingerprint(adapter)},
         "record": dict(record or {}),
     }
-    config_text = _json(config, CONFIG)
-    _json(own, OWN)  # refused before anything is written
-
-    def write(fresh: Path) -> None:
-        try:
-            own_tensors = {key: tensor.cpu() for key, tensor in tensors.items()}
-            save_file(own_tensors, fresh / TENSORS, metadata={"format": "pt"})
-        except SafetensorError as problem:
-            raise OSError(str(problem)) from problem
-        (fresh / CONFIG).write_text(config_text, encoding="utf-8")
-        files = digests(json.loads(config_text), fresh / TENSORS)
-        (fresh / OWN).write_text(_json({**own, "files": files}, OWN), encoding="utf-8")
+    for value, name in ((config, CONFIG), (own, OWN)):
+        plain(value, name)  # refused before anything is written
 
     target = Path(folder).expanduser()
-    replace_folder(target, write, CONTENT)
+    replace_folder(target, lambda fresh: write_bundle(fresh, config, tensors, own), CONTENT)
     return target
-
-
-def _json(value: Any, name: str) -> str:
-    try:
-        return json.dumps(value, indent=2, sort_keys=True) + "\n"
-    except (TypeError, ValueError) as problem:
-        raise LorakitError(f"save: {name} takes plain data only ({problem}).") from problem
 
 
 def _targets_to_own(targets: Targets) -> dict[str, Any]:
     """The request as plain data; patterns as pairs, since the first match counts and JSON objects are sorted here."""
-    plain = dataclasses.asdict(targets)
+    own = dataclasses.asdict(targets)
     for name in ("rank_pattern", "alpha_pattern"):
-        plain[name] = [[pattern, value] for pattern, value in plain[name].items()]
-    return plain
+        own[name] = [[pattern, value] for pattern, value in own[name].items()]
+    return own
 
 
 # -- loading -----------------------------------------------------------------------------------------------------------------

@@ -572,3 +572,12 @@ def test_places_that_cannot_be_replaced(tmp_path: Path, monkeypatch: pytest.Monk
         adapter.save("/")
     adapter.save("[odd] *name?")
     assert load(small(), "[odd] *name?", name="a").method == adapter.method
+
+
+def test_the_tensors_are_as_readable_as_the_rest(tmp_path: Path) -> None:
+    """safetensors makes its file 0600, so that a server run by another user could not read the adapter."""
+    model = torch.nn.Sequential(torch.nn.Linear(6, 5))
+    adapter = lk.attach(model, lk.LoRA(rank=2))
+    folder = adapter.save(tmp_path / "adapter")
+    modes = {entry.name: entry.stat().st_mode & 0o777 for entry in folder.iterdir()}
+    assert len(set(modes.values())) == 1, modes

@@ -119,6 +119,45 @@ def test_a_decoder_that_classifies_is_trained_padded() -> None:
     assert choose_class_path(classifier("bert"), "off") is PADDED
 
 
+def test_dropout_in_attention_drops_its_share_and_keeps_the_mean() -> None:
+    from lorakit.train.attention import _Drop
+
+    torch.manual_seed(0)
+    x = torch.ones(101, 7, 41, dtype=torch.float64, requires_grad=True)
+    dropped = _Drop.apply(x, 0.3)
+    assert set(dropped.unique().tolist()) == {0.0, 1.0}
+    spread = (0.3 * 0.7 / x.numel()) ** 0.5
+    assert float(1 - dropped.mean()) == pytest.approx(0.3, abs=5 * spread)
+    for axis in range(3):  # no place is favoured
+        counts = (1 - dropped).mean(dim=[other for other in range(3) if other != axis])
+        assert float((counts - 0.3).abs().max()) < 6 * spread * (x.shape[axis] ** 0.5)
+    dropped.backward(torch.full_like(dropped, 2.0))
+    assert torch.equal(x.grad, 2 * dropped.detach())
+
+    model = classifier("bert")
+    model.config.attention_probs_dropout_prob = 0.1
+    for layer in model.bert.encoder.layer:
+        layer.attention.self.dropout.p = 0.25
+    for module in (
+        model.dropout,
+        model.bert.embeddings.dropout,
+        *[la.output.dropout for la in model.bert.encoder.layer],
+    ):
+        module.p = 0.0
+    for layer in model.bert.encoder.layer:
+        layer.attention.output.dropout.p = 0.0
+    support = encoder_support(model)
+    rows = [one.input_ids for one in texts()]
+    with torch.no_grad(), flat_attention(model):
+        still = flat_logits(model, rows, support)
+        model.train()
+        first, second = (torch.stack([flat_logits(model, rows, support) for _ in range(200)]) for _ in range(2))
+    assert not torch.equal(first[0], first[1])
+    assert not torch.allclose(first[0], still)
+    error = (first - second).std(0) / 200**0.5
+    assert float(((first.mean(0) - second.mean(0)) / error).abs().max()) < 5
+
+
 def test_a_text_without_tokens_is_refused() -> None:
     from lorakit.train.packing import pack_texts
 
@@ -136,7 +175,9 @@ def bert_folder(tmp_path: Path) -> Path:
     folder = tmp_path / "bert"
     tf.PreTrainedTokenizerFast(tokenizer_object=words, model_max_length=64, **special).save_pretrained(folder)
     torch.manual_seed(0)
-    tf.BertModel(tf.BertConfig(**SMALL, pad_token_id=0)).save_pretrained(folder)
+    # Without dropout, which would draw other masks on either path.
+    undisturbed = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    tf.BertModel(tf.BertConfig(**SMALL, **undisturbed, pad_token_id=0)).save_pretrained(folder)
     return folder
 
 
@@ -202,9 +243,6 @@ def test_a_run_learns_classes_and_its_adapter_loads(bert_folder: Path, tmp_path:
 
 def test_both_paths_train_to_the_same_adapter(bert_folder: Path, tmp_path: Path) -> None:
     config = configuration(bert_folder, tmp_path, max_steps=4)
-    model_file = bert_folder / "config.json"  # without dropout, which would draw other masks on either path
-    undisturbed = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
-    model_file.write_text(json.dumps(json.loads(model_file.read_text()) | undisturbed))
     flat = train(config.replace(train__output=str(tmp_path / "flat")))
     padded = train(config.replace(train__output=str(tmp_path / "padded"), train__fast_path="off"))
     assert padded.record.path == "padded texts"

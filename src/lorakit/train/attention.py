@@ -558,6 +558,26 @@ class _Move(torch.autograd.Function):
         return grad.new_zeros(ctx.rows, grad.shape[1]).index_copy_(0, place, grad), None, None
 
 
+class _Drop(torch.autograd.Function):
+    """Zeros instead of a share of the numbers. The others are not scaled up: what they are multiplied with is smaller.
+
+    Sixteen random bits decide each, to 1 in 65,536 of the share; drawing them is several times as fast as torch's own
+    Bernoulli numbers, which were a tenth of a step here.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, share: float) -> Tensor:
+        bits = torch.empty(-(-x.numel() // 4), dtype=torch.int64, device=x.device).random_(-(2**63), None)
+        kept = bits.view(torch.int16)[: x.numel()].view(x.shape) >= round(share * 2**16) - 2**15
+        ctx.save_for_backward(kept)
+        return x * kept
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
+        (kept,) = ctx.saved_tensors
+        return grads[0] * kept, None
+
+
 def _attend_both_ways(
     batch: TextBatch,
     module: torch.nn.Module,
@@ -591,9 +611,11 @@ def _attend_both_ways(
         for one in heads
     )
     scores = torch.baddbmm(bias, q, k.transpose(1, 2), alpha=d**-0.5 if scaling is None else float(scaling))
-    p = torch.nn.functional.dropout(scores.softmax(-1), dropout, dropout > 0)
+    p = scores.softmax(-1)
+    if dropout:
+        p = _Drop.apply(p, dropout)  # type: ignore[no-untyped-call]
     out: Tensor = _Move.apply(torch.bmm(p, v).view(-1, d), place, None)  # type: ignore[no-untyped-call]
-    return out.view(1, tokens, count, d)
+    return (out / (1 - dropout) if dropout else out).view(1, tokens, count, d)
 
 
 def _attention_over(original: str) -> Callable[..., Any]:

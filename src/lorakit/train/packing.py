@@ -28,6 +28,9 @@ MINIMUM_SHARED = 16
 ROW_MULTIPLE = 32
 """Rows are filled up to a multiple of this: GEMM kernels are built once per shape, about 1.5 ms each on a CPU."""
 
+TEXT_MULTIPLE = 8
+"""Inside an encoder's attention texts are padded to a multiple of this, for the same reason."""
+
 
 class TokenisedExample(Protocol):
     """What packing reads of an example: tokens and labels of equal length, labels not shifted."""
@@ -154,7 +157,8 @@ class TextBatch:
     """Whole texts one after another, for an encoder: nothing is shared, since every token looks both ways.
 
     `input_ids` and `position_ids` are `[1, tokens]`. Padded to `[texts, longest]`, token t of the row stands at `place[t]`;
-    `hidden` `[texts, 1, longest]` is true where padding stands. `first` is the row of each text's first token.
+    `hidden` `[texts, 1, longest]` is true where padding stands. `first` is the row of each text's first token. The row is
+    filled up with texts of its first token, which count among the texts in here and are in `first` no more.
     """
 
     input_ids: Tensor
@@ -166,26 +170,34 @@ class TextBatch:
 
     @property
     def tokens(self) -> int:
-        """Length of the flat row."""
+        """Length of the flat row, fill included."""
         return int(self.input_ids.shape[1])
 
 
-def pack_texts(rows: Sequence[Sequence[int]], device: torch.device | str = "cpu", first_position: int = 0) -> TextBatch:
+def pack_texts(
+    rows: Sequence[Sequence[int]],
+    device: torch.device | str = "cpu",
+    first_position: int = 0,
+    row_multiple: int = ROW_MULTIPLE,
+) -> TextBatch:
     """Texts as one flat row. `first_position` is the position of a text's first token, 0 for most encoders.
 
     Raises ValueError for a text without tokens, which has no first token to read a class from.
     """
     if not rows or not all(rows):
         raise ValueError("pack: a text has no token; leave it out, or give it its opening token")
-    lengths = torch.tensor([len(row) for row in rows])
-    step = torch.arange(int(lengths.max()))
+    longest = -(-max(map(len, rows)) // TEXT_MULTIPLE) * TEXT_MULTIPLE
+    fill = -sum(map(len, rows)) % row_multiple
+    filled = [*rows, *([rows[0][0]] * min(longest, fill - begin) for begin in range(0, fill, longest))]
+    lengths = torch.tensor([len(row) for row in filled])
+    step = torch.arange(longest)
     real = step[None] < lengths[:, None]
     return TextBatch(
-        input_ids=torch.tensor([[token for row in rows for token in row]], device=device),
-        position_ids=(step.expand(len(rows), -1)[real] + first_position)[None].to(device),
+        input_ids=torch.tensor([[token for row in filled for token in row]], device=device),
+        position_ids=(step.expand(len(filled), -1)[real] + first_position)[None].to(device),
         place=real.view(-1).nonzero()[:, 0].to(device),
         hidden=~real[:, None].to(device),
-        first=(lengths.cumsum(0) - lengths).to(device),
+        first=(lengths.cumsum(0) - lengths)[: len(rows)].to(device),
     )
 
 

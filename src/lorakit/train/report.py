@@ -327,15 +327,22 @@ def _loading(record: RunRecord) -> list[str]:
     if record.classes:
         model, head = "AutoModelForSequenceClassification", f", num_labels={len(record.classes)}"
     named = [f"The classes, by their index: {', '.join(f'`{_inline(name)}`' for name in record.classes)}.", ""]
+    imported, loaded = f"from transformers import {model}", f'model = {model}.from_pretrained("{record.base}"{head})'
+    if record.base.endswith(".gguf"):
+        # transformers flags what it reads from such a file as quantised, and needs the folder and the file apart.
+        imported, loaded = (
+            "from lorakit.train.models import load_model",
+            f'model, tokenizer = load_model("{record.base}")',
+        )
     return [
         "## How to load it",
         "",
         *(named if record.classes else []),
         "```python",
         "import lorakit as lk",
-        f"from transformers import {model}",
+        imported,
         "",
-        f'model = {model}.from_pretrained("{record.base}"{head})',
+        loaded,
         'adapter = lk.load(model, "path/to/this/folder")',
         "lk.activate(model, adapter.name)",
         "",
