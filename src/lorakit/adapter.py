@@ -394,11 +394,12 @@ def build(
         model.requires_grad_(False)
     places = _places(model)
     for path, sites, deltas, replacement in made:
-        layer = _adapted_at(board, path) or _wrap(model, path, modules[path], sites, board, places)
+        layer = _adapted_at(board, path) or _wrap(path, modules[path], sites, board, places)
         if deltas:
             layer.sites = {site.name: site for site in sites}
         layer.add(name, deltas, replacement)
-        layer.train(layer.base.training)
+        if not layer.base.training:
+            layer.eval()
         adapter.layers[path] = layer
         if path in begun.weights:
             adapter.originals[path] = rewrite(layer.base, begun.weights[path])
@@ -514,9 +515,9 @@ def _places(model: nn.Module) -> Places:
     return places
 
 
-def _wrap(model: nn.Module, path: str, module: nn.Module, sites: list[Site], board: Board, places: Places) -> Adapted:
+def _wrap(path: str, module: nn.Module, sites: list[Site], board: Board, places: Places) -> Adapted:
     layer = Adapted(module, sites, board, path)
-    if isinstance(model.get_submodule(path.rpartition(".")[0]), nn.TransformerEncoderLayer):
+    if any(isinstance(parent, nn.TransformerEncoderLayer) for parent, _ in places[id(module)]):
         # Torch's fused encoder reads its layers' weights and never calls them, unless a hook is registered.
         layer.register_forward_hook(_keep_call)
     for parent, name in places[id(module)]:

@@ -70,8 +70,8 @@ def _check(model: nn.Module, board: Board, blend: Weighted, layers: dict[str, Ad
                 )
         if path in tied and not untie:
             raise LorakitError(
-                f"merge: {path} shares its weight with {', '.join(tied[path])}, which would change too. untie=True gives {path} "
-                "a weight of its own (and the model's files will hold both)."
+                f"merge: {path} shares its weight with {', '.join(tied[path])}, which would change too. untie=True gives "
+                f"{path} a weight of its own (and the model's files will hold both)."
             )
     for layer in layers.values():
         _check_values(layer, blend)

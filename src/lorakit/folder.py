@@ -107,8 +107,8 @@ def _fresh_beside(folder: Path) -> Iterator[Path]:
         with _locked(folder.parent, wait=True):  # so that nobody takes it for a leftover before its lock is held
             fresh.mkdir()
             stack.enter_context(_locked(fresh, wait=True))
-        if folder.exists():
-            shutil.copymode(folder, fresh)
+            if folder.exists():  # under the lock: by renames, the folder is away for a moment while another save swaps
+                shutil.copymode(folder, fresh)
         yield fresh
 
 

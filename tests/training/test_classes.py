@@ -211,7 +211,7 @@ def configuration(folder: Path, tmp_path: Path, **options: Any) -> TrainConfig:
             output=str(tmp_path / "out"),
             epochs=12,
             batch_size=8,
-            learning_rate=5e-3,
+            learning_rate=2e-3,  # at 5e-3 the loss rises again late in the run, more or less by the order of sums
             precision="fp32",
             compile="off",
             **options,
