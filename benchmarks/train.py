@@ -17,6 +17,7 @@ import contextlib
 import fcntl
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -214,6 +215,9 @@ class Run:
 def main() -> int:
     """What the command line asks for; 1 where a floor is missed."""
     options = read_options()
+    signal.signal(
+        signal.SIGTERM, lambda *_: sys.exit("bench-train: ended from outside")
+    )  # the running side ends with it
     work = material.cache_root() / "bench-train"
     with alone(work):
         return measure(Run(options, work))
