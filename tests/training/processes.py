@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import lorakit as lk
+from lorakit.train.run import end_processes
 from training.test_trainer import configure, losses, make, tensors
 from training.tiny import rows
 
@@ -30,3 +31,4 @@ if __name__ == "__main__":
         save_file(tensors(trainer), output / "tensors.safetensors")
         facts = {"losses": losses(trainer), "eval_loss": evaluation["eval_loss"], "processes": trainer.args.world_size}
         (output / "facts.json").write_text(json.dumps(facts))
+    end_processes()

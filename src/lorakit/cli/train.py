@@ -32,10 +32,12 @@ def train(
     file, overrides = split_arguments(arguments)
     show_log(err)
     from lorakit.train.config import load_config
+    from lorakit.train.run import end_processes
     from lorakit.train.run import train as run
 
     result = run(load_config(file, overrides), console=err)
     show_result(result)
+    end_processes()
     if result.stopped is not None:
         raise typer.Exit(1)
 

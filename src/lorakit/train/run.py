@@ -152,6 +152,17 @@ def train(config: TrainConfig, *, console: Console | None = None) -> TrainResult
     return TrainResult(Path(options.output), record, adapter, model, tokenizer, history)
 
 
+def end_processes() -> None:
+    """End what ties the processes of one run together, where there are several (`torchrun`); call it last in a program.
+
+    A process that exits with the group still open may be aborted by its own communication threads, now and then and with
+    all work done. `train` leaves the group open, since a program may train again.
+    """
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.barrier()  # none may leave while another still sends to it
+        torch.distributed.destroy_process_group()
+
+
 def load_base(config: TrainConfig, train_rows: Rows, device: str | None = None) -> tuple[Any, Any]:
     """The base of a run and its tokenizer; for a classifier with a new head for the classes of the training rows, which
     is the same for the same seed."""
