@@ -42,7 +42,7 @@ def test_a_ticket_is_read_in_an_event_loop() -> None:
 
 def test_a_failure_comes_after_the_steps_before_it() -> None:
     one = ticket()
-    one.put(Token(1, "a"))
+    one.put(Token(1))
     one.fail(Failed("the loop ended"))
     steps = iter(one)
     assert next(steps).id == 1
@@ -50,6 +50,21 @@ def test_a_failure_comes_after_the_steps_before_it() -> None:
         next(steps)
     with pytest.raises(Failed):
         one.result()
+
+
+def test_a_listener_is_told_of_every_step() -> None:
+    one = ticket()
+    told: list[int] = []
+    one.put(Token(4))
+    one.listen(lambda: told.append(1))
+    assert [step.id for step in one.take()] == [4]
+    assert one.take() == []
+    one.put(Token(5))
+    one.fail(Failed("gone"))
+    assert len(told) == 3
+    assert [step.id for step in one.take()] == [5]
+    with pytest.raises(Failed):
+        one.take()
 
 
 def test_waiting_has_a_limit() -> None:
@@ -65,7 +80,8 @@ def test_waiting_has_a_limit() -> None:
         ({"temperature": float("nan")}, "temperature was given as nan"),
         ({"top_p": 0.0}, "top_p"),
         ({"top_k": -1}, "top_k"),
-        ({"stop": ("",)}, "empty text"),
+        ({"min_tokens": 9, "max_tokens": 8}, "min_tokens"),
+        ({"bias": {3: float("inf")}}, "bias of token 3"),
         ({"logprobs": 1000}, "logprobs"),
     ],
 )

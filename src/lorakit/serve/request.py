@@ -1,7 +1,7 @@
 """What a client asks of an engine and what it gets back: the contract between the engine and everything in front of it.
 
 HTTP, tenants, metrics and the cluster are written against this file alone; any object that keeps `Engine` can stand behind
-them. Token ids go in, tokens with their text come out; chat templates and JSON are the front's.
+them. Token ids go in and come out; text, chat templates, stop strings and JSON are the front's.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Literal, Protocol, runtime_checkable
 from lorakit.errors import LorakitError
 
 Finish = Literal["stop", "length", "cancelled", "timeout"]
-"""Why a request ended: an end-of-text token or a stop string, its limit, its client, its deadline. A failure raises."""
+"""Why a request ended: an end-of-text token, its limit, its client, its deadline. A failure raises."""
 
 State = Literal["on disk", "loading", "resident", "pinned", "draining", "refused"]
 """Where an adapter is: known only, being read, in memory, in memory for good, leaving when its requests end, unusable."""
@@ -32,6 +32,10 @@ class Refused(LorakitError):  # noqa: N818 - named by what is wrong
 
 class UnknownAdapter(Refused):
     """A request names an adapter that the engine's store does not hold (HTTP 404)."""
+
+
+class TooLong(Refused):
+    """Prompt and answer together do not fit into the model's context or the engine's memory (HTTP 400)."""
 
 
 class Overloaded(LorakitError):  # noqa: N818 - named by what is wrong
@@ -55,10 +59,12 @@ class Sampling:
         temperature: divides the logits; 0 is greedy.
         top_p: only the most probable tokens whose probabilities add up to this are drawn from.
         top_k: only this many of the most probable tokens are drawn from; 0 is all.
+        min_p: only tokens at least this share as probable as the most probable one are drawn from.
         seed: makes the draws repeatable, whatever else is in the batch; None draws anew.
-        stop: texts that end the answer; they are not part of it.
         stop_ids: token ids that end the answer, besides the model's own end-of-text ids.
+        min_tokens: no such id is chosen before this many tokens.
         ignore_end: go on after the model's own end-of-text ids (for measurements).
+        bias: token -> number added to its logit.
         presence_penalty: taken once off the logit of every token that was generated.
         frequency_penalty: taken off the logit of a generated token as often as it was.
         repetition_penalty: divides positive and multiplies negative logits of tokens of prompt and answer; 1 is none.
@@ -69,10 +75,12 @@ class Sampling:
     temperature: float = 1.0
     top_p: float = 1.0
     top_k: int = 0
+    min_p: float = 0.0
     seed: int | None = None
-    stop: tuple[str, ...] = ()
     stop_ids: tuple[int, ...] = ()
+    min_tokens: int = 0
     ignore_end: bool = False
+    bias: Mapping[int, float] = field(default_factory=dict)
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
     repetition_penalty: float = 1.0
@@ -84,6 +92,8 @@ class Sampling:
             ("temperature", self.temperature, 0, 100),
             ("top_p", self.top_p, 1e-6, 1),
             ("top_k", self.top_k, 0, float("inf")),
+            ("min_p", self.min_p, 0, 1),
+            ("min_tokens", self.min_tokens, 0, self.max_tokens),
             ("presence_penalty", self.presence_penalty, -2, 2),
             ("frequency_penalty", self.frequency_penalty, -2, 2),
             ("repetition_penalty", self.repetition_penalty, 0.01, 100),
@@ -92,8 +102,9 @@ class Sampling:
         for name, value, low, high in ranges:
             if not low <= value <= high:  # also refuses nan
                 raise Refused(f"{name} was given as {value}; it lies between {low} and {high}.")
-        if any(not text for text in self.stop):
-            raise Refused("stop holds an empty text, which would end every answer at once; leave it out.")
+        for token, number in self.bias.items():
+            if not -1000 <= number <= 1000:
+                raise Refused(f"bias of token {token} was given as {number}; it lies between -1000 and 1000.")
 
 
 @dataclass(frozen=True)
@@ -139,14 +150,12 @@ class Token:
 
     Attributes:
         id: the token, or None for a last step that carries none (cancelled, timed out).
-        text: what this step adds to the answer; "" while a character or a possible stop string is incomplete.
         logprob: log probability of the token under the model (after penalties, before temperature, top-k and top-p).
         top: the most probable (token, log probability) pairs, most probable first.
         finish: why the answer ends with this step, or None.
     """
 
     id: int | None
-    text: str = ""
     logprob: float | None = None
     top: tuple[tuple[int, float], ...] = ()
     finish: Finish | None = None
@@ -193,6 +202,7 @@ class Ticket:
         self._ended = False
         self._changed = threading.Condition()
         self._callbacks: list[Callable[[], None]] = []
+        self._listeners: list[Callable[[], None]] = []
 
     # -- the engine's side ---------------------------------------------------------------------------------------------
     def put(self, step: Token) -> None:
@@ -221,6 +231,8 @@ class Ticket:
 
     def _tell(self) -> None:
         self._changed.notify_all()
+        for listener in self._listeners:
+            listener()
         callbacks, self._callbacks = self._callbacks, []
         for callback in callbacks:
             callback()
@@ -229,6 +241,22 @@ class Ticket:
     def cancel(self) -> None:
         """Ask the engine to stop; the last step then says "cancelled". Does nothing where the answer has ended."""
         self.cancelled = True
+
+    def listen(self, listener: Callable[[], None]) -> None:
+        """Call `listener` in the engine's thread whenever a step (or the end) has come; it must be quick. `take` reads."""
+        with self._changed:
+            self._listeners.append(listener)
+            if self._steps or self._ended:
+                listener()
+
+    def take(self) -> list[Token]:
+        """The steps that are there and have not been read; [] where there are none yet. Raises the failure after them."""
+        with self._changed:
+            steps = self._steps[self._read :]
+            if not steps and self._failure is not None:
+                raise self._failure
+            self._read += len(steps)
+            return steps
 
     @property
     def ended(self) -> bool:
@@ -284,10 +312,6 @@ class Ticket:
             if self._failure is not None:
                 raise self._failure
             return list(self._steps)
-
-    def text(self, timeout: float | None = None) -> str:
-        """The whole answer as text; waits for the end."""
-        return "".join(step.text for step in self.result(timeout))
 
     def tokens(self, timeout: float | None = None) -> list[int]:
         """The answer's token ids; waits for the end."""
