@@ -22,6 +22,7 @@ FOLDERS = {
     "docs": "how it is built, every method, what was measured",
     "examples": "one YAML and one page per recipe",
     "src/lorakit": "the library",
+    "src/lorakit/algebra": "arithmetic on what adapters add, once over ΔW",
     "src/lorakit/cli": "one file per verb",
     "src/lorakit/edits": "what cannot be merged",
     "src/lorakit/experts": "mixtures and routers",

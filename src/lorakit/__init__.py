@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from lorakit.adapter import Adapter, activate, adapters, attach, detach, use
     from lorakit.algebra import merge, merged
+    from lorakit.algebra.resizing import resize
     from lorakit.errors import LorakitError
     from lorakit.init import EVA, CorDA, Gaussian, Kaiming, LoftQ, LoRAGA, MiLoRA, Normal, OLoRA, Orthogonal, PiSSA
     from lorakit.methods import (
@@ -41,7 +42,6 @@ if TYPE_CHECKING:
         VBLoRA,
         VeRA,
     )
-    from lorakit.resizing import resize
     from lorakit.store import load
 
 __version__ = "0.1.0"
@@ -91,7 +91,7 @@ _HOMES = {
         "VBLoRA",
         "VeRA",
     ),
-    "lorakit.resizing": ("resize",),
+    "lorakit.algebra.resizing": ("resize",),
     "lorakit.store": ("load",),
 }
 _HOME = {name: home for home, names in _HOMES.items() for name in names}

@@ -74,19 +74,21 @@ def check(adapter: Adapter, expected: Mapping[str, Any] | None, path: Path, comp
             f"names or shapes than the {found['layers']} of this {found['architecture']}."
         )
         return
-    theirs, ours = torch.tensor(expected["sample"]), torch.tensor(found["sample"])
-    if expected.get("float", True) and found["float"]:
+    wrong = disagreement(expected, found)
+    if wrong:
+        complain(f"load: {path} was made for another base model: {wrong} (here is a {found['architecture']}).")
+
+
+def disagreement(one: Mapping[str, Any] | None, other: Mapping[str, Any] | None) -> str | None:
+    """How two fingerprints differ, in words; empty where they are of one base, None where they cannot be compared."""
+    if not one or not other or one["shapes"] != other["shapes"]:
+        return None
+    first, second = torch.tensor(one["sample"]), torch.tensor(other["sample"])
+    if one.get("float", True) and other.get("float", True):
         # two roundings to bfloat16 differ by at most 2^-7 of the value; tiny numbers are compared absolutely
-        differing = ((theirs - ours).abs() > 2**-7 * theirs.abs() + 1e-6).float().mean().item()
-        if differing > 0.02:
-            complain(
-                f"load: {path} was made for another base model: {differing:.0%} of {len(theirs)} sampled weights differ from "
-                f"those of this {found['architecture']}."
-            )
-        return
-    likeness = torch.nn.functional.cosine_similarity(theirs, ours, dim=0).item()
+        differing = ((first - second).abs() > 2**-7 * first.abs() + 1e-6).float().mean().item()
+        return f"{differing:.0%} of {len(first)} sampled weights differ" if differing > 0.02 else ""
+    likeness = torch.nn.functional.cosine_similarity(first, second, dim=0).item()
     if likeness < 0.97:
-        complain(
-            f"load: {path} was made for another base model: the sampled weights agree to {likeness:.2f} only, where a "
-            "quantised copy of the same model has at least 0.97."
-        )
+        return f"the sampled weights agree to {likeness:.2f} only, where a quantised copy of the same model has at least 0.97"
+    return ""

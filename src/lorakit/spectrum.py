@@ -61,11 +61,11 @@ def distance(B: Tensor, A: Tensor, other_B: Tensor, other_A: Tensor) -> float:
     return norm(torch.cat([B, -other_B.to(B)], dim=1), torch.cat([A, other_A.to(A)]))
 
 
-def check_request(rank: int | None, energy: float | None) -> None:
-    """Raise LorakitError unless exactly one of a rank and an energy share was asked for, within its range."""
-    if (rank is None) == (energy is None):
-        raise LorakitError("resize: give either a rank or an energy share.")
+def check_request(rank: int | None, energy: float | None, verb: str = "resize", needed: bool = True) -> None:
+    """Raise LorakitError unless one of a rank and an energy share was asked for (or none, if not `needed`), in its range."""
+    if (rank is None) == (energy is None) and (needed or rank is not None):
+        raise LorakitError(f"{verb}: give either a rank or an energy share.")
     if rank is not None and (not isinstance(rank, int) or isinstance(rank, bool) or rank < 1):
-        raise LorakitError(f"resize: rank was given as {rank!r}; it is an integer of at least 1.")
+        raise LorakitError(f"{verb}: rank was given as {rank!r}; it is an integer of at least 1.")
     if energy is not None and not 0 < energy <= 1:
-        raise LorakitError(f"resize: energy was given as {energy!r}; it is a share above 0 and at most 1.")
+        raise LorakitError(f"{verb}: energy was given as {energy!r}; it is a share above 0 and at most 1.")

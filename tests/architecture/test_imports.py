@@ -29,7 +29,7 @@ LAYERS: tuple[frozenset[str], ...] = tuple(
         "calibration",
         "starts",
         "adapter",
-        "spectrum algebra fingerprint folder interchange store convert peft bundle resizing catalogue train serve insight",
+        "spectrum algebra fingerprint folder interchange store convert peft bundle catalogue train serve insight",
         "studio",
         "cli",
     )

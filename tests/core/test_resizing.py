@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 import lorakit as lk
+from lorakit.algebra.resizing import resize_folder
 from lorakit.bundle import OWN
 from lorakit.errors import LorakitError
-from lorakit.resizing import resize_folder
 from lorakit.spectrum import distance, norm, spectrum
 from lorakit.store import read_config, read_own, read_tensors
 from reference.models import MODELS, assert_same, logits, quiet, scramble, twin

@@ -10,7 +10,7 @@ import typer
 from lorakit.cli.screen import err, out, show_log
 
 if TYPE_CHECKING:
-    from lorakit.resizing import Resized
+    from lorakit.algebra.outcome import Made
 
 HELP = "Write an adapter at another rank, or at the ranks that keep a share of its energy, as a plain LoRA."
 
@@ -31,19 +31,20 @@ def resize(
 ) -> None:
     """Resize, and say what it cost."""
     from lorakit import store
+    from lorakit.algebra.resizing import resize_folder
+    from lorakit.algebra.sources import needs_base
     from lorakit.errors import LorakitError
-    from lorakit.resizing import resize_folder, works_on_folder
     from lorakit.spectrum import check_request
 
     check_request(rank, energy)
     if output.expanduser().resolve() == adapter.expanduser().resolve():
         raise LorakitError(f"resize: {output} is the adapter itself; choose another --output.")
     config = store.read_config(adapter)
-    if base is None and works_on_folder(config):
+    if base is None and not needs_base(config):
         report = resize_folder(adapter, output, rank=rank, energy=energy, own=own)
     else:
         report = _on_base(base or config.get("base_model_name_or_path"), adapter, output, rank, energy, own)
-    ranks = sorted(report.ranks.values())
+    ranks = sorted(rank for rank in report.ranks.values() if rank is not None)
     spread = (
         str(ranks[0])
         if ranks[0] == ranks[-1]
@@ -57,16 +58,14 @@ def resize(
     )
 
 
-def _on_base(
-    base: str | None, adapter: Path, output: Path, rank: int | None, energy: float | None, own: bool
-) -> Resized:
+def _on_base(base: str | None, adapter: Path, output: Path, rank: int | None, energy: float | None, own: bool) -> Made:
     """With the base model, for methods whose ΔW needs its weights or its layers' shapes."""
     show_log(err)
     import torch
 
     import lorakit as lk
+    from lorakit.algebra.resizing import resize as resize_adapter
     from lorakit.errors import LorakitError
-    from lorakit.resizing import resize as resize_adapter
     from lorakit.train.models import load_model
 
     if not base:

@@ -1,4 +1,4 @@
-"""Arithmetic on what adapters add: here, writing `W + ΔW` into the base and taking it out again.
+"""Writing `W + ΔW` into the base, and taking it out again.
 
 Merging is an explicit act and leaves no flag behind. `merge` is for good: the weights change and the adapter comes off.
 `merged` is for a while: it keeps the original tensors and puts their very bits back.
