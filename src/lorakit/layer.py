@@ -52,6 +52,13 @@ class Replacement(nn.Module):
         return {name: cast(Tensor, getattr(self, f"tensor_{index}")) for index, name in enumerate(self.names)}
 
 
+class ByName(nn.ModuleDict):
+    """Modules by names that users choose. torch refuses those that are also attributes of a module ("half", "type")."""
+
+    def add_module(self, name: str, module: nn.Module | None) -> None:
+        self._modules[name] = module
+
+
 def _tensor(module: nn.Module, name: str) -> Tensor:
     path, _, attribute = name.rpartition(".")
     return cast(Tensor, getattr(module.get_submodule(path), attribute))
@@ -162,9 +169,9 @@ class Adapted(nn.Module):
         self.base = base
         self.sites = {site.name: site for site in sites}
         self.path = path
-        self.deltas = nn.ModuleDict()
+        self.deltas = ByName()
         """adapter -> site -> Delta; the site's empty name is written "self"."""
-        self.replacements = nn.ModuleDict()
+        self.replacements = ByName()
         self.board = board
         self.kept: dict[str, Tensor] = {}
         """Within `merged`: tensors as they were before it wrote into them. What adapters add is about these."""
@@ -186,7 +193,7 @@ class Adapted(nn.Module):
     def add(self, adapter: str, deltas: dict[str, Delta], replacement: Replacement | None) -> None:
         """Give this layer an adapter's deltas (by site name) and replaced tensors."""
         if deltas:
-            self.deltas[adapter] = nn.ModuleDict({name or "self": delta for name, delta in deltas.items()})
+            self.deltas[adapter] = ByName({name or "self": delta for name, delta in deltas.items()})
         if replacement is not None:
             self.replacements[adapter] = replacement
 

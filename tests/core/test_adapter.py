@@ -438,3 +438,20 @@ def test_transformers_gradient_checkpointing_gives_the_same_gradients() -> None:
         model(input_ids=IDS, labels=IDS).loss.backward()
         gradients.append([p.grad for p in adapter.parameters()])
     assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+
+
+@pytest.mark.parametrize("name", ["half", "type", "train", "keys", "forward", "_modules"])
+def test_an_adapter_may_have_the_name_of_an_attribute(name: str) -> None:
+    model = nn.Sequential(nn.Linear(6, 4))
+    before = model(torch.ones(2, 6))
+    adapter = lk.attach(model, lk.LoRA(rank=2), name=name, target_modules=["0"])
+    with torch.no_grad():
+        for parameter in adapter.parameters():
+            parameter.fill_(0.5)
+    assert not torch.equal(model(torch.ones(2, 6)), before)
+    with lk.use(model, None):
+        assert torch.equal(model(torch.ones(2, 6)), before)
+    assert {p.data_ptr() for p in adapter.parameters()} <= {p.data_ptr() for p in model.parameters()}
+    model.half().float()
+    lk.detach(model)
+    assert type(model[0]) is nn.Linear
