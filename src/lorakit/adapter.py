@@ -21,7 +21,7 @@ from lorakit.calibration import Batch
 from lorakit.delta import Delta, Method, Pool
 from lorakit.errors import LorakitError, unknown
 from lorakit.init import Default, Initialiser, initialiser
-from lorakit.layer import Adapted, Replacement
+from lorakit.layer import Adapted, Replacement, routed
 from lorakit.layout import Rows, Site, sites_of, split
 from lorakit.methods import LoRA
 from lorakit.routing import BASE, Board, Route, Routing, parse
@@ -182,11 +182,8 @@ def use(model: nn.Module, route: Route | Routing, copies: int = 1) -> Iterator[N
         copies: how often each row is repeated in the batch (beam search, several returned sequences).
     """
     board = board_of(model)
-    before = board.set(_repeated(parse(route, board.adapters), copies))
-    try:
+    with routed(board, _repeated(parse(route, board.adapters), copies)):
         yield
-    finally:
-        board.routing = before
 
 
 def activate(model: nn.Module, route: Route | Routing, copies: int = 1) -> None:

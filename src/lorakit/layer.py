@@ -56,7 +56,7 @@ class ByName(nn.ModuleDict):
     """Modules by names that users choose. torch refuses those that are also attributes of a module ("half", "type")."""
 
     def add_module(self, name: str, module: nn.Module | None) -> None:
-        self._modules[name] = module
+        self._modules[name] = module  # type: ignore[assignment]
 
 
 def _tensor(module: nn.Module, name: str) -> Tensor:

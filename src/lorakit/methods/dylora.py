@@ -19,11 +19,11 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from lorakit.delta import Card, LowRank, Pool, Shape
+from lorakit.delta import Card, Pool, Shape
 from lorakit.errors import LorakitError
-from lorakit.methods.lora import LoRAOptions, factor_keys, factor_roles, start_factors
+from lorakit.methods.lora import LoRAOptions, TwoFactors
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,7 +64,7 @@ class DyLoRA(LoRAOptions):
         return False  # its files are plain LoRA
 
 
-class DyLoRADelta(LowRank):
+class DyLoRADelta(TwoFactors):
     """A and B of one matrix, of which the leading `b` components act."""
 
     def __init__(self, spec: DyLoRA, shape: Shape, pool: Pool) -> None:
@@ -72,8 +72,6 @@ class DyLoRADelta(LowRank):
         self.dropout = spec.dropout
         self.drawn: int | None = None
         """The rank of the training step, set by the schedule; all components act while it is None or in evaluation."""
-        B, A = start_factors(shape, spec.rank)
-        self.A, self.B = nn.Parameter(A), nn.Parameter(B)
 
     @property
     def b(self) -> int:
@@ -105,14 +103,3 @@ class DyLoRADelta(LowRank):
     def truncated(self, rank: int) -> tuple[Tensor, Tensor] | None:
         b = min(rank, self.A.shape[0])
         return self._scale_at(b) * self.B.detach()[:, :b], self.A.detach()[:b]
-
-    def roles(self) -> dict[str, str]:
-        return factor_roles(self.shape)
-
-    def set_factors(self, B: Tensor, A: Tensor) -> None:
-        with torch.no_grad():
-            self.B.copy_(B)
-            self.A.copy_(A)
-
-    def peft_keys(self, kind: str) -> dict[str, tuple[str, str]]:
-        return factor_keys(kind)

@@ -132,20 +132,17 @@ class LoRA(LoRAOptions):
         return config.get("peft_type") == "LORA" and not config.get("use_dora")
 
 
-class LoRADelta(LowRank):
-    """A and B of one matrix."""
+class TwoFactors(LowRank):
+    """The family that trains A (rank, in) and B (out, rank) of one matrix; a member says in `factors` how they act."""
 
     def __init__(self, spec: LoRAOptions, shape: Shape, pool: Pool) -> None:
         super().__init__(spec, shape, pool)
-        self.scale, self.dropout = spec.scale, spec.dropout
         B, A = start_factors(shape, spec.rank)
         self.A, self.B = nn.Parameter(A), nn.Parameter(B)
 
-    def factors(self) -> tuple[Tensor, Tensor]:
-        return self.B, self.A
-
     def roles(self) -> dict[str, str]:
-        return factor_roles(self.shape)
+        # the factor that starts at zero is B, for an embedding A
+        return {"A": "B", "B": "A"} if self.shape.lookup else {}
 
     def set_factors(self, B: Tensor, A: Tensor) -> None:
         with torch.no_grad():
@@ -153,7 +150,20 @@ class LoRADelta(LowRank):
             self.A.copy_(A)
 
     def peft_keys(self, kind: str) -> dict[str, tuple[str, str]]:
-        return factor_keys(kind)
+        if kind == "embedding":
+            return {"A": ("lora_embedding_A", "in"), "B": ("lora_embedding_B", "out")}
+        return {"A": ("lora_A.weight", "in"), "B": ("lora_B.weight", "out")}
+
+
+class LoRADelta(TwoFactors):
+    """A and B of one matrix."""
+
+    def __init__(self, spec: LoRAOptions, shape: Shape, pool: Pool) -> None:
+        super().__init__(spec, shape, pool)
+        self.scale, self.dropout = spec.scale, spec.dropout
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        return self.B, self.A
 
 
 def start_factors(shape: Shape, rank: int) -> tuple[Tensor, Tensor]:
@@ -164,15 +174,3 @@ def start_factors(shape: Shape, rank: int) -> tuple[Tensor, Tensor]:
     else:
         nn.init.kaiming_uniform_(A, a=math.sqrt(5))
     return B, A
-
-
-def factor_roles(shape: Shape) -> dict[str, str]:
-    """Which of A and B starts at zero, where that is not B: an embedding's A."""
-    return {"A": "B", "B": "A"} if shape.lookup else {}
-
-
-def factor_keys(kind: str) -> dict[str, tuple[str, str]]:
-    """PEFT's names and axes of A and B for a layer kind."""
-    if kind == "embedding":
-        return {"A": ("lora_embedding_A", "in"), "B": ("lora_embedding_B", "out")}
-    return {"A": ("lora_A.weight", "in"), "B": ("lora_B.weight", "out")}

@@ -21,11 +21,11 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from lorakit.delta import Card, LowRank, Method, Pool, Shape, View
+from lorakit.delta import Card, Method, Pool, Shape, View
 from lorakit.errors import LorakitError
-from lorakit.methods.lora import LoRA, LoRAOptions, factor_keys, factor_roles, start_factors
+from lorakit.methods.lora import LoRA, LoRAOptions, TwoFactors
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,7 +73,7 @@ class ReLoRA(LoRAOptions):
         return False  # its files are plain LoRA
 
 
-class ReLoRADelta(LowRank):
+class ReLoRADelta(TwoFactors):
     """A and B of one matrix, and the frozen factors of earlier stretches: `B_kept` (out, k), `A_kept` (k, in)."""
 
     A_kept: Tensor
@@ -82,8 +82,6 @@ class ReLoRADelta(LowRank):
     def __init__(self, spec: ReLoRA, shape: Shape, pool: Pool) -> None:
         super().__init__(spec, shape, pool)
         self.scale = spec.scale
-        B, A = start_factors(shape, spec.rank)
-        self.A, self.B = nn.Parameter(A), nn.Parameter(B)
         self.register_buffer("A_kept", torch.empty(0, shape.in_))
         self.register_buffer("B_kept", torch.empty(shape.out, 0))
 
@@ -111,17 +109,6 @@ class ReLoRADelta(LowRank):
     def hold(self, rank: int) -> None:
         """Make room for frozen factors of this rank, to be filled from a checkpoint."""
         self.B_kept, self.A_kept = self.B.new_zeros(self.shape.out, rank), self.A.new_zeros(rank, self.shape.in_)
-
-    def roles(self) -> dict[str, str]:
-        return factor_roles(self.shape)
-
-    def set_factors(self, B: Tensor, A: Tensor) -> None:
-        with torch.no_grad():
-            self.B.copy_(B)
-            self.A.copy_(A)
-
-    def peft_keys(self, kind: str) -> dict[str, tuple[str, str]]:
-        return factor_keys(kind)
 
     def peft_views(self, kind: str) -> dict[str, View]:
         keys, (B, A) = self.peft_keys(kind), self.kept()

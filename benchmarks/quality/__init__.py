@@ -1,0 +1,1 @@
+"""What the quality benchmark trains, and what it makes of the results."""

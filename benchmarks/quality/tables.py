@@ -1,0 +1,123 @@
+"""What the rows of the quality benchmark say: the table, and three claims of papers held against them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from statistics import mean, median
+from typing import Any
+
+from quality.settings import BASELINE
+
+Row = dict[str, Any]
+
+EARLY = 8
+"""Steps over which a start is compared: the mean training loss of the first so many."""
+
+
+def values(row: Row, key: str) -> list[float]:
+    """One figure of every seed."""
+    return [float(run[key]) for run in row["runs"]]
+
+
+def spread(numbers: Sequence[float], form: Callable[[float], str]) -> str:
+    """The median with its range."""
+    return f"{form(median(numbers))} ({form(min(numbers))} to {form(max(numbers))})"
+
+
+def percent(number: float) -> str:
+    return f"{number:.1%}"
+
+
+def beats(row: Row, baseline: Row) -> str:
+    """Whether a row is above the baseline, seed by seed: on all seeds, on none, or it depends on the seed."""
+    pairs = list(zip(values(row, "accuracy"), values(baseline, "accuracy"), strict=True))
+    better = sum(ours > theirs for ours, theirs in pairs)
+    worse = sum(ours < theirs for ours, theirs in pairs)
+    if better == len(pairs):
+        return "above"
+    return "below" if worse == len(pairs) else "no clear difference"
+
+
+def quality_table(rows: Sequence[Row], shared: dict[str, Any], seeds: Sequence[int]) -> str:
+    """A line per method, the best median accuracy first."""
+    baseline = next((row for row in rows if row["name"] == BASELINE), None)
+    lines = [
+        f"SmolLM2-135M-Instruct, film reviews, {shared['steps']} steps of {shared['batch_size']} examples, "
+        f"{shared['held_out']} held-out rows, {len(seeds)} seeds (median, least and greatest). Seconds are one thread's "
+        "processor time for a whole run with its evaluation.",
+        "",
+        "| method | accuracy | against LoRA | held-out loss | trained numbers | adapter file | processor s | peak memory "
+        "| learning rate | |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for row in sorted(rows, key=lambda row: (-median(values(row, "accuracy")), median(values(row, "loss")))):
+        compared = "" if baseline is None or row is baseline else beats(row, baseline)
+        cells = (
+            row["name"],
+            spread(values(row, "accuracy"), percent),
+            compared,
+            spread(values(row, "loss"), "{:.3f}".format),
+            f"{row['runs'][0]['trained']:,}",
+            f"{median(values(row, 'file_bytes')) / 1e6:,.2f} MB",
+            f"{median(values(row, 'processor_seconds')):.0f}",
+            f"{median(values(row, 'memory_peak')) / 1e9:.2f} GB",
+            f"{row['learning_rate']:g}",
+            row["note"],
+        )
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def claims(rows: Sequence[Row]) -> str:
+    """What three papers say of their methods, and what these rows say."""
+    named = {row["name"]: row for row in rows}
+    lines = []
+    if BASELINE in named:
+        plain = early(named[BASELINE])
+        for name in ("LoRA, PiSSA", "LoRA, LoRA-GA"):
+            if name in named:
+                lines.append(
+                    f"- **{name.split(', ')[1]} starts faster than LoRA**: {starts(early(named[name]), plain)}"
+                )
+    if "AdaLoRA" in named:
+        lines.append(f"- **AdaLoRA spends its ranks unevenly**: {uneven(named['AdaLoRA'])}")
+    if "DyLoRA" in named and BASELINE in named:
+        lines.append(f"- **DyLoRA at half rank beats LoRA cut to half**: {halves(named['DyLoRA'], named[BASELINE])}")
+    return "\n".join(lines)
+
+
+def early(row: Row) -> list[float]:
+    """The mean training loss of the first steps, for every seed."""
+    return [mean(run["losses"][:EARLY]) for run in row["runs"]]
+
+
+def verdict(better: int, count: int) -> str:
+    return "reproduced" if better == count else "not reproduced" if better == 0 else f"on {better} of {count} seeds"
+
+
+def starts(ours: Sequence[float], plain: Sequence[float]) -> str:
+    better = sum(a < b for a, b in zip(ours, plain, strict=True))
+    return (
+        f"{verdict(better, len(ours))}. Mean training loss of the first {EARLY} steps "
+        f"{spread(ours, '{:.3f}'.format)}, LoRA's {spread(plain, '{:.3f}'.format)}."
+    )
+
+
+def uneven(row: Row) -> str:
+    found = [run["ranks"] for run in row["runs"]]
+    differing = sum(len(set(ranks)) > 1 for ranks in found)
+    first = found[0]
+    none = sum(rank == 0 for rank in first)
+    return (
+        f"{verdict(differing, len(found))}. Layers end with {min(first)} to {max(first)} triplets, {mean(first):.1f} on "
+        f"average ({none} of {len(first)} with none)."
+    )
+
+
+def halves(ours: Row, plain: Row) -> str:
+    own, cut = values(ours, "half"), values(plain, "half")
+    better = sum(a > b for a, b in zip(own, cut, strict=True))
+    return (
+        f"{verdict(better, len(own))}. Accuracy at half rank {spread(own, percent)} (at full rank "
+        f"{spread(values(ours, 'accuracy'), percent)}), LoRA cut to half {spread(cut, percent)}."
+    )
