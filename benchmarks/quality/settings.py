@@ -29,21 +29,18 @@ class Setting:
 BASELINE = "LoRA"
 
 SETTINGS: tuple[Setting, ...] = (
-    Setting("LoRA", ("method=lora", "rank=8", "alpha=16"), 1e-3),
-    Setting("rsLoRA", ("method=lora", "rank=8", "alpha=16", "rslora=true"), 5e-4),
-    Setting("LoRA+", ("method=lora", "rank=8", "alpha=16", "train.loraplus_ratio=8"), 5e-4, "B at 8 times the rate"),
-    Setting("LoRA-FA", ("method=lora-fa", "rank=16", "alpha=32"), 2e-3),
-    Setting("DoRA", ("method=dora", "rank=8", "alpha=16"), 1e-3),
-    Setting("LoRA, PiSSA", ("method=lora", "rank=8", "alpha=8", "init=pissa"), 5e-4, "alpha = rank, as in the paper"),
-    Setting("LoRA, OLoRA", ("method=lora", "rank=8", "alpha=8", "init=olora"), 5e-4),
-    Setting("LoRA, LoRA-GA", ("method=lora", "rank=8", "alpha=16", "init=lora-ga"), 5e-4),
-    Setting("LoRA, EVA", ("method=lora", "rank=8", "alpha=16", "init=eva"), 1e-3),
+    Setting("LoRA", ("method=lora", "rank=8", "alpha=16"), 5e-4),
+    Setting("LoRA+", ("method=lora", "rank=8", "alpha=16", "train.loraplus_ratio=8"), 2e-4, "B at 8 times the rate"),
+    Setting("LoRA-FA", ("method=lora-fa", "rank=16", "alpha=32"), 1e-3),
+    Setting("DoRA", ("method=dora", "rank=8", "alpha=16"), 5e-4),
+    Setting("LoRA, PiSSA", ("method=lora", "rank=8", "alpha=8", "init=pissa"), 2e-4, "alpha = rank, as in the paper"),
+    Setting("LoRA, LoRA-GA", ("method=lora", "rank=8", "alpha=16", "init=lora-ga"), 2e-4),
     Setting(
-        "AdaLoRA", ("method=adalora", "rank=12", "alpha=24", "target_rank=8", "interval=1"), 3e-3, "12 falling to 8"
+        "AdaLoRA", ("method=adalora", "rank=12", "alpha=24", "target_rank=8", "interval=1"), 1e-3, "12 falling to 8"
     ),
-    Setting("ElaLoRA", ("method=elalora", "rank=8", "alpha=16", "interval=2"), 3e-3),
-    Setting("DyLoRA", ("method=dylora", "rank=8", "alpha=16"), 1e-3),
-    Setting("ReLoRA", ("method=relora", "rank=8", "alpha=16", "every=8", "rewarm=2"), 1e-3, "one restart"),
+    Setting("ElaLoRA", ("method=elalora", "rank=8", "alpha=16", "interval=2"), 1e-3),
+    Setting("DyLoRA", ("method=dylora", "rank=8", "alpha=16"), 5e-4),
+    Setting("ReLoRA", ("method=relora", "rank=8", "alpha=16", "every=10", "rewarm=2"), 5e-4, "one restart"),
     Setting("VeRA", ("method=vera", "rank=256"), 2e-2, "two vectors a matrix"),
     Setting("VB-LoRA", ("method=vb-lora", "rank=4", "vector_length=64", "num_vectors=512"), 1e-2),
     Setting("LoRA-XS", ("method=lora-xs", "rank=100", "alpha=100"), 2e-3),
@@ -53,8 +50,8 @@ SETTINGS: tuple[Setting, ...] = (
     Setting("FourierFT", ("method=fourierft", "n_frequency=3000"), 5e-2),
     Setting("SHiRA", ("method=shira", "rank=8"), 2e-3),
     Setting("C3A", ("method=c3a", "block_size=48"), 2e-2),
-    Setting("MoRA", ("method=mora", "rank=8"), 1e-3),
-    Setting("LoHa", ("method=loha", "rank=4", "alpha=8"), 3e-3),
+    Setting("MoRA", ("method=mora", "rank=8"), 5e-4),
+    Setting("LoHa", ("method=loha", "rank=4", "alpha=8"), 2e-3),
     Setting("LoKr", ("method=lokr", "rank=64", "alpha=64", "factor=16"), 2e-3),
     Setting("OFT", ("method=oft", "block_size=32"), 1e-3),
     Setting("BOFT", ("method=boft", "block_size=16", "factors=2"), 1e-3),
