@@ -1,7 +1,7 @@
 """The rows of the quality table: every method, and what was set besides its defaults.
 
-Where a method can be given a size, it is given that of LoRA at rank 8, 2.44 million numbers on SmolLM2-135M. Learning rates are
-the best of the two or three tried per family on other rows and another seed; they are no careful search, and the page says so.
+Where a method can be given a size, it is given that of LoRA at rank 8, 2.44 million numbers on SmolLM2-135M. Learning rates
+are usual ones of each family, not the result of a search, and the page says so.
 """
 
 from __future__ import annotations

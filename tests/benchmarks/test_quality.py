@@ -5,11 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from quality.settings import BASELINE, SETTINGS, Setting
-from quality.tables import claims, quality_table
 
 from lorakit.methods import METHODS
 from lorakit.train import load_config
+from quality.settings import BASELINE, SETTINGS, Setting
+from quality.tables import claims, quality_table
 
 
 def row(name: str, accuracies: list[float], **more: Any) -> dict[str, Any]:
