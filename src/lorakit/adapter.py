@@ -25,8 +25,8 @@ from lorakit.layer import Adapted, Replacement, routed
 from lorakit.layout import Rows, Site, sites_of, split
 from lorakit.methods import LoRA
 from lorakit.routing import BASE, Board, Route, Routing, parse
-from lorakit.starts import Plan, Planned, begin, restore, rewrite
-from lorakit.storage import storage_of
+from lorakit.starts import Plan, Planned, begin, rewrite
+from lorakit.storage import FLOAT, Held, settle, storage_of
 from lorakit.targets import Targets, has_suffix, select, select_saved, value_for, walk
 
 log = logging.getLogger("lorakit")
@@ -44,7 +44,7 @@ class Adapter:
         pool: tensors shared by its deltas.
         layers: path -> adapted layer, for the layers that carry one of its deltas or replacements.
         saved: paths of the modules it replaces whole.
-        originals: path -> the base's own tensors, where the adapter's start has put others in their place (LoftQ).
+        originals: path -> the base's own weights, where the adapter's start has put others in their place (LoftQ).
     """
 
     name: str
@@ -54,7 +54,7 @@ class Adapter:
     pool: Pool
     layers: dict[str, Adapted] = field(default_factory=dict, repr=False)
     saved: tuple[str, ...] = ()
-    originals: dict[str, dict[str, Tensor]] = field(default_factory=dict, repr=False)
+    originals: dict[str, dict[str, Held]] = field(default_factory=dict, repr=False)
 
     def deltas(self) -> Iterator[tuple[str, Site, Delta]]:
         """`(path, site, delta)` of every matrix it changes."""
@@ -237,6 +237,7 @@ def attach(
     init: str | Initialiser = "default",
     batches: Iterable[Batch] | None = None,
     parts: Mapping[str, Mapping[str, Any]] | None = None,
+    originals: Mapping[str, Tensor] | None = None,
 ) -> Adapter:
     """Put a new adapter on a model, freeze the base, and make the adapter trainable and active.
 
@@ -255,6 +256,7 @@ def attach(
         init: initial values, a name or an Initialiser; "default" is the method's own.
         batches: data for starts that measure the model (eva, corda, lora-ga): each the arguments of one `model(**batch)`.
         parts: {layer suffix: {part: (start, stop) or [(start, stop), …]}}: each part of a fused layer its own delta.
+        originals: the float model's parameters by name, for starts that answer a quantised base's error (loftq).
 
     Raises:
         LorakitError: a name matches nothing, an option does not fit; the model is unchanged then.
@@ -271,7 +273,16 @@ def attach(
         bias=bias,
         parts={layer: dict(own) for layer, own in (parts or {}).items()},
     )
-    adapter = build(model, method or LoRA(), targets, name, checked=True, start=initialiser(init), batches=batches)
+    adapter = build(
+        model,
+        method or LoRA(),
+        targets,
+        name,
+        checked=True,
+        start=initialiser(init),
+        batches=batches,
+        originals=originals,
+    )
     adapter.requires_grad_(True)
     activate(model, name)
     return adapter
@@ -332,6 +343,7 @@ def build(
     paths: list[str] | None = None,
     batches: Iterable[Batch] | None = None,
     shifted: bool = False,
+    originals: Mapping[str, Tensor] | None = None,
 ) -> Adapter:
     """Make an adapter and put it on the model, neither trainable nor active yet. Used by `attach` and `store.load`.
 
@@ -367,7 +379,8 @@ def build(
             )
     _check_nesting(board, modules, targets, set(paths), saved)
     _check_rewriting(start, board)
-    begun = begin(model, plan, start, batches, shifted)
+    _check_storage(modules, plan, saved)
+    begun = begin(model, plan, start, batches, shifted, originals)
     if begun.patterns:
         targets = dataclasses.replace(
             targets,
@@ -389,6 +402,7 @@ def build(
         board.frozen = {key: parameter.requires_grad for key, parameter in model.named_parameters()}
         model._lorakit = board  # type: ignore[assignment]
         model.requires_grad_(False)
+        settle(model)
     places = _places(model)
     for path, sites, deltas, replacement in made:
         layer = _adapted_at(board, path) or _wrap(path, modules[path], sites, board, places)
@@ -422,6 +436,33 @@ def _check_nesting(
                     f"({other.name!r} is on this model already). Name the parts of {whole} in modules_to_save instead, or "
                     f"lk.detach(model, {other.name!r}) first."
                 )
+
+
+def _check_storage(modules: Mapping[str, nn.Module], plan: Plan, saved: list[str]) -> None:
+    """What a packed weight cannot do: be trained whole, or be substituted into a layer that reads it itself."""
+    for path, planned in plan.items():
+        for site in planned.sites:
+            storage = storage_of(planned.layer, site.weight, path)
+            if not site.layout.beside and storage is not FLOAT:
+                raise LorakitError(
+                    f"attach: {path}.{site.weight} is held as {storage.label(planned.layer, site.weight)}, and this layer is "
+                    "reached by substituting its weight, which needs floats; leave it out of quantisation, or out of "
+                    "target_modules."
+                )
+    for whole in saved:
+        for path, module in modules.items():
+            if path != whole and not path.startswith(whole + "."):
+                continue
+            if isinstance(module, nn.Embedding) and module.max_norm is not None:
+                continue  # nothing to adapt, and floats
+            for site in sites_of(module):
+                storage = storage_of(module, site.weight, path)
+                if storage is not FLOAT:
+                    raise LorakitError(
+                        f"attach: modules_to_save names {whole}, and {path} is held as {storage.label(module, site.weight)}, "
+                        "whose codes cannot be trained. Leave it in floats when the model is quantised (quantize.skip, or "
+                        "llm_int8_skip_modules of transformers), or adapt it by target_modules."
+                    )
 
 
 def _check_rewriting(start: Initialiser, board: Board | None) -> None:
@@ -547,7 +588,8 @@ def detach(model: nn.Module, name: str | None = None) -> nn.Module:
     for one in gone:
         adapter = board.adapters.pop(one)
         for path, layer in adapter.layers.items():
-            restore(layer.base, adapter.originals.get(path, {}))
+            for held in adapter.originals.get(path, {}).values():
+                held.restore()
             if layer.remove(one):
                 for parent, attribute in places[id(layer)]:
                     parent._modules[attribute] = layer.base

@@ -22,7 +22,7 @@ from lorakit.kernel import autocast, product
 from lorakit.layout import Rows, Site
 from lorakit.routing import Board
 from lorakit.rows import check_rows, first_tensor, join, pad, per_row, take, take_attention
-from lorakit.storage import storage_of
+from lorakit.storage import Held, storage_of
 
 Weighted = list[tuple[str, float]]
 
@@ -173,7 +173,7 @@ class Adapted(nn.Module):
         """adapter -> site -> Delta; the site's empty name is written "self"."""
         self.replacements = ByName()
         self.board = board
-        self.kept: dict[str, Tensor] = {}
+        self.kept: dict[str, Held] = {}
         """Within `merged`: tensors as they were before it wrote into them. What adapters add is about these."""
 
     def __getattr__(self, name: str) -> Any:
@@ -309,7 +309,8 @@ class Adapted(nn.Module):
         A delta is about the frozen W x; `y` is None where the base ran with replaced tensors, and is of no use to it
         where others are merged.
         """
-        call = LayerCall(self.base, site, x, None if self.kept else y, self.kept.get(site.weight))
+        stored = self.stored(site) if site.weight in self.kept else None
+        call = LayerCall(self.base, site, x, None if self.kept else y, stored)
         change = delta.act(call)
         shift = delta.shift(self._bias(site))
         if shift is None:
@@ -325,7 +326,13 @@ class Adapted(nn.Module):
 
     def _frozen(self, name: str) -> Tensor:
         """One of the base's own tensors, whatever is merged into it just now."""
-        return self.kept[name] if name in self.kept else _tensor(self.base, name).detach()
+        return self.kept[name].read() if name in self.kept else _tensor(self.base, name).detach()
+
+    def stored(self, site: Site) -> Tensor:
+        """The frozen weight of a site as floats in its stored shape, whatever is merged into it just now."""
+        if site.weight in self.kept:
+            return self.kept[site.weight].read()
+        return storage_of(self.base, site.weight, self.path).read(self.base, site.weight)
 
     def _blended(self, blend: Weighted) -> dict[str, Tensor]:
         """The values of replaced tensors under a blend: base + Σ weight (own - base)."""
@@ -357,7 +364,7 @@ class Adapted(nn.Module):
             for key, delta in self.deltas_of(name).items():
                 site = self.sites[key]
                 stored = storage_of(self.base, site.weight, self.path).read(self.base, site.weight)
-                change = delta.dense(site.layout.matrix(self.kept.get(site.weight, stored)))
+                change = delta.dense(site.layout.matrix(self.stored(site) if site.weight in self.kept else stored))
                 change = site.layout.weight(change, stored)
                 before = result.get(site.weight, stored)
                 result[site.weight] = before + weight * change.to(torch.promote_types(before.dtype, change.dtype))

@@ -4,7 +4,7 @@ A `Layout` is the only place that knows a layer kind. Methods see matrices; a ne
 as soon as its layout does. A layer may hold several matrices (attention keeps two), each is a `Site`.
 
     kind          weight as stored          matrix
-    Linear        (out, in)                 as it is
+    Linear        (out, in)                 as it is; also any packed layer with the two sizes that is called like one
     Transposed    (in, out)                 its transpose (transformers' Conv1D)
     Convolution   (out, in/groups, *k)      (out, in/groups · k), for 1, 2 and 3 dimensions
     Embedding     (vocabulary, dim)         its transpose: out = dim, in = vocabulary, inputs are one-hot
@@ -308,13 +308,20 @@ def _attention_sites(module: nn.MultiheadAttention) -> list[Site]:
     return sites
 
 
+def has_linear_face(module: nn.Module) -> bool:
+    """Whether a module has the two sizes of a linear layer and none inside it: the packed layers of quantisation libraries,
+    of which many are no `nn.Linear`."""
+    sizes = (getattr(module, "in_features", None), getattr(module, "out_features", None))
+    return all(isinstance(size, int) and size > 0 for size in sizes) and not module._modules
+
+
 def sites_of(module: nn.Module) -> list[Site]:
     """The matrices of a layer that a delta can change; empty where the layer is of no known kind."""
-    bias = "bias" if getattr(module, "bias", None) is not None else None
+    bias = "bias" if isinstance(getattr(module, "bias", None), Tensor) else None
     if isinstance(module, nn.MultiheadAttention):
         return _attention_sites(module)
-    if isinstance(module, nn.Linear):
-        shape = Shape(module.out_features, module.in_features, bias=bias is not None)
+    if isinstance(module, nn.Linear) or has_linear_face(module):
+        shape = Shape(cast(int, module.out_features), cast(int, module.in_features), bias=bias is not None)
         return [Site("", "weight", bias, Linear(shape))]
     if _is_conv1d(module):
         width, height = cast(Tensor, module.weight).shape

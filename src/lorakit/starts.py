@@ -21,7 +21,7 @@ from lorakit.errors import LorakitError
 from lorakit.init import Default, Initialiser, Start
 from lorakit.layout import Rows, Site
 from lorakit.methods import METHODS
-from lorakit.storage import storage_of
+from lorakit.storage import FLOAT, Held, storage_of
 
 log = logging.getLogger("lorakit")
 
@@ -57,7 +57,12 @@ class Begun:
 
 
 def begin(
-    model: nn.Module, plan: Plan, start: Initialiser, batches: Iterable[Batch] | None = None, shifted: bool = False
+    model: nn.Module,
+    plan: Plan,
+    start: Initialiser,
+    batches: Iterable[Batch] | None = None,
+    shifted: bool = False,
+    originals: Mapping[str, Tensor] | None = None,
 ) -> Begun:
     """Build the deltas of a plan and give them their initial values.
 
@@ -67,6 +72,7 @@ def begin(
         start: the initial values.
         batches: what to measure on, for starts that need inputs or gradients.
         shifted: the deltas have a start to be taken off, whose tensors are filled in later (from a file).
+        originals: parameter name -> the float weight that a quantised one was made from, for starts that answer the error.
 
     Raises:
         LorakitError: the method's factors cannot be set, the start does not fit, or cannot be measured.
@@ -87,7 +93,10 @@ def begin(
         for name, statistic in supply:
             path, site = places[name]
             planned = plan[path]
-            delta, W = _delta(name, planned, site, pool, start, statistic, shifted)
+            original = None if originals is None else originals.get(f"{path}.{site.weight}")
+            if start.rewrites:
+                _check_original(name, planned.layer, site, start, original)
+            delta, W = _delta(name, planned, site, pool, start, statistic, shifted, original)
             begun.deltas[path][site.name] = delta
             if W is not None:
                 held = begun.weights.setdefault(path, {})
@@ -124,28 +133,62 @@ def _statistics(
     yield from dict.fromkeys(_places(plan)).items()
 
 
+def _check_original(name: str, layer: nn.Module, site: Site, start: Initialiser, original: Tensor | None) -> None:
+    """A start that answers the quantiser's error needs to know what was quantised."""
+    storage = storage_of(layer, site.weight)
+    if storage is not FLOAT and original is None:
+        raise LorakitError(
+            f"attach: init={start.name!r} answers the error of quantising {name}, which is held as "
+            f"{storage.label(layer, site.weight)}, and the floats that it was made from are not there; hand them in as "
+            "attach(..., originals=float_model.state_dict()). lorakit train --quantize does."
+        )
+    if storage is not FLOAT and isinstance(site.layout, Rows):
+        raise LorakitError(
+            f"attach: init={start.name!r} rewrites the whole weight of a layer, and {name} is a part of one that is held as "
+            f"{storage.label(layer, site.weight)}; adapt the whole layer, without parts."
+        )
+
+
 def _delta(
-    name: str, planned: Planned, site: Site, pool: Pool, start: Initialiser, statistic: Any, shifted: bool
+    name: str,
+    planned: Planned,
+    site: Site,
+    pool: Pool,
+    start: Initialiser,
+    statistic: Any,
+    shifted: bool,
+    original: Tensor | None = None,
 ) -> tuple[Delta, Tensor | None]:
     """One delta with its initial values; and the weight to replace the frozen one, if there is one."""
     layer, shape = planned.layer, site.layout.shape
+    storage = storage_of(layer, site.weight)
+    stored = site.layout.matrix(storage.read(layer, site.weight))
 
     def weight() -> Tensor:
-        return site.layout.matrix(storage_of(layer, site.weight).read(layer, site.weight))
+        if original is None or not start.rewrites:
+            return stored
+        M = site.layout.matrix(original.to(stored.device))
+        # transformers' Conv1D is stored transposed, and a quantised copy of it is not
+        return M if M.shape == stored.shape else M.T
 
-    stored = weight()
+    def rounded(W: Tensor) -> Tensor:
+        return site.layout.matrix(storage.rounded(layer, site.weight, site.layout.weight(W, W)))
+
     delta = planned.specs[site.name].build(shape, pool)
     delta = delta.to(device=stored.device, dtype=torch.promote_types(stored.dtype, torch.float32))
     W: Tensor | None = None
     if not isinstance(start, Default):
         low = cast(LowRank, delta.low_rank())
         _, A = low.factors()
-        given = Start(name, shape, A.shape[0], low.scale, A.detach(), weight, statistic)
+        quantiser = None if storage is FLOAT else rounded
+        given = Start(name, shape, A.shape[0], low.scale, A.detach(), weight, statistic, quantiser)
         B, A, W = start.factors(given)
         low.set_factors(B, A)
     if start.shifts or shifted:
         delta = offset(delta)
-    delta.begin(stored if W is None else W.to(stored.dtype))
+    if W is not None:
+        stored = (W if storage is FLOAT else rounded(W)).to(stored.dtype)
+    delta.begin(stored)
     return delta, W
 
 
@@ -248,31 +291,14 @@ def redistribute(plan: Plan, ranks: Mapping[str, int]) -> tuple[Plan, dict[str, 
 # -- weights ---------------------------------------------------------------------------------------------------------------
 
 
-def rewrite(layer: nn.Module, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Put other weights into a layer through its storage; returns the tensor objects that were there."""
+def rewrite(layer: nn.Module, weights: Mapping[str, Tensor]) -> dict[str, Held]:
+    """Put other weights into a layer through its storage; returns what was there."""
     originals = {}
     for name, value in weights.items():
-        module, attribute = _owner(layer, name)
-        before = cast(Tensor, getattr(module, attribute))
-        originals[name] = before
-        fresh = before.detach().clone()
-        if isinstance(before, nn.Parameter):
-            fresh = type(before)(fresh, requires_grad=before.requires_grad)
-        setattr(module, attribute, fresh)
-        storage_of(layer, name).write(layer, name, value)
+        storage = storage_of(layer, name)
+        originals[name] = storage.hold(layer, name)
+        storage.write(layer, name, value, fresh=True)
     return originals
 
 
-def restore(layer: nn.Module, originals: Mapping[str, Tensor]) -> None:
-    """Put back what `rewrite` took out."""
-    for name, tensor in originals.items():
-        module, attribute = _owner(layer, name)
-        setattr(module, attribute, tensor)
-
-
-def _owner(layer: nn.Module, name: str) -> tuple[nn.Module, str]:
-    path, _, attribute = name.rpartition(".")
-    return layer.get_submodule(path), attribute
-
-
-__all__ = ["Begun", "Plan", "Planned", "begin", "redistribute", "restore", "rewrite", "settable"]
+__all__ = ["Begun", "Plan", "Planned", "begin", "redistribute", "rewrite", "settable"]

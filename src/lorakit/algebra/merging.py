@@ -9,16 +9,15 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import cast
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from lorakit.adapter import board_of, detach, ties
 from lorakit.errors import LorakitError
 from lorakit.layer import Adapted
 from lorakit.routing import Blend, Board, Routing, parse
-from lorakit.storage import storage_of
+from lorakit.storage import FLOAT, Held, Storage, storage_of
 from lorakit.targets import walk
 
 
@@ -63,10 +62,11 @@ def _check(model: nn.Module, board: Board, blend: Weighted, layers: dict[str, Ad
     tied = ties(dict(walk(model)))
     for path, layer in layers.items():
         for site in layer.sites.values():
-            storage = storage_of(layer.base, site.weight, path)
-            if not storage.writable:
+            reason = storage_of(layer.base, site.weight, path).refusal(layer.base, site.weight)
+            if reason:
                 raise LorakitError(
-                    f"merge: {path} is held as {storage.name}, which can be read but not written. Merge into a float copy."
+                    f"merge: nothing can be written into {path}: {reason}. Merge into a float copy: "
+                    "lk.merge(model, name, dtype=torch.bfloat16), or lorakit merge BASE ADAPTER --dtype bf16."
                 )
         if path in tied and not untie:
             raise LorakitError(
@@ -82,52 +82,34 @@ def _check_values(layer: Adapted, blend: Weighted) -> None:
     with torch.no_grad():
         values = layer.substitutes(blend)
     for name, value in values.items():
-        module, attribute = _owner(layer, name)
-        before = cast(Tensor, getattr(module, attribute))
-        if before.is_floating_point():
-            value = value.to(before.dtype)
+        storage = _storage(layer, name)
+        if value.is_floating_point():
+            # a storage of few bits has the range of the floats that it was made from
+            value = value.to(storage.read(layer.base, name).dtype)
         if not torch.isfinite(value).all():
             raise LorakitError(
-                f"merge: {layer.path}.{name} would hold a NaN or an infinity in {before.dtype}; nothing was merged."
+                f"merge: {layer.path}.{name} would hold a NaN or an infinity in {value.dtype}; nothing was merged."
             )
 
 
-def _owner(layer: Adapted, name: str) -> tuple[nn.Module, str]:
-    path, _, attribute = name.rpartition(".")
-    return layer.base.get_submodule(path), attribute
+def _storage(layer: Adapted, name: str) -> Storage:
+    """What writes one of a layer's tensors: the weight's own storage; biases and replaced tensors are plain."""
+    weights = {site.weight for site in layer.sites.values()}
+    return storage_of(layer.base, name, layer.path) if name in weights else FLOAT
 
 
-def _write(
-    layer: Adapted, blend: Weighted, kept: dict[str, nn.Parameter | Tensor] | None, shared: bool = False
-) -> float:
+def _write(layer: Adapted, blend: Weighted, kept: dict[str, Held] | None, shared: bool = False) -> float:
     """Write one layer's blend into its base; with `kept`, remember the tensor objects that were there; where they are
     `shared` with another layer, this one gets its own."""
     error = 0.0
-    weights = {site.weight for site in layer.sites.values()}
     with torch.no_grad():
         values = layer.substitutes(blend)
     for name, value in values.items():
-        module, attribute = _owner(layer, name)
-        before = cast(Tensor, getattr(module, attribute))
+        storage = _storage(layer, name)
         if kept is not None:
-            kept[name] = before
-        if kept is not None or shared:
-            fresh = before.detach().clone()
-            if isinstance(before, nn.Parameter):
-                fresh = type(before)(fresh, requires_grad=before.requires_grad)
-            setattr(module, attribute, fresh)
-        if name in weights:
-            error = max(error, storage_of(layer.base, name, layer.path).write(layer.base, name, value))
-        else:
-            with torch.no_grad():
-                cast(Tensor, getattr(module, attribute)).copy_(value)
+            kept[name] = storage.hold(layer.base, name)
+        error = max(error, storage.write(layer.base, name, value, fresh=kept is not None or shared))
     return error
-
-
-def _restore(layer: Adapted, kept: dict[str, nn.Parameter | Tensor]) -> None:
-    for name, value in kept.items():
-        module, attribute = _owner(layer, name)
-        setattr(module, attribute, value)
 
 
 def merge(model: nn.Module, route: str | Blend, untie: bool = False) -> MergeReport:
@@ -181,7 +163,7 @@ def merged(model: nn.Module, route: str | Blend) -> Iterator[None]:
     blend = _uniform(board, route, "merged")
     layers = _layers(board, blend)
     _check(model, board, blend, layers, untie=True)
-    kept: dict[str, dict[str, nn.Parameter | Tensor]] = {}
+    kept: dict[str, dict[str, Held]] = {}
     firsts: list[tuple[Adapted, list[str]]] = []
     routing, names = board.routing, {name for name, _ in blend}
     already = sorted(names & board.merged)
@@ -191,15 +173,16 @@ def merged(model: nn.Module, route: str | Blend) -> Iterator[None]:
         for path, layer in layers.items():
             kept[path] = {}
             _write(layer, blend, kept[path])
-            first = {name: value.detach() for name, value in kept[path].items() if name not in layer.kept}
+            first = {name: held for name, held in kept[path].items() if name not in layer.kept}
             firsts.append((layer, list(first)))
-            layer.kept.update({name: value for name, value in first.items() if value.is_floating_point()})
+            layer.kept.update(first)
         board.merged |= names
         board.routing = _without(routing, names)
         yield
     finally:
-        for path, tensors in kept.items():
-            _restore(layers[path], tensors)
+        for tensors in kept.values():
+            for held in tensors.values():
+                held.restore()
         for layer, written in firsts:
             for name in written:
                 layer.kept.pop(name, None)

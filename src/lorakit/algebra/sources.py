@@ -9,10 +9,10 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lorakit.adapter import Adapter, adapters
 from lorakit.algebra.changes import Change
@@ -22,7 +22,7 @@ from lorakit.errors import LorakitError
 from lorakit.fingerprint import disagreement
 from lorakit.interchange import PREFIX
 from lorakit.layout import Rows, Site
-from lorakit.storage import storage_of
+from lorakit.storage import value_of
 from lorakit.targets import has_suffix, value_for
 
 PAIRS = {".lora_A.weight": ".lora_B.weight", ".lora_embedding_A": ".lora_embedding_B"}
@@ -123,19 +123,15 @@ def change_of(adapter: Adapter, path: str, site: Site, delta: Delta) -> Change:
 def matrix_of(adapter: Adapter, path: str, site: Site) -> Tensor:
     """The frozen weight (out, in) under a site, whatever is merged into it just now."""
     layer = adapter.layers[path]
-    stored = layer.kept.get(site.weight)
-    return site.layout.matrix(
-        storage_of(layer.base, site.weight).read(layer.base, site.weight) if stored is None else stored
-    )
+    return site.layout.matrix(layer.stored(site))
 
 
 def frozen(layer: Any, name: str) -> Tensor:
     """One of the base's own tensors in an adapted layer, whatever is merged into it just now."""
-    owner, _, attribute = name.rpartition(".")
-    held: Mapping[str, Tensor] = layer.kept
-    base: nn.Module = layer.base
-    found = held[name] if name in held else getattr(base.get_submodule(owner), attribute)
-    return found.detach() if isinstance(found, Tensor) else found
+    if name in layer.kept:
+        return cast(Tensor, layer.kept[name].read())
+    found = value_of(layer.base, name)
+    return cast(Tensor, found.detach() if isinstance(found, Tensor) else found)
 
 
 # -- in a folder -----------------------------------------------------------------------------------------------------------

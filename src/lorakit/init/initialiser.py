@@ -50,6 +50,7 @@ class Start:
         like: a tensor with the device and dtype that the factors will have.
         weight: gives the frozen weight (out, in).
         statistic: what was measured: an initialiser's own `statistic`, or the mean gradient (out, in); else None.
+        stored: what the layer would hold if it were given a weight (out, in), where it holds few bits; None where floats.
     """
 
     path: str
@@ -59,6 +60,7 @@ class Start:
     like: Tensor
     weight: Callable[[], Tensor]
     statistic: Any = None
+    stored: Callable[[Tensor], Tensor] | None = None
 
     @property
     def W(self) -> Tensor:
@@ -81,8 +83,8 @@ class Start:
 
 
 class Factors(NamedTuple):
-    """Where a delta starts: B (out, rank), A (rank, in); and the weight (out, in) that takes the frozen one's place, for
-    initialisers that rewrite it."""
+    """Where a delta starts: B (out, rank), A (rank, in); and the weight (out, in) that is put in the frozen one's place, for
+    initialisers that rewrite it (what the layer then holds is `Start.stored` of it)."""
 
     B: Tensor
     A: Tensor

@@ -3,10 +3,14 @@
     L R = 0;  repeat:  Q = q(W - L R);  U S Vᵀ = svd(W - Q);  L = U_r √S_r,  R = √S_r V_rᵀ
     base = Q      B = L / √s      A = R / √s      so that W ≈ Q + s B A
 
+q is the layer's own quantiser where the base is held in few bits (the floats are then handed to `attach` as
+`originals`), and a simulated one on a float base. With `principal` the rounds begin at the r leading singular triplets
+of W in place of zero, and the first Q answers those (QPiSSA, Meng et al. 2024, arXiv 2404.02948).
+
 Li et al. 2023, arXiv 2310.08659. Three things differ from what is in use elsewhere, on purpose. The factors are divided
 by √s: without that (the authors' stored adapters, PEFT) a scale other than 1 starts from Q + s L R. The best of all
-rounds is kept: with scales taken anew in each round the error may rise again. And the base is replaced through its
-storage, with the original kept until the adapter is taken off.
+rounds is kept: with scales taken anew in each round q is no projection, and the error may rise again. And the base is
+replaced through its storage, with the original kept until the adapter is taken off.
 
 This is the one start that changes the base: what is trained belongs to Q, so a saved adapter needs the model with Q.
 With one round, Q = q(W) is what any loader makes of W in that format; with more, save the quantised model too.
@@ -31,7 +35,8 @@ class LoftQ(Initialiser):
 
     Attributes:
         rounds: how often quantising and decomposing alternate; 1 leaves the base as any loader of the format has it.
-        quantiser: the number format of the base, by name.
+        quantiser: the number format that a float base is rounded to, by name; a base in few bits has its own.
+        principal: begin at the weight's principal part, which the base then lacks (QPiSSA).
     """
 
     name: ClassVar[str] = "loftq"
@@ -39,6 +44,7 @@ class LoftQ(Initialiser):
     rewrites: ClassVar[bool] = True
     rounds: int = 1
     quantiser: str = "nf4"
+    principal: bool = False
 
     def __post_init__(self) -> None:
         if not isinstance(self.rounds, int) or self.rounds < 1:
@@ -48,16 +54,23 @@ class LoftQ(Initialiser):
 
     def factors(self, start: Start) -> Factors:
         root = start.root_scale(self.name)
-        quantise, W = QUANTISERS[self.quantiser], start.W
+        quantise, W = start.stored or QUANTISERS[self.quantiser], start.W
         best: tuple[float, Factors] | None = None
-        answer = torch.zeros_like(W)
-        for _ in range(self.rounds):
-            Q = quantise(W - answer)
-            U, S, V = triplets(W - Q, start.rank)
-            L, R = U * S.sqrt(), (V * S.sqrt()).mT
-            answer = L @ R
-            error = float(torch.linalg.matrix_norm(W - Q - answer))
+        L, R = _halves(W, start.rank) if self.principal else (W[:, :0], W[:0])
+        for turn in range(self.rounds):
+            rest = W - L @ R
+            Q = quantise(rest)
+            if turn or not self.principal:
+                L, R = _halves(W - Q, start.rank)
+            error = float(torch.linalg.matrix_norm(W - Q - L @ R))
             if best is None or error < best[0]:
-                best = (error, Factors(L / root, R / root, Q))
+                # A layer of few bits rounds `rest` to Q by itself; Q once more would not give Q with double quantisation.
+                best = (error, Factors(L / root, R / root, Q if start.stored is None else rest))
         assert best is not None
         return best[1]
+
+
+def _halves(M: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The r leading triplets as L (out, r) and R (r, in), the singular values shared evenly."""
+    U, S, V = triplets(M, rank)
+    return U * S.sqrt(), (V * S.sqrt()).mT

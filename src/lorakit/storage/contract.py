@@ -1,0 +1,136 @@
+"""The contract of a storage, plain floating-point weights, and how a tensor of a layer is found by name."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+"""Number formats whose entries are the weight itself. Eight-bit floats are not among them: they come with scales."""
+
+
+@dataclass(frozen=True)
+class Held:
+    """A weight as it was at some moment, by its very objects.
+
+    Attributes:
+        read: gives it as floats in its stored shape, whatever the layer holds by now.
+        restore: puts the very objects back into the layer.
+    """
+
+    read: Callable[[], Tensor]
+    restore: Callable[[], None]
+
+
+class Storage(ABC):
+    """How one kind of layer holds its weight. Has no state; the layer is handed to each call."""
+
+    name: str
+
+    @abstractmethod
+    def holds(self, layer: nn.Module, tensor: str) -> bool:
+        """Whether this storage reads the named tensor of this layer."""
+
+    @abstractmethod
+    def read(self, layer: nn.Module, tensor: str) -> Tensor:
+        """The weight as floats in its stored shape (the very tensor where it is float already). Never modify it."""
+
+    @abstractmethod
+    def write(self, layer: nn.Module, tensor: str, values: Tensor, fresh: bool = False) -> float:
+        """Store `values` (in the stored shape); returns the relative Frobenius error that storing made beyond the float
+        dtype's rounding. With `fresh` the layer gets new tensor objects and the present ones stay as they are."""
+
+    @abstractmethod
+    def hold(self, layer: nn.Module, tensor: str) -> Held:
+        """The present weight, to be read and put back after a `write` with `fresh`."""
+
+    @abstractmethod
+    def rounded(self, layer: nn.Module, tensor: str, values: Tensor) -> Tensor:
+        """What `read` would give after `write(values)`, in float32 or better; the layer stays as it is."""
+
+    @abstractmethod
+    def nbytes(self, layer: nn.Module, tensor: str) -> int:
+        """Bytes that the weight takes, its scales and code books included."""
+
+    def label(self, layer: nn.Module, tensor: str) -> str:
+        """The number format of this layer's weight, for people and files: "float", "nf4", "int8"."""
+        return self.name
+
+    def refusal(self, layer: nn.Module, tensor: str) -> str:
+        """Why nothing can be written into this layer; empty where it can."""
+        return ""
+
+    def settle(self, layer: nn.Module) -> None:  # noqa: B027 - most layers need nothing
+        """Called when an adapter comes on the model: see that the layer gives its inputs their gradient in every mode."""
+
+
+def owner(layer: nn.Module, tensor: str) -> tuple[nn.Module, str]:
+    """The module of a layer that has the named tensor, and the attribute's name."""
+    path, _, name = tensor.rpartition(".")
+    return (layer.get_submodule(path) if path else layer), name
+
+
+def value_of(layer: nn.Module, tensor: str) -> Any:
+    """What stands under the tensor's name; None where nothing does."""
+    module, name = owner(layer, tensor)
+    return getattr(module, name, None)
+
+
+def comes_from(value: object, library: str) -> bool:
+    """Whether an object's class is a library's, told without importing the library."""
+    return any(kind.__module__.partition(".")[0] == library for kind in type(value).__mro__)
+
+
+def relative_error(stored: Tensor, values: Tensor) -> float:
+    """‖stored - values‖ / ‖values‖ (Frobenius), in float32 or better."""
+    precise = torch.promote_types(values.dtype, torch.float32)
+    size = float(torch.linalg.vector_norm(values, dtype=precise))
+    error = float(torch.linalg.vector_norm(stored.to(precise) - values.to(precise)))
+    return error / size if size else error
+
+
+class Float(Storage):
+    """Plain floating-point tensors."""
+
+    name = "float"
+
+    def holds(self, layer: nn.Module, tensor: str) -> bool:
+        value = value_of(layer, tensor)
+        return type(value) in (nn.Parameter, Tensor) and value.dtype in FLOATS
+
+    def read(self, layer: nn.Module, tensor: str) -> Tensor:
+        return cast(Tensor, value_of(layer, tensor)).detach()
+
+    def write(self, layer: nn.Module, tensor: str, values: Tensor, fresh: bool = False) -> float:
+        module, name = owner(layer, tensor)
+        before = cast(Tensor, getattr(module, name))
+        if fresh:
+            copy = before.detach().clone()
+            setattr(module, name, _like(before, copy))
+        with torch.no_grad():
+            cast(Tensor, getattr(module, name)).copy_(values)
+        return 0.0
+
+    def hold(self, layer: nn.Module, tensor: str) -> Held:
+        module, name = owner(layer, tensor)
+        before = cast(Tensor, getattr(module, name))
+        return Held(before.detach, lambda: setattr(module, name, before))
+
+    def rounded(self, layer: nn.Module, tensor: str, values: Tensor) -> Tensor:
+        stored = values.to(self.read(layer, tensor).dtype)
+        return stored.to(torch.promote_types(stored.dtype, torch.float32))
+
+    def nbytes(self, layer: nn.Module, tensor: str) -> int:
+        value = self.read(layer, tensor)
+        return value.numel() * value.element_size()
+
+
+def _like(before: Tensor, copy: Tensor) -> Tensor:
+    if isinstance(before, nn.Parameter):
+        return type(before)(copy, requires_grad=before.requires_grad)
+    return copy
