@@ -13,11 +13,12 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
-from lorakit.adapter import board_of, detach, ties
+from lorakit.adapter import adapters, board_of, detach, ties
+from lorakit.algebra.floats import cast_parameters, float_layer, is_packed, unpack
 from lorakit.errors import LorakitError
 from lorakit.layer import Adapted
 from lorakit.routing import Blend, Board, Routing, parse
-from lorakit.storage import FLOAT, Held, Storage, storage_of
+from lorakit.storage import FLOAT, Held, Storage, owner, storage_of, value_of
 from lorakit.targets import walk
 
 
@@ -53,7 +54,14 @@ def _layers(board: Board, blend: Weighted) -> dict[str, Adapted]:
     return layers
 
 
-def _check(model: nn.Module, board: Board, blend: Weighted, layers: dict[str, Adapted], untie: bool) -> None:
+def _check(
+    model: nn.Module,
+    board: Board,
+    blend: Weighted,
+    layers: dict[str, Adapted],
+    untie: bool,
+    dtype: torch.dtype | None = None,
+) -> None:
     """Everything that can be refused, before the first weight changes."""
     for name, _ in blend:
         for key, parameter in board.adapters[name].named_parameters():
@@ -63,7 +71,7 @@ def _check(model: nn.Module, board: Board, blend: Weighted, layers: dict[str, Ad
     for path, layer in layers.items():
         for site in layer.sites.values():
             reason = storage_of(layer.base, site.weight, path).refusal(layer.base, site.weight)
-            if reason:
+            if reason and dtype is None:
                 raise LorakitError(
                     f"merge: nothing can be written into {path}: {reason}. Merge into a float copy: "
                     "lk.merge(model, name, dtype=torch.bfloat16), or lorakit merge BASE ADAPTER --dtype bf16."
@@ -74,10 +82,10 @@ def _check(model: nn.Module, board: Board, blend: Weighted, layers: dict[str, Ad
                 f"{path} a weight of its own (and the model's files will hold both)."
             )
     for layer in layers.values():
-        _check_values(layer, blend)
+        _check_values(layer, blend, dtype)
 
 
-def _check_values(layer: Adapted, blend: Weighted) -> None:
+def _check_values(layer: Adapted, blend: Weighted, dtype: torch.dtype | None) -> None:
     """What one layer would hold, in the format that it would be written in; only then is anything written."""
     with torch.no_grad():
         values = layer.substitutes(blend)
@@ -85,7 +93,7 @@ def _check_values(layer: Adapted, blend: Weighted) -> None:
         storage = _storage(layer, name)
         if value.is_floating_point():
             # a storage of few bits has the range of the floats that it was made from
-            value = value.to(storage.read(layer.base, name).dtype)
+            value = value.to(dtype or storage.read(layer.base, name).dtype)
         if not torch.isfinite(value).all():
             raise LorakitError(
                 f"merge: {layer.path}.{name} would hold a NaN or an infinity in {value.dtype}; nothing was merged."
@@ -112,13 +120,32 @@ def _write(layer: Adapted, blend: Weighted, kept: dict[str, Held] | None, shared
     return error
 
 
-def merge(model: nn.Module, route: str | Blend, untie: bool = False) -> MergeReport:
+def _into_floats(layer: Adapted, blend: Weighted, dtype: torch.dtype) -> None:
+    """One layer's blend in floats of this dtype, rounded once; a packed layer becomes a float one."""
+    with torch.no_grad():
+        values = layer.substitutes(blend)
+    if is_packed(layer.base):
+        layer.base = float_layer(layer.base, dtype, values)
+        return
+    for name, value in values.items():
+        module, attribute = owner(layer.base, name)
+        before = value_of(layer.base, name)
+        value = value.to(dtype) if before.is_floating_point() else value
+        fresh = nn.Parameter(value, requires_grad=before.requires_grad) if isinstance(before, nn.Parameter) else value
+        setattr(module, attribute, fresh)
+
+
+def merge(model: nn.Module, route: str | Blend, untie: bool = False, dtype: torch.dtype | None = None) -> MergeReport:
     """Write adapters into the base weights for good and take them off: no adapter, no latency.
+
+    A quantised base is quantised anew, and the report says what error that makes. With `dtype` it becomes a float model
+    instead, merged against the floats that its codes stand for, which are what the adapter was trained on.
 
     Args:
         model: a model with the adapters.
         route: a name or a blend {name: weight}.
         untie: give a layer that shares its weight with another (tied embeddings) a weight of its own first.
+        dtype: make the whole base a float model of this dtype.
 
     Raises:
         LorakitError: something cannot be merged; no weight has changed then.
@@ -131,14 +158,22 @@ def merge(model: nn.Module, route: str | Blend, untie: bool = False) -> MergeRep
             "`merged` first."
         )
     layers = _layers(board, blend)
-    _check(model, board, blend, layers, untie)
+    _check(model, board, blend, layers, untie, dtype)
     report = MergeReport(tuple(layers))
     tied = ties(dict(walk(model)))
     for path, layer in layers.items():
-        report.error[path] = _write(layer, blend, None, shared=path in tied)
+        if dtype is None:
+            report.error[path] = _write(layer, blend, None, shared=path in tied)
+        else:
+            _into_floats(layer, blend, dtype)
+            report.error[path] = 0.0
     for name, _ in blend:
         board.adapters[name].originals.clear()  # what was merged stays, though a start replaced weights before
         detach(model, name)
+    if dtype is not None:
+        others = [tensor for adapter in adapters(model).values() for tensor in adapter.parameters()]
+        unpack(model, dtype)
+        cast_parameters(model, dtype, others)
     if untie and any(path in tied for path in layers):
         _untie_config(model)
     return report
