@@ -61,7 +61,7 @@ def unpack(model: nn.Module, dtype: torch.dtype) -> None:
         with contextlib.suppress(AttributeError):
             delattr(model, mark)
     config = getattr(model, "config", None)
-    if getattr(config, "quantization_config", None) is not None:
+    if config is not None and getattr(config, "quantization_config", None) is not None:
         del config.quantization_config
 
 
