@@ -6,11 +6,16 @@ another gate `g`. The backward is written by hand so that nothing is kept that c
 - x is saved as it came (the same tensor that q, k and v share, so it is held once), or not at all where A is frozen;
 - dropout keeps a seed and draws its mask again;
 - the scale multiplies the rank-wide product, not the output;
-- the base layer's product is inside, so that the input's gradient is one accumulation and not a sum of two tensors.
+- the base layer's product is inside, so that the input's gradient is one accumulation and not a sum of two tensors;
+- the adapter's masters come as they are and their gradients leave in the masters' dtype, so that no cast is a node.
+
+`gained` is the other product an adapter may be: every output feature times a trained number of its own.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -61,6 +66,8 @@ class _Product(Function):
         seed: int,
     ) -> Tensor:
         leading, rank = x.shape[:-1], A.shape[0]
+        ctx.masters = B.dtype, A.dtype
+        B, A = B.to(x.dtype), A.to(x.dtype)
         flat = x.reshape(leading.numel(), x.shape[-1])
         dropped = flat * _keep_mask(flat, flat.shape[0], flat.shape[1], dropout, seed) if dropout else flat
         h = dropped @ A.T
@@ -104,6 +111,8 @@ class _Product(Function):
             dx = dx.view(ctx.shape)
         if ctx.needs_input_grad[2]:
             db = flat_dy.sum(0)
+        of_B, of_A = ctx.masters
+        dB, dA = None if dB is None else dB.to(of_B), None if dA is None else dA.to(of_A)
         return dx, None, db, dB, dA, dgate, None, None, None
 
 
@@ -121,8 +130,8 @@ def product(
 
     Args:
         x: (..., in).
-        B: (out, rank).
-        A: (rank, in).
+        B: (out, rank), in x's dtype or the wider one of its master; its gradient comes in that.
+        A: (rank, in), likewise.
         gate: broadcastable to (..., rank), or None for 1. One vector: AdaLoRA's Λ, VeRA's d. One row per batch entry:
             every row its own adapter. One per token: a mixture.
         scale: a constant that multiplies the product.
@@ -136,9 +145,55 @@ def product(
     cast = autocast(x)
     if cast is not x:
         x = cast
-        B, A = B.to(x.dtype), A.to(x.dtype)
         gate, W, b = (None if tensor is None else tensor.to(x.dtype) for tensor in (gate, W, b))
     if dropout >= 1.0:
         return F.linear(x, W, b) if W is not None else x.new_zeros(*x.shape[:-1], B.shape[0])
     seed = int(torch.randint(2**62, ()).item()) if dropout else 0
     return _Product.apply(x, W, b, B, A, gate, scale, dropout, seed)  # type: ignore[no-any-return, no-untyped-call]
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# A number for each output feature
+
+_small: Callable[..., Any] | None = None
+
+
+@contextmanager
+def small_functions(run: Callable[..., Any]) -> Iterator[None]:
+    """Within the block functions of one pass over memory go through `run(function, *tensors)`, which may compile them."""
+    global _small
+    before, _small = _small, run
+    try:
+        yield
+    finally:
+        _small = before
+
+
+def gain_backward(dy: Tensor, y: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
+    """dy, y (tokens, out), g (out,) -> the gradients of y, and of g in float32 or better."""
+    wide = torch.promote_types(dy.dtype, torch.float32)
+    slope = dy.to(wide)
+    return (slope * g.to(wide)).to(dy.dtype), (slope * y.to(wide)).sum(0)
+
+
+class _Gain(Function):
+    """`y ⊙ g`; both gradients in one pass over dy where small functions are compiled."""
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, g: Tensor) -> Tensor:
+        ctx.save_for_backward(y, g)
+        return y * g.to(y.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor]:
+        y, g = ctx.saved_tensors
+        columns = dy.shape[-1]
+        flat = dy.reshape(-1, columns), y.reshape(-1, columns), g
+        of_y, of_g = gain_backward(*flat) if _small is None else _small(gain_backward, *flat)
+        return of_y.view(dy.shape), of_g.to(g.dtype)
+
+
+def gained(y: Tensor, g: Tensor) -> Tensor:
+    """`y ⊙ g`: y (..., out), g (out,), possibly wider than y. In y's dtype."""
+    return _Gain.apply(y, g)  # type: ignore[no-any-return, no-untyped-call]

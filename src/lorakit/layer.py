@@ -18,7 +18,7 @@ from torch.func import functional_call
 
 from lorakit.delta import Delta, LowRank
 from lorakit.errors import LorakitError
-from lorakit.kernel import autocast, product
+from lorakit.kernel import autocast, gained, product
 from lorakit.layout import Rows, Site
 from lorakit.routing import Board
 from lorakit.rows import check_rows, first_tensor, join, pad, per_row, take, take_attention
@@ -124,11 +124,11 @@ class LayerCall:
         dropout: float = 0.0,
     ) -> Tensor:
         layout, x = self.site.layout, self.x
-        B, A = self._cast(B), self._cast(A)
         if gate is not None:
             gate = self._cast(gate)
         if layout.flat:
             return product(x, B, A, gate, scale, dropout)
+        B, A = self._cast(B), self._cast(A)
         if dropout and x.is_floating_point():
             x = F.dropout(x, dropout)
         h = layout.down(self.layer, x, A) * scale
@@ -145,8 +145,8 @@ class LayerCall:
         W = self.site.layout.matrix(cast(Tensor, self.layer.weight))
         return product(
             self.x,
-            self._cast(B),
-            self._cast(A),
+            B,
+            A,
             None if gate is None else self._cast(gate),
             scale,
             dropout,
@@ -154,6 +154,8 @@ class LayerCall:
         )
 
     def gain(self, y: Tensor, g: Tensor) -> Tensor:
+        if self.site.layout.flat and y.is_floating_point():
+            return gained(y, g)
         return y * self.site.layout.features(g.to(y.dtype), y)
 
 
@@ -287,8 +289,8 @@ class Adapted(nn.Module):
             gate = low_rank.gate()
             return product(
                 x,
-                B.to(x.dtype),
-                A.to(x.dtype),
+                B,
+                A,
                 None if gate is None else gate.to(x.dtype),
                 low_rank.scale * weight,
                 delta.dropout if delta.training else 0.0,

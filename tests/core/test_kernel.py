@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import lorakit as lk
-from lorakit.kernel import product
+from lorakit.kernel import gained, product, small_functions
 
 IN, OUT, RANK, BATCH, TOKENS = 7, 5, 3, 2, 4
 
@@ -412,3 +412,43 @@ def test_compiled_is_equal() -> None:
         assert_close(ours, theirs)
     with lk.use(model, None):
         assert_close(compiled(x), model(x))
+
+
+def test_gained() -> None:
+    y = torch.randn(BATCH, TOKENS, OUT, dtype=torch.float64, requires_grad=True)
+    g = torch.randn(OUT, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(gained, (y, g))
+    torch.testing.assert_close(gained(y, g), y * g)
+
+
+def test_small_functions_take_the_way_that_is_given() -> None:
+    y, g = torch.randn(TOKENS, OUT, requires_grad=True), torch.randn(OUT, requires_grad=True)
+    ran: list[str] = []
+
+    def run(function: Any, *tensors: Tensor) -> Any:
+        ran.append(function.__name__)
+        return function(*tensors)
+
+    with small_functions(run):
+        gained(y, g).sum().backward()
+    assert ran == ["gain_backward"]
+    gained(y, g).sum().backward()
+    assert ran == ["gain_backward"]  # put back
+
+
+def test_masters_keep_their_dtype() -> None:
+    """Factors wider than x are cast inside, and their gradients come in their own dtype: no sum of them is rounded."""
+    x = torch.randn(BATCH, TOKENS, IN, dtype=torch.bfloat16)
+    B, A = torch.randn(OUT, RANK, requires_grad=True), torch.randn(RANK, IN, requires_grad=True)
+    y = product(x, B, A)
+    y.sum().backward()
+    assert y.dtype is torch.bfloat16
+    assert B.grad is not None
+    assert A.grad is not None
+    assert B.grad.dtype is A.grad.dtype is torch.float32
+    b, a = B.detach().bfloat16().requires_grad_(), A.detach().bfloat16().requires_grad_()
+    product(x, b, a).sum().backward()
+    assert b.grad is not None
+    assert a.grad is not None
+    assert torch.equal(B.grad, b.grad.float())
+    assert torch.equal(A.grad, a.grad.float())

@@ -28,7 +28,8 @@ def draw(*shape: int) -> Tensor:
 
 @pytest.fixture
 def uncompiled(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch, "compile", lambda function, **options: function)
+    # Other libraries use it as a decorator factory when they are imported meanwhile.
+    monkeypatch.setattr(torch, "compile", lambda function=None, **options: function or (lambda one: one))
     monkeypatch.setattr(fusion, "_compiled", {})
     monkeypatch.setattr(fusion, "_met", set())
     monkeypatch.setattr(fusion, "_plain", {})

@@ -25,6 +25,8 @@ import torch
 import torch.fx.experimental._config
 from torch import Tensor, nn
 
+from lorakit.kernel import small_functions
+
 logger = logging.getLogger(__name__)
 
 
@@ -270,7 +272,8 @@ def fused(model: nn.Module) -> Iterator[FusionReport]:
         _patch(model, report, undo)
     _report = report
     try:
-        yield report
+        with small_functions(call):
+            yield report
     finally:
         _report = before
         for restore in undo:
