@@ -1,0 +1,420 @@
+// The inner loops of a serving step on a processor: attention over pages of keys and values, the adapters' product, RMSNorm
+// and rotary positions. Each does what its namesake in Python does (product.py, attention.py, fusion.py), which the tests hold
+// it to; numbers are added up in float32. Compiled at first use for this machine by native.py.
+//
+// Sixteen floats are one vector: a page holds sixteen tokens, keys with the tokens innermost, so that a page's scores are one
+// vector and need no sums across lanes.
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <vector>
+#if defined(__AVX512F__)
+#include <immintrin.h>
+#endif
+
+typedef float v16 __attribute__((vector_size(64), aligned(4)));
+typedef int32_t i16 __attribute__((vector_size(64), aligned(4)));
+typedef uint16_t bf16;
+constexpr int PAGE = 16;
+
+static inline float widen(float x) { return x; }
+static inline float widen(bf16 x) {
+    uint32_t bits = uint32_t(x) << 16;
+    float f;
+    memcpy(&f, &bits, 4);
+    return f;
+}
+static inline void narrow(float x, float* to) { *to = x; }
+static inline void narrow(float x, bf16* to) {
+    uint32_t bits;
+    memcpy(&bits, &x, 4);
+    *to = x != x ? 0x7fc0 : bf16((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);  // to nearest, ties to even
+}
+static inline v16 load(const float* p) { return *reinterpret_cast<const v16*>(p); }
+static inline v16 load(const bf16* p) {
+    typedef uint16_t h16 __attribute__((vector_size(32), aligned(2)));
+    typedef uint32_t u16 __attribute__((vector_size(64)));
+    u16 bits = __builtin_convertvector(*reinterpret_cast<const h16*>(p), u16) << 16;
+    return reinterpret_cast<v16&>(bits);
+}
+static inline void keep(v16 x, float* to) { *reinterpret_cast<v16*>(to) = x; }
+static inline void keep(v16 x, bf16* to) {
+#if defined(__AVX512BF16__)
+    __m256bh h = _mm512_cvtneps_pbh((__m512)x);
+    memcpy(to, &h, 32);
+#else
+    for (int i = 0; i < 16; i++) narrow(x[i], to + i);
+#endif
+}
+static inline float sum(v16 x) {
+#if defined(__AVX512F__)
+    return _mm512_reduce_add_ps((__m512)x);
+#else
+    for (int width = 8; width; width /= 2)
+        for (int i = 0; i < width; i++) x[i] += x[i + width];
+    return x[0];
+#endif
+}
+static inline v16 all(float x) { return x - v16{}; }
+
+// e^x to a rounding or two of float32: 2^n times a polynomial on [-ln2/2, ln2/2].
+static inline v16 exponential(v16 x) {
+    x = x < -87.0f ? all(-87.0f) : x;
+    x = x > 88.0f ? all(88.0f) : x;
+    v16 n = x * 1.44269504088896341f;
+    i16 whole = __builtin_convertvector(n + (n < 0 ? all(-0.5f) : all(0.5f)), i16);
+    v16 k = __builtin_convertvector(whole, v16);
+    v16 r = x - k * 0.693359375f + k * 2.12194440e-4f;
+    v16 p = all(1.9875691500e-4f);
+    p = p * r + 1.3981999507e-3f;
+    p = p * r + 8.3334519073e-3f;
+    p = p * r + 4.1665795894e-2f;
+    p = p * r + 1.6666665459e-1f;
+    p = p * r + 5.0000001201e-1f;
+    p = p * r * r + r + 1.0f;
+    i16 power = (whole + 127) << 23;
+    return p * reinterpret_cast<v16&>(power);
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Attention
+
+constexpr int TILE = 4;  // tokens of one row that read a page together
+
+template <typename T>
+static void attend(const T* q, int64_t q_head, int64_t q_token, const T* k, int64_t k_head, int64_t k_token, const T* v,
+                   int64_t v_head, int64_t v_token, T* out, T* keys, T* values, const int32_t* table, int64_t table_width,
+                   const int32_t* row, const int32_t* position, int64_t tokens, const int32_t* tiles, int64_t tile_count,
+                   int64_t heads, int64_t key_heads, int64_t d, int64_t dv, float scale, float softcap, int64_t window,
+                   const float* sinks) {
+    const int64_t group = heads / key_heads, dv_pad = (dv + 15) / 16 * 16, queries = TILE * group;
+#pragma omp parallel
+    {
+#pragma omp for schedule(static)
+        for (int64_t t = 0; t < tokens; t++) {
+            const int64_t page = table[row[t] * table_width + position[t] / PAGE], slot = position[t] % PAGE;
+            for (int64_t h = 0; h < key_heads; h++) {
+                T* to = keys + (page * key_heads + h) * d * PAGE + slot;
+                const T* from = k + h * k_head + t * k_token;
+                for (int64_t i = 0; i < d; i++) to[i * PAGE] = from[i];
+                memcpy(values + ((page * key_heads + h) * PAGE + slot) * dv, v + h * v_head + t * v_token, dv * sizeof(T));
+            }
+        }
+        std::vector<float> memory;
+#pragma omp for schedule(dynamic, 2)
+        for (int64_t task = 0; task < tile_count * key_heads; task++) {
+            const int64_t first = tiles[2 * (task / key_heads)], count = tiles[2 * (task / key_heads) + 1];
+            const int64_t h = task % key_heads, used = count * group;
+            const int32_t* pages = table + row[first] * table_width;
+            const int64_t last = position[first] + count - 1;
+            int64_t start = window > 0 ? position[first] - window + 1 : 0;
+            start = start < 0 ? 0 : start / PAGE * PAGE;
+            const int64_t length = (last - start) / PAGE * PAGE + PAGE;
+            memory.resize(queries * (d + length + dv_pad) + 16 * (d + dv_pad));
+            float *wide = memory.data(), *scores = wide + queries * d, *result = scores + queries * length;
+            float *page_buffer = result + queries * dv_pad;
+            for (int64_t i = 0; i < count; i++)
+                for (int64_t g = 0; g < group; g++) {
+                    const T* from = q + (h * group + g) * q_head + (first + i) * q_token;
+                    for (int64_t c = 0; c < d; c++) wide[(i * group + g) * d + c] = widen(from[c]) * scale;
+                }
+            for (int64_t s = 0; s < length; s += PAGE) {
+                const T* page = keys + (pages[(start + s) / PAGE] * key_heads + h) * d * PAGE;
+                for (int64_t c = 0; c < d; c++) keep(load(page + c * PAGE), page_buffer + c * PAGE);
+                int64_t n = 0;
+                for (; n + 3 <= used; n += 3) {
+                    const float *q0 = wide + n * d, *q1 = q0 + d, *q2 = q1 + d;
+                    v16 a0{}, a1{}, a2{}, b0{}, b1{}, b2{};
+                    int64_t c = 0;
+                    for (; c + 2 <= d; c += 2) {
+                        v16 x = load(page_buffer + c * PAGE), y = load(page_buffer + (c + 1) * PAGE);
+                        a0 += q0[c] * x, a1 += q1[c] * x, a2 += q2[c] * x;
+                        b0 += q0[c + 1] * y, b1 += q1[c + 1] * y, b2 += q2[c + 1] * y;
+                    }
+                    for (; c < d; c++) {
+                        v16 x = load(page_buffer + c * PAGE);
+                        a0 += q0[c] * x, a1 += q1[c] * x, a2 += q2[c] * x;
+                    }
+                    keep(a0 + b0, scores + n * length + s);
+                    keep(a1 + b1, scores + (n + 1) * length + s);
+                    keep(a2 + b2, scores + (n + 2) * length + s);
+                }
+                for (; n < used; n++) {
+                    const float* q0 = wide + n * d;
+                    v16 a0{}, b0{};
+                    int64_t c = 0;
+                    for (; c + 2 <= d; c += 2) {
+                        a0 += q0[c] * load(page_buffer + c * PAGE);
+                        b0 += q0[c + 1] * load(page_buffer + (c + 1) * PAGE);
+                    }
+                    for (; c < d; c++) a0 += q0[c] * load(page_buffer + c * PAGE);
+                    keep(a0 + b0, scores + n * length + s);
+                }
+            }
+            for (int64_t n = 0; n < used; n++) {
+                float* own = scores + n * length;
+                const int64_t here = position[first] + n / group;
+                const int64_t low = window > 0 && here - window + 1 > start ? here - window + 1 - start : 0;
+                const int64_t high = here - start + 1;
+                if (softcap > 0)
+                    for (int64_t j = low; j < high; j++) own[j] = softcap * std::tanh(own[j] / softcap);
+                for (int64_t j = 0; j < low; j++) own[j] = -INFINITY;
+                for (int64_t j = high; j < length; j++) own[j] = -INFINITY;  // whatever it was
+                float top = sinks ? sinks[h * group + n % group] : -INFINITY;
+                for (int64_t j = low; j < high; j++) top = own[j] > top ? own[j] : top;
+                v16 total{};
+                for (int64_t j = 0; j < length; j += 16) {
+                    v16 x = load(own + j);
+                    v16 p = x == -INFINITY ? v16{} : exponential(x - top);
+                    total += p;
+                    keep(p, own + j);
+                }
+                float share = sum(total);
+                if (sinks) share += std::exp(sinks[h * group + n % group] - top);
+                share = 1.0f / share;
+                for (int64_t j = 0; j < length; j += 16) keep(load(own + j) * share, own + j);
+            }
+            memset(result, 0, queries * dv_pad * sizeof(float));
+            for (int64_t s = 0; s < length; s += PAGE) {
+                const T* page = values + (pages[(start + s) / PAGE] * key_heads + h) * PAGE * dv;
+                for (int64_t j = 0; j < PAGE; j++) {
+                    float* to = page_buffer + j * dv_pad;
+                    int64_t c = 0;
+                    for (; c + 16 <= dv; c += 16) keep(load(page + j * dv + c), to + c);
+                    for (; c < dv_pad; c++) to[c] = c < dv ? widen(page[j * dv + c]) : 0.0f;
+                }
+                for (int64_t n = 0; n < used; n++) {
+                    // Only what the query sees: behind it may lie anything, and zero times anything is not always zero.
+                    const int64_t seen = position[first] + n / group + 1 - start - s, end = seen < PAGE ? seen : PAGE;
+                    const float* p = scores + n * length + s;
+                    for (int64_t c = 0; c < dv_pad; c += 64) {
+                        const int64_t vectors = dv_pad - c >= 64 ? 4 : (dv_pad - c) / 16;
+                        float* to = result + n * dv_pad + c;
+                        if (vectors == 4) {
+                            v16 a = load(to), b = load(to + 16), e = load(to + 32), f = load(to + 48);
+                            for (int64_t j = 0; j < end; j++) {
+                                const float* from = page_buffer + j * dv_pad + c;
+                                a += p[j] * load(from), b += p[j] * load(from + 16);
+                                e += p[j] * load(from + 32), f += p[j] * load(from + 48);
+                            }
+                            keep(a, to), keep(b, to + 16), keep(e, to + 32), keep(f, to + 48);
+                        } else {
+                            for (int64_t i = 0; i < vectors; i++) {
+                                v16 a = load(to + 16 * i);
+                                for (int64_t j = 0; j < end; j++) a += p[j] * load(page_buffer + j * dv_pad + c + 16 * i);
+                                keep(a, to + 16 * i);
+                            }
+                        }
+                    }
+                }
+            }
+            for (int64_t n = 0; n < used; n++) {
+                T* to = out + ((first + n / group) * heads + h * group + n % group) * dv;
+                for (int64_t c = 0; c < dv; c++) narrow(result[n * dv_pad + c], to + c);
+            }
+        }
+    }
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// The adapters' product: y += sum over a row's adapters of weight * ((gain - 1) * y + bias + B A x)
+
+// What one adapter says about one layer: addresses (0 where there is none) of A (rank, in), B (rank, out), gain and bias (out,).
+struct Part {
+    int64_t A, B, gain, bias, rank;
+};
+
+static inline void dots(const float* A, const float* x, int64_t rank, int64_t in, float* h) {
+    for (int64_t r = 0; r < rank; r++) {
+        const float* a = A + r * in;
+        v16 s0{}, s1{};
+        int64_t i = 0;
+        for (; i + 32 <= in; i += 32) s0 += load(a + i) * load(x + i), s1 += load(a + i + 16) * load(x + i + 16);
+        float rest = 0;
+        for (; i < in; i++) rest += a[i] * x[i];
+        h[r] = sum(s0 + s1) + rest;
+    }
+}
+
+static inline void dots(const bf16* A, const bf16* x, int64_t rank, int64_t in, float* h) {
+    int64_t r = 0;
+#if defined(__AVX512BF16__)
+    for (; r + 4 <= rank && in % 32 == 0; r += 4) {
+        const bf16 *a0 = A + r * in, *a1 = a0 + in, *a2 = a1 + in, *a3 = a2 + in;
+        __m512 s0 = _mm512_setzero_ps(), s1 = s0, s2 = s0, s3 = s0;
+        for (int64_t i = 0; i < in; i += 32) {
+            __m512bh b = (__m512bh)_mm512_loadu_si512(x + i);
+            s0 = _mm512_dpbf16_ps(s0, (__m512bh)_mm512_loadu_si512(a0 + i), b);
+            s1 = _mm512_dpbf16_ps(s1, (__m512bh)_mm512_loadu_si512(a1 + i), b);
+            s2 = _mm512_dpbf16_ps(s2, (__m512bh)_mm512_loadu_si512(a2 + i), b);
+            s3 = _mm512_dpbf16_ps(s3, (__m512bh)_mm512_loadu_si512(a3 + i), b);
+        }
+        h[r] = _mm512_reduce_add_ps(s0), h[r + 1] = _mm512_reduce_add_ps(s1);
+        h[r + 2] = _mm512_reduce_add_ps(s2), h[r + 3] = _mm512_reduce_add_ps(s3);
+    }
+#endif
+    for (; r < rank; r++) {
+        const bf16* a = A + r * in;
+        v16 s0{}, s1{};
+        int64_t i = 0;
+        for (; i + 32 <= in; i += 32) s0 += load(a + i) * load(x + i), s1 += load(a + i + 16) * load(x + i + 16);
+        float rest = 0;
+        for (; i < in; i++) rest += widen(a[i]) * widen(x[i]);
+        h[r] = sum(s0 + s1) + rest;
+    }
+}
+
+// acc[out] += h[rank] B[rank, out]
+template <typename T>
+static inline void spread(const T* B, const float* h, int64_t rank, int64_t out, float* acc) {
+    int64_t o = 0;
+    for (; o + 64 <= out; o += 64) {
+        v16 a = load(acc + o), b = load(acc + o + 16), c = load(acc + o + 32), d = load(acc + o + 48);
+        for (int64_t r = 0; r < rank; r++) {
+            const T* from = B + r * out + o;
+            a += h[r] * load(from), b += h[r] * load(from + 16);
+            c += h[r] * load(from + 32), d += h[r] * load(from + 48);
+        }
+        keep(a, acc + o), keep(b, acc + o + 16), keep(c, acc + o + 32), keep(d, acc + o + 48);
+    }
+    for (; o < out; o++) {
+        float a = acc[o];
+        for (int64_t r = 0; r < rank; r++) a += h[r] * widen(B[r * out + o]);
+        acc[o] = a;
+    }
+}
+
+template <typename T>
+static void adapt(const T* x, int64_t x_token, T* y, int64_t y_token, int64_t in, int64_t out, const Part* parts,
+                  const int32_t* row, const int32_t* start, const float* weight, int64_t tokens) {
+#pragma omp parallel if (tokens > 1)
+    {
+        std::vector<float> memory;
+#pragma omp for schedule(dynamic, 4)
+        for (int64_t t = 0; t < tokens; t++) {
+            if (row[t] < 0) continue;  // a token whose adapters go another way
+            const int64_t from = start[row[t]], to = start[row[t] + 1];
+            bool any = false;
+            for (int64_t e = from; e < to; e++) any |= parts[e].rank || parts[e].gain || parts[e].bias;
+            if (!any) continue;
+            T* own = y + t * y_token;
+            int64_t most = 0;
+            for (int64_t e = from; e < to; e++) most = parts[e].rank > most ? parts[e].rank : most;
+            memory.resize(out + most);
+            float *acc = memory.data(), *h = acc + out;
+            for (int64_t o = 0; o < out; o++) acc[o] = widen(own[o]);
+            for (int64_t e = from; e < to; e++) {
+                const Part& part = parts[e];
+                const float w = weight[e];
+                if (part.gain) {
+                    const T* gain = reinterpret_cast<const T*>(part.gain);
+                    for (int64_t o = 0; o < out; o++) acc[o] += w * (widen(gain[o]) * widen(own[o]));
+                }
+                if (part.bias) {
+                    const T* bias = reinterpret_cast<const T*>(part.bias);
+                    for (int64_t o = 0; o < out; o++) acc[o] += w * widen(bias[o]);
+                }
+                if (part.rank) {
+                    if (part.A)
+                        dots(reinterpret_cast<const T*>(part.A), x + t * x_token, part.rank, in, h);
+                    else  // a dense change: B is the transposed matrix itself
+                        for (int64_t i = 0; i < in; i++) h[i] = widen(x[t * x_token + i]);
+                    for (int64_t r = 0; r < part.rank; r++) h[r] *= w;
+                    spread(reinterpret_cast<const T*>(part.B), h, part.rank, out, acc);
+                }
+            }
+            for (int64_t o = 0; o < out; o++) narrow(acc[o], own + o);
+        }
+    }
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Functions of one pass
+
+template <typename T>
+static void norm(const T* x, const T* weight, T* y, int64_t tokens, int64_t width, float eps, float shift) {
+#pragma omp parallel for schedule(static) if (tokens > 8)
+    for (int64_t t = 0; t < tokens; t++) {
+        const T* from = x + t * width;
+        T* to = y + t * width;
+        v16 squares{};
+        int64_t i = 0;
+        for (; i + 16 <= width; i += 16) squares += load(from + i) * load(from + i);
+        float total = sum(squares);
+        for (; i < width; i++) total += widen(from[i]) * widen(from[i]);
+        const float scale = 1.0f / std::sqrt(total / width + eps);
+        for (i = 0; i < width; i++) {
+            if (shift != 0) {
+                narrow(widen(from[i]) * scale * (widen(weight[i]) + shift), to + i);
+            } else {  // rounded before the weight, as the models do it
+                T rounded;
+                narrow(widen(from[i]) * scale, &rounded);
+                narrow(widen(rounded) * widen(weight[i]), to + i);
+            }
+        }
+    }
+}
+
+template <typename T>
+static void turn(const T* x, int64_t x_head, int64_t x_token, const T* cosine, const T* sine, T* y, int64_t heads,
+                 int64_t tokens, int64_t d) {
+    const int64_t half = d / 2;
+#pragma omp parallel for schedule(static) if (tokens > 16)
+    for (int64_t t = 0; t < tokens; t++)
+        for (int64_t h = 0; h < heads; h++) {
+            const T *from = x + h * x_head + t * x_token, *c = cosine + t * d, *s = sine + t * d;
+            T* to = y + (t * heads + h) * d;
+            for (int64_t i = 0; i < half; i++) {
+                const float a = widen(from[i]), b = widen(from[i + half]);
+                narrow(a * widen(c[i]) - b * widen(s[i]), to + i);
+                narrow(b * widen(c[i + half]) + a * widen(s[i + half]), to + i + half);
+            }
+        }
+}
+
+template <typename T>
+static void gate(const T* a, const T* b, T* y, int64_t count) {
+#pragma omp parallel for schedule(static) if (count > 8192)
+    for (int64_t i = 0; i < count / 16; i++) {
+        v16 x = load(a + 16 * i);
+        T rounded[16];
+        keep(x / (1.0f + exponential(-x)), rounded);
+        keep(load(rounded) * load(b + 16 * i), y + 16 * i);
+    }
+    for (int64_t i = count / 16 * 16; i < count; i++) {
+        T rounded;
+        narrow(widen(a[i]) / (1.0f + std::exp(-widen(a[i]))), &rounded);
+        narrow(widen(rounded) * widen(b[i]), y + i);
+    }
+}
+
+#define EXPORT extern "C" __attribute__((visibility("default")))
+#define BOTH(name, arguments, call)                                     \
+    EXPORT void name##_float32 arguments(float) { name<float> call; }   \
+    EXPORT void name##_bfloat16 arguments(bf16) { name<bf16> call; }
+
+#define ATTEND(T)                                                                                                          \
+    (const T* q, int64_t q_head, int64_t q_token, const T* k, int64_t k_head, int64_t k_token, const T* v, int64_t v_head, \
+     int64_t v_token, T* out, T* keys, T* values, const int32_t* table, int64_t table_width, const int32_t* row,           \
+     const int32_t* position, int64_t tokens, const int32_t* tiles, int64_t tile_count, int64_t heads, int64_t key_heads,  \
+     int64_t d, int64_t dv, float scale, float softcap, int64_t window, const float* sinks)
+BOTH(attend, ATTEND,
+     (q, q_head, q_token, k, k_head, k_token, v, v_head, v_token, out, keys, values, table, table_width, row, position,
+      tokens, tiles, tile_count, heads, key_heads, d, dv, scale, softcap, window, sinks))
+
+#define ADAPT(T)                                                                                               \
+    (const T* x, int64_t x_token, T* y, int64_t y_token, int64_t in, int64_t out, const Part* parts,           \
+     const int32_t* row, const int32_t* start, const float* weight, int64_t tokens)
+BOTH(adapt, ADAPT, (x, x_token, y, y_token, in, out, parts, row, start, weight, tokens))
+
+#define NORM(T) (const T* x, const T* weight, T* y, int64_t tokens, int64_t width, float eps, float shift)
+BOTH(norm, NORM, (x, weight, y, tokens, width, eps, shift))
+
+#define TURN(T)                                                                                              \
+    (const T* x, int64_t x_head, int64_t x_token, const T* cosine, const T* sine, T* y, int64_t heads,       \
+     int64_t tokens, int64_t d)
+BOTH(turn, TURN, (x, x_head, x_token, cosine, sine, y, heads, tokens, d))
+
+#define GATE(T) (const T* a, const T* b, T* y, int64_t count)
+BOTH(gate, GATE, (a, b, y, count))

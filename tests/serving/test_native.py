@@ -1,0 +1,178 @@
+"""The compiled loops do what their namesakes in PyTorch do, and a model that they cannot serve is refused."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from lorakit.errors import LorakitError
+from lorakit.serve import native
+from lorakit.serve.attention import Present, attend
+from lorakit.serve.batch import LONG, Run, assemble, mix
+from lorakit.serve.cache import Cache, LayerShape, page_count
+from lorakit.serve.engine import LocalEngine
+from lorakit.serve.lowered import Lowered, Piece
+from lorakit.serve.product import adapt
+from lorakit.serve.request import Refused
+from lorakit.serve.scheduler import Limits
+from serving.small import model
+
+DTYPES = [torch.float32, torch.bfloat16]
+pytestmark = pytest.mark.skipif(native.find("norm", torch.float32) is None, reason="no C++ compiler here")
+
+
+def close(found: Tensor, expected: Tensor) -> bool:
+    eps = torch.finfo(expected.dtype).eps
+    return torch.allclose(found.double(), expected.double(), rtol=16 * eps, atol=16 * eps)
+
+
+class Layer(nn.Module):
+    layer_idx = 0
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"softcap": 3.0},
+        {"sliding_window": 19},
+        {"scaling": 0.3},
+        {"s_aux": True},
+        {"sliding_window": 5, "softcap": 2.0},
+    ],
+    ids=["plain", "softcap", "window", "scale", "sinks", "window+softcap"],
+)
+@pytest.mark.parametrize(("heads", "key_heads", "d", "dv"), [(6, 2, 20, 12), (4, 4, 64, 64), (5, 1, 16, 80)])
+def test_attention(dtype: torch.dtype, options: dict[str, Any], heads: int, key_heads: int, d: int, dv: int) -> None:
+    """Chunks of several rows, some in the middle of pages, and single tokens; twice what is in the pages is not theirs."""
+    torch.manual_seed(0)
+    options = dict(options)
+    if options.get("s_aux"):
+        options["s_aux"] = torch.randn(heads)
+    shapes = [LayerShape(key_heads, d, dv)]
+    caches = [Cache(shapes, 16, dtype, torch.device("cpu")) for _ in range(2)]
+    for cache in caches:  # what nobody may see
+        cache.keys[0].fill_(float("nan"))
+        cache.values[0].fill_(float("nan"))
+    pages = [[3, 1, 7], [0, 9, 4, 2], [5]]
+    for starts, counts in (((0, 0, 0), (33, 41, 1)), ((33, 41, 1), (1, 9, 1)), ((34, 50, 2), (2, 1, 3))):
+        runs = [Run([0] * n, s, p) for s, n, p in zip(starts, counts, pages, strict=True)]
+        batch = assemble(runs, torch.device("cpu"), None)
+        q, k, v = (
+            torch.randn(1, sum(counts), h, w).to(dtype).transpose(1, 2)
+            for h, w in ((heads, d), (key_heads, d), (key_heads, dv))
+        )
+        found, expected = (
+            attend(Present(batch, cache, compiled=compiled), Layer(), q, k, v, **options)
+            for cache, compiled in zip(caches, (True, False), strict=True)
+        )
+        assert torch.isfinite(expected).all()
+        assert close(found, expected)
+    assert torch.equal(caches[0].keys[0].nan_to_num(), caches[1].keys[0].nan_to_num())
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("in_", "out"), [(64, 96), (70, 33)])
+def test_product(dtype: torch.dtype, in_: int, out: int) -> None:
+    """Runs of every kind of piece, a blend, the base, and one long enough for matmuls."""
+    torch.manual_seed(0)
+
+    def adapter(rank: int, gain: bool = False, bias: bool = False, dense: bool = False) -> Lowered:
+        A = None if dense or not rank else torch.randn(rank, in_).to(dtype) / 8
+        B = torch.randn(in_ if dense else rank, out).to(dtype) / 8 if rank or dense else None
+        piece = Piece(A, B, torch.randn(out).to(dtype) if gain else None, torch.randn(out).to(dtype) if bias else None)
+        parts = torch.zeros(1, 5, dtype=torch.int64)
+        for column, tensor in piece.tensors():
+            parts[0, column] = tensor.data_ptr()
+        parts[0, 4] = 0 if B is None else B.shape[0]
+        return Lowered("", "", torch.zeros(0), parts, {0: piece}, "", "form", 0.0, rank)
+
+    a, b, c, d, e = (
+        adapter(5),
+        adapter(8, gain=True, bias=True),
+        adapter(0, gain=True),
+        adapter(0, bias=True),
+        adapter(0, dense=True),
+    )
+    blends = [[(a, 1.0)], [], [(a, 0.5), (b, -0.7)], [(c, 1.0)], [(d, 2.0)], [(e, 1.0)], [(b, 1.0)]]
+    counts = [3, 2, 1, 4, 1, 2, LONG + 1]
+    runs = [Run([0] * n, 0, [0] * page_count(n), blend) for n, blend in zip(counts, blends, strict=True)]
+    batch = assemble(runs, torch.device("cpu"), mix(blends))
+    assert batch.long == [6]
+    x, y = torch.randn(sum(counts), in_).to(dtype), torch.randn(sum(counts), out).to(dtype)
+    found, wide = y.clone(), y.double()
+    adapt(batch, 0, x, found, compiled=True)
+    for (first, count), blend in zip(batch.spans, blends, strict=True):
+        part = slice(first, first + count)
+        for lowered, weight in blend:
+            piece = lowered.pieces[0]
+            own = x[part].double()
+            change = torch.zeros(count, out, dtype=torch.float64)
+            if piece.B is not None:
+                change = change + (own if piece.A is None else own @ piece.A.double().T) @ piece.B.double()
+            if piece.gain is not None:
+                change = change + piece.gain.double() * y[part].double()
+            if piece.bias is not None:
+                change = change + piece.bias.double()
+            wide[part] += weight * change
+    eps = torch.finfo(dtype).eps
+    assert torch.allclose(found.double(), wide, rtol=8 * eps, atol=32 * eps)
+    assert torch.equal(found[3:5], y[3:5])
+    by_matmuls = y.clone()
+    adapt(batch, 0, x, by_matmuls, compiled=False)
+    assert torch.allclose(by_matmuls.double(), wide, rtol=8 * eps, atol=32 * eps)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_functions_of_one_pass(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    x, weight = torch.randn(9, 70).to(dtype), torch.randn(70).to(dtype)
+    wide = x.float()
+    rows = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + 1e-5)
+    assert close(native.norm(x, weight, 1e-5, 0.0), rows.to(dtype) * weight)
+    assert close(native.norm(x, weight, 1e-5, 1.0), (rows * (1 + weight.float())).to(dtype))
+    a, b = torch.randn(3, 333).to(dtype) * 30, torch.randn(3, 333).to(dtype)
+    assert close(native.gate(a, b), nn.functional.silu(a) * b)
+    x, cosine, sine = (torch.randn(*shape).to(dtype) for shape in ((1, 7, 3, 10), (7, 10), (7, 10)))
+    x = x.transpose(1, 2)
+    turned = torch.cat((-x[..., 5:], x[..., :5]), -1)
+    expected = x.double() * cosine.double() + turned.double() * sine.double()
+    eps = torch.finfo(dtype).eps
+    assert torch.allclose(native.turn(x, cosine, sine).double(), expected, rtol=4 * eps, atol=4 * eps)
+
+
+def test_why_the_loops_are_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert native.obstacle(nn.Linear(2, 2)) is None
+    assert native.obstacle(nn.Linear(2, 2).half()) == "its numbers are torch.float16"
+    assert native.obstacle(nn.Linear(2, 2, device="meta")) == "the model is on meta"
+    monkeypatch.setattr(native.shutil, "which", lambda name: None)
+    native._library.cache_clear()
+    assert native.obstacle(nn.Linear(2, 2)) == "no C++ compiler was found (g++, clang++)"
+    native._library.cache_clear()
+
+
+def test_a_model_whose_layers_mix_tokens_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Planted: an MLP that looks at the token before."""
+    base = model()
+    layer = base.model.layers[1].mlp
+    forward = layer.forward
+    monkeypatch.setattr(layer, "forward", lambda x: forward(x + x.roll(1, dims=1)))
+    with pytest.raises(
+        Refused, match=r"LlamaForCausalLM cannot be served in batches: packed into one row its logits differ"
+    ):
+        LocalEngine(base, None, Limits(cache_bytes=2**20))
+    assert "lorakit" not in base.config._attn_implementation_internal  # and it is as it was
+
+
+def test_a_model_without_transformers_attention_is_refused() -> None:
+    class Plain(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(3, 3)
+
+    with pytest.raises(LorakitError, match="takes no attention from transformers' registry"):
+        LocalEngine(Plain(), None)
