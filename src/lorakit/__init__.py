@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from lorakit.algebra import merge, merged
     from lorakit.algebra.resizing import resize
     from lorakit.errors import LorakitError
+    from lorakit.experts import Arrow, LoRAHub, Retrieval
     from lorakit.init import EVA, CorDA, Gaussian, Kaiming, LoftQ, LoRAGA, MiLoRA, Normal, OLoRA, Orthogonal, PiSSA
     from lorakit.methods import (
         BOFT,
@@ -42,6 +43,7 @@ if TYPE_CHECKING:
         VBLoRA,
         VeRA,
     )
+    from lorakit.mixture import route
     from lorakit.store import load
 
 __version__ = "0.1.0"
@@ -50,6 +52,7 @@ _HOMES = {
     "lorakit.adapter": ("Adapter", "activate", "adapters", "attach", "detach", "use"),
     "lorakit.algebra": ("merge", "merged"),
     "lorakit.errors": ("LorakitError",),
+    "lorakit.experts": ("Arrow", "LoRAHub", "Retrieval"),
     "lorakit.init": (
         "EVA",
         "CorDA",
@@ -92,6 +95,7 @@ _HOMES = {
         "VeRA",
     ),
     "lorakit.algebra.resizing": ("resize",),
+    "lorakit.mixture": ("route",),
     "lorakit.store": ("load",),
 }
 _HOME = {name: home for home, names in _HOMES.items() for name in names}
@@ -118,6 +122,7 @@ __all__ = [
     "OFT",
     "AdaLoRA",
     "Adapter",
+    "Arrow",
     "BitFit",
     "CorDA",
     "DoRA",
@@ -133,6 +138,7 @@ __all__ = [
     "LoRA",
     "LoRAFA",
     "LoRAGA",
+    "LoRAHub",
     "LoRAXS",
     "LoftQ",
     "LorakitError",
@@ -145,6 +151,7 @@ __all__ = [
     "PiSSA",
     "RandLoRA",
     "ReLoRA",
+    "Retrieval",
     "SHiRA",
     "TiedLoRA",
     "VBLoRA",
@@ -158,5 +165,6 @@ __all__ = [
     "merge",
     "merged",
     "resize",
+    "route",
     "use",
 ]

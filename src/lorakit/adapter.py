@@ -16,6 +16,7 @@ from typing import Any, Self, cast
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from lorakit.calibration import Batch
 from lorakit.delta import Delta, Method, Pool
@@ -24,7 +25,7 @@ from lorakit.init import Default, Initialiser, initialiser
 from lorakit.layer import Adapted, Replacement, routed
 from lorakit.layout import Rows, Site, sites_of, split
 from lorakit.methods import LoRA
-from lorakit.routing import BASE, Board, Route, Routing, parse
+from lorakit.routing import BASE, Board, Route, Router, Routing, parse
 from lorakit.starts import Plan, Planned, begin, rewrite
 from lorakit.storage import FLOAT, Held, settle, storage_of
 from lorakit.targets import Targets, has_suffix, select, select_saved, value_for, walk
@@ -45,6 +46,8 @@ class Adapter:
         layers: path -> adapted layer, for the layers that carry one of its deltas or replacements.
         saved: paths of the modules it replaces whole.
         originals: path -> the base's own weights, where the adapter's start has put others in their place (LoftQ).
+        router: what weighs experts by token, where the adapter is a mixture or a router over others.
+        handles: hooks on the model, which go with the adapter.
     """
 
     name: str
@@ -55,6 +58,8 @@ class Adapter:
     layers: dict[str, Adapted] = field(default_factory=dict, repr=False)
     saved: tuple[str, ...] = ()
     originals: dict[str, dict[str, Held]] = field(default_factory=dict, repr=False)
+    router: Router | None = field(default=None, repr=False)
+    handles: list[RemovableHandle] = field(default_factory=list, repr=False)
 
     def deltas(self) -> Iterator[tuple[str, Site, Delta]]:
         """`(path, site, delta)` of every matrix it changes."""
@@ -73,6 +78,8 @@ class Adapter:
         for path, site, delta in self.deltas():
             yield f"{path}.{site.name}" if site.name else path, delta
         yield "pool", self.pool
+        if self.router is not None:
+            yield "router", self.router
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Its parameters, in the model's order."""
@@ -89,7 +96,7 @@ class Adapter:
         return (parameter for _, parameter in self.named_parameters())
 
     def roles(self) -> dict[str, str]:
-        """Parameter name -> what it is: the paper's letter ("A", "B"), "bias", "saved", or "pool"."""
+        """Parameter name -> what it is: the paper's letter ("A", "B"), "bias", "saved", "pool", "router"."""
         roles: dict[str, str] = {}
         for path, site, delta in self.deltas():
             prefix = f"{path}.{site.name}" if site.name else path
@@ -99,6 +106,8 @@ class Adapter:
                 roles[f"{prefix}.{name}"] = own.get(letter, letter)
         for name, _ in self.pool.named_parameters():
             roles[f"pool.{name}"] = "pool"
+        for name, _ in self.router.named_parameters() if self.router is not None else ():
+            roles[f"router.{name}"] = "router"
         whole = set(self.saved)
         for path, replacement in self.replacements():
             for name in replacement.names:
@@ -195,7 +204,7 @@ def activate(model: nn.Module, route: Route | Routing, copies: int = 1) -> None:
 def _repeated(routing: Routing, copies: int) -> Routing:
     if copies == 1 or routing.table is None:
         return routing
-    return Routing(routing.names, None, routing.table.repeat_interleave(copies, dim=0), routing.axis)
+    return Routing(routing.names, None, routing.table.repeat_interleave(copies, dim=0), routing.axis, routing.found)
 
 
 # -- attach and detach --------------------------------------------------------------------------------------------------
@@ -584,9 +593,15 @@ def detach(model: nn.Module, name: str | None = None) -> nn.Module:
                 f"detach: the start of adapter {one!r} replaced the base's weights, and there are others on them now: "
                 f"{', '.join(other for other in board.adapters if other != one)}. Detach these first, or all at once."
             )
+    for one, router in board.routers.items():
+        for member in set(router.members).intersection(gone) if one not in gone else ():
+            raise LorakitError(f"detach: adapter {member!r} is routed by {one!r}; lk.detach(model, {one!r}) first.")
     places = _places(model)
     for one in gone:
         adapter = board.adapters.pop(one)
+        board.routers.pop(one, None)
+        for handle in adapter.handles:
+            handle.remove()
         for path, layer in adapter.layers.items():
             for held in adapter.originals.get(path, {}).values():
                 held.restore()

@@ -94,6 +94,10 @@ class Call(Protocol):
     def dtype(self) -> torch.dtype:
         """The dtype to compute in, that of the activations."""
 
+    @property
+    def leading(self) -> torch.Size:
+        """The axes of the tokens: those of the layer's input but its features."""
+
     def linear(self, M: Tensor) -> Tensor:
         """What the layer does with the matrix `M` (out, in) in place of its own, without bias."""
 
@@ -110,6 +114,9 @@ class Call(Protocol):
         dropout: float = 0.0,
     ) -> Tensor:
         """`((x Aᵀ) ⊙ gate) Bᵀ · scale` in the layer's output shape; dropout acts on the input of A."""
+
+    def down(self, A: Tensor) -> Tensor:
+        """`x Aᵀ` (…, rank), on the axes that a gate of `product` has, in float32 or better."""
 
     def whole(
         self,

@@ -20,8 +20,8 @@ from lorakit.delta import Delta, LowRank
 from lorakit.errors import LorakitError
 from lorakit.kernel import autocast, gained, product
 from lorakit.layout import Rows, Site
-from lorakit.routing import Board
-from lorakit.rows import check_rows, first_tensor, join, pad, per_row, take, take_attention
+from lorakit.routing import Board, Routing
+from lorakit.rows import check_rows, first_tensor, join, pad, take, take_attention
 from lorakit.storage import Held, storage_of
 
 Weighted = list[tuple[str, float]]
@@ -134,6 +134,16 @@ class LayerCall:
         h = layout.down(self.layer, x, A) * scale
         return layout.up(self.layer, h if gate is None else h * gate, B)
 
+    @property
+    def leading(self) -> torch.Size:
+        return self.x.shape[:-1] if self.x.is_floating_point() else self.x.shape
+
+    def down(self, A: Tensor) -> Tensor:
+        x = self.x
+        precise = torch.promote_types(self.dtype, torch.float32)
+        x = x.to(precise) if x.is_floating_point() else x
+        return self.site.layout.down(self.layer, x, A.to(precise))
+
     def whole(
         self,
         B: Tensor,
@@ -210,11 +220,13 @@ class Adapted(nn.Module):
     # -- calls --------------------------------------------------------------------------------------------------------
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         routing = self.board.routing
-        here = [name for name in routing.names if name in self.deltas or name in self.replacements]
+        here = [name for name in self.board.members(routing) if name in self.deltas or name in self.replacements]
         if not here:
             return self.base(*args, **kwargs)
         if first_tensor(args, kwargs).is_nested:
             return self._padded(args, kwargs)
+        if not self.board.routers.keys().isdisjoint(routing.names):
+            return self._by_routers(routing, here, args, kwargs)
         if routing.weights is not None:
             weights = dict(zip(routing.names, routing.weights, strict=True))
             return self._uniform([(name, weights[name]) for name in here], args, kwargs)
@@ -283,7 +295,7 @@ class Adapted(nn.Module):
         x = autocast(x)
         bias = tensors.get("bias", cast(Any, self.base).bias)
         bias = None if bias is None else bias.to(x.dtype)
-        if type(delta).output is LowRank.output and _is_product(delta):
+        if type(delta).output is LowRank.output and is_product(delta):
             low_rank = cast(LowRank, delta)
             B, A = low_rank.factors()
             gate = low_rank.gate()
@@ -400,44 +412,81 @@ class Adapted(nn.Module):
         x = first_tensor(args, kwargs)
         check_rows(x, table.shape[0], axis, self.path)
         y = self.base(*args, **kwargs)
+        return self._beside(names, lambda site: _spread(table, axis, site, x), x, y)
+
+    def _by_routers(self, routing: Routing, names: list[str], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Every token the weights that routers give it (and routes beside them); `names` are the adapters at this layer."""
+        for name in names:
+            if name in self.replacements or not all(site.layout.beside for site in self.sites.values()):
+                raise LorakitError(
+                    f"use: {self.path} replaces whole tensors for adapter {name!r} or is reached by substitution, so it cannot "
+                    "weigh it token by token beside a router; route them apart."
+                )
+        x = first_tensor(args, kwargs)
+        if routing.table is not None:
+            check_rows(x, routing.rows, routing.axis, self.path)
+        y = self.base(*args, **kwargs)
+        return self._beside(names, lambda site: self._found(routing, names, site, x), x, y)
+
+    def _found(self, routing: Routing, names: list[str], site: Site, x: Tensor) -> Tensor:
+        """(…, names): what each adapter weighs for each token of this call, over all entries of the routing."""
+        call = LayerCall(self.base, site, x, None, self.kept.get(site.weight))
+        total: dict[str, Tensor] = {}
+        for column, entry in enumerate(routing.names):
+            if routing.weights is not None:
+                share = torch.tensor([routing.weights[column]], device=x.device)
+            else:
+                share = _spread(routing.table_on(x.device)[:, column : column + 1], routing.axis, site, x)
+            router = self.board.routers.get(entry)
+            if router is None:
+                own = {entry: share}
+            elif set(router.members).isdisjoint(names):
+                continue
+            else:
+                found = router.weights(self.path, site.name, call, routing.found.get(entry))
+                own = {member: share * found[..., i : i + 1] for i, member in enumerate(router.members)}
+            for name, weight in own.items():
+                total[name] = total[name] + weight if name in total else weight
+        return torch.cat(torch.broadcast_tensors(*(total[name] for name in names)), dim=-1)
+
+    def _beside(self, names: list[str], weigh: Callable[[Site], Tensor], x: Tensor, y: Tensor) -> Tensor:
+        """The layer's output with every adapter's change times its weights; `weigh(site)` is (…, names), on the axes that
+        the site's rank-wide product has (or one that stretch to them)."""
         total: Tensor | None = None
         for key, site in self.sites.items():
+            here = [
+                (column, self.deltas_of(name)[key]) for column, name in enumerate(names) if key in self.deltas_of(name)
+            ]
+            if not here:
+                continue
+            weights = weigh(site)
             low: list[tuple[int, LowRank]] = []
-            for column, name in enumerate(names):
-                delta = self.deltas_of(name).get(key)
-                if delta is None:
-                    continue
-                if _is_product(delta) and not (delta.training and delta.dropout):
+            for column, delta in here:
+                if is_product(delta) and not (delta.training and delta.dropout):
                     low.append((column, cast(LowRank, delta)))
                     continue
                 change = self._change(delta, site, x, y)
-                change = change * per_row(table[:, column], change, axis).to(change.dtype)
+                weight = weights[..., column]
+                change = change * weight.reshape(*weight.shape, *[1] * (change.ndim - weight.ndim)).to(change.dtype)
                 total = change if total is None else total + change
             if low:
-                change = self._gated(low, table, site, x, y, axis)
+                change = self._gated(low, weights, site, x, y)
                 total = change if total is None else total + change
         return y if total is None else y + total.to(y.dtype)
 
-    def _gated(
-        self, low: list[tuple[int, LowRank]], table: Tensor, site: Site, x: Tensor, y: Tensor, axis: int
-    ) -> Tensor:
-        """All low-rank deltas as one product: factors side by side, a gate that opens each row's own."""
+    def _gated(self, low: list[tuple[int, LowRank]], weights: Tensor, site: Site, x: Tensor, y: Tensor) -> Tensor:
+        """All low-rank deltas as one product: factors side by side, a gate with each one's weight for each token."""
         Bs, As, gates = [], [], []
         for column, delta in low:
             B, A = delta.factors()
             own = delta.gate()
-            weight = table[:, column : column + 1] * delta.scale
-            gates.append(weight.expand(-1, A.shape[0]) if own is None else weight * own)
+            weight = weights[..., column : column + 1] * delta.scale
+            gates.append(weight.expand(*weight.shape[:-1], A.shape[0]) if own is None else weight * own)
             Bs.append(B)
             As.append(A)
-        gate = torch.cat(gates, dim=1)
-        B, A = torch.cat(Bs, dim=1), torch.cat(As, dim=0)
-        # The gate meets the rank-wide product h, whose axes are x's with the features last.
-        window = getattr(site.layout, "window", None)
-        axes = x.ndim + (1 if not x.is_floating_point() else 0) + (1 if window is not None else 0)
-        shape = [1] * axes
-        shape[axis], shape[-1] = gate.shape
-        return LayerCall(self.base, site, x, y).product(B, A, gate.reshape(shape))
+        leading = torch.broadcast_shapes(*(gate.shape[:-1] for gate in gates))
+        gate = torch.cat([gate.expand(*leading, gate.shape[-1]) for gate in gates], dim=-1)
+        return LayerCall(self.base, site, x, y).product(torch.cat(Bs, dim=1), torch.cat(As, dim=0), gate)
 
     def _grouped(
         self, names: list[str], table: Tensor, axis: int, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -481,9 +530,18 @@ def _conv1d_forward(base: nn.Module) -> Any:
     return type(base).forward if type(base).__name__ == "Conv1D" and hasattr(base, "nf") else None
 
 
-def _is_product(delta: Delta | None) -> bool:
+def is_product(delta: Delta | None) -> bool:
     """Whether a delta is its low-rank product and nothing besides, so that the kernel may run it."""
     return isinstance(delta, LowRank) and type(delta).act is LowRank.act and type(delta).shift is Delta.shift
+
+
+def _spread(table: Tensor, axis: int, site: Site, x: Tensor) -> Tensor:
+    """(rows, names) on the axes of a site's rank-wide product, which are x's with the features last."""
+    window = getattr(site.layout, "window", None)
+    axes = x.ndim + (1 if not x.is_floating_point() else 0) + (1 if window is not None else 0)
+    shape = [1] * axes
+    shape[axis], shape[-1] = table.shape
+    return table.reshape(shape)
 
 
 @contextmanager

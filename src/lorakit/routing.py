@@ -6,13 +6,15 @@ it costs the same for one layer and for a thousand, and no layer's state changes
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from lorakit.delta import Call
 from lorakit.errors import LorakitError, unknown
 
 if TYPE_CHECKING:
@@ -31,12 +33,15 @@ class Routing:
         names: the adapters that take part, in a fixed order.
         weights: one number per name, for the whole batch; or None, and then
         table: (rows, names), the weights of each row, or of each token with `axis` 1 (a flat batch of one row).
+        found: for the length of one call of a block or of the model: router -> the weights that it has found for the tokens
+            of this call, where that is done once for many layers.
     """
 
     names: tuple[str, ...]
     weights: tuple[float, ...] | None
     table: Tensor | None = None
     axis: int = 0
+    found: Mapping[str, Tensor] = field(default_factory=dict, repr=False, compare=False)
     _moved: dict[torch.device, Tensor] = field(default_factory=dict, repr=False, compare=False)
 
     @property
@@ -97,11 +102,39 @@ def parse(route: Route | Routing, known: Iterable[str]) -> Routing:
     return Routing(names, None, table)
 
 
+class Router(nn.Module, ABC):
+    """Gives every token a weight for each of some adapters on the model, its members. It is used like an adapter, by its
+    name, and may stand in a blend or in a row of its own.
+
+    Attributes:
+        members: the adapters, in the order of the weights.
+        whole_rows: the weights are about whole rows of a batch, so that rows must not be packed into one.
+    """
+
+    whole_rows = False
+
+    def __init__(self, members: Sequence[str]) -> None:
+        super().__init__()
+        self.members = tuple(members)
+
+    @abstractmethod
+    def weights(self, layer: str, site: str, call: Call, found: Tensor | None) -> Tensor:
+        """The weights for one call of a layer: (…, members), on the axes of `call.down`, in float32 or better.
+
+        Args:
+            layer, site: the layer's path and the name of the matrix in it.
+            call: the layer's call.
+            found: what the router has found for the model's whole call, if it does so (`Routing.found`).
+        """
+
+
 class Board:
     """What the adapted layers of one model share: the adapters on it and the present routing."""
 
     def __init__(self) -> None:
         self.adapters: dict[str, Adapter] = {}
+        self.routers: dict[str, Router] = {}
+        """The routers among the adapters."""
         self.routing: Routing = BASE
         self.merged: frozenset[str] = frozenset()
         self.frozen: dict[str, bool] = {}
@@ -110,10 +143,19 @@ class Board:
     def set(self, route: Route | Routing) -> Routing:
         """Make `route` the present one; returns the one before."""
         routing = parse(route, self.adapters)
-        merged = sorted(self.merged.intersection(routing.names))
+        merged = sorted(self.merged.intersection(self.members(routing)))
         if merged:
             raise LorakitError(
                 f"use: adapter {merged[0]!r} is merged into the weights just now, so it acts already; leave `merged` first."
             )
         before, self.routing = self.routing, routing
         return before
+
+    def members(self, routing: Routing) -> tuple[str, ...]:
+        """The adapters that take part in a routing, those behind its routers among them."""
+        if not self.routers:
+            return routing.names
+        names: dict[str, None] = {}
+        for name in routing.names:
+            names.update(dict.fromkeys(self.routers[name].members if name in self.routers else (name,)))
+        return tuple(names)

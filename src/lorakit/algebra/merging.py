@@ -44,6 +44,13 @@ def _uniform(board: Board, route: str | Blend, verb: str) -> Weighted:
         raise LorakitError(f"{verb}: a route with one adapter per row cannot be one weight; give a name or a blend.")
     if not routing.names:
         raise LorakitError(f"{verb}: no adapter was named; on this model are: {', '.join(board.adapters)}.")
+    for name in routing.names:
+        if board.adapters[name].router is not None:
+            raise LorakitError(
+                f"{verb}: {name!r} ({board.adapters[name].method.name}) weighs its experts anew for every token, so there is "
+                "no one change to write into the weights. Its experts can be merged or combined by fixed weights (those that "
+                "lorahub found are adapter.router.blend())."
+            )
     return list(zip(routing.names, routing.weights, strict=True))
 
 

@@ -1,0 +1,107 @@
+"""Arrow: route by what the adapters' weights themselves say they are for; nothing is trained.
+
+    v_e = the right singular vector of ΔW_e of the largest singular value      z_e = |x · v_e| / temperature
+    y = W x + Σ_e w_e ΔW_e x,   w = softmax over the top_k largest z
+
+v_e is the input direction that expert e changes most; a token goes, in each layer anew, to the experts whose direction it
+has most of. It has no sign, so the absolute value is taken; x keeps its length, which sharpens the choice for long x. The
+vectors are those of the adapters as they were when the router was made. Ostapenko et al. 2024, arXiv 2405.11157.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, cast
+
+import torch
+from torch import Tensor
+
+from lorakit.delta import Call, Card, Delta, LowRank
+from lorakit.errors import LorakitError
+from lorakit.experts.gates import softmax_over, top_mask
+from lorakit.experts.ground import Ground, OverAdapters, RouterSpec
+from lorakit.layer import Adapted
+from lorakit.layout import Site
+from lorakit.storage import storage_of
+
+
+@dataclass(frozen=True, kw_only=True)
+class Arrow(RouterSpec):
+    """The options of Arrow.
+
+    Attributes:
+        top_k: experts per token; None for all.
+        temperature: divides the scores; above 1 the weights are more even.
+    """
+
+    name: ClassVar[str] = "arrow"
+    card: ClassVar[Card] = Card(
+        title="Arrow",
+        formula="w = softmax(top-k of |x · v_e|), v_e the top right singular vector of ΔW_e",
+        parameters=lambda shape, spec: 0,
+        paper="arXiv 2405.11157",
+        use="Many adapters, no data to train a router on, every token and layer to its own.",
+        limits="A weight per token: cannot be merged.",
+    )
+    top_k: int | None = None
+    temperature: float = 1.0
+
+    def __post_init__(self) -> None:
+        self._check_top_k(self.top_k)
+        self._check_temperature(self.temperature)
+
+    def router(self, ground: Ground) -> ArrowRouter:
+        return ArrowRouter(self, ground)
+
+
+class ArrowRouter(OverAdapters):
+    """One matrix of directions, (members, in), per adapted matrix; a row of zeros where a member changes nothing."""
+
+    def __init__(self, spec: Arrow, ground: Ground) -> None:
+        super().__init__(ground)
+        if spec.top_k is not None and spec.top_k > len(self.members):
+            raise LorakitError(
+                f"route: arrow was given top_k={spec.top_k} for {len(self.members)} adapters; give at most as many, or None."
+            )
+        self.spec = spec
+        self.places: dict[tuple[str, str], int] = {}
+        for index, (layer, site, deltas) in enumerate(ground.matrices()):
+            self.places[layer.path, site.name] = index
+            self.register_buffer(f"V{index}", torch.stack([_direction(layer, site, delta) for delta in deltas]))
+
+    def directions(self, layer: str, site: str = "") -> Tensor:
+        """The unit vectors v_e of one matrix, (members, in)."""
+        return cast(Tensor, getattr(self, f"V{self.places[layer, site]}"))
+
+    def weights(self, layer: str, site: str, call: Call, found: Tensor | None) -> Tensor:
+        V = self.directions(layer, site)
+        scores = call.down(V).abs() / self.spec.temperature
+        there = V.any(dim=1).to(scores.device)
+        kept = top_mask(scores.masked_fill(~there, -torch.inf), self.spec.top_k) & there
+        return softmax_over(scores, kept)
+
+
+def _direction(layer: Adapted, site: Site, delta: Delta | None) -> Tensor:
+    """The top right singular vector of a delta's ΔW, (in,); zeros where there is no change."""
+    if delta is None:
+        return torch.zeros(site.layout.shape.in_)
+    with torch.no_grad():
+        if isinstance(delta, LowRank) and type(delta).dense is LowRank.dense:
+            B, A = delta.factors()
+            gate = delta.gate()
+            v = top_right(B if gate is None else B * gate, A)
+        else:
+            W = layer.kept.get(site.weight)
+            W = storage_of(layer.base, site.weight, layer.path).read(layer.base, site.weight) if W is None else W
+            change = delta.dense(site.layout.matrix(W))
+            v = torch.linalg.svd(change.double(), full_matrices=False).Vh[0] * bool(change.any())
+        return v.to(torch.promote_types(next(iter([*delta.parameters(), torch.zeros(())])).dtype, torch.float32))
+
+
+def top_right(B: Tensor, A: Tensor) -> Tensor:
+    """The top right singular vector of B A, (in,), in float64, from two thin decompositions and one of rank × rank."""
+    Q, R = torch.linalg.qr(A.double().T)
+    core = torch.linalg.qr(B.double()).R @ R.T
+    if not core.any():
+        return torch.zeros_like(Q[:, 0])
+    return cast(Tensor, Q @ torch.linalg.svd(core).Vh[0])
