@@ -29,12 +29,7 @@ LAYERS: tuple[frozenset[str], ...] = tuple(
         "calibration",
         "starts",
         "adapter",
-<<<<<<< HEAD
-        "spectrum algebra fingerprint folder interchange store convert peft bundle catalogue train serve insight",
-=======
-        "spectrum algebra fingerprint folder mixture interchange store convert peft bundle resizing catalogue train serve "
-        "insight",
->>>>>>> 139aa75 (Routers: a weight per token for each of several adapters, through the one gated product; Arrow, LoRAHub and retrieval)
+        "spectrum algebra fingerprint folder mixture interchange store convert peft bundle catalogue train serve insight",
         "studio",
         "cli",
     )
