@@ -430,7 +430,7 @@ class Adapted(nn.Module):
 
     def _found(self, routing: Routing, names: list[str], site: Site, x: Tensor) -> Tensor:
         """(…, names): what each adapter weighs for each token of this call, over all entries of the routing."""
-        call = LayerCall(self.base, site, x, None, self.kept.get(site.weight))
+        call = LayerCall(self.base, site, x, None, self.stored(site) if site.weight in self.kept else None)
         total: dict[str, Tensor] = {}
         for column, entry in enumerate(routing.names):
             if routing.weights is not None:

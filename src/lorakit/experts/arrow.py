@@ -22,7 +22,6 @@ from lorakit.experts.gates import softmax_over, top_mask
 from lorakit.experts.ground import Ground, OverAdapters, RouterSpec
 from lorakit.layer import Adapted
 from lorakit.layout import Site
-from lorakit.storage import storage_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,9 +90,7 @@ def _direction(layer: Adapted, site: Site, delta: Delta | None) -> Tensor:
             gate = delta.gate()
             v = top_right(B if gate is None else B * gate, A)
         else:
-            W = layer.kept.get(site.weight)
-            W = storage_of(layer.base, site.weight, layer.path).read(layer.base, site.weight) if W is None else W
-            change = delta.dense(site.layout.matrix(W))
+            change = delta.dense(site.layout.matrix(layer.stored(site)))
             v = torch.linalg.svd(change.double(), full_matrices=False).Vh[0] * bool(change.any())
         return v.to(torch.promote_types(next(iter([*delta.parameters(), torch.zeros(())])).dtype, torch.float32))
 
