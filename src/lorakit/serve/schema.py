@@ -1,0 +1,396 @@
+"""What the HTTP API takes and gives: OpenAI's shapes, and `adapters` for a blend.
+
+A parameter that would change the answer and is not supported is refused by name; one that changes nothing about it
+(`user`, `metadata`, …) is accepted, since OpenAI's clients send them. So are the values of an unsupported parameter that
+mean "nothing" (`tools: []`, `response_format: {"type": "text"}`). Types are strict: "1" is no number.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints, model_validator
+
+INERT = frozenset(
+    {"user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "prompt_cache_retention",
+     "prompt_cache_options", "prediction", "parallel_tool_calls"}
+)  # fmt: skip
+"""Parameters that change nothing about the answer."""
+
+NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "tools": ([],),
+    "tool_choice": ("none", "auto"),
+    "functions": ([],),
+    "function_call": ("none", "auto"),
+    "response_format": ({"type": "text"},),
+    "modalities": (["text"],),
+    "audio": (),
+    "reasoning_effort": (),
+    "verbosity": (),
+    "web_search_options": (),
+    "moderation": (),
+    "suffix": ("",),
+    "best_of": (1,),
+}
+"""Parameters that are known and not supported -> the values, besides null, that ask for nothing."""
+
+
+def _whole(text: str) -> str:
+    """JSON can hold half of a character (a lone surrogate), which no tokenizer and no answer can."""
+    if not text.isascii():
+        try:
+            text.encode()
+        except UnicodeEncodeError as problem:
+            raise ValueError("a text holds half of a character (a lone surrogate)") from problem
+    return text
+
+
+Text = Annotated[str, AfterValidator(_whole)]
+Name = Annotated[Text, StringConstraints(min_length=1, max_length=200)]
+Stop = Annotated[Text, StringConstraints(min_length=1, max_length=1000)]
+Id = Annotated[str, StringConstraints(pattern=r"^[0-9]{1,9}$")]
+TokenIds = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
+
+
+class Strict(BaseModel):
+    """Nothing is converted, nothing unknown passes, no NaN."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+
+
+# -- requests ----------------------------------------------------------------------------------------------------------------
+
+
+class StreamOptions(Strict):
+    """What a stream holds besides the answer."""
+
+    include_usage: bool | None = Field(default=None, description="A last chunk with the usage of the whole request.")
+    include_obfuscation: bool | None = Field(default=None, description="Accepted, and never done.")
+
+
+class Part(Strict):
+    """A piece of a message. Only text is served."""
+
+    type: Literal["text"]
+    text: Text
+
+
+class Message(Strict):
+    """One turn of a conversation."""
+
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    content: Text | list[Part] | None = None
+    name: Text | None = None
+    tool_call_id: Text | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _of_an_answer(cls, data: Any) -> Any:
+        """A message that a client got from this API, sent back as it is: its empty fields say nothing."""
+        if isinstance(data, dict):
+            return {
+                key: value for key, value in data.items() if key in cls.model_fields or value not in (None, [], "", {})
+            }
+        return data
+
+    @property
+    def text(self) -> str:
+        """Its content in one piece."""
+        if isinstance(self.content, list):
+            return "".join(part.text for part in self.content)
+        return self.content or ""
+
+
+class Generation(Strict):
+    """What both kinds of completion take."""
+
+    unsupported: ClassVar[str] = "changes the answer, and this server does not support it"
+
+    model: Name = Field(description="The base model's name, or an adapter's.")
+    adapters: dict[Name, float] | None = Field(
+        None, description="A blend over the base model: adapter -> weight.", min_length=1, max_length=16
+    )
+    max_tokens: int | None = Field(default=None, ge=1)
+    temperature: float | None = Field(default=None, ge=0, le=2)
+    top_p: float | None = Field(default=None, gt=0, le=1)
+    top_k: int | None = Field(default=None, ge=-1, le=1_000_000, description="0 and -1 are all.")
+    min_p: float | None = Field(default=None, ge=0, le=1)
+    min_tokens: int | None = Field(default=None, ge=0)
+    logit_bias: dict[Id, Annotated[float, Field(ge=-100, le=100)]] | None = Field(
+        default=None, max_length=1024, description="Token id -> number added to its logit."
+    )
+    n: int | None = Field(default=None, ge=1, le=128)
+    stop: Stop | Annotated[list[Stop], Field(max_length=16)] | None = None
+    stop_token_ids: list[Annotated[int, Field(ge=0)]] | None = Field(default=None, max_length=64)
+    ignore_eos: bool | None = Field(default=None, description="Go on after the model's end-of-text tokens.")
+    seed: int | None = Field(default=None, ge=-(2**63), le=2**63 - 1)
+    presence_penalty: float | None = Field(default=None, ge=-2, le=2)
+    frequency_penalty: float | None = Field(default=None, ge=-2, le=2)
+    repetition_penalty: float | None = Field(default=None, ge=0.01, le=100)
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _known(cls, data: Any) -> Any:
+        """Leaves out what changes nothing, and says of the rest which parameter is not supported."""
+        if not isinstance(data, dict):
+            return data
+        kept: dict[Any, Any] = {}
+        for name, value in data.items():
+            if name in cls.model_fields:
+                kept[name] = value
+            elif name in NEUTRAL:
+                if value is not None and not any(value == one and type(value) is type(one) for one in NEUTRAL[name]):
+                    raise ValueError(f"{name} {cls.unsupported}; leave it out.")
+            elif name not in INERT:
+                kept[name] = value
+        return kept
+
+    @model_validator(mode="after")
+    def _agree(self) -> Generation:
+        if self.stream_options is not None and not self.stream:
+            raise ValueError("stream_options goes with stream: true only.")
+        return self
+
+    @property
+    def stops(self) -> tuple[str, ...]:
+        """The stop strings."""
+        return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
+
+    @property
+    def choices(self) -> int:
+        """How many answers to each prompt."""
+        return self.n or 1
+
+
+class ChatRequest(Generation):
+    """The body of /v1/chat/completions."""
+
+    messages: list[Message] = Field(min_length=1)
+    max_completion_tokens: int | None = Field(default=None, ge=1)
+    logprobs: bool | None = None
+    top_logprobs: int | None = Field(default=None, ge=0, le=20)
+
+    @model_validator(mode="after")
+    def _logprobs(self) -> ChatRequest:
+        if self.top_logprobs and not self.logprobs:
+            raise ValueError("top_logprobs goes with logprobs: true only.")
+        if None not in (self.max_tokens, self.max_completion_tokens) and self.max_tokens != self.max_completion_tokens:
+            raise ValueError("max_tokens and max_completion_tokens differ; give one of them.")
+        return self
+
+    @property
+    def limit(self) -> int | None:
+        """Generated tokens at most."""
+        return self.max_completion_tokens or self.max_tokens
+
+    @property
+    def reported(self) -> int | None:
+        """How many probable tokens to report beside each; None: no probabilities."""
+        return (self.top_logprobs or 0) if self.logprobs else None
+
+
+class CompletionRequest(Generation):
+    """The body of /v1/completions."""
+
+    prompt: (
+        Text | Annotated[list[Text], Field(min_length=1)] | TokenIds | Annotated[list[TokenIds], Field(min_length=1)]
+    )
+    echo: bool | None = Field(default=None, description="The prompt before the answer.")
+    logprobs: int | None = Field(default=None, ge=0, le=20)
+
+    @model_validator(mode="after")
+    def _whole(self) -> CompletionRequest:
+        if self.echo and self.logprobs is not None:
+            raise ValueError(
+                "echo with logprobs asks for the prompt's probabilities, which are not computed; drop one."
+            )
+        return self
+
+    @property
+    def prompts(self) -> list[str | list[int]]:
+        """Every prompt, as text or as token ids."""
+        if isinstance(self.prompt, str):
+            return [self.prompt]
+        if isinstance(self.prompt[0], int):
+            return [[int(one) for one in self.prompt]]
+        return list(self.prompt)
+
+    @property
+    def limit(self) -> int | None:
+        """Generated tokens at most; OpenAI's own default, which old clients count on."""
+        return self.max_tokens or 16
+
+    @property
+    def reported(self) -> int | None:
+        """How many probable tokens to report beside each; None: no probabilities."""
+        return self.logprobs
+
+
+# -- answers -----------------------------------------------------------------------------------------------------------------
+
+
+class PromptDetails(BaseModel):
+    """How much of the prompt was already there."""
+
+    cached_tokens: int
+
+
+class Usage(BaseModel):
+    """Tokens of a whole request."""
+
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+    prompt_tokens_details: PromptDetails
+
+
+class TopLogprob(BaseModel):
+    """A token that could have come."""
+
+    token: str
+    bytes: list[int] | None
+    logprob: float
+
+
+class TokenLogprob(TopLogprob):
+    """A token that came."""
+
+    top_logprobs: list[TopLogprob]
+
+
+class ChatLogprobs(BaseModel):
+    """Probabilities of an answer."""
+
+    content: list[TokenLogprob] | None
+    refusal: None = None
+
+
+class AnswerMessage(BaseModel):
+    """The answer."""
+
+    role: Literal["assistant"] = "assistant"
+    content: str
+    refusal: None = None
+
+
+class ChatChoice(BaseModel):
+    """One of n answers."""
+
+    index: int
+    message: AnswerMessage
+    logprobs: ChatLogprobs | None
+    finish_reason: Literal["stop", "length"]
+
+
+class ChatAnswer(BaseModel):
+    """What /v1/chat/completions answers."""
+
+    id: str
+    object: Literal["chat.completion"] = "chat.completion"
+    created: int
+    model: str
+    choices: list[ChatChoice]
+    usage: Usage
+    system_fingerprint: str
+
+
+class CompletionLogprobs(BaseModel):
+    """Probabilities in the older shape: parallel lists."""
+
+    tokens: list[str]
+    token_logprobs: list[float | None]
+    top_logprobs: list[dict[str, float]] | None
+    text_offset: list[int]
+
+
+class CompletionChoice(BaseModel):
+    """One of n answers to one of the prompts."""
+
+    index: int
+    text: str
+    logprobs: CompletionLogprobs | None
+    finish_reason: Literal["stop", "length"]
+
+
+class CompletionAnswer(BaseModel):
+    """What /v1/completions answers."""
+
+    id: str
+    object: Literal["text_completion"] = "text_completion"
+    created: int
+    model: str
+    choices: list[CompletionChoice]
+    usage: Usage
+    system_fingerprint: str
+
+
+class Model(BaseModel):
+    """What `model` may name."""
+
+    id: str
+    object: Literal["model"] = "model"
+    created: int
+    owned_by: Literal["lorakit"] = "lorakit"
+    parent: str | None = Field(default=None, description="The base model, for an adapter.")
+
+
+class Models(BaseModel):
+    """What /v1/models answers."""
+
+    object: Literal["list"] = "list"
+    data: list[Model]
+
+
+class ErrorBody(BaseModel):
+    """What went wrong."""
+
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+class ErrorAnswer(BaseModel):
+    """Every answer with a status of 400 or more."""
+
+    error: ErrorBody
+
+
+class Adapter(BaseModel):
+    """One adapter, as the operator sees it."""
+
+    name: str
+    state: str
+    reason: str
+    pinned: bool
+    method: str
+    how: str
+    error: float
+    rank: int
+    bytes: int
+    content: str
+    using: int
+    requests: int
+    hits: int
+    loads: int
+    evictions: int
+
+
+class AdapterList(BaseModel):
+    """What /admin/adapters answers."""
+
+    adapters: list[Adapter]
+
+
+class TenantList(BaseModel):
+    """What a reload of the keys answers."""
+
+    tenants: list[str]
+
+
+class Health(BaseModel):
+    """What /health and /ready answer."""
+
+    status: str
