@@ -235,6 +235,7 @@ def test_an_answer_can_be_sent_back(shared: Served) -> None:
         ({"extra_body": {"tempreature": 1}}, "tempreature", "not a parameter"),
         ({"temperature": 3}, "temperature", "2"),
         ({"n": 100}, "n", "32"),
+        ({"stream_options": {"include_usage": "yes"}}, "stream_options.include_usage", "boolean"),
         ({"stop": ["a", ""]}, "stop.1", "at least 1"),
         ({"top_logprobs": 2}, None, "logprobs"),
         ({"max_tokens": 5000}, "max_tokens", "512"),

@@ -177,6 +177,7 @@ def test_an_end_lets_answers_finish(tokenizer: Any) -> None:
     assert len("".join(got)) == 60
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", list(GenerationMode), ids=lambda mode: mode.name.lower())
 def test_the_api_as_it_is_described(tokenizer: Any, mode: GenerationMode) -> None:
     """Every endpoint against its own description, with requests that it describes and with others."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from typing import Annotated, Any
@@ -40,6 +41,9 @@ router = APIRouter()
 
 _LONG = 20_000
 """Prompts of more characters are read into tokens in another thread, so that nobody waits for them."""
+
+_BRANCH = re.compile(r"str|int|constrained-\w+|list\[.*|function-.*|\[key\]")
+"""How pydantic names the kinds that a value may be of; no word of the client's."""
 
 _bearer = HTTPBearer(auto_error=False, description="A key made by `lorakit keys`; the guard has checked it.")
 Key = Annotated[HTTPAuthorizationCredentials | None, Depends(_bearer)]
@@ -126,10 +130,12 @@ async def _http(request: Request, error: Exception) -> Response:
 async def _invalid(request: Request, error: Exception) -> Response:
     """The first thing that is wrong with a body, by the name of the parameter."""
     assert isinstance(error, RequestValidationError)
-    first = error.errors()[0]
+    found = error.errors()
+    # where a value may be one of several kinds, each kind has its complaint; the one that got furthest is the client's
+    first = max((one for one in found if one["loc"][:2] == found[0]["loc"][:2]), key=lambda one: len(one["loc"]))
     place = [str(one) for one in first["loc"] if one != "body"]
     # a place within a union ends in the name of the branch that was tried: none of the client's words
-    param = ".".join(one for one in place if not one.startswith(("function-", "list[", "str", "int", "constrained")))
+    param = ".".join(one for one in place if not _BRANCH.fullmatch(one))
     match first["type"]:
         case "extra_forbidden":
             message, code = f'"{param}" is not a parameter of this endpoint; leave it out.', "unknown_parameter"
