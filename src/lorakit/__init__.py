@@ -9,9 +9,10 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from lorakit.adapter import Adapter, activate, adapters, attach, detach, use
+    from lorakit.adapter import Adapter, activate, adapters, attach, detach, prompts, use
     from lorakit.algebra import merge, merged
     from lorakit.algebra.resizing import resize
+    from lorakit.edits import EDITS, PromptTuning
     from lorakit.errors import LorakitError
     from lorakit.experts import Arrow, LoRAHub, Retrieval
     from lorakit.init import EVA, CorDA, Gaussian, Kaiming, LoftQ, LoRAGA, MiLoRA, Normal, OLoRA, Orthogonal, PiSSA
@@ -49,8 +50,9 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOMES = {
-    "lorakit.adapter": ("Adapter", "activate", "adapters", "attach", "detach", "use"),
+    "lorakit.adapter": ("Adapter", "activate", "adapters", "attach", "detach", "prompts", "use"),
     "lorakit.algebra": ("merge", "merged"),
+    "lorakit.edits": ("EDITS", "PromptTuning"),
     "lorakit.errors": ("LorakitError",),
     "lorakit.experts": ("Arrow", "LoRAHub", "Retrieval"),
     "lorakit.init": (
@@ -116,6 +118,7 @@ def __dir__() -> list[str]:
 __all__ = [
     "BOFT",
     "C3A",
+    "EDITS",
     "EVA",
     "IA3",
     "METHODS",
@@ -149,6 +152,7 @@ __all__ = [
     "OneLoRA",
     "Orthogonal",
     "PiSSA",
+    "PromptTuning",
     "RandLoRA",
     "ReLoRA",
     "Retrieval",
@@ -164,6 +168,7 @@ __all__ = [
     "load",
     "merge",
     "merged",
+    "prompts",
     "resize",
     "route",
     "use",

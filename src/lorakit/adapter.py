@@ -1,7 +1,8 @@
-"""An adapter is a named set of deltas over a model: put on, routed, taken off.
+"""An adapter is a named set of deltas, or of edits, over a model: put on, routed, taken off.
 
-`attach` replaces the chosen layers by `Adapted` ones in place. The model stays the object and the class that it was,
-so a Trainer, a plain loop and `generate` need not know; `detach` puts the very module objects back.
+`attach` replaces the chosen layers by `Adapted` ones in place, and hooks edits around their calls. The model stays the
+object and the class that it was, so a Trainer, a plain loop and `generate` need not know; `detach` puts the very module
+objects back.
 """
 
 from __future__ import annotations
@@ -18,14 +19,17 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from lorakit.anatomy import anatomy_of
 from lorakit.calibration import Batch
 from lorakit.delta import Delta, Method, Pool
+from lorakit.edit import Anatomy, Edit, EditMethod, Place
 from lorakit.errors import LorakitError, unknown
 from lorakit.init import Default, Initialiser, initialiser
 from lorakit.layer import Adapted, Replacement, routed
 from lorakit.layout import Rows, Site, sites_of, split
 from lorakit.methods import LoRA
 from lorakit.routing import BASE, Board, Route, Router, Routing, parse
+from lorakit.seam import seams_of
 from lorakit.starts import Plan, Planned, begin, rewrite
 from lorakit.storage import FLOAT, Held, settle, storage_of
 from lorakit.targets import Targets, has_suffix, select, select_saved, value_for, walk
@@ -40,7 +44,7 @@ class Adapter:
     Attributes:
         name: its name on this model.
         model: the model it is on.
-        method: the spec all its deltas share, but for rank and alpha patterns.
+        method: the spec all its deltas share, but for rank and alpha patterns; or that of its edits.
         targets: what it changes, as asked.
         pool: tensors shared by its deltas.
         layers: path -> adapted layer, for the layers that carry one of its deltas or replacements.
@@ -48,11 +52,13 @@ class Adapter:
         originals: path -> the base's own weights, where the adapter's start has put others in their place (LoftQ).
         router: what weighs experts by token, where the adapter is a mixture or a router over others.
         handles: hooks on the model, which go with the adapter.
+        edits: where each of its edits stands -> the edit; empty for an adapter of deltas.
+        anatomy: what the model is made of, for an adapter of edits.
     """
 
     name: str
     model: nn.Module
-    method: Method
+    method: Any
     targets: Targets
     pool: Pool
     layers: dict[str, Adapted] = field(default_factory=dict, repr=False)
@@ -60,6 +66,8 @@ class Adapter:
     originals: dict[str, dict[str, Held]] = field(default_factory=dict, repr=False)
     router: Router | None = field(default=None, repr=False)
     handles: list[RemovableHandle] = field(default_factory=list, repr=False)
+    edits: dict[Place, Edit] = field(default_factory=dict, repr=False)
+    anatomy: Anatomy | None = field(default=None, repr=False)
 
     def deltas(self) -> Iterator[tuple[str, Site, Delta]]:
         """`(path, site, delta)` of every matrix it changes."""
@@ -77,6 +85,8 @@ class Adapter:
         """Everything that holds its tensors, by a name that is stable for this adapter."""
         for path, site, delta in self.deltas():
             yield f"{path}.{site.name}" if site.name else path, delta
+        for place, edit in self.edits.items():
+            yield place.path or self.method.family, edit
         yield "pool", self.pool
         if self.router is not None:
             yield "router", self.router
@@ -104,6 +114,9 @@ class Adapter:
             for name, _ in delta.named_parameters():
                 letter = name.rpartition(".")[2]
                 roles[f"{prefix}.{name}"] = own.get(letter, letter)
+        for place, edit in self.edits.items():
+            for name, _ in edit.named_parameters():
+                roles[f"{place.path or self.method.family}.{name}"] = name.rpartition(".")[2]
         for name, _ in self.pool.named_parameters():
             roles[f"pool.{name}"] = "pool"
         for name, _ in self.router.named_parameters() if self.router is not None else ():
@@ -201,6 +214,21 @@ def activate(model: nn.Module, route: Route | Routing, copies: int = 1) -> None:
     board.set(_repeated(parse(route, board.adapters), copies))
 
 
+@contextmanager
+def prompts(model: nn.Module, lengths: Sequence[int] | Tensor) -> Iterator[None]:
+    """Within the block each row's first tokens, so many, are its prompt, for edits that act on a prompt alone (ReFT).
+
+    Padding does not count. Without it the prompt of a row is all that comes before anything is in the cache: what `generate`
+    is given, or the whole text of a classifier. Training on prompts with their answers has to say where the answers begin.
+    """
+    board = board_of(model)
+    before, board.prompts = board.prompts, torch.as_tensor(lengths)
+    try:
+        yield
+    finally:
+        board.prompts = before
+
+
 def _repeated(routing: Routing, copies: int) -> Routing:
     if copies == 1 or routing.table is None:
         return routing
@@ -232,7 +260,7 @@ def _blocks(layers: int | Sequence[int] | range | None) -> tuple[int, ...] | Non
 
 def attach(
     model: nn.Module,
-    method: Method | None = None,
+    method: Method | EditMethod | None = None,
     *,
     name: str = "default",
     target_modules: str | Iterable[str] = "all-linear",
@@ -251,13 +279,13 @@ def attach(
     """Put a new adapter on a model, freeze the base, and make the adapter trainable and active.
 
     Args:
-        model: any torch model; it stays the object that it is.
-        method: the spec, `LoRA()` by default.
+        model: any torch model (for edits a transformers model); it stays the object that it is.
+        method: the spec, of deltas or of an edit; `LoRA()` by default.
         name: the adapter's name on this model.
         target_modules: suffixes of layer names; or one regular expression over whole names; or "all-linear" (every linear
             layer but the output head), "attention", "mlp".
         exclude_modules: suffixes or one regular expression; wins over target_modules.
-        layers: only inside these numbered blocks.
+        layers: only inside these numbered blocks; an edit knows its places by itself otherwise.
         layers_pattern: the name(s) of the list that `layers` counts in.
         rank_pattern, alpha_pattern: {pattern: value} for layers whose name the pattern ends.
         modules_to_save: modules trained whole, beside their frozen original.
@@ -282,18 +310,86 @@ def attach(
         bias=bias,
         parts={layer: dict(own) for layer, own in (parts or {}).items()},
     )
-    adapter = build(
-        model,
-        method or LoRA(),
-        targets,
-        name,
-        checked=True,
-        start=initialiser(init),
-        batches=batches,
-        originals=originals,
-    )
+    if isinstance(method, EditMethod):
+        _check_edit_options(method, targets, initialiser(init), batches)
+        adapter = build_edits(model, method, targets, name)
+    else:
+        adapter = build(
+            model,
+            method or LoRA(),
+            targets,
+            name,
+            checked=True,
+            start=initialiser(init),
+            batches=batches,
+            originals=originals,
+        )
     adapter.requires_grad_(True)
     activate(model, name)
+    return adapter
+
+
+def _check_edit_options(method: EditMethod, targets: Targets, start: Initialiser, batches: Any) -> None:
+    """Options that are about matrices say nothing to an edit, and what says nothing is refused."""
+    asked = {
+        "target_modules": targets.target_modules != "all-linear",
+        "exclude_modules": targets.exclude_modules is not None,
+        "layers_pattern": targets.layers_pattern is not None,
+        "rank_pattern": bool(targets.rank_pattern),
+        "alpha_pattern": bool(targets.alpha_pattern),
+        "bias": targets.bias == "lora_only",
+        "parts": bool(targets.parts),
+        "init": not isinstance(start, Default),
+        "batches": batches is not None,
+    }
+    own = [one.name for one in dataclasses.fields(cast(Any, method))]
+    for option, given in asked.items():
+        if given:
+            raise LorakitError(
+                f"attach: {option} was given, which is about weight matrices, and {method.name} stands around calls; it takes "
+                f"layers, modules_to_save and its own options: {', '.join(own)}."
+            )
+
+
+class _Reader:
+    """The model's tokenizer, read when it is first needed (a prompt that starts as a text)."""
+
+    def __init__(self, source: str | None) -> None:
+        self.source = source
+
+    def __call__(self, text: str, **options: Any) -> Any:
+        from transformers import AutoTokenizer
+
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(str(self.source))
+        except (OSError, ValueError) as problem:
+            raise LorakitError(
+                f"attach: the text that the prompt starts from needs a tokenizer, and {self.source!r} gives none ({problem}); "
+                "give tokenizer=, a hub name or folder, or ids=."
+            ) from problem
+        return tokenizer(text, **options)
+
+
+def build_edits(model: nn.Module, method: EditMethod, targets: Targets, name: str, folded: bool = False) -> Adapter:
+    """Make an adapter of edits and put it on the model, neither trainable nor active yet. Used by `attach` and `store.load`.
+
+    `folded`: its tensors come from a file, and so does what an encoder of prompts had made of them.
+    """
+    _check_name(name, getattr(model, "_lorakit", None))
+    anatomy = anatomy_of(model)
+    source = getattr(method, "tokenizer", None) or getattr(model, "name_or_path", None)
+    known = method if folded else method.with_tokenizer(_Reader(source))
+    edits = {place: known.build(place, anatomy, folded) for place in known.places(anatomy, targets.layers)}
+    reference = next(model.parameters(), None)
+    for edit in edits.values():
+        edit.to(device=None if reference is None else reference.device)
+        edit.train(model.training)
+    own = dataclasses.replace(targets, target_modules=(), layers=None)
+    adapter = build(model, LoRA(), own, name, checked=False, paths=[])
+    adapter.method, adapter.targets = known, dataclasses.replace(own, layers=targets.layers)
+    adapter.edits, adapter.anatomy = edits, anatomy
+    seams_of(board_of(model), model).put(name, edits, anatomy)
+    adapter.requires_grad_(False)
     return adapter
 
 
@@ -423,6 +519,8 @@ def build(
         adapter.layers[path] = layer
         if path in begun.weights:
             adapter.originals[path] = rewrite(layer.base, begun.weights[path])
+    if board.seams is not None:
+        board.seams.seat()
     _settle_pool(adapter)
     for _, parameter in adapter.named_parameters():
         parameter.requires_grad_(False)
@@ -608,6 +706,8 @@ def detach(model: nn.Module, name: str | None = None) -> nn.Module:
             if layer.remove(one):
                 for parent, attribute in places[id(layer)]:
                     parent._modules[attribute] = layer.base
+    if board.seams is not None:
+        board.seams.take(gone)
     if set(board.routing.names) - set(board.adapters):
         board.routing = BASE
     if not board.adapters:

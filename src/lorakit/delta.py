@@ -48,7 +48,8 @@ class Card:
     Attributes:
         title: the method's usual name.
         formula: ΔW or y in one line.
-        parameters: trainable numbers for one matrix, as a function of its shape and the spec.
+        parameters: trainable numbers for one matrix, as a function of its shape and the spec; of an edit (edit.py) all its
+            numbers, as a function of the model's anatomy.
         paper: arXiv number or venue.
         use: when to choose it, in one sentence.
         limits: what mathematics forbids, in one sentence; empty if nothing.
@@ -58,7 +59,7 @@ class Card:
 
     title: str
     formula: str
-    parameters: Callable[[Shape, Any], int]
+    parameters: Callable[[Any, Any], int]
     paper: str
     use: str
     limits: str = ""
@@ -132,47 +133,24 @@ class Call(Protocol):
         """`y` with every output feature multiplied by its entry of `g` (out,)."""
 
 
-class Method(ABC):
-    """The frozen spec of a method; subclasses are frozen dataclasses whose fields are the method's options."""
+class Spec(ABC):
+    """A frozen dataclass whose fields are the options of a delta's method or of an edit: it is the configuration."""
 
     name: ClassVar[str]
     card: ClassVar[Card]
     peft_type: ClassVar[str | None] = None
     """PEFT's name for the method, None where PEFT lacks it."""
-    peft_suffix: ClassVar[str] = r"\.lora_"
-    """What a tensor's name in PEFT's file holds if it belongs to this method (a regular expression)."""
     peft_ignored: ClassVar[frozenset[str]] = frozenset()
     """Entries of PEFT's configuration that say nothing about how a finished adapter acts."""
-    pattern_fields: ClassVar[dict[str, str]] = {}
-    """Fields that may differ per layer: field -> PEFT's name of the pattern option."""
     schedule: ClassVar[str | None] = None
-    """What training does to its deltas besides optimiser steps: a name in `train/schedules.py`."""
-
-    @abstractmethod
-    def build(self, shape: Shape, pool: Pool) -> Delta:
-        """A new delta for one matrix, with the initial values of the paper."""
-
-    def check(self, shape: Shape, path: str) -> None:  # noqa: B027 - most methods fit every matrix
-        """Raise LorakitError where this spec cannot be used on a matrix of this shape."""
-
-    def check_layers(self, paths: Sequence[str]) -> None:
-        """Raise LorakitError where this spec names layers that are none of the adapted ones."""
-        inner = getattr(self, "inner", None)
-        if isinstance(inner, Method):
-            inner.check_layers(paths)
-
-    def at(self, path: str) -> Method:
-        """The spec for the layer of this name: this one, unless the method treats some layers otherwise than others."""
-        inner = getattr(self, "inner", None)
-        own = inner.at(path) if isinstance(inner, Method) else inner
-        return self if own is inner else self.replace(inner=own)
+    """What training does to its tensors besides optimiser steps: a name in `train/schedules.py`."""
 
     def replace(self, **changes: Any) -> Self:
         """A copy with some fields changed; an unknown field is refused. A combinator passes its inner method's on."""
         own = [field.name for field in dataclasses.fields(self)]  # type: ignore[arg-type]
         inner = getattr(self, "inner", None)
         for name in [name for name in changes if name not in own]:
-            if not isinstance(inner, Method):
+            if not isinstance(inner, Spec):
                 raise unknown(f"option of {self.name}", name, own)
             inner = changes["inner"] = inner.replace(**{name: changes.pop(name)})
         return dataclasses.replace(self, **changes)  # type: ignore[type-var]
@@ -180,7 +158,7 @@ class Method(ABC):
     def to_dict(self) -> dict[str, Any]:
         """The spec as plain data: the method's name and its options."""
         options = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}  # type: ignore[arg-type]
-        plain = {key: value.to_dict() if isinstance(value, Method) else value for key, value in options.items()}
+        plain = {key: value.to_dict() if isinstance(value, Spec) else value for key, value in options.items()}
         return {"name": self.name, **plain}
 
     # -- PEFT's files -------------------------------------------------------------------------------------------------
@@ -200,6 +178,35 @@ class Method(ABC):
         """The spec that PEFT's entries describe; entries that cannot be honoured are refused by name."""
         raise LorakitError(f"load: PEFT has no format for {cls.name}.")
 
+
+class Method(Spec):
+    """The spec of a delta."""
+
+    peft_suffix: ClassVar[str] = r"\.lora_"
+    """What a tensor's name in PEFT's file holds if it belongs to this method (a regular expression)."""
+    pattern_fields: ClassVar[dict[str, str]] = {}
+    """Fields that may differ per layer: field -> PEFT's name of the pattern option."""
+
+    @abstractmethod
+    def build(self, shape: Shape, pool: Pool) -> Delta:
+        """A new delta for one matrix, with the initial values of the paper."""
+
+    def check(self, shape: Shape, path: str) -> None:
+        """Raise LorakitError where this spec cannot be used on a matrix of this shape."""
+
+    def check_layers(self, paths: Sequence[str]) -> None:
+        """Raise LorakitError where this spec names layers that are none of the adapted ones."""
+        inner = getattr(self, "inner", None)
+        if isinstance(inner, Method):
+            inner.check_layers(paths)
+
+    def at(self, path: str) -> Method:
+        """The spec for the layer of this name: this one, unless the method treats some layers otherwise than others."""
+        inner = getattr(self, "inner", None)
+        own = inner.at(path) if isinstance(inner, Method) else inner
+        return self if own is inner else self.replace(inner=own)
+
+    # -- PEFT's files -------------------------------------------------------------------------------------------------
     def peft_layers(self, specs: Mapping[str, Any]) -> dict[str, Any]:
         """Entries of PEFT's configuration that depend on the specs of all layers (layer name -> spec), where PEFT does not
         say them by patterns of plain values."""

@@ -19,11 +19,13 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lorakit.adapter import Adapter
 from lorakit.interchange import plain_names, unwrapped
+from lorakit.layout import sites_of
 from lorakit.storage import storage_of
+from lorakit.targets import Targets, select, walk
 
 log = logging.getLogger("lorakit")
 
@@ -54,6 +56,19 @@ def _sample(tensor: Tensor, count: int) -> Tensor:
     return flat[index].float().cpu()
 
 
+def _plain_weight(layer: nn.Module, path: str, name: str) -> Weight:
+    site = sites_of(layer)[0]
+    storage = storage_of(layer, site.weight, path)
+    shape = (site.layout.shape.out, site.layout.shape.in_)
+    matrix = site.layout.matrix
+    return Weight(
+        f"{name}.{site.weight}",
+        shape,
+        storage.label(layer, site.weight),
+        lambda: matrix(storage.read(layer, site.weight)),
+    )
+
+
 def _weights(adapter: Adapter) -> Iterator[Weight]:
     """Every adapted weight as (out, in), or every replaced tensor where there is none."""
     plain, found = plain_names(adapter.model), False
@@ -67,6 +82,10 @@ def _weights(adapter: Adapter) -> Iterator[Weight]:
 
         shape = (site.layout.shape.out, site.layout.shape.in_)
         yield Weight(f"{plain[path]}.{site.weight}", shape, storage.label(layer.base, site.weight), read)
+    if adapter.edits:  # they stand around calls, and are about all of the model
+        found, modules = True, dict(walk(adapter.model))
+        for path in select(adapter.model, Targets()):
+            yield _plain_weight(modules[path], path, plain[path])
     for path, replacement in adapter.replacements() if not found else ():
         state = adapter.layers[path].base.state_dict()
         kept = adapter.layers[path].kept

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from lorakit.adapter import Adapter
 from lorakit.delta import LowRank, Method, Offset, View
+from lorakit.edit import EditMethod
 from lorakit.errors import LorakitError
 from lorakit.layer import Adapted
 from lorakit.layout import Rows, Site
@@ -146,9 +147,15 @@ def tensors_of(adapter: Adapter) -> dict[str, Tensor]:
     for path, replacement in adapter.replacements():
         for name, tensor in replacement.tensors().items():
             result[replacement_key(adapter, path, plain[path], name)] = tensor.detach()
+    for place, edit in adapter.edits.items():
+        for name, tensor in edit.views().items() if place.path else ():
+            result[f"{plain[place.path]}.{name}"] = tensor
     result = {PREFIX + key: tensor.contiguous() for key, tensor in result.items()}
     for name, tensor in adapter.pool.state_dict().items():
         result[f"base_model.{name}"] = tensor.contiguous()
+    for place, edit in adapter.edits.items():
+        for name, tensor in edit.views().items() if not place.path else ():
+            result[name] = tensor.contiguous()  # PEFT keeps what stands in front of the input without a prefix
     held: set[int] = set()
     for key, tensor in result.items():
         storage = tensor.untyped_storage()
@@ -232,9 +239,12 @@ def _specs(adapter: Adapter, plain: Mapping[str, str]) -> dict[str, Method]:
     return specs
 
 
-def stored(adapter: Adapter) -> tuple[Method, Targets]:
+def stored(adapter: Adapter) -> tuple[Any, Targets]:
     """The method and the request that make an adapter as it is in a file: its own, unless ranks have changed since it was
     attached (a schedule has moved, taken or added some); then each layer's own rank and scale by its exact name."""
+    if adapter.edits:
+        return adapter.method, adapter.targets
+    method: Method
     asked: dict[str, Method] = {}
     found: dict[str, Method] = {}
     halves = shifted(adapter)
@@ -266,7 +276,7 @@ def _asked(adapter: Adapter, path: str, where: str, layer: str) -> Method:
         value = value_for(patterns, layer) if value is None else value
         if value is not None:
             changes[option] = value
-    spec = adapter.method.at(path)
+    spec: Method = adapter.method.at(path)
     return spec.replace(**changes) if changes else spec
 
 
@@ -313,28 +323,45 @@ def _task(model: nn.Module) -> str | None:
     return None
 
 
-def config_of(adapter: Adapter, base: str | None = None) -> dict[str, Any]:
-    """PEFT's adapter_config.json for an adapter."""
-    plain = plain_names(adapter.model)
-    common, patterns = _patterns(adapter, plain)
-    method = adapter.method.replace(**common) if common else adapter.method
-    paths = [plain[path] for path, layer in adapter.layers.items() if layer.deltas_of(adapter.name)]
+def _general(adapter: Adapter, base: str | None) -> dict[str, Any]:
+    """Entries of PEFT's configuration that every kind of adapter has."""
     model = unwrapped(adapter.model)
     task = _task(model)
     # PEFT's AutoPeftModel needs the model's class where there is no task.
     mapping = {"base_model_class": type(model).__name__, "parent_library": type(model).__module__}
-    config: dict[str, Any] = {
-        "peft_type": adapter.method.peft_type or adapter.method.name.upper(),
+    return {
         "task_type": task,
         "base_model_name_or_path": base or getattr(model, "name_or_path", None) or None,
         "revision": None,
         "inference_mode": True,
         "auto_mapping": None if task else mapping,
+        "modules_to_save": [plain_names(adapter.model)[path] for path in adapter.saved] or None,
+    }
+
+
+def edit_config(adapter: Adapter, base: str | None = None) -> dict[str, Any]:
+    """PEFT's adapter_config.json for an adapter of edits."""
+    assert adapter.anatomy is not None
+    method: EditMethod = adapter.method
+    own = {"peft_type": method.peft_name(), **method.peft_config(), **method.peft_model(adapter.anatomy)}
+    return {**_general(adapter, base), **own}
+
+
+def config_of(adapter: Adapter, base: str | None = None) -> dict[str, Any]:
+    """PEFT's adapter_config.json for an adapter."""
+    if adapter.edits:
+        return edit_config(adapter, base)
+    plain = plain_names(adapter.model)
+    common, patterns = _patterns(adapter, plain)
+    method = adapter.method.replace(**common) if common else adapter.method
+    paths = [plain[path] for path, layer in adapter.layers.items() if layer.deltas_of(adapter.name)]
+    config: dict[str, Any] = {
+        **_general(adapter, base),
+        "peft_type": adapter.method.peft_type or adapter.method.name.upper(),
         "target_modules": target_modules(paths, adapter.model),
         "exclude_modules": None,
         "layers_to_transform": None,
         "layers_pattern": None,
-        "modules_to_save": [plain[path] for path in adapter.saved] or None,
         "bias": adapter.targets.bias,
         **method.peft_config(),
     }

@@ -21,10 +21,11 @@ from torch import Tensor, nn
 from lorakit.adapter import Adapter, activate, adapters, attach, board_of, detach, use
 from lorakit.algebra import merge
 from lorakit.bundle import read_config
+from lorakit.delta import Method
 from lorakit.errors import LorakitError, unknown
 from lorakit.interchange import heads_for
-from lorakit.methods import method_for_peft
 from lorakit.store import load
+from lorakit.table import method_for_peft
 from lorakit.targets import has_suffix, walk
 
 _QUERY_VALUE = {
@@ -148,7 +149,7 @@ def _attach(model: nn.Module, config: LoraConfig, name: str) -> Adapter:
     layers = config.layers_to_transform
     adapter = attach(
         model,
-        method_for_peft(options).from_peft(options),
+        cast(Method, method_for_peft(options).from_peft(options)),
         name=name,
         target_modules=targets,
         exclude_modules=config.exclude_modules,

@@ -9,7 +9,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -139,6 +139,10 @@ class Board:
         self.merged: frozenset[str] = frozenset()
         self.frozen: dict[str, bool] = {}
         """requires_grad of the base's parameters before the first adapter came, to be given back by detach."""
+        self.seams: Any = None
+        """Where edits stand around the model's calls (`seam.Seams`), once there are any."""
+        self.prompts: Tensor | None = None
+        """(rows,): how many tokens of each row are the prompt, while somebody says so (`adapter.prompts`)."""
 
     def set(self, route: Route | Routing) -> Routing:
         """Make `route` the present one; returns the one before."""
@@ -148,6 +152,7 @@ class Board:
             raise LorakitError(
                 f"use: adapter {merged[0]!r} is merged into the weights just now, so it acts already; leave `merged` first."
             )
+        self._check_whole(routing)
         before, self.routing = self.routing, routing
         return before
 
@@ -159,3 +164,33 @@ class Board:
         for name in routing.names:
             names.update(dict.fromkeys(self.routers[name].members if name in self.routers else (name,)))
         return tuple(names)
+
+    def _check_whole(self, routing: Routing) -> None:
+        """Refuse shares of edits that act whole or not at all, and two of a kind for one row."""
+        specs = {name: self.adapters[name].method for name in routing.names if name in self.adapters}
+        whole = {name: spec for name, spec in specs.items() if not getattr(spec, "blends", True)}
+        if not whole:
+            return
+        if routing.axis:
+            raise LorakitError(
+                f"use: {next(iter(whole))!r} stands in front of a row, and the route is one for each token."
+            )
+        table = [routing.weights] if routing.weights is not None else cast(Tensor, routing.table).tolist()
+        for row in table:
+            taken: dict[str, str] = {}
+            for name, weight in zip(routing.names, row, strict=True):
+                if name not in whole or weight == 0.0:
+                    continue
+                spec: Any = whole[name]
+                if weight != 1.0:
+                    raise LorakitError(
+                        f"use: {name!r} was given the weight {weight:g}. A {spec.family} of {spec.name} is read by the model's "
+                        "attention as tokens are, and there is no share of a token: it acts whole (1) or not at all (0). Give "
+                        "other rows another one by a list; deltas and bottlenecks blend."
+                    )
+                if spec.family in taken:
+                    raise LorakitError(
+                        f"use: one row was given two of a kind, {taken[spec.family]!r} and {name!r}, both a {spec.family}; a "
+                        "row has one. Deltas and bottlenecks may act beside it."
+                    )
+                taken[spec.family] = name

@@ -36,6 +36,13 @@ def check_rows(x: Tensor, rows: int, axis: int, path: str) -> None:
         )
 
 
+def per_row(column: Tensor, y: Tensor, axis: int) -> Tensor:
+    """One number per row (or token, with `axis` 1) as a tensor that multiplies `y`."""
+    shape = [1] * y.ndim
+    shape[axis] = -1
+    return column.reshape(shape)
+
+
 def take(value: Any, rows: Tensor, count: int) -> Any:
     """The rows of everything that has the batch as its first axis; other arguments as they are."""
     if isinstance(value, Tensor):

@@ -17,7 +17,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from lorakit.adapter import Adapter, activate, adapters, build, detach
+from lorakit.adapter import Adapter, activate, adapters, build, build_edits, detach
 from lorakit.bundle import (
     CONFIG,
     CONTENT,
@@ -32,7 +32,7 @@ from lorakit.bundle import (
     read_tensors,
     write_bundle,
 )
-from lorakit.delta import Method
+from lorakit.edit import EditMethod
 from lorakit.errors import LorakitError
 from lorakit.fingerprint import check, fingerprint
 from lorakit.folder import replace_folder
@@ -53,7 +53,7 @@ from lorakit.interchange import (
     unwrapped,
 )
 from lorakit.layout import Rows
-from lorakit.methods import method_for_peft, method_named, spec_from_dict
+from lorakit.table import method_for_peft, method_named, spec_from_dict
 from lorakit.targets import Targets, select, value_for, walk
 
 log = logging.getLogger("lorakit")
@@ -155,8 +155,16 @@ def load(
         raise LorakitError(f"load: an adapter {name!r} is on this model already; give another name=.")
     plain = plain_names(model)
     tensors = names_in(bundle.tensors, model, bundle.folder / TENSORS)
-    method_class = method_named(bundle.own["method"].get("name", "")) if bundle.own else method_for_peft(bundle.config)
+    method_class: type[Any] = (
+        method_named(bundle.own["method"].get("name", "")) if bundle.own else method_for_peft(bundle.config)
+    )
     method = _method(method_class, bundle, complain)
+    if isinstance(method, EditMethod):
+        adapter = _load_edits(model, method, bundle, tensors, name, plain, complain)
+        if trainable:
+            adapter.requires_grad_(True)
+            activate(model, name)
+        return adapter
     tensors = method.from_file(tensors)
     config = {**bundle.config, **method_class.peft_patterns(bundle.config)}
     targets = _targets_from_own(bundle) if bundle.own else targets_from(config, model, tensors)
@@ -180,6 +188,40 @@ def load(
     return adapter
 
 
+def _load_edits(
+    model: nn.Module,
+    method: EditMethod,
+    bundle: Bundle,
+    tensors: Mapping[str, Tensor],
+    name: str,
+    plain: Mapping[str, str],
+    complain: Complain,
+) -> Adapter:
+    """Put an adapter of edits from a folder on a model; nothing is left on it where that fails."""
+    config = bundle.config
+    if bundle.own:
+        targets = _targets_from_own(bundle)
+    else:
+        targets = dataclasses.replace(targets_from(config, model, tensors), target_modules=())
+    adapter = build_edits(model, method, targets, name, folded=True)
+    try:
+        if bundle.own:
+            check(adapter, bundle.own["base"].get("fingerprint"), bundle.folder, complain)
+        else:
+            _compare_names(model, bundle)
+        supply = _Supply(method.read_tensors(tensors, config), bundle.folder / TENSORS)
+        for place, edit in adapter.edits.items():
+            for key in edit.views():
+                whole = f"{plain[place.path]}.{key}" if place.path else key
+                supply.put(edit.fill(key), supply.take(whole), whole)
+        _fill_replacements(adapter, plain, supply)
+        supply.finish(complain)
+    except BaseException:
+        detach(model, name)
+        raise
+    return adapter
+
+
 def _complaints(strict: bool) -> Complain:
     def complain(message: str) -> None:
         if strict:
@@ -189,7 +231,7 @@ def _complaints(strict: bool) -> Complain:
     return complain
 
 
-def _method(method_class: type[Method], bundle: Bundle, complain: Complain) -> Method:
+def _method(method_class: type[Any], bundle: Bundle, complain: Complain) -> Any:
     if bundle.own:
         return spec_from_dict(bundle.own["method"], str(bundle.folder / OWN))
     read = method_class.from_peft(bundle.config)
@@ -227,7 +269,7 @@ def _ranges(given: list[Any]) -> Any:
     return [tuple(pair) for pair in given] if isinstance(given[0], list) else tuple(given)
 
 
-def _layers_in(tensors: Iterable[str], plain: Mapping[str, str], method: type[Method], folder: Path) -> list[str]:
+def _layers_in(tensors: Iterable[str], plain: Mapping[str, str], method: type[Any], folder: Path) -> list[str]:
     """The model's layers for which the file holds this method's tensors, in the model's order."""
     suffix = re.compile(method.peft_suffix)
     known = set(plain.values())
@@ -327,6 +369,14 @@ class _Supply:
         with torch.no_grad():
             target.copy_(value)
 
+    def finish(self, complain: Complain) -> None:
+        """Complain about what nobody has taken."""
+        if self.left:
+            complain(
+                f"load: {self.where} holds {next(iter(self.left))!r} and {len(self.left) - 1} more tensors that nothing "
+                "in this model takes."
+            )
+
 
 def _fill(
     adapter: Adapter,
@@ -347,23 +397,23 @@ def _fill(
                 key = f"{plain[path]}.{site_prefix(site)}{suffix}"
                 for tensor, piece in pieces(view, site.layout.unpack(supply.take(key), view.axes)):
                     supply.put(tensor, piece, key)
-    for path, replacement in adapter.replacements():
-        for name, tensor in replacement.tensors().items():
-            key = replacement_key(adapter, path, plain[path], name)
-            if name == "in_proj_bias" and key not in supply.left:
-                continue  # PEFT neither trains nor saves this bias of nn.MultiheadAttention
-            supply.put(tensor, supply.take(key), key)
+    _fill_replacements(adapter, plain, supply)
     for name, tensor in adapter.pool.state_dict().items():
         supply.put(tensor, supply.take(name), name)
     modules = {plain[path]: module for path, module in walk(adapter.model)}
     for key in list(supply.left):
         if _is_copy(key, supply.left[key], modules, complain):
             del supply.left[key]
-    if supply.left:
-        complain(
-            f"load: {supply.where} holds {next(iter(supply.left))!r} and {len(supply.left) - 1} more tensors that nothing "
-            "in this model takes."
-        )
+    supply.finish(complain)
+
+
+def _fill_replacements(adapter: Adapter, plain: Mapping[str, str], supply: _Supply) -> None:
+    for path, replacement in adapter.replacements():
+        for name, tensor in replacement.tensors().items():
+            key = replacement_key(adapter, path, plain[path], name)
+            if name == "in_proj_bias" and key not in supply.left:
+                continue  # PEFT neither trains nor saves this bias of nn.MultiheadAttention
+            supply.put(tensor, supply.take(key), key)
 
 
 def _fill_parts(adapter: Adapter, path: str, plain: str, supply: _Supply) -> None:

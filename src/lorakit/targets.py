@@ -14,6 +14,7 @@ from typing import Any, TypeVar, cast
 
 from torch import nn
 
+from lorakit.edit import Edits
 from lorakit.errors import LorakitError
 from lorakit.layer import Adapted
 from lorakit.layout import Linear, sites_of
@@ -74,6 +75,8 @@ def walk(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
         if isinstance(base, nn.MultiheadAttention):
             return
         for name, child in base.named_children():
+            if isinstance(child, Edits):
+                continue
             yield from visit(child, f"{path}.{name}" if path else name, seen)
 
     return visit(model, "", set())

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 import lorakit
+from lorakit.edits import EDITS
 from lorakit.methods import METHODS
 
 PACKAGE = Path(lorakit.__file__).parent
@@ -20,13 +21,14 @@ LAYERS: tuple[frozenset[str], ...] = tuple(
     frozenset(names.split())
     for names in (
         "errors",
-        "delta",
+        "delta edit",
         "layout",
         "storage kernel",
         "routing rows",
         "layer",
         "targets init methods optim edits experts",
-        "calibration",
+        "anatomy table",
+        "front attending seam calibration",
         "starts",
         "adapter",
         "spectrum algebra fingerprint folder mixture interchange store convert peft bundle catalogue train serve insight",
@@ -38,6 +40,7 @@ LAYERS: tuple[frozenset[str], ...] = tuple(
 
 NARROW: dict[str, frozenset[str]] = {
     "methods": frozenset({"delta", "errors"}),
+    "edits": frozenset({"edit", "delta", "errors"}),
     "init": frozenset({"delta", "storage", "errors"}),
     "optim": frozenset({"errors"}),
 }
@@ -168,6 +171,12 @@ def test_the_method_table_is_the_folder() -> None:
     for name, method in METHODS.items():
         assert method.name == name
         assert method.__module__.startswith("lorakit.methods.")
+
+
+def test_the_table_of_edits_is_the_folder() -> None:
+    files = {path.stem for path in (PACKAGE / "edits").glob("*.py")} - {"__init__"}
+    assert {edit.__module__.rpartition(".")[2] for edit in EDITS.values()} == files
+    assert all(edit.name == name for name, edit in EDITS.items())
 
 
 def test_files_are_named_after_what_they_hold() -> None:

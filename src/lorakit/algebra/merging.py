@@ -71,6 +71,13 @@ def _check(
 ) -> None:
     """Everything that can be refused, before the first weight changes."""
     for name, _ in blend:
+        if board.adapters[name].edits:
+            method = board.adapters[name].method
+            raise LorakitError(
+                f"merge: {name!r} cannot be merged: it is {method.name}, and {method.reason}. Keep it beside its model "
+                "(lk.use, or lorakit generate --adapter)."
+            )
+    for name, _ in blend:
         for key, parameter in board.adapters[name].named_parameters():
             if not torch.isfinite(parameter).all():
                 raise LorakitError(f"merge: {key} of adapter {name!r} holds a NaN or an infinity; nothing was merged.")

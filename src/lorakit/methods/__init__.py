@@ -2,12 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Mapping
-from typing import Any, cast
-
 from lorakit.delta import Method
-from lorakit.errors import LorakitError, unknown
 from lorakit.methods.adalora import AdaLoRA
 from lorakit.methods.bitfit import BitFit
 from lorakit.methods.boft import BOFT
@@ -62,42 +57,6 @@ METHODS: dict[str, type[Method]] = {
     "full": Full,
 }
 
-
-def method_named(name: str) -> type[Method]:
-    """The spec class of this name, or an error with the nearest one."""
-    if name not in METHODS:
-        raise unknown("method", name, METHODS)
-    return METHODS[name]
-
-
-def method_for_peft(config: dict[str, Any]) -> type[Method]:
-    """The spec class that reads files with this PEFT configuration."""
-    for method in METHODS.values():
-        if method.peft_type is not None and method.reads(config):
-            return method
-    known = [str(method.peft_type) for method in METHODS.values() if method.peft_type]
-    raise unknown("PEFT type", str(config.get("peft_type")), dict.fromkeys(known))
-
-
-def spec_from_dict(options: Mapping[str, Any], where: str | None = None) -> Method:
-    """A spec from plain data, {"name": …, option: …}; the inverse of `Method.to_dict`.
-
-    Unknown options are refused with the nearest known one; a combinator's inner method is a mapping of the same kind.
-    """
-    if "name" not in options:
-        raise LorakitError(f"a method is given by its name and options; {dict(options)!r} has no name.")
-    method = method_named(options["name"])
-    known = [field.name for field in dataclasses.fields(cast(Any, method))]
-    values = {}
-    for key, value in options.items():
-        if key == "name":
-            continue
-        if key not in known:
-            raise unknown(f"option of {method.name}", key, known, where=where)
-        values[key] = spec_from_dict(value, where) if isinstance(value, Mapping) and "name" in value else value
-    return method(**values)
-
-
 __all__ = [
     "BOFT",
     "C3A",
@@ -125,7 +84,4 @@ __all__ = [
     "TiedLoRA",
     "VBLoRA",
     "VeRA",
-    "method_for_peft",
-    "method_named",
-    "spec_from_dict",
 ]

@@ -25,6 +25,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lorakit.adapter import adapters
+from lorakit.attending import configurations, with_edits
 from lorakit.train import fusion
 from lorakit.train.packing import FlatBatch, Segment, TextBatch
 
@@ -623,7 +625,7 @@ def _attention_over(original: str) -> Callable[..., Any]:
 
     def forward(module: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
         if kwargs.get("flat_batch") is not None or _in_flat_forward.get():
-            return flat_attention_forward(module, *args, **kwargs)
+            return with_edits(flat_attention_forward, module, args, kwargs, flat=True)
         from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
         eager: Any = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
@@ -645,19 +647,6 @@ def _mask_over(original: str) -> Callable[..., Any]:
     return mask
 
 
-def _configs(model: torch.nn.Module) -> list[Any]:
-    """Every distinct configuration in a model: its own, its parts', and the sub-configurations of these."""
-    found: dict[int, Any] = {}
-    waiting: list[Any] = [module.config for module in model.modules() if hasattr(module, "config")]
-    while waiting:
-        config = waiting.pop()
-        if id(config) in found or not hasattr(config, "_attn_implementation_internal"):
-            continue
-        found[id(config)] = config
-        waiting += [getattr(config, name, None) for name in getattr(config, "sub_configs", {})]
-    return list(found.values())
-
-
 @contextlib.contextmanager
 def flat_attention(model: torch.nn.Module) -> Iterator[None]:
     """Inside, `model` can take flat rows; every other call to it goes on as before. Restored on leaving.
@@ -668,7 +657,7 @@ def flat_attention(model: torch.nn.Module) -> Iterator[None]:
     from transformers.masking_utils import AttentionMaskInterface
 
     changed = []
-    for config in _configs(model):
+    for config in configurations(model):
         original = config._attn_implementation_internal or "eager"
         if original.startswith(PREFIX):
             continue
@@ -686,7 +675,18 @@ def flat_attention(model: torch.nn.Module) -> Iterator[None]:
 
 def is_flat(model: torch.nn.Module) -> bool:
     """Is `flat_attention(model)` open?"""
-    return any((config._attn_implementation_internal or "").startswith(PREFIX) for config in _configs(model))
+    return any((config._attn_implementation_internal or "").startswith(PREFIX) for config in configurations(model))
+
+
+def edits_obstacle(model: torch.nn.Module, texts: bool = False) -> str | None:
+    """Why an edit on the model cannot act on a flat row, or None; `texts`: a row of whole texts for an encoder."""
+    for adapter in adapters(model).values():
+        if adapter.edits:
+            spec = adapter.method
+            reason = spec.flat or ("every text needs the prompt for itself" if texts and spec.family else None)
+            if reason is not None:
+                return f"{spec.name} does not go with flat rows: {reason}"
+    return None
 
 
 def flat_call(model: torch.nn.Module, batch: FlatBatch | TextBatch, **arguments: Any) -> Any:

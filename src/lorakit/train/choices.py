@@ -23,9 +23,9 @@ from lorakit.train.schema import NOWHERE, FlagText, Origins, default_of, hints_o
 
 def methods() -> dict[str, type]:
     """The method table: name -> spec class."""
-    from lorakit.methods import METHODS
+    from lorakit.table import TABLE
 
-    return dict(METHODS)
+    return dict(TABLE)
 
 
 def initialisers() -> dict[str, type]:

@@ -18,8 +18,9 @@ import torch
 from torch import Tensor, nn
 
 from lorakit.errors import LorakitError
-from lorakit.train.attention import flat_attention, flat_call
+from lorakit.train.attention import edits_obstacle, flat_attention, flat_call
 from lorakit.train.classification import LabelledExample
+from lorakit.train.loss import base_alone
 from lorakit.train.packing import pack_texts
 from lorakit.train.trainer import LossPath
 
@@ -46,7 +47,8 @@ _found: weakref.WeakKeyDictionary[nn.Module, Support] = weakref.WeakKeyDictionar
 
 def choose_class_path(model: nn.Module, fast_path: str = "auto") -> LossPath:
     """The flat path where the model is an encoder that takes it and it is not turned off, else the padded one."""
-    reason = "train.fast_path is off" if fast_path == "off" else encoder_support(model).reason
+    reason = "train.fast_path is off" if fast_path == "off" else edits_obstacle(model, texts=True)
+    reason = reason or encoder_support(model).reason
     if reason is not None:
         log.info("training path: padded texts, because %s", reason)
         return PADDED
@@ -57,7 +59,8 @@ def choose_class_path(model: nn.Module, fast_path: str = "auto") -> LossPath:
 def encoder_support(model: nn.Module) -> Support:
     """How a sequence classifier takes flat rows, or why not. Tried once per model object."""
     if model not in _found:
-        _found[model] = _try_places(model)
+        with base_alone(model):
+            _found[model] = _try_places(model)
     return _found[model]
 
 

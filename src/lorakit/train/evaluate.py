@@ -34,6 +34,7 @@ import torch
 from torch import Tensor, nn
 
 from lorakit.errors import LorakitError
+from lorakit.train.loss import prompts_known
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -241,7 +242,9 @@ def _score_pairs(reader: Reader, prompts: Sequence[Sequence[int]], choices: Sequ
         rows = torch.arange(len(prompts), device=device)[:, None]
         inputs = {"input_ids": ids.to(device), "attention_mask": mask.to(device), "use_cache": False}
         answer = torch.tensor(choice, device=device).expand(len(prompts), -1)
-        columns.append(_log_probabilities(reader.logits(rows, places, **inputs), answer).sum(-1).cpu())
+        with prompts_known(reader.model, lengths.tolist()):
+            logits = reader.logits(rows, places, **inputs)
+        columns.append(_log_probabilities(logits, answer).sum(-1).cpu())
     return torch.stack(columns, dim=1).float()
 
 

@@ -9,6 +9,7 @@ backward pass. `causal_loss` is the whole step on a flat row, `padded_loss` the 
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import logging
 import weakref
@@ -19,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lorakit.adapter import adapters, prompts, use
 from lorakit.errors import LorakitError
 from lorakit.train import fusion
 from lorakit.train.attention import flat_attention, flat_hidden, is_flat
@@ -292,7 +294,8 @@ def padded_loss(
         labels[row, :length] = torch.tensor(list(example.labels))
         mask[row, :length] = 1
     input_ids, labels, mask = input_ids.to(device), labels.to(device), mask.to(device)
-    logits = model(input_ids=input_ids, attention_mask=mask, use_cache=False).logits[:, :-1]
+    with prompts_known(model, [prompt_length(example.labels) for example in examples]):
+        logits = model(input_ids=input_ids, attention_mask=mask, use_cache=False).logits[:, :-1]
     labels = labels[:, 1:]
     chosen = labels != IGNORED
     rows, targets = logits[chosen], labels[chosen]
@@ -303,6 +306,21 @@ def padded_loss(
     real = sum(len(example.input_ids) for example in examples)
     stats = LossStats(count, right, total.detach(), input_ids.numel(), real)
     return total / _at_least_one(count if num_items is None else num_items), stats
+
+
+def base_alone(model: nn.Module) -> contextlib.AbstractContextManager[None]:
+    """The model without its adapters, where it has some: what a model can do is asked of the base."""
+    return use(model, None) if adapters(model) else contextlib.nullcontext()
+
+
+def prompt_length(labels: Sequence[int]) -> int:
+    """How many tokens of an example are its prompt: those before the first that is learned."""
+    return next((place for place, label in enumerate(labels) if label != IGNORED), len(labels))
+
+
+def prompts_known(model: nn.Module, lengths: Sequence[int]) -> contextlib.AbstractContextManager[None]:
+    """Says to a model's edits how many tokens of each row are its prompt, where the model has adapters."""
+    return prompts(model, lengths) if adapters(model) else contextlib.nullcontext()
 
 
 def _at_least_one(count: Tensor | float) -> Tensor | float:
@@ -329,7 +347,8 @@ def flat_support(model: Any) -> str | None:
     and one by one, and logits must agree to what the model's precision allows.
     """
     if model not in _verdicts:
-        _verdicts[model] = _find_reason(model)
+        with base_alone(model):
+            _verdicts[model] = _find_reason(model)
         if _verdicts[model] is not None:
             logger.info("flat rows: %s takes padded batches, %s", type(model).__name__, _verdicts[model])
     return _verdicts[model]

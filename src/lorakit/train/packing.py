@@ -86,6 +86,17 @@ class FlatBatch:
         }
         return replace(self, **moved, plans={})
 
+    def under(self, rows: int) -> FlatBatch:
+        """The batch with so many rows above everything, which no example holds: a trained prompt, computed once for all.
+
+        The rows are the caller's to put in front of the embeddings, and to count in positions; `hidden_index` counts without
+        them.
+        """
+        root = Segment(0, rows, 0, -1)
+        below = (Segment(one.start + rows, one.length, one.position + rows, one.parent + 1) for one in self.segments)
+        ids = torch.cat([self.input_ids.new_zeros(1, rows), self.input_ids], dim=1)
+        return replace(self, input_ids=ids, segments=(root, *below), used=self.used + rows, plans={})
+
 
 def pack(
     examples: Sequence[TokenisedExample],

@@ -24,6 +24,7 @@ import torch
 import transformers
 from rich.console import Console
 
+from lorakit.edit import EditMethod
 from lorakit.errors import LorakitError
 from lorakit.interchange import heads_for
 from lorakit.train import checkpoint
@@ -118,7 +119,8 @@ def train(config: TrainConfig, *, console: Console | None = None) -> TrainResult
         log.info(
             "init %s measures the %s of every layer on %d batches", config.init.name, config.init.needs, len(batches)
         )
-    adapter = lk.attach(model, config.method, **attach_arguments(config, model), batches=batches)
+    method = config.method.with_tokenizer(tokenizer) if isinstance(config.method, EditMethod) else config.method
+    adapter = lk.attach(model, method, **attach_arguments(config, model), batches=batches)
     base_parameters = sum(p.numel() for p in model.parameters()) - adapter.num_parameters()
     log.info("adapter: %s", describe(adapter, base_parameters))
     path = path_for(config, model)
@@ -245,14 +247,23 @@ def examine(model: Any, tokenizer: Any, held: Held, config: TrainConfig, path: L
     return found
 
 
+def describe_targets(config: TrainConfig) -> str:
+    """What the adapter of a run changes, in words."""
+    if isinstance(config.method, EditMethod):
+        return "the places of its edits"
+    targets = config.target_modules
+    return targets if isinstance(targets, str) else ", ".join(targets)
+
+
 def describe(adapter: Adapter, base_parameters: int) -> str:
     """An adapter in one line: its method, how many layers, how large, against the base."""
     options = ", ".join(
-        f"{name} {value}" for name, value in _options(adapter.method).items() if value not in (None, False)
+        f"{name} {value}" for name, value in _options(adapter.method).items() if value not in (None, False, ())
     )
+    where = f"at {len(adapter.edits)} places" if adapter.edits else f"on {len(adapter.layers)} layers"
     count = adapter.num_parameters()
     return (
-        f"{type(adapter.method).__name__} ({options}) on {len(adapter.layers)} layers, {count:,} parameters, "
+        f"{type(adapter.method).__name__} ({options}) {where}, {count:,} parameters, "
         f"{100 * count / max(base_parameters, 1):.2f}% of the base's {base_parameters:,}"
     )
 
@@ -296,7 +307,6 @@ def _record(
     learned = "completions only" if tree["data"]["completion_only_loss"] else "all tokens"
     if config.task == "seq-cls":
         learned = "the class of each text"
-    targets = config.target_modules
     world = trainer.args.world_size
     return RunRecord(
         name=Path(options.output).name,
@@ -304,7 +314,7 @@ def _record(
         classes=class_list(trainer.bare) if config.task == "seq-cls" else (),
         method=type(config.method).__name__,
         method_options=_options(config.method),
-        targets=targets if isinstance(targets, str) else ", ".join(targets),
+        targets=describe_targets(config),
         parameters=adapter.num_parameters(),
         base_parameters=base_parameters,
         dtype=str(next(iter(trainer.bare.parameters())).dtype).removeprefix("torch."),

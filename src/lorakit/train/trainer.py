@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from lorakit.errors import LorakitError
 from lorakit.optim import build_optimizer, correct_gradients, corrections_of, parameter_groups
 from lorakit.train import checkpoint
-from lorakit.train.attention import flat_attention
+from lorakit.train.attention import edits_obstacle, flat_attention
 from lorakit.train.config import TrainConfig, to_tree
 from lorakit.train.evaluate import LossSums, evaluate_loss
 from lorakit.train.health import HealthCallback, HealthWatch
@@ -69,7 +69,7 @@ class LossPath:
 def choose_path(model: nn.Module, fast_path: str = "auto") -> LossPath:
     """The flat path where the model supports it and it is not turned off, else the padded one; the log says
     why."""
-    reason = "train.fast_path is off" if fast_path == "off" else flat_support(model)
+    reason = "train.fast_path is off" if fast_path == "off" else edits_obstacle(model) or flat_support(model)
     if reason is not None:
         log.info("training path: padded rows, because %s", reason)
         return PADDED

@@ -1,0 +1,165 @@
+"""Prompt tuning: trained rows in front of the input's embeddings; the model stays as it is.
+
+    input = [P; Emb(x)]        P (tokens, hidden)
+
+P starts as embeddings of random vocabulary entries ("vocabulary"), of a text ("text": repeated or cut to the length), or
+uniform in ±0.5 ("random", the paper's weakest). It costs `tokens` positions of every input. 20 tokens at width 576 train
+11,520 numbers. It wants a far higher learning rate than a delta (0.01 to 0.3), and catches up with full training only on very
+large models. In an encoder-decoder the encoder gets it, and the decoder looks at it too. Lester et al. 2021, arXiv 2104.08691.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Self
+
+import torch
+from torch import Tensor, nn
+
+from lorakit.delta import Card
+from lorakit.edit import FRONT, Anatomy, EditMethod, Place, Prompt
+from lorakit.errors import LorakitError
+
+PROMPT_KEY = "prompt_embeddings"
+"""PEFT's name of a prompt, which stands in its files without any prefix."""
+
+
+def check_tokens(name: str, tokens: int) -> None:
+    """Refuse a number of rows that is none."""
+    if not isinstance(tokens, int) or tokens < 1:
+        raise LorakitError(f"{name}: tokens was given as {tokens!r}; it is a number of rows from 1 (20 is usual).")
+
+
+class PromptMethod(EditMethod):
+    """What all methods that put rows in front of the input have in common."""
+
+    blends: ClassVar[bool] = False
+    family: ClassVar[str] = "prompt"
+    reason: ClassVar[str] = "a prompt is rows of the input and no weight of any layer"
+    peft_ignored: ClassVar[frozenset[str]] = frozenset(
+        {"num_virtual_tokens", "num_layers", "num_attention_heads", "num_transformer_submodules", "token_dim"}
+    )
+    tokens: int
+
+    def places(self, anatomy: Anatomy, layers: Sequence[int] | None) -> list[Place]:
+        if layers is not None:
+            raise LorakitError(f"attach: {self.name} stands in front of the input and has no layers; leave layers out.")
+        return [FRONT]
+
+    def peft_model(self, anatomy: Anatomy) -> dict[str, Any]:
+        return {
+            "num_virtual_tokens": self.tokens,
+            "token_dim": anatomy.hidden,
+            "num_transformer_submodules": 1,
+            "num_attention_heads": anatomy.heads,
+            "num_layers": len(anatomy.blocks),
+        }
+
+    @classmethod
+    def read_tensors(cls, tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> dict[str, Tensor]:
+        """PEFT keeps a second prompt for the decoder of an encoder-decoder and never uses it; the first one is taken."""
+        read, count = dict(tensors), int(config["num_virtual_tokens"])
+        if PROMPT_KEY in read and read[PROMPT_KEY].shape[0] == 2 * count:
+            read[PROMPT_KEY] = read[PROMPT_KEY][:count]
+        return read
+
+
+@dataclass(frozen=True, kw_only=True)
+class PromptTuning(PromptMethod):
+    """The options of prompt tuning.
+
+    Attributes:
+        tokens: how many rows.
+        start: "vocabulary", "text" or "random".
+        text: what the rows start as, for "text".
+        tokenizer: a hub name or folder to read the text with; the model's own by default.
+        ids: the text's tokens, where they are known; else the tokenizer finds them.
+    """
+
+    name: ClassVar[str] = "prompt-tuning"
+    peft_type: ClassVar[str | None] = "PROMPT_TUNING"
+    peft_ignored: ClassVar[frozenset[str]] = PromptMethod.peft_ignored | {"tokenizer_kwargs"}
+    card: ClassVar[Card] = Card(
+        title="Prompt tuning",
+        formula="input = [P; Emb(x)]",
+        parameters=lambda anatomy, spec: spec.tokens * anatomy.hidden,
+        paper="arXiv 2104.08691",
+        use="When an adapter must be a few kilobytes and the model large.",
+        limits="Takes positions of every input; prompts do not blend.",
+        identity=False,
+    )
+
+    tokens: int = 20
+    start: str = "vocabulary"
+    text: str | None = None
+    tokenizer: str | None = None
+    ids: tuple[int, ...] | None = None
+
+    def __post_init__(self) -> None:
+        check_tokens(self.name, self.tokens)
+        if self.start not in ("vocabulary", "text", "random"):
+            raise LorakitError(
+                f'{self.name}: start was given as {self.start!r}; it is "vocabulary", "text" or "random".'
+            )
+        if (self.start == "text") != (self.text is not None or self.ids is not None):
+            raise LorakitError(
+                f'{self.name}: start is {self.start!r} and text {self.text!r}; start="text" needs a text, and a text '
+                'start="text".'
+            )
+        if self.ids is not None:
+            object.__setattr__(self, "ids", tuple(self.ids))
+
+    def with_tokenizer(self, tokenizer: Any) -> Self:
+        if self.start != "text" or self.ids is not None:
+            return self
+        return self.replace(ids=tuple(tokenizer(self.text, add_special_tokens=False)["input_ids"]))
+
+    def build(self, place: Place, anatomy: Anatomy, folded: bool = False) -> PromptRows:
+        P = torch.empty(self.tokens, anatomy.hidden)
+        if folded:
+            return PromptRows(self, place, P)
+        if self.start == "random":
+            return PromptRows(self, place, P.uniform_(-0.5, 0.5))
+        assert anatomy.embed is not None
+        ids = self.ids if self.start == "text" else torch.randint(0, anatomy.vocabulary, (self.tokens,)).tolist()
+        if ids is None:
+            raise LorakitError(
+                f"attach: {self.name} starts from a text, and no tokenizer has read it; give tokenizer=, a hub name or folder."
+            )
+        if not ids:
+            raise LorakitError(f"attach: the text {self.text!r} that {self.name} starts from has no token.")
+        whole = (list(ids) * -(-self.tokens // len(ids)))[: self.tokens]
+        return PromptRows(self, place, anatomy.embed(whole).detach().to(torch.promote_types(P.dtype, torch.float32)))
+
+    def peft_config(self) -> dict[str, Any]:
+        kinds = {"vocabulary": "SAMPLE_VOCAB", "text": "TEXT", "random": "RANDOM"}
+        # PEFT asks for a tokenizer with a text, though nothing is started anew when a file is read.
+        known = self.start != "text" or (self.tokenizer is not None and self.text is not None)
+        return {
+            "prompt_tuning_init": kinds[self.start] if known else "RANDOM",
+            "prompt_tuning_init_text": self.text if known else None,
+            "tokenizer_name_or_path": self.tokenizer if known else None,
+        }
+
+    @classmethod
+    def from_peft(cls, config: dict[str, Any]) -> Self:
+        # How the rows started says nothing of what they are.
+        return cls(tokens=int(config["num_virtual_tokens"]), start="random")
+
+
+class PromptRows(Prompt):
+    """P (tokens, hidden)."""
+
+    def __init__(self, spec: PromptMethod, place: Place, P: Tensor) -> None:
+        super().__init__(spec, place)
+        self.P = nn.Parameter(P)
+
+    def rows(self) -> Tensor:
+        return self.P
+
+    def views(self) -> dict[str, Tensor]:
+        return {PROMPT_KEY: self.P.detach()}
+
+    def fill(self, name: str) -> Tensor:
+        return self.P
