@@ -391,7 +391,7 @@ def test_a_step_that_is_not_finite_changes_nothing_and_several_stop_the_run(tmp_
 
 
 def test_recomputing_blocks_gives_the_same_gradients(tmp_path: Path) -> None:
-    from lorakit.train.trainer import recomputing
+    from lorakit.train.memory import recomputing
 
     runs = []
     for memory in ("fast", "balanced", "small"):

@@ -46,6 +46,8 @@ LANE_WASTE = 2.0
 KEEP = 1 << 22
 """A block keeps its probabilities for the backward pass up to this many numbers; beyond, they are computed again."""
 
+_keep: contextvars.ContextVar[int] = contextvars.ContextVar("lorakit_attention_keep", default=KEEP)
+
 PREFIX = "lorakit_flat_over_"
 _in_flat_forward: contextvars.ContextVar[bool] = contextvars.ContextVar("lorakit_flat_forward", default=False)
 
@@ -308,7 +310,7 @@ class FlatAttention(torch.autograd.Function):
                 softcap=softcap,
                 window=window,
             )
-            small = softcap is None and lane.numel() + (0 if path is None else path.numel()) <= KEEP
+            small = softcap is None and lane.numel() + (0 if path is None else path.numel()) <= _keep.get()
             kept += [*gathered, path, lane] if small else [None] * 7
             out = torch.bmm(lane.view(-1, queries.shape[1], block.length), values)
             if path is not None and path_values is not None:
@@ -414,6 +416,16 @@ class FlatAttention(torch.autograd.Function):
             None,
             None,
         )
+
+
+@contextlib.contextmanager
+def keeping(numbers: int) -> Iterator[None]:
+    """Within, a block keeps its probabilities up to this many numbers."""
+    token = _keep.set(numbers)
+    try:
+        yield
+    finally:
+        _keep.reset(token)
 
 
 def _row_products(grad: Tensor, out: Tensor) -> Tensor:

@@ -25,6 +25,7 @@ import torch
 import torch.fx.experimental._config
 from torch import Tensor, nn
 
+from lorakit.errors import LorakitError
 from lorakit.kernel import small_functions
 
 logger = logging.getLogger(__name__)
@@ -32,14 +33,27 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class FusionReport:
-    """What `fused` did: why it is off (or None), how many modules it patched, what compiling took so far."""
+    """What `fused` did: why it is off (or None), how many modules it patched, how many functions were compiled so far and how
+    long that took."""
 
     reason: str | None = None
     norms: int = 0
     gates: int = 0
     rotaries: int = 0
     compile_seconds: float = 0.0
+    compiled: int = 0
     failed: list[str] = field(default_factory=list)
+
+    def line(self) -> str:
+        """What compiling took, in words."""
+        from torch._inductor.runtime.cache_dir_utils import cache_dir
+
+        if self.reason is not None:
+            return f"small functions are not fused: {self.reason}"
+        return (
+            f"fused: {self.norms} norms, {self.gates} gates; {self.compiled} small functions compiled or read from the cache "
+            f"in {self.compile_seconds:.1f} s ({cache_dir()})"
+        )
 
 
 _report: FusionReport | None = None
@@ -76,6 +90,7 @@ def call(function: Callable[..., Any], *tensors: Tensor | None, **constants: Any
         logger.warning("fusion: %s does not compile (%s); it runs unfused", function.__name__, error)
         return function(*tensors, **constants)
     _met.add(shape)
+    report.compiled += 1
     report.compile_seconds += time.perf_counter() - begin
     return result
 
@@ -251,6 +266,62 @@ class FusedRotary(torch.autograd.Function):
 
 
 # ---------------------------------------------------------------------------------------------------------------
+# What a tensor says about how it comes again
+
+_telling = False
+
+
+class Again:
+    """A call that gives a tensor once more, from tensors which the graph keeps anyway."""
+
+    def __init__(self, function: type[torch.autograd.Function], arguments: tuple[Any, ...]) -> None:
+        self.function = function
+        # Detached: a tensor that leads back to its own graph would keep it alive.
+        self.arguments = [one.detach() if isinstance(one, Tensor) else one for one in arguments]
+        self.versions = self._versions()
+
+    def _versions(self) -> list[int]:
+        return [one._version for one in self.arguments if isinstance(one, Tensor)]
+
+    def __call__(self) -> Tensor:
+        if self._versions() != self.versions:
+            raise LorakitError(
+                f"backward: {self.function.__name__} is to run again (train.memory: balanced), but its input was written to "
+                "since the forward pass; use train.memory: fast"
+            )
+        with torch.no_grad():
+            return self.function.apply(*self.arguments)  # type: ignore[no-any-return, no-untyped-call]
+
+
+@contextlib.contextmanager
+def telling() -> Iterator[None]:
+    """Within, norms and gates inside `fused` say with their output how it comes again (`again`)."""
+    global _telling
+    before, _telling = _telling, True
+    try:
+        yield
+    finally:
+        _telling = before
+
+
+def again(tensor: Tensor) -> Again | None:
+    """How a tensor comes again, if it says so."""
+    return getattr(tensor, "lorakit_again", None)
+
+
+def cheap_parts() -> int:
+    """How many norms and gates of the model in `fused` can say so."""
+    return 0 if _report is None else _report.norms + _report.gates
+
+
+def _told(function: type[torch.autograd.Function], *arguments: Any) -> Tensor:
+    y: Tensor = function.apply(*arguments)  # type: ignore[no-untyped-call]
+    if _telling and torch.is_grad_enabled():
+        y.lorakit_again = Again(function, arguments)  # type: ignore[attr-defined]
+    return y
+
+
+# ---------------------------------------------------------------------------------------------------------------
 # Into a model and out again
 
 
@@ -314,7 +385,7 @@ def _norm_of(module: nn.Module) -> Callable[..., Tensor] | None:
     for shift in (0.0, 1.0):
 
         def forward(self: nn.Module, x: Tensor, *, shift: float = shift) -> Tensor:
-            return FusedNorm.apply(x, self.weight, eps, shift)  # type: ignore[no-any-return, no-untyped-call]
+            return _told(FusedNorm, x, self.weight, eps, shift)
 
         if _agrees(module, forward, (3, weight.shape[0]), weight):
             return forward
@@ -341,7 +412,7 @@ def _gate_of(module: nn.Module) -> Callable[..., Tensor] | None:
             return None
 
     def forward(self: Any, x: Tensor) -> Tensor:
-        gated = FusedGate.apply(self.gate_proj(x), self.up_proj(x), kind)  # type: ignore[no-untyped-call]
+        gated = _told(FusedGate, self.gate_proj(x), self.up_proj(x), kind)
         return self.down_proj(gated)  # type: ignore[no-any-return]
 
     if width is None:

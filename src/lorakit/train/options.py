@@ -112,7 +112,8 @@ class TrainOptions:
         "auto", "number format of the base and of compute; auto is bf16 where the processor has it, else fp32"
     )
     memory: Literal["fast", "balanced", "small"] = option(
-        "fast", "activations kept for the backward: all, all but the cheap ones, or one block's (recomputed)"
+        "fast",
+        "activations kept for the backward: all, all but the cheap ones, or one block's (the rest is computed again)",
     )
     fast_path: Literal["auto", "off"] = option(
         "auto",

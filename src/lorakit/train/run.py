@@ -33,9 +33,10 @@ from lorakit.train.classification import PreparedLabels, class_names, prepare_la
 from lorakit.train.config import TrainConfig, to_tree, to_yaml
 from lorakit.train.data import Example, Prepared, Question, choice_ids, load_splits, prepare, questions
 from lorakit.train.evaluate import Answer, Evaluation, evaluating, measure, written
+from lorakit.train.memory import recomputing
 from lorakit.train.models import load_model
 from lorakit.train.report import RunRecord, write_report
-from lorakit.train.trainer import LoraTrainer, LossPath, choose_path, recomputing
+from lorakit.train.trainer import LoraTrainer, LossPath, choose_path
 
 if TYPE_CHECKING:
     from lorakit.adapter import Adapter
@@ -286,7 +287,9 @@ def _fuse(model: Any, stack: contextlib.ExitStack) -> None:
 
     report = stack.enter_context(fused(model))
     if report.reason is not None:
-        log.info("small functions are not fused: %s", report.reason)
+        log.info(report.line())
+    else:
+        stack.callback(lambda: log.info(report.line()))  # at the end, when it is known what compiling took
 
 
 def _record(

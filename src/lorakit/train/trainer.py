@@ -17,7 +17,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -405,38 +405,3 @@ def _as_list(examples: list[Any]) -> Any:
 def _count_labels(examples: Sequence[Example]) -> int:
     """Labelled tokens that are predicted: the first token of a row never is."""
     return sum(label != -100 for example in examples for label in example.labels[1:])
-
-
-@contextlib.contextmanager
-def recomputing(model: nn.Module, memory: str) -> Iterator[None]:
-    """Activation checkpointing for `train.memory`: "balanced" recomputes every second block, "small" every
-    block.
-
-    Raises LorakitError for a model that has no blocks that can be recomputed.
-    """
-    if memory == "fast":
-        yield
-        return
-    if not getattr(model, "supports_gradient_checkpointing", False):
-        raise LorakitError(
-            f"train.memory is {memory}, which recomputes blocks; {type(model).__name__} has none that can "
-            "be. Use memory: fast with a smaller batch_size and more gradient_accumulation"
-        )
-    # Not re-entrant: a re-entrant one looks for a gradient at the block's input, and a frozen embedding gives
-    # none.
-    how = {"use_reentrant": False}
-    enable: Any = getattr(model, "activation_checkpointing_enable", None)
-    if enable is not None:
-        enable(how, every_n_layers=2 if memory == "balanced" else 1)
-        disable: Any = model.activation_checkpointing_disable
-    else:  # an older transformers: every block or none
-        enable, disable = model.gradient_checkpointing_enable, model.gradient_checkpointing_disable
-        enable(how)
-    log.info("memory: %s, so %s is computed again in the backward pass", memory, _BLOCKS[memory])
-    try:
-        yield
-    finally:
-        disable()
-
-
-_BLOCKS = {"balanced": "every second block", "small": "every block"}
