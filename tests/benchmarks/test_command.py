@@ -47,3 +47,4 @@ def test_every_side_of_the_plan_is_known() -> None:
     for plan in train.PLAN.values():
         assert set(plan.steps) <= set(plan.full) <= set(train.DOERS) == set(train.SIDES)
     assert set(train.PLAN) == set(train.WORKLOADS)
+    assert set(train.FEWER) <= set(train.SIDES)
