@@ -290,7 +290,7 @@ class Again:
                 "since the forward pass; use train.memory: fast"
             )
         with torch.no_grad():
-            return self.function.apply(*self.arguments)  # type: ignore[no-any-return, no-untyped-call]
+            return self.function.apply(*self.arguments)  # type: ignore[no-any-return]
 
 
 @contextlib.contextmanager
@@ -315,7 +315,7 @@ def cheap_parts() -> int:
 
 
 def _told(function: type[torch.autograd.Function], *arguments: Any) -> Tensor:
-    y: Tensor = function.apply(*arguments)  # type: ignore[no-untyped-call]
+    y: Tensor = function.apply(*arguments)
     if _telling and torch.is_grad_enabled():
         y.lorakit_again = Again(function, arguments)  # type: ignore[attr-defined]
     return y
