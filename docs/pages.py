@@ -24,6 +24,7 @@ FOLDERS = {
     "src/lorakit": "the library",
     "src/lorakit/algebra": "arithmetic on what adapters add, once over ΔW",
     "src/lorakit/cli": "one file per verb",
+    "src/lorakit/conversion": "from and to other tools' formats, one file each",
     "src/lorakit/edits": "what cannot be merged",
     "src/lorakit/experts": "mixtures and routers",
     "src/lorakit/init": "how a delta starts",

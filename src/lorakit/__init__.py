@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from lorakit.adapter import Adapter, activate, adapters, attach, detach, prompts, use
     from lorakit.algebra import merge, merged
     from lorakit.algebra.resizing import resize
+    from lorakit.conversion import convert
     from lorakit.edits import EDITS, PromptTuning
     from lorakit.errors import LorakitError
     from lorakit.experts import Arrow, LoRAHub, Retrieval
@@ -52,6 +53,7 @@ __version__ = "0.1.0"
 _HOMES = {
     "lorakit.adapter": ("Adapter", "activate", "adapters", "attach", "detach", "prompts", "use"),
     "lorakit.algebra": ("merge", "merged"),
+    "lorakit.conversion": ("convert",),
     "lorakit.edits": ("EDITS", "PromptTuning"),
     "lorakit.errors": ("LorakitError",),
     "lorakit.experts": ("Arrow", "LoRAHub", "Retrieval"),
@@ -164,6 +166,7 @@ __all__ = [
     "activate",
     "adapters",
     "attach",
+    "convert",
     "detach",
     "load",
     "merge",

@@ -67,6 +67,33 @@ def replace_folder(folder: Path, write: Callable[[Path], None], content: Collect
         ) from problem
 
 
+def replace_file(path: Path, write: Callable[[Path], None]) -> None:
+    """Let `write` fill a fresh file beside `path`, then put it in its place in one step.
+
+    Raises:
+        LorakitError: it cannot be written; what was there is as it was.
+    """
+    path = path.resolve()
+    if path.is_dir():
+        raise LorakitError(f"save: {path} is a folder; a file was to be written.")
+    fresh = path.with_name(f".{path.stem}.writing-{secrets.token_hex(4)}{path.suffix}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            fresh.touch()  # with the permissions of any file: safetensors would make it readable by its owner alone
+            mode = (path if path.exists() else fresh).stat().st_mode
+            write(fresh)
+            fresh.chmod(mode)
+            _flush(fresh)
+            os.replace(fresh, path)
+        except BaseException:
+            fresh.unlink(missing_ok=True)
+            raise
+        _flush(path.parent)
+    except OSError as problem:
+        raise LorakitError(f"save: {path} could not be written ({problem}); what was there is as it was.") from problem
+
+
 def recover(folder: Path, content: Collection[str]) -> None:
     """Finish what a killed save left beside a folder: bring back its files, remove what is half-written.
 

@@ -99,7 +99,7 @@ def save(
         "format": FORMAT,
         "lorakit_version": __version__,
         "method": method.to_dict(),
-        "targets": _targets_to_own(targets),
+        "targets": targets_as_data(targets),
         "shifted": shifted(adapter),
         "base": {"name": config["base_model_name_or_path"], "fingerprint": fingerprint(adapter)},
         "record": dict(record or {}),
@@ -112,7 +112,7 @@ def save(
     return target
 
 
-def _targets_to_own(targets: Targets) -> dict[str, Any]:
+def targets_as_data(targets: Targets) -> dict[str, Any]:
     """The request as plain data; patterns as pairs, since the first match counts and JSON objects are sorted here."""
     own = dataclasses.asdict(targets)
     for name in ("rank_pattern", "alpha_pattern"):

@@ -31,7 +31,7 @@ LAYERS: tuple[frozenset[str], ...] = tuple(
         "front attending seam calibration",
         "starts",
         "adapter",
-        "spectrum algebra fingerprint folder mixture interchange store convert peft bundle catalogue train serve insight",
+        "spectrum algebra fingerprint folder mixture interchange store conversion peft bundle catalogue train serve insight",
         "studio",
         "cli",
     )

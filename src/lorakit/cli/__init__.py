@@ -15,6 +15,7 @@ import typer
 from typer.core import TyperGroup
 
 from lorakit.cli import chat as chat_verb
+from lorakit.cli import convert as convert_verb
 from lorakit.cli import evaluate as eval_verb
 from lorakit.cli import generate as generate_verb
 from lorakit.cli import inspect as inspect_verb
@@ -86,6 +87,7 @@ app.command(name="chat", help=chat_verb.HELP)(chat_verb.chat)
 app.command(name="merge", help=merge_verb.HELP)(merge_verb.merge)
 app.command(name="inspect", help=inspect_verb.HELP)(inspect_verb.inspect)
 app.command(name="methods", help=methods_verb.HELP)(methods_verb.methods)
+app.command(name="convert", help=convert_verb.HELP)(convert_verb.convert)
 app.command(name="resize", help=resize_verb.HELP)(resize_verb.resize)
 
 

@@ -1,0 +1,420 @@
+"""One neutral description of an adapter's tensors, which every format is read into and written from.
+
+A layer has a method's spec with its own rank and alpha, a layout, and matrices under the paper's letters. Formats differ in
+three things only: how they call a layer, how they call and turn a matrix, and where they keep the scale. So a format is a
+pair of functions to and from this, and what is computed (folding, checks) is computed here once.
+
+Words for a layer's tensors are PEFT's, which are lorakit's own file's: `lora_A.weight`, `hada_w1_a`, `lokr_w2`, `full_P`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from lorakit.delta import Delta, Method, Pool, Shape
+from lorakit.errors import LorakitError
+from lorakit.layout import Convolution, Embedding, Layout, Linear
+from lorakit.methods import DoRA, Full, LoHa, LoKr, LoRA
+
+MAGNITUDE = "lora_magnitude_vector"
+_FAMILIES = {"lora_": "lora", "hada_": "loha", "lokr_": "lokr", "full_": "full"}
+
+
+@dataclass(frozen=True)
+class Layer:
+    """What an adapter adds to one matrix.
+
+    Attributes:
+        method: the spec, with this layer's own rank and alpha.
+        layout: how the layer's weight is that matrix; from the base where it is known, else as the tensors' shapes tell.
+        tensors: matrices and vectors by the paper's letters: A (rank, in), B (out, rank), m (out,), …
+    """
+
+    method: Method
+    layout: Layout
+    tensors: dict[str, Tensor]
+
+    def delta(self) -> Delta:
+        """The delta with these tensors; no base weight is in it."""
+        delta = _blank(self.method, self.layout.shape)
+        owner = delta.get_submodule("inner") if "m" in self.tensors else delta
+        for letter, tensor in self.tensors.items():
+            setattr(delta if letter == "m" else owner, letter, nn.Parameter(tensor, requires_grad=False))
+        return delta
+
+    def words(self) -> dict[str, Tensor]:
+        """The tensors under PEFT's words and in PEFT's shapes."""
+        return {
+            word: self.layout.pack(self.tensors[letter], axes).contiguous()
+            for letter, (word, axes) in _letters(self.method, self.layout).items()
+        }
+
+    @property
+    def inner(self) -> Method:
+        """The spec of what is added, below DoRA's magnitudes."""
+        return self.method.inner if isinstance(self.method, DoRA) else self.method
+
+    @property
+    def rank(self) -> int:
+        """Of its factors; 0 for a whole matrix."""
+        return int(getattr(self.inner, "rank", 0))
+
+    @property
+    def alpha(self) -> float:
+        """What the scale is by the plain rule alpha / rank, whatever the spec's own rule."""
+        return self.scale * self.rank
+
+    @property
+    def scale(self) -> float:
+        """The factor of `B A`."""
+        return scale_of(self.method)
+
+    def scaled(self, scale: float) -> Layer:
+        """The same change with another scale in the spec, B multiplied so that nothing else changes.
+
+        Exact where the quotient of the scales is a power of two, else to the rounding of B (in float32 or wider).
+        """
+        quotient = self.scale / scale
+        spec = cast(Any, self.method)
+        inner = cast(Any, self.inner).replace(alpha=scale * self.rank, rslora=False)
+        method = spec.replace(inner=inner) if isinstance(spec, DoRA) else inner
+        if quotient == 1.0:
+            return replace(self, method=method)
+        B = self.tensors["B"]
+        if math.frexp(quotient)[0] != 0.5 and B.dtype in (torch.float16, torch.bfloat16):
+            B = B.float()
+        return replace(self, method=method, tensors={**self.tensors, "B": B * quotient})
+
+    def as_lora(self) -> Layer | None:
+        """The same change as a plain LoRA, exactly, or None where it is none of a smaller rank than the matrix."""
+        if self.method.name in ("dora", "full"):
+            return None
+        if self.method.name == "lora":
+            return self
+        with torch.no_grad():
+            form = self.delta().form(torch.empty(0), None)
+        assert form.B is not None
+        assert form.A is not None
+        rank = form.A.shape[0]
+        if rank >= min(self.layout.shape.out, self.layout.shape.in_):
+            return None
+        return Layer(LoRA(rank=rank, alpha=float(rank)), self.layout, {"A": form.A, "B": form.B})
+
+
+@dataclass(frozen=True)
+class Description:
+    """An adapter as no format has it.
+
+    Attributes:
+        components: component of a pipeline ("unet", "text_encoder", …; "" for a model by itself) -> path -> layer.
+        base: the base model's name, where the source knows it.
+        notes: what was done to the numbers on the way, in sentences.
+    """
+
+    components: dict[str, dict[str, Layer]]
+    base: str | None = None
+    notes: tuple[str, ...] = field(default=())
+
+    def layers(self) -> Iterator[tuple[str, str, Layer]]:
+        """`(component, path, layer)` of every layer."""
+        for component, layers in self.components.items():
+            for path, layer in layers.items():
+                yield component, path, layer
+
+    def noting(self, *notes: str) -> Description:
+        """The same with more notes."""
+        return replace(self, notes=(*self.notes, *notes))
+
+    def mapped(self, change: Callable[[str, str, Layer], Layer]) -> Description:
+        """The same with every layer put through `change`."""
+        return replace(
+            self,
+            components={
+                component: {path: change(component, path, layer) for path, layer in layers.items()}
+                for component, layers in self.components.items()
+            },
+        )
+
+
+def scale_of(method: Method) -> float:
+    """The factor of the low-rank product in a spec."""
+    spec: Any = method.inner if isinstance(method, DoRA) else method
+    if isinstance(spec, LoRA):
+        return spec.scale
+    return float(spec.alpha / spec.rank) if isinstance(spec, LoHa | LoKr) else 1.0
+
+
+def _blank(method: Method, shape: Shape) -> Delta:
+    """A delta of this spec without memory: for the names and sizes of its tensors."""
+    with torch.device("meta"):
+        return method.build(shape, Pool([shape]))
+
+
+def _letters(method: Method, layout: Layout) -> dict[str, tuple[str, str]]:
+    """The paper's letter -> (PEFT's word, axes) for a layer."""
+    inner = method.inner if isinstance(method, DoRA) else method
+    letters = _blank(inner, layout.shape).peft_keys(layout.kind)
+    return {**letters, "m": (MAGNITUDE, "features")} if isinstance(method, DoRA) else letters
+
+
+# -- from a file's words to a layer ----------------------------------------------------------------------------------------
+
+
+def assemble(method: Method, words: Mapping[str, Tensor], where: str, layout: Layout | None = None) -> Layer:
+    """The layer of these words (PEFT's names and shapes).
+
+    Raises:
+        LorakitError: a word is missing or unknown, a shape does not fit the spec or its partner, a number is not finite.
+    """
+    if layout is None:
+        layout = layout_of(method, words, where)
+    letters = _letters(method, layout)
+    expected = {word for word, _ in letters.values()}
+    for word in sorted(expected - set(words)):
+        raise LorakitError(
+            f"convert: {where} has {', '.join(sorted(words))} and lacks {word}; {method.name} is not whole without."
+        )
+    for word in sorted(set(words) - expected):
+        raise LorakitError(
+            f"convert: {where} has {word!r} ({tuple(words[word].shape)}), which {method.name} with these sizes does not "
+            f"have; it has {', '.join(sorted(expected))}."
+        )
+    blank = _blank(method, layout.shape)
+    owner = blank.get_submodule("inner") if isinstance(method, DoRA) else blank
+    tensors: dict[str, Tensor] = {}
+    for letter, (word, axes) in letters.items():
+        value = layout.unpack(words[word], axes)
+        size = tuple(cast(Tensor, getattr(blank if letter == "m" else owner, letter)).shape)
+        if tuple(value.shape) != size:
+            raise LorakitError(
+                f"convert: {where}.{word} is {tuple(value.shape)}, where {size} would fit: {_said(method, layout)}."
+            )
+        if not torch.isfinite(value).all():
+            raise LorakitError(f"convert: {where}.{word} holds a NaN or an infinity; nothing was written.")
+        tensors[letter] = value
+    return Layer(method, layout, tensors)
+
+
+def _said(method: Method, layout: Layout) -> str:
+    rank = getattr(method, "rank", None)
+    ranked = f"rank {rank} " if rank is not None else ""
+    return f"{method.name} of {ranked}on a matrix of {layout.shape.out} × {layout.shape.in_}"
+
+
+def recognise(words: Mapping[str, Tensor], alpha: float | None, where: str, whole_is_one: bool = False) -> Method:
+    """The spec that a layer's tensors tell, with the alpha that the file has for it.
+
+    Args:
+        words: PEFT's words for this layer's tensors.
+        alpha: the scale's numerator; None: as large as the rank, which is a scale of 1.
+        where: the layer, for messages.
+        whole_is_one: LyCORIS's rule: a LoKr whose two matrices are both whole has scale 1, whatever its alpha.
+
+    Raises:
+        LorakitError: they are of no method, or of several.
+    """
+    plain = {word for word in words if word != MAGNITUDE}
+    families = {family for start, family in _FAMILIES.items() if any(word.startswith(start) for word in plain)}
+    if len(families) != 1:
+        raise LorakitError(
+            f"convert: {where} holds {', '.join(sorted(words))}, which is of {'no one' if not families else 'more than one'} "
+            "method that lorakit knows."
+        )
+    family = families.pop()
+    method: Method
+    if family == "lora":
+        rank = _rank(words, ("lora_A.weight", "lora_embedding_A"), 0, where)
+        method = LoRA(rank=rank, alpha=float(rank if alpha is None else alpha))
+    elif family == "loha":
+        rank = _rank(words, ("hada_w1_b",), 0, where)
+        method = LoHa(rank=rank, alpha=float(rank if alpha is None else alpha))
+    elif family == "lokr":
+        method = _kronecker(words, alpha, where, whole_is_one)
+    else:
+        method = Full()
+    return DoRA(inner=method) if MAGNITUDE in words else method
+
+
+def _rank(words: Mapping[str, Tensor], names: tuple[str, ...], axis: int, where: str) -> int:
+    for name in names:
+        if name in words:
+            return words[name].shape[axis]
+    raise LorakitError(f"convert: {where} has {', '.join(sorted(words))} and lacks {names[0]}, half of the pair.")
+
+
+def _kronecker(words: Mapping[str, Tensor], alpha: float | None, where: str, whole_is_one: bool) -> LoKr:
+    """The LoKr whose sizes are those of the tensors; its factor is found, since files do not keep it."""
+    C, D = _sides(words, where)
+    (o1, i1), (o2, i2) = C, D[:2]
+    low = [words[name].shape[axis] for name, axis in (("lokr_w2_a", 1), ("lokr_w1_a", 1)) if name in words]
+    largest = max(o2, i2) + 1
+    rank = low[0] if low else largest
+    if alpha is None or (not low and whole_is_one):
+        alpha = float(rank)
+    elif not low:
+        raise LorakitError(
+            f"convert: {where} is a LoKr with both matrices whole, and nothing says the rank by which its alpha {alpha} is "
+            "divided."
+        )
+    for factor in dict.fromkeys((-1, o1, i1, max(o1, i1), min(o1, i1), o2, i2)):
+        for taps in _taps(words):
+            spec = LoKr(rank=rank, alpha=float(alpha), factor=factor, decompose_both="lokr_w1_a" in words)
+            shape = Shape(o1 * o2, i1 * i2, taps=taps)
+            if shape.in_ % taps == 0 and _fits(spec, shape, words):
+                return spec
+    raise LorakitError(
+        f"convert: {where} is a LoKr of ({o1} × {i1}) ⊗ ({o2} × {i2}) with {', '.join(sorted(words))}: no factor of lorakit's "
+        "LoKr gives these sizes. If it is a convolution, name its base model, so that the kernel is known."
+    )
+
+
+def _sides(words: Mapping[str, Tensor], where: str) -> tuple[tuple[int, int], tuple[int, int]]:
+    """The sizes of C and D; for a convolution D's columns are channels times taps."""
+    sizes = []
+    for name in ("lokr_w1", "lokr_w2"):
+        if name in words:
+            sizes.append((words[name].shape[0], words[name][0].numel()))
+        elif f"{name}_a" in words and f"{name}_b" in words:
+            sizes.append((words[f"{name}_a"].shape[0], words[f"{name}_b"].shape[1]))
+        else:
+            raise LorakitError(
+                f"convert: {where} has {', '.join(sorted(words))} and lacks {name}, or the pair {name}_a and {name}_b."
+            )
+    return sizes[0], sizes[1]
+
+
+def _taps(words: Mapping[str, Tensor]) -> tuple[int, ...]:
+    """What the kernel of a LoKr's layer may be; only a whole D says it."""
+    if "lokr_w2" in words:
+        return (math.prod(words["lokr_w2"].shape[2:]),)
+    return (1, 9, 25, 49, 3, 5, 7, 4, 16, 27)
+
+
+def _fits(spec: LoKr, shape: Shape, words: Mapping[str, Tensor]) -> bool:
+    delta = _blank(spec, shape)
+    keys = delta.peft_keys("linear")
+    return {word for word, _ in keys.values()} == {word for word in words if word != MAGNITUDE} and all(
+        getattr(delta, letter).numel() == words[word].numel()
+        and getattr(delta, letter).shape[0] == words[word].shape[0]
+        for letter, (word, _) in keys.items()
+    )
+
+
+def layout_of(method: Method, words: Mapping[str, Tensor], where: str) -> Layout:
+    """The layout that the tensors themselves tell; a grouped convolution looks like a smaller one, which changes nothing."""
+    inner = method.inner if isinstance(method, DoRA) else method
+    if isinstance(inner, LoHa):
+        B, A = (words.get(name) for name in ("hada_w1_a", "hada_w1_b"))
+    elif isinstance(inner, LoKr):
+        (o1, i1), (o2, i2) = _sides(words, where)
+        out, columns = o1 * o2, i1 * i2
+        for taps in _taps(words):
+            shape = Shape(out, columns, taps=taps)
+            if columns % taps == 0 and _fits(inner, shape, words):
+                kernel = tuple(words["lokr_w2"].shape[2:]) if "lokr_w2" in words else (taps,)
+                if MAGNITUDE in words and len(kernel) < words[MAGNITUDE].ndim - 2:
+                    kernel = (*kernel, *[1] * (words[MAGNITUDE].ndim - 2 - len(kernel)))
+                return Linear(shape) if not kernel or kernel == (1,) else convolution(out, (columns // taps, *kernel))
+        raise LorakitError(
+            f"convert: {where} is a LoKr of ({o1} × {i1}) ⊗ ({o2} × {i2}), and its configuration (rank {inner.rank}, factor "
+            f"{inner.factor}) gives other sizes."
+        )
+    elif isinstance(inner, Full):
+        B = A = words["full_P"]
+    elif "lora_embedding_A" in words or "lora_embedding_B" in words:
+        B, A = (words.get(name) for name in ("lora_embedding_B", "lora_embedding_A"))
+        if B is not None and A is not None and B.ndim == A.ndim == 2:
+            return Embedding(Shape(B.shape[0], A.shape[1], lookup=True, bias=False))
+    else:
+        B, A = (words.get(name) for name in ("lora_B.weight", "lora_A.weight"))
+        if B is not None and A is not None and A.ndim > 2 and B.ndim == A.ndim:
+            return convolution(B.shape[0], tuple(A.shape[1:]))
+    if B is None or A is None:
+        missing = "B" if B is None else "A"
+        raise LorakitError(
+            f"convert: {where} has {', '.join(sorted(words))} and lacks the other half of the pair, its {missing}."
+        )
+    if B.ndim != 2 or A.ndim != 2:
+        raise LorakitError(
+            f"convert: {where} has factors of {tuple(B.shape)} and {tuple(A.shape)}, which are no matrices of one product."
+        )
+    m = words.get(MAGNITUDE)
+    if m is not None and m.ndim > 1:  # a convolution's, whose kernel is none of the matrices' concern
+        return convolution(B.shape[0], (A.shape[1], *[1] * (m.ndim - 2)))
+    return Linear(Shape(B.shape[0], A.shape[1]))
+
+
+def convolution(out: int, window: tuple[int, ...]) -> Convolution:
+    """The layout of a convolution with `out` channels and a window (in, *kernel)."""
+    taps = math.prod(window[1:])
+    return Convolution(Shape(out, math.prod(window), taps=taps), window, 1)
+
+
+# -- what a target cannot hold -------------------------------------------------------------------------------------------------
+
+
+def fitted(description: Description, holds: tuple[str, ...], target: str) -> Description:
+    """The description in methods that a target has, folded exactly where that can be.
+
+    Raises:
+        LorakitError: a layer's method has neither a place there nor an exact form as LoRA.
+    """
+    folded: Counter[str] = Counter()
+
+    def change(component: str, path: str, layer: Layer) -> Layer:
+        name = method_name(layer.method)
+        if name in holds:
+            return layer
+        plain = layer.as_lora() if "lora" in holds else None
+        if plain is not None:
+            folded[f"{name} of rank {layer.rank} as lora of rank {plain.rank}"] += 1
+            return plain
+        raise LorakitError(
+            f"convert: {target} has no place for {name} ({_where(component, path)}); it holds {', '.join(holds)}. "
+            + _way_out(name)
+        )
+
+    changed = description.mapped(change)
+    notes = [f"{count} layers: {what}, which is exact" for what, count in folded.items()]
+    return changed.noting(*notes)
+
+
+def _way_out(name: str) -> str:
+    if name.startswith("dora"):
+        return (
+            "DoRA's magnitudes belong to the base's weights; with the base model, lorakit.resize (`lorakit resize "
+            "--energy 1.0`) "
+            "makes a plain LoRA of it."
+        )
+    return "`lorakit resize --rank R` (with the base model) makes a LoRA of it, and says how much is lost."
+
+
+def method_name(method: Method) -> str:
+    """The method's name; a DoRA over something else than LoRA says over what."""
+    if isinstance(method, DoRA) and not isinstance(method.inner, LoRA):
+        return f"dora over {method.inner.name}"
+    return method.name
+
+
+def _where(component: str, path: str) -> str:
+    return f"{component}.{path}" if component else path
+
+
+def one_alpha(description: Description, target: str) -> tuple[Description, float]:
+    """The same with one alpha for all layers, as a target with one number needs it: scale = alpha / the layer's own rank."""
+    alphas = Counter(layer.alpha for _, _, layer in description.layers())
+    alpha, count = alphas.most_common(1)[0]
+    if len(alphas) == 1:
+        return description.mapped(lambda c, p, layer: layer.scaled(alpha / layer.rank)), alpha
+    changed = description.mapped(lambda c, p, layer: layer.scaled(alpha / layer.rank))
+    others = sum(alphas.values()) - count
+    return changed.noting(
+        f"{target} has one alpha: {alpha:g}; in {others} layers of another scale B is multiplied by it"
+    ), alpha

@@ -1,0 +1,183 @@
+"""Diffusers' pipeline file: PEFT's words below the component's name, as `save_lora_weights` writes it.
+
+    unet.down_blocks.0.attentions.1.proj_in.lora_A.weight       and text_encoder., text_encoder_2., transformer.
+
+The scale is in the file's metadata (`lora_adapter_metadata`, PEFT's configuration per component); files without it have
+scale 1, unless `.alpha` tensors say otherwise. Older spellings are read too: `.lora.down.weight`, `processor.to_q_lora.down.
+weight`, `.lora_linear_layer.down.weight`.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+from lorakit.conversion.content import Content
+from lorakit.conversion.description import MAGNITUDE, Description, Layer, assemble, recognise
+from lorakit.conversion.format import Format, Target, ending, grouped, only
+from lorakit.conversion.names import CLIP, COMPONENTS, Names
+from lorakit.delta import Method
+from lorakit.errors import LorakitError
+from lorakit.methods import DoRA, LoRA
+from lorakit.targets import value_for
+
+METADATA = "lora_adapter_metadata"
+WORDS = {
+    "lora_A.weight": "lora_A.weight",
+    "lora_B.weight": "lora_B.weight",
+    "lora.down.weight": "lora_A.weight",
+    "lora.up.weight": "lora_B.weight",
+    "lora_linear_layer.down.weight": "lora_A.weight",
+    "lora_linear_layer.up.weight": "lora_B.weight",
+    MAGNITUDE: MAGNITUDE,
+    f"{MAGNITUDE}.weight": MAGNITUDE,
+    "alpha": "alpha",
+}
+_PROCESSOR = re.compile(
+    r"(?P<layer>.+?)(?:\.processor)?\.(?P<name>to_q|to_k|to_v|to_out)_lora\.(?P<half>down|up)\.weight"
+)
+"""The oldest spelling: factors belong to the attention's processor and not to its layers."""
+_CLIP_NAMES = {"to_q": "q_proj", "to_k": "k_proj", "to_v": "v_proj", "to_out": "out_proj"}
+
+
+def claims(content: Content) -> bool:
+    return bool(content.tensors) and all(key.partition(".")[0] in COMPONENTS for key in content.tensors)
+
+
+def read(contents: Mapping[str, Content], names: Names) -> Description:
+    """A file of `save_lora_weights`, of this or an older Diffusers."""
+    content = only(contents, "Diffusers' format")
+    metadata = _metadata(content)
+    components: dict[str, dict[str, Layer]] = {}
+    for name, words in grouped(content, _cut).items():
+        component, _, path = name.partition(".")
+        where = f"{content.where}: {name}"
+        alpha = words.pop("alpha", None)
+        own = metadata.get(component)
+        plain = recognise(words, None if alpha is None else float(alpha), where)
+        method = plain if own is None else _method(own, path)
+        components.setdefault(component, {})[path] = assemble(method, words, where)
+    return Description(components)
+
+
+def _cut(key: str) -> tuple[str, str] | None:
+    old = _PROCESSOR.fullmatch(key)
+    if old is None:
+        return ending(key, WORDS)
+    name = old["name"]
+    if key.startswith("text_encoder"):
+        name = _CLIP_NAMES[name]
+    elif name == "to_out":
+        name = "to_out.0"
+    return f"{old['layer']}.{name}", "lora_A.weight" if old["half"] == "down" else "lora_B.weight"
+
+
+def _metadata(content: Content) -> dict[str, dict[str, Any]]:
+    """PEFT's configuration per component."""
+    text = content.metadata.get(METADATA)
+    if text is None:
+        return {}
+    try:
+        values = json.loads(text)
+    except ValueError as problem:
+        raise LorakitError(f"convert: {content.where} has {METADATA} that is no JSON ({problem}).") from problem
+    result: dict[str, dict[str, Any]] = {}
+    for key, value in values.items():
+        component, _, option = key.partition(".")
+        result.setdefault(component, {})[option] = value
+    return result
+
+
+def _method(config: Mapping[str, Any], path: str) -> Method:
+    patterns = [config.get(name) or {} for name in ("rank_pattern", "alpha_pattern")]
+    rank, alpha = (value_for(pattern, path) for pattern in patterns)
+    common = LoRA.from_peft({**config, "use_dora": False})
+    spec = LoRA(
+        rank=common.rank if rank is None else int(rank),
+        alpha=float(common.alpha if alpha is None else alpha),
+        rslora=common.rslora,
+    )
+    return DoRA(inner=spec) if config.get("use_dora") else spec
+
+
+# -- writing ---------------------------------------------------------------------------------------------------------------
+
+
+def write(description: Description, target: Target) -> tuple[dict[str, Content], Description]:
+    """One file, its configuration in the metadata."""
+    tensors: dict[str, Tensor] = {}
+    metadata: dict[str, Any] = {}
+    for component, layers in description.components.items():
+        if component not in COMPONENTS:
+            raise LorakitError(
+                f"convert: Diffusers' file is about parts of a pipeline ({', '.join(COMPONENTS)}), and this adapter is "
+                "of a model "
+                "by itself. Say which part it is (--component)."
+            )
+        metadata |= {f"{component}.{key}": value for key, value in _config(component, layers).items()}
+        for path, layer in layers.items():
+            if layer.layout.kind == "embedding":
+                raise LorakitError(f"convert: {path} is an embedding, which Diffusers does not adapt.")
+            for word, tensor in layer.words().items():
+                tensors[f"{component}.{_in_file(component, path)}.{word}"] = tensor
+    text = json.dumps(metadata, indent=2, sort_keys=True)
+    return {"": Content("", tensors, {"format": "pt", METADATA: text})}, description
+
+
+def _in_file(component: str, path: str) -> str:
+    """CLIP's layers with the level that transformers 5 has taken out: every Diffusers reads it so."""
+    return CLIP + path if component.startswith("text_encoder") and path.startswith("encoder.layers.") else path
+
+
+def _config(component: str, layers: Mapping[str, Layer]) -> dict[str, Any]:
+    specs: dict[str, LoRA] = {}
+    doras = {isinstance(layer.method, DoRA) for layer in layers.values()}
+    roots = set()
+    for path, layer in layers.items():
+        assert isinstance(layer.inner, LoRA)
+        # by their ends, so that they fit CLIP with and without its lost level
+        specs[path.removeprefix(CLIP)] = layer.inner
+        roots.add(layer.inner.rslora)
+    if len(doras) > 1:
+        raise LorakitError(
+            f"convert: some layers of {component} have DoRA's magnitudes and others not; Diffusers has one for all."
+        )
+    if len(roots) > 1:
+        raise LorakitError(
+            f"convert: some layers of {component} are scaled by rsLoRA's rule and others not; Diffusers has one."
+        )
+    rank = Counter(spec.rank for spec in specs.values()).most_common(1)[0][0]
+    alpha = Counter(spec.alpha for spec in specs.values()).most_common(1)[0][0]
+
+    def exact(path: str) -> str:
+        return rf"(?:{re.escape(CLIP)})?{re.escape(path)}" if component.startswith("text_encoder") else re.escape(path)
+
+    return {
+        "r": rank,
+        "lora_alpha": alpha,
+        "use_dora": doras.pop(),
+        "use_rslora": roots.pop(),
+        "target_modules": sorted(specs),
+        "rank_pattern": {f"^{exact(path)}": spec.rank for path, spec in specs.items() if spec.rank != rank},
+        "alpha_pattern": {f"^{exact(path)}": spec.alpha for path, spec in specs.items() if spec.alpha != alpha},
+    }
+
+
+DIFFUSERS = Format(
+    name="diffusers",
+    title="Diffusers",
+    file="pytorch_lora_weights.safetensors",
+    suffix=".safetensors",
+    holds=("lora", "dora"),
+    scale="metadata `lora_adapter_metadata`: PEFT's alpha, rank, patterns, rsLoRA per component; 1 without it",
+    limits="Parts of a pipeline only. Read also in the older spellings, with `alpha` tensors. A Diffusers before 0.34 does not "
+    "read the metadata, and takes every scale for 1.",
+    claims=claims,
+    read=read,
+    write=write,
+)

@@ -1,0 +1,194 @@
+"""MLX (mlx-lm): a folder with adapters.safetensors and adapter_config.json; every matrix is transposed.
+
+    model.layers.3.self_attn.q_proj.lora_a      (in, rank)
+                                   .lora_b      (rank, out)
+                                   .m           DoRA's magnitudes (out,)
+    lora_parameters: rank, scale, keys          one for all layers; the scale multiplies as it is
+
+Layers that the configuration selects and the file leaves out start at zero there, and change nothing.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from lorakit.conversion.content import Content
+from lorakit.conversion.description import MAGNITUDE, Description, Layer, assemble, recognise
+from lorakit.conversion.format import Format, Target, check_lone, ending, grouped, only
+from lorakit.conversion.names import Names
+from lorakit.errors import LorakitError
+from lorakit.methods import DoRA
+
+_WORDS = {"lora_a": "lora_A.weight", "lora_b": "lora_B.weight", "m": MAGNITUDE}
+_BLOCK = re.compile(r"model\.layers\.\d+\.(.+)")
+EMBEDDING = "model.embed_tokens"
+HEAD = "lm_head"
+
+
+def claims(content: Content) -> bool:
+    return "lora_parameters" in content.config or "fine_tune_type" in content.config
+
+
+# -- reading -----------------------------------------------------------------------------------------------------------------
+
+
+def read(contents: Mapping[str, Content], names: Names) -> Description:
+    """A folder of mlx-lm's training."""
+    content = only(contents, "MLX's format")
+    rank, scale = _parameters(content)
+    dora = content.config.get("fine_tune_type", "lora") == "dora"
+    layers: dict[str, Layer] = {}
+    cut = 0
+    for path, words in grouped(content, lambda key: ending(key, _WORDS)).items():
+        where = f"{content.where}: {path}"
+        words = {word: tensor if word == MAGNITUDE else _turned(tensor, where) for word, tensor in words.items()}
+        if dora != (MAGNITUDE in words):
+            raise LorakitError(
+                f"convert: {where} has {', '.join(sorted(words))}, and the configuration says fine_tune_type="
+                f"{content.config.get('fine_tune_type', 'lora')!r}."
+            )
+        if path == EMBEDDING:
+            words = {
+                word.replace("lora_", "lora_embedding_").removesuffix(".weight"): tensor
+                for word, tensor in words.items()
+            }
+        layer = assemble(recognise(words, scale * rank, where), words, where)
+        if layer.rank != rank:
+            raise LorakitError(f"convert: {where} is of rank {layer.rank}, and the configuration says rank {rank}.")
+        layers[path] = _without_padding(layer)
+        cut += layers[path].rank != rank
+    notes = (
+        [f"{cut} layers: pairs of rows and columns that are all zero left out, which changes nothing"] if cut else []
+    )
+    return Description({"": layers}, content.config.get("model"), tuple(notes))
+
+
+def _parameters(content: Content) -> tuple[int, float]:
+    kind = content.config.get("fine_tune_type", "lora")
+    if kind not in ("lora", "dora"):
+        raise LorakitError(
+            f"convert: {content.where} is of fine_tune_type {kind!r}: whole weights and no change of any. lorakit "
+            "extracts a LoRA "
+            "from a fine-tuned model and its base."
+        )
+    parameters = content.config.get("lora_parameters") or {}
+    missing = [name for name in ("rank", "scale") if name not in parameters]
+    if missing:
+        raise LorakitError(
+            f"convert: the adapter_config.json beside {content.where} has no {missing[0]} in lora_parameters (it has "
+            f"{', '.join(parameters) or 'nothing'})."
+        )
+    if parameters.get("alpha") not in (None, parameters["rank"]):
+        raise LorakitError(
+            f"convert: lora_parameters beside {content.where} has alpha={parameters['alpha']} as well as scale="
+            f"{parameters['scale']}: the first mlx-lm multiplied by both, today's by scale alone. Remove alpha, or put scale · "
+            "alpha / rank into scale, whichever trained it."
+        )
+    return int(parameters["rank"]), float(parameters["scale"])
+
+
+def _turned(tensor: Tensor, where: str) -> Tensor:
+    if tensor.ndim != 2:
+        raise LorakitError(
+            f"convert: {where} has a factor of {tuple(tensor.shape)}: experts held together, for which other formats "
+            "have no word."
+        )
+    return tensor.T.contiguous()
+
+
+def _without_padding(layer: Layer) -> Layer:
+    """Without the ranks at the end whose row of A and column of B are both all zero: what writing has added."""
+    A, B = layer.tensors["A"], layer.tensors["B"]
+    used = (A != 0).any(1) | (B != 0).any(0)
+    rank = int(used.nonzero().max()) + 1 if used.any() else layer.rank
+    if rank == layer.rank:
+        return layer
+    inner = layer.inner.replace(rank=rank, alpha=layer.scale * rank)
+    method = layer.method.replace(inner=inner) if isinstance(layer.method, DoRA) else inner
+    return replace(layer, method=method, tensors={**layer.tensors, "A": A[:rank], "B": B[:, :rank]})
+
+
+# -- writing ---------------------------------------------------------------------------------------------------------------
+
+
+def write(description: Description, target: Target) -> tuple[dict[str, Content], Description]:
+    """A folder with one rank and one scale."""
+    check_lone(description, "MLX's folder")
+    (layers,) = description.components.values()
+    doras = {isinstance(layer.method, DoRA) for layer in layers.values()}
+    if len(doras) > 1:
+        raise LorakitError("convert: some layers have DoRA's magnitudes and others not; MLX has one kind for all.")
+    scale = Counter(layer.scale for layer in layers.values()).most_common(1)[0][0]
+    rank = max(layer.rank for layer in layers.values())
+    tensors: dict[str, Tensor] = {}
+    keys: dict[str, None] = {}
+    for path, layer in layers.items():
+        keys[_key(path, layer, target.names)] = None
+        own = layer.scaled(scale)
+        A, B = own.tensors["A"], own.tensors["B"]
+        A = torch.cat([A, A.new_zeros(rank - A.shape[0], A.shape[1])])
+        B = torch.cat([B, B.new_zeros(B.shape[0], rank - B.shape[1])], dim=1)
+        tensors[f"{path}.lora_a"], tensors[f"{path}.lora_b"] = A.T.contiguous(), B.T.contiguous()
+        if "m" in own.tensors:
+            tensors[f"{path}.m"] = own.tensors["m"]
+    notes = []
+    if others := sum(layer.scale != scale for layer in layers.values()):
+        notes.append(f"MLX has one scale: {scale:g}; in {others} layers of another one B is multiplied by it")
+    if smaller := sum(layer.rank != rank for layer in layers.values()):
+        notes.append(
+            f"MLX has one rank: {smaller} layers of less are filled up with zeros to {rank}, which changes nothing"
+        )
+    config = {
+        "fine_tune_type": "dora" if doras.pop() else "lora",
+        "model": target.base or description.base,
+        "num_layers": -1,
+        "lora_parameters": {"rank": rank, "scale": scale, "dropout": 0.0, "keys": list(keys)},
+    }
+    return {"": Content("", tensors, {"format": "mlx"}, config)}, description.noting(*notes)
+
+
+def _key(path: str, layer: Layer, names: Names) -> str:
+    """How the configuration selects a layer."""
+    if layer.layout.kind == "convolution":
+        raise LorakitError(f"convert: {path} is a convolution, which mlx-lm does not adapt.")
+    if found := _BLOCK.fullmatch(path):
+        return found[1]
+    if path == HEAD:
+        return path
+    if path == EMBEDDING and isinstance(layer.method, DoRA):
+        raise LorakitError(
+            f"convert: {path}: MLX keeps a magnitude per token of an embedding, and DoRA here one per feature."
+        )
+    if path == EMBEDDING and names.config.get("tie_word_embeddings") is False:
+        return path
+    if path == EMBEDDING:
+        raise LorakitError(
+            f"convert: {path} also changes the head in MLX where the two are tied; a base (--base) that says "
+            "tie_word_embeddings="
+            "false is needed."
+        )
+    raise LorakitError(
+        f"convert: {path} is no layer by mlx-lm's names, which are those of Llama and its kin: model.layers.N.…, {HEAD}."
+    )
+
+
+MLX = Format(
+    name="mlx",
+    title="MLX (mlx-lm)",
+    file="folder: adapter_config.json, adapters.safetensors",
+    suffix="",
+    holds=("lora", "dora"),
+    scale="`lora_parameters`: one scale, which multiplies as it is, and one rank",
+    limits="Language models whose layers are model.layers.N.… (Llama, Mistral, Qwen, Gemma, Phi and their kin). Scales "
+    "that differ "
+    "are multiplied into B, smaller ranks filled up with zeros. Mixtures of experts are refused.",
+    claims=claims,
+    read=read,
+    write=write,
+)

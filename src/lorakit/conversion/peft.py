@@ -1,0 +1,232 @@
+"""PEFT's folder, which is lorakit's own: the only format that keeps a rank and an alpha per layer by patterns.
+
+Its configuration holds for all layers, so a folder has one method; layers of other methods are folded into it where that is
+exact, or refused. What PEFT has no word for (full matrices, DoRA over others than LoRA) goes into lorakit.json.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from torch import Tensor
+
+from lorakit.bundle import FORMAT
+from lorakit.conversion.content import Content
+from lorakit.conversion.description import (
+    MAGNITUDE,
+    Description,
+    Layer,
+    assemble,
+    fitted,
+    method_name,
+)
+from lorakit.conversion.format import Format, Target, grouped
+from lorakit.conversion.names import Names, component_of, guess_component
+from lorakit.delta import Method
+from lorakit.errors import LorakitError
+from lorakit.interchange import PREFIX
+from lorakit.methods import DoRA, LoHa, LoKr, LoRA, method_for_peft, spec_from_dict
+from lorakit.store import targets_as_data
+from lorakit.targets import Targets, value_for
+
+HOLDS = ("lora", "dora", "loha", "lokr", "full", "dora over loha", "dora over lokr", "dora over full")
+_KEY = re.compile(
+    r"(?P<layer>.+)\.(?P<word>lora_A\.weight|lora_B\.weight|lora_embedding_A|lora_embedding_B|lora_magnitude_vector"
+    r"|hada_w[12]_[ab]|lokr_w[12](?:_[ab])?|full_P)(?P<weight>\.weight)?"
+)
+_COPY = re.compile(r".+\.base_layer\.weight")
+"""PEFT writes an adapted embedding's own frozen weight beside the adapter."""
+
+
+def claims(content: Content) -> bool:
+    return "peft_type" in content.config
+
+
+def read(contents: Mapping[str, Content], names: Names) -> Description:
+    """Folders of PEFT or lorakit, one per component."""
+    components: dict[str, dict[str, Layer]] = {}
+    notes: list[str] = []
+    base = None
+    for name, content in contents.items():
+        layers, copies = _layers(content)
+        auto = (content.config.get("auto_mapping") or {}).get("base_model_class", "")
+        component = name or component_of(auto) or guess_component(layers)
+        components[component] = layers
+        base = base or content.config.get("base_model_name_or_path")
+        notes += [f"{key} is a copy of the base's own weight and was left out" for key in copies]
+    return Description(components, base, tuple(notes))
+
+
+def _layers(content: Content) -> tuple[dict[str, Layer], list[str]]:
+    config = content.config
+    method = _method(content)
+    copies = [key for key in content.tensors if _COPY.fullmatch(key)]
+    kept = replace(content, tensors={key: value for key, value in content.tensors.items() if key not in copies})
+    # patterns by the rule of LoRA: the first that a layer's name ends with
+    patterns = {**config, **type(method).peft_patterns(config)}
+    layers: dict[str, Layer] = {}
+    for name, words in grouped(kept, lambda key: _cut(key, content.where)).items():
+        where = f"{content.where}: {name}"
+        changes: dict[str, Any] = {}
+        for option, pattern in (("rank", "rank_pattern"), ("alpha", "alpha_pattern")):
+            value = value_for(patterns.get(pattern) or {}, name)
+            if value is not None and option in method.pattern_fields:
+                changes[option] = value
+        layers[name] = assemble(method.replace(**changes) if changes else method, words, where)
+    return layers, copies
+
+
+def _method(content: Content) -> Method:
+    """The common spec, as a plain LoRA where lorakit has another word for one."""
+    own = content.own.get("method", {})
+    spec = spec_from_dict(own, content.where) if own else None
+    if spec is not None and (spec.peft_type is None or _lone_dora(spec)):
+        method = spec
+    else:
+        method = method_for_peft(content.config).from_peft(content.config)
+    inner = method.inner if isinstance(method, DoRA) else method
+    if not isinstance(inner, LoRA | LoHa | LoKr) and inner.name != "full":
+        raise LorakitError(
+            f"convert: {content.where} is {method.name}, which only PEFT's format and lorakit's own have. `lorakit resize "
+            "--energy 1.0` (with the base model) makes a LoRA of it, which converts."
+        )
+    if isinstance(inner, LoRA):
+        inner = replace(
+            inner, dropout=0.0
+        )  # said by PEFT's file, and no part of what an adapter does once it is trained
+    return method.replace(inner=inner) if isinstance(method, DoRA) else inner
+
+
+def _lone_dora(spec: Method) -> bool:
+    return isinstance(spec, DoRA) and not isinstance(spec.inner, LoRA)
+
+
+def _cut(key: str, where: str) -> tuple[str, str]:
+    name = key
+    for prefix in (PREFIX, "base_model."):
+        if name.startswith(prefix):
+            name = name.removeprefix(prefix)
+            break
+    found = _KEY.fullmatch(name)
+    if found is None or (found["weight"] and found["word"] != MAGNITUDE):
+        raise LorakitError(
+            f"convert: {where} holds {key!r}: neither a factor nor a magnitude. Modules trained whole (modules_to_save) and "
+            "biases have a place in PEFT's format only."
+        )
+    return found["layer"], found["word"]
+
+
+# -- writing ---------------------------------------------------------------------------------------------------------------
+
+
+def write(description: Description, target: Target) -> tuple[dict[str, Content], Description]:
+    """One folder per component, each with one method."""
+    contents: dict[str, Content] = {}
+    notes: list[str] = []
+    alone = len(description.components) == 1
+    for component, layers in description.components.items():
+        one, said = _one_method(layers)
+        notes += said
+        contents["" if alone else component] = _folder(component, one, target.base or description.base)
+    return contents, description.noting(*notes)
+
+
+def _one_method(layers: dict[str, Layer]) -> tuple[dict[str, Layer], list[str]]:
+    kinds = Counter(method_name(layer.method) for layer in layers.values())
+    if len(kinds) == 1:
+        return layers, []
+    try:
+        folded = fitted(Description({"": layers}), ("lora",), "one folder of PEFT's format")
+    except LorakitError as problem:
+        listed = ", ".join(f"{count} × {name}" for name, count in kinds.items())
+        raise LorakitError(
+            f"convert: PEFT's folder has one method, and this adapter has {listed}. {problem}"
+        ) from problem
+    return folded.components[""], list(folded.notes)
+
+
+def _folder(component: str, layers: dict[str, Layer], base: str | None) -> Content:
+    methods = {path: layer.method for path, layer in layers.items()}
+    first = next(iter(methods.values()))
+    common: dict[str, Any] = {}
+    patterns: dict[str, dict[str, Any]] = {}
+    for name, option in first.pattern_fields.items():
+        values = {path: getattr(method, name) for path, method in methods.items()}
+        common[name] = Counter(values.values()).most_common(1)[0][0]
+        patterns[option] = {f"^{re.escape(path)}": value for path, value in values.items() if value != common[name]}
+    method = first.replace(**common) if common else first
+    _check_uniform(method, methods)
+    tensors: dict[str, Tensor] = {}
+    for path, layer in layers.items():
+        for word, tensor in layer.words().items():
+            tensors[f"{PREFIX}{path}.{word}"] = tensor
+    config = {
+        "peft_type": method.peft_type or method.name.upper(),
+        "task_type": None,
+        "base_model_name_or_path": base,
+        "revision": None,
+        "inference_mode": True,
+        "auto_mapping": None,
+        "target_modules": sorted(layers),
+        "exclude_modules": None,
+        "layers_to_transform": None,
+        "layers_pattern": None,
+        "modules_to_save": None,
+        "bias": "none",
+        **method.peft_config(),
+        **patterns,
+    }
+    own: dict[str, Any] = {}
+    if method.peft_type is None or _lone_dora(method):
+        from lorakit import __version__
+
+        targets = Targets(
+            target_modules=tuple(sorted(layers)),
+            rank_pattern=patterns.get("rank_pattern", {}),
+            alpha_pattern=patterns.get("alpha_pattern", {}),
+        )
+        own = {
+            "format": FORMAT,
+            "lorakit_version": __version__,
+            "method": method.to_dict(),
+            "targets": targets_as_data(targets),
+            "shifted": False,
+            "base": {"name": base, "fingerprint": None},
+            "record": {},
+        }
+    return Content(component, tensors, {}, config, own)
+
+
+def _check_uniform(method: Method, methods: Mapping[str, Method]) -> None:
+    """What PEFT has no pattern for must be the same in all layers."""
+    inner = method.inner if isinstance(method, DoRA) else method
+    if not isinstance(inner, LoKr | LoRA):
+        return
+    for path, other in methods.items():
+        theirs = other.inner if isinstance(other, DoRA) else other
+        for name in ("factor", "decompose_both", "rslora"):
+            ours, found = getattr(inner, name, None), getattr(theirs, name, None)
+            if ours != found:
+                raise LorakitError(
+                    f"convert: PEFT's configuration has one {name} for all layers; {path} has {found} and others {ours}."
+                )
+
+
+PEFT = Format(
+    name="peft",
+    title="PEFT, vLLM, lorakit",
+    file="folder: adapter_config.json, adapter_model.safetensors",
+    suffix="",
+    holds=HOLDS,
+    scale="configuration: alpha and rank, patterns per layer, rsLoRA",
+    limits="One method per folder; a pipeline is one folder per component. Full matrices and DoRA over LoHa or LoKr "
+    "are read by "
+    "lorakit alone.",
+    claims=claims,
+    read=read,
+    write=write,
+)
