@@ -29,8 +29,9 @@ from lorakit.conversion.names import Names, component_of, guess_component
 from lorakit.delta import Method
 from lorakit.errors import LorakitError
 from lorakit.interchange import PREFIX
-from lorakit.methods import DoRA, LoHa, LoKr, LoRA, method_for_peft, spec_from_dict
+from lorakit.methods import DoRA, Full, LoHa, LoKr, LoRA
 from lorakit.store import targets_as_data
+from lorakit.table import method_for_peft, spec_from_dict
 from lorakit.targets import Targets, value_for
 
 HOLDS = ("lora", "dora", "loha", "lokr", "full", "dora over loha", "dora over lokr", "dora over full")
@@ -83,25 +84,24 @@ def _layers(content: Content) -> tuple[dict[str, Layer], list[str]]:
 def _method(content: Content) -> Method:
     """The common spec, as a plain LoRA where lorakit has another word for one."""
     own = content.own.get("method", {})
-    spec = spec_from_dict(own, content.where) if own else None
-    if spec is not None and (spec.peft_type is None or _lone_dora(spec)):
-        method = spec
-    else:
-        method = method_for_peft(content.config).from_peft(content.config)
-    inner = method.inner if isinstance(method, DoRA) else method
-    if not isinstance(inner, LoRA | LoHa | LoKr) and inner.name != "full":
+    spec: Any = spec_from_dict(own, content.where) if own else None
+    if spec is None or (spec.peft_type is not None and not _lone_dora(spec)):
+        kind: Any = method_for_peft(content.config)
+        spec = kind.from_peft(content.config)
+    inner = spec.inner if isinstance(spec, DoRA) else spec
+    if not isinstance(inner, LoRA | LoHa | LoKr | Full):
         raise LorakitError(
-            f"convert: {content.where} is {method.name}, which only PEFT's format and lorakit's own have. `lorakit resize "
-            "--energy 1.0` (with the base model) makes a LoRA of it, which converts."
+            f"convert: {content.where} is {spec.name}, which only PEFT's format and lorakit's own have. `lorakit resize "
+            "--energy 1.0` (with the base model) makes a LoRA of a method that changes weights, and that converts."
         )
     if isinstance(inner, LoRA):
         inner = replace(
             inner, dropout=0.0
         )  # said by PEFT's file, and no part of what an adapter does once it is trained
-    return method.replace(inner=inner) if isinstance(method, DoRA) else inner
+    return spec.replace(inner=inner) if isinstance(spec, DoRA) else inner
 
 
-def _lone_dora(spec: Method) -> bool:
+def _lone_dora(spec: Any) -> bool:
     return isinstance(spec, DoRA) and not isinstance(spec.inner, LoRA)
 
 
