@@ -8,6 +8,7 @@ option that cannot be honoured, another base model, each is an error with a name
 from __future__ import annotations
 
 import dataclasses
+import json
 import logging
 import re
 from collections.abc import Callable, Iterable, Mapping
@@ -101,7 +102,11 @@ def save(
         "method": method.to_dict(),
         "targets": targets_as_data(targets),
         "shifted": shifted(adapter),
-        "base": {"name": config["base_model_name_or_path"], "fingerprint": fingerprint(adapter)},
+        "base": {
+            "name": config["base_model_name_or_path"],
+            "fingerprint": fingerprint(adapter),
+            "quantization": _quantization(adapter.model),
+        },
         "record": dict(record or {}),
     }
     for value, name in ((config, CONFIG), (own, OWN)):
@@ -110,6 +115,16 @@ def save(
     target = Path(folder).expanduser()
     replace_folder(target, lambda fresh: write_bundle(fresh, config, tensors, own), CONTENT)
     return target
+
+
+def _quantization(model: nn.Module) -> dict[str, Any] | None:
+    """How transformers was told to quantise the base, as plain data, so that the very base can be made again."""
+    config = getattr(model, "config", None)
+    found = getattr(config, "quantization_config", None)
+    if found is None:
+        return None
+    told = dict(found if isinstance(found, Mapping) else json.loads(found.to_json_string(use_diff=False)))
+    return {**told, "dtype": str(getattr(config, "dtype", "auto")).removeprefix("torch.")}
 
 
 def targets_as_data(targets: Targets) -> dict[str, Any]:

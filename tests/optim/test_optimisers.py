@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
+import sys
 from typing import Any
 
 import pytest
@@ -54,10 +54,40 @@ def test_what_is_wrong_is_said() -> None:
         build_optimizer("adamw", groups(), betas=(1.5, 0.9))
 
 
-@pytest.mark.skipif(importlib.util.find_spec("bitsandbytes") is not None, reason="bitsandbytes is installed here")
 @pytest.mark.parametrize("name", ["galore-8bit", "adamw-8bit"])
-def test_eight_bits_without_bitsandbytes(name: str) -> None:
+def test_eight_bits_without_bitsandbytes(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
     with pytest.raises(LorakitError, match=rf"{name}.*bitsandbytes, which is not installed.*use {name[:-5]}"):
+        build_optimizer(name, groups())
+
+
+@pytest.mark.parametrize(("name", "options"), [("adamw-8bit", {}), ("galore-8bit", {"rank": 8, "interval": 2})])
+def test_eight_bit_moments_step_like_those_of_32(name: str, options: dict[str, Any]) -> None:
+    """Moments of a matrix above bitsandbytes' smallest size take a byte each, and the steps are off by their rounding."""
+    pytest.importorskip("bitsandbytes")
+    torch.manual_seed(0)
+    start, gradients = torch.randn(128, 96), [torch.randn(128, 96) * 0.1 for _ in range(4)]
+    moved = []
+    for chosen in (name, name.removesuffix("-8bit")):
+        weight = torch.nn.Parameter(start.clone())
+        smallest = {"min_8bit_size": 256} if chosen == name else {}
+        optimiser = build_optimizer(chosen, [{"params": [weight], "lr": 0.01}], weight_decay=0.0, **options, **smallest)
+        for gradient in gradients:
+            weight.grad = gradient.clone()
+            optimiser.step()
+        moved.append(weight.detach() - start)
+        state = next(iter(getattr(optimiser, "_inner", optimiser).state.values()))
+        if chosen == name:
+            assert state["state1"].dtype is torch.uint8
+    assert torch.linalg.matrix_norm(moved[0] - moved[1]) < 0.15 * torch.linalg.matrix_norm(moved[1])
+
+
+@pytest.mark.parametrize("name", ["paged-adamw", "paged-adamw-8bit"])
+def test_pages_need_a_gpu(name: str) -> None:
+    instead = name.removeprefix("paged-")
+    with pytest.raises(
+        LorakitError, match=rf"{name}.*parameters are on cpu, where there is one memory.*Use {instead}\."
+    ):
         build_optimizer(name, groups())
 
 

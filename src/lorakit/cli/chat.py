@@ -40,6 +40,7 @@ def chat(
     ] = 0.95,
     seed: Annotated[int, typer.Option(min=0, help="Seed of what is drawn.")] = 0,
     dtype: Annotated[str, typer.Option(help="Number format: auto, bf16, fp16, fp32.")] = "auto",
+    quantize: Annotated[str | None, typer.Option(help="Hold the base in few bits: nf4, fp4, int8, ...")] = None,
 ) -> None:
     """Hold the conversation."""
     show_log(err)
@@ -48,7 +49,7 @@ def chat(
     from lorakit.cli.conversation import Speaker
 
     torch.manual_seed(seed)
-    speaker = Speaker(base, adapter or [], dtype)
+    speaker = Speaker(base, adapter or [], dtype, quantize)
     conversation = Conversation(speaker, system)
     conversation.route = speaker.names[0] if speaker.names else None
     err.print(f"{base}, {conversation.voice} speaking. /help lists commands.", markup=False)

@@ -32,6 +32,7 @@ def generate(
     ] = 1.0,
     seed: Annotated[int, typer.Option(min=0, help="Seed of what is drawn.")] = 0,
     dtype: Annotated[str, typer.Option(help="Number format: auto, bf16, fp16, fp32.")] = "auto",
+    quantize: Annotated[str | None, typer.Option(help="Hold the base in few bits: nf4, fp4, int8, ...")] = None,
 ) -> None:
     """Answer every prompt with every adapter."""
     from lorakit.errors import LorakitError
@@ -44,7 +45,7 @@ def generate(
 
     from lorakit.cli.conversation import Speaker
 
-    speaker = Speaker(base, adapter or [], dtype)
+    speaker = Speaker(base, adapter or [], dtype, quantize)
     routes: list[Any] = list(speaker.names) or [None]
     for text in prompts:
         messages = [{"role": "system", "content": system}] if system else []

@@ -4,6 +4,7 @@ adamw, SGD, torch.optim.RAdam, ...     a class of torch.optim, in any case
 muon                                   matrices by torch.optim.Muon, the rest by AdamW (`muon.py`)
 galore, galore-8bit                    matrices in a projected space (`galore.py`)
 adamw-8bit                             bitsandbytes' AdamW with 8-bit moments
+paged-adamw, paged-adamw-8bit          the same with moments that a GPU short of memory moves to the host's
 """
 
 from __future__ import annotations
@@ -36,6 +37,8 @@ def build_optimizer(name: str, groups: Groups, **options: Any) -> torch.optim.Op
         "galore": GaLore,
         "galore-8bit": _galore_8bit,
         "adamw-8bit": _adamw_8bit,
+        "paged-adamw": _paged_adamw,
+        "paged-adamw-8bit": _paged_adamw_8bit,
     }
     torchs = {
         key.lower(): value
@@ -68,12 +71,34 @@ def _adamw_8bit(groups: Groups, **options: Any) -> torch.optim.Optimizer:
     return made
 
 
+def _paged_adamw(groups: Groups, **options: Any) -> torch.optim.Optimizer:
+    _on_gpu("paged-adamw", groups, "adamw")
+    made: torch.optim.Optimizer = _bitsandbytes("paged-adamw").optim.PagedAdamW32bit(groups, **options)
+    return made
+
+
+def _paged_adamw_8bit(groups: Groups, **options: Any) -> torch.optim.Optimizer:
+    _on_gpu("paged-adamw-8bit", groups, "adamw-8bit")
+    made: torch.optim.Optimizer = _bitsandbytes("paged-adamw-8bit").optim.PagedAdamW8bit(groups, **options)
+    return made
+
+
+def _on_gpu(name: str, groups: Groups, instead: str) -> None:
+    """Pages move between a GPU's memory and the host's; on a processor there is one memory, and nothing to move."""
+    devices = {parameter.device.type for group in groups for parameter in group["params"]}
+    if devices != {"cuda"}:
+        raise LorakitError(
+            f"optimizer {name}: its moments are pages that move between a GPU's memory and the host's, and the parameters are "
+            f"on {', '.join(sorted(devices))}, where there is one memory only. Use {instead}."
+        )
+
+
 def _bitsandbytes(name: str) -> Any:
     try:
         import bitsandbytes  # type: ignore[import-not-found, unused-ignore]
     except ImportError:
         raise LorakitError(
-            f"optimizer {name}: its 8-bit moments are those of bitsandbytes, which is not installed here. "
-            f"`pip install bitsandbytes`, or use {name.removesuffix('-8bit')}."
+            f"optimizer {name}: its moments are held by bitsandbytes, which is not installed here. "
+            f"`pip install bitsandbytes`, or use {name.removesuffix('-8bit').removeprefix('paged-')}."
         ) from None
     return bitsandbytes

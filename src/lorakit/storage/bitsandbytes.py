@@ -15,6 +15,7 @@ to 1/254 of the largest input; the adapter's part beside it does not.
 from __future__ import annotations
 
 import copy
+import logging
 from typing import Any, cast
 
 import torch
@@ -159,6 +160,24 @@ class EightBit(Storage):
     def nbytes(self, layer: nn.Module, tensor: str) -> int:
         codes = value_of(layer, tensor)
         return int(codes.numel() + 4 * codes.shape[0])
+
+    def settle(self, layer: nn.Module) -> None:
+        log = logging.getLogger("bitsandbytes.autograd._functions")
+        if not any(isinstance(one, Once) for one in log.filters):
+            log.addFilter(Once())
+
+
+class Once(logging.Filter):
+    """Lets a message through the first time: the 8-bit product warns of its half precision at every call."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: set[str] = set()
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        first = str(record.msg) not in self.seen
+        self.seen.add(str(record.msg))
+        return first
 
 
 def _from_rows(weight: Any, state: Any) -> Tensor:

@@ -35,6 +35,13 @@ def initialisers() -> dict[str, type]:
     return dict(INITIALISERS)
 
 
+def quantisations() -> dict[str, type]:
+    """The table of formats that a base can be held in: name -> class."""
+    from lorakit.train.quantisation import FORMATS
+
+    return dict(FORMATS)
+
+
 def option_names(spec: type, table: Mapping[str, type], options: Mapping[str, Any] | None = None) -> dict[str, type]:
     """Every option that can be written for a spec: name -> the class that has it, the outermost one.
 
@@ -211,3 +218,16 @@ def read_init(value: Any, name: str, origins: Origins) -> Any:
 def write_init(value: Any) -> Any:
     """The plain form of the `init` option."""
     return write_choice(value, initialisers())
+
+
+def read_quantize(value: Any, name: str, origins: Origins) -> Any:
+    """The format of the `quantize` option; None where the base stays as it is."""
+    chosen = value.get("name") if isinstance(value, Mapping) and set(value) == {"name"} else value
+    if chosen is None or (isinstance(chosen, str) and chosen in ("none", "null")):
+        return None
+    return read_choice(value, quantisations(), "quantisation", name, origins)
+
+
+def write_quantize(value: Any) -> Any:
+    """The plain form of the `quantize` option."""
+    return None if value is None else write_choice(value, quantisations())

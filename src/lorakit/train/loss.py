@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from lorakit.adapter import adapters, prompts, use
 from lorakit.errors import LorakitError
+from lorakit.storage import FLOAT, storage_of
 from lorakit.train import fusion
 from lorakit.train.attention import flat_attention, flat_hidden, is_flat
 from lorakit.train.packing import IGNORED, FlatBatch, TokenisedExample, pack
@@ -77,6 +78,10 @@ def read_head(model: Any) -> Head:
     module = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     if module is None:
         raise LorakitError(f"loss: {type(model).__name__} has no output embeddings; a causal language model has")
+    storage = storage_of(module, "weight") if isinstance(getattr(module, "weight", None), Tensor) else FLOAT
+    if storage is not FLOAT:
+        held = storage.label(module, "weight")
+        raise LorakitError(f"loss: the output head of {type(model).__name__} is held as {held}; logits need its floats")
     config = model.config.get_text_config()
     scale = 1.0
     if getattr(config, "logit_scale", None):

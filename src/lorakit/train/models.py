@@ -19,6 +19,7 @@ import transformers
 
 from lorakit.errors import LorakitError, unknown
 from lorakit.train import gguf, hub
+from lorakit.train.quantisation import Quantisation, existing, holding, quantisation
 
 logger = logging.getLogger(__name__)
 
@@ -115,6 +116,7 @@ def load_model(
     task: str = "causal-lm",
     device: str | torch.device | None = None,
     tokenizer: str | Path | None = None,
+    quantize: str | Quantisation | None = None,
     **options: Any,
 ) -> tuple[Any, Any]:
     """Load a base model in evaluation mode, and its tokenizer with a padding token.
@@ -128,6 +130,8 @@ def load_model(
         task: a name of `TASKS`.
         device: where to put the model; None leaves it where transformers puts it.
         tokenizer: a folder or hub name to take the tokenizer from, when the model's own place has none.
+        quantize: hold the linear layers in few bits: a format's name ("nf4", "int8", ...) or its spec. A checkpoint that is
+            quantised already is recognised by itself.
         options: passed on to transformers' `from_pretrained`.
 
     Returns:
@@ -136,7 +140,8 @@ def load_model(
 
     Raises:
         LorakitError: the place does not exist, cannot be reached, holds an adapter instead of a model, or
-            holds several GGUF files and none was named; an unknown task or dtype.
+            holds several GGUF files and none was named; an unknown task, dtype or quantisation, or one whose library is
+        missing; a model that is to be quantised and is already.
     """
     if task not in TASKS:
         raise unknown("task", task, TASKS)
@@ -151,10 +156,15 @@ def load_model(
     if place is not None and not place.exists():
         raise LorakitError(f'load model: "{place}" was asked for; no such file is there.')
 
+    few = quantisation(quantize)
+    told = None if few is None else few.config(chosen)
+    if told is not None:
+        options["quantization_config"] = told
     if place is not None and place.suffix == ".gguf":
         model, words = gguf.load(place, TASKS[task], chosen, options, with_tokenizer=tokenizer is None)
     else:
         where = str(place) if place is not None else hub.find_on_hub(source, options)
+        _check_quantised(where, few, options)
         model = from_pretrained(TASKS[task], where, dtype=chosen, **options)
         words = load_tokenizer(where, options) if tokenizer is None else None
     if tokenizer is not None:
@@ -164,7 +174,37 @@ def load_model(
     settle_padding(model, words)
     if device is not None:
         model.to(device)
+    if few is not None:
+        few.pack(model, chosen)
+    held = holding(model)
+    if held.packed:
+        logger.info("quantised base: %s, %s in all", held.words(), megabytes(held.nbytes))
     return model.eval(), words
+
+
+def megabytes(count: int) -> str:
+    """Bytes for people."""
+    return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
+
+
+def _check_quantised(where: str, few: Quantisation | None, options: dict[str, Any]) -> None:
+    """A checkpoint that is in few bits already is not quantised once more, and needs its library."""
+    known = ("revision", "cache_dir", "token", "trust_remote_code")
+    try:
+        config = transformers.AutoConfig.from_pretrained(
+            where, **{key: options[key] for key in known if key in options}
+        )
+    except (OSError, ValueError):
+        return  # what is wrong with the place is said by the loading itself
+    method = existing(config)
+    if method is None:
+        return
+    if few is not None:
+        raise LorakitError(
+            f'load model: quantize={few.name} was asked for, and "{where}" is quantised already ({method}). Leave quantize '
+            "away, or start from the float model."
+        )
+    logger.info("%s is quantised already: %s", where, method)
 
 
 def find_local(name_or_path: str | Path) -> Path | None:
@@ -208,6 +248,10 @@ def from_pretrained(class_name: str, where: str, **options: Any) -> Any:
     """transformers' own loading, its failures in one line that names the place."""
     try:
         return getattr(transformers, class_name).from_pretrained(where, **options)
+    except ImportError as error:
+        raise LorakitError(
+            f'load model: "{where}" needs a library that is not here; transformers says: {hub.first_line(error)}'
+        ) from error
     except OSError as error:
         raise LorakitError(
             f'load model: "{where}" was asked for; transformers says: {hub.first_line(error)} What works: a '

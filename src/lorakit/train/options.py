@@ -12,7 +12,16 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from lorakit.errors import LorakitError
-from lorakit.train.choices import initialisers, methods, read_init, read_method, write_init, write_method
+from lorakit.train.choices import (
+    initialisers,
+    methods,
+    read_init,
+    read_method,
+    read_quantize,
+    write_init,
+    write_method,
+    write_quantize,
+)
 from lorakit.train.schema import check, option
 
 Names = tuple[str, ...]
@@ -97,7 +106,8 @@ class TrainOptions:
     max_grad_norm: float = option(1.0, "gradients are scaled down to this norm; 0 does not", minimum=0)
     optimizer: str = option(
         "adamw",
-        "adamw, a class of torch.optim (SGD, Adafactor, ...), muon, galore (with method full), adamw-8bit, galore-8bit",
+        "adamw, a class of torch.optim (SGD, Adafactor, ...), muon, galore (with method full), adamw-8bit, galore-8bit, "
+        "paged-adamw and paged-adamw-8bit (GPUs)",
     )
     optimizer_options: dict[str, Any] = option(
         factory=dict, doc="further arguments of the optimiser: {betas: [0.9, 0.95]}"
@@ -168,6 +178,14 @@ class TrainConfig:
     task: Literal["causal-lm", "seq-cls"] = option(
         "causal-lm",
         "what is learned: to go on with a text, or the class of a text (rows of text and label; the head is trained too)",
+    )
+    quantize: Any = option(
+        None,
+        "hold the base in few bits: nf4, fp4, int8 (bitsandbytes), torchao-int8, hqq, or {name: nf4, double: true, "
+        "compute_dtype: bf16, skip: [down_proj]}; a model that is quantised already needs nothing here",
+        reader=read_quantize,
+        writer=write_quantize,
+        shown="a format or null",
     )
     name: str = option("default", "the adapter's name")
     method: Any = option(

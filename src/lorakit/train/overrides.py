@@ -20,7 +20,7 @@ from lorakit.train.fields import config_fields
 from lorakit.train.options import TrainConfig
 from lorakit.train.schema import FlagText, hints_of, iterate
 
-CHOSEN = ("method", "init")
+CHOSEN = ("method", "init", "quantize")
 """Options that hold a name and further options."""
 
 FOREIGN = {

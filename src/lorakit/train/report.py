@@ -59,6 +59,8 @@ class RunRecord:
     checkpoint: str | None = None
     samples: Sequence[Answer] = ()
     classes: Sequence[str] = ()
+    base_bytes: int = 0
+    quantize: str | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values, for the training record inside `lorakit.json`."""
@@ -283,6 +285,7 @@ def _facts(record: RunRecord) -> list[tuple[str, str]]:
         ("steps", f"{record.steps:,} of batch {record.batch_size}, {record.epochs:.2f} epochs"),
         ("learning rate", f"{record.learning_rate:g}"),
         ("precision", f"base in {record.dtype}, adapter in float32"),
+        *([("base takes", f"{record.base_bytes / 1e6:,.1f} MB")] if record.base_bytes else []),
         ("training path", record.path),
         ("seed", str(record.seed)),
         ("tokens", f"{record.tokens:,}"),
@@ -328,7 +331,12 @@ def _loading(record: RunRecord) -> list[str]:
         model, head = "AutoModelForSequenceClassification", f", num_labels={len(record.classes)}"
     named = [f"The classes, by their index: {', '.join(f'`{_inline(name)}`' for name in record.classes)}.", ""]
     imported, loaded = f"from transformers import {model}", f'model = {model}.from_pretrained("{record.base}"{head})'
-    if record.base.endswith(".gguf"):
+    if record.quantize is not None:  # trained on the base held so, and exact on that alone
+        imported, loaded = (
+            "from lorakit.train.models import load_model",
+            f'model, tokenizer = load_model("{record.base}", quantize="{record.quantize}")',
+        )
+    elif record.base.endswith(".gguf"):
         # transformers flags what it reads from such a file as quantised, and needs the folder and the file apart.
         imported, loaded = (
             "from lorakit.train.models import load_model",

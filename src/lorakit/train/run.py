@@ -35,6 +35,7 @@ from lorakit.train.data import Example, Prepared, Question, choice_ids, load_spl
 from lorakit.train.evaluate import Answer, Evaluation, evaluating, measure, written
 from lorakit.train.memory import recomputing
 from lorakit.train.models import load_model
+from lorakit.train.quantisation import Holding, holding
 from lorakit.train.report import RunRecord, write_report
 from lorakit.train.trainer import LoraTrainer, LossPath, choose_path
 
@@ -113,6 +114,7 @@ def train(config: TrainConfig, *, console: Console | None = None) -> TrainResult
 
     import lorakit as lk
 
+    base = holding(model)
     transformers.set_seed(options.seed)
     examples: Sequence[Any] = prepared.examples
     batches = calibration_batches(examples, config.init, options.seed)
@@ -121,9 +123,9 @@ def train(config: TrainConfig, *, console: Console | None = None) -> TrainResult
             "init %s measures the %s of every layer on %d batches", config.init.name, config.init.needs, len(batches)
         )
     method = config.method.with_tokenizer(tokenizer) if isinstance(config.method, EditMethod) else config.method
-    adapter = lk.attach(model, method, **attach_arguments(config, model), batches=batches)
-    base_parameters = sum(p.numel() for p in model.parameters()) - adapter.num_parameters()
-    log.info("adapter: %s", describe(adapter, base_parameters))
+    originals = float_weights(config, model)
+    adapter = lk.attach(model, method, **attach_arguments(config, model), batches=batches, originals=originals)
+    log.info("adapter: %s", describe(adapter, base.numbers))
     path = path_for(config, model)
     with contextlib.ExitStack() as stack:
         if options.compile == "auto":
@@ -144,7 +146,7 @@ def train(config: TrainConfig, *, console: Console | None = None) -> TrainResult
         seconds = time.perf_counter() - start
         with lk.use(model, adapter.name):
             after = examine(model, tokenizer, held, config, path) if held else None
-    record = _record(config, adapter, base_parameters, prepared, held, trainer, before, after, seconds)
+    record = _record(config, adapter, base, prepared, held, trainer, before, after, seconds)
     history = list(trainer.state.log_history)
     if trainer.is_world_process_zero():
         adapter.save(options.output, base=config.model, record=record.as_dict())
@@ -171,7 +173,7 @@ def load_base(config: TrainConfig, train_rows: Rows, device: str | None = None) 
     is the same for the same seed."""
     precision = config.train.precision
     if config.task == "causal-lm":
-        return load_model(config.model, dtype=precision, device=device)
+        return load_model(config.model, dtype=precision, device=device, quantize=config.quantize)
     names = class_names(train_rows, config.data)
     log.info("classes: %s", ", ".join(names))
     transformers.set_seed(config.train.seed)
@@ -179,7 +181,26 @@ def load_base(config: TrainConfig, train_rows: Rows, device: str | None = None) 
         "id2label": dict(enumerate(names)),
         "label2id": {name: place for place, name in enumerate(names)},
     }
-    return load_model(config.model, dtype=precision, device=device, task=config.task, num_labels=len(names), **known)
+    known |= {"task": config.task, "num_labels": len(names), "quantize": config.quantize}
+    return load_model(config.model, dtype=precision, device=device, **known)
+
+
+def float_weights(config: TrainConfig, model: Any) -> dict[str, Any] | None:
+    """The float weights of a base that was quantised as it was read, where the start answers the error of that."""
+    if not config.init.rewrites or not holding(model).packed:
+        return None
+    if config.quantize is None:
+        raise LorakitError(
+            f"init {config.init.name} answers the error of quantising, and {config.model} comes quantised, without the floats "
+            "that it was made from. Give the float model and quantize."
+        )
+    log.info("init %s reads the float weights of %s once more", config.init.name, config.model)
+    floats, _ = load_model(config.model, dtype=config.train.precision, task=config.task)
+    return dict(floats.named_parameters())
+
+
+def _float_dtype(model: Any) -> str:
+    return str(next(p.dtype for p in model.parameters() if p.is_floating_point())).removeprefix("torch.")
 
 
 def class_list(model: Any) -> list[str]:
@@ -295,7 +316,7 @@ def _fuse(model: Any, stack: contextlib.ExitStack) -> None:
 def _record(
     config: TrainConfig,
     adapter: Adapter,
-    base_parameters: int,
+    base: Holding,
     prepared: Prepared | PreparedLabels,
     held: Held | None,
     trainer: LoraTrainer,
@@ -319,8 +340,10 @@ def _record(
         method_options=_options(config.method),
         targets=describe_targets(config),
         parameters=adapter.num_parameters(),
-        base_parameters=base_parameters,
-        dtype=str(next(iter(trainer.bare.parameters())).dtype).removeprefix("torch."),
+        base_parameters=base.numbers,
+        dtype=", ".join(part for part in (_float_dtype(trainer.bare), base.words()) if part),
+        base_bytes=base.nbytes,
+        quantize=None if config.quantize is None else config.quantize.name,
         path=trainer.path.name,
         train_rows=len(prepared.examples),
         eval_rows=len(held.examples) if held else 0,

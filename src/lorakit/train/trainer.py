@@ -141,14 +141,15 @@ class LoraTrainer(transformers.Trainer):
             own.append(self.progress)
         if config.train.early_stopping_patience is not None:
             own.append(transformers.EarlyStoppingCallback(config.train.early_stopping_patience))
-        super().__init__(
-            model=model,
-            args=training_arguments(config, evaluates=bool(eval_examples)),
-            data_collator=_as_list,
-            train_dataset=list(train_examples),
-            eval_dataset=list(eval_examples) if eval_examples else None,
-            callbacks=[*own, *callbacks],
-        )
+        with _adapted(model):
+            super().__init__(
+                model=model,
+                args=training_arguments(config, evaluates=bool(eval_examples)),
+                data_collator=_as_list,
+                train_dataset=list(train_examples),
+                eval_dataset=list(eval_examples) if eval_examples else None,
+                callbacks=[*own, *callbacks],
+            )
         # What transformers prints at every log event is said by the progress callback.
         self.remove_callback(transformers.PrinterCallback)
         self.model_accepts_loss_kwargs = True
@@ -385,6 +386,19 @@ def training_arguments(config: TrainConfig, *, evaluates: bool) -> transformers.
         bf16=False,
         fp16=False,
     )
+
+
+@contextlib.contextmanager
+def _adapted(model: Any) -> Iterator[None]:
+    """A quantised model is taken by the Trainer only if something on it trains, which it looks for in PEFT's way."""
+    if not getattr(model, "is_quantized", False) or "_hf_peft_config_loaded" in vars(model):
+        yield
+        return
+    model._hf_peft_config_loaded = True
+    try:
+        yield
+    finally:
+        del model._hf_peft_config_loaded
 
 
 def make_optimizer(
