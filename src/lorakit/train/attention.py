@@ -27,7 +27,7 @@ from torch import Tensor
 
 from lorakit.adapter import adapters
 from lorakit.attending import configurations, with_edits
-from lorakit.train import fusion
+from lorakit.train import fusion, last_block
 from lorakit.train.packing import FlatBatch, Segment, TextBatch
 
 PIECE = 256
@@ -679,7 +679,8 @@ def flat_attention(model: torch.nn.Module) -> Iterator[None]:
         changed.append((config, config._attn_implementation_internal))
         config._attn_implementation_internal = name
     try:
-        yield
+        with last_block.opened(model.get_decoder() if hasattr(model, "get_decoder") else None):
+            yield
     finally:
         for config, before in changed:
             config._attn_implementation_internal = before

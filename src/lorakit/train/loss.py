@@ -25,6 +25,7 @@ from lorakit.errors import LorakitError
 from lorakit.storage import FLOAT, storage_of
 from lorakit.train import fusion
 from lorakit.train.attention import flat_attention, flat_hidden, is_flat
+from lorakit.train.last_block import asked_rows
 from lorakit.train.packing import IGNORED, FlatBatch, TokenisedExample, pack
 
 logger = logging.getLogger(__name__)
@@ -262,8 +263,11 @@ def causal_loss(
     backward too, so then LorakitError is raised.
     """
     head = read_head(model)
+    decoder = decoder_of(model)
     if is_flat(model):
-        hidden = flat_hidden(decoder_of(model), packed)
+        if model.training and torch.is_grad_enabled():
+            packed = asked_rows(decoder, packed, flat_hidden)
+        hidden = flat_hidden(decoder, packed)
     else:
         if model.training and any(getattr(part, "gradient_checkpointing", False) for part in model.modules()):
             raise LorakitError(
@@ -271,7 +275,7 @@ def causal_loss(
                 "own attention back; open `with flat_attention(model):` around forward and backward"
             )
         with flat_attention(model):
-            hidden = flat_hidden(decoder_of(model), packed)
+            hidden = flat_hidden(decoder, packed)
     rows = hidden.index_select(0, packed.hidden_index)
     total, right = target_loss(head, rows, packed.targets, packed.weights, label_smoothing=label_smoothing)
     divisor = packed.num_targets if num_items is None else num_items

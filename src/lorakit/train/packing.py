@@ -59,7 +59,8 @@ class FlatBatch:
     `input_ids` and `position_ids` are `[1, tokens]`; `hidden_index`, `targets` (int64) and `weights` (fp32) are
     `[targets]`: the hidden state at `hidden_index[i]` predicts `targets[i]`, which counts `weights[i]` times. Of the
     row only the first `used` tokens are real. `unshared_tokens` is what the examples hold together, `num_targets` the
-    number of labels in them. `plans` is where attention keeps what it works out once per batch.
+    number of labels in them. `asked` are the rows that the last block gives, in this order, and then `hidden_index` counts
+    among them; None is every row. `plans` is where attention keeps what it works out once per batch.
     """
 
     input_ids: Tensor
@@ -71,12 +72,17 @@ class FlatBatch:
     used: int
     unshared_tokens: int
     num_targets: int
+    asked: Tensor | None = None
     plans: dict[Any, Any] = field(default_factory=dict, compare=False, repr=False)
 
     @property
     def tokens(self) -> int:
         """Length of the flat row, fill included."""
         return int(self.input_ids.shape[1])
+
+    def asking(self, rows: Tensor, hidden_index: Tensor) -> FlatBatch:
+        """The same batch, of which the last block gives `rows` alone; `hidden_index` counts among these."""
+        return replace(self, asked=rows, hidden_index=hidden_index)
 
     def to(self, device: torch.device | str) -> FlatBatch:
         """The same batch on another device."""
