@@ -679,7 +679,8 @@ def flat_attention(model: torch.nn.Module) -> Iterator[None]:
         changed.append((config, config._attn_implementation_internal))
         config._attn_implementation_internal = name
     try:
-        with last_block.opened(model.get_decoder() if hasattr(model, "get_decoder") else None):
+        decoder: Any = getattr(model, "get_decoder", None)
+        with last_block.opened(decoder and decoder()):
             yield
     finally:
         for config, before in changed:
