@@ -16,7 +16,14 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGES = ("README.md", "CONTRIBUTING.md", "docs/architecture.md", "docs/methods.md", "docs/benchmarks.md")
+PAGES = (
+    "README.md",
+    "CONTRIBUTING.md",
+    "docs/architecture.md",
+    "docs/methods.md",
+    "docs/benchmarks.md",
+    "docs/composition.md",
+)
 FOLDERS = {
     "benchmarks": "one command each: measured side by side with the peers",
     "docs": "how it is built, every method, what was measured",

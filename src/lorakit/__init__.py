@@ -10,8 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from lorakit.adapter import Adapter, activate, adapters, attach, detach, prompts, use
-    from lorakit.algebra import merge, merged
-    from lorakit.algebra.resizing import resize
+    from lorakit.algebra import combine, diff, extract, merge, merged, prune, resize, scale, swap, verify
     from lorakit.conversion import convert
     from lorakit.edits import EDITS, PromptTuning
     from lorakit.errors import LorakitError
@@ -52,7 +51,7 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "lorakit.adapter": ("Adapter", "activate", "adapters", "attach", "detach", "prompts", "use"),
-    "lorakit.algebra": ("merge", "merged"),
+    "lorakit.algebra": ("combine", "diff", "extract", "merge", "merged", "prune", "resize", "scale", "swap", "verify"),
     "lorakit.conversion": ("convert",),
     "lorakit.edits": ("EDITS", "PromptTuning"),
     "lorakit.errors": ("LorakitError",),
@@ -98,7 +97,6 @@ _HOMES = {
         "VBLoRA",
         "VeRA",
     ),
-    "lorakit.algebra.resizing": ("resize",),
     "lorakit.mixture": ("route",),
     "lorakit.store": ("load",),
 }
@@ -166,13 +164,20 @@ __all__ = [
     "activate",
     "adapters",
     "attach",
+    "combine",
     "convert",
     "detach",
+    "diff",
+    "extract",
     "load",
     "merge",
     "merged",
     "prompts",
+    "prune",
     "resize",
     "route",
+    "scale",
+    "swap",
     "use",
+    "verify",
 ]

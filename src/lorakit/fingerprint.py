@@ -69,7 +69,7 @@ def _plain_weight(layer: nn.Module, path: str, name: str) -> Weight:
     )
 
 
-def _weights(adapter: Adapter) -> Iterator[Weight]:
+def _weights(adapter: Adapter, stored: Callable[[str], Tensor] | None = None) -> Iterator[Weight]:
     """Every adapted weight as (out, in), or every replaced tensor where there is none."""
     plain, found = plain_names(adapter.model), False
     for path, site, _ in adapter.deltas():
@@ -77,8 +77,9 @@ def _weights(adapter: Adapter) -> Iterator[Weight]:
         layer = adapter.layers[path]
         storage = storage_of(layer.base, site.weight, path)
 
-        def read(layer: Any = layer, site: Any = site) -> Tensor:
-            return cast(Tensor, site.layout.matrix(layer.stored(site)))
+        def read(layer: Any = layer, site: Any = site, path: str = path) -> Tensor:
+            weight = layer.stored(site) if stored is None else stored(f"{path}.{site.weight}")
+            return cast(Tensor, site.layout.matrix(weight))
 
         shape = (site.layout.shape.out, site.layout.shape.in_)
         yield Weight(f"{plain[path]}.{site.weight}", shape, storage.label(layer.base, site.weight), read)
@@ -94,9 +95,12 @@ def _weights(adapter: Adapter) -> Iterator[Weight]:
             yield Weight(f"{plain[path]}.{name}", tuple(tensor.shape), "float", tensor.detach)
 
 
-def fingerprint(adapter: Adapter) -> dict[str, Any]:
-    """The fingerprint of the base under an adapter, as plain data."""
-    weights = list(_weights(adapter))
+def fingerprint(adapter: Adapter, stored: Callable[[str], Tensor] | None = None) -> dict[str, Any]:
+    """The fingerprint of the base under an adapter, as plain data.
+
+    `stored` gives a base tensor by its name, for a model on the meta device, which holds none.
+    """
+    weights = list(_weights(adapter, stored))
     shapes = hashlib.sha256("\n".join(f"{one.name} {one.shape}" for one in weights).encode())
     chosen = weights[:: max(1, len(weights) // 64)]
     each = max(4, SAMPLES // max(1, len(chosen)))

@@ -70,6 +70,7 @@ def save(
     folder: str | Path,
     base: str | None = None,
     record: Mapping[str, Any] | None = None,
+    stored_weight: Callable[[str], Tensor] | None = None,
 ) -> Path:
     """Write an adapter as a folder, in one step.
 
@@ -78,6 +79,7 @@ def save(
         folder: where; an adapter that is there is replaced, other files stay.
         base: the base model's name for the file; by default the one transformers knows.
         record: anything to keep with it, such as how it was trained (plain data).
+        stored_weight: gives a base tensor by its name, where the model is on the meta device and holds none.
 
     Raises:
         LorakitError: the adapter is on no model, the method has no file format, a tensor holds a NaN, or writing failed;
@@ -104,7 +106,7 @@ def save(
         "shifted": shifted(adapter),
         "base": {
             "name": config["base_model_name_or_path"],
-            "fingerprint": fingerprint(adapter),
+            "fingerprint": fingerprint(adapter, stored_weight),
             "quantization": _quantization(adapter.model),
         },
         "record": dict(record or {}),

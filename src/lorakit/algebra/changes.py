@@ -57,7 +57,7 @@ class Change:
 
     def thin(self) -> Change:
         """The same ΔW by factors of no more columns than a matrix of this shape has rank."""
-        if self.rank is not None and self.rank <= min(self.shape):
+        if self.rank is None or self.rank <= min(self.shape):
             return self
         found = self.spectrum()
         return Change(*found.cut(len(found.values)))

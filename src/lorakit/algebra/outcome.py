@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from lorakit.adapter import Adapter, build
-from lorakit.algebra.changes import Cut
+from lorakit.algebra.changes import Change, Cut
 from lorakit.algebra.sources import WHOLE, Live, Stored, frozen, place_of
 from lorakit.bundle import CONTENT, write_bundle
 from lorakit.delta import Method
@@ -67,19 +67,15 @@ def made(cuts: Mapping[str, Cut], adapter: Adapter | None = None, folder: Path |
     )
 
 
-def _method(cuts: Mapping[str, Cut]) -> tuple[Method, dict[str, int]]:
-    """The spec of the result, and the ranks that differ from its own."""
+def method_for(cuts: Mapping[str, Cut]) -> tuple[Method, dict[str, Any]]:
+    """The spec that holds these changes, and the patterns that give each place the rank that it has."""
     ranks = {place: cut.change.rank for place, cut in cuts.items()}
     if any(rank is None for rank in ranks.values()):
-        return Full(), {}
+        return Full(), {"rank_pattern": {}, "alpha_pattern": {}}
     common = Counter(rank for rank in ranks.values() if rank is not None).most_common(1)[0][0]
-    other = {place: rank for place, rank in ranks.items() if rank is not None and rank != common}
-    return LoRA(rank=common, alpha=float(common)), other
-
-
-def _patterns(other: Mapping[str, int]) -> dict[str, Any]:
-    exact = {f"^{re.escape(place)}": rank for place, rank in other.items()}
-    return {"rank_pattern": exact, "alpha_pattern": {place: float(rank) for place, rank in exact.items()}}
+    exact = {f"^{re.escape(place)}": rank for place, rank in ranks.items() if rank is not None and rank != common}
+    alphas = {place: float(rank) for place, rank in exact.items()}
+    return LoRA(rank=common, alpha=float(common)), {"rank_pattern": exact, "alpha_pattern": alphas}
 
 
 # -- on a model ------------------------------------------------------------------------------------------------------------
@@ -94,7 +90,7 @@ def beside(given: Sequence[Live], name: str, cuts: Mapping[str, Cut], replaced: 
     model = adapters[0].model
     at = {place: path for one in given for place, (path, _, _) in one.at.items()}
     wanted = {at[place] for place in cuts}
-    spec, other = _method(cuts)
+    spec, patterns = method_for(cuts)
     asked = [adapter.targets.bias for adapter in adapters]
     adapted_biases = any(path in wanted for path in replaced)
     targets = dataclasses.replace(
@@ -106,7 +102,7 @@ def beside(given: Sequence[Live], name: str, cuts: Mapping[str, Cut], replaced: 
         modules_to_save=tuple(dict.fromkeys(path for adapter in adapters for path in adapter.saved)),
         bias="all" if "all" in asked else "lora_only" if adapted_biases else "none",
         parts={layer: parts for adapter in adapters for layer, parts in adapter.targets.parts.items()},
-        **_patterns(other),
+        **patterns,
     )
     paths = [path for path, _ in walk(model) if path in wanted]
     result = build(model, spec, targets, name, checked=False, paths=paths)
@@ -157,13 +153,11 @@ def in_folder(
     for one in given:
         if target.resolve() == one.bundle.folder.resolve():
             raise LorakitError(f"{verb}: {output} is one of the adapters itself; choose another folder to write.")
-    spec, other = _method(cuts)
-    tensors = dict(others)
+    spec, patterns = method_for(cuts)
+    tensors, whole = dict(others), isinstance(spec, Full)
     for place, cut in cuts.items():
-        tensors.update(_packed(given, place, cut))
+        tensors.update(_packed(given, place, cut.change, whole))
     first = given[0].bundle
-    whole = isinstance(spec, Full)
-    patterns = _patterns(other)
     config = {key: value for key, value in first.config.items() if key in COMMON}
     config |= {**spec.peft_config(), **patterns, "peft_type": "FULL" if whole else "LORA"}
     config["target_modules"] = _union(given, "target_modules", cuts)
@@ -180,23 +174,24 @@ def in_folder(
     return made(cuts, folder=target)
 
 
-def _packed(given: Sequence[Stored], place: str, cut: Cut) -> dict[str, Tensor]:
+def _packed(given: Sequence[Stored], place: str, change: Change, whole: bool) -> dict[str, Tensor]:
     """One matrix's tensors under PEFT's names, in the shapes and the precision that the file has for this layer."""
     one = next(one for one in given if place in one.places())
-    change, tensors = cut.change, one.bundle.tensors
-    if change.A is None or place not in one.pairs:
-        held = tensors[one.wholes[place] if place in one.wholes else one.pairs[place][1]]
-        if change.A is None:
-            return {f"{PREFIX}{place}{WHOLE}": change.B.to(held.dtype)}
-        return {
-            f"{PREFIX}{place}.lora_A.weight": change.A.to(held.dtype),
-            f"{PREFIX}{place}.lora_B.weight": change.B.to(held.dtype),
-        }
-    key_A, key_B = one.pairs[place]
-    A, B = tensors[key_A], tensors[key_B]
+    if (
+        place in one.wholes
+    ):  # a result in factors is a linear layer's: this format has the matrix and not the layer's kind
+        held = one.bundle.tensors[one.wholes[place]]
+        key_A, key_B = f"{PREFIX}{place}.lora_A.weight", f"{PREFIX}{place}.lora_B.weight"
+        shape_A, shape_B = held.shape[1:], (held.shape[0], -1)
+    else:
+        key_A, key_B = one.pairs[place]
+        held, B = one.bundle.tensors[key_A], one.bundle.tensors[key_B]
+        shape_A, shape_B = held.shape[1:], (B.shape[0], -1, *B.shape[2:])
+    if whole or change.A is None:
+        return {f"{PREFIX}{place}{WHOLE}": change.dense().to(held.dtype)}
     return {
-        key_A: change.A.reshape(-1, *A.shape[1:]).to(A.dtype),
-        key_B: change.B.reshape(B.shape[0], -1, *B.shape[2:]).to(B.dtype),
+        key_A: change.A.reshape(-1, *shape_A).to(held.dtype),
+        key_B: change.B.reshape(shape_B).to(held.dtype),
     }
 
 

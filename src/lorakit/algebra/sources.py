@@ -79,6 +79,15 @@ class Live(Source):
     def __init__(self, adapter: Adapter, verb: str) -> None:
         if adapters(adapter.model).get(adapter.name) is not adapter:
             raise LorakitError(f"{verb}: adapter {adapter.name!r} has been taken off its model.")
+        for what, held in (
+            ("edits", adapter.edits),
+            ("a router, whose change differs from token to token", adapter.router),
+        ):
+            if held:
+                raise LorakitError(
+                    f"{verb}: adapter {adapter.name!r} is {what} ({adapter.method.name}), and no change of a matrix. Adapters "
+                    "of weights work: lora and the others of `lorakit methods`."
+                )
         for key, tensor in adapter.state_dict().items():
             if tensor.is_floating_point() and not torch.isfinite(tensor).all():
                 raise LorakitError(f"{verb}: {key} of adapter {adapter.name!r} holds a NaN or an infinity.")

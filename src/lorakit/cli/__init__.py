@@ -15,14 +15,20 @@ import typer
 from typer.core import TyperGroup
 
 from lorakit.cli import chat as chat_verb
+from lorakit.cli import combine as combine_verb
 from lorakit.cli import convert as convert_verb
+from lorakit.cli import diff as diff_verb
 from lorakit.cli import evaluate as eval_verb
+from lorakit.cli import extract as extract_verb
 from lorakit.cli import generate as generate_verb
 from lorakit.cli import inspect as inspect_verb
 from lorakit.cli import merge as merge_verb
 from lorakit.cli import methods as methods_verb
+from lorakit.cli import prune as prune_verb
 from lorakit.cli import resize as resize_verb
+from lorakit.cli import scale as scale_verb
 from lorakit.cli import train as train_verb
+from lorakit.cli import verify as verify_verb
 from lorakit.cli.screen import fail
 
 
@@ -89,6 +95,12 @@ app.command(name="inspect", help=inspect_verb.HELP)(inspect_verb.inspect)
 app.command(name="methods", help=methods_verb.HELP)(methods_verb.methods)
 app.command(name="convert", help=convert_verb.HELP)(convert_verb.convert)
 app.command(name="resize", help=resize_verb.HELP)(resize_verb.resize)
+app.command(name="verify", help=verify_verb.HELP)(verify_verb.verify)
+app.command(name="scale", help=scale_verb.HELP)(scale_verb.scale)
+app.command(name="prune", help=prune_verb.HELP)(prune_verb.prune)
+app.command(name="extract", help=extract_verb.HELP)(extract_verb.extract)
+app.command(name="diff", help=diff_verb.HELP)(diff_verb.diff)
+app.command(name="combine", help=combine_verb.HELP)(combine_verb.combine)
 
 
 def main() -> None:

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
-from lorakit.cli.screen import err, out, show_log
-
-if TYPE_CHECKING:
-    from lorakit.algebra.outcome import Made
+from lorakit.cli.outcome import on_base, told, unlike
+from lorakit.cli.screen import out
 
 HELP = "Write an adapter at another rank, or at the ranks that keep a share of its energy, as a plain LoRA."
 
@@ -30,48 +28,16 @@ def resize(
     ] = None,
 ) -> None:
     """Resize, and say what it cost."""
-    from lorakit import store
+    from lorakit.algebra.resizing import resize as resize_adapter
     from lorakit.algebra.resizing import resize_folder
-    from lorakit.algebra.sources import needs_base
-    from lorakit.errors import LorakitError
     from lorakit.spectrum import check_request
 
     check_request(rank, energy)
-    if output.expanduser().resolve() == adapter.expanduser().resolve():
-        raise LorakitError(f"resize: {output} is the adapter itself; choose another --output.")
-    config = store.read_config(adapter)
-    if base is None and not needs_base(config):
-        report = resize_folder(adapter, output, rank=rank, energy=energy, own=own)
-    else:
-        report = _on_base(base or config.get("base_model_name_or_path"), adapter, output, rank, energy, own)
-    ranks = sorted(rank for rank in report.ranks.values() if rank is not None)
-    spread = (
-        str(ranks[0])
-        if ranks[0] == ranks[-1]
-        else f"{ranks[0]} to {ranks[-1]}, {sum(ranks) / len(ranks):.1f} on average"
-    )
-    worst = max(report.errors, key=lambda where: report.errors[where])
-    out.print(
-        f"{output}: {len(ranks)} layers at rank {spread}; ΔW differs by {report.error:.2%} in all, by at most "
-        f"{report.errors[worst]:.2%} ({worst})",
-        markup=False,
-    )
-
-
-def _on_base(base: str | None, adapter: Path, output: Path, rank: int | None, energy: float | None, own: bool) -> Made:
-    """With the base model, for methods whose ΔW needs its weights or its layers' shapes."""
-    show_log(err)
-    import torch
-
-    import lorakit as lk
-    from lorakit.algebra.resizing import resize as resize_adapter
-    from lorakit.errors import LorakitError
-    from lorakit.train.models import load_model
-
-    if not base:
-        raise LorakitError(f"resize: {adapter} does not name its base model; give --base.")
-    model, _ = load_model(base, dtype=torch.float32)
-    report = resize_adapter(lk.load(model, adapter), rank=rank, energy=energy, own=own)
-    assert report.adapter is not None
-    report.adapter.save(output, base=base, record={"resized": {"from": str(adapter), "error": report.error}})
-    return report
+    unlike("resize", output, [adapter])
+    with on_base("resize", base, [adapter]) as given:
+        if given.on_model:
+            report = resize_adapter(given.adapters[0], rank=rank, energy=energy, own=own)
+            given.save(report, output, {"resized": {"from": str(adapter), **report.record()}})
+        else:
+            report = resize_folder(adapter, output, rank=rank, energy=energy, own=own)
+    out.print(told(output, report), markup=False)

@@ -1,0 +1,265 @@
+"""A LoRA out of a fine-tuned model and its base: the best low-rank approximation of what the tuning did to every layer.
+
+ΔW = W' - W is cut per layer, to one rank or to the least rank that holds a share of its energy. A full fine-tune changes
+weights in all directions, so that a small rank keeps the strongest of them; a merged LoRA comes out at its own rank, but for
+the floor that rounding the merged weights to bfloat16 leaves (about 2⁻⁹ of |W|, of full rank: give a rank then, or an energy
+below 1). What no low-rank change can say (norms, biases, embeddings, an output head) is kept whole as modules_to_save and
+trained biases, or reported.
+
+Folders of safetensors are read tensor by tensor; what is in memory is one layer of each model, and the factors.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lorakit.adapter import Adapter, adapters, build
+from lorakit.algebra.changes import Change, Cut, cut
+from lorakit.algebra.checkpoint import Checkpoint, Named, skeleton
+from lorakit.algebra.outcome import Made, made, method_for
+from lorakit.algebra.sources import place_of
+from lorakit.errors import LorakitError
+from lorakit.layout import sites_of
+from lorakit.spectrum import check_request
+from lorakit.targets import Targets, select, walk
+
+log = logging.getLogger("lorakit")
+
+RESTS = ("save", "report", "refuse")
+
+
+@dataclass(frozen=True)
+class Extracted:
+    """What an extraction found.
+
+    Attributes:
+        made: the adapter and what its cuts cost.
+        unchanged: layers that the tuning left alone; they are not adapted.
+        saved: tensor -> ‖W' - W‖ / ‖W‖ of what is kept whole.
+        left: the same of what the adapter leaves out.
+    """
+
+    made: Made
+    unchanged: tuple[str, ...]
+    saved: dict[str, float]
+    left: dict[str, float]
+
+
+Progress = Callable[[int, int, str], None]
+
+
+def extract(
+    base: nn.Module | str | Path,
+    tuned: nn.Module | str | Path,
+    *,
+    rank: int | None = None,
+    energy: float | None = None,
+    target_modules: str | Iterable[str] = "all-linear",
+    exclude_modules: str | Iterable[str] | None = None,
+    rest: str = "save",
+    name: str = "extracted",
+    output: str | Path | None = None,
+    progress: Progress | None = None,
+) -> Extracted:
+    """Make a LoRA of the difference between two models of one architecture.
+
+    Of two models in memory the adapter is put on the base, inactive; of two folders it is written to `output`, and no model
+    is loaded.
+
+    Args:
+        base, tuned: two models, or two folders with config.json and safetensors (sharded or not).
+        rank: of every layer; a layer whose change has less gets what it has.
+        energy: instead, the share of each layer's squared singular values to keep; 1.0 keeps all.
+        target_modules, exclude_modules: the layers to make low-rank, as for `attach`.
+        rest: what becomes of other tensors that differ: "save" keeps them whole with the adapter, "report" leaves them out
+            and says which, "refuse" raises.
+        name: of the adapter on the base.
+        output: the folder to write, for folders.
+        progress: called with (done, all, layer) as layers go by.
+
+    Raises:
+        LorakitError: they are not of one architecture, a tensor is missing, has another shape, or holds a NaN; nothing differs;
+            nothing has been written then.
+    """
+    check_request(rank, energy, "extract")
+    if rest not in RESTS:
+        raise LorakitError(f"extract: rest was given as {rest!r}; it is one of {', '.join(RESTS)}.")
+    model, ours, theirs = _opened(base, tuned, output)
+    asked = Targets(
+        target_modules=target_modules if isinstance(target_modules, str) else tuple(target_modules),
+        exclude_modules=exclude_modules
+        if exclude_modules is None or isinstance(exclude_modules, str)
+        else tuple(exclude_modules),
+    )
+    pair = _Pair(ours, theirs)
+    modules = dict(walk(model))
+    paths = select(model, asked)
+    cuts: dict[str, Cut] = {}
+    unchanged: list[str] = []
+    seen: set[str] = set()
+    adapted: dict[str, None] = {}
+    for index, path in enumerate(paths):
+        if progress is not None:
+            progress(index, len(paths), path)
+        for site in sites_of(modules[path]):
+            key, place = f"{path}.{site.weight}", place_of(path, site)
+            seen.add(key)
+            change = pair.change(key)
+            if change is None:
+                unchanged.append(place)
+                continue
+            cuts[place] = cut(Change.of(site.layout.matrix(change)), rank, energy)
+            adapted[path] = None
+    biases, whole, differing = _rest(model, modules, pair, seen, list(adapted), rest)
+    if not cuts and not differing:
+        raise LorakitError("extract: the two models do not differ in any tensor.")
+    if not cuts:
+        raise LorakitError(
+            f"extract: none of the {len(paths)} targeted layers differs; what differs is for example {next(iter(differing))}. "
+            "Name layers that do in target_modules."
+        )
+    if differing and rest == "refuse":
+        raise LorakitError(
+            f"extract: {next(iter(differing))} and {len(differing) - 1} other tensors differ that are no targeted matrix; "
+            "rest='save' keeps them whole, rest='report' leaves them out."
+        )
+    keep = rest == "save"
+    adapter = _filled(model, name, cuts, keep and biases, whole if keep else [], theirs, list(adapted))
+    result = Extracted(
+        made=made(cuts, adapter=adapter),
+        unchanged=tuple(unchanged),
+        saved=differing if keep else {},
+        left={} if keep else differing,
+    )
+    if isinstance(ours.source, Checkpoint):
+        assert output is not None
+        from lorakit.store import save
+
+        told = {"extracted": _record(result, tuned, rank, energy)}
+        folder = save(adapter, output, base=str(base), record=told, stored_weight=ours.__getitem__)
+        result = Extracted(made(cuts, folder=folder), result.unchanged, result.saved, result.left)
+    return result
+
+
+def _record(result: Extracted, tuned: Any, rank: int | None, energy: float | None) -> dict[str, Any]:
+    return {"from": str(tuned), "rank": rank, "energy": energy, "left": result.left, **result.made.record()}
+
+
+def _opened(base: Any, tuned: Any, output: Any) -> tuple[nn.Module, Named, Named]:
+    """The model that the names are of, and both sides' tensors under these names."""
+    if isinstance(base, nn.Module) and isinstance(tuned, nn.Module):
+        if output is not None:
+            raise LorakitError("extract: models give an adapter on the base; save that, and leave output out.")
+        if adapters(base) or adapters(tuned):
+            raise LorakitError("extract: one of the models has adapters on it; lk.merge or lk.detach them first.")
+        return base, Named(base, base), Named(tuned, tuned if type(base) is type(tuned) else base)
+    if isinstance(base, nn.Module) or isinstance(tuned, nn.Module):
+        raise LorakitError("extract: give two models, or two folders; one of each was given.")
+    if output is None:
+        raise LorakitError("extract: folders were given, so output= names the folder to write.")
+    ours, theirs = Checkpoint(base, "extract"), Checkpoint(tuned, "extract")
+    model, other = skeleton(ours.folder, "extract"), skeleton(theirs.folder, "extract")
+    if type(model) is not type(other):
+        raise LorakitError(
+            f"extract: {base} is a {type(model).__name__} and {tuned} a {type(other).__name__}; a base and its fine-tune are "
+            "of one architecture."
+        )
+    named = Named(ours, model)
+    first = next(iter(named.names), None)
+    if first is not None:
+        model.to(dtype=named[first].dtype)
+    return model, Named(ours, model), Named(theirs, other)
+
+
+class _Pair:
+    """Both sides of one tensor at a time."""
+
+    def __init__(self, ours: Named, theirs: Named) -> None:
+        self.ours, self.theirs = ours, theirs
+
+    def read(self, key: str) -> tuple[Tensor, Tensor]:
+        """The base's and the tuned one's tensor."""
+        for side, named in (("base", self.ours), ("tuned model", self.theirs)):
+            if key not in named:
+                raise LorakitError(
+                    f"extract: the {side} holds no tensor {key!r}; both must be whole and of one architecture."
+                )
+        before, after = self.ours[key], self.theirs[key]
+        if before.shape != after.shape:
+            raise LorakitError(
+                f"extract: {key} is {tuple(before.shape)} in the base and {tuple(after.shape)} in the tuned model (a resized "
+                "vocabulary?); their difference is no change of it. Leave the layer out by exclude_modules, or resize the base."
+            )
+        for side, tensor in (("base", before), ("tuned model", after)):
+            if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+                raise LorakitError(f"extract: {key} of the {side} holds a NaN or an infinity.")
+        return before, after
+
+    def change(self, key: str) -> Tensor | None:
+        """W' - W in float64; None where they are equal."""
+        before, after = self.read(key)
+        return None if torch.equal(before, after.to(before)) else after.double() - before.double()
+
+
+def _rest(
+    model: nn.Module, modules: dict[str, nn.Module], pair: _Pair, seen: set[str], adapted: list[str], rest: str
+) -> tuple[bool, list[str], dict[str, float]]:
+    """Whether biases of adapted layers differ; the modules of other tensors that do; and by how much each does."""
+    biases, whole, differing = False, [], {}
+    for key in model.state_dict():
+        if key in seen or (key not in pair.ours and key not in pair.theirs):
+            continue
+        before, after = pair.read(key)
+        if torch.equal(before, after.to(before)):
+            continue
+        size = float(before.double().norm())
+        differing[key] = float((after.double() - before.double()).norm()) / size if size else 1.0
+        owner, _, tensor = key.rpartition(".")
+        while owner and owner not in modules:  # within nn.MultiheadAttention, which is one layer
+            owner = owner.rpartition(".")[0]
+        if "bias" in tensor and any(key.startswith(f"{path}.") for path in adapted):
+            biases = True
+        elif not any(path.startswith(f"{owner}.") for path in modules):
+            whole.append(owner)
+        elif rest == "save":
+            raise LorakitError(
+                f"extract: {key} differs and stands in a {type(modules[owner]).__name__} with layers of its own, so that "
+                "it cannot be kept alone; rest='report' leaves it out."
+            )
+    return biases, list(dict.fromkeys(whole)), differing
+
+
+def _filled(
+    model: nn.Module, name: str, cuts: dict[str, Cut], biases: bool, whole: list[str], theirs: Named, paths: list[str]
+) -> Adapter:
+    """The adapter on the model, or on its skeleton, with its tensors."""
+    spec, patterns = method_for(cuts)
+    bias = "lora_only" if biases else "none"
+    targets = Targets(target_modules=tuple(paths), modules_to_save=tuple(whole), bias=bias, **patterns)
+    adapter = build(model, spec, targets, name, checked=False, paths=paths)
+    for path, site, delta in adapter.deltas():
+        place = place_of(path, site)
+        for letter in ("B", "A"):
+            own = getattr(delta, letter)
+            _put(delta, letter, getattr(cuts[place].change, letter) if place in cuts else torch.zeros(own.shape))
+    for path, replacement in adapter.replacements():
+        for index, key in enumerate(replacement.names):
+            _put(replacement, f"tensor_{index}", theirs[f"{path}.{key}"])
+    return adapter
+
+
+def _put(holder: nn.Module, attribute: str, value: Tensor) -> None:
+    """A value into a tensor, or in the place of one on the meta device, which holds none."""
+    before: Any = getattr(holder, attribute)
+    if not before.is_meta:
+        before.data.copy_(value)
+        return
+    fresh = value.to(dtype=before.dtype).clone()
+    setattr(holder, attribute, nn.Parameter(fresh, requires_grad=False) if isinstance(before, nn.Parameter) else fresh)
