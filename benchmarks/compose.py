@@ -133,14 +133,25 @@ class Bench:
     few: dict[str, list[Any]]
     choices: list[list[int]]
     notes: dict[str, str] = field(default_factory=dict)
+    known: dict[tuple[str | None, str], int] = field(default_factory=dict)
+    """(adapter or None, text) -> right answers, so that a row of loaded adapters alone measures nothing twice."""
 
     @property
     def four(self) -> list[Adapter]:
         """The four adapters, in the order of TEXTS."""
         return [self.adapters[text] for text in TEXTS]
 
+    def right(self, route: Any, text: str) -> int:
+        """How many of a text's held-out questions are answered rightly under a route."""
+        lasting = route is None or (isinstance(route, str) and route in self.adapters)
+        if not lasting:
+            return self.correct(route, self.questions[text])
+        if (route, text) not in self.known:
+            self.known[route, text] = self.correct(route, self.questions[text])
+        return self.known[route, text]
+
     def correct(self, route: Any, questions: Sequence[Any]) -> int:
-        """How many of the questions are answered rightly under a route."""
+        """How many questions are answered rightly under a route."""
         from lorakit.train.evaluate import score_choices
 
         with lk.use(self.model, route):
@@ -149,8 +160,8 @@ class Bench:
         return sum(answer == one.answer for answer, one in zip(given, questions, strict=True))
 
 
-def prepared(paths: Mapping[str, Path]) -> Bench:
-    """The base with the adapters, and the questions."""
+def prepared(paths: Mapping[str, Path], count: int) -> Bench:
+    """The base with the adapters, and `count` held-out questions of each text."""
     from lorakit.train.data import choice_ids, load_splits, questions
     from lorakit.train.models import load_model
     from lorakit.train.options import DataOptions
@@ -162,7 +173,7 @@ def prepared(paths: Mapping[str, Path]) -> Bench:
     choices: list[list[int]] = []
     for text in TEXTS:
         train, held_out = rows_of(text)
-        for path, into, limit in ((held_out, asked, None), (train, few, FEW)):
+        for path, into, limit in ((held_out, asked, count), (train, few, FEW)):
             options = DataOptions(train=str(path), max_length=256, shuffle_seed=None, limit=limit)
             rows, _ = load_splits(options)
             into[text] = questions(rows, tokenizer, options)
@@ -247,7 +258,7 @@ def measured(bench: Bench, row: Row) -> dict[str, Any]:
         route = row.make(bench)
         made = time.monotonic() - start
         routes = route if isinstance(route, Mapping) and set(route) == set(TEXTS) else dict.fromkeys(TEXTS, route)
-        right = {text: bench.correct(routes[text], bench.questions[text]) for text in TEXTS}
+        right = {text: bench.right(routes[text], text) for text in TEXTS}
     return {
         "text": row.text,
         "accuracy": {text: right[text] / len(bench.questions[text]) for text in TEXTS},
@@ -287,7 +298,7 @@ def draw(rows: Mapping[str, Mapping[str, Any]]) -> bytes:
     axes.invert_yaxis()
     lowest = min(min(rows[name]["accuracy"].values()) for name in names)
     axes.set_xlim(max(0.0, lowest - 0.05), 1.0)
-    axes.set_xlabel("share of 200 held-out sentences answered rightly")
+    axes.set_xlabel("share of held-out sentences answered rightly")
     axes.spines[["top", "right"]].set_visible(False)
     figure.legend(loc="outside upper center", ncols=5, frameon=False)
     buffer = BytesIO()
@@ -295,15 +306,16 @@ def draw(rows: Mapping[str, Mapping[str, Any]]) -> bytes:
     return buffer.getvalue()
 
 
-def write(rows: dict[str, Any], output: Path) -> None:
+def write(rows: dict[str, Any], output: Path, count: int) -> None:
     """The results so far, in the order of ROWS, whole or not at all."""
     order = {row.name: index for index, row in enumerate(ROWS)}
     rows = dict(sorted(rows.items(), key=lambda item: order.get(item[0], len(order))))
     places = ", ".join(f"{name} {version(name)}" for name in ("lorakit", "torch", "transformers"))
+    error = 100 * (0.85 * 0.15 / count) ** 0.5
     said = (
         f"{datetime.now(UTC):%Y-%m-%d}, SmolLM2-135M-Instruct, {places}. {TRAIN} sentences of each text to train on and "
-        f"{HELD_OUT} held out, rank {RANK}, one epoch, one seed. A standard error is about 2.5 points for one text and 1.3 for "
-        "all four."
+        f"{count} held out, rank {RANK}, one epoch, one seed. A standard error is about {error:.1f} points for one text and "
+        f"{error / 2:.1f} for all four."
     )
     picture = "![The share of right answers of every row on every text](pictures/bench-compose.png)"
     record = {"rows": rows, "markdown": f"{said}\n\n{picture}\n\n{table(rows)}"}
@@ -317,6 +329,7 @@ def main() -> None:
     parser.add_argument(
         "--rows", nargs="+", metavar="ROW", help="these rows alone: " + ", ".join(row.name for row in ROWS)
     )
+    parser.add_argument("--questions", type=int, default=HELD_OUT, help=f"of each text to score (default: {HELD_OUT})")
     parser.add_argument("--output", type=Path, default=RESULTS)
     asked = parser.parse_args()
     unknown = set(asked.rows or ()) - {row.name for row in ROWS}
@@ -326,14 +339,14 @@ def main() -> None:
     if asked.train_only:
         return
     known: dict[str, Any] = json.loads(asked.output.read_text())["rows"] if asked.output.is_file() else {}
-    bench = prepared(paths)
+    bench = prepared(paths, asked.questions)
     for row in ROWS:
         if asked.rows and row.name not in asked.rows:
             continue
         known[row.name] = measured(bench, row)
         accuracy = ", ".join(f"{text} {share:.1%}" for text, share in known[row.name]["accuracy"].items())
         say(f"{row.name}: {accuracy}; all four {known[row.name]['mean']:.1%} ({known[row.name]['seconds']})")
-        write(known, asked.output)
+        write(known, asked.output, asked.questions)
     if asked.output == RESULTS:
         material.write_whole(PICTURE, draw(json.loads(RESULTS.read_text())["rows"]))
     print(json.loads(asked.output.read_text())["markdown"])

@@ -1,0 +1,146 @@
+"""`lorakit combine`, `scale`, `prune`, `diff`, `extract`, `verify`: what they write, what they say, what they refuse."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from click.testing import Result
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+import lorakit as lk
+from lorakit.store import read_config, read_own, read_tensors
+
+Run = Callable[..., Result]
+
+
+def saved(base: Path, folder: Path, method: Any, seed: int = 0, **options: Any) -> Path:
+    model = AutoModelForCausalLM.from_pretrained(base)
+    adapter = lk.attach(model, method, name="a", **options)
+    torch.manual_seed(seed)
+    with torch.no_grad():
+        for parameter in adapter.parameters():
+            parameter.copy_(torch.randn_like(parameter) * 0.1)
+    return adapter.save(folder, base=str(base))
+
+
+def test_combine_folders_and_methods_that_need_the_base(base: Path, lorakit: Run, tmp_path: Path) -> None:
+    a, b = saved(base, tmp_path / "a", lk.LoRA(rank=2)), saved(base, tmp_path / "b", lk.LoRA(rank=3), 1)
+    dora = saved(base, tmp_path / "dora", lk.DoRA(inner=lk.LoRA(rank=2)), 2)
+    result = lorakit("combine", str(a), str(b), "--weights", "0.7,-0.3", "-o", str(tmp_path / "sum"))
+    assert result.exit_code == 0, result.output
+    assert "2 adapters by linear; 14 layers at rank 5; ΔW is exact" in result.stdout
+    result = lorakit(
+        "combine", str(a), str(b), "--how", "ties", "--rank", "4", "--layer", "q_proj=1,0", "-o", str(tmp_path / "ties")
+    )
+    assert result.exit_code == 0, result.output
+    assert "2 adapters by ties; 14 layers at rank 4; ΔW differs by" in result.stdout
+    assert read_config(tmp_path / "ties")["r"] == 4
+    assert read_own(tmp_path / "ties")["record"]["combined"]["how"] == "ties"
+    result = lorakit("combine", str(a), str(dora), "--how", "svd", "--energy", "0.9", "-o", str(tmp_path / "mixed"))
+    assert result.exit_code == 0, result.output
+    assert read_config(tmp_path / "mixed")["peft_type"] == "LORA"
+    assert read_own(tmp_path / "mixed")["record"]["combined"]["how"] == "svd"
+    listed = lorakit("combine", "--recipes")
+    assert listed.exit_code == 0
+    assert "dare-ties" in listed.stdout
+
+
+def test_combine_refuses(base: Path, lorakit: Run, tmp_path: Path) -> None:
+    a, b = saved(base, tmp_path / "a", lk.LoRA(rank=2)), saved(base, tmp_path / "b", lk.LoRA(rank=2), 1)
+    for options, words in (
+        (("--weights", "1,x"), "--weights was given as '1,x'; it is numbers with commas"),
+        (("--weights", "1"), "one finite number for each of 2"),
+        (("--layer", "q_proj"), "--layer was given as 'q_proj'; it is a name's end and its weights"),
+        (("--how", "tise"), 'did you mean "ties"'),
+    ):
+        result = lorakit("combine", str(a), str(b), "-o", str(tmp_path / "out"), *options)
+        assert result.exit_code == 2
+        assert words in result.stderr
+    assert "is the adapter itself" in lorakit("combine", str(a), str(b), "-o", str(a)).stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_scale_prune_and_diff(base: Path, lorakit: Run, tmp_path: Path) -> None:
+    a = saved(base, tmp_path / "a", lk.LoRA(rank=4))
+    result = lorakit("scale", str(a), "0.5", "-o", str(tmp_path / "half"))
+    assert result.exit_code == 0, result.output
+    assert f"0.5 times {a}; 14 layers at rank 4; ΔW is exact" in result.stdout
+    result = lorakit("prune", str(a), "--keep", "0.5", "-o", str(tmp_path / "pruned"))
+    assert result.exit_code == 0, result.output
+    assert "7 layers left out by norm; 7 layers at rank 4" in result.stdout or "ΔW differs by" in result.stdout
+    assert len([key for key in read_tensors(tmp_path / "pruned") if "lora_A" in key]) == 7
+    result = lorakit("diff", str(a), str(tmp_path / "half"))
+    assert result.exit_code == 0, result.output
+    assert "cosine +1.000" in result.stdout
+    found = json.loads(lorakit("diff", str(a), str(tmp_path / "half"), "--json").stdout)
+    assert abs(found["norms"][0] - 2 * found["norms"][1]) < 1e-4
+    result = lorakit("diff", str(a), str(tmp_path / "pruned"))
+    assert f"only {a} changes" in result.stdout
+
+
+def test_prune_by_the_loss_on_rows(base: Path, rows: Path, lorakit: Run, tmp_path: Path) -> None:
+    a = saved(base, tmp_path / "a", lk.LoRA(rank=2))
+    result = lorakit(
+        "prune",
+        str(a),
+        "--keep",
+        "9",
+        "--what",
+        "ranks",
+        "--data",
+        str(rows),
+        "--rows",
+        "12",
+        "-o",
+        str(tmp_path / "small"),
+    )
+    assert result.exit_code == 0, result.output
+    assert "loss on 12 rows:" in result.stdout
+    assert sum(t.shape[0] for key, t in read_tensors(tmp_path / "small").items() if "lora_A" in key) == 9
+    assert read_own(tmp_path / "small")["record"]["pruned"]["by"] == "loss"
+
+
+def test_extract_two_folders(base: Path, lorakit: Run, tmp_path: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(base)
+    torch.manual_seed(3)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "q_proj" in name or name.endswith("norm.weight"):
+                parameter.add_(torch.randn_like(parameter) * 0.05)
+    model.save_pretrained(tmp_path / "tuned")
+    result = lorakit("extract", str(base), str(tmp_path / "tuned"), "--rank", "3", "-o", str(tmp_path / "out"))
+    assert result.exit_code == 0, result.output
+    assert "2 layers at rank 3; ΔW differs by" in result.stdout
+    assert "12 layers are as in the base" in result.stdout
+    assert "kept whole: 5 other tensors" in result.stdout
+    result = lorakit(
+        "extract", str(base), str(tmp_path / "tuned"), "--rank", "3", "--rest", "report", "-o", str(tmp_path / "out")
+    )
+    assert "LEFT OUT: 5 other tensors" in result.stdout
+    tensors = load_file(tmp_path / "tuned" / "model.safetensors")
+    tensors["model.layers.0.self_attn.q_proj.weight"][0, 0] = float("inf")
+    save_file(tensors, tmp_path / "tuned" / "model.safetensors", metadata={"format": "pt"})
+    result = lorakit("extract", str(base), str(tmp_path / "tuned"), "--rank", "3", "-o", str(tmp_path / "no"))
+    assert result.exit_code == 2
+    assert "q_proj.weight of the tuned model holds a NaN or an infinity" in result.stderr
+    assert not (tmp_path / "no").exists()
+
+
+def test_verify_says_what_it_found_and_keeps_it(base: Path, lorakit: Run, tmp_path: Path) -> None:
+    a = saved(base, tmp_path / "a", lk.LoRA(rank=2))
+    (a / "README.md").write_text("# a\n\n## Merging\n\nold\n\n## Limits\n\nmany\n")
+    result = lorakit("verify", str(a), "--prompt", "the film was good", "--dtype", "bf16", "--card")
+    assert result.exit_code == 0, result.output
+    assert "says what it says beside its base" in result.stdout
+    assert "In bfloat16 the merged weights miss" in result.stdout
+    card = (a / "README.md").read_text()
+    assert "old" not in card
+    assert card.index("## Merging") < card.index("In bfloat16") < card.index("## Limits")
+    result = lorakit("verify", str(a), "--file", str(tmp_path / "none"))
+    assert result.exit_code == 2
+    assert "there is no file" in result.stderr
