@@ -145,6 +145,14 @@ def test_functions_of_one_pass(dtype: torch.dtype) -> None:
     assert torch.allclose(native.turn(x, cosine, sine).double(), expected, rtol=4 * eps, atol=4 * eps)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_first_of_the_greatest(dtype: torch.dtype) -> None:
+    x = torch.randn(6, 83).to(dtype)
+    x[1, 81], x[2, 5], x[2, 40], x[3, 0] = 9, 9, 9, 9
+    x[4] = -float("inf")
+    assert native.greatest(x).tolist() == x.argmax(-1).tolist()
+
+
 def test_why_the_loops_are_off(monkeypatch: pytest.MonkeyPatch) -> None:
     assert native.obstacle(nn.Linear(2, 2)) is None
     assert native.obstacle(nn.Linear(2, 2).half()) == "its numbers are torch.float16"

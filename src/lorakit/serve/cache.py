@@ -16,6 +16,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lorakit.serve import native
+
 PAGE = 16
 """Tokens of a page; `native.cpp` is written for this number."""
 
@@ -58,6 +60,8 @@ class Cache:
         # Zeros are pages of the system that take no memory until they are written.
         self.keys = [torch.zeros(pages, s.heads, s.key, PAGE, dtype=dtype, device=device) for s in shapes]
         self.values = [torch.zeros(pages, s.heads, PAGE, s.value, dtype=dtype, device=device) for s in shapes]
+        for tensor in [*self.keys, *self.values]:
+            native.large_pages(tensor)
         self.page_bytes = page_bytes(shapes, dtype)
         self._free = list(range(pages - 1, -1, -1))
         self._users = [0] * pages

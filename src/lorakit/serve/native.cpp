@@ -13,8 +13,9 @@
 #include <immintrin.h>
 #endif
 
-typedef float v16 __attribute__((vector_size(64), aligned(4)));
-typedef int32_t i16 __attribute__((vector_size(64), aligned(4)));
+typedef float v16 __attribute__((vector_size(64)));
+typedef float v16_anywhere __attribute__((vector_size(64), aligned(4), may_alias));
+typedef int32_t i16 __attribute__((vector_size(64)));
 typedef uint16_t bf16;
 constexpr int PAGE = 16;
 
@@ -31,14 +32,21 @@ static inline void narrow(float x, bf16* to) {
     memcpy(&bits, &x, 4);
     *to = x != x ? 0x7fc0 : bf16((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);  // to nearest, ties to even
 }
-static inline v16 load(const float* p) { return *reinterpret_cast<const v16*>(p); }
+static inline v16 load(const float* p) { return *reinterpret_cast<const v16_anywhere*>(p); }
 static inline v16 load(const bf16* p) {
+#if defined(__AVX512F__)  // what the portable form below should become, and does not with every compiler
+    return (v16)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p)), 16);
+#else
     typedef uint16_t h16 __attribute__((vector_size(32), aligned(2)));
     typedef uint32_t u16 __attribute__((vector_size(64)));
     u16 bits = __builtin_convertvector(*reinterpret_cast<const h16*>(p), u16) << 16;
     return reinterpret_cast<v16&>(bits);
+#endif
 }
-static inline void keep(v16 x, float* to) { *reinterpret_cast<v16*>(to) = x; }
+static inline void fetch(const void* p, int64_t bytes) {
+    for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch((const char*)p + i);
+}
+static inline void keep(v16 x, float* to) { *reinterpret_cast<v16_anywhere*>(to) = x; }
 static inline void keep(v16 x, bf16* to) {
 #if defined(__AVX512BF16__)
     __m256bh h = _mm512_cvtneps_pbh((__m512)x);
@@ -55,6 +63,18 @@ static inline float sum(v16 x) {
         for (int i = 0; i < width; i++) x[i] += x[i + width];
     return x[0];
 #endif
+}
+template <typename T>
+static inline void widen_all(const T* from, float* to, int64_t count) {
+    int64_t i = 0;
+    for (; i + 16 <= count; i += 16) keep(load(from + i), to + i);
+    for (; i < count; i++) to[i] = widen(from[i]);
+}
+template <typename T>
+static inline void narrow_all(const float* from, T* to, int64_t count) {
+    int64_t i = 0;
+    for (; i + 16 <= count; i += 16) keep(load(from + i), to + i);
+    for (; i < count; i++) narrow(from[i], to + i);
 }
 static inline v16 all(float x) { return x - v16{}; }
 
@@ -121,6 +141,10 @@ static void attend(const T* q, int64_t q_head, int64_t q_token, const T* k, int6
                 }
             for (int64_t s = 0; s < length; s += PAGE) {
                 const T* page = keys + (pages[(start + s) / PAGE] * key_heads + h) * d * PAGE;
+                // The pages lie anywhere in memory, so the processor cannot guess what comes next.
+                if (s + PAGE < length)
+                    fetch(keys + (pages[(start + s) / PAGE + 1] * key_heads + h) * d * PAGE, d * PAGE * sizeof(T));
+                fetch(values + (pages[(start + s) / PAGE] * key_heads + h) * PAGE * dv, PAGE * dv * sizeof(T));
                 for (int64_t c = 0; c < d; c++) keep(load(page + c * PAGE), page_buffer + c * PAGE);
                 int64_t n = 0;
                 for (; n + 3 <= used; n += 3) {
@@ -161,8 +185,10 @@ static void attend(const T* q, int64_t q_head, int64_t q_token, const T* k, int6
                     for (int64_t j = low; j < high; j++) own[j] = softcap * std::tanh(own[j] / softcap);
                 for (int64_t j = 0; j < low; j++) own[j] = -INFINITY;
                 for (int64_t j = high; j < length; j++) own[j] = -INFINITY;  // whatever it was
+                v16 tops = all(-INFINITY);
+                for (int64_t j = 0; j < length; j += 16) tops = load(own + j) > tops ? load(own + j) : tops;
                 float top = sinks ? sinks[h * group + n % group] : -INFINITY;
-                for (int64_t j = low; j < high; j++) top = own[j] > top ? own[j] : top;
+                for (int i = 0; i < 16; i++) top = tops[i] > top ? tops[i] : top;
                 v16 total{};
                 for (int64_t j = 0; j < length; j += 16) {
                     v16 x = load(own + j);
@@ -211,7 +237,7 @@ static void attend(const T* q, int64_t q_head, int64_t q_token, const T* k, int6
             }
             for (int64_t n = 0; n < used; n++) {
                 T* to = out + ((first + n / group) * heads + h * group + n % group) * dv;
-                for (int64_t c = 0; c < dv; c++) narrow(result[n * dv_pad + c], to + c);
+                narrow_all(result + n * dv_pad, to, dv);
             }
         }
     }
@@ -303,7 +329,7 @@ static void adapt(const T* x, int64_t x_token, T* y, int64_t y_token, int64_t in
             for (int64_t e = from; e < to; e++) most = parts[e].rank > most ? parts[e].rank : most;
             memory.resize(out + most);
             float *acc = memory.data(), *h = acc + out;
-            for (int64_t o = 0; o < out; o++) acc[o] = widen(own[o]);
+            widen_all(own, acc, out);
             for (int64_t e = from; e < to; e++) {
                 const Part& part = parts[e];
                 const float w = weight[e];
@@ -324,7 +350,7 @@ static void adapt(const T* x, int64_t x_token, T* y, int64_t y_token, int64_t in
                     spread(reinterpret_cast<const T*>(part.B), h, part.rank, out, acc);
                 }
             }
-            for (int64_t o = 0; o < out; o++) narrow(acc[o], own + o);
+            narrow_all(acc, own, out);
         }
     }
 }
@@ -344,7 +370,17 @@ static void norm(const T* x, const T* weight, T* y, int64_t tokens, int64_t widt
         float total = sum(squares);
         for (; i < width; i++) total += widen(from[i]) * widen(from[i]);
         const float scale = 1.0f / std::sqrt(total / width + eps);
-        for (i = 0; i < width; i++) {
+        for (i = 0; i + 16 <= width; i += 16) {
+            const v16 own = load(from + i) * scale, factor = load(weight + i);
+            if (shift != 0) {
+                keep(own * (factor + shift), to + i);
+            } else {
+                T rounded[16];
+                keep(own, rounded);
+                keep(load(rounded) * factor, to + i);
+            }
+        }
+        for (; i < width; i++) {
             if (shift != 0) {
                 narrow(widen(from[i]) * scale * (widen(weight[i]) + shift), to + i);
             } else {  // rounded before the weight, as the models do it
@@ -365,7 +401,13 @@ static void turn(const T* x, int64_t x_head, int64_t x_token, const T* cosine, c
         for (int64_t h = 0; h < heads; h++) {
             const T *from = x + h * x_head + t * x_token, *c = cosine + t * d, *s = sine + t * d;
             T* to = y + (t * heads + h) * d;
-            for (int64_t i = 0; i < half; i++) {
+            int64_t i = 0;
+            for (; i + 16 <= half; i += 16) {
+                const v16 a = load(from + i), b = load(from + i + half);
+                keep(a * load(c + i) - b * load(s + i), to + i);
+                keep(b * load(c + i + half) + a * load(s + i + half), to + i + half);
+            }
+            for (; i < half; i++) {
                 const float a = widen(from[i]), b = widen(from[i + half]);
                 narrow(a * widen(c[i]) - b * widen(s[i]), to + i);
                 narrow(b * widen(c[i + half]) + a * widen(s[i + half]), to + i + half);
@@ -386,6 +428,23 @@ static void gate(const T* a, const T* b, T* y, int64_t count) {
         T rounded;
         narrow(widen(a[i]) / (1.0f + std::exp(-widen(a[i]))), &rounded);
         narrow(widen(rounded) * widen(b[i]), y + i);
+    }
+}
+
+// The first of the largest entries of each row.
+template <typename T>
+static void greatest(const T* x, int64_t* index, int64_t rows, int64_t width) {
+#pragma omp parallel for schedule(static)
+    for (int64_t t = 0; t < rows; t++) {
+        const T* from = x + t * width;
+        v16 tops = all(-INFINITY);
+        int64_t i = 0;
+        for (; i + 16 <= width; i += 16) tops = load(from + i) > tops ? load(from + i) : tops;
+        float top = -INFINITY;
+        for (int j = 0; j < 16; j++) top = tops[j] > top ? tops[j] : top;
+        for (; i < width; i++) top = widen(from[i]) > top ? widen(from[i]) : top;
+        for (i = 0; i < width && widen(from[i]) != top; i++) {}
+        index[t] = i < width ? i : 0;
     }
 }
 
@@ -415,6 +474,9 @@ BOTH(norm, NORM, (x, weight, y, tokens, width, eps, shift))
     (const T* x, int64_t x_head, int64_t x_token, const T* cosine, const T* sine, T* y, int64_t heads,       \
      int64_t tokens, int64_t d)
 BOTH(turn, TURN, (x, x_head, x_token, cosine, sine, y, heads, tokens, d))
+
+#define GREATEST(T) (const T* x, int64_t* index, int64_t rows, int64_t width)
+BOTH(greatest, GREATEST, (x, index, rows, width))
 
 #define GATE(T) (const T* a, const T* b, T* y, int64_t count)
 BOTH(gate, GATE, (a, b, y, count))

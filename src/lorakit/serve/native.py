@@ -82,6 +82,7 @@ _SIGNATURES: dict[str, list[Any]] = {
     "adapt": [_POINTER, _INTEGER, _POINTER, *[_INTEGER] * 3, *[_POINTER] * 4, _INTEGER],
     "norm": [*[_POINTER] * 3, *[_INTEGER] * 2, *[_REAL] * 2],
     "turn": [_POINTER, *[_INTEGER] * 2, *[_POINTER] * 3, *[_INTEGER] * 3],
+    "greatest": [_POINTER, _POINTER, _INTEGER, _INTEGER],
     "gate": [*[_POINTER] * 3, _INTEGER],
 }
 
@@ -118,6 +119,15 @@ def obstacle(model: torch.nn.Module) -> str | None:
     return str(library) if isinstance(library, Obstacle) else None
 
 
+def large_pages(tensor: Tensor) -> None:
+    """Ask Linux to hold a large tensor in pages of 2 MB: what is read here and there then needs no long look-ups."""
+    size, advice = 1 << 21, 14  # MADV_HUGEPAGE
+    start = -(-tensor.data_ptr() // size) * size
+    length = (tensor.data_ptr() + tensor.numel() * tensor.element_size() - start) // size * size
+    if length > 0 and tensor.device.type == "cpu" and platform.system() == "Linux":
+        ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(length), advice)  # may say no: slower, no matter
+
+
 def norm(x: Tensor, weight: Tensor, eps: float, shift: float) -> Tensor:
     """RMSNorm over the last axis of a contiguous x (..., width); `shift` is added to the weight (Gemma's 1)."""
     y = torch.empty_like(x)
@@ -136,6 +146,15 @@ def turn(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
     assert function is not None
     function(x.data_ptr(), x.stride(1), x.stride(2), cosine.data_ptr(), sine.data_ptr(), y.data_ptr(), heads, tokens, d)
     return y.transpose(1, 2)
+
+
+def greatest(x: Tensor) -> Tensor:
+    """The index of the first of the largest entries of each row of a contiguous x (rows, width)."""
+    index = torch.empty(x.shape[0], dtype=torch.int64)
+    function = find("greatest", x.dtype)
+    assert function is not None
+    function(x.data_ptr(), index.data_ptr(), *x.shape)
+    return index
 
 
 def gate(a: Tensor, b: Tensor) -> Tensor:
