@@ -31,7 +31,7 @@ from lorakit.folder import recover
 CONFIG, TENSORS, OWN = "adapter_config.json", "adapter_model.safetensors", "lorakit.json"
 CONTENT = (CONFIG, TENSORS, OWN)
 FORMAT = 1
-_LABELS = ("base_model_name_or_path", "revision", "task_type", "inference_mode", "auto_mapping", "peft_version")
+LABELS = ("base_model_name_or_path", "revision", "task_type", "inference_mode", "auto_mapping", "peft_version")
 """Entries of the configuration that may be edited by hand: they do not change what the adapter computes."""
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 
@@ -266,7 +266,7 @@ def plain(value: Any, name: str) -> str:
 
 def digests(config: Mapping[str, Any], tensors: Path) -> dict[str, str]:
     """What lorakit.json remembers of the other two files: a digest of the entries that matter, one of the tensor file."""
-    matter = {key: value for key, value in config.items() if key not in _LABELS}
+    matter = {key: value for key, value in config.items() if key not in LABELS}
     text = json.dumps(matter, sort_keys=True)
     with tensors.open("rb") as file:
         return {

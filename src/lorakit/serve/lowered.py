@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from lorakit import store
 from lorakit.adapter import Adapter, detach
-from lorakit.bundle import CONTENT
+from lorakit.bundle import CONTENT, read_bundle
 from lorakit.delta import Delta, Form
 from lorakit.errors import LorakitError
 from lorakit.init.decomposition import triplets
@@ -32,6 +32,9 @@ from lorakit.storage import storage_of
 
 Formless = Literal["refuse", "dense", "svd"]
 """What becomes of a delta without a form: nothing; ΔW itself, as large as the layer; a low-rank stand-in at a stated error."""
+
+FRAMES = 4
+"""Adapters kept on the skeleton, to be filled with the numbers of others that are built alike."""
 
 CHOICES: tuple[Formless, ...] = ("refuse", "dense", "svd")
 
@@ -121,6 +124,8 @@ class Lowering:
         self.index = {path: number for number, path in enumerate(served_layers(model))}
         self.unfit: frozenset[str] = frozenset()
         self._lock = threading.Lock()
+        self._built: dict[str, Adapter] = {}
+        self._number = 0
 
     def read(self, name: str, folder: Path) -> Lowered:
         """One adapter from its folder.
@@ -148,11 +153,17 @@ class Lowering:
 
     @torch.no_grad()
     def _read(self, name: str, folder: Path, content: str) -> Lowered:
-        adapter = store.load(self.skeleton, folder, name="served")
-        try:
-            return self._lower(name, adapter, content)
-        finally:
-            detach(self.skeleton, "served")
+        bundle = read_bundle(folder)
+        frame = store.frame(bundle)
+        adapter = self._built.get(frame)
+        if adapter is None:
+            if len(self._built) == FRAMES:
+                detach(self.skeleton, self._built.pop(next(iter(self._built))).name)
+            self._number += 1
+            adapter = self._built[frame] = store.load(self.skeleton, folder, name=f"served_{self._number}")
+        else:
+            store.refill(adapter, bundle)
+        return self._lower(name, adapter, content)
 
     def _lower(self, name: str, adapter: Adapter, content: str) -> Lowered:
         for path, replacement in adapter.replacements():
@@ -286,7 +297,7 @@ def signature(folder: Path) -> tuple[tuple[int, int, int], ...]:
 
 def digest(folder: Path) -> str:
     """A digest of the content of an adapter's files."""
-    total = hashlib.blake2b(digest_size=16)
+    total = hashlib.sha256()
     for name in CONTENT:
         try:
             content = (folder / name).read_bytes()
