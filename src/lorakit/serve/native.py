@@ -125,7 +125,8 @@ def large_pages(tensor: Tensor) -> None:
     start = -(-tensor.data_ptr() // size) * size
     length = (tensor.data_ptr() + tensor.numel() * tensor.element_size() - start) // size * size
     if length > 0 and tensor.device.type == "cpu" and platform.system() == "Linux":
-        ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(length), advice)  # may say no: slower, no matter
+        # It may say no, which is slower and no more.
+        ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(length), advice)
 
 
 def norm(x: Tensor, weight: Tensor, eps: float, shift: float) -> Tensor:
