@@ -292,8 +292,8 @@ def markdown(record: dict[str, Any]) -> str:
     job, rows = record["job"], record["rows"]
     lines = [
         f"{job['requests']} requests, prompt {job['prompt']}, {job['new']} new tokens, greedy, at most {BATCH} at once; "
-        f"generated tokens per second. {record['date']}, {record['cores']} cores, bfloat16 products at {record['peak']:.0f} GFLOP/s before and "
-        f"{record['peak_after']:.0f} after, {record['others']:.0%} of the cores busy with others at the start.",
+        f"generated tokens per second. {record['date']}, {record['cores']} cores, {record['others']:.0%} of them busy with "
+        f"others at the start; bfloat16 products at {record['peak']:.0f} GFLOP/s before and {record['peak_after']:.0f} after.",
         "",
         "| distinct adapters | " + " | ".join(map(str, DISTINCT)) + " |",
         "|---|" + "---|" * len(DISTINCT),

@@ -207,7 +207,7 @@ def load(
 
 
 def frame(bundle: Bundle) -> str:
-    """Everything of a folder that decides how its adapter is built, as text: two folders of one frame differ in numbers only."""
+    """What decides how a folder's adapter is built, as text: two folders of one frame differ in numbers only."""
     own = {key: value for key, value in bundle.own.items() if key not in ("record", "files", "lorakit_version")}
     config = {key: value for key, value in bundle.config.items() if key not in LABELS}
     shapes = {key: [str(tensor.dtype), *tensor.shape] for key, tensor in bundle.tensors.items()}
