@@ -9,12 +9,12 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from lorakit.adapter import Adapter, activate, adapters, attach, detach, prompts, use
+    from lorakit.adapter import Adapter, activate, adapters, attach, detach, noted, prompts, use
     from lorakit.algebra import combine, diff, extract, merge, merged, prune, resize, scale, swap, verify
     from lorakit.conversion import convert
     from lorakit.edits import EDITS, PromptTuning
     from lorakit.errors import LorakitError
-    from lorakit.experts import Arrow, LoRAHub, Retrieval
+    from lorakit.experts import Arrow, LoRAHub, MixLoRA, MoLE, Retrieval, XLoRA
     from lorakit.init import EVA, CorDA, Gaussian, Kaiming, LoftQ, LoRAGA, MiLoRA, Normal, OLoRA, Orthogonal, PiSSA
     from lorakit.methods import (
         BOFT,
@@ -50,12 +50,12 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOMES = {
-    "lorakit.adapter": ("Adapter", "activate", "adapters", "attach", "detach", "prompts", "use"),
+    "lorakit.adapter": ("Adapter", "activate", "adapters", "attach", "detach", "noted", "prompts", "use"),
     "lorakit.algebra": ("combine", "diff", "extract", "merge", "merged", "prune", "resize", "scale", "swap", "verify"),
     "lorakit.conversion": ("convert",),
     "lorakit.edits": ("EDITS", "PromptTuning"),
     "lorakit.errors": ("LorakitError",),
-    "lorakit.experts": ("Arrow", "LoRAHub", "Retrieval"),
+    "lorakit.experts": ("Arrow", "LoRAHub", "MixLoRA", "MoLE", "Retrieval", "XLoRA"),
     "lorakit.init": (
         "EVA",
         "CorDA",
@@ -146,6 +146,8 @@ __all__ = [
     "LoftQ",
     "LorakitError",
     "MiLoRA",
+    "MixLoRA",
+    "MoLE",
     "MoRA",
     "Normal",
     "OLoRA",
@@ -160,6 +162,7 @@ __all__ = [
     "TiedLoRA",
     "VBLoRA",
     "VeRA",
+    "XLoRA",
     "__version__",
     "activate",
     "adapters",
@@ -172,6 +175,7 @@ __all__ = [
     "load",
     "merge",
     "merged",
+    "noted",
     "prompts",
     "prune",
     "resize",

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,7 +28,7 @@ from lorakit.init import Default, Initialiser, initialiser
 from lorakit.layer import Adapted, Replacement, routed
 from lorakit.layout import Rows, Site, sites_of, split
 from lorakit.methods import LoRA
-from lorakit.routing import BASE, Board, Route, Router, Routing, parse
+from lorakit.routing import BASE, Board, Route, Routing, parse
 from lorakit.seam import seams_of
 from lorakit.starts import Plan, Planned, begin, rewrite
 from lorakit.storage import FLOAT, Held, settle, storage_of
@@ -64,7 +64,7 @@ class Adapter:
     layers: dict[str, Adapted] = field(default_factory=dict, repr=False)
     saved: tuple[str, ...] = ()
     originals: dict[str, dict[str, Held]] = field(default_factory=dict, repr=False)
-    router: Router | None = field(default=None, repr=False)
+    router: nn.Module | None = field(default=None, repr=False)
     handles: list[RemovableHandle] = field(default_factory=list, repr=False)
     edits: dict[Place, Edit] = field(default_factory=dict, repr=False)
     anatomy: Anatomy | None = field(default=None, repr=False)
@@ -227,6 +227,39 @@ def prompts(model: nn.Module, lengths: Sequence[int] | Tensor) -> Iterator[None]
         yield
     finally:
         board.prompts = before
+
+
+@contextmanager
+def noted(model: nn.Module) -> Iterator[list[Callable[[], Tensor]]]:
+    """Within the block, what adapters add to a training loss (the balance of a mixture) is noted in the list:
+
+    with noted(model) as extra:
+        loss = model(**batch).loss
+    loss = loss + sum(own() for own in extra)
+    """
+    board = board_of(model)
+    before, board.extra = board.extra, []
+    try:
+        yield board.extra
+    finally:
+        board.extra = before
+
+
+@contextmanager
+def counted(model: nn.Module, counts: Tensor) -> Iterator[None]:
+    """Within the block, the tokens of a batch count so often in what adapters add to a training loss; padding 0 times.
+
+    `counts` has the axes of the model's tokens. Models that are given a mask of padding need not be told.
+    """
+    board = getattr(model, "_lorakit", None)
+    if not isinstance(board, Board):
+        yield
+        return
+    before, board.counts = board.counts, counts
+    try:
+        yield
+    finally:
+        board.counts = before
 
 
 def _repeated(routing: Routing, copies: int) -> Routing:
@@ -522,6 +555,7 @@ def build(
     if board.seams is not None:
         board.seams.seat()
     _settle_pool(adapter)
+    adapter.router, adapter.handles = method.install(name, model, adapter.layers)
     for _, parameter in adapter.named_parameters():
         parameter.requires_grad_(False)
     board.adapters[name] = adapter

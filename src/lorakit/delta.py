@@ -18,6 +18,7 @@ from typing import Any, ClassVar, Protocol, Self, cast
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from lorakit.errors import LorakitError, unknown
 
@@ -144,6 +145,13 @@ class Spec(ABC):
     """Entries of PEFT's configuration that say nothing about how a finished adapter acts."""
     schedule: ClassVar[str | None] = None
     """What training does to its tensors besides optimiser steps: a name in `train/schedules.py`."""
+
+    def install(
+        self, name: str, model: nn.Module, layers: Mapping[str, nn.Module]
+    ) -> tuple[nn.Module | None, list[RemovableHandle]]:
+        """Called once when all deltas of adapter `name` are on their layers: what weighs them by token and the hooks that it
+        needs around parts of the model, for a method that is a mixture."""
+        return None, []
 
     def replace(self, **changes: Any) -> Self:
         """A copy with some fields changed; an unknown field is refused. A combinator passes its inner method's on."""

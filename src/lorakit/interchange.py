@@ -25,6 +25,8 @@ from lorakit.layout import Rows, Site
 from lorakit.targets import Targets, has_suffix, value_for, walk
 
 PREFIX = "base_model.model."
+ROUTER = "router."
+"""Before the names of a router's tensors."""
 _WRAPPERS = {
     "OptimizedModule": "_orig_mod",
     "DistributedDataParallel": "module",
@@ -156,6 +158,8 @@ def tensors_of(adapter: Adapter) -> dict[str, Tensor]:
     for place, edit in adapter.edits.items():
         for name, tensor in edit.views().items() if not place.path else ():
             result[name] = tensor.contiguous()  # PEFT keeps what stands in front of the input without a prefix
+    for name, tensor in adapter.router.state_dict().items() if adapter.router is not None else ():
+        result[f"base_model.{ROUTER}{name}"] = tensor.contiguous()
     held: set[int] = set()
     for key, tensor in result.items():
         storage = tensor.untyped_storage()

@@ -7,7 +7,7 @@ it costs the same for one layer and for a thousand, and no layer's state changes
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, cast
 
@@ -137,6 +137,10 @@ class Board:
         """The routers among the adapters."""
         self.routing: Routing = BASE
         self.merged: frozenset[str] = frozenset()
+        self.extra: list[Callable[[], Tensor]] | None = None
+        """Where what adapters add to a training loss is noted just now (`adapter.noted`)."""
+        self.counts: Tensor | None = None
+        """How often each token of the present batch counts in that (`adapter.counted`)."""
         self.frozen: dict[str, bool] = {}
         """requires_grad of the base's parameters before the first adapter came, to be given back by detach."""
         self.seams: Any = None

@@ -36,10 +36,12 @@ from lorakit.bundle import (
 )
 from lorakit.edit import EditMethod
 from lorakit.errors import LorakitError
+from lorakit.experts import RouterSpec
 from lorakit.fingerprint import check, fingerprint
 from lorakit.folder import replace_folder
 from lorakit.interchange import (
     COMMON,
+    ROUTER,
     config_of,
     names_in,
     part_scales,
@@ -55,12 +57,16 @@ from lorakit.interchange import (
     unwrapped,
 )
 from lorakit.layout import Rows
+from lorakit.mixture import build_router, over
 from lorakit.table import method_for_peft, method_named, spec_from_dict
 from lorakit.targets import Targets, select, value_for, walk
 
 log = logging.getLogger("lorakit")
 
 Complain = Callable[[str], None]
+
+MEMBERS = "experts"
+"""The folder below a router's with the adapters that it routes."""
 
 
 # -- saving ------------------------------------------------------------------------------------------------------------------
@@ -116,6 +122,8 @@ def save(
         plain(value, name)  # refused before anything is written
 
     target = Path(folder).expanduser()
+    if isinstance(method, RouterSpec):
+        own["members"] = _save_members(adapter, target, base)
     replace_folder(target, lambda fresh: write_bundle(fresh, config, tensors, own), CONTENT)
     return target
 
@@ -128,6 +136,16 @@ def _quantization(model: nn.Module) -> dict[str, Any] | None:
         return None
     told = dict(found if isinstance(found, Mapping) else json.loads(found.to_json_string(use_diff=False)))
     return {**told, "dtype": str(getattr(config, "dtype", "auto")).removeprefix("torch.")}
+
+
+def _save_members(adapter: Adapter, folder: Path, base: str | None) -> list[list[str]]:
+    """Write the adapters behind a router into folders below its own; returns, in order, each one's name and what tells its
+    tensors."""
+    members = []
+    for name in over(adapter).members:
+        path = save(adapters(adapter.model)[name], folder / MEMBERS / name, base)
+        members.append([name, read_own(path)["files"][TENSORS]])
+    return members
 
 
 def targets_as_data(targets: Targets) -> dict[str, Any]:
@@ -168,6 +186,8 @@ def load(
     if bundle.stale:
         complain(bundle.stale)
         bundle = dataclasses.replace(bundle, own={})
+    if bundle.own.get("members"):
+        return _load_router(model, bundle, name, strict, trainable)
     name = name or re.sub(r"[./]", "-", Path(folder).expanduser().absolute().name)
     if name in adapters(model):
         raise LorakitError(f"load: an adapter {name!r} is on this model already; give another name=.")
@@ -186,7 +206,7 @@ def load(
     tensors = method.from_file(tensors)
     config = {**bundle.config, **method_class.peft_patterns(bundle.config)}
     targets = _targets_from_own(bundle) if bundle.own else targets_from(config, model, tensors)
-    found = _layers_in(tensors, plain, method_class, bundle.folder)
+    found = _layers_in(tensors, plain, method, bundle.folder)
     halves = bool(bundle.own.get("shifted"))  # what is trained, and the start that is taken off it
     _check_targets(model, config, [plain[path] for path in found], complain)
     adapter = build(model, method, _resolved(targets, found, plain), name, checked=False, paths=found, shifted=halves)
@@ -260,6 +280,45 @@ def _load_edits(
     return adapter
 
 
+def _load_router(model: nn.Module, bundle: Bundle, name: str | None, strict: bool, trainable: bool) -> Adapter:
+    """A router with the adapters behind it; those that are on the model already must be the same."""
+    complain = _complaints(strict)
+    spec = _method(method_named(bundle.own["method"].get("name", "")), bundle, complain)
+    name = name or re.sub(r"[./]", "-", bundle.folder.absolute().name)
+    before = set(adapters(model))
+    if name in before:
+        raise LorakitError(f"load: an adapter {name!r} is on this model already; give another name=.")
+    try:
+        for member, digest in bundle.own["members"]:
+            folder = bundle.folder / MEMBERS / member
+            if read_own(folder).get("files", {}).get(TENSORS) != digest:
+                complain(f"load: {folder} is not the adapter that the router in {bundle.folder} was saved with.")
+            if member not in before:
+                load(model, folder, name=member, strict=strict)
+            elif not _holds(adapters(model)[member], read_tensors(folder)):
+                raise LorakitError(
+                    f"load: the router in {bundle.folder} routes an adapter {member!r}, and another one of that name is on "
+                    f"this model; lk.detach(model, {member!r}) first."
+                )
+        adapter = build_router(model, cast(RouterSpec, spec), [member for member, _ in bundle.own["members"]], name)
+        tensors = names_in(bundle.tensors, model, bundle.folder / TENSORS)
+        _fill(adapter, tensors, plain_names(model), bundle.folder, complain)
+    except BaseException:
+        for added in [one for one in reversed(adapters(model)) if one not in before]:
+            detach(model, added)
+        raise
+    if trainable:
+        adapter.requires_grad_(True)
+        activate(model, name)
+    return adapter
+
+
+def _holds(adapter: Adapter, tensors: Mapping[str, Tensor]) -> bool:
+    """Whether an adapter is the one of a file, to the bit."""
+    own = tensors_of(adapter)
+    return own.keys() == tensors.keys() and all(torch.equal(own[key].cpu(), tensors[key]) for key in own)
+
+
 def _complaints(strict: bool) -> Complain:
     def complain(message: str) -> None:
         if strict:
@@ -307,7 +366,7 @@ def _ranges(given: list[Any]) -> Any:
     return [tuple(pair) for pair in given] if isinstance(given[0], list) else tuple(given)
 
 
-def _layers_in(tensors: Iterable[str], plain: Mapping[str, str], method: type[Any], folder: Path) -> list[str]:
+def _layers_in(tensors: Iterable[str], plain: Mapping[str, str], method: Any, folder: Path) -> list[str]:
     """The model's layers for which the file holds this method's tensors, in the model's order."""
     suffix = re.compile(method.peft_suffix)
     known = set(plain.values())
@@ -438,6 +497,8 @@ def _fill(
     _fill_replacements(adapter, plain, supply)
     for name, tensor in adapter.pool.state_dict().items():
         supply.put(tensor, supply.take(name), name)
+    for name, tensor in adapter.router.state_dict().items() if adapter.router is not None else ():
+        supply.put(tensor, supply.take(f"{ROUTER}{name}"), f"{ROUTER}{name}")
     modules = {plain[path]: module for path, module in walk(adapter.model)}
     for key in list(supply.left):
         if _is_copy(key, supply.left[key], modules, complain):

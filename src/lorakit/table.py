@@ -1,4 +1,4 @@
-"""Everything that can be attached, by the names that files and command lines use: the deltas and the edits."""
+"""All that can be attached or routed, by the names that files and command lines use: deltas, edits, mixtures, routers."""
 
 from __future__ import annotations
 
@@ -9,9 +9,10 @@ from typing import Any, cast
 from lorakit.delta import Spec
 from lorakit.edits import EDITS
 from lorakit.errors import LorakitError, unknown
+from lorakit.experts import MIXTURES, ROUTERS
 from lorakit.methods import METHODS
 
-TABLE: dict[str, type[Spec]] = {**METHODS, **EDITS}
+TABLE: dict[str, type[Spec]] = {**METHODS, **EDITS, **MIXTURES, **ROUTERS}
 
 
 def method_named(name: str) -> type[Spec]:

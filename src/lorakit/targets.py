@@ -82,6 +82,11 @@ def walk(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     return visit(model, "", set())
 
 
+def in_attention(path: str) -> bool:
+    """Whether a module stands in an attention module, by its path."""
+    return bool(_ATTENTION.search(path))
+
+
 def has_suffix(path: str, suffix: str) -> bool:
     """Whether `path` is `suffix` or ends with it at a dot."""
     return path == suffix or path.endswith("." + suffix)
@@ -195,8 +200,11 @@ def _chosen(model: nn.Module, modules: list[tuple[str, nn.Module]], targets: Tar
         paths = []
         for path, module in modules:
             linear = any(isinstance(site.layout, Linear) for site in sites_of(module)) if _adaptable(module) else False
-            in_attention = bool(_ATTENTION.search(path))
-            if linear and path not in heads and (wanted == "all-linear" or in_attention == (wanted == "attention")):
+            if (
+                linear
+                and path not in heads
+                and (wanted == "all-linear" or in_attention(path) == (wanted == "attention"))
+            ):
                 paths.append(path)
         if not paths:
             raise LorakitError(

@@ -1,16 +1,26 @@
-"""Routers over adapters and mixtures trained as one: who adds how much to which token. The table of their names."""
+"""Routers over adapters and mixtures trained as one: who adds how much to which token. The tables of their names."""
 
 from __future__ import annotations
 
+from lorakit.delta import Method
 from lorakit.experts.arrow import Arrow
 from lorakit.experts.ground import RouterSpec
 from lorakit.experts.lorahub import LoRAHub
+from lorakit.experts.mixlora import MixLoRA
+from lorakit.experts.mole import MoLE
 from lorakit.experts.retrieval import Retrieval
+from lorakit.experts.xlora import XLoRA
 
 ROUTERS: dict[str, type[RouterSpec]] = {
     "arrow": Arrow,
     "lorahub": LoRAHub,
+    "mole": MoLE,
     "retrieval": Retrieval,
+    "xlora": XLoRA,
 }
+"""Routers over adapters that are on the model."""
 
-__all__ = ["ROUTERS", "Arrow", "LoRAHub", "Retrieval", "RouterSpec"]
+MIXTURES: dict[str, type[Method]] = {"mixlora": MixLoRA}
+"""Methods whose experts and router are trained together."""
+
+__all__ = ["MIXTURES", "ROUTERS", "Arrow", "LoRAHub", "MixLoRA", "MoLE", "Retrieval", "RouterSpec", "XLoRA"]

@@ -12,7 +12,7 @@ from abc import abstractmethod
 from typing import Any, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from lorakit.errors import LorakitError
@@ -33,6 +33,10 @@ class FirstPass(OverAdapters):
     @property
     def board(self) -> Board:
         return self._board[0]
+
+    @property
+    def decoder(self) -> nn.Module:
+        return self._decoder[0]
 
     @abstractmethod
     def find(self, args: tuple[Any, ...], kwargs: dict[str, Any], beside: dict[str, Any] | None) -> Tensor:
@@ -59,9 +63,9 @@ class FirstPass(OverAdapters):
 
     def _with_cache(self, kwargs: dict[str, Any]) -> dict[str, Any]:
         """The call with a cache in it where the decoder would make one, so that what belongs to it has a place."""
-        config = getattr(self._decoder[0], "config", None)
+        config = getattr(self.decoder, "config", None)
         wanted = kwargs.get("use_cache")
-        wanted = getattr(config, "use_cache", False) and not self._decoder[0].training if wanted is None else wanted
+        wanted = getattr(config, "use_cache", False) and not self.decoder.training if wanted is None else wanted
         if not wanted or kwargs.get("past_key_values") is not None:
             return kwargs
         from transformers import DynamicCache
@@ -74,7 +78,7 @@ class FirstPass(OverAdapters):
         if beside is not None:
             own |= {"past_key_values": beside["cache"], "use_cache": True}
         with torch.no_grad():
-            return cast(Tensor, self._decoder[0](*args, **own).last_hidden_state)
+            return cast(Tensor, self.decoder(*args, **own).last_hidden_state)
 
     def found_or_refuse(self, found: Tensor | None, layer: str) -> Tensor:
         """What `find` found; LorakitError where a layer runs outside such a call."""

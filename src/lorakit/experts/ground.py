@@ -108,6 +108,9 @@ class RouterSpec(Method):
             f"lk.route(model, lk.{type(self).__name__}(...), ['a', 'b']) makes one."
         )
 
+    def peft_config(self) -> dict[str, Any]:
+        return {}
+
     @abstractmethod
     def router(self, ground: Ground) -> OverAdapters:
         """A new router on this ground."""

@@ -2,7 +2,7 @@
 
 `method: lora`, `method: {name: lora, rank: 8}` and `rank: 8` beside `method: lora` all make the same spec,
 `LoRA(rank=8)`, which is what the configuration then holds. The options of a method are the fields of its spec
-class, read here by their types, so that a new row in `lorakit.methods.METHODS` is known to files and flags
+class, read here by their types, so that a new row in a table of `lorakit.experts.SPECS` is known to files and flags
 without a change here. A spec that holds another one (a magnitude over a LoRA) is a mapping in a mapping; an
 option written one level too far out goes to the outermost spec that has it, so `rank: 8` reaches the inner
 LoRA too.

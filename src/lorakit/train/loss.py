@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lorakit.adapter import adapters, prompts, use
+from lorakit.adapter import adapters, counted, prompts, use
 from lorakit.errors import LorakitError
 from lorakit.storage import FLOAT, storage_of
 from lorakit.train import fusion
@@ -267,14 +267,15 @@ def causal_loss(
     if is_flat(model):
         if model.training and torch.is_grad_enabled():
             packed = asked_rows(decoder, packed, flat_hidden)
-        hidden = flat_hidden(decoder, packed)
+        with counted(model, packed.counts):
+            hidden = flat_hidden(decoder, packed)
     else:
         if model.training and any(getattr(part, "gradient_checkpointing", False) for part in model.modules()):
             raise LorakitError(
                 "causal_loss: gradient checkpointing runs layers again in backward, when this call has put the model's "
                 "own attention back; open `with flat_attention(model):` around forward and backward"
             )
-        with flat_attention(model):
+        with flat_attention(model), counted(model, packed.counts):
             hidden = flat_hidden(decoder, packed)
     rows = hidden.index_select(0, packed.hidden_index)
     total, right = target_loss(head, rows, packed.targets, packed.weights, label_smoothing=label_smoothing)

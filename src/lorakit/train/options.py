@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from lorakit.errors import LorakitError
+from lorakit.experts import RouterSpec
 from lorakit.train.choices import (
     initialisers,
     methods,
@@ -195,6 +196,9 @@ class TrainConfig:
         writer=write_method,
         shown="a method",
     )
+    adapters: Names = option(
+        (), "for a method that is a router (xlora, mole): the folders of the adapters that it routes"
+    )
     init: Any = option(
         factory=lambda: initialisers()["default"](),
         doc="how the factors start: default (the method's own), a name such as pissa or eva, or {name: pissa, iterations: 4}; "
@@ -229,6 +233,16 @@ class TrainConfig:
                     f"{needs} is {asked}, which needs rows to evaluate on; found none. "
                     "Give data.evaluation, data.evaluation_split or data.evaluation_size."
                 )
+        routes = isinstance(self.method, RouterSpec)
+        if routes != bool(self.adapters):
+            raise LorakitError(
+                f"method is {self.method.name}, which "
+                + (
+                    "routes adapters; name their folders in adapters"
+                    if routes
+                    else "routes none; adapters are for routers"
+                )
+            )
         classifies = self.task == "seq-cls"
         if classifies and self.data.format not in ("auto", "classification"):
             raise LorakitError(

@@ -58,9 +58,10 @@ class FlatBatch:
 
     `input_ids` and `position_ids` are `[1, tokens]`; `hidden_index`, `targets` (int64) and `weights` (fp32) are
     `[targets]`: the hidden state at `hidden_index[i]` predicts `targets[i]`, which counts `weights[i]` times. Of the
-    row only the first `used` tokens are real. `unshared_tokens` is what the examples hold together, `num_targets` the
-    number of labels in them. `asked` are the rows that the last block gives, in this order, and then `hidden_index` counts
-    among them; None is every row. `plans` is where attention keeps what it works out once per batch.
+    row only the first `used` tokens are real; `counts` `[1, tokens]` says how many examples hold each token, 0 for the
+    rest. `unshared_tokens` is what the examples hold together, `num_targets` the number of labels in them. `asked` are the
+    rows that the last block gives, in this order, and then `hidden_index` counts among them; None is every row. `plans` is
+    where attention keeps what it works out once per batch.
     """
 
     input_ids: Tensor
@@ -68,6 +69,7 @@ class FlatBatch:
     hidden_index: Tensor
     targets: Tensor
     weights: Tensor
+    counts: Tensor
     segments: tuple[Segment, ...]
     used: int
     unshared_tokens: int
@@ -88,7 +90,7 @@ class FlatBatch:
         """The same batch on another device."""
         moved = {
             name: getattr(self, name).to(device)
-            for name in ("input_ids", "position_ids", "hidden_index", "targets", "weights")
+            for name in ("input_ids", "position_ids", "hidden_index", "targets", "weights", "counts")
         }
         return replace(self, **moved, plans={})
 
@@ -101,7 +103,8 @@ class FlatBatch:
         root = Segment(0, rows, 0, -1)
         below = (Segment(one.start + rows, one.length, one.position + rows, one.parent + 1) for one in self.segments)
         ids = torch.cat([self.input_ids.new_zeros(1, rows), self.input_ids], dim=1)
-        return replace(self, input_ids=ids, segments=(root, *below), used=self.used + rows, plans={})
+        counts = torch.cat([self.counts.new_zeros(1, rows), self.counts], dim=1)
+        return replace(self, input_ids=ids, counts=counts, segments=(root, *below), used=self.used + rows, plans={})
 
 
 def pack(
@@ -151,6 +154,11 @@ def pack(
                 counts[key] = counts.get(key, 0) + 1
                 num_targets += 1
 
+    held = torch.zeros(used + -used % row_multiple)
+    for member in members:
+        for node in trie.runs_of[member]:
+            segment = trie.segments[node]
+            held[segment.start : segment.start + segment.length] += 1
     fill = -used % row_multiple
     # The fill repeats a real token: it is computed, read by nobody, and gets no gradient.
     input_ids += [input_ids[-1]] * fill
@@ -162,6 +170,7 @@ def pack(
         hidden_index=torch.tensor([row for row, _ in pairs], dtype=torch.long),
         targets=torch.tensor([token for _, token in pairs], dtype=torch.long),
         weights=torch.tensor([float(counts[pair]) for pair in pairs]),
+        counts=held[None],
         segments=tuple(trie.segments),
         used=used,
         unshared_tokens=sum(map(len, rows)),

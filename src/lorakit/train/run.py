@@ -26,6 +26,7 @@ from rich.console import Console
 
 from lorakit.edit import EditMethod
 from lorakit.errors import LorakitError
+from lorakit.experts import RouterSpec
 from lorakit.interchange import heads_for
 from lorakit.train import checkpoint
 from lorakit.train.calibration import calibration_batches
@@ -122,9 +123,12 @@ def train(config: TrainConfig, *, console: Console | None = None) -> TrainResult
         log.info(
             "init %s measures the %s of every layer on %d batches", config.init.name, config.init.needs, len(batches)
         )
-    method = config.method.with_tokenizer(tokenizer) if isinstance(config.method, EditMethod) else config.method
-    originals = float_weights(config, model)
-    adapter = lk.attach(model, method, **attach_arguments(config, model), batches=batches, originals=originals)
+    if isinstance(config.method, RouterSpec):
+        adapter = _routed(config, model)
+    else:
+        method = config.method.with_tokenizer(tokenizer) if isinstance(config.method, EditMethod) else config.method
+        originals = float_weights(config, model)
+        adapter = lk.attach(model, method, **attach_arguments(config, model), batches=batches, originals=originals)
     log.info("adapter: %s", describe(adapter, base.numbers))
     path = path_for(config, model)
     with contextlib.ExitStack() as stack:
@@ -302,11 +306,27 @@ def _measure_base(model: Any, tokenizer: Any, held: Held, config: TrainConfig, p
     return before
 
 
+def _routed(config: TrainConfig, model: Any) -> Adapter:
+    """The router of a run over the adapters that it names."""
+    import lorakit as lk
+
+    names = [lk.load(model, folder).name for folder in config.adapters]
+    adapter = lk.route(model, config.method, names, name=config.name)
+    if not adapter.num_parameters(trainable=True):
+        raise LorakitError(
+            f"train: {config.method.name} has nothing to train; lk.route(model, lk.{type(config.method).__name__}(...), "
+            "names) makes one, and save keeps it"
+        )
+    return adapter
+
+
 def _fuse(model: Any, stack: contextlib.ExitStack) -> None:
     """Compile the model's small functions for the time of the run, where there is a compiler."""
+    import lorakit as lk
     from lorakit.train.fusion import fused
 
-    report = stack.enter_context(fused(model))
+    with lk.use(model, None):  # a fused module must give what the base's gives; a mixture around it is not part of it
+        report = stack.enter_context(fused(model))
     if report.reason is not None:
         log.info(report.line())
     else:

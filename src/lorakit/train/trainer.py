@@ -28,6 +28,7 @@ from rich.console import Console
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from lorakit.adapter import adapters, noted
 from lorakit.errors import LorakitError
 from lorakit.optim import build_optimizer, correct_gradients, corrections_of, parameter_groups
 from lorakit.train import checkpoint
@@ -69,12 +70,19 @@ class LossPath:
 def choose_path(model: nn.Module, fast_path: str = "auto") -> LossPath:
     """The flat path where the model supports it and it is not turned off, else the padded one; the log says
     why."""
-    reason = "train.fast_path is off" if fast_path == "off" else edits_obstacle(model) or flat_support(model)
+    reason = "train.fast_path is off" if fast_path == "off" else edits_obstacle(model) or _whole_rows(model)
+    reason = reason or flat_support(model)
     if reason is not None:
         log.info("training path: padded rows, because %s", reason)
         return PADDED
     log.info("training path: flat rows without padding, shared beginnings once, logits only where labels are")
     return FLAT
+
+
+def _whole_rows(model: nn.Module) -> str | None:
+    """Why rows must not be packed into one, where a router weighs them whole."""
+    whole = next((name for name, own in adapters(model).items() if getattr(own.router, "whole_rows", False)), None)
+    return None if whole is None else f"router {whole!r} weighs whole rows"
 
 
 def _padded(
@@ -189,7 +197,10 @@ class LoraTrainer(transformers.Trainer):
         if return_outputs:
             raise LorakitError("compute_loss: asked for outputs too; the logits are never there as a whole")
         items = float(num_items_in_batch) if num_items_in_batch is not None else float(_count_labels(inputs))
-        loss, correct, tokens = self.path.loss(model, inputs, max(items, 1.0), self.args.label_smoothing_factor)
+        with noted(self.bare) as extra:
+            loss, correct, tokens = self.path.loss(model, inputs, max(items, 1.0), self.args.label_smoothing_factor)
+        for own in extra:  # by this micro-batch's share of the batch, as the loss itself
+            loss = loss + own() * (tokens / max(items, 1.0))
         # Kept on its device: reading it would wait for the step.
         self._right = self._right.to(correct.device) + correct.detach()
         self._labels += tokens

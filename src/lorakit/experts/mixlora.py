@@ -1,0 +1,342 @@
+"""MixLoRA: every feed-forward becomes a sparse mixture whose experts share its frozen weights and have a LoRA each.
+
+    z = G x (experts,)      p = softmax(z)      the top_k largest are kept, their p divided by their sum
+    y = Σ_e p_e FFN_e(x),   FFN_e: the frozen feed-forward with expert e's change in each of its matrices
+
+G (experts, in) is one router per feed-forward, in float32, drawn from N(0, 0.02²); attention gets the plain inner method.
+The loss of each router has `balance · E Σ_e f_e P_e` added (`gates.balance`), and `z · z-loss`, both meant over the feed-
+forwards; padding does not count. With `mix="block"`, the paper's, a token runs through the feed-forward once for each expert
+that it keeps, each time with that expert alone open in the gate of the product: top_k times the base's work there. With
+`mix="layer"` it runs once and every matrix adds its experts' changes by the same weights: cheaper, and another function
+wherever something nonlinear lies between two matrices. With top_k=1 the kept weight is 1, so that the router learns from its
+balance alone. Li et al. 2024, arXiv 2404.15159.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from lorakit.delta import Call, Card, Delta, LowRank, Method, Pool, Shape, View
+from lorakit.errors import LorakitError
+from lorakit.experts.gates import balance, top_mask, z_loss
+from lorakit.experts.ground import Around
+from lorakit.layer import Adapted, is_product
+from lorakit.methods import LoRA
+from lorakit.routing import Board, Routing
+from lorakit.targets import in_attention
+
+
+@dataclass(frozen=True, kw_only=True)
+class MixLoRA(Method):
+    """The options of MixLoRA.
+
+    Attributes:
+        experts: changes per matrix of a feed-forward.
+        top_k: experts per token.
+        inner: the method of every expert, and of the layers outside feed-forwards.
+        balance: coefficient of the load-balance loss.
+        z: coefficient of the router z-loss.
+        mix: "block": experts are whole feed-forwards; "layer": experts are changes of single matrices.
+    """
+
+    name: ClassVar[str] = "mixlora"
+    card: ClassVar[Card] = Card(
+        title="MixLoRA",
+        formula="y = Σ_e p_e FFN_e(x), FFN_e with a LoRA of its own; p the renormalised top-k of softmax(G x)",
+        parameters=lambda shape, spec: spec.experts * spec.inner.card.parameters(shape, spec.inner),
+        paper="arXiv 2404.15159",
+        use="Several kinds of data in one training, where one adapter of the whole size mixes them up.",
+        limits="A weight per token: cannot be merged.",
+    )
+    experts: int = 8
+    top_k: int = 2
+    inner: Method = field(default_factory=LoRA)
+    balance: float = 0.01
+    z: float = 0.0
+    mix: str = "block"
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.inner, Method):
+            raise LorakitError(
+                f"mixlora: inner was given as {self.inner!r}; it is a method's spec, such as LoRA(rank=8)."
+            )
+        if not isinstance(self.experts, int) or self.experts < 1:
+            raise LorakitError(f"mixlora: experts was given as {self.experts!r}; it is a number of at least 1.")
+        if not isinstance(self.top_k, int) or not 1 <= self.top_k <= self.experts:
+            raise LorakitError(
+                f"mixlora: top_k was given as {self.top_k!r}; it is at least 1 and at most the {self.experts} experts."
+            )
+        if self.mix not in ("block", "layer"):
+            raise LorakitError(f'mixlora: mix was given as {self.mix!r}; it is "block" or "layer".')
+        object.__setattr__(self, "peft_suffix", rf"(\.experts\.\d+)?{self.inner.peft_suffix}")
+
+    def at(self, path: str) -> Method:
+        return self.inner.at(path) if in_attention(path) else self.replace(inner=self.inner.at(path))
+
+    def build(self, shape: Shape, pool: Pool) -> Delta:
+        made = [self.inner.build(shape, pool) for _ in range(self.experts)]
+        return Mixture(self, shape, pool, made) if all(map(is_product, made)) else Blend(self, shape, pool, made)
+
+    def check(self, shape: Shape, path: str) -> None:
+        self.inner.check(shape, path)
+
+    def check_layers(self, paths: Sequence[str]) -> None:
+        _blocks(paths)
+
+    def install(
+        self, name: str, model: nn.Module, layers: Mapping[str, nn.Module]
+    ) -> tuple[nn.Module | None, list[RemovableHandle]]:
+        mixed = {path: cast(Adapted, layer) for path, layer in layers.items() if not in_attention(path)}
+        mixed = {path: layer for path, layer in mixed.items() if layer.deltas_of(name)}
+        gates = Gates(self, name, mixed, next(iter(mixed.values())).board)
+        gates.to(next(model.parameters()).device)
+        handles = []
+        modules = dict(model.named_modules())
+        for index, block in enumerate(_blocks(list(mixed))):
+            handles += Around(_Block(gates, index).enter, gates.leave).on(modules[block])
+        find = getattr(model, "get_decoder", None)
+        decoder = find() if find is not None else getattr(model, str(getattr(model, "base_model_prefix", "")), None)
+        if isinstance(decoder, nn.Module):
+            handles += Around(gates.count, gates.counted).on(decoder)
+        return gates, handles
+
+    def peft_config(self) -> dict[str, Any]:
+        return {**self.inner.peft_config(), "peft_type": "MIXLORA"}
+
+
+def _blocks(paths: Sequence[str]) -> dict[str, list[str]]:
+    """Feed-forward module -> its adapted layers."""
+    blocks: dict[str, list[str]] = {}
+    for path in paths:
+        if not in_attention(path):
+            blocks.setdefault(path.rpartition(".")[0], []).append(path)
+    if not blocks:
+        raise LorakitError(
+            "attach: mixlora needs layers of feed-forwards, and all that were chosen stand in attention; "
+            'target_modules="mlp" or "all-linear" has them.'
+        )
+    for block, inside in blocks.items():
+        mingled = (
+            [path for path in paths if path.startswith(f"{block}.") and path not in inside] if block else list(paths)
+        )
+        if len(inside) < 2 or mingled:
+            raise LorakitError(
+                f"attach: mixlora routes feed-forwards that are modules of their own with two matrices or more; {inside[0]} "
+                f"stands in {block or 'the model itself'}, which "
+                + (f"holds {mingled[0]} too." if mingled else "has no second one that is adapted.")
+            )
+    return blocks
+
+
+class Experts(Delta):
+    """Several deltas of one matrix, and where the present call's weights for them come from."""
+
+    experts: nn.ModuleList
+
+    def _hold(self, made: Sequence[Delta]) -> None:
+        self.experts = nn.ModuleList(made)
+        self.dropout = made[0].dropout
+        for delta in made:
+            if delta.shift(torch.zeros(self.shape.out)) is not None:
+                raise LorakitError(
+                    f"mixlora: {delta.spec.name} changes biases, which cannot be weighed token by token; choose an inner "
+                    "method that changes matrices alone."
+                )
+        self.gates: tuple[Gates, ...] = ()
+
+    def weights(self) -> Tensor:
+        """(…, experts): what the router of this matrix's feed-forward has found for the present call."""
+        found = self.gates[0].board.routing.found.get(self.gates[0].name) if self.gates else None
+        if found is None:
+            raise LorakitError(
+                f"{self.spec.name}: a layer of a feed-forward was called by itself, so no router has seen its tokens; call the "
+                "feed-forward or the model."
+            )
+        return found
+
+    def begin(self, W: Tensor) -> None:
+        for delta in self.experts:
+            cast(Delta, delta).begin(W)
+
+    def dense(self, W: Tensor) -> Tensor:
+        raise LorakitError(
+            f"{self.spec.name} weighs its experts anew for every token, so there is no one ΔW to merge, combine or extract."
+        )
+
+    def roles(self) -> dict[str, str]:
+        return cast(Delta, self.experts[0]).roles()
+
+    def frozen(self) -> list[nn.Parameter]:
+        return [parameter for delta in self.experts for parameter in cast(Delta, delta).frozen()]
+
+    def peft_views(self, kind: str) -> dict[str, View]:
+        return {
+            f"experts.{e}.{key}": view
+            for e, delta in enumerate(self.experts)
+            for key, view in cast(Delta, delta).peft_views(kind).items()
+        }
+
+
+class Mixture(Experts, LowRank):
+    """Experts with factors: side by side, and the token's weights are the gate of their one product."""
+
+    def __init__(self, spec: MixLoRA, shape: Shape, pool: Pool, made: Sequence[Delta]) -> None:
+        super().__init__(spec, shape, pool)
+        self._hold(made)
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        pairs = [cast(LowRank, delta).factors() for delta in self.experts]
+        return torch.cat([B for B, _ in pairs], dim=1), torch.cat([A for _, A in pairs], dim=0)
+
+    def gate(self) -> Tensor:
+        weights, parts = self.weights(), []
+        for e, module in enumerate(self.experts):
+            delta = cast(LowRank, module)
+            own, weight = delta.gate(), weights[..., e : e + 1] * delta.scale
+            rank = delta.factors()[1].shape[0]
+            parts.append(weight.expand(*weight.shape[:-1], rank) if own is None else weight * own)
+        return torch.cat(parts, dim=-1)
+
+
+class Blend(Experts):
+    """Experts of any other method: each one's change times its weight."""
+
+    def __init__(self, spec: MixLoRA, shape: Shape, pool: Pool, made: Sequence[Delta]) -> None:
+        super().__init__(spec, shape, pool)
+        self._hold(made)
+
+    def act(self, call: Call) -> Tensor:
+        weights = self.weights()
+        changes = [cast(Delta, delta).act(call) for delta in self.experts]
+        total = changes[0] * weights[..., :1].to(changes[0].dtype)
+        for e, change in enumerate(changes[1:], 1):
+            total = total + change * weights[..., e : e + 1].to(change.dtype)
+        return total
+
+
+class Gates(nn.Module):
+    """The routers of all feed-forwards, `G0`, `G1`, … (experts, in), in the model's order (`blocks`)."""
+
+    def __init__(self, spec: MixLoRA, name: str, layers: Mapping[str, Adapted], board: Board) -> None:
+        super().__init__()
+        self.spec, self.name, self._board = spec, name, (board,)
+        self.blocks: list[str] = []
+        for index, (block, inside) in enumerate(_blocks(list(layers)).items()):
+            self.blocks.append(block)
+            first = next(iter(layers[inside[0]].sites.values())).layout.shape.in_
+            self.register_parameter(f"G{index}", nn.Parameter(0.02 * torch.randn(spec.experts, first)))
+            for path in inside:
+                for delta in layers[path].deltas_of(name).values():
+                    cast(Experts, delta).gates = (self,)
+
+    @property
+    def board(self) -> Board:
+        return self._board[0]
+
+    def route(self, index: int, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """`(logits, weights, kept)` of one feed-forward's router for its inputs (…, in): each (…, experts)."""
+        G = cast(Tensor, getattr(self, f"G{index}"))
+        precise = torch.promote_types(x.dtype, torch.float32)
+        logits = F.linear(x.to(precise), G.to(precise))
+        p = logits.softmax(dim=-1)
+        kept = top_mask(logits, self.spec.top_k)
+        p = p * kept
+        return logits, p / p.sum(dim=-1, keepdim=True), kept
+
+    def note(self, logits: Tensor, kept: Tensor) -> None:
+        """Leave a note of what this call adds to the training loss, where such notes are taken. It is worked out by whoever
+        takes them: within the model it might be run again by gradient checkpointing."""
+        if self.board.extra is None:
+            return
+        counts = self.board.counts
+        if counts is not None and counts.numel() != kept.shape[:-1].numel():
+            raise LorakitError(
+                f"mixlora: told how often each of {counts.numel()} tokens counts, a feed-forward was called with "
+                f"{kept.shape[:-1].numel()}; the model drops or adds tokens, so its balance cannot be kept."
+            )
+        self.board.extra.append(functools.partial(self.loss, logits, kept, counts))
+
+    def loss(self, logits: Tensor, kept: Tensor, counts: Tensor | None) -> Tensor:
+        """One router's share of what is added to the training loss."""
+        loss = self.spec.balance * balance(logits.softmax(dim=-1), kept, counts)
+        if self.spec.z:
+            loss = loss + self.spec.z * z_loss(logits, counts)
+        return loss / len(self.blocks)
+
+    def leave(self, state: Any, output: Any) -> Any:
+        before, weights = state
+        self.board.routing = before
+        if weights is None or output is None:
+            return None
+        if not isinstance(output, Tensor):
+            raise LorakitError(
+                f"mixlora: a feed-forward returned {type(output).__name__} and not one tensor, so what its experts gave cannot "
+                'be added up; mix="layer" does not need to.'
+            )
+        slots = output.unflatten(0, (len(weights), -1))
+        return (slots * weights[..., None].to(slots.dtype)).sum(dim=0)
+
+    def count(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Padding, as the model is told of it, counts in no balance."""
+        mask = kwargs.get("attention_mask")
+        tells = isinstance(mask, Tensor) and mask.ndim == 2 and self.board.counts is None
+        if not tells or self.board.extra is None:
+            return None
+        self.board.counts = mask
+        return args, kwargs, self
+
+    def counted(self, state: Any, output: Any) -> Any:
+        self.board.counts = None
+        return None
+
+
+class _Block:
+    """One feed-forward and its router."""
+
+    def __init__(self, gates: Gates, index: int) -> None:
+        self.gates, self.index = gates, index
+
+    def enter(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        gates = self.gates
+        before = gates.board.routing
+        if gates.name not in before.names:
+            return None
+        tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
+        if len(tensors) != 1:
+            raise LorakitError(
+                f"mixlora: {gates.blocks[self.index]} was called with {len(tensors)} tensors; a feed-forward takes one."
+            )
+        x = tensors[0]
+        logits, weights, kept = gates.route(self.index, x)
+        gates.note(logits, kept)
+        if gates.spec.mix == "layer":
+            gates.board.routing = dataclasses.replace(before, found={**before.found, gates.name: weights})
+            return args, kwargs, (before, None)
+        # One copy of all tokens for each kept expert, in which that expert alone is open.
+        k = gates.spec.top_k
+        order = logits.argsort(dim=-1, descending=True, stable=True)[..., :k].movedim(-1, 0)
+        one_hot = F.one_hot(order, gates.spec.experts).to(weights.dtype).flatten(0, 1)
+        gates.board.routing = self._in_copies(before, one_hot, k)
+
+        def copies(value: Any) -> Any:
+            return value.repeat(k, *[1] * (value.ndim - 1)) if isinstance(value, Tensor) else value
+
+        args = tuple(copies(value) for value in args)
+        kwargs = {key: copies(value) for key, value in kwargs.items()}
+        return args, kwargs, (before, torch.stack([weights.gather(-1, own[..., None])[..., 0] for own in order]))
+
+    def _in_copies(self, before: Routing, one_hot: Tensor, k: int) -> Routing:
+        table = before.table
+        if table is not None and before.axis == 0:
+            table = table.repeat(k, 1)
+        found = {**before.found, self.gates.name: one_hot}
+        return Routing(before.names, before.weights, table, before.axis, found)

@@ -1,0 +1,105 @@
+"""X-LoRA: a small classifier of the base model's hidden states weighs frozen adapters, for every token and layer.
+
+    pass 1: h = last hidden states of the base model alone      λ = softmax(classifier(h) / temperature)
+    pass 2: y = W x + scale · Σ_e λ_e ΔW_e x,   λ of this token and, with `layerwise`, of this layer
+
+The classifier alone trains: one linear layer, or several with ReLU between. With `top_k` the softmax is over the largest
+alone, so that the weights still sum to 1. PEFT has it too and reads these files; there a cache is not possible (every new
+token runs the whole text through both passes), and top-k after a softmax does not sum to 1 or is taken a second time. Buehler
+and Buehler 2024, arXiv 2402.07148.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from lorakit.delta import Call, Card
+from lorakit.errors import LorakitError
+from lorakit.experts.firstpass import FirstPass
+from lorakit.experts.gates import softmax_over, top_mask
+from lorakit.experts.ground import Ground, RouterSpec, on_tokens
+
+
+@dataclass(frozen=True, kw_only=True)
+class XLoRA(RouterSpec):
+    """The options of X-LoRA.
+
+    Attributes:
+        layerwise: weights for every adapted matrix of their own; else one set for all.
+        top_k: adapters per token; None for all.
+        temperature: divides the classifier's logits.
+        scale: multiplies what all adapters add together.
+        depth: layers of the classifier.
+        width: inner size of the classifier, from a depth of 2 on.
+        classifier_dropout: dropout within it, from a depth of 2 on.
+    """
+
+    name: ClassVar[str] = "xlora"
+    card: ClassVar[Card] = Card(
+        title="X-LoRA",
+        formula="y = W x + Σ λ_e ΔW_e x, λ = softmax(classifier(last hidden state of the base)) per token and layer",
+        parameters=lambda shape, spec: 0,
+        paper="arXiv 2402.07148",
+        use="Adapters of several skills, and data in which they are needed together.",
+        limits="Two passes; a weight per token: cannot be merged.",
+    )
+    layerwise: bool = True
+    top_k: int | None = None
+    temperature: float = 1.0
+    scale: float = 1.0
+    depth: int = 1
+    width: int = 2048
+    classifier_dropout: float = 0.2
+
+    def __post_init__(self) -> None:
+        self._check_top_k(self.top_k)
+        self._check_temperature(self.temperature)
+        if self.depth < 1 or self.width < 1 or not 0 <= self.classifier_dropout < 1:
+            raise LorakitError(
+                f"xlora: depth {self.depth!r}, width {self.width!r} and classifier_dropout {self.classifier_dropout!r} were "
+                "given; depth and width are at least 1, dropout is at least 0 and below 1."
+            )
+
+    def router(self, ground: Ground) -> XRouter:
+        return XRouter(self, ground)
+
+
+class XRouter(FirstPass):
+    """The classifier, whose last layer gives (matrices × members) or (members) logits."""
+
+    def __init__(self, spec: XLoRA, ground: Ground) -> None:
+        super().__init__(ground)
+        if spec.top_k is not None and spec.top_k > len(self.members):
+            raise LorakitError(
+                f"route: xlora was given top_k={spec.top_k} for {len(self.members)} adapters; give at most as many, or None."
+            )
+        self.spec = spec
+        self.places = {(layer.path, site.name): i for i, (layer, site, _) in enumerate(ground.matrices())}
+        decoder: Any = ground.decoder()
+        size = int(decoder.config.get_text_config().hidden_size)
+        layers: list[nn.Module] = []
+        for _ in range(spec.depth - 1):
+            layers += [nn.Linear(size, spec.width), nn.ReLU()]
+            layers += [nn.Dropout(spec.classifier_dropout)] if spec.classifier_dropout else []
+            size = spec.width
+        count = len(self.members) * (len(self.places) if spec.layerwise else 1)
+        self.layers = nn.Sequential(*layers, nn.Linear(size, count))
+
+    def find(self, args: tuple[Any, ...], kwargs: dict[str, Any], beside: dict[str, Any] | None) -> Tensor:
+        """λ for the tokens of a call, (batch, tokens, matrices or 1, members)."""
+        hidden = self.hidden(args, kwargs, beside)
+        self.layers.train(self.decoder.training)
+        last = self.layers[-1]
+        assert isinstance(last, nn.Linear)
+        logits = self.layers(hidden.to(last.weight.dtype)).unflatten(-1, (-1, len(self.members)))
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32)) / self.spec.temperature
+        return self.spec.scale * softmax_over(logits, top_mask(logits, self.spec.top_k))
+
+    def weights(self, layer: str, site: str, call: Call, found: Tensor | None) -> Tensor:
+        found = self.found_or_refuse(found, layer)
+        place = self.places[layer, site] if self.spec.layerwise else 0
+        return on_tokens(found[:, :, place], call.leading, layer)
