@@ -39,6 +39,8 @@ def _keep_mask(like: Tensor, rows: int, columns: int, dropout: float, seed: int)
 def autocast(x: Tensor) -> Tensor:
     """x in the dtype that autocast would give a linear layer's input."""
     device = x.device.type
+    if device == "meta":  # shapes without content, which autocast does not know
+        return x
     if x.dtype in (torch.float32, torch.float16, torch.bfloat16) and torch.is_autocast_enabled(device):
         return x.to(torch.get_autocast_dtype(device))
     return x

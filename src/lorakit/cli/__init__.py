@@ -24,6 +24,7 @@ from lorakit.cli import generate as generate_verb
 from lorakit.cli import inspect as inspect_verb
 from lorakit.cli import merge as merge_verb
 from lorakit.cli import methods as methods_verb
+from lorakit.cli import plan as plan_verb
 from lorakit.cli import prune as prune_verb
 from lorakit.cli import resize as resize_verb
 from lorakit.cli import scale as scale_verb
@@ -93,6 +94,7 @@ app.command(name="chat", help=chat_verb.HELP)(chat_verb.chat)
 app.command(name="merge", help=merge_verb.HELP)(merge_verb.merge)
 app.command(name="inspect", help=inspect_verb.HELP)(inspect_verb.inspect)
 app.command(name="methods", help=methods_verb.HELP)(methods_verb.methods)
+app.command(name="plan", help=plan_verb.HELP)(plan_verb.plan)
 app.command(name="convert", help=convert_verb.HELP)(convert_verb.convert)
 app.command(name="resize", help=resize_verb.HELP)(resize_verb.resize)
 app.command(name="verify", help=verify_verb.HELP)(verify_verb.verify)
