@@ -110,7 +110,8 @@ def outline(config: Any, blocks: int | None = None, dtype: torch.dtype = torch.b
             text.layer_types = text.layer_types[:blocks]
     AttentionInterface.register("outline", _fused)
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(own, dtype=dtype, attn_implementation="outline").train()
+        made: Any = AutoModelForCausalLM
+        return made.from_config(own, dtype=dtype, attn_implementation="outline").train()
 
 
 def kept_bytes(run: Any, but: Sequence[Tensor]) -> int:
