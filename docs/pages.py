@@ -23,6 +23,7 @@ PAGES = (
     "docs/methods.md",
     "docs/benchmarks.md",
     "docs/composition.md",
+    "docs/interchange.md",
 )
 FOLDERS = {
     "benchmarks": "one command each: measured side by side with the peers",
@@ -121,6 +122,17 @@ def methods() -> str:
     return "\n".join(rows)
 
 
+def formats() -> str:
+    """The table of other tools' formats, from the table in `lorakit.conversion`."""
+    from lorakit.conversion import FORMATS
+
+    rows = ["| `--to` | read by | on disk | methods | scale | limits |", "|---|---|---|---|---|---|"]
+    for name, entry in FORMATS.items():
+        cells = (f"`{name}`", entry.title, entry.file, ", ".join(entry.holds), entry.scale, entry.limits)
+        rows.append("| " + " | ".join(cells) + " |")
+    return "\n".join(rows)
+
+
 def results(name: str) -> str:
     """The table that a benchmark wrote into benchmarks/results/NAME.json, under "markdown"."""
     path = ROOT / "benchmarks" / "results" / f"{name}.json"
@@ -132,7 +144,7 @@ def results(name: str) -> str:
 
 def parts() -> dict[str, Callable[[], str]]:
     """Marker -> what stands under it."""
-    named: dict[str, Callable[[], str]] = {"tree": tree, "methods": methods}
+    named: dict[str, Callable[[], str]] = {"tree": tree, "methods": methods, "formats": formats}
     for page in PAGES:
         if (ROOT / page).is_file():
             for marker in re.findall(r"<!-- bench (\w[\w-]*) -->", (ROOT / page).read_text()):

@@ -51,6 +51,7 @@ PLAIN, ROOT, MAGNITUDES = (
 )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("method", "to"),
     [(PLAIN, "kohya"), (ROOT, "kohya"), (PLAIN, "diffusers"), (ROOT, "diffusers"), (MAGNITUDES, "diffusers")],
@@ -75,6 +76,7 @@ def test_diffusers_gives_the_same_output(method: Any, to: str, tmp_path: Path) -
     torch.testing.assert_close(by_diffusers(done.output), expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_what_diffusers_saves_is_read(tmp_path: Path) -> None:
     from diffusers import StableDiffusionPipeline
     from diffusers.loaders.lora_base import _pack_dict_with_prefix
@@ -99,6 +101,7 @@ def test_what_diffusers_saves_is_read(tmp_path: Path) -> None:
     torch.testing.assert_close(ours(unet(), tmp_path / "peft"), expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_text_encoder_is_loaded_by_its_own_loader(tmp_path: Path) -> None:
     from diffusers import StableDiffusionPipeline
 

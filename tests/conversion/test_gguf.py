@@ -161,6 +161,30 @@ def test_what_llama_cpp_has_not_is_refused_before_anything_is_written(tmp_path: 
     assert not (tmp_path / "a.gguf").exists()
 
 
+@pytest.mark.model
+def test_the_rows_are_those_of_a_real_file(model_path: Path) -> None:
+    """The demo's model as GGUF, and as transformers reads it: q and k in the order that an adapter's rows get, v as it is."""
+    from gguf import dequantize
+
+    from lorakit.conversion.gguf import turned as ours
+    from lorakit.train.models import load_model
+
+    model, _ = load_model(model_path, dtype=torch.float32)
+    stored = {tensor.name: tensor for tensor in GGUFReader(model_path).tensors if tensor.name.startswith("blk.0.attn_")}
+    attention = model.model.layers[0].self_attn
+    for name, layer, heads in (
+        ("attn_q", attention.q_proj, model.config.num_attention_heads),
+        ("attn_k", attention.k_proj, model.config.num_key_value_heads),
+        ("attn_v", attention.v_proj, None),
+    ):
+        tensor = stored[f"blk.0.{name}.weight"]
+        W = layer.weight.detach()
+        found = torch.from_numpy(dequantize(tensor.data, tensor.tensor_type).copy())
+        torch.testing.assert_close(ours(W, heads) if heads else W, found)
+        if heads:
+            torch.testing.assert_close(ours(found, heads, back=True), W)
+
+
 @pytest.mark.slow
 @pytest.mark.model
 def test_llama_cpp_writes_the_same_text(model_path: Path, tmp_path: Path) -> None:

@@ -197,6 +197,7 @@ def test_mixed_methods_become_one_where_that_is_exact(tmp_path: Path) -> None:
     assert not (tmp_path / "none").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("algo", ["lora", "loha", "lokr"])
 @pytest.mark.parametrize("options", [{}, {"weight_decompose": True}, {"rs_lora": True}, {"use_tucker": True}], ids=str)
 def test_lycoris_itself_agrees(algo: str, options: dict[str, bool], tmp_path: Path) -> None:

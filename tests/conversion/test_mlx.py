@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
 import lorakit as lk
-from conversion.kits import changes, llama, random, read, same, trained, write
+from conversion.kits import changes, fresh_llama, llama, random, read, same, trained, write
 from lorakit.conversion import convert
 from lorakit.store import read_config
 
@@ -109,3 +110,46 @@ def test_an_untied_embedding(tmp_path: Path) -> None:
     assert read(tmp_path / "mlx" / "adapters.safetensors")[0]["model.embed_tokens.lora_a"].shape == (50, 2)
     convert(tmp_path / "mlx", tmp_path / "again", "peft")
     same(changes(model, tmp_path / "again"), changes(model, folder))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "method", [lk.LoRA(rank=3, alpha=5.0), lk.DoRA(inner=lk.LoRA(rank=2, alpha=3.0))], ids=lambda m: m.name
+)
+def test_mlx_lm_gives_the_same_output(method: Any, tmp_path: Path) -> None:
+    """Its own model with our weights, and its own loader of adapters."""
+    core = pytest.importorskip("mlx.core", reason="MLX is not installed")
+    theirs = pytest.importorskip("mlx_lm.models.llama", reason="mlx-lm is not installed")
+    tuner = pytest.importorskip("mlx_lm.tuner.utils", reason="mlx-lm is not installed")
+    model = fresh_llama()
+    config = model.config
+    other = theirs.Model(
+        theirs.ModelArgs(
+            model_type="llama",
+            hidden_size=config.hidden_size,
+            num_hidden_layers=config.num_hidden_layers,
+            intermediate_size=config.intermediate_size,
+            num_attention_heads=config.num_attention_heads,
+            num_key_value_heads=config.num_key_value_heads,
+            rms_norm_eps=config.rms_norm_eps,
+            vocab_size=config.vocab_size,
+            tie_word_embeddings=False,
+        )
+    )
+    other.load_weights([(name, core.array(value.numpy())) for name, value in model.state_dict().items()])
+    ids = [[3, 8, 1, 40], [9, 2, 7, 7]]
+
+    def output() -> Tensor:
+        return torch.tensor(other(core.array(ids)).tolist())
+
+    with torch.no_grad():
+        torch.testing.assert_close(output(), model(torch.tensor(ids)).logits, rtol=1e-3, atol=1e-4)
+        plain = output()
+        folder = trained(model, method, tmp_path / "peft", rank_pattern={"up_proj": 1}, alpha_pattern={"o_proj": 9.0})
+        lk.load(model, folder, name="ours")
+        convert(folder, tmp_path / "mlx", "mlx")
+        tuner.load_adapters(other, str(tmp_path / "mlx"))
+        with lk.use(model, "ours"):
+            expected = model(torch.tensor(ids)).logits
+    assert (plain - expected).abs().max() > 1e-2
+    torch.testing.assert_close(output(), expected, rtol=1e-3, atol=1e-4)
