@@ -14,6 +14,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
+from lorakit.cli import bench_serve as bench_serve_verb
 from lorakit.cli import chat as chat_verb
 from lorakit.cli import combine as combine_verb
 from lorakit.cli import convert as convert_verb
@@ -22,12 +23,14 @@ from lorakit.cli import evaluate as eval_verb
 from lorakit.cli import extract as extract_verb
 from lorakit.cli import generate as generate_verb
 from lorakit.cli import inspect as inspect_verb
+from lorakit.cli import keys as keys_verb
 from lorakit.cli import merge as merge_verb
 from lorakit.cli import methods as methods_verb
 from lorakit.cli import plan as plan_verb
 from lorakit.cli import prune as prune_verb
 from lorakit.cli import resize as resize_verb
 from lorakit.cli import scale as scale_verb
+from lorakit.cli import serve as serve_verb
 from lorakit.cli import train as train_verb
 from lorakit.cli import verify as verify_verb
 from lorakit.cli.screen import fail
@@ -103,6 +106,9 @@ app.command(name="prune", help=prune_verb.HELP)(prune_verb.prune)
 app.command(name="extract", help=extract_verb.HELP)(extract_verb.extract)
 app.command(name="diff", help=diff_verb.HELP)(diff_verb.diff)
 app.command(name="combine", help=combine_verb.HELP)(combine_verb.combine)
+app.command(name="serve", help=serve_verb.HELP)(serve_verb.serve)
+app.command(name="keys", help=keys_verb.HELP)(keys_verb.keys)
+app.command(name="bench-serve", help=bench_serve_verb.HELP)(bench_serve_verb.bench_serve)
 
 
 def main() -> None:
