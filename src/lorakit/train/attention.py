@@ -40,8 +40,9 @@ of docs/benchmarks.md it takes 0.74 of the time at 1,536 tokens, and more than t
 LANE_MULTIPLE = 16
 """Lanes are padded to a multiple of this, which keeps the number of distinct matmul shapes small."""
 
-LANE_WASTE = 2.0
-"""Lanes of one block may differ in length by this factor at most; beyond it they go into separate blocks."""
+LANE_WASTE = 1.5
+"""Lanes of one block may differ in length by this factor at most, or up to 32 tokens; beyond it they go into separate
+blocks."""
 
 KEEP = 1 << 22
 """A block keeps its probabilities for the backward pass up to this many numbers; beyond, they are computed again."""
@@ -185,7 +186,7 @@ def _lanes(members: list[Segment]) -> list[list[Segment]]:
     """Siblings sorted into blocks of similar length."""
     result: list[list[Segment]] = []
     for segment in sorted(members, key=lambda segment: -segment.length):
-        if result and result[-1][0].length <= max(LANE_WASTE * segment.length, 4 * LANE_MULTIPLE):
+        if result and result[-1][0].length <= max(LANE_WASTE * segment.length, 2 * LANE_MULTIPLE):
             result[-1].append(segment)
         else:
             result.append([segment])
