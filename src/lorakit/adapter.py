@@ -8,6 +8,7 @@ objects back.
 from __future__ import annotations
 
 import dataclasses
+import gc
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -347,19 +348,33 @@ def attach(
         _check_edit_options(method, targets, initialiser(init), batches)
         adapter = build_edits(model, method, targets, name)
     else:
-        adapter = build(
-            model,
-            method or LoRA(),
-            targets,
-            name,
-            checked=True,
-            start=initialiser(init),
-            batches=batches,
-            originals=originals,
-        )
+        with _uncollected():
+            adapter = build(
+                model,
+                method or LoRA(),
+                targets,
+                name,
+                checked=True,
+                start=initialiser(init),
+                batches=batches,
+                originals=originals,
+            )
     adapter.requires_grad_(True)
     activate(model, name)
     return adapter
+
+
+@contextmanager
+def _uncollected() -> Iterator[None]:
+    """Without the garbage collector: thousands of small objects come and stay, and looking through all that the process
+    holds, as it would every so many of them, takes longer now and then than all the rest (0.3 s against 0.05)."""
+    was = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was:
+            gc.enable()
 
 
 def _check_edit_options(method: EditMethod, targets: Targets, start: Initialiser, batches: Any) -> None:

@@ -168,9 +168,7 @@ class LoRADelta(TwoFactors):
 
 def start_factors(shape: Shape, rank: int) -> tuple[Tensor, Tensor]:
     """`(B, A)` as LoRA starts: A uniform within 1/√in and B zero; for an embedding A zero and B normal."""
-    A, B = torch.zeros(rank, shape.in_), torch.zeros(shape.out, rank)
     if shape.lookup:
-        B.normal_()
-    else:
-        nn.init.kaiming_uniform_(A, a=math.sqrt(5))
-    return B, A
+        return torch.empty(shape.out, rank).normal_(), torch.zeros(rank, shape.in_)
+    bound = 1 / math.sqrt(shape.in_)
+    return torch.zeros(shape.out, rank), torch.empty(rank, shape.in_).uniform_(-bound, bound)
