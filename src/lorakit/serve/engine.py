@@ -294,17 +294,16 @@ class LocalEngine:
         self.scheduler.admit(self._place)
         heads = self.scheduler.heads()[:AHEAD] if self.scheduler.waiting else []
         self.pool.fetch([[lease for lease, _ in job.leases] for job in heads])
-        if heads and not self.scheduler.running:
-            # With nobody running there will never be more room than now.
-            for job in heads:
-                if self._place(job) is False:
-                    self._end(
-                        job,
-                        Refused(
-                            f"the adapters of request {job.ticket.request.id} find no room: the {self.pool.budget} bytes for "
-                            "adapters are taken by pinned ones. Unpin some, or raise adapter_bytes."
-                        ),
-                    )
+        if not heads or self.scheduler.running or self.pool.reading or any(job.blend for job in heads):
+            return
+        # Nobody runs, nobody holds an adapter, none is being read: there will never be more room than now.
+        first = heads[0]
+        if self._place(first) is False:
+            reason = (
+                f"the adapters of request {first.ticket.request.id} find no room: the {self.pool.budget} bytes for adapters "
+                "are taken by pinned ones. Unpin some, or raise adapter_bytes."
+            )
+            self._end(first, Refused(reason))
 
     def _place(self, job: Job) -> bool | None:
         """Bring a job's adapters into use; a job whose adapter is unusable ends here."""

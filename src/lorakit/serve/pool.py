@@ -288,6 +288,12 @@ class Pool:
         with self._lock:
             return self._bytes()
 
+    @property
+    def reading(self) -> bool:
+        """Whether an adapter is being read, or is about to be."""
+        with self._lock:
+            return any(entry.loading for entry in self._entries.values())
+
     def counts(self) -> dict[str, int]:
         """State -> how many adapters."""
         result: dict[str, int] = {}
