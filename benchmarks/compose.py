@@ -210,6 +210,53 @@ def combined(weights: Sequence[float], how: str, **options: Any) -> Callable[[Be
     return make
 
 
+def routed(spec: Any, batches: Callable[[Bench], Any] = lambda bench: None) -> Callable[[Bench], Route]:
+    """The four behind a router that is not trained."""
+
+    def make(bench: Bench) -> Route:
+        found = lk.route(bench.model, spec, TEXTS, name="row", batches=batches(bench))
+        blend = getattr(found.router, "blend", None)
+        bench.notes["row"] = ", ".join(f"{name} {w:.2f}" for name, w in blend().items()) if blend is not None else ""
+        return "row"
+
+    return make
+
+
+def learned(name: str, *options: str) -> Callable[[Bench], Route]:
+    """A mixture, or a router over the four, trained on all texts as "all" is."""
+
+    def make(bench: Bench) -> Route:
+        lk.load(bench.model, trained(name, TEXTS, *options), name="row")
+        return "row"
+
+    return make
+
+
+def examples(bench: Bench) -> list[dict[str, Any]]:
+    """Four training questions of each text with their answers, a batch each."""
+    batches = []
+    for text in TEXTS:
+        for one in bench.few[text][:4]:
+            answer = list(bench.choices[CHOICES.index(one.answer)])
+            ids = torch.tensor([[*one.prompt_ids, *answer]])
+            labels = torch.full_like(ids, -100)
+            labels[0, -len(answer) :] = ids[0, -len(answer) :]
+            batches.append({"input_ids": ids, "labels": labels})
+    return batches
+
+
+def requests(bench: Bench) -> dict[str, list[dict[str, Any]]]:
+    """Training questions of each text, without answers."""
+    return {text: [{"input_ids": torch.tensor([list(one.prompt_ids)])} for one in bench.few[text]] for text in TEXTS}
+
+
+def four() -> str:
+    """The folders of the four adapters, as an option."""
+    return f"adapters={json.dumps([str(folder() / text) for text in TEXTS])}"
+
+
+MIXTURE = f"method={{name: mixlora, experts: 4, top_k: 2, inner: {{name: lora, rank: {RANK}, alpha: {2 * RANK}}}}}"
+
 MEAN, HALF, SUM = (0.25,) * 4, (0.5,) * 4, (1.0,) * 4
 
 
@@ -236,6 +283,12 @@ ROWS: list[Row] = [
     Row("dare-ties", "DARE-TIES, density 0.5, λ 1", combined(SUM, "dare-ties", density=0.5)),
     Row("prune", "largest 20% of entries, weights 1/2", combined(HALF, "magnitude-prune")),
     Row("all", "one adapter trained on all four", alone("all")),
+    Row("lorahub", "LoRAHub, 16 examples, 40 trials", routed(lk.LoRAHub(evaluations=40), examples)),
+    Row("arrow", "Arrow, all four", routed(lk.Arrow())),
+    Row("arrow-1", "Arrow, top 1", routed(lk.Arrow(top_k=1))),
+    Row("retrieval", "retrieval, 16 requests each", routed(lk.Retrieval(), requests)),
+    Row("xlora", "X-LoRA over the four, trained on all", learned("xlora", "method=xlora", four())),
+    Row("mixlora", "MixLoRA, 4 experts, top 2, trained on all", learned("mixlora", MIXTURE)),
 ]
 
 

@@ -247,6 +247,25 @@ def noted(model: nn.Module) -> Iterator[list[Callable[[], Tensor]]]:
 
 
 @contextmanager
+def routes(model: nn.Module) -> Iterator[list[tuple[str, Tensor]]]:
+    """Within the block, what routers decide is noted in the list: the layer or feed-forward, and its weights (…, experts)."""
+    board = board_of(model)
+    before, board.seen = board.seen, []
+    try:
+        yield board.seen
+    finally:
+        board.seen = before
+
+
+def whole_rows(model: nn.Module) -> str | None:
+    """The router in use that weighs whole rows, so that rows must run as they are: not packed, nothing of them shared."""
+    board = getattr(model, "_lorakit", None)
+    if not isinstance(board, Board):
+        return None
+    return next((name for name, own in board.routers.items() if own.whole_rows and name in board.routing.names), None)
+
+
+@contextmanager
 def counted(model: nn.Module, counts: Tensor) -> Iterator[None]:
     """Within the block, the tokens of a batch count so often in what adapters add to a training loss; padding 0 times.
 

@@ -444,6 +444,8 @@ class Adapted(nn.Module):
                 continue
             else:
                 found = router.weights(self.path, site.name, call, routing.found.get(entry))
+                if self.board.seen is not None:
+                    self.board.seen.append((self.path, found.detach().expand(*call.leading, -1)))
                 own = {member: share * found[..., i : i + 1] for i, member in enumerate(router.members)}
             for name, weight in own.items():
                 total[name] = total[name] + weight if name in total else weight

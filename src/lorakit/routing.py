@@ -139,6 +139,8 @@ class Board:
         self.merged: frozenset[str] = frozenset()
         self.extra: list[Callable[[], Tensor]] | None = None
         """Where what adapters add to a training loss is noted just now (`adapter.noted`)."""
+        self.seen: list[tuple[str, Tensor]] | None = None
+        """Where it is noted just now what routers decide: layer or block, (…, experts) (`adapter.routes`)."""
         self.counts: Tensor | None = None
         """How often each token of the present batch counts in that (`adapter.counted`)."""
         self.frozen: dict[str, bool] = {}

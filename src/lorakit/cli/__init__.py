@@ -29,6 +29,7 @@ from lorakit.cli import methods as methods_verb
 from lorakit.cli import plan as plan_verb
 from lorakit.cli import prune as prune_verb
 from lorakit.cli import resize as resize_verb
+from lorakit.cli import route as route_verb
 from lorakit.cli import scale as scale_verb
 from lorakit.cli import serve as serve_verb
 from lorakit.cli import train as train_verb
@@ -100,6 +101,7 @@ app.command(name="methods", help=methods_verb.HELP)(methods_verb.methods)
 app.command(name="plan", help=plan_verb.HELP)(plan_verb.plan)
 app.command(name="convert", help=convert_verb.HELP)(convert_verb.convert)
 app.command(name="resize", help=resize_verb.HELP)(resize_verb.resize)
+app.command(name="route", help=route_verb.HELP)(route_verb.route)
 app.command(name="verify", help=verify_verb.HELP)(verify_verb.verify)
 app.command(name="scale", help=scale_verb.HELP)(scale_verb.scale)
 app.command(name="prune", help=prune_verb.HELP)(prune_verb.prune)

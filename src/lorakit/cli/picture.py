@@ -1,9 +1,9 @@
-"""The picture of an adapter's ranks: one row per kind of layer, one column per block, so that uneven spending shows."""
+"""Pictures of adapters: the ranks of their layers, and which experts a router gives layers and tokens to."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from io import BytesIO
 from typing import Any, Protocol
 
@@ -59,6 +59,53 @@ def draw_ranks(layers: Iterable[Ranked], title: str = "") -> bytes:
     axis.spines[:].set_visible(False)
     axis.tick_params(length=0)
     figure.suptitle(title or "rank of what each layer adds", fontsize=10)
+    buffer = BytesIO()
+    figure.savefig(buffer, format="png")
+    return buffer.getvalue()
+
+
+def draw_routes(
+    prompts: Sequence[tuple[str, Mapping[str, Any], Sequence[str]]], experts: Sequence[str], title: str
+) -> bytes:
+    """Who was routed where, as PNG bytes: for each prompt, the mean weight of every expert in every layer, and of every
+    expert for every token.
+
+    Args:
+        prompts: (text, {layer: weights (tokens, experts)}, the tokens as text).
+        experts: the experts' names.
+        title: above it all.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg", force=False)
+    import torch
+    from matplotlib.figure import Figure
+
+    tall = max(max(len(tokens) for _, _, tokens in prompts), 12)
+    width = 2.2 + 0.5 * len(experts)
+    figure = Figure(figsize=(2 * width * len(prompts), 1.6 + 0.16 * min(tall, 60)), dpi=130, layout="constrained")
+    axes: Any = figure.subplots(1, 2 * len(prompts), squeeze=False)[0]
+    highest = max(float(weights.max()) for _, layers, _ in prompts for weights in layers.values())
+    for place, (text, layers, tokens) in enumerate(prompts):
+        by_layer = torch.stack([weights.mean(0) for weights in layers.values()])
+        by_token = torch.stack(list(layers.values())).mean(0)
+        left, right = axes[2 * place], axes[2 * place + 1]
+        image = left.imshow(by_layer, cmap="Blues", vmin=0, vmax=highest, aspect="auto", interpolation="nearest")
+        right.imshow(by_token, cmap="Blues", vmin=0, vmax=highest, aspect="auto", interpolation="nearest")
+        blocks = [place_of(name)[1] for name in layers]
+        starts = [row for row, block in enumerate(blocks) if row == 0 or block != blocks[row - 1]]
+        step = max(1, len(starts) // 15)
+        left.set_yticks(starts[::step], [str(blocks[row]) for row in starts[::step]], fontsize=7)
+        left.set_ylabel("block", fontsize=8)
+        step = max(1, len(tokens) // 60)
+        right.set_yticks(range(0, len(tokens), step), [repr(token)[1:-1] for token in tokens[::step]], fontsize=6)
+        left.set_title(text if len(text) < 30 else text[:28] + "…", fontsize=8, loc="left")
+        for axis in (left, right):
+            axis.set_xticks(range(len(experts)), experts, fontsize=7, rotation=40, ha="right")
+            axis.spines[:].set_visible(False)
+            axis.tick_params(length=0)
+    figure.colorbar(image, ax=list(axes), shrink=0.5, pad=0.01).ax.tick_params(labelsize=7)
+    figure.suptitle(title, fontsize=10)
     buffer = BytesIO()
     figure.savefig(buffer, format="png")
     return buffer.getvalue()

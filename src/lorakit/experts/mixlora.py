@@ -318,6 +318,8 @@ class _Block:
         x = tensors[0]
         logits, weights, kept = gates.route(self.index, x)
         gates.note(logits, kept)
+        if gates.board.seen is not None:
+            gates.board.seen.append((gates.blocks[self.index], weights.detach()))
         if gates.spec.mix == "layer":
             gates.board.routing = dataclasses.replace(before, found={**before.found, gates.name: weights})
             return args, kwargs, (before, None)

@@ -105,6 +105,10 @@ class Retriever(FirstPass):
         return centred @ cast(Tensor, self.centroids).to(embeddings).T
 
     def find(self, args: tuple[Any, ...], kwargs: dict[str, Any], beside: dict[str, Any] | None) -> Tensor:
+        if kwargs.get("flat_batch") is not None:
+            raise LorakitError(
+                "use: retrieval weighs whole rows, and this batch has them packed into one; pad them (train.fast_path: off)."
+            )
         if beside is not None and "weights" in beside:
             return cast(Tensor, beside["weights"])
         mask = kwargs.get("attention_mask", args[1] if len(args) > 1 else None)

@@ -4,9 +4,9 @@
     pass 2: y = W x + scale · Σ_e λ_e ΔW_e x,   λ of this token and, with `layerwise`, of this layer
 
 The classifier alone trains: one linear layer, or several with ReLU between. With `top_k` the softmax is over the largest
-alone, so that the weights still sum to 1. PEFT has it too and reads these files; there a cache is not possible (every new
-token runs the whole text through both passes), and top-k after a softmax does not sum to 1 or is taken a second time. Buehler
-and Buehler 2024, arXiv 2402.07148.
+alone, so that the weights still sum to 1. In PEFT's X-LoRA a cache is not possible (every new token runs the whole text
+through both passes), and top-k after a softmax does not sum to 1, or is put through a second one. Buehler and Buehler 2024,
+arXiv 2402.07148.
 """
 
 from __future__ import annotations

@@ -33,6 +33,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from lorakit.adapter import whole_rows
 from lorakit.errors import LorakitError
 from lorakit.train.loss import prompts_known
 
@@ -314,6 +315,10 @@ def _shares_exactly(reader: Reader, prompts: Sequence[Sequence[int]], choices: S
     model = reader.model
     if not {"position_ids", "past_key_values", "attention_mask"} <= reader.arguments:
         log.info("scoring row by row: %s takes no position ids or no cache", type(model).__name__)
+        return False
+    whole = whole_rows(model)
+    if whole is not None:
+        log.info("scoring row by row: router %r weighs whole rows", whole)
         return False
     window = getattr(getattr(model, "config", None), "sliding_window", None)
     longest = max(map(len, prompts)) + max(map(len, choices))

@@ -28,7 +28,7 @@ from rich.console import Console
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from lorakit.adapter import adapters, noted
+from lorakit.adapter import noted, whole_rows
 from lorakit.errors import LorakitError
 from lorakit.optim import build_optimizer, correct_gradients, corrections_of, parameter_groups
 from lorakit.train import checkpoint
@@ -81,7 +81,7 @@ def choose_path(model: nn.Module, fast_path: str = "auto") -> LossPath:
 
 def _whole_rows(model: nn.Module) -> str | None:
     """Why rows must not be packed into one, where a router weighs them whole."""
-    whole = next((name for name, own in adapters(model).items() if getattr(own.router, "whole_rows", False)), None)
+    whole = whole_rows(model)
     return None if whole is None else f"router {whole!r} weighs whole rows"
 
 
