@@ -102,6 +102,21 @@ def test_lokr_of_peft_with_whole_matrices_keeps_its_scale(tmp_path: Path) -> Non
     same(changes(model, tmp_path / "again"), changes(model, folder))
 
 
+def test_lokr_factors_are_found_for_all_layers_at_once(tmp_path: Path) -> None:
+    """A layer of 8 × 8 has the sizes of factor 2 and of others; one of 64 × 8 says which it was."""
+    model = unet()
+    feed = LINEAR.replace("attn1.to_q", "ff.net.0.proj")
+    tensors: dict[str, Tensor] = {}
+    expected = {}
+    for seed, layer in enumerate((LINEAR, feed)):
+        out, into = model.get_parameter(f"{layer}.weight").shape
+        C, a, b = random(seed, 2, 2), random(seed + 1, out // 2, 1), random(seed + 2, 1, into // 2)
+        tensors |= {f"{named(layer)}.lokr_w1": C, f"{named(layer)}.lokr_w2_a": a, f"{named(layer)}.lokr_w2_b": b}
+        expected[layer] = torch.kron(C, a @ b)
+    convert(write(tmp_path / "a.safetensors", tensors), tmp_path / "peft", "peft")
+    same(changes(model, tmp_path / "peft"), expected)
+
+
 def test_tucker_forms_are_the_two_part_ones(tmp_path: Path) -> None:
     model = unet()
     W = model.get_parameter(f"{CONVOLUTION}.weight")

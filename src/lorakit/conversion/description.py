@@ -24,6 +24,8 @@ from lorakit.layout import Convolution, Embedding, Layout, Linear
 from lorakit.methods import DoRA, Full, LoHa, LoKr, LoRA
 
 MAGNITUDE = "lora_magnitude_vector"
+EVERY = ("lora", "dora", "loha", "lokr", "full", "dora over loha", "dora over lokr", "dora over full")
+"""Methods that other tools have a file for, by `method_name`."""
 _FAMILIES = {"lora_": "lora", "hada_": "loha", "lokr_": "lokr", "full_": "full"}
 
 
@@ -162,6 +164,31 @@ def _letters(method: Method, layout: Layout) -> dict[str, tuple[str, str]]:
     inner = method.inner if isinstance(method, DoRA) else method
     letters = _blank(inner, layout.shape).peft_keys(layout.kind)
     return {**letters, "m": (MAGNITUDE, "features")} if isinstance(method, DoRA) else letters
+
+
+def with_one_factor(layers: Mapping[str, Layer]) -> dict[str, Layer] | None:
+    """LoKr layers under one factor and one decompose_both, or None where no such pair gives all their sizes.
+
+    A file keeps sizes and no factor, and several factors may give a layer's; PEFT's configuration has one for all layers.
+    """
+    factors = dict.fromkeys(cast(LoKr, layer.inner).factor for layer in layers.values())
+    for factor in factors:
+        for both in (False, True):
+            changed = {path: _refactored(layer, factor, both) for path, layer in layers.items()}
+            whole = {path: layer for path, layer in changed.items() if layer is not None}
+            if len(whole) == len(layers):
+                return whole
+    return None
+
+
+def _refactored(layer: Layer, factor: int, both: bool) -> Layer | None:
+    """The layer under another factor, None where its tensors would have other sizes."""
+    inner = cast(LoKr, layer.inner).replace(factor=factor, decompose_both=both)
+    blank = _blank(inner, layer.layout.shape)
+    sizes = {name: tuple(parameter.shape) for name, parameter in blank.named_parameters()}
+    if sizes != {name: tuple(tensor.shape) for name, tensor in layer.tensors.items() if name != "m"}:
+        return None
+    return replace(layer, method=layer.method.replace(inner=inner) if isinstance(layer.method, DoRA) else inner)
 
 
 # -- from a file's words to a layer ----------------------------------------------------------------------------------------

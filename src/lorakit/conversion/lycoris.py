@@ -16,7 +16,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from lorakit.conversion.content import Content
-from lorakit.conversion.description import Description, Layer
+from lorakit.conversion.description import EVERY, Description, Layer
 from lorakit.conversion.format import Format, Target
 from lorakit.conversion.kohya import file_name, is_lycoris, is_sdxl, read, write_named
 from lorakit.conversion.underscores import flat
@@ -56,7 +56,7 @@ LYCORIS = Format(
     title="LyCORIS, ComfyUI",
     file="one .safetensors file",
     suffix=".safetensors",
-    holds=("lora", "dora", "loha", "lokr", "full", "dora over loha", "dora over lokr", "dora over full"),
+    holds=EVERY,
     scale="a tensor `alpha` per layer; the scale is alpha / rank, once; 1 where LoKr's matrices are both whole",
     limits="No embeddings, no changes of biases and norms. A model by itself has the prefix `lycoris_`, and is read "
     "back by its "

@@ -17,12 +17,14 @@ from torch import Tensor
 from lorakit.bundle import FORMAT
 from lorakit.conversion.content import Content
 from lorakit.conversion.description import (
+    EVERY,
     MAGNITUDE,
     Description,
     Layer,
     assemble,
     fitted,
     method_name,
+    with_one_factor,
 )
 from lorakit.conversion.format import Format, Target, grouped
 from lorakit.conversion.names import Names, component_of, guess_component
@@ -34,7 +36,6 @@ from lorakit.store import targets_as_data
 from lorakit.table import method_for_peft, spec_from_dict
 from lorakit.targets import Targets, value_for
 
-HOLDS = ("lora", "dora", "loha", "lokr", "full", "dora over loha", "dora over lokr", "dora over full")
 _KEY = re.compile(
     r"(?P<layer>.+)\.(?P<word>lora_A\.weight|lora_B\.weight|lora_embedding_A|lora_embedding_B|lora_magnitude_vector"
     r"|hada_w[12]_[ab]|lokr_w[12](?:_[ab])?|full_P)(?P<weight>\.weight)?"
@@ -137,8 +138,10 @@ def write(description: Description, target: Target) -> tuple[dict[str, Content],
 
 def _one_method(layers: dict[str, Layer]) -> tuple[dict[str, Layer], list[str]]:
     kinds = Counter(method_name(layer.method) for layer in layers.values())
-    if len(kinds) == 1:
+    if len(kinds) == 1 and not all(isinstance(layer.inner, LoKr) for layer in layers.values()):
         return layers, []
+    if len(kinds) == 1 and (uniform := with_one_factor(layers)) is not None:
+        return uniform, []
     try:
         folded = fitted(Description({"": layers}), ("lora",), "one folder of PEFT's format")
     except LorakitError as problem:
@@ -159,7 +162,6 @@ def _folder(component: str, layers: dict[str, Layer], base: str | None) -> Conte
         common[name] = Counter(values.values()).most_common(1)[0][0]
         patterns[option] = {f"^{re.escape(path)}": value for path, value in values.items() if value != common[name]}
     method = first.replace(**common) if common else first
-    _check_uniform(method, methods)
     tensors: dict[str, Tensor] = {}
     for path, layer in layers.items():
         for word, tensor in layer.words().items():
@@ -201,27 +203,12 @@ def _folder(component: str, layers: dict[str, Layer], base: str | None) -> Conte
     return Content(component, tensors, {}, config, own)
 
 
-def _check_uniform(method: Method, methods: Mapping[str, Method]) -> None:
-    """What PEFT has no pattern for must be the same in all layers."""
-    inner = method.inner if isinstance(method, DoRA) else method
-    if not isinstance(inner, LoKr | LoRA):
-        return
-    for path, other in methods.items():
-        theirs = other.inner if isinstance(other, DoRA) else other
-        for name in ("factor", "decompose_both", "rslora"):
-            ours, found = getattr(inner, name, None), getattr(theirs, name, None)
-            if ours != found:
-                raise LorakitError(
-                    f"convert: PEFT's configuration has one {name} for all layers; {path} has {found} and others {ours}."
-                )
-
-
 PEFT = Format(
     name="peft",
     title="PEFT, vLLM, lorakit",
     file="folder: adapter_config.json, adapter_model.safetensors",
     suffix="",
-    holds=HOLDS,
+    holds=EVERY,
     scale="configuration: alpha and rank, patterns per layer, rsLoRA",
     limits="One method per folder; a pipeline is one folder per component. Full matrices and DoRA over LoHa or LoKr "
     "are read by "
