@@ -78,7 +78,7 @@ def methods(draw: Callable[..., Any]) -> Any:
         return spec
 
 
-@settings(max_examples=60, deadline=None, derandomize=True)
+@settings(max_examples=40, deadline=None, derandomize=True)
 @given(methods(), methods(), st.floats(-3, 3), st.floats(-3, 3))
 def test_linear_is_the_weighted_sum_of_any_two_methods(one: Any, other: Any, first: float, second: float) -> None:
     assume(abs(first) > 1e-3 or abs(second) > 1e-3)

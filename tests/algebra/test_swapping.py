@@ -25,47 +25,51 @@ def _fresh() -> Iterator[None]:
     torch._dynamo.reset()
 
 
-def others(model: Any) -> list[Any]:
+def others(model: Any, targets: list[str] = TARGETS) -> list[Any]:
     made = [
-        lk.attach(model, lk.LoRA(rank=2, alpha=7.0), name="two", target_modules=TARGETS),
-        lk.attach(model, lk.LoRA(rank=5, alpha=3.0, rslora=True), name="five", target_modules=["q_proj"]),
-        lk.attach(model, lk.AdaLoRA(rank=3), name="ada", target_modules=TARGETS),
+        lk.attach(model, lk.LoRA(rank=2, alpha=7.0), name="two", target_modules=targets),
+        lk.attach(model, lk.LoRA(rank=5, alpha=3.0, rslora=True), name="five", target_modules=targets[:1]),
+        lk.attach(model, lk.AdaLoRA(rank=3), name="ada", target_modules=targets),
     ]
     for index, adapter in enumerate(made):
         scramble(adapter.named_parameters(), seed=index)
     return made
 
 
-def test_swapped_is_the_other_adapter_and_nothing_is_compiled_again() -> None:
-    model = twin(MODELS["llama"]())
-    made = others(model)
-    slot = lk.attach(model, lk.LoRA(rank=6, alpha=12.0), name="slot", target_modules=TARGETS)
-    wanted = {}
-    for adapter in made:
-        with lk.use(model, adapter.name):
-            wanted[adapter.name] = logits(model, "llama")
-    lk.activate(model, "slot")
+def compiled_slot() -> tuple[Any, Any, Any, list[Any]]:
+    """A small model, the same compiled with a slot in use, the slot, and three adapters."""
+    model = twin(MODELS["words"]())
+    made = others(model, ["head", "body"])
+    slot = lk.attach(model, lk.LoRA(rank=5, alpha=12.0), name="slot", target_modules=["head", "body"])
     compiled = torch.compile(model, backend="eager")
-    logits(compiled, "llama")
+    logits(compiled, "words")
+    return model, compiled, slot, made
+
+
+def test_swapped_is_the_other_adapter_and_nothing_is_compiled_again() -> None:
+    model, compiled, slot, made = compiled_slot()
     graphs = counters["stats"]["unique_graphs"]
     assert graphs > 0
+    wanted = {}
+    routing = model._lorakit.routing  # the very object: the compiled code is for this route
+    for adapter in made:
+        lk.activate(model, adapter.name)
+        wanted[adapter.name] = logits(model, "words")
+    model._lorakit.routing = routing
     with torch.compiler.set_stance("fail_on_recompile"):
         for adapter in [*made, made[0]]:
             lk.swap(slot, adapter)
-            assert_same(logits(compiled, "llama"), wanted[adapter.name])
+            assert_same(logits(compiled, "words"), wanted[adapter.name])
     assert counters["stats"]["unique_graphs"] == graphs
 
 
 def test_the_check_above_can_fail() -> None:
     """What a swap must not do: a scale of its own is a constant of the compiled code."""
-    model = twin(MODELS["llama"]())
-    slot = lk.attach(model, lk.LoRA(rank=6), name="slot", target_modules=TARGETS)
-    compiled = torch.compile(model, backend="eager")
-    logits(compiled, "llama")
+    _, compiled, slot, _ = compiled_slot()
     for _, _, delta in slot.deltas():
         delta.scale = 2.5
     with torch.compiler.set_stance("fail_on_recompile"), pytest.raises(RuntimeError, match="recompile"):
-        logits(compiled, "llama")
+        logits(compiled, "words")
 
 
 def test_folders_and_whole_tensors(tmp_path: Path) -> None:
@@ -116,10 +120,10 @@ def test_what_does_not_fit_is_refused_and_the_slot_stays(tmp_path: Path) -> None
 
 
 def test_choosing_among_a_hundred_is_one_assignment() -> None:
-    model = twin(MODELS["llama"]())
+    model = twin(MODELS["words"]())
     for index in range(100):
-        lk.attach(model, lk.LoRA(rank=1), name=f"a{index}", target_modules=["q_proj"])
-    layer = model.model.layers[0].self_attn.q_proj
+        lk.attach(model, lk.LoRA(rank=1), name=f"a{index}", target_modules=["head"])
+    layer = model.head
     before = {key: value for key, value in vars(layer).items() if key != "_modules"}
     lk.activate(model, "a57")
     assert layer.board.routing.names == ("a57",)

@@ -13,8 +13,8 @@ So `linear` is the weighted sum and no more (task arithmetic with negative weigh
 weights say how much each counts in it, whatever they add up to. The signs of factors mean nothing, B A = (-B)(-A), so
 nothing of this is ever done to factors apart.
 
-TIES: Yadav et al. 2023, arXiv 2306.01708. DARE: Yu et al. 2023, arXiv 2311.03099. Task arithmetic: Ilharco et al. 2022, arXiv
-2212.04089. RegMean: Jin et al. 2022, arXiv 2212.09849.
+TIES: Yadav et al. 2023, arXiv 2306.01708. DARE: Yu et al. 2023, arXiv 2311.03099. Task arithmetic: Ilharco et al. 2022,
+arXiv 2212.04089.
 """
 
 from __future__ import annotations
