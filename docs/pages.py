@@ -133,6 +133,30 @@ def formats() -> str:
     return "\n".join(rows)
 
 
+def edits() -> str:
+    """The table of edits, from their cards, for SmolLM2-135M at their own defaults."""
+    from lorakit.catalogue import edits_catalogue
+
+    rows = [
+        "| name | edit | formula | numbers for SmolLM2-135M | starts as the base | in flat rows | PEFT | paper | when |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for entry in edits_catalogue():
+        cells = (
+            f"`{entry.name}`",
+            entry.title,
+            entry.formula.replace("|", "\\|"),
+            f"{entry.parameters:,}" if entry.parameters is not None else "does not fit",
+            "yes" if entry.identity else "no",
+            "yes" if entry.flat else "no",
+            f"`{entry.peft}`" if entry.peft else "-",
+            entry.paper,
+            entry.use + (f" {entry.limits}" if entry.limits else ""),
+        )
+        rows.append("| " + " | ".join(cells) + " |")
+    return "\n".join(rows)
+
+
 def results(name: str) -> str:
     """The table that a benchmark wrote into benchmarks/results/NAME.json, under "markdown"."""
     path = ROOT / "benchmarks" / "results" / f"{name}.json"
@@ -144,7 +168,7 @@ def results(name: str) -> str:
 
 def parts() -> dict[str, Callable[[], str]]:
     """Marker -> what stands under it."""
-    named: dict[str, Callable[[], str]] = {"tree": tree, "methods": methods, "formats": formats}
+    named: dict[str, Callable[[], str]] = {"tree": tree, "methods": methods, "formats": formats, "edits": edits}
     for page in PAGES:
         if (ROOT / page).is_file():
             for marker in re.findall(r"<!-- bench (\w[\w-]*) -->", (ROOT / page).read_text()):

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from lorakit.adapter import Adapter, activate, adapters, attach, detach, noted, prompts, use
     from lorakit.algebra import combine, diff, extract, merge, merged, prune, resize, scale, swap, verify
     from lorakit.conversion import convert
-    from lorakit.edits import EDITS, PromptTuning
+    from lorakit.edits import EDITS, Bottleneck, LLaMAAdapter, LoReFT, PrefixTuning, PromptTuning, PTuning
     from lorakit.errors import LorakitError
     from lorakit.experts import Arrow, LoRAHub, MixLoRA, MoLE, Retrieval, XLoRA
     from lorakit.init import EVA, CorDA, Gaussian, Kaiming, LoftQ, LoRAGA, MiLoRA, Normal, OLoRA, Orthogonal, PiSSA
@@ -53,7 +53,7 @@ _HOMES = {
     "lorakit.adapter": ("Adapter", "activate", "adapters", "attach", "detach", "noted", "prompts", "use"),
     "lorakit.algebra": ("combine", "diff", "extract", "merge", "merged", "prune", "resize", "scale", "swap", "verify"),
     "lorakit.conversion": ("convert",),
-    "lorakit.edits": ("EDITS", "PromptTuning"),
+    "lorakit.edits": ("EDITS", "Bottleneck", "LLaMAAdapter", "LoReFT", "PTuning", "PrefixTuning", "PromptTuning"),
     "lorakit.errors": ("LorakitError",),
     "lorakit.experts": ("Arrow", "LoRAHub", "MixLoRA", "MoLE", "Retrieval", "XLoRA"),
     "lorakit.init": (
@@ -127,6 +127,7 @@ __all__ = [
     "Adapter",
     "Arrow",
     "BitFit",
+    "Bottleneck",
     "CorDA",
     "DoRA",
     "DyLoRA",
@@ -136,6 +137,7 @@ __all__ = [
     "Gaussian",
     "HiRA",
     "Kaiming",
+    "LLaMAAdapter",
     "LoHa",
     "LoKr",
     "LoRA",
@@ -143,6 +145,7 @@ __all__ = [
     "LoRAGA",
     "LoRAHub",
     "LoRAXS",
+    "LoReFT",
     "LoftQ",
     "LorakitError",
     "MiLoRA",
@@ -153,7 +156,9 @@ __all__ = [
     "OLoRA",
     "OneLoRA",
     "Orthogonal",
+    "PTuning",
     "PiSSA",
+    "PrefixTuning",
     "PromptTuning",
     "RandLoRA",
     "ReLoRA",

@@ -446,7 +446,7 @@ def build_edits(model: nn.Module, method: EditMethod, targets: Targets, name: st
     anatomy = anatomy_of(model)
     source = getattr(method, "tokenizer", None) or getattr(model, "name_or_path", None)
     known = method if folded else method.with_tokenizer(_Reader(source))
-    edits = {place: known.build(place, anatomy, folded) for place in known.places(anatomy, targets.layers)}
+    edits = known.build_all(known.places(anatomy, targets.layers), anatomy, folded)
     reference = next(model.parameters(), None)
     for edit in edits.values():
         edit.to(device=None if reference is None else reference.device)

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from torch import nn
 
 from lorakit.delta import Delta, Method, Pool, Shape
+from lorakit.edit import Anatomy, Block
+from lorakit.edits import EDITS
 from lorakit.errors import LorakitError
 from lorakit.layout import sites_of
 from lorakit.methods import METHODS
@@ -50,6 +52,70 @@ class Entry:
     def training_bytes(self) -> int | None:
         """Memory for the adapter's own numbers while training with Adam, in bytes."""
         return None if self.parameters is None else self.parameters * TRAINING_BYTES
+
+
+SAMPLE = Anatomy(
+    hidden=576,
+    heads=9,
+    key_heads=3,
+    head_size=64,
+    vocabulary=49152,
+    blocks=tuple(
+        Block(f"{number}", number, f"{number}.attention", (f"{number}.out",), (f"{number}.up", f"{number}.down"))
+        for number in range(30)
+    ),
+    model_type="llama",
+)
+"""SmolLM2-135M, on which edits are counted where no model is given."""
+
+
+@dataclass(frozen=True)
+class EditEntry:
+    """One edit on a model: `parameters` at its defaults; the rest is from its card, as in `Entry`."""
+
+    name: str
+    title: str
+    formula: str
+    paper: str
+    use: str
+    limits: str
+    parameters: int | None
+    identity: bool
+    peft: str | None
+    flat: bool
+    reason: str = ""
+
+    @property
+    def training_bytes(self) -> int | None:
+        """Memory for the edit's own numbers while training with Adam, in bytes."""
+        return None if self.parameters is None else self.parameters * TRAINING_BYTES
+
+
+def edits_catalogue(anatomy: Anatomy = SAMPLE) -> list[EditEntry]:
+    """Every edit of the table, with its cost on a model of this anatomy."""
+    entries = []
+    for name, edit in EDITS.items():
+        card, parameters, reason = edit.card, None, ""
+        try:
+            parameters = card.parameters(anatomy, edit())
+        except LorakitError as problem:
+            reason = str(problem)
+        entries.append(
+            EditEntry(
+                name=name,
+                title=card.title,
+                formula=card.formula,
+                paper=card.paper,
+                use=card.use,
+                limits=card.limits,
+                parameters=parameters,
+                identity=card.identity,
+                peft=edit.peft_type,
+                flat=edit.flat is None,
+                reason=reason,
+            )
+        )
+    return entries
 
 
 def matrices(model: nn.Module, targets: Targets | None = None) -> dict[str, Shape]:

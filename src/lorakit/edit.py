@@ -116,13 +116,13 @@ class EditMethod(Spec):
     def build(self, place: Place, anatomy: Anatomy, folded: bool = False) -> Edit:
         """A new edit for one place, with the initial values of the paper; `folded`: to be filled from a file."""
 
+    def build_all(self, places: Sequence[Place], anatomy: Anatomy, folded: bool = False) -> dict[Place, Edit]:
+        """The edits of all places; by default each for itself."""
+        return {place: self.build(place, anatomy, folded) for place in places}
+
     def with_tokenizer(self, tokenizer: Any) -> Self:
         """The spec with what only a tokenizer can tell; called before training by the command."""
         return self
-
-    def size(self, anatomy: Anatomy) -> int:
-        """Trainable numbers in all."""
-        return self.card.parameters(anatomy, self)
 
     # -- files --------------------------------------------------------------------------------------------------------
     def peft_config(self) -> dict[str, Any]:
@@ -133,13 +133,18 @@ class EditMethod(Spec):
         """Entries of PEFT's configuration that say what the model is like."""
         return {}
 
-    def peft_name(self) -> str:
+    def peft_name(self, anatomy: Anatomy) -> str:
         """What stands as `peft_type` in the file."""
         return self.peft_type or self.name.upper().replace("-", "_")
 
-    @classmethod
-    def read_tensors(cls, tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> dict[str, Tensor]:
-        """A file's tensors in the form in which the edits' `views` give them; by default as they are."""
+    def file_tensors(self, edits: Mapping[Place, Edit]) -> dict[tuple[str, str], Tensor]:
+        """What a file keeps: (path, name below it) -> tensor; without a path the name stands alone, as PEFT's prompts do."""
+        return {(place.path, name): tensor for place, edit in edits.items() for name, tensor in edit.views().items()}
+
+    def read_tensors(
+        self, tensors: Mapping[str, Tensor], config: Mapping[str, Any], paths: Sequence[str]
+    ) -> dict[str, Tensor]:
+        """A file's tensors under the names of the edits' own (`path.name`), where `paths` are those of the places in order."""
         return dict(tensors)
 
 

@@ -349,6 +349,8 @@ class _Entry:
         lengths = self.front.board.prompts
         if lengths is None:
             return real
+        if lengths.shape[0] and self.count % lengths.shape[0] == 0:  # several beams or answers of each row
+            lengths = lengths.repeat_interleave(self.count // lengths.shape[0])
         if lengths.shape[0] != self.count:
             raise LorakitError(
                 f"prompts: {lengths.shape[0]} lengths were given for a batch of {self.count} rows; give one for each row."

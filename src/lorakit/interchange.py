@@ -149,14 +149,15 @@ def tensors_of(adapter: Adapter) -> dict[str, Tensor]:
     for path, replacement in adapter.replacements():
         for name, tensor in replacement.tensors().items():
             result[replacement_key(adapter, path, plain[path], name)] = tensor.detach()
-    for place, edit in adapter.edits.items():
-        for name, tensor in edit.views().items() if place.path else ():
-            result[f"{plain[place.path]}.{name}"] = tensor
+    edits = adapter.method.file_tensors(adapter.edits) if adapter.edits else {}
+    for (path, name), tensor in edits.items():
+        if path:
+            result[f"{plain[path]}.{name}"] = tensor
     result = {PREFIX + key: tensor.contiguous() for key, tensor in result.items()}
     for name, tensor in adapter.pool.state_dict().items():
         result[f"base_model.{name}"] = tensor.contiguous()
-    for place, edit in adapter.edits.items():
-        for name, tensor in edit.views().items() if not place.path else ():
+    for (path, name), tensor in edits.items():
+        if not path:
             result[name] = tensor.contiguous()  # PEFT keeps what stands in front of the input without a prefix
     for name, tensor in adapter.router.state_dict().items() if adapter.router is not None else ():
         result[f"base_model.{ROUTER}{name}"] = tensor.contiguous()
@@ -347,7 +348,7 @@ def edit_config(adapter: Adapter, base: str | None = None) -> dict[str, Any]:
     """PEFT's adapter_config.json for an adapter of edits."""
     assert adapter.anatomy is not None
     method: EditMethod = adapter.method
-    own = {"peft_type": method.peft_name(), **method.peft_config(), **method.peft_model(adapter.anatomy)}
+    own = {"peft_type": method.peft_name(adapter.anatomy), **method.peft_config(), **method.peft_model(adapter.anatomy)}
     return {**_general(adapter, base), **own}
 
 

@@ -267,7 +267,8 @@ def _load_edits(
             check(adapter, bundle.own["base"].get("fingerprint"), bundle.folder, complain)
         else:
             _compare_names(model, bundle)
-        supply = _Supply(method.read_tensors(tensors, config), bundle.folder / TENSORS)
+        paths = [plain[place.path] for place in adapter.edits]
+        supply = _Supply(method.read_tensors(tensors, config, paths), bundle.folder / TENSORS)
         for place, edit in adapter.edits.items():
             for key in edit.views():
                 whole = f"{plain[place.path]}.{key}" if place.path else key

@@ -67,7 +67,7 @@ def t5() -> nn.Module:
         T5Config(
             vocab_size=VOCABULARY,
             d_model=16,
-            d_kv=6,
+            d_kv=4,
             d_ff=24,
             num_layers=2,
             num_heads=4,
@@ -116,7 +116,8 @@ def inputs(kind: str, left: bool = False) -> dict[str, Tensor]:
     ids = torch.randint(1, VOCABULARY, (3, 7), generator=generator)
     step = torch.arange(7)
     mask = torch.stack([step >= 7 - n if left else step < n for n in (7, 5, 3)]).long()
-    given = {"input_ids": ids * mask, "attention_mask": mask}
+    texts = [row[:n] for row, n in zip(ids, (7, 5, 3), strict=True)]
+    given = {"input_ids": torch.zeros_like(ids).masked_scatter(mask.bool(), torch.cat(texts)), "attention_mask": mask}
     if kind in CAUSAL:
         given["position_ids"] = (mask.cumsum(1) - 1).clamp_min(0)
     if kind in ("t5", "bart"):

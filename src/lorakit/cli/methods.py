@@ -21,21 +21,24 @@ def methods(
     as_json: Annotated[bool, typer.Option("--json", help="Print data instead of a table.")] = False,
 ) -> None:
     """Print the table."""
+    from rich.markup import escape
     from rich.table import Table
 
-    from lorakit.catalogue import catalogue, matrices
+    from lorakit.anatomy import anatomy_of
+    from lorakit.catalogue import SAMPLE, catalogue, edits_catalogue, matrices
     from lorakit.delta import Shape
 
     if model is None:
-        shapes, what = [Shape(1536, 576)], "one 576 → 1536 layer"
+        shapes, what, anatomy, whole = [Shape(1536, 576)], "one 576 → 1536 layer", SAMPLE, "30 blocks of width 576"
     else:
         from lorakit.train.models import load_model
 
-        shapes = list(matrices(load_model(model)[0]).values())
+        loaded = load_model(model)[0]
+        shapes, whole, anatomy = list(matrices(loaded).values()), model, anatomy_of(loaded)
         what = f"the {len(shapes)} linear layers of {model}"
-    entries = catalogue(shapes)
+    entries, edits = catalogue(shapes), edits_catalogue(anatomy)
     if as_json:
-        out.print_json(json.dumps([asdict(entry) for entry in entries]))
+        out.print_json(json.dumps([asdict(entry) for entry in entries] + [asdict(edit) for edit in edits]))
         return
     table = Table(title=f"Methods at their defaults, on {what}", title_justify="left", box=None, pad_edge=False)
     for heading in ("name", "formula", "parameters", "training", "merges", "served together", "PEFT", "paper"):
@@ -52,9 +55,23 @@ def methods(
             entry.paper,
         )
     out.print(table)
-    for entry in entries:
-        if entry.reason:
-            out.print(f"{entry.name}: {entry.reason}", markup=False)
+    table = Table(title=f"Edits at their defaults, on {whole}", title_justify="left", box=None, pad_edge=False)
+    for heading in ("name", "formula", "parameters", "training", "starts as the base", "PEFT", "paper"):
+        table.add_column(heading, justify="right" if heading in ("parameters", "training") else "left")
+    for edit in edits:
+        table.add_row(
+            edit.name,
+            escape(edit.formula),
+            f"{edit.parameters:,}" if edit.parameters is not None else "does not fit",
+            _size(edit.training_bytes),
+            "yes" if edit.identity else "no",
+            edit.peft or "no",
+            edit.paper,
+        )
+    out.print(table)
+    for name, reason in [(one.name, one.reason) for one in entries] + [(one.name, one.reason) for one in edits]:
+        if reason:
+            out.print(f"{name}: {reason}", markup=False)
 
 
 def _size(count: int | None) -> str:

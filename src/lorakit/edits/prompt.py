@@ -4,8 +4,9 @@
 
 P starts as embeddings of random vocabulary entries ("vocabulary"), of a text ("text": repeated or cut to the length), or
 uniform in ±0.5 ("random", the paper's weakest). It costs `tokens` positions of every input. 20 tokens at width 576 train
-11,520 numbers. It wants a far higher learning rate than a delta (0.01 to 0.3), and catches up with full training only on very
-large models. In an encoder-decoder the encoder gets it, and the decoder looks at it too. Lester et al. 2021, arXiv 2104.08691.
+11,520 numbers. It wants a far higher learning rate than a delta (0.01 to 0.3), and catches up with full training only on
+very large models. In an encoder-decoder the encoder gets it, and the decoder looks at it too. Lester et al. 2021, arXiv
+2104.08691.
 """
 
 from __future__ import annotations
@@ -56,8 +57,9 @@ class PromptMethod(EditMethod):
             "num_layers": len(anatomy.blocks),
         }
 
-    @classmethod
-    def read_tensors(cls, tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> dict[str, Tensor]:
+    def read_tensors(
+        self, tensors: Mapping[str, Tensor], config: Mapping[str, Any], paths: Sequence[str]
+    ) -> dict[str, Tensor]:
         """PEFT keeps a second prompt for the decoder of an encoder-decoder and never uses it; the first one is taken."""
         read, count = dict(tensors), int(config["num_virtual_tokens"])
         if PROMPT_KEY in read and read[PROMPT_KEY].shape[0] == 2 * count:

@@ -1,0 +1,125 @@
+"""LLaMA-Adapter: trained tokens that the top layers look at in a softmax of their own, through a gate that starts closed.
+
+    softmax(q Kᵀ s) V + tanh(g) ⊙ softmax(q (W_k P)ᵀ s) W_v P        then the attention's output projection
+
+P (tokens, hidden) in each of the top layers, through the layer's own W_k and W_v and without a position; g one number per
+head, zero at the start, so that the model begins as its base and the first step moves g alone. PEFT has one gate per layer
+without tanh (gate="layer"), which is another parametrisation: files with it go both ways for Llama and Mistral. 10 tokens in
+28 layers of width 576 and 9 heads train 161,532 numbers. Zhang et al. 2023, arXiv 2303.16199.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Self
+
+import torch
+from torch import Tensor, nn
+
+from lorakit.delta import Card
+from lorakit.edit import Anatomy, Attention, EditMethod, Place, in_blocks
+from lorakit.edits.prompt import check_tokens
+from lorakit.errors import LorakitError
+
+PEFT_MODELS = ("llama", "mistral")
+"""Architectures for which PEFT's variant is this one but for the gate. For GPT-2 it adds after the output projection."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LLaMAAdapter(EditMethod):
+    """The options of LLaMA-Adapter.
+
+    Attributes:
+        tokens: trained tokens per layer.
+        top: in how many of the top layers; all but the lowest two by default, as in the paper.
+        gate: "head", a gate per head within tanh, or "layer", one number per layer as it is (PEFT's).
+    """
+
+    name: ClassVar[str] = "llama-adapter"
+    reason: ClassVar[str] = "its keys have a softmax of their own"
+    peft_type: ClassVar[str | None] = "ADAPTION_PROMPT"
+    peft_ignored: ClassVar[frozenset[str]] = frozenset({"adapter_len", "adapter_layers", "target_modules"})
+    card: ClassVar[Card] = Card(
+        title="LLaMA-Adapter",
+        formula="Attn(q, K, V) + tanh(g) ⊙ Attn(q, W_k P, W_v P)",
+        parameters=lambda anatomy, spec: (
+            len(spec.places(anatomy, None))
+            * (spec.tokens * anatomy.hidden + (anatomy.heads if spec.gate == "head" else 1))
+        ),
+        paper="arXiv 2303.16199",
+        use="Instruction tuning with a few numbers that starts exactly at the base.",
+    )
+
+    tokens: int = 10
+    top: int | None = None
+    gate: str = "head"
+
+    def __post_init__(self) -> None:
+        check_tokens(self.name, self.tokens)
+        if self.gate not in ("head", "layer"):
+            raise LorakitError(f'{self.name}: gate was given as {self.gate!r}; it is "head" or "layer".')
+
+    def places(self, anatomy: Anatomy, layers: Sequence[int] | None) -> list[Place]:
+        blocks = in_blocks(anatomy.key_blocks, layers, self.name)
+        if layers is None:
+            top = max(1, len(blocks) - 2) if self.top is None else self.top
+            if not 1 <= top <= len(blocks):
+                raise LorakitError(f"attach: top was given as {self.top!r}; this model has {len(blocks)} layers.")
+            blocks = blocks[-top:]
+        elif self.top is not None:
+            raise LorakitError("attach: llama-adapter was given both layers and top; keep one.")
+        missing = [block.path for block in blocks if block.attention is None]
+        if missing:
+            raise LorakitError(f"attach: the attention of {missing[0]} was not found, beside which {self.name} stands.")
+        return [Place(str(block.attention)) for block in blocks]
+
+    def build(self, place: Place, anatomy: Anatomy, folded: bool = False) -> GatedTokens:
+        if folded and self.gate == "layer" and anatomy.model_type not in PEFT_MODELS:
+            raise LorakitError(
+                f"load: one gate per layer is PEFT's form of {self.name}, which for {anatomy.model_type} is another function "
+                f"(for GPT-2 it adds after the output projection); it is read for {' and '.join(PEFT_MODELS)}."
+            )
+        return GatedTokens(self, place, anatomy)
+
+    def peft_name(self, anatomy: Anatomy) -> str:
+        return "ADAPTION_PROMPT" if self._as_peft(anatomy) else "LLAMA_ADAPTER"
+
+    def _as_peft(self, anatomy: Anatomy) -> bool:
+        return self.gate == "layer" and anatomy.model_type in PEFT_MODELS
+
+    def peft_model(self, anatomy: Anatomy) -> dict[str, Any]:
+        places = self.places(anatomy, None)
+        return {
+            "adapter_len": self.tokens,
+            "adapter_layers": len(places),
+            "target_modules": places[0].path.rpartition(".")[2],
+        }
+
+    @classmethod
+    def from_peft(cls, config: dict[str, Any]) -> Self:
+        return cls(tokens=int(config["adapter_len"]), top=int(config["adapter_layers"]), gate="layer")
+
+
+class GatedTokens(Attention):
+    """P (tokens, hidden) and g (heads,), or (1,) for the whole layer."""
+
+    joint: ClassVar[bool] = False
+
+    def __init__(self, spec: LLaMAAdapter, place: Place, anatomy: Anatomy) -> None:
+        super().__init__(spec, place)
+        self.P = nn.Parameter(torch.randn(spec.tokens, anatomy.hidden))
+        self.g = nn.Parameter(torch.zeros(anatomy.heads if spec.gate == "head" else 1))
+        self.squashed = spec.gate == "head"
+
+    def keys_values(self, project: Callable[[Tensor], tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+        return project(self.P)
+
+    def gate(self) -> Tensor:
+        return torch.tanh(self.g) if self.squashed else self.g
+
+    def views(self) -> dict[str, Tensor]:
+        return {"adaption_prompt": self.P.detach()[None], "adaption_gate": self.g.detach()}
+
+    def fill(self, name: str) -> Tensor:
+        return self.P.data[None] if name == "adaption_prompt" else self.g

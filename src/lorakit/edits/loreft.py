@@ -1,0 +1,104 @@
+"""LoReFT: hidden states are edited between blocks, in a small subspace and at a few tokens of the prompt.
+
+    h ← h + Rᵀ (W h + b - R h)        R (rank, hidden) with orthonormal rows, W (rank, hidden), b (rank,)
+
+at the first and the last tokens of the prompt, after each block. W starts as R and b at zero, so that the model begins as
+its base; the authors' code starts W at random (start="random"). R is made orthonormal from a free matrix at each call. What
+a prompt is: what comes before the cache holds anything, what training does not learn, or what `lk.prompts` says. 30 blocks
+of width 576 at rank 4 train 138,360 numbers. Wu et al. 2024, arXiv 2404.03592.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lorakit.delta import Card
+from lorakit.edit import Anatomy, Change, EditMethod, Place, in_blocks
+from lorakit.errors import LorakitError
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoReFT(EditMethod):
+    """The options of LoReFT.
+
+    Attributes:
+        rank: dimensions of the subspace.
+        first: how many of the prompt's first tokens are edited.
+        last: how many of its last.
+        start: "identity" or "random".
+    """
+
+    name: ClassVar[str] = "loreft"
+    reason: ClassVar[str] = "it edits hidden states of a few tokens, and a weight acts on all of them"
+    flat: ClassVar[str | None] = "it edits chosen tokens of each prompt, and shared beginnings are computed once"
+    card: ClassVar[Card] = Card(
+        title="ReFT (LoReFT)",
+        formula="h + Rᵀ (W h + b - R h)",
+        parameters=lambda anatomy, spec: len(anatomy.blocks) * spec.rank * (2 * anatomy.hidden + 1),
+        paper="arXiv 2404.03592",
+        use="Very few numbers, no cost per generated token: only the prompt is edited.",
+        limits="Acts on prompts only; training must know where answers begin.",
+    )
+
+    rank: int = 4
+    first: int = 1
+    last: int = 1
+    start: str = "identity"
+
+    def __post_init__(self) -> None:
+        for option in ("rank", "first", "last"):
+            value = getattr(self, option)
+            if not isinstance(value, int) or value < (option == "rank"):
+                raise LorakitError(
+                    f"{self.name}: {option} was given as {value!r}; it is a number from {int(option == 'rank')}."
+                )
+        if self.first + self.last == 0:
+            raise LorakitError(f"{self.name}: first and last are both 0, which edits no token.")
+        if self.start not in ("identity", "random"):
+            raise LorakitError(f'{self.name}: start was given as {self.start!r}; it is "identity" or "random".')
+
+    def places(self, anatomy: Anatomy, layers: Sequence[int] | None) -> list[Place]:
+        return [Place(block.path) for block in in_blocks(anatomy.blocks, layers, self.name)]
+
+    def build(self, place: Place, anatomy: Anatomy, folded: bool = False) -> SubspaceEdit:
+        if self.rank > anatomy.hidden:
+            raise LorakitError(
+                f"attach: {self.name} has rank {self.rank}, and hidden states of this model have {anatomy.hidden} numbers."
+            )
+        return SubspaceEdit(self, place, anatomy.hidden)
+
+
+class SubspaceEdit(Change):
+    """R (rank, hidden), a free matrix whose rows are made orthonormal; W (rank, hidden); b (rank,)."""
+
+    chosen: ClassVar[bool] = True
+
+    def __init__(self, spec: LoReFT, place: Place, hidden: int) -> None:
+        super().__init__(spec, place)
+        self.first, self.last = spec.first, spec.last
+        self.R = nn.Parameter(nn.init.orthogonal_(torch.empty(spec.rank, hidden)))
+        self.W = nn.Parameter(self.rotation().detach().clone())
+        self.b = nn.Parameter(torch.zeros(spec.rank))
+        if spec.start == "random":
+            nn.init.uniform_(self.W, -(hidden**-0.5), hidden**-0.5)
+
+    def rotation(self) -> Tensor:
+        """R with orthonormal rows."""
+        wide = self.R.to(torch.promote_types(self.R.dtype, torch.float32))
+        Q, upper = torch.linalg.qr(wide.T)
+        return cast(Tensor, (Q * upper.diagonal().sign()).T)  # signs chosen so that an orthonormal R is itself
+
+    def change(self, x: Tensor, y: Tensor) -> Tensor:
+        R = self.rotation()
+        # as a difference of matrices: exactly zero while W is R
+        return F.linear(y, (self.W - R).to(y.dtype), self.b.to(y.dtype)) @ R.to(y.dtype)
+
+    def select(self, prompt: Tensor) -> Tensor:
+        place, count = prompt.cumsum(1), prompt.sum(1, keepdim=True)
+        return prompt & ((place <= self.first) | (place > count - self.last))

@@ -1,0 +1,193 @@
+"""Prefix tuning: trained keys and values to the left of a layer's own, in the same softmax.
+
+    softmax(q [P_K; K]ᵀ s) [P_V; V] = λ Attn(q, P) + (1 - λ) Attn(q, K, V)        λ: the prefix's share of the softmax
+
+P_K, P_V (tokens, key heads, head size) in every layer. They train through a network ("width": E → Linear, tanh, Linear; the
+paper's 512), which is evaluated once and dropped when the adapter is saved, or directly (width=None: P-tuning v2, arXiv
+2110.07602). A prefix has no position of its own, and the text's positions start behind it, as with a cache that was there
+before. A prefix of zeros is not the base: its scores of 0 take their share. In an encoder-decoder the decoder's own
+attention gets it, as PEFT has it (the paper also the other two). 20 tokens of SmolLM2's 30 layers store 230,400 numbers. Li
+and Liang 2021, arXiv 2101.00190.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Self
+
+import torch
+from torch import Tensor, nn
+
+from lorakit.delta import Card
+from lorakit.edit import Anatomy, Attention, Edit, EditMethod, Place
+from lorakit.edits.prompt import PROMPT_KEY, check_tokens
+from lorakit.errors import LorakitError
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrefixTuning(EditMethod):
+    """The options of prefix tuning.
+
+    Attributes:
+        tokens: how many keys and values each layer gets.
+        width: inner width of the network that they train through; null trains them directly.
+        spread: standard deviation of keys and values at the start, where they train directly.
+    """
+
+    name: ClassVar[str] = "prefix-tuning"
+    blends: ClassVar[bool] = False
+    family: ClassVar[str] = "prefix"
+    reason: ClassVar[str] = "its keys share a softmax with the text's, so that no weight could stand for them"
+    flat: ClassVar[str | None] = "its keys and values are those of no token in the row"
+    peft_type: ClassVar[str | None] = "PREFIX_TUNING"
+    peft_ignored: ClassVar[frozenset[str]] = frozenset(
+        {"num_virtual_tokens", "num_layers", "num_attention_heads", "num_transformer_submodules", "token_dim"}
+        | {"prefix_projection", "encoder_hidden_size", "init_weights"}
+    )
+    card: ClassVar[Card] = Card(
+        title="Prefix tuning, P-tuning v2",
+        formula="softmax(q [P_K; K]ᵀ s) [P_V; V]",
+        parameters=lambda anatomy, spec: spec.numbers(anatomy),
+        paper="arXiv 2101.00190",
+        use="For generation on a frozen model, where a prompt is too weak.",
+        limits="A prefix is never the base exactly; prefixes do not blend.",
+        identity=False,
+    )
+
+    tokens: int = 20
+    width: int | None = 512
+    spread: float = 0.02
+
+    def __post_init__(self) -> None:
+        check_tokens(self.name, self.tokens)
+        if self.width is not None and (not isinstance(self.width, int) or self.width < 1):
+            raise LorakitError(f"{self.name}: width was given as {self.width!r}; it is a number from 1, or null.")
+
+    def numbers(self, anatomy: Anatomy) -> int:
+        """Trained numbers; what is stored is `tokens` times the last factor."""
+        table = len(anatomy.key_blocks) * 2 * anatomy.key_heads * anatomy.head_size
+        if self.width is None:
+            return self.tokens * table
+        first = self.tokens * anatomy.hidden + anatomy.hidden * self.width + self.width
+        return first + (self.width + 1) * table
+
+    def places(self, anatomy: Anatomy, layers: Sequence[int] | None) -> list[Place]:
+        if layers is not None:
+            raise LorakitError(f"attach: {self.name} stands in every layer, as its file does; leave layers out.")
+        return attention_places(anatomy, self.name)
+
+    def build(self, place: Place, anatomy: Anatomy, folded: bool = False) -> Edit:
+        raise NotImplementedError("the layers of a prefix are built together")
+
+    def build_all(self, places: Sequence[Place], anatomy: Anatomy, folded: bool = False) -> dict[Place, Edit]:
+        shape = (anatomy.key_heads, self.tokens, anatomy.head_size)
+        if folded or self.width is None:
+            return {place: PrefixRows(self, place, shape) for place in places}
+        shared = Shared(self.tokens, anatomy.hidden, self.width)
+        return {place: ProjectedRows(self, place, shape, shared, place is places[0]) for place in places}
+
+    def peft_config(self) -> dict[str, Any]:
+        # What is written has been through the network already.
+        return {"prefix_projection": False, "encoder_hidden_size": self.width or None}
+
+    def peft_model(self, anatomy: Anatomy) -> dict[str, Any]:
+        return {
+            "num_virtual_tokens": self.tokens,
+            "token_dim": anatomy.key_heads * anatomy.head_size,
+            "num_transformer_submodules": 1,
+            "num_attention_heads": anatomy.key_heads,
+            "num_layers": len(anatomy.key_blocks),
+        }
+
+    def peft_name(self, anatomy: Anatomy) -> str:
+        # PEFT gives decoder layer l the prefix of layer 2l mod L, so that a prefix of its own for each has no place there.
+        return "PREFIX_TUNING_OF_DECODER" if anatomy.kind == "encoder-decoder" else "PREFIX_TUNING"
+
+    @classmethod
+    def from_peft(cls, config: dict[str, Any]) -> Self:
+        return cls(tokens=int(config["num_virtual_tokens"]), width=config.get("encoder_hidden_size"))
+
+    def file_tensors(self, edits: Mapping[Place, Edit]) -> dict[tuple[str, str], Tensor]:
+        """PEFT's table (tokens, layers · 2 · key heads · head size): keys, then values, of each layer."""
+        flat = [
+            one.movedim(1, 0).flatten(1) for edit in edits.values() for one in (edit.views()["K"], edit.views()["V"])
+        ]
+        return {("", PROMPT_KEY): torch.cat(flat, dim=1)}
+
+    def read_tensors(
+        self, tensors: Mapping[str, Tensor], config: Mapping[str, Any], paths: Sequence[str]
+    ) -> dict[str, Tensor]:
+        read = dict(tensors)
+        table = read.pop(PROMPT_KEY, None)
+        if table is None:
+            return read
+        heads = int(config["num_attention_heads"])
+        pieces = 2 * len(paths)
+        if table.ndim != 2 or table.shape[1] % (pieces * heads):
+            raise LorakitError(
+                f"load: {PROMPT_KEY} has shape {tuple(table.shape)}; for {len(paths)} layers of this model its second size "
+                f"is a multiple of {pieces * heads}."
+            )
+        split = table.view(table.shape[0], pieces, heads, -1).permute(1, 2, 0, 3)
+        # For an encoder-decoder PEFT lays its table out twice, for cross-attention too, and uses every second pair of that.
+        step = int(config.get("num_transformer_submodules") or 1)
+        for number, path in enumerate(paths):
+            source = step * number % len(paths)
+            read[f"{path}.K"], read[f"{path}.V"] = split[2 * source], split[2 * source + 1]
+        return read
+
+
+def attention_places(anatomy: Anatomy, name: str) -> list[Place]:
+    """The attention of every block that can take keys and values; LorakitError where one was not found."""
+    for block in anatomy.key_blocks:
+        if block.attention is None:
+            raise LorakitError(f"attach: the attention of {block.path} was not found, beside which {name} stands.")
+    return [Place(str(block.attention)) for block in anatomy.key_blocks]
+
+
+class PrefixRows(Attention):
+    """K, V (key heads, tokens, head size)."""
+
+    def __init__(self, spec: PrefixTuning, place: Place, shape: tuple[int, int, int]) -> None:
+        super().__init__(spec, place)
+        self.K = nn.Parameter(torch.randn(shape) * spec.spread)
+        self.V = nn.Parameter(torch.randn(shape) * spec.spread)
+
+    def keys_values(self, project: Callable[[Tensor], tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+        return self.K, self.V
+
+
+class Shared(nn.Module):
+    """E (tokens, hidden) and the first half of the network, tanh(E Aᵀ + a) (tokens, width), which all layers share."""
+
+    def __init__(self, tokens: int, hidden: int, width: int) -> None:
+        super().__init__()
+        self.E = nn.Parameter(torch.randn(tokens, hidden))
+        self.first = nn.Linear(hidden, width)
+
+    def forward(self) -> Tensor:
+        return torch.tanh(self.first(self.E))
+
+
+class ProjectedRows(Attention):
+    """One layer's part of the second half of the network."""
+
+    def __init__(
+        self, spec: PrefixTuning, place: Place, shape: tuple[int, int, int], shared: Shared, owner: bool
+    ) -> None:
+        super().__init__(spec, place)
+        self.shape = shape
+        self.second = nn.Linear(shared.first.out_features, 2 * shape[0] * shape[2])
+        if owner:
+            self.shared = shared
+        self._shared = (shared,)  # in a tuple: the first layer's child, and not every one's
+
+    def keys_values(self, project: Callable[[Tensor], tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+        heads, tokens, size = self.shape
+        table = self.second(self._shared[0]()).view(tokens, 2, heads, size)
+        return table[:, 0].transpose(0, 1), table[:, 1].transpose(0, 1)
+
+    def views(self) -> dict[str, Tensor]:
+        K, V = self.keys_values(lambda hidden: (hidden, hidden))
+        return {"K": K.detach(), "V": V.detach()}

@@ -1,0 +1,122 @@
+"""Files of P-tuning, prefix tuning and LLaMA-Adapter go both ways with PEFT, with the same logits; and where they do not.
+
+Differences that are PEFT's: its LLaMA-Adapter has one gate per layer without tanh (`gate="layer"` is that form; files with a
+gate per head are lorakit's own), and for GPT-2 adds what the tokens give after the output projection, which is refused.
+For T5 it gives decoder layer l the prefix of layer 2l mod L (half of the table is never used): its files are read so, and ours,
+with a prefix for each layer, are not written as PEFT's.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+
+import lorakit as lk
+from edits.laws import Case
+from edits.models import inputs, make
+from lorakit.edits import LLaMAAdapter, PrefixTuning, PTuning
+from lorakit.errors import LorakitError
+from lorakit.store import read_config
+
+CONFIGS: dict[str, Any] = {
+    "p-tuning": lambda task: peft.PromptEncoderConfig(task_type=task, num_virtual_tokens=3, encoder_hidden_size=5),
+    "p-tuning-lstm": lambda task: peft.PromptEncoderConfig(
+        task_type=task, num_virtual_tokens=3, encoder_hidden_size=5, encoder_reparameterization_type="LSTM"
+    ),
+    "prefix": lambda task: peft.PrefixTuningConfig(task_type=task, num_virtual_tokens=3),
+    "prefix-projected": lambda task: peft.PrefixTuningConfig(
+        task_type=task, num_virtual_tokens=3, prefix_projection=True, encoder_hidden_size=5
+    ),
+}
+OURS: dict[str, Any] = {
+    "p-tuning": PTuning(tokens=3, width=5),
+    "prefix": PrefixTuning(tokens=3, width=5),
+}
+
+
+def given_to_peft(kind: str) -> dict[str, torch.Tensor]:
+    given = inputs(kind)
+    given.pop("position_ids", None)  # PEFT ignores those of prompts
+    return given
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "t5"])
+@pytest.mark.parametrize("name", CONFIGS)
+def test_theirs_load_here(kind: str, name: str, tmp_path: Path) -> None:
+    torch.manual_seed(5)
+    theirs = peft.get_peft_model(make(kind), CONFIGS[name]("SEQ_2_SEQ_LM" if kind == "t5" else "CAUSAL_LM")).eval()
+    theirs.save_pretrained(tmp_path / "a")
+    theirs.double()
+    model, given = make(kind), given_to_peft(kind)
+    base = model(**given).logits
+    lk.load(model, tmp_path / "a", name="a")
+    own = slice(-base.shape[1], None)
+    with lk.use(model, "a"):
+        found = model(**given).logits
+    assert (found - base).abs().max() > 1e-4
+    assert torch.allclose(
+        found, theirs(**given).logits[:, own], atol=1e-5
+    )  # their table is rounded to float32 in the file
+
+
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [("llama", "p-tuning"), ("gpt2", "p-tuning"), ("t5", "p-tuning"), ("llama", "prefix"), ("gpt2", "prefix")],
+)
+def test_ours_load_there(kind: str, name: str, tmp_path: Path) -> None:
+    model, given = make(kind).float(), given_to_peft(kind)
+    adapter = Case(OURS[name], kind).attach(model)
+    model.float()
+    adapter.save(tmp_path / "a")
+    loaded = peft.PeftModel.from_pretrained(make(kind).float(), tmp_path / "a").eval()
+    expected = model(**given).logits
+    found = loaded(**given).logits[:, -expected.shape[1] :]
+    assert torch.allclose(found, expected, atol=2e-5)
+
+
+def test_llama_adapter_with_one_gate_goes_both_ways(tmp_path: Path) -> None:
+    config = peft.AdaptionPromptConfig(adapter_len=3, adapter_layers=1, task_type="CAUSAL_LM")
+    theirs = peft.get_peft_model(make("llama"), config)
+    for name, parameter in theirs.named_parameters():
+        if "adaption_gate" in name:
+            parameter.data.fill_(0.7)
+    theirs.save_pretrained(tmp_path / "theirs")
+    given = inputs("llama")
+    model = make("llama")
+    adapter = lk.load(model, tmp_path / "theirs", name="a")
+    assert adapter.method == LLaMAAdapter(tokens=3, top=1, gate="layer")
+    with lk.use(model, "a"):
+        found = model(**given).logits
+    mask = given["attention_mask"].bool()
+    assert torch.allclose(found[mask], theirs.double().eval()(**given).logits[mask], atol=1e-9)
+
+    ours = make("llama")
+    own = Case(LLaMAAdapter(tokens=3, top=2, gate="layer"), "llama").attach(ours)
+    own.save(tmp_path / "ours")
+    loaded = peft.PeftModel.from_pretrained(make("llama"), tmp_path / "ours").double().eval()
+    assert torch.allclose(loaded(**given).logits[mask], ours(**given).logits[mask], atol=1e-9)
+
+
+def test_where_they_differ(tmp_path: Path) -> None:
+    """A gate per head is no PEFT adapter, and is not written as if it were; PEFT's of GPT-2 is another function."""
+    Case(LLaMAAdapter(tokens=3, top=1), "llama").attach(make("llama")).save(tmp_path / "heads")
+    assert read_config(tmp_path / "heads")["peft_type"] == "LLAMA_ADAPTER"
+    with pytest.raises(Exception, match="LLAMA_ADAPTER"):
+        peft.PeftModel.from_pretrained(make("llama"), tmp_path / "heads")
+    Case(PrefixTuning(tokens=3, width=None), "t5").attach(make("t5")).save(tmp_path / "t5")
+    with pytest.raises(Exception, match="PREFIX_TUNING_OF_DECODER"):
+        peft.PeftModel.from_pretrained(make("t5"), tmp_path / "t5")
+    config = peft.AdaptionPromptConfig(adapter_len=3, adapter_layers=1, task_type="CAUSAL_LM")
+    peft.get_peft_model(make("gpt2"), config).save_pretrained(tmp_path / "gpt2")
+    with pytest.raises(LorakitError, match="for GPT-2 it adds after the output projection"):
+        lk.load(make("gpt2"), tmp_path / "gpt2", name="a")
+
+
+def test_a_table_that_does_not_fit(tmp_path: Path) -> None:
+    peft.get_peft_model(make("gpt2"), CONFIGS["prefix"]("CAUSAL_LM")).save_pretrained(tmp_path / "a")
+    with pytest.raises(LorakitError, match="has shape"):
+        lk.load(make("llama"), tmp_path / "a", name="a")

@@ -1,0 +1,265 @@
+"""Each law catches the bug it is there for: with the bug planted it raises AssertionError, without it it holds.
+
+A bug is put in by monkeypatch where a careless change would put it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from edits import laws
+from edits.laws import Case
+from edits.test_laws import FIRST
+from lorakit import attending, front, routing, seam
+from lorakit.edits import bottleneck, llamaadapter, loreft, prefix, prompt
+
+Patch = pytest.MonkeyPatch
+
+
+def start_not_zero(patch: Patch) -> None:
+    """U is drawn like D."""
+    start = bottleneck.BottleneckEdit.__init__
+
+    def planted(self: Any, *args: Any) -> None:
+        start(self, *args)
+        torch.nn.init.normal_(self.U)
+
+    patch.setattr(bottleneck.BottleneckEdit, "__init__", planted)
+
+
+def gate_not_zero(patch: Patch) -> None:
+    """A gate that starts open."""
+    patch.setattr(llamaadapter.GatedTokens, "gate", lambda self: torch.tanh(self.g + 1))
+
+
+def random_start_by_default(patch: Patch) -> None:
+    """W does not start as R."""
+    start = loreft.SubspaceEdit.__init__
+
+    def planted(self: Any, *args: Any) -> None:
+        start(self, *args)
+        torch.nn.init.normal_(self.W)
+
+    patch.setattr(loreft.SubspaceEdit, "__init__", planted)
+
+
+def prompt_stays_on(patch: Patch) -> None:
+    """A Front that forgets to ask the routing."""
+
+    def planted(board: Any, held: dict[str, Any]) -> front.Owned:
+        return front.Owned(tuple(held)[:1])
+
+    patch.setattr(front, "owned", planted)
+
+
+def hook_stays(patch: Patch) -> None:
+    """`take` leaves its hooks behind."""
+
+    def planted(self: seam.Seams, names: Any) -> None:
+        del self.model._modules[seam.NAME]
+
+    patch.setattr(seam.Seams, "take", planted)
+
+
+def door_stays_open(patch: Patch) -> None:
+    """The configuration keeps the name of the function made for edits."""
+    patch.setattr(seam, "close_door", lambda model: None)
+
+
+def first_row_for_all(patch: Patch) -> None:
+    """Every row gets the first row's prompt."""
+    own = front.owned
+
+    def planted(board: Any, held: dict[str, Any]) -> front.Owned:
+        found = own(board, held)
+        return found if found.index is None else front.Owned(found.names, found.index[:1].expand_as(found.index))
+
+    patch.setattr(front, "owned", planted)
+
+
+def filling_is_seen(patch: Patch) -> None:
+    """Rows with a shorter prompt look at what fills it up."""
+    start = front._Entry.__init__
+
+    def planted(self: Any, *args: Any) -> None:
+        start(self, *args)
+        if self.real is not None:
+            self.real = torch.ones_like(self.real)
+
+    patch.setattr(front._Entry, "__init__", planted)
+
+
+def weights_of_rows_forgotten(patch: Patch) -> None:
+    """An edit of a layer acts on all rows."""
+    patch.setattr(seam, "per_row", lambda column, y, axis: torch.ones_like(column).reshape(-1, *[1] * (y.ndim - 1)))
+
+
+def prefix_of_the_other_row(patch: Patch) -> None:
+    patch.setattr(attending, "_filled", lambda table, width: table.new_zeros(table.shape[0], width, table.shape[2]))
+
+
+def positions_not_moved(patch: Patch) -> None:
+    """Given positions are not counted on behind a prompt."""
+    patch.setattr(front._Entry, "_grow_positions", lambda self, first: self.given.pop("position_ids", None))
+
+
+def prompt_enters_again(patch: Patch) -> None:
+    """A prompt comes before every chunk."""
+    grow = front._Entry.grow
+
+    def planted(self: Any) -> front.Reading:
+        self.seen = 0
+        return grow(self)
+
+    patch.setattr(front._Entry, "grow", planted)
+
+
+def prefix_only_at_first(patch: Patch) -> None:
+    """A prefix is left out when a token comes alone."""
+    prefixed = attending.Beside._prefixed
+
+    def planted(
+        self: Any, who: Any, module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, kwargs: Any
+    ) -> Any:
+        if query.shape[2] == 1:
+            return key, value, mask
+        return prefixed(self, who, module, query, key, value, mask, kwargs)
+
+    patch.setattr(attending.Beside, "_prefixed", planted)
+
+
+def edits_in_answers(patch: Patch) -> None:
+    """Generated tokens count as a prompt's."""
+    patch.setattr(front._Entry, "prompt_tokens", lambda self: torch.ones(self.count, self.own, dtype=torch.bool))
+
+
+def file_without_a_tensor(patch: Patch) -> None:
+    views = bottleneck.BottleneckEdit.views
+    patch.setattr(bottleneck.BottleneckEdit, "views", lambda self: {k: v for k, v in views(self).items() if k != "u"})
+
+
+def keys_and_values_swapped(patch: Patch) -> None:
+    """The file's table read in the other order."""
+    read = prefix.PrefixTuning.read_tensors
+
+    def planted(self: Any, tensors: Any, config: Any, paths: Any) -> dict[str, Tensor]:
+        found = read(self, tensors, config, paths)
+        return {key[:-1] + {"K": "V", "V": "K"}[key[-1]]: value for key, value in found.items()}
+
+    patch.setattr(prefix.PrefixTuning, "read_tensors", planted)
+
+
+def rows_are_detached(patch: Patch) -> None:
+    patch.setattr(prompt.PromptRows, "rows", lambda self: self.P.detach() + 0 * self.P)
+
+
+def count_without_bias(patch: Patch) -> None:
+    import dataclasses
+
+    card = dataclasses.replace(
+        bottleneck.Bottleneck.card,
+        parameters=lambda anatomy, spec: len(spec.places(anatomy, None)) * 2 * anatomy.hidden * spec.size,
+    )
+    patch.setattr(bottleneck.Bottleneck, "card", card)
+
+
+def hooks_not_moved(patch: Patch) -> None:
+    """Hooks stay on the layer that a delta has wrapped, and see what is not the whole of it."""
+    patch.setattr(seam.Seams, "seat", _seat_once(seam.Seams.seat))
+
+
+def _seat_once(seat: Callable[[seam.Seams], None]) -> Callable[[seam.Seams], None]:
+    def planted(self: seam.Seams) -> None:
+        if self.handles and self.around:
+            return
+        seat(self)
+
+    return planted
+
+
+def call_leaves_something(patch: Patch) -> None:
+    """A hook that keeps the last output on the layer."""
+    add = seam.Around.add
+
+    def planted(self: Any, module: Any, args: Any, kwargs: Any, output: Any) -> Any:
+        module.last = output
+        return add(self, module, args, kwargs, output)
+
+    patch.setattr(seam.Around, "add", planted)
+
+
+def shares_allowed(patch: Patch) -> None:
+    patch.setattr(routing.Board, "_check_whole", lambda self, routing: None)
+
+
+def gradient_lost_on_the_way(patch: Patch) -> None:
+    """What stands in front of the input keeps its gradient only while nothing is computed again."""
+    rows = prompt.PromptRows.rows
+
+    def planted(self: Any) -> Tensor:
+        return rows(self).detach() + 0 * self.P
+
+    patch.setattr(prompt.PromptRows, "rows", planted)
+
+
+def padding_moves_positions(patch: Patch) -> None:
+    """The first tokens of the row are taken for the prompt's first, padding or not."""
+
+    def planted(self: Any, prompt_tokens: Tensor) -> Tensor:
+        chosen = torch.zeros_like(prompt_tokens)
+        chosen[:, : self.first] = True
+        return chosen
+
+    patch.setattr(loreft.SubspaceEdit, "select", planted)
+
+
+PLANTED: list[tuple[Callable[..., None], str, str, Callable[[Patch], None]]] = [
+    (laws.identity_at_start, "bottleneck", "llama", start_not_zero),
+    (laws.identity_at_start, "llama-adapter", "llama", gate_not_zero),
+    (laws.identity_at_start, "loreft", "llama", random_start_by_default),
+    (laws.off_is_the_base, "prompt-tuning", "llama", prompt_stays_on),
+    (laws.off_is_the_base, "bottleneck", "llama", hook_stays),
+    (laws.off_is_the_base, "prefix-tuning", "llama", door_stays_open),
+    (laws.rows_are_their_own, "prompt-tuning", "llama", first_row_for_all),
+    (laws.rows_are_their_own, "prompt-tuning", "bert", filling_is_seen),
+    (laws.rows_are_their_own, "bottleneck", "llama", weights_of_rows_forgotten),
+    (laws.rows_are_their_own, "prefix-tuning", "llama", prefix_of_the_other_row),
+    (laws.padding_is_not_seen, "prompt-tuning", "llama", positions_not_moved),
+    (laws.padding_is_not_seen, "loreft", "llama", padding_moves_positions),
+    (laws.caches_change_nothing, "prompt-tuning", "llama", prompt_enters_again),
+    (laws.caches_change_nothing, "prefix-tuning", "llama", prefix_only_at_first),
+    (laws.caches_change_nothing, "loreft", "llama", edits_in_answers),
+    (laws.file_keeps_it, "bottleneck", "llama", file_without_a_tensor),
+    (laws.file_keeps_it, "prefix-tuning", "llama", keys_and_values_swapped),
+    (laws.trains_alone, "prompt-tuning", "llama", rows_are_detached),
+    (laws.count_is_the_cards, "bottleneck", "llama", count_without_bias),
+    (laws.acts_beside_a_delta, "bottleneck", "llama", hooks_not_moved),
+    (laws.forward_writes_nothing, "bottleneck", "llama", call_leaves_something),
+    (laws.refuses_what_cannot_be, "prompt-tuning", "llama", shares_allowed),
+    (laws.recomputing_changes_nothing, "prompt-tuning", "llama", gradient_lost_on_the_way),
+]
+
+
+@pytest.mark.parametrize(("law", "name", "kind", "plant"), PLANTED, ids=lambda one: getattr(one, "__name__", one))
+def test_the_law_catches_the_bug(
+    law: Callable[..., None], name: str, kind: str, plant: Callable[[Patch], None], tmp_path: Path
+) -> None:
+    case = Case(FIRST[name], kind)
+    more = (tmp_path / "one",) if law is laws.file_keeps_it else ()
+    with pytest.MonkeyPatch.context() as patch:
+        plant(patch)
+        with pytest.raises(Exception) as caught:
+            law(case, *more)
+    assert isinstance(caught.value, AssertionError | laws.LorakitError | RuntimeError), caught.value
+
+
+def test_every_law_has_a_bug() -> None:
+    from edits.test_laws import BY_KIND, GENERAL
+
+    assert {law for law, *_ in PLANTED} == {*GENERAL, *BY_KIND, laws.padding_is_not_seen, laws.file_keeps_it}
