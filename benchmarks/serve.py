@@ -283,7 +283,8 @@ def floors(rows: dict[str, Any]) -> list[dict[str, Any]]:
             0.7,
             "×",
         )
-        hold("memory of 100 rank-8 adapters", own["memory"]["gigabytes"], 0.7, " GB", at_most=True)
+        # What the process grew by is too little where it takes up memory that earlier engines had freed.
+        hold("memory of 100 rank-8 adapters", max(own["memory"].values()), 0.7, " GB", at_most=True)
     return found
 
 
