@@ -75,7 +75,8 @@ def test_what_is_kept(memory: str, kept: bool) -> None:
             part.register_forward_pre_hook(note)
         loss = forward(model)
         gc.collect()
-        assert [one() is not None for one in seen] == [kept] * 3
+        # The last three: the last block is tried out first.
+        assert [one() is not None for one in seen[-3:]] == [kept] * 3
         loss.backward()
 
 
