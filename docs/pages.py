@@ -36,9 +36,11 @@ FOLDERS = {
     "src/lorakit/edits": "what cannot be merged",
     "src/lorakit/experts": "mixtures and routers",
     "src/lorakit/init": "how a delta starts",
+    "src/lorakit/insight": "what training takes",
     "src/lorakit/methods": "one file per weight delta",
     "src/lorakit/optim": "optimisers, by role",
     "src/lorakit/serve": "many adapters on one base",
+    "src/lorakit/storage": "how frozen numbers are held, one file per library",
     "src/lorakit/train": "data, fast path, trainer, report",
     "tests": "laws, formulas, PEFT as oracle, format, faults, training",
 }
