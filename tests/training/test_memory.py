@@ -89,7 +89,7 @@ def test_an_input_that_was_written_to() -> None:
         )
         loss = forward(model)
         with torch.no_grad():
-            inputs[0].add_(1.0)
+            inputs[-1].add_(1.0)
         with pytest.raises(LorakitError, match=r"FusedNorm is to run again .* use train.memory: fast"):
             loss.backward()
 
