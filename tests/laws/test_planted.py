@@ -16,11 +16,12 @@ from torch import Tensor, nn
 
 from laws import laws
 from laws.cases import KINDS, SPECS, Affine, AffineDelta, Case, Dense, DenseDelta
-from lorakit import algebra, kernel, layer, layout, store
+from lorakit import kernel, layer, layout, store
 from lorakit.delta import Form, LowRank, Pool
 from lorakit.init import Kaiming
 from lorakit.init.initialiser import Factors, Start
 from lorakit.methods.lora import LoRA, LoRADelta
+from lorakit.storage import Float, Held, owner
 
 BY_NAME = {kind.name: kind for kind in KINDS}
 LORA = SPECS["lora"][0]
@@ -161,25 +162,35 @@ def merges_what_it_cannot(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(layer.Adapted, "substitutes", planted)
 
 
+def _restores(patch: pytest.MonkeyPatch, wrong: Callable[[nn.Module, str, Tensor], None]) -> None:
+    """What `merged` kept is put back in a wrong way: by `wrong(layer, tensor name, what was there)`."""
+    hold = Float.hold
+
+    def planted(self: Float, of: nn.Module, tensor: str) -> Held:
+        before = of.get_parameter(tensor)
+        return Held(hold(self, of, tensor).read, lambda: wrong(of, tensor, before))
+
+    patch.setattr(Float, "hold", planted)
+
+
 def restores_by_subtraction(patch: pytest.MonkeyPatch) -> None:
     """W + ΔW - ΔW is not W."""
 
-    def planted(adapted: layer.Adapted, kept: dict[str, Any]) -> None:
-        for name, before in kept.items():
-            now = adapted.base.get_parameter(name)
-            change = now.detach() - before.detach()
-            now.data.sub_(change)
+    def wrong(of: nn.Module, tensor: str, before: Tensor) -> None:
+        now = of.get_parameter(tensor)
+        now.data.sub_(now.detach() - before.detach())
 
-    patch.setattr(algebra, "_restore", planted)
+    _restores(patch, wrong)
 
 
 def restores_copies(patch: pytest.MonkeyPatch) -> None:
     """The bits are right, but optimisers and ties know another object."""
-    restore = algebra._restore
-    planted = lambda adapted, kept: restore(  # noqa: E731
-        adapted, {name: nn.Parameter(value.detach().clone(), value.requires_grad) for name, value in kept.items()}
-    )
-    patch.setattr(algebra, "_restore", planted)
+
+    def wrong(of: nn.Module, tensor: str, before: Tensor) -> None:
+        module, attribute = owner(of, tensor)
+        setattr(module, attribute, nn.Parameter(before.detach().clone(), before.requires_grad))
+
+    _restores(patch, wrong)
 
 
 def base_not_frozen(patch: pytest.MonkeyPatch) -> None:
