@@ -88,10 +88,15 @@ def option(
     return dataclasses.field(default=default, metadata=metadata)
 
 
-def hints_of(cls: type) -> dict[str, Any]:
-    """The resolved annotations of a dataclass, in field order."""
-    resolved = typing.get_type_hints(cls)
-    return {field.name: resolved[field.name] for field in dataclasses.fields(cls)}
+def hints_of(cls: type) -> Mapping[str, Any]:
+    """The resolved annotations of a dataclass, in field order. Kept: reading flags asks thousands of times."""
+    if cls not in _HINTS:
+        resolved = typing.get_type_hints(cls)
+        _HINTS[cls] = {field.name: resolved[field.name] for field in dataclasses.fields(cls)}
+    return _HINTS[cls]
+
+
+_HINTS: dict[type, Mapping[str, Any]] = {}
 
 
 def default_of(field: dataclasses.Field[Any]) -> Any:
