@@ -204,7 +204,7 @@ def combined(weights: Sequence[float], how: str, **options: Any) -> Callable[[Be
         found = lk.combine(bench.four, weights, how, name="row", **options)
         ranks = set(found.ranks.values())
         shape = "whole matrices" if None in ranks else f"rank {max(rank for rank in ranks if rank is not None)}"
-        bench.notes["row"] = shape + (f", {found.error:.0%} of ΔW cut away" if found.error else "")
+        bench.notes["row"] = shape + (f", ΔW differs by {found.error:.1%}" if found.error else "")
         return "row"
 
     return make
@@ -371,7 +371,9 @@ def write(rows: dict[str, Any], output: Path, count: int) -> None:
         f"{error / 2:.1f} for all four."
     )
     picture = "![The share of right answers of every row on every text](pictures/bench-compose.png)"
-    record = {"rows": rows, "markdown": f"{said}\n\n{picture}\n\n{table(rows)}"}
+    missing = ", ".join(row.name for row in ROWS if row.name not in rows)
+    rest = f"\n\nNot measured yet: {missing}." if missing else ""
+    record = {"rows": rows, "markdown": f"{said}\n\n{picture}\n\n{table(rows)}{rest}"}
     material.write_whole(output, (json.dumps(record, indent=1, ensure_ascii=False) + "\n").encode())
 
 
