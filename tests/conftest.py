@@ -5,7 +5,9 @@ such a test is skipped with a reason, unless LORAKIT_REQUIRE_MODEL is set, as `m
 instead, so that no run looks complete that was not.
 """
 
+import logging
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +37,17 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("model"):
             item.add_marker(pytest.mark.skip(reason="the model is not fetched; `make data` does"))
+
+
+@pytest.fixture(autouse=True)
+def _log_as_before() -> Iterator[None]:
+    """Commands send the log to the screen and servers to JSON lines; the next test finds it as it was."""
+    loggers = [logging.getLogger(name) for name in ("lorakit", "uvicorn")]
+    before = [(list(logger.handlers), logger.propagate, logger.level) for logger in loggers]
+    yield
+    for logger, (handlers, propagate, level) in zip(loggers, before, strict=True):
+        logger.handlers[:], logger.propagate = handlers, propagate
+        logger.setLevel(level)
 
 
 @pytest.fixture(scope="session")
