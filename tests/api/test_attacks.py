@@ -3,6 +3,7 @@ leave, failures inside; and that the server serves on after each."""
 
 from __future__ import annotations
 
+import contextlib
 import http.client
 import json
 import socket
@@ -105,8 +106,11 @@ def test_oversize_bodies_said_and_unsaid(serve: Serve) -> None:
     assert (status, answer["error"]["code"]) == (413, "body_too_large")
     connection = http.client.HTTPConnection("127.0.0.1", served.port, timeout=20)
     pieces = (b"x" * 1000 for _ in range(30))  # chunked: no length is said beforehand
-    connection.request("POST", "/v1/completions", pieces, {"Content-Type": "application/json"}, encode_chunked=True)
-    assert connection.getresponse().status == 413
+    # A client that is still sending when the server has answered and closed may find a broken pipe before it reads.
+    with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+        connection.request("POST", "/v1/completions", pieces, {"Content-Type": "application/json"}, encode_chunked=True)
+        assert connection.getresponse().status == 413
+    assert not served.engine.tickets
     assert works(served)
 
 
@@ -244,6 +248,9 @@ def test_an_exception_inside_says_nothing_of_the_inside(serve: Serve, caplog: An
     with pytest.raises(openai.InternalServerError) as caught:
         works(served)
     assert "secret" not in caught.value.message
+    end = time.monotonic() + 5
+    while "secret detail" not in caplog.text and time.monotonic() < end:
+        time.sleep(0.01)  # the client has its answer before the server's own log has the story
     assert "secret detail" in caplog.text
     engine.answer = lambda request: [70]
     assert works(served)
