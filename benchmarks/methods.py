@@ -93,9 +93,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default="", help="names of rows, separated by commas")
     parser.add_argument("--seeds", type=lambda text: list(range(int(text))), default=[0, 1, 2], help="how many seeds")
-    parser.add_argument("--steps", type=int, default=20, help="optimiser steps of each run")
+    parser.add_argument("--steps", type=int, default=12, help="optimiser steps of each run")
     parser.add_argument("--batch-size", type=int, default=16, help="examples of a step")
-    parser.add_argument("--held-out", type=int, default=200, help="rows of the held-out 500 to evaluate on")
+    parser.add_argument("--held-out", type=int, default=120, help="rows of the held-out 500 to evaluate on")
     parser.add_argument(
         "--workers", type=int, default=os.cpu_count() or 1, help="processes side by side, a thread each"
     )

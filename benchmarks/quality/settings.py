@@ -40,7 +40,7 @@ SETTINGS: tuple[Setting, ...] = (
     ),
     Setting("ElaLoRA", ("method=elalora", "rank=8", "alpha=16", "interval=2"), 1e-3),
     Setting("DyLoRA", ("method=dylora", "rank=8", "alpha=16"), 5e-4),
-    Setting("ReLoRA", ("method=relora", "rank=8", "alpha=16", "every=10", "rewarm=2"), 5e-4, "one restart"),
+    Setting("ReLoRA", ("method=relora", "rank=8", "alpha=16", "every=0.5", "rewarm=2"), 5e-4, "one restart"),
     Setting("VeRA", ("method=vera", "rank=256"), 2e-2, "two vectors a matrix"),
     Setting("VB-LoRA", ("method=vb-lora", "rank=4", "vector_length=64", "num_vectors=512"), 1e-2),
     Setting("LoRA-XS", ("method=lora-xs", "rank=100", "alpha=100"), 2e-3),

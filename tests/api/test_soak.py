@@ -8,6 +8,8 @@ from soak import soak
 
 
 @pytest.mark.slow
+# A client that leaves drops a half-read generator of the HTTP library, which Python reports when it collects it.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_twenty_seconds_of_everything_at_once() -> None:
     wrong, seen, _ = soak(20.0, seed=1)
     assert not wrong

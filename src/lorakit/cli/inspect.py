@@ -75,14 +75,17 @@ def inspect(
     out.print(f"[bold]{report.folder}[/bold]: {report.method} for {report.base or 'an unnamed base model'}")
     size = f"{report.bytes / 2**20:.1f} MiB" if report.bytes >= 2**20 else f"{report.bytes / 2**10:.1f} KiB"
     dtypes = ", ".join(f"{dtype} ×{count}" for dtype, count in report.dtypes.items())
-    out.print(f"{report.parameters:,} parameters in {len(report.layers)} layers, {size} ({dtypes})")
     ranks = sorted({layer.rank for layer in report.layers})
-    out.print(f"ranks {', '.join(map(str, ranks)) or '-'}; targets {_shown(report.targets)}")
+    places = f"{len(report.layers)} layers" if ranks else f"{len(report.other)} tensors"
+    out.print(f"{report.parameters:,} parameters in {places}, {size} ({dtypes})")
+    if ranks:
+        out.print(f"ranks {', '.join(map(str, ranks))}; targets {_shown(report.targets)}")
     if report.record:
         out.print(_trained(report.record))
-    out.print(_table(report, top))
+    if ranks:
+        out.print(_table(report, top))
     for name, shape in report.other.items():
-        out.print(f"also holds {name} {'×'.join(map(str, shape))}", markup=False)
+        out.print(f"{'also holds ' if ranks else ''}{name} {'×'.join(map(str, shape))}", markup=False)
 
 
 def examine(folder: Path, top: int = 4) -> AdapterReport:

@@ -286,7 +286,8 @@ def describe(adapter: Adapter, base_parameters: int) -> str:
     options = ", ".join(
         f"{name} {value}" for name, value in _options(adapter.method).items() if value not in (None, False, ())
     )
-    where = f"at {len(adapter.edits)} places" if adapter.edits else f"on {len(adapter.layers)} layers"
+    places = len(adapter.edits)
+    where = f"at {places} place{'s' if places > 1 else ''}" if places else f"on {len(adapter.layers)} layers"
     count = adapter.num_parameters()
     return (
         f"{type(adapter.method).__name__} ({options}) {where}, {count:,} parameters, "
