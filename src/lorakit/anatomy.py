@@ -164,3 +164,16 @@ def keys_and_values(attention: Any, x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 __all__ = ["anatomy_of", "keys_and_values", "stacks_of", "transformer_of"]
+
+
+def configurations(model: nn.Module) -> list[Any]:
+    """Every distinct configuration in a model: its own, its parts', and the sub-configurations of these."""
+    found: dict[int, Any] = {}
+    waiting: list[Any] = [module.config for module in model.modules() if hasattr(module, "config")]
+    while waiting:
+        config = waiting.pop()
+        if id(config) in found or not hasattr(config, "_attn_implementation_internal"):
+            continue
+        found[id(config)] = config
+        waiting += [getattr(config, name, None) for name in getattr(config, "sub_configs", {})]
+    return list(found.values())

@@ -18,7 +18,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from lorakit.anatomy import keys_and_values
+from lorakit.anatomy import configurations, keys_and_values
 from lorakit.edit import Attention
 from lorakit.errors import LorakitError
 from lorakit.front import Owned, owned
@@ -207,19 +207,6 @@ def _over(original: str) -> Callable[..., Any]:
         return with_edits(ALL_ATTENTION_FUNCTIONS.get_interface(original, eager), module, args, kwargs)
 
     return forward
-
-
-def configurations(model: nn.Module) -> list[Any]:
-    """Every distinct configuration in a model: its own, its parts', and the sub-configurations of these."""
-    found: dict[int, Any] = {}
-    waiting: list[Any] = [module.config for module in model.modules() if hasattr(module, "config")]
-    while waiting:
-        config = waiting.pop()
-        if id(config) in found or not hasattr(config, "_attn_implementation_internal"):
-            continue
-        found[id(config)] = config
-        waiting += [getattr(config, name, None) for name in getattr(config, "sub_configs", {})]
-    return list(found.values())
 
 
 def open_door(model: nn.Module) -> None:

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lorakit.anatomy import configurations
 from lorakit.serve import native
 from lorakit.serve.batch import Batch
 from lorakit.serve.cache import PAGE, Cache, LayerShape, gathered
@@ -48,7 +49,7 @@ class Door:
 
         self.present = present
         self._changed: list[tuple[Any, str]] = []
-        for config in _configs(model):
+        for config in configurations(model):
             original = config._attn_implementation_internal or "eager"
             name = f"lorakit_serve_{id(present):x}_over_{original}"
             AttentionInterface.register(name, self._attention(original))
@@ -95,19 +96,6 @@ class Door:
             return ALL_MASK_ATTENTION_FUNCTIONS[original](*args, **kwargs)
 
         return mask
-
-
-def _configs(model: nn.Module) -> list[Any]:
-    """Every distinct configuration in a model: its own, its parts', and the sub-configurations of these."""
-    found: dict[int, Any] = {}
-    waiting: list[Any] = [module.config for module in model.modules() if hasattr(module, "config")]
-    while waiting:
-        config = waiting.pop()
-        if id(config) in found or not hasattr(config, "_attn_implementation_internal"):
-            continue
-        found[id(config)] = config
-        waiting += [getattr(config, name, None) for name in getattr(config, "sub_configs", {})]
-    return list(found.values())
 
 
 def attend(

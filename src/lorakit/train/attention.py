@@ -26,7 +26,8 @@ import torch
 from torch import Tensor
 
 from lorakit.adapter import adapters
-from lorakit.attending import configurations, with_edits
+from lorakit.anatomy import configurations
+from lorakit.attending import with_edits
 from lorakit.train import fusion, last_block
 from lorakit.train.packing import FlatBatch, Segment, TextBatch
 
