@@ -27,6 +27,10 @@ PUBLIC = frozenset({"/health", "/ready", "/openapi.json"})
 _ID = re.compile(r"[\w.:-]{1,128}")
 _CLOSE = {"Connection": "close"}
 
+_READ_ON = 4
+"""A body without a stated length that is too long is read on, and thrown away, up to this many times what it may have: a
+connection that is closed while its client still sends is reset, and the client then never reads why."""
+
 
 class Guard:
     """The outermost part of the server."""
@@ -140,11 +144,13 @@ class _Passage:
                     message = await self.receive()
                     if message["type"] == "http.disconnect":
                         raise Fault(499, "the client left before its request was there.", "client_left")
-                    parts.append(message.get("body", b""))
-                    size += len(parts[-1])
-                    if size > most:
+                    part, more = message.get("body", b""), message.get("more_body")
+                    size += len(part)
+                    if size <= most:
+                        parts.append(part)
+                    elif not more or size > _READ_ON * most:
                         raise self._too_long(most)
-                    if not message.get("more_body"):
+                    if not more:
                         return b"".join(parts)
         except TimeoutError:
             raise Fault(408, f"the body had not come after {seconds:.0f} s.", "slow_body", headers=_CLOSE) from None
