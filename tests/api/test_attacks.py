@@ -3,7 +3,6 @@ leave, failures inside; and that the server serves on after each."""
 
 from __future__ import annotations
 
-import contextlib
 import http.client
 import json
 import socket
@@ -104,18 +103,10 @@ def test_oversize_bodies_said_and_unsaid(serve: Serve) -> None:
     body = json.dumps({"model": "tiny", "prompt": "x" * 20_000}).encode()
     status, answer = raw(served, body)
     assert (status, answer["error"]["code"]) == (413, "body_too_large")
-    seen = []
-    for _ in range(20):
-        connection = http.client.HTTPConnection("127.0.0.1", served.port, timeout=20)
-        pieces = (b"x" * 1000 for _ in range(30))  # chunked: no length is said beforehand
-        # A client that is still sending when the server has answered and closed may find a broken pipe before it reads.
-        with contextlib.suppress(BrokenPipeError, ConnectionResetError):
-            connection.request(
-                "POST", "/v1/completions", pieces, {"Content-Type": "application/json"}, encode_chunked=True
-            )
-            seen.append(connection.getresponse().status)
-            break
-    assert seen == [413]
+    connection = http.client.HTTPConnection("127.0.0.1", served.port, timeout=20)
+    pieces = (b"x" * 1000 for _ in range(30))  # chunked: no length is said beforehand
+    connection.request("POST", "/v1/completions", pieces, {"Content-Type": "application/json"}, encode_chunked=True)
+    assert connection.getresponse().status == 413
     assert not served.engine.tickets
     assert works(served)
 
