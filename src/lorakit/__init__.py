@@ -9,8 +9,9 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from lorakit.adapter import Adapter, activate, adapters, attach, detach, noted, prompts, use
+    from lorakit.adapter import Adapter, adapters, attach, detach
     from lorakit.algebra import combine, diff, extract, merge, merged, prune, resize, scale, swap, verify
+    from lorakit.board import activate, noted, prompts, use
     from lorakit.conversion import convert
     from lorakit.edits import EDITS, Bottleneck, LLaMAAdapter, LoReFT, PrefixTuning, PromptTuning, PTuning
     from lorakit.errors import LorakitError
@@ -50,8 +51,9 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOMES = {
-    "lorakit.adapter": ("Adapter", "activate", "adapters", "attach", "detach", "noted", "prompts", "use"),
+    "lorakit.adapter": ("Adapter", "adapters", "attach", "detach"),
     "lorakit.algebra": ("combine", "diff", "extract", "merge", "merged", "prune", "resize", "scale", "swap", "verify"),
+    "lorakit.board": ("activate", "noted", "prompts", "use"),
     "lorakit.conversion": ("convert",),
     "lorakit.edits": ("EDITS", "Bottleneck", "LLaMAAdapter", "LoReFT", "PTuning", "PrefixTuning", "PromptTuning"),
     "lorakit.errors": ("LorakitError",),

@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import gc
 import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,15 +21,16 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from lorakit.anatomy import anatomy_of
+from lorakit.board import Board, activate, board_of, found_board
 from lorakit.calibration import Batch
 from lorakit.delta import Delta, Method, Pool
 from lorakit.edit import Anatomy, Edit, EditMethod, Place
 from lorakit.errors import LorakitError, unknown
 from lorakit.init import Default, Initialiser, initialiser
-from lorakit.layer import Adapted, Replacement, routed
+from lorakit.layer import Adapted, Replacement
 from lorakit.layout import Rows, Site, sites_of, split
 from lorakit.methods import LoRA
-from lorakit.routing import BASE, Board, Route, Routing, parse
+from lorakit.routing import BASE
 from lorakit.seam import seams_of
 from lorakit.starts import Plan, Planned, begin, rewrite
 from lorakit.storage import FLOAT, Held, settle, storage_of
@@ -178,114 +179,10 @@ class Adapter:
         return store.save(self, folder, base=base, record=record)
 
 
-# -- the model's board ----------------------------------------------------------------------------------------------------
-
-
-def board_of(model: nn.Module) -> Board:
-    """The board of a model with adapters; LorakitError where there is none."""
-    board = getattr(model, "_lorakit", None)
-    if not isinstance(board, Board):
-        raise LorakitError(f"this {type(model).__name__} has no adapter; lk.attach or lk.load puts one on.")
-    return board
-
-
 def adapters(model: nn.Module) -> dict[str, Adapter]:
     """The adapters on a model, by name."""
-    board = getattr(model, "_lorakit", None)
-    return dict(board.adapters) if isinstance(board, Board) else {}
-
-
-@contextmanager
-def use(model: nn.Module, route: Route | Routing, copies: int = 1) -> Iterator[None]:
-    """Within the block the model runs with this route; afterwards with what it had before.
-
-    Args:
-        model: a model with adapters.
-        route: one name; a blend {name: weight}; a list with one of these or None per row of the batch; None for the base.
-        copies: how often each row is repeated in the batch (beam search, several returned sequences).
-    """
-    board = board_of(model)
-    with routed(board, _repeated(parse(route, board.adapters), copies)):
-        yield
-
-
-def activate(model: nn.Module, route: Route | Routing, copies: int = 1) -> None:
-    """`use` without an end: the route stays until the next."""
-    board = board_of(model)
-    board.set(_repeated(parse(route, board.adapters), copies))
-
-
-@contextmanager
-def prompts(model: nn.Module, lengths: Sequence[int] | Tensor) -> Iterator[None]:
-    """Within the block each row's first tokens, so many, are its prompt, for edits that act on a prompt alone (ReFT).
-
-    Padding does not count. Without it the prompt of a row is all that comes before anything is in the cache: what `generate`
-    is given, or the whole text of a classifier. Training on prompts with their answers has to say where the answers begin.
-    """
-    board = board_of(model)
-    before, board.prompts = board.prompts, torch.as_tensor(lengths)
-    try:
-        yield
-    finally:
-        board.prompts = before
-
-
-@contextmanager
-def noted(model: nn.Module) -> Iterator[list[Callable[[], Tensor]]]:
-    """Within the block, what adapters add to a training loss (the balance of a mixture) is noted in the list:
-
-    with noted(model) as extra:
-        loss = model(**batch).loss
-    loss = loss + sum(own() for own in extra)
-    """
-    board = board_of(model)
-    before, board.extra = board.extra, []
-    try:
-        yield board.extra
-    finally:
-        board.extra = before
-
-
-@contextmanager
-def routes(model: nn.Module) -> Iterator[list[tuple[str, Tensor]]]:
-    """Within the block, what routers decide is noted in the list: the layer or feed-forward, and its weights (…, experts)."""
-    board = board_of(model)
-    before, board.seen = board.seen, []
-    try:
-        yield board.seen
-    finally:
-        board.seen = before
-
-
-def whole_rows(model: nn.Module) -> str | None:
-    """The router in use that weighs whole rows, so that rows must run as they are: not packed, nothing of them shared."""
-    board = getattr(model, "_lorakit", None)
-    if not isinstance(board, Board):
-        return None
-    return next((name for name, own in board.routers.items() if own.whole_rows and name in board.routing.names), None)
-
-
-@contextmanager
-def counted(model: nn.Module, counts: Tensor) -> Iterator[None]:
-    """Within the block, the tokens of a batch count so often in what adapters add to a training loss; padding 0 times.
-
-    `counts` has the axes of the model's tokens. Models that are given a mask of padding need not be told.
-    """
-    board = getattr(model, "_lorakit", None)
-    if not isinstance(board, Board):
-        yield
-        return
-    before, board.counts = board.counts, counts
-    try:
-        yield
-    finally:
-        board.counts = before
-
-
-def _repeated(routing: Routing, copies: int) -> Routing:
-    if copies == 1 or routing.table is None:
-        return routing
-    return Routing(routing.names, None, routing.table.repeat_interleave(copies, dim=0), routing.axis, routing.found)
+    board = found_board(model)
+    return {} if board is None else dict(board.adapters)
 
 
 # -- attach and detach --------------------------------------------------------------------------------------------------
@@ -442,7 +339,7 @@ def build_edits(model: nn.Module, method: EditMethod, targets: Targets, name: st
 
     `folded`: its tensors come from a file, and so does what an encoder of prompts had made of them.
     """
-    _check_name(name, getattr(model, "_lorakit", None))
+    _check_name(name, found_board(model))
     anatomy = anatomy_of(model)
     source = getattr(method, "tokenizer", None) or getattr(model, "name_or_path", None)
     known = method if folded else method.with_tokenizer(_Reader(source))
@@ -523,7 +420,7 @@ def build(
     `shifted` says that the deltas have a start to be taken off (`delta.Offset`), whose tensors are filled in afterwards.
     """
     start = start or Default()
-    board = getattr(model, "_lorakit", None)
+    board = found_board(model)
     _check_name(name, board)
     if paths is None:
         paths = select(model, targets) if targets.target_modules else []

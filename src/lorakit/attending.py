@@ -19,10 +19,10 @@ import torch
 from torch import Tensor, nn
 
 from lorakit.anatomy import configurations, keys_and_values
+from lorakit.board import Board
 from lorakit.edit import Attention
 from lorakit.errors import LorakitError
 from lorakit.front import Owned, owned
-from lorakit.routing import Board
 from lorakit.rows import check_rows, per_row
 
 OVER = "lorakit_edits_over_"

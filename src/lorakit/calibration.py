@@ -20,11 +20,11 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from lorakit.board import found_board, routed
 from lorakit.errors import LorakitError
 from lorakit.init import Initialiser, Measured
-from lorakit.layer import routed
 from lorakit.layout import Layout, Linear, Rows, Site
-from lorakit.routing import BASE, Board
+from lorakit.routing import BASE
 
 log = logging.getLogger("lorakit")
 
@@ -122,8 +122,8 @@ def _base_alone(model: nn.Module) -> Iterator[None]:
     """The model without adapters, in evaluation mode, no parameter of it asking for a gradient."""
     training = [module for module in model.modules() if module.training]
     asking = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    board = getattr(model, "_lorakit", None)
-    with routed(board, BASE) if isinstance(board, Board) else contextlib.nullcontext():
+    board = found_board(model)
+    with contextlib.nullcontext() if board is None else routed(board, BASE):
         model.eval()
         for parameter in asking:
             parameter.requires_grad_(False)

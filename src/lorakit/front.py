@@ -19,9 +19,9 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from lorakit.board import Board
 from lorakit.edit import Prompt
 from lorakit.errors import LorakitError
-from lorakit.routing import Board
 from lorakit.rows import check_rows
 
 

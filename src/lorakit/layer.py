@@ -7,8 +7,7 @@ dtype of the activations).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any, cast
 
 import torch
@@ -16,11 +15,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from lorakit.board import Board
 from lorakit.delta import Delta, LowRank
 from lorakit.errors import LorakitError
 from lorakit.kernel import autocast, gained, product
 from lorakit.layout import Rows, Site
-from lorakit.routing import Board, Routing
+from lorakit.routing import Routing
 from lorakit.rows import check_rows, first_tensor, join, pad, take, take_attention
 from lorakit.storage import Held, storage_of
 
@@ -544,13 +544,3 @@ def _spread(table: Tensor, axis: int, site: Site, x: Tensor) -> Tensor:
     shape = [1] * axes
     shape[axis], shape[-1] = table.shape
     return table.reshape(shape)
-
-
-@contextmanager
-def routed(board: Board, route: Any) -> Iterator[None]:
-    """Within the block the board's routing is `route`; afterwards what it was, whatever happened."""
-    before = board.set(route)
-    try:
-        yield
-    finally:
-        board.routing = before

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from lorakit.adapter import Adapter, activate, board_of
+from lorakit.adapter import Adapter
+from lorakit.board import activate, board_of
 from lorakit.delta import Pool
 from lorakit.errors import LorakitError, unknown
 from lorakit.experts import RouterSpec

@@ -1,24 +1,19 @@
 """Who gets which adapter: one, a weighted blend, one per row of the batch, weights per token, none.
 
-One `Board` per model holds the present routing; every adapted layer reads it. Switching is setting one attribute, so
-it costs the same for one layer and for a thousand, and no layer's state changes.
+What users write (`Route`) becomes a `Routing` over a whole batch; a `Router` finds the weights of its members by itself.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from lorakit.delta import Call
 from lorakit.errors import LorakitError, unknown
-
-if TYPE_CHECKING:
-    from lorakit.adapter import Adapter
 
 Blend = Mapping[str, float]
 Route = str | Blend | Sequence["str | Blend | None"] | None
@@ -56,6 +51,12 @@ class Routing:
             precise = torch.float32 if device.type == "mps" else torch.float64
             self._moved[device] = self.table.to(device=device, dtype=precise)
         return self._moved[device]
+
+    def repeated(self, copies: int) -> Routing:
+        """The same for a batch in which each row comes so many times in a row (beam search)."""
+        if copies == 1 or self.table is None:
+            return self
+        return Routing(self.names, None, self.table.repeat_interleave(copies, dim=0), self.axis, self.found)
 
 
 BASE = Routing((), ())
@@ -126,77 +127,3 @@ class Router(nn.Module, ABC):
             call: the layer's call.
             found: what the router has found for the model's whole call, if it does so (`Routing.found`).
         """
-
-
-class Board:
-    """What the adapted layers of one model share: the adapters on it and the present routing."""
-
-    def __init__(self) -> None:
-        self.adapters: dict[str, Adapter] = {}
-        self.routers: dict[str, Router] = {}
-        """The routers among the adapters."""
-        self.routing: Routing = BASE
-        self.merged: frozenset[str] = frozenset()
-        self.extra: list[Callable[[], Tensor]] | None = None
-        """Where what adapters add to a training loss is noted just now (`adapter.noted`)."""
-        self.seen: list[tuple[str, Tensor]] | None = None
-        """Where it is noted just now what routers decide: layer or block, (…, experts) (`adapter.routes`)."""
-        self.counts: Tensor | None = None
-        """How often each token of the present batch counts in that (`adapter.counted`)."""
-        self.frozen: dict[str, bool] = {}
-        """requires_grad of the base's parameters before the first adapter came, to be given back by detach."""
-        self.seams: Any = None
-        """Where edits stand around the model's calls (`seam.Seams`), once there are any."""
-        self.prompts: Tensor | None = None
-        """(rows,): how many tokens of each row are the prompt, while somebody says so (`adapter.prompts`)."""
-
-    def set(self, route: Route | Routing) -> Routing:
-        """Make `route` the present one; returns the one before."""
-        routing = parse(route, self.adapters)
-        merged = sorted(self.merged.intersection(self.members(routing)))
-        if merged:
-            raise LorakitError(
-                f"use: adapter {merged[0]!r} is merged into the weights just now, so it acts already; leave `merged` first."
-            )
-        self._check_whole(routing)
-        before, self.routing = self.routing, routing
-        return before
-
-    def members(self, routing: Routing) -> tuple[str, ...]:
-        """The adapters that take part in a routing, those behind its routers among them."""
-        if not self.routers:
-            return routing.names
-        names: dict[str, None] = {}
-        for name in routing.names:
-            names.update(dict.fromkeys(self.routers[name].members if name in self.routers else (name,)))
-        return tuple(names)
-
-    def _check_whole(self, routing: Routing) -> None:
-        """Refuse shares of edits that act whole or not at all, and two of a kind for one row."""
-        specs = {name: self.adapters[name].method for name in routing.names if name in self.adapters}
-        whole = {name: spec for name, spec in specs.items() if not getattr(spec, "blends", True)}
-        if not whole:
-            return
-        if routing.axis:
-            raise LorakitError(
-                f"use: {next(iter(whole))!r} stands in front of a row, and the route is one for each token."
-            )
-        table = [routing.weights] if routing.weights is not None else cast(Tensor, routing.table).tolist()
-        for row in table:
-            taken: dict[str, str] = {}
-            for name, weight in zip(routing.names, row, strict=True):
-                if name not in whole or weight == 0.0:
-                    continue
-                spec: Any = whole[name]
-                if weight != 1.0:
-                    raise LorakitError(
-                        f"use: {name!r} was given the weight {weight:g}. A {spec.family} of {spec.name} is read by the model's "
-                        "attention as tokens are, and there is no share of a token: it acts whole (1) or not at all (0). Give "
-                        "other rows another one by a list; deltas and bottlenecks blend."
-                    )
-                if spec.family in taken:
-                    raise LorakitError(
-                        f"use: one row was given two of a kind, {taken[spec.family]!r} and {name!r}, both a {spec.family}; a "
-                        "row has one. Deltas and bottlenecks may act beside it."
-                    )
-                taken[spec.family] = name

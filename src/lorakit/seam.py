@@ -16,10 +16,10 @@ from torch import Tensor, nn
 
 from lorakit.anatomy import stacks_of, transformer_of
 from lorakit.attending import Beside, close_door, hang, open_door
+from lorakit.board import Board
 from lorakit.edit import Anatomy, Attention, Change, Edit, Edits, Place, Prompt
 from lorakit.errors import LorakitError
 from lorakit.front import Behind, Front, reading
-from lorakit.routing import Board
 from lorakit.rows import check_rows, first_tensor, per_row
 
 NAME = "lorakit_edits"

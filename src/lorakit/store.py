@@ -18,7 +18,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from lorakit.adapter import Adapter, activate, adapters, build, build_edits, detach
+from lorakit.adapter import Adapter, adapters, build, build_edits, detach
+from lorakit.board import activate
 from lorakit.bundle import (
     CONFIG,
     CONTENT,

@@ -19,7 +19,7 @@ import lorakit as lk
 from core import models
 from core.models import IDS
 from experts.probes import Given, experts, given
-from lorakit.adapter import board_of
+from lorakit.board import board_of
 from lorakit.errors import LorakitError
 from lorakit.layer import Adapted
 

@@ -17,8 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lorakit.adapter import Adapter, adapters, use
+from lorakit.adapter import Adapter, adapters
 from lorakit.algebra.merging import merged
+from lorakit.board import use
 from lorakit.calibration import Batch
 from lorakit.errors import LorakitError
 

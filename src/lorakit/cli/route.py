@@ -27,7 +27,7 @@ def route(
     from rich.table import Table
 
     import lorakit as lk
-    from lorakit.adapter import routes
+    from lorakit.board import routes
     from lorakit.cli.conversation import Speaker
     from lorakit.cli.picture import draw_routes
     from lorakit.errors import LorakitError

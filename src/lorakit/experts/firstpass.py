@@ -15,9 +15,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from lorakit.board import Board
 from lorakit.errors import LorakitError
 from lorakit.experts.ground import Around, Ground, OverAdapters
-from lorakit.routing import BASE, Board, Routing
+from lorakit.routing import BASE, Routing
 
 _ROWS = ("reorder_cache", "crop", "batch_repeat_interleave", "batch_select_indices", "reset")
 """What a cache is told to do with its rows and tokens; the base's must do the same."""

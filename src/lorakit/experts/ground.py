@@ -15,11 +15,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from lorakit.board import Board
 from lorakit.delta import Delta, Method, Pool, Shape
 from lorakit.errors import LorakitError
 from lorakit.layer import Adapted
 from lorakit.layout import Convolution, Site
-from lorakit.routing import Board, Router
+from lorakit.routing import Router
 
 Examples = Sequence[Mapping[str, Any]]
 """Batches, each the arguments of one `model(**batch)`."""

@@ -18,10 +18,10 @@ from typing import Any, ClassVar, cast
 import torch
 from torch import Tensor
 
+from lorakit.board import routed
 from lorakit.delta import Call, Card
 from lorakit.errors import LorakitError
 from lorakit.experts.ground import Examples, Ground, OverAdapters, RouterSpec
-from lorakit.layer import routed
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -25,13 +25,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from lorakit.board import Board
 from lorakit.delta import Call, Card, Delta, LowRank, Method, Pool, Shape, View
 from lorakit.errors import LorakitError
 from lorakit.experts.gates import balance, top_mask, z_loss
 from lorakit.experts.ground import Around
 from lorakit.layer import Adapted, is_product
 from lorakit.methods import LoRA
-from lorakit.routing import Board, Routing
+from lorakit.routing import Routing
 from lorakit.targets import in_attention
 
 

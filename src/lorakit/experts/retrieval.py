@@ -18,12 +18,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lorakit.board import routed
 from lorakit.delta import Call, Card
 from lorakit.errors import LorakitError
 from lorakit.experts.firstpass import FirstPass
 from lorakit.experts.gates import softmax_over, top_mask
 from lorakit.experts.ground import Ground, RouterSpec
-from lorakit.layer import routed
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -33,7 +33,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from lorakit.adapter import whole_rows
+from lorakit.board import whole_rows
 from lorakit.errors import LorakitError
 from lorakit.train.loss import prompts_known
 

@@ -20,7 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lorakit.adapter import adapters, counted, prompts, use
+from lorakit.adapter import adapters
+from lorakit.board import counted, prompts, use
 from lorakit.errors import LorakitError
 from lorakit.storage import FLOAT, storage_of
 from lorakit.train import fusion
