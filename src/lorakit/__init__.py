@@ -9,8 +9,9 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from lorakit.adapter import Adapter, adapters, attach, detach
+    from lorakit.adapter import Adapter, adapters
     from lorakit.algebra import combine, diff, extract, merge, merged, prune, resize, scale, swap, verify
+    from lorakit.attachment import attach, detach
     from lorakit.board import activate, noted, prompts, use
     from lorakit.conversion import convert
     from lorakit.edits import EDITS, Bottleneck, LLaMAAdapter, LoReFT, PrefixTuning, PromptTuning, PTuning
@@ -51,8 +52,9 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOMES = {
-    "lorakit.adapter": ("Adapter", "adapters", "attach", "detach"),
+    "lorakit.adapter": ("Adapter", "adapters"),
     "lorakit.algebra": ("combine", "diff", "extract", "merge", "merged", "prune", "resize", "scale", "swap", "verify"),
+    "lorakit.attachment": ("attach", "detach"),
     "lorakit.board": ("activate", "noted", "prompts", "use"),
     "lorakit.conversion": ("convert",),
     "lorakit.edits": ("EDITS", "Bottleneck", "LLaMAAdapter", "LoReFT", "PTuning", "PrefixTuning", "PromptTuning"),

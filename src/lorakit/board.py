@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from lorakit.errors import LorakitError
 from lorakit.routing import BASE, Route, Router, Routing, parse
+from lorakit.storage import settle
 
 if TYPE_CHECKING:
     from lorakit.adapter import Adapter
@@ -37,7 +38,7 @@ class Board:
         self.counts: Tensor | None = None
         """How often each token of the present batch counts in that (`counted`)."""
         self.frozen: dict[str, bool] = {}
-        """requires_grad of the base's parameters before the first adapter came, to be given back by detach."""
+        """requires_grad of the base's parameters before the first adapter came, to be given back with the last."""
         self.seams: Any = None
         """Where edits stand around the model's calls (`seam.Seams`), once there are any."""
         self.prompts: Tensor | None = None
@@ -107,6 +108,26 @@ def board_of(model: nn.Module) -> Board:
     if board is None:
         raise LorakitError(f"this {type(model).__name__} has no adapter; lk.attach or lk.load puts one on.")
     return board
+
+
+def open_board(model: nn.Module) -> Board:
+    """The board of a model. Where there is none yet, a new one: the base is frozen then, and its storages are settled."""
+    board = found_board(model)
+    if board is None:
+        board = Board()
+        board.frozen = {key: parameter.requires_grad for key, parameter in model.named_parameters()}
+        model._lorakit = board  # type: ignore[assignment]
+        model.requires_grad_(False)
+        settle(model)
+    return board
+
+
+def close_board(model: nn.Module) -> None:
+    """Take the board off, and give the base's `requires_grad` flags back."""
+    board = board_of(model)
+    for key, parameter in model.named_parameters():
+        parameter.requires_grad_(board.frozen.get(key, parameter.requires_grad))
+    del model._lorakit
 
 
 # -- who acts --------------------------------------------------------------------------------------------------------------

@@ -122,7 +122,7 @@ def matrices(model: nn.Module, targets: Targets | None = None) -> dict[str, Shap
     """Path -> shape of every matrix that an adapter with these targets changes (all linear layers by default)."""
     modules = dict(walk(model))
     return {
-        f"{path}.{site.name}" if site.name else path: site.layout.shape
+        site.place(path): site.layout.shape
         for path in select(model, targets or Targets())
         for site in sites_of(modules[path])
     }

@@ -254,8 +254,8 @@ def stored(adapter: Adapter) -> tuple[Any, Targets]:
     found: dict[str, Method] = {}
     halves = shifted(adapter)
     for path, site, delta in adapter.deltas():
-        where = f"{path}.{site.name}" if site.name else path
-        asked[where] = _asked(adapter, path, where, where if isinstance(site.layout, Rows) else path)
+        where = site.place(path)
+        asked[where] = adapter.targets.spec_for(adapter.method, path, site)
         found[where] = asked[where] if halves else delta.peft_spec()
     if found == asked:
         return adapter.method, adapter.targets
@@ -271,18 +271,6 @@ def stored(adapter: Adapter) -> tuple[Any, Targets]:
             f"^{re.escape(where)}": value for where, value in values.items() if value != common[field]
         }
     return method.replace(**common), dataclasses.replace(adapter.targets, **patterns)
-
-
-def _asked(adapter: Adapter, path: str, where: str, layer: str) -> Method:
-    """The spec that a layer, or a part of one, was given when the adapter was attached."""
-    changes = {}
-    for option, patterns in adapter.targets.patterns().items():
-        value = value_for(patterns, where)
-        value = value_for(patterns, layer) if value is None else value
-        if value is not None:
-            changes[option] = value
-    spec: Method = adapter.method.at(path)
-    return spec.replace(**changes) if changes else spec
 
 
 def shifted(adapter: Adapter) -> bool:

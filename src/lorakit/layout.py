@@ -285,6 +285,10 @@ class Site:
     bias: str | None
     layout: Layout
 
+    def place(self, path: str) -> str:
+        """The name of this matrix in a model where its layer stands at `path`."""
+        return f"{path}.{self.name}" if self.name else path
+
 
 def _is_conv1d(module: nn.Module) -> bool:
     """transformers' Conv1D, told by its shape of attributes so that transformers need not be imported."""

@@ -18,8 +18,9 @@ from typing import Any, Self, cast
 
 from torch import Tensor, nn
 
-from lorakit.adapter import Adapter, adapters, attach, detach
+from lorakit.adapter import Adapter, adapters
 from lorakit.algebra import merge
+from lorakit.attachment import attach, detach
 from lorakit.board import activate, board_of, use
 from lorakit.bundle import read_config
 from lorakit.delta import Method

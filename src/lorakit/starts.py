@@ -108,11 +108,7 @@ def begin(
 
 def _places(plan: Plan) -> dict[str, tuple[str, Site]]:
     """Every matrix's name -> where it is."""
-    return {
-        f"{path}.{site.name}" if site.name else path: (path, site)
-        for path, planned in plan.items()
-        for site in planned.sites
-    }
+    return {site.place(path): (path, site) for path, planned in plan.items() for site in planned.sites}
 
 
 Supply = Generator[tuple[str, Any], None, None]
@@ -257,7 +253,7 @@ def redistribute(plan: Plan, ranks: Mapping[str, int]) -> tuple[Plan, dict[str, 
     for path, planned in plan.items():
         specs: dict[str, Method] = {}
         for site in planned.sites:
-            name = f"{path}.{site.name}" if site.name else path
+            name = site.place(path)
             spec: Any = planned.specs[site.name]
             rank = ranks[name]
             if rank == 0 and len(planned.sites) > 1:

@@ -18,7 +18,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from lorakit.adapter import Adapter, adapters, build, build_edits, detach
+from lorakit.adapter import Adapter, adapters
+from lorakit.attachment import detach
 from lorakit.board import activate
 from lorakit.bundle import (
     CONFIG,
@@ -35,6 +36,7 @@ from lorakit.bundle import (
     read_tensors,
     write_bundle,
 )
+from lorakit.construction import build, build_edits
 from lorakit.edit import EditMethod
 from lorakit.errors import LorakitError
 from lorakit.experts import RouterSpec

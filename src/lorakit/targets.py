@@ -14,10 +14,11 @@ from typing import Any, TypeVar, cast
 
 from torch import nn
 
+from lorakit.delta import Method
 from lorakit.edit import Edits
 from lorakit.errors import LorakitError
 from lorakit.layer import Adapted
-from lorakit.layout import Linear, sites_of
+from lorakit.layout import Linear, Rows, Site, sites_of
 
 PRESETS = ("all-linear", "attention", "mlp")
 _ATTENTION = re.compile(r"(^|\.)[^.]*att(n|ention)[^.]*(\.|$)", re.IGNORECASE)
@@ -58,6 +59,23 @@ class Targets:
     def patterns(self) -> dict[str, Mapping[str, Any]]:
         """Method field -> {pattern: value}, for the fields that may differ per layer."""
         return {"rank": self.rank_pattern, "alpha": self.alpha_pattern}
+
+    def spec_for(self, method: Method, path: str, site: Site) -> Method:
+        """The method's spec with the rank and alpha that these patterns give to one matrix of the layer at `path`: by its
+        own name, or by the layer's where it is no part of a fused one."""
+        changes = {}
+        for option, patterns in self.patterns().items():
+            if not patterns:
+                continue
+            if option not in method.pattern_fields:
+                raise LorakitError(f"attach: {option}_pattern was given, but {method.name} has no {option} per layer.")
+            value = value_for(patterns, site.place(path))
+            if value is None and not isinstance(site.layout, Rows):
+                value = value_for(patterns, path)
+            if value is not None:
+                changes[option] = value
+        spec = method.at(path)
+        return spec.replace(**changes) if changes else spec
 
 
 def walk(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:

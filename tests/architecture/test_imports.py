@@ -32,6 +32,7 @@ LAYERS: tuple[frozenset[str], ...] = tuple(
         "front attending seam calibration",
         "starts",
         "adapter",
+        "seats construction attachment",
         "spectrum algebra fingerprint folder mixture interchange store conversion peft bundle catalogue train serve insight",
         "studio",
         "cli",

@@ -20,11 +20,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lorakit.adapter import Adapter, adapters, build
+from lorakit.adapter import Adapter, adapters
 from lorakit.algebra.changes import Change, Cut, cut
 from lorakit.algebra.checkpoint import Checkpoint, Named, skeleton
 from lorakit.algebra.outcome import Made, made, method_for
 from lorakit.algebra.sources import place_of
+from lorakit.construction import build
 from lorakit.errors import LorakitError
 from lorakit.layout import sites_of
 from lorakit.spectrum import check_request

@@ -13,12 +13,14 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
-from lorakit.adapter import adapters, detach, ties
+from lorakit.adapter import adapters
 from lorakit.algebra.floats import cast_parameters, float_layer, is_packed, unpack
+from lorakit.attachment import detach
 from lorakit.board import Board, board_of
 from lorakit.errors import LorakitError
 from lorakit.layer import Adapted
 from lorakit.routing import Blend, Routing, parse
+from lorakit.seats import ties
 from lorakit.storage import FLOAT, Held, Storage, owner, storage_of, value_of
 from lorakit.targets import walk
 

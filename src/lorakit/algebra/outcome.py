@@ -18,10 +18,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lorakit.adapter import Adapter, build
+from lorakit.adapter import Adapter
 from lorakit.algebra.changes import Change, Cut
 from lorakit.algebra.sources import WHOLE, Live, Stored, frozen, place_of
 from lorakit.bundle import CONTENT, write_bundle
+from lorakit.construction import build
 from lorakit.delta import Method
 from lorakit.errors import LorakitError
 from lorakit.folder import replace_folder

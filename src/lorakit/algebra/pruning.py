@@ -23,10 +23,11 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from lorakit.adapter import Adapter, detach
+from lorakit.adapter import Adapter
 from lorakit.algebra.changes import Change, Cut, cut, kept
 from lorakit.algebra.outcome import Made, beside, in_folder
 from lorakit.algebra.sources import Live, Source, Stored
+from lorakit.attachment import detach
 from lorakit.board import use
 from lorakit.calibration import Batch
 from lorakit.errors import LorakitError

@@ -26,7 +26,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from lorakit.adapter import attach
+from lorakit.attachment import attach
 from lorakit.board import activate
 from lorakit.catalogue import matrices
 from lorakit.delta import Method, Shape

@@ -21,7 +21,8 @@ import torch
 from torch import Tensor, nn
 
 from lorakit import store
-from lorakit.adapter import Adapter, detach
+from lorakit.adapter import Adapter
+from lorakit.attachment import detach
 from lorakit.bundle import CONTENT, read_bundle
 from lorakit.delta import Delta, Form
 from lorakit.errors import LorakitError
