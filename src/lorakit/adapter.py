@@ -15,8 +15,9 @@ from lorakit.board import found_board
 from lorakit.delta import Delta, Pool
 from lorakit.edit import Anatomy, Edit, Place
 from lorakit.errors import LorakitError
-from lorakit.layer import Adapted, Replacement
+from lorakit.layer import Adapted
 from lorakit.layout import Site
+from lorakit.replacement import Replacement
 from lorakit.storage import Held
 from lorakit.targets import Targets
 

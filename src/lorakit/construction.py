@@ -21,9 +21,9 @@ from lorakit.delta import Delta, Method
 from lorakit.edit import EditMethod
 from lorakit.errors import LorakitError
 from lorakit.init import Default, Initialiser
-from lorakit.layer import Replacement
 from lorakit.layout import Site, sites_of, split
 from lorakit.methods import LoRA
+from lorakit.replacement import Replacement
 from lorakit.seam import seams_of
 from lorakit.seats import adapt, adapted_at, seats_of, ties
 from lorakit.starts import Plan, Planned, begin, rewrite

@@ -1,8 +1,7 @@
 """The one adapted layer: a frozen base layer, the deltas of any number of adapters beside it, and their routing.
 
-There is one such class for every method, layer kind and storage. Its forward writes nothing. Deltas see `W x` without
-the bias; dtypes are cast here and nowhere else (adapter tensors are kept in float32 or better and computed with in the
-dtype of the activations).
+There is one such class for every method, layer kind and storage. Its forward writes nothing. It knows who acts and how
+often; what a delta sees of a call is `call.py`.
 """
 
 from __future__ import annotations
@@ -11,45 +10,21 @@ from collections.abc import Callable
 from typing import Any, cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
 from lorakit.board import Board
+from lorakit.call import LayerCall
 from lorakit.delta import Delta, LowRank
 from lorakit.errors import LorakitError
-from lorakit.kernel import autocast, gained, product
+from lorakit.kernel import autocast, product
 from lorakit.layout import Rows, Site
+from lorakit.replacement import Replacement
 from lorakit.routing import Routing
 from lorakit.rows import check_rows, first_tensor, join, pad, take, take_attention
-from lorakit.storage import Held, storage_of
+from lorakit.storage import Held, storage_of, value_of
 
 Weighted = list[tuple[str, float]]
-
-
-class Replacement(nn.Module):
-    """One adapter's own values for some named tensors of a layer: trained biases, or a whole module (modules_to_save).
-
-    As with deltas, several blend: the layer runs with `base + Σ weight · (own - base)`.
-    """
-
-    def __init__(self, base: nn.Module, names: list[str], dtype: torch.dtype | None = None) -> None:
-        super().__init__()
-        self.names = tuple(names)
-        for index, name in enumerate(names):
-            value = _tensor(base, name).detach().clone()
-            if not value.is_floating_point():
-                self.register_buffer(f"tensor_{index}", value)
-                continue
-            value = value.to(torch.promote_types(value.dtype, dtype or value.dtype))
-            if _is_parameter(base, name):
-                setattr(self, f"tensor_{index}", nn.Parameter(value))
-            else:
-                self.register_buffer(f"tensor_{index}", value)
-
-    def tensors(self) -> dict[str, Tensor]:
-        """The layer's tensor names -> this adapter's values."""
-        return {name: cast(Tensor, getattr(self, f"tensor_{index}")) for index, name in enumerate(self.names)}
 
 
 class ByName(nn.ModuleDict):
@@ -57,116 +32,6 @@ class ByName(nn.ModuleDict):
 
     def add_module(self, name: str, module: nn.Module | None) -> None:
         self._modules[name] = module  # type: ignore[assignment]
-
-
-def _tensor(module: nn.Module, name: str) -> Tensor:
-    path, _, attribute = name.rpartition(".")
-    return cast(Tensor, getattr(module.get_submodule(path), attribute))
-
-
-def _is_parameter(module: nn.Module, name: str) -> bool:
-    return isinstance(_tensor(module, name), nn.Parameter)
-
-
-class LayerCall:
-    """One call of one site, as its deltas see it (`delta.Call`)."""
-
-    def __init__(
-        self, layer: nn.Module, site: Site, x: Tensor, output: Tensor | None, stored: Tensor | None = None
-    ) -> None:
-        """`output`: what the frozen layer gave; `stored`: its weight, where the layer holds another one just now."""
-        self.layer, self.site, self.x, self.output, self.stored = layer, site, autocast(x), output, stored
-
-    def _cast(self, tensor: Tensor) -> Tensor:
-        dtype = self.x.dtype if self.x.is_floating_point() else self.dtype
-        return tensor.to(dtype)
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """The dtype to compute in."""
-        if self.x.is_floating_point():
-            return self.x.dtype
-        return self.output.dtype if self.output is not None else self.W.dtype
-
-    @property
-    def W(self) -> Tensor:
-        stored = self.stored
-        if stored is None:
-            stored = storage_of(self.layer, self.site.weight).read(self.layer, self.site.weight)
-        return self.site.layout.matrix(stored)
-
-    @property
-    def y(self) -> Tensor:
-        if self.output is None:
-            return self.linear(self.W)
-        y = self.output
-        if self.site.bias is None:
-            return y
-        bias = _tensor(self.layer, self.site.bias).to(y.dtype)
-        layout = self.site.layout
-        if isinstance(layout, Rows):
-            return y - bias
-        return y - layout.features(bias, y)
-
-    def linear(self, M: Tensor) -> Tensor:
-        return self.site.layout.linear(self.layer, self.x, self._cast(M))
-
-    def through(self, f: Callable[[Tensor], Tensor], M: Callable[[], Tensor]) -> Tensor:
-        y = self.site.layout.through(self.x, f)
-        return self.linear(M()) if y is None else y
-
-    def product(
-        self,
-        B: Tensor,
-        A: Tensor,
-        gate: Tensor | None = None,
-        scale: float = 1.0,
-        dropout: float = 0.0,
-    ) -> Tensor:
-        layout, x = self.site.layout, self.x
-        if gate is not None:
-            gate = self._cast(gate)
-        if layout.flat:
-            return product(x, B, A, gate, scale, dropout)
-        B, A = self._cast(B), self._cast(A)
-        if dropout and x.is_floating_point():
-            x = F.dropout(x, dropout)
-        h = layout.down(self.layer, x, A) * scale
-        return layout.up(self.layer, h if gate is None else h * gate, B)
-
-    @property
-    def leading(self) -> torch.Size:
-        return self.x.shape[:-1] if self.x.is_floating_point() else self.x.shape
-
-    def down(self, A: Tensor) -> Tensor:
-        x = self.x
-        precise = torch.promote_types(self.dtype, torch.float32)
-        x = x.to(precise) if x.is_floating_point() else x
-        return self.site.layout.down(self.layer, x, A.to(precise))
-
-    def whole(
-        self,
-        B: Tensor,
-        A: Tensor,
-        gate: Tensor | None = None,
-        scale: float = 1.0,
-        dropout: float = 0.0,
-    ) -> Tensor:
-        W = self.site.layout.matrix(cast(Tensor, self.layer.weight))
-        return product(
-            self.x,
-            B,
-            A,
-            None if gate is None else self._cast(gate),
-            scale,
-            dropout,
-            W=self._cast(W),
-        )
-
-    def gain(self, y: Tensor, g: Tensor) -> Tensor:
-        if self.site.layout.flat and y.is_floating_point():
-            return gained(y, g)
-        return y * self.site.layout.features(g.to(y.dtype), y)
 
 
 class Adapted(nn.Module):
@@ -340,7 +205,7 @@ class Adapted(nn.Module):
 
     def _frozen(self, name: str) -> Tensor:
         """One of the base's own tensors, whatever is merged into it just now."""
-        return self.kept[name].read() if name in self.kept else _tensor(self.base, name).detach()
+        return self.kept[name].read() if name in self.kept else value_of(self.base, name).detach()
 
     def stored(self, site: Site) -> Tensor:
         """The frozen weight of a site as floats in its stored shape, whatever is merged into it just now."""
@@ -359,9 +224,9 @@ class Adapted(nn.Module):
                 if (alone and key not in self.kept) or not own.is_floating_point():
                     result[key] = own
                 else:
-                    present = result.get(key, _tensor(self.base, key).detach())
+                    present = result.get(key, value_of(self.base, key).detach())
                     result[key] = present + weight * (own - self._frozen(key))
-        return {key: value.to(_tensor(self.base, key).dtype) for key, value in result.items()}
+        return {key: value.to(value_of(self.base, key).dtype) for key, value in result.items()}
 
     def _call_base(self, tensors: dict[str, Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if not tensors:
@@ -390,13 +255,13 @@ class Adapted(nn.Module):
                         f"{self.path}: {delta.spec.name} adds a bias, and this layer has none to put it in. It works "
                         "unmerged; to merge, give the layer a zero bias first."
                     )
-                bias = result.get(site.bias, _tensor(self.base, site.bias).detach())
+                bias = result.get(site.bias, value_of(self.base, site.bias).detach())
                 whole = shift if not isinstance(site.layout, Rows) else site.layout.features(shift, shift)
                 result[site.bias] = bias + weight * whole.to(torch.promote_types(bias.dtype, whole.dtype))
         return result
 
     def _substituted(self, blend: Weighted, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        changed = {name: value.to(_tensor(self.base, name).dtype) for name, value in self.substitutes(blend).items()}
+        changed = {name: value.to(value_of(self.base, name).dtype) for name, value in self.substitutes(blend).items()}
         return functional_call(self.base, changed, args, kwargs)
 
     # -- one adapter per row ------------------------------------------------------------------------------------------

@@ -26,6 +26,7 @@ LAYERS: tuple[frozenset[str], ...] = tuple(
         "storage kernel",
         "routing rows",
         "board",
+        "call replacement",
         "layer",
         "targets init methods optim edits experts",
         "anatomy table",

@@ -16,7 +16,7 @@ from torch import Tensor
 from edits import laws
 from edits.laws import Case
 from edits.test_laws import FIRST
-from lorakit import attending, front, routing, seam
+from lorakit import attending, board, front, seam
 from lorakit.edits import bottleneck, llamaadapter, loreft, prefix, prompt
 
 Patch = pytest.MonkeyPatch
@@ -195,7 +195,7 @@ def call_leaves_something(patch: Patch) -> None:
 
 
 def shares_allowed(patch: Patch) -> None:
-    patch.setattr(routing.Board, "_check_whole", lambda self, routing: None)
+    patch.setattr(board.Board, "_check_whole", lambda self, routing: None)
 
 
 def gradient_lost_on_the_way(patch: Patch) -> None:

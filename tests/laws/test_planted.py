@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from laws import laws
 from laws.cases import KINDS, SPECS, Affine, AffineDelta, Case, Dense, DenseDelta
-from lorakit import kernel, layer, layout, store
+from lorakit import call, kernel, layer, layout, store
 from lorakit.delta import Form, LowRank, Pool
 from lorakit.init import Kaiming
 from lorakit.init.initialiser import Factors, Start
@@ -133,7 +133,7 @@ def rows_in_a_block(patch: pytest.MonkeyPatch) -> None:
 
 def bias_seen_by_deltas(patch: pytest.MonkeyPatch) -> None:
     """`call.y` with the bias still in it."""
-    patch.setattr(layer.LayerCall, "y", property(lambda self: self.output if self.output is not None else 0))
+    patch.setattr(call.LayerCall, "y", property(lambda self: self.output if self.output is not None else 0))
 
 
 def merge_forgets_the_bias(patch: pytest.MonkeyPatch) -> None:
@@ -147,7 +147,7 @@ def merge_forgets_the_bias(patch: pytest.MonkeyPatch) -> None:
 
 def shift_not_asked(patch: pytest.MonkeyPatch) -> None:
     """The layer never adds a delta's own bias."""
-    patch.setattr(layer.Adapted, "_change", lambda self, d, site, x, y: d.act(layer.LayerCall(self.base, site, x, y)))
+    patch.setattr(layer.Adapted, "_change", lambda self, d, site, x, y: d.act(call.LayerCall(self.base, site, x, y)))
 
 
 def merges_what_it_cannot(patch: pytest.MonkeyPatch) -> None:
