@@ -24,6 +24,7 @@ from lorakit.train.config import (
     load_config,
     to_yaml,
 )
+from lorakit.train.quantisation import FP4, Int8
 from lorakit.train.schema import default_of
 
 SMALL = "model: m\ndata: {train: rows.jsonl}\n"
@@ -362,6 +363,7 @@ def table(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     monkeypatch.setattr("lorakit.train.options.methods", lambda: rows)
     monkeypatch.setattr("lorakit.train.options.initialisers", lambda: inits)
     monkeypatch.setattr("lorakit.train.overrides.methods", lambda: rows)
+    monkeypatch.setattr("lorakit.train.overrides.initialisers", lambda: inits)
     monkeypatch.setattr("lorakit.train.fields.methods", lambda: rows)
     return rows
 
@@ -406,11 +408,49 @@ def test_every_method_and_its_options_make_flags(tmp_path: Path) -> None:
 
 
 def test_an_option_of_another_method_is_refused(table: dict[str, Any], tmp_path: Path) -> None:
-    message = r'"rank" is no option of narrow \(.*line 3\); it is one of lora, plain, around'
-    with pytest.raises(LorakitError, match=message):
-        loaded(tmp_path, SMALL + "rank: 8\n", "--method", "narrow")
+    message = r'"rank" is no option of narrow \(%s\); it is one of lora, plain, around'
+    with pytest.raises(LorakitError, match=message % ".*line 3"):
+        loaded(tmp_path, SMALL + "rank: 8\nmethod: narrow\n")
+    with pytest.raises(LorakitError, match=message % "--rank"):
+        loaded(tmp_path, SMALL, "--method", "narrow", "--rank", "8")
+    with pytest.raises(LorakitError, match=message % "--rank"):
+        loaded(tmp_path, SMALL + "rank: 8\n", "--rank", "8", "--method", "narrow")
     with pytest.raises(LorakitError, match=r"method\.gain: expected a number, found 'wide'"):
         loaded(tmp_path, SMALL + "method: {name: narrow, gain: wide}\n")
+
+
+def test_another_method_by_a_flag_leaves_the_files_own_options_out(
+    table: dict[str, Any], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    text = SMALL + "method: around\nrank: 2\nshare: 0.25\n"
+    assert loaded(tmp_path, text, "--method", "plain").method == Plain(rank=2)
+    assert "method: share (" in caplog.text
+    assert "line 5): of around, and no option of plain, which the flags ask for; left out." in caplog.text
+    assert "rank" not in caplog.text, "both have it"
+    caplog.clear()
+    assert loaded(tmp_path, text, "--method", "narrow", "--gain", "2").method == Narrow(gain=2.0)
+    assert "rank (" in caplog.text
+    assert "share (" in caplog.text
+    caplog.clear()
+    assert loaded(tmp_path, text, "--method", "around").method == Around(inner=Plain(rank=2), share=0.25)
+    assert loaded(tmp_path, SMALL + "rank: 2\n", "--method", "lora", "--rank", "3").method == LoRA(rank=3)
+    assert not caplog.text
+    with pytest.raises(LorakitError, match=r'unknown option of plain "shaer" in .*line 3'):  # no option of either
+        loaded(tmp_path, SMALL + "method: {name: around, shaer: 1}\n", "--method", "plain")
+    with pytest.raises(LorakitError, match=r'unknown method "plan" in --method; did you mean "plain"'):
+        loaded(tmp_path, text, "--method", "plan")
+
+
+def test_another_start_or_format_by_a_flag_leaves_the_files_own_options_out(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    text = SMALL + "init: {name: normal, std: 0.1}\nquantize: {name: nf4, double: false, skip: [a]}\n"
+    assert loaded(tmp_path, text, "--init", "default").init == Default()
+    assert "init: std (" in caplog.text
+    assert loaded(tmp_path, text, "--quantize", "int8").quantize == Int8(skip=("a",))
+    assert "quantize: double (" in caplog.text
+    assert loaded(tmp_path, text, "--quantize", "none").quantize is None
+    assert loaded(tmp_path, text, "--quantize", "fp4").quantize == FP4(double=False, skip=("a",))
 
 
 def test_the_arguments_of_attach_are_plain(tmp_path: Path) -> None:

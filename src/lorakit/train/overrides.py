@@ -9,16 +9,19 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import logging
 import re
 import typing
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lorakit.errors import LorakitError
-from lorakit.train.choices import methods, option_names
+from lorakit.train.choices import initialisers, methods, option_names, quantisations
 from lorakit.train.fields import config_fields
 from lorakit.train.options import TrainConfig
 from lorakit.train.schema import FlagText, hints_of, iterate
+
+log = logging.getLogger("lorakit")
 
 CHOSEN = ("method", "init", "quantize")
 """Options that hold a name and further options."""
@@ -128,11 +131,17 @@ def lift_method_options(tree: dict[str, Any], places: dict[str, str]) -> tuple[d
 def apply_overrides(tree: dict[str, Any], places: dict[str, str], tokens: Sequence[str]) -> None:
     """Puts the values of flags into `tree`, and the flags' spelling into `places`.
 
+    Where a flag names another method than the file, options of the file's method that the other one does not have
+    are left out, with a line in the log; what the flags themselves give must fit.
+
     Raises:
         LorakitError: an unknown flag, a flag without a value, a word that is no flag.
     """
+    before = {name: dict(tree[name]) for name in CHOSEN if isinstance(tree.get(name), dict)}
+    flags: set[tuple[str, ...]] = set()
     for asked, text, spelled in _split(tokens):
         path = _path_of(asked, spelled)
+        flags.add(path[:2])
         target = tree
         for part in path[:-1]:
             inner = target.get(part)
@@ -143,7 +152,7 @@ def apply_overrides(tree: dict[str, Any], places: dict[str, str], tokens: Sequen
         key = path[-1]
         value = FlagText(text)
         if len(path) == 1 and path[0] in CHOSEN and not text.lstrip().startswith("{"):
-            # The name alone changes: options that the file gives stay, and are checked against the new method.
+            # The name alone changes: options that the file gives stay where the new method has them.
             target = target.setdefault(path[0], {})
             key = "name"
         target[key] = value
@@ -153,6 +162,26 @@ def apply_overrides(tree: dict[str, Any], places: dict[str, str], tokens: Sequen
             places[f"{dotted.removesuffix('.name')}.name"] = spelled
     if isinstance(tree.get("method"), dict):
         tree["method"].setdefault("name", "lora")
+    for name, options in before.items():
+        if isinstance(tree[name], dict):
+            kept = {key for key in options if (name, key) not in flags}
+            _leave_out(name, kept, str(options.get("name")), tree[name], places)
+
+
+def _leave_out(name: str, kept: set[str], own: str, options: dict[str, Any], places: Mapping[str, str]) -> None:
+    """Takes out of `options` what a file gave for its choice `own` (`kept`) and the one that a flag names does not have."""
+    table = {"method": methods, "init": initialisers, "quantize": quantisations}[name]()
+    other = str(options.get("name"))
+    none = name == "quantize" and other in ("none", "null")
+    if own == other or own not in table or not (none or other in table):
+        return
+    reachable = {} if none else option_names(table[other], table, options)
+    foreign = [key for key in options if key in kept and key in option_names(table[own], table) and key not in reachable]
+    if foreign:
+        told = ", ".join(f"{key} ({places.get(f'{name}.{key}', '')})" for key in foreign)
+        log.warning(f"{name}: {told}: of {own}, and no option of {other}, which the flags ask for; left out.")
+    for key in foreign:
+        del options[key]
 
 
 def _path_of(asked: str, spelled: str) -> tuple[str, ...]:
