@@ -19,7 +19,6 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -36,20 +35,36 @@ RESULTS = ROOT / "benchmarks" / "results" / "methods.json"
 PICTURES = ROOT / "docs" / "pictures"
 
 
-def measured(setting: Setting, options: argparse.Namespace) -> dict[str, Any]:
-    """One method over all seeds, from the cache or from a process of its own."""
-    job = {
-        "setting": asdict(setting),
+def job_of(setting: Setting, options: argparse.Namespace) -> dict[str, Any]:
+    """What a process is told for one row: all that its figures depend on."""
+    return {
+        **setting.job(options.steps),
         "seeds": options.seeds,
-        "steps": options.steps,
         "batch_size": options.batch_size,
         "held_out": options.held_out,
         "model": str(material.fetch_model()),
         "reviews": str(material.cache_root() / "reviews"),
     }
+
+
+def measured(setting: Setting, options: argparse.Namespace) -> dict[str, Any]:
+    """One method over all seeds, from the cache or from a process of its own; with the number of its steps."""
+    job = job_of(setting, options)
+    return {"steps": job["steps"], **kept_or_run(job, options.again)}
+
+
+def base_of(options: argparse.Namespace) -> dict[str, Any]:
+    """Accuracy and loss of the model as it came, on the same held-out rows."""
+    job = {**job_of(Setting("the base", (), 0.0), options), "seeds": [], "steps": 0}
+    return kept_or_run(job, options.again)
+
+
+def kept_or_run(job: dict[str, Any], again: bool) -> dict[str, Any]:
+    """What a job gives, from the cache or from a process of its own."""
+    name = job["setting"]["name"]
     digest = hashlib.sha256(json.dumps(job, sort_keys=True).encode()).hexdigest()[:16]
     kept = material.cache_root() / "bench-methods" / f"{digest}.json"
-    if kept.is_file() and not options.again:
+    if kept.is_file() and not again:
         row: dict[str, Any] = json.loads(kept.read_text())
         return row
     kept.parent.mkdir(parents=True, exist_ok=True)
@@ -66,15 +81,15 @@ def measured(setting: Setting, options: argparse.Namespace) -> dict[str, Any]:
         )
     if done.returncode:
         end = "\n".join(log.read_text(errors="replace").splitlines()[-12:])
-        print(f"{setting.name}: failed; the end of {log}:\n{end}", flush=True)
-        return {"name": setting.name, "failed": end}
+        print(f"{name}: failed; the end of {log}:\n{end}", flush=True)
+        return {"name": name, "failed": end}
     row = json.loads(kept.read_text())
     found = ", ".join(f"{run['accuracy']:.1%}" for run in row["runs"])
-    print(f"{setting.name}: {found} ({time.monotonic() - begin:.0f} s)", flush=True)
+    print(f"{name}: {found} ({time.monotonic() - begin:.0f} s)", flush=True)
     return row
 
 
-def record(rows: list[dict[str, Any]], options: argparse.Namespace) -> dict[str, Any]:
+def record(rows: list[dict[str, Any]], base: dict[str, Any], options: argparse.Namespace) -> dict[str, Any]:
     """Everything that goes into the results file."""
     shared = {key: value for key, value in vars(options).items() if key in ("steps", "batch_size", "held_out")}
     return {
@@ -83,8 +98,9 @@ def record(rows: list[dict[str, Any]], options: argparse.Namespace) -> dict[str,
         "machine": machine.describe(),
         "libraries": {name: version(name) for name in ("lorakit", "torch", "transformers")},
         "options": {**shared, "seeds": list(options.seeds)},
+        "base": base,
         "rows": rows,
-        "markdown": quality_table(rows, shared, options.seeds) + "\n\n" + claims(rows),
+        "markdown": quality_table(rows, base, shared, options.seeds) + "\n\n" + claims(rows),
     }
 
 
@@ -109,13 +125,16 @@ def main() -> int:
     chosen = [setting for setting in SETTINGS if not wanted or setting.name in wanted]
     material.fetch_model()
     material.write_reviews()
+    base = base_of(options)
+    if "failed" in base:
+        return 1
     with ThreadPoolExecutor(options.workers) as pool:
         rows = list(pool.map(lambda setting: measured(setting, options), chosen))
     done = [row for row in rows if "failed" not in row]
     if not done:
         return 1
     options.output.parent.mkdir(parents=True, exist_ok=True)
-    result = record(done, options)
+    result = record(done, base["runs"][0], options)
     options.output.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n")
     if not wanted:
         PICTURES.mkdir(parents=True, exist_ok=True)

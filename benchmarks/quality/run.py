@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 import lorakit as lk
-from lorakit.train import load_config, train
+from lorakit.train import TrainConfig, load_config, train
 from lorakit.train.data import load_splits
 from lorakit.train.models import load_model
 from lorakit.train.run import TrainResult, examine, hold, path_for
@@ -27,12 +27,12 @@ HALF = ("LoRA", "DyLoRA")
 
 
 def main(job_path: Path, result_path: Path) -> None:
-    """Train every seed and write what was measured."""
+    """Train every seed and write what was measured; without a seed the base is measured as it is."""
     job = json.loads(job_path.read_text())
     setting = job["setting"]
     # The first load of a process reads libraries and lays memory out; it is no part of any run.
     load_model(job["model"])
-    runs = []
+    runs = [] if job["seeds"] else [untrained(job)]
     for seed in job["seeds"]:
         with tempfile.TemporaryDirectory() as folder:
             runs.append(one(job, setting, seed, Path(folder) / "adapter"))
@@ -42,10 +42,10 @@ def main(job_path: Path, result_path: Path) -> None:
     draft.replace(result_path)
 
 
-def one(job: dict[str, Any], setting: dict[str, Any], seed: int, output: Path) -> dict[str, Any]:
-    """One run with one seed, which decides initial values, dropout and which rows are seen in which order."""
+def configuration(job: dict[str, Any], setting: dict[str, Any], seed: int, output: Path) -> TrainConfig:
+    """What `lorakit train` would be told for one run."""
     held_limit = min(job["held_out"], 500)
-    config = load_config(
+    return load_config(
         None,
         [
             f"model={job['model']}",
@@ -66,6 +66,22 @@ def one(job: dict[str, Any], setting: dict[str, Any], seed: int, output: Path) -
             *setting["flags"],
         ],
     )
+
+
+def untrained(job: dict[str, Any]) -> dict[str, Any]:
+    """The base without an adapter on the same held-out rows, by the same evaluation."""
+    config = configuration({**job, "steps": 1}, job["setting"], 0, Path("nothing is written"))
+    model, tokenizer = load_model(config.model, dtype=config.train.precision)
+    _, rows = load_splits(config.data)
+    assert rows is not None
+    with torch.no_grad():
+        found = examine(model, tokenizer, hold(rows, tokenizer, config), config, path_for(config, model))
+    return {"accuracy": found.accuracy, "loss": found.loss}
+
+
+def one(job: dict[str, Any], setting: dict[str, Any], seed: int, output: Path) -> dict[str, Any]:
+    """One run with one seed, which decides initial values, dropout and which rows are seen in which order."""
+    config = configuration(job, setting, seed, output)
     machine.forget_peak()
     begin, processor = time.perf_counter(), time.process_time()
     done = train(config)

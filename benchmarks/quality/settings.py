@@ -1,12 +1,13 @@
 """The rows of the quality table: every method, and what was set besides its defaults.
 
 Where a method can be given a size, it is given that of LoRA at rank 8, 2.44 million numbers on SmolLM2-135M. Learning rates
-are usual ones of each family, not the result of a search, and the page says so.
+are usual ones of each family, not the result of a search, and the page says so; those of edits were tried (`TRIED`).
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -18,12 +19,20 @@ class Setting:
         flags: options of the run beside those that all rows share.
         learning_rate: the highest learning rate.
         note: why it is not at LoRA's size, or what else is unlike the others.
+        steps: of the optimiser, where those that all rows share are too few.
     """
 
     name: str
     flags: tuple[str, ...]
     learning_rate: float
     note: str = ""
+    steps: int | None = None
+
+    def job(self, steps: int) -> dict[str, Any]:
+        """What a process is told of it, where all rows share so many steps."""
+        told = asdict(self)
+        own = told.pop("steps")
+        return {"setting": told, "steps": steps if own is None else own}
 
 
 BASELINE = "LoRA"
@@ -61,5 +70,12 @@ SETTINGS: tuple[Setting, ...] = (
     Setting(
         "Full, GaLore", ("method=full", "train.optimizer=galore"), 5e-4, "the same with optimiser state of low rank"
     ),
+    Setting("Bottleneck, Houlsby", ("method=bottleneck", "size=35"), 1e-3, steps=30),
+    Setting("Bottleneck, parallel", ("method=bottleneck", "placement=parallel", "size=70", "scale=4"), 1e-3, steps=30),
+    Setting("Prompt tuning", ("method=prompt-tuning",), 0.1, "20 rows", steps=30),
+    Setting("P-tuning", ("method=p-tuning",), 1e-3, "20 rows out of a network", steps=30),
+    Setting("Prefix tuning", ("method=prefix-tuning",), 1e-3, "20 keys and values out of a network", steps=30),
+    Setting("LLaMA-Adapter", ("method=llama-adapter",), 9e-3, "10 tokens a layer", steps=30),
+    Setting("LoReFT", ("method=loreft",), 4e-3, "the prompt's first and last token", steps=30),
 )
 """BitFit is not among them: SmolLM2 has no biases, and lorakit says so."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from statistics import mean, median
-from typing import Any
+from typing import Any, cast
 
 from quality.settings import BASELINE
 
@@ -28,9 +28,9 @@ def percent(number: float) -> str:
     return f"{number:.1%}"
 
 
-def beats(row: Row, baseline: Row) -> str:
-    """Whether a row is above the baseline, seed by seed: on all seeds, on none, or it depends on the seed."""
-    pairs = list(zip(values(row, "accuracy"), values(baseline, "accuracy"), strict=True))
+def beats(row: Row, others: Sequence[float]) -> str:
+    """Whether a row's accuracy is above the others', seed by seed: on all seeds, on none, or it depends on the seed."""
+    pairs = list(zip(values(row, "accuracy"), others, strict=True))
     better = sum(ours > theirs for ours, theirs in pairs)
     worse = sum(ours < theirs for ours, theirs in pairs)
     if better == len(pairs):
@@ -38,25 +38,30 @@ def beats(row: Row, baseline: Row) -> str:
     return "below" if worse == len(pairs) else "no clear difference"
 
 
-def quality_table(rows: Sequence[Row], shared: dict[str, Any], seeds: Sequence[int]) -> str:
-    """A line per method, the best median accuracy first."""
+def quality_table(rows: Sequence[Row], base: dict[str, Any], shared: dict[str, Any], seeds: Sequence[int]) -> str:
+    """A line per method, the best median accuracy first; `base` is the model as it came."""
     baseline = next((row for row in rows if row["name"] == BASELINE), None)
+    count, accuracy = shared["held_out"], base["accuracy"]
     lines = [
-        f"SmolLM2-135M-Instruct, film reviews, {shared['steps']} steps of {shared['batch_size']} examples, "
-        f"{shared['held_out']} held-out rows, {len(seeds)} seeds (median, least and greatest). Seconds are one thread's "
-        "processor time for a whole run with its evaluation.",
+        f"SmolLM2-135M-Instruct, film reviews, steps of {shared['batch_size']} examples, {count} held-out rows, {len(seeds)} "
+        "seeds (median, least and greatest). Seconds are one thread's processor time for a whole run with its evaluation. "
+        f"Without an adapter the model's accuracy is {percent(accuracy)} and its loss {base['loss']:.3f}. "
+        f"The standard error of one accuracy on so many rows is {percent((accuracy * (1 - accuracy) / count) ** 0.5)}; all "
+        "rows are measured on the same ones.",
         "",
-        "| method | accuracy | against LoRA | held-out loss | trained numbers | adapter file | processor s | peak memory "
-        "| learning rate | |",
-        "|---|---|---|---|---|---|---|---|---|---|",
+        "| method | accuracy | against the base | against LoRA | held-out loss | steps | trained numbers | adapter file "
+        "| processor s | peak memory | learning rate | |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for row in sorted(rows, key=lambda row: (-median(values(row, "accuracy")), median(values(row, "loss")))):
-        compared = "" if baseline is None or row is baseline else beats(row, baseline)
+        alike = baseline is not None and row is not baseline and row["steps"] == baseline["steps"]
         cells = (
             row["name"],
             spread(values(row, "accuracy"), percent),
-            compared,
+            beats(row, [accuracy] * len(row["runs"])),
+            beats(row, values(cast(Row, baseline), "accuracy")) if alike else "",
             spread(values(row, "loss"), "{:.3f}".format),
+            str(row["steps"]),
             f"{row['runs'][0]['trained']:,}",
             f"{median(values(row, 'file_bytes')) / 1e6:,.2f} MB",
             f"{median(values(row, 'processor_seconds')):.0f}",

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
+from lorakit.edits import EDITS
 from lorakit.methods import METHODS
 from lorakit.train import load_config
 from quality.settings import BASELINE, SETTINGS, Setting
@@ -27,18 +29,18 @@ def row(name: str, accuracies: list[float], **more: Any) -> dict[str, Any]:
         }
         for accuracy in accuracies
     ]
-    return {"name": name, "learning_rate": 1e-3, "note": "", "runs": runs}
+    return {"name": name, "learning_rate": 1e-3, "note": "", "steps": more.get("steps", 12), "runs": runs}
 
 
 @pytest.mark.parametrize("setting", SETTINGS, ids=lambda setting: setting.name)
 def test_every_row_is_a_run_that_is_accepted(setting: Setting) -> None:
     config = load_config(None, ["model=m", "data.train=rows.jsonl", *setting.flags])
-    assert config.method.name in METHODS
+    assert config.method.name in {**METHODS, **EDITS}
 
 
 def test_every_method_has_a_row() -> None:
     configs = [load_config(None, ["model=m", "data.train=rows.jsonl", *setting.flags]) for setting in SETTINGS]
-    assert {config.method.name for config in configs} == set(METHODS) - {"bitfit"}  # SmolLM2 has no biases
+    assert {config.method.name for config in configs} == {*METHODS, *EDITS} - {"bitfit"}  # SmolLM2 has no biases
     assert len({setting.name for setting in SETTINGS}) == len(SETTINGS)
 
 
@@ -46,10 +48,26 @@ def test_the_table_is_sorted_and_says_who_is_above_lora() -> None:
     shared = {"steps": 1, "batch_size": 1, "held_out": 1}
     rows = [row(BASELINE, [0.8, 0.8, 0.8]), row("better", [0.9, 0.9, 0.81]), row("mixed", [0.9, 0.7, 0.8])]
     rows.append(row("worse", [0.7, 0.7, 0.7]))
-    lines = quality_table(rows, shared, [0, 1, 2]).splitlines()[4:]
-    assert [line.split("|")[1].strip() for line in lines] == ["better", BASELINE, "mixed", "worse"]
-    verdicts = {line.split("|")[1].strip(): line.split("|")[3].strip() for line in lines}
-    assert verdicts == {"better": "above", BASELINE: "", "mixed": "no clear difference", "worse": "below"}
+    rows.append(row("longer", [0.6, 0.6, 0.9], steps=30))
+    text = quality_table(rows, {"accuracy": 0.75, "loss": 1.2345}, shared, [0, 1, 2])
+    assert "Without an adapter the model's accuracy is 75.0% and its loss 1.234." in text
+    lines = text.splitlines()[4:]
+    assert [line.split("|")[1].strip() for line in lines] == ["better", BASELINE, "mixed", "worse", "longer"]
+    cells = {line.split("|")[1].strip(): [cell.strip() for cell in line.split("|")] for line in lines}
+    unclear = "no clear difference"
+    against_base = {"better": "above", BASELINE: "above", "mixed": unclear, "worse": "below", "longer": unclear}
+    assert {name: row[3] for name, row in cells.items()} == against_base
+    against_lora = {"better": "above", BASELINE: "", "mixed": unclear, "worse": "below", "longer": ""}
+    assert {name: row[4] for name, row in cells.items()} == against_lora, "who took other steps is not compared"
+    assert {name: row[6] for name, row in cells.items()} == {**dict.fromkeys(cells, "12"), "longer": "30"}
+
+
+def test_a_row_of_its_own_steps_leaves_the_jobs_of_the_others_as_they_are() -> None:
+    plain = Setting("LoRA", ("method=lora",), 1e-3)
+    job = plain.job(12)
+    assert job["steps"] == 12
+    assert set(job["setting"]) == {"name", "flags", "learning_rate", "note"}, "what was measured is found by this"
+    assert replace(plain, steps=30).job(12) == {**job, "steps": 30}
 
 
 @pytest.mark.parametrize(

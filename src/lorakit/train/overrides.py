@@ -176,7 +176,9 @@ def _leave_out(name: str, kept: set[str], own: str, options: dict[str, Any], pla
     if own == other or own not in table or not (none or other in table):
         return
     reachable = {} if none else option_names(table[other], table, options)
-    foreign = [key for key in options if key in kept and key in option_names(table[own], table) and key not in reachable]
+    foreign = [
+        key for key in options if key in kept and key in option_names(table[own], table) and key not in reachable
+    ]
     if foreign:
         told = ", ".join(f"{key} ({places.get(f'{name}.{key}', '')})" for key in foreign)
         log.warning(f"{name}: {told}: of {own}, and no option of {other}, which the flags ask for; left out.")
