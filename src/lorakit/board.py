@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from lorakit.errors import LorakitError
 from lorakit.routing import BASE, Route, Router, Routing, parse
+from lorakit.rows import first_tensor
 from lorakit.storage import settle
 
 if TYPE_CHECKING:
@@ -150,20 +151,68 @@ def use(model: nn.Module, route: Route | Routing, copies: int = 1) -> Iterator[N
     Args:
         model: a model with adapters.
         route: one name; a blend {name: weight}; a list with one of these or None per row of the batch; None for the base.
-        copies: how often each row is repeated in the batch (beam search, several returned sequences).
+        copies: how often each row is repeated in the batch (beam search, several returned sequences). The encoder of an
+            encoder-decoder reads each row once, before it is repeated.
 
     Raises:
         LorakitError: a name that is on no adapter of this model, or one that is merged just now.
     """
     board = board_of(model)
-    with routed(board, parse(route, board.adapters).repeated(copies)):
+    routing = parse(route, board.adapters)
+    with routed(board, routing.repeated(copies)), _once_in_encoder(board, model, routing, copies):
         yield
 
 
 def activate(model: nn.Module, route: Route | Routing, copies: int = 1) -> None:
-    """`use` without an end: the route stays until the next."""
+    """`use` without an end: the route stays until the next.
+
+    Raises:
+        LorakitError: as `use`, and for copies of rows in an encoder-decoder, whose encoder needs the end of a block.
+    """
     board = board_of(model)
-    board.set(parse(route, board.adapters).repeated(copies))
+    routing = parse(route, board.adapters)
+    if copies > 1 and routing.table is not None and _encoder(model) is not None:
+        raise LorakitError(
+            f"activate: {type(model).__name__} encodes each row once and decodes {copies} copies of it; use "
+            "`with lk.use(model, route, copies=...)` for a route per row."
+        )
+    board.set(routing.repeated(copies))
+
+
+def _encoder(model: nn.Module) -> nn.Module | None:
+    """The encoder of an encoder-decoder of transformers; None for any other model."""
+    if not getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        return None
+    return cast(nn.Module, cast(Any, model).get_encoder())
+
+
+@contextmanager
+def _once_in_encoder(board: Board, model: nn.Module, routing: Routing, copies: int) -> Iterator[None]:
+    """Within the block, an encoder that is called with rows not yet repeated runs with the route of these."""
+    encoder = None if copies == 1 or routing.table is None else _encoder(model)
+    if encoder is None:
+        yield
+        return
+    outer: list[Routing] = []
+
+    def enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        outer.append(board.routing)
+        if first_tensor(args, kwargs).shape[0] == routing.rows:
+            board.routing = routing
+
+    def leave(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        board.routing = outer.pop()
+
+    # the edits in front of the encoder ask for the route too
+    handles = [
+        encoder.register_forward_pre_hook(enter, prepend=True, with_kwargs=True),
+        encoder.register_forward_hook(leave, with_kwargs=True, always_call=True),
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 # -- what is said for a while ----------------------------------------------------------------------------------------------

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -156,9 +156,11 @@ def test_repeated_rows_are_hinted_at() -> None:
         assert torch.allclose(together[::2], logits(model), atol=1e-12)
 
 
+@pytest.mark.parametrize("make", [models.llama, models.t5])
 @pytest.mark.parametrize("options", [{"num_beams": 2}, {"num_beams": 4, "num_return_sequences": 2}, {}])
-def test_generation_with_one_adapter_per_row(options: dict[str, int]) -> None:
-    model = adapted(models.llama())
+def test_generation_with_one_adapter_per_row(options: dict[str, int], make: Callable[[], nn.Module]) -> None:
+    """An encoder reads each row once, before the beams are made of it."""
+    model = adapted(make())
     returned = options.get("num_return_sequences", 1)
 
     def generate(ids: Tensor) -> Tensor:
@@ -174,10 +176,30 @@ def test_generation_with_one_adapter_per_row(options: dict[str, int]) -> None:
     with lk.use(model, ROUTE, copies=options.get("num_beams", 1)):
         together = generate(IDS)
     apart = torch.cat(alone(model, ROUTE, lambda i: generate(IDS[i : i + 1])))
-    assert together.shape == (3 * returned, IDS.shape[1] + 5)
+    given = 1 if model.config.is_encoder_decoder else IDS.shape[1]
+    assert together.shape == (3 * returned, given + 5)
     assert torch.equal(together, apart)
     with lk.use(model, None):
         assert not torch.equal(generate(IDS), together)
+
+
+def test_copies_of_rows_in_an_encoder_decoder_need_a_block() -> None:
+    model = adapted(models.t5())
+    with pytest.raises(LorakitError, match=r"T5ForConditionalGeneration encodes each row once and decodes 2 copies"):
+        lk.activate(model, ROUTE, copies=2)
+    lk.activate(model, "sql", copies=2)
+    handle = model.get_encoder().block[0].register_forward_pre_hook(broken)
+    with pytest.raises(RuntimeError, match="broken"), lk.use(model, ROUTE, copies=2):
+        model.generate(IDS, num_beams=2, max_new_tokens=1)
+    handle.remove()
+    alone = model.generate(IDS, max_new_tokens=3)
+    with lk.use(model, "sql"):
+        assert torch.equal(model.generate(IDS, max_new_tokens=3), alone), "the route from before is back"
+    assert not model.get_encoder()._forward_hooks
+
+
+def broken(*_: Any) -> None:
+    raise RuntimeError("broken")
 
 
 # -- tokens ----------------------------------------------------------------------------------------------------------------

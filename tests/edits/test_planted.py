@@ -194,6 +194,11 @@ def call_leaves_something(patch: Patch) -> None:
     patch.setattr(seam.Around, "add", planted)
 
 
+def encoder_with_rows_repeated(patch: Patch) -> None:
+    """The encoder is asked for the rows of all beams."""
+    patch.setattr(board, "_encoder", lambda model: None)
+
+
 def shares_allowed(patch: Patch) -> None:
     patch.setattr(board.Board, "_check_whole", lambda self, routing: None)
 
@@ -235,6 +240,7 @@ PLANTED: list[tuple[Callable[..., None], str, str, Callable[[Patch], None]]] = [
     (laws.caches_change_nothing, "prompt-tuning", "llama", prompt_enters_again),
     (laws.caches_change_nothing, "prefix-tuning", "llama", prefix_only_at_first),
     (laws.caches_change_nothing, "loreft", "llama", edits_in_answers),
+    (laws.caches_change_nothing, "prompt-tuning", "t5", encoder_with_rows_repeated),
     (laws.file_keeps_it, "bottleneck", "llama", file_without_a_tensor),
     (laws.file_keeps_it, "prefix-tuning", "llama", keys_and_values_swapped),
     (laws.trains_alone, "prompt-tuning", "llama", rows_are_detached),
