@@ -256,6 +256,35 @@ def write_bundle(
         (fresh / OWN).write_text(plain({**own, "files": files}, OWN), encoding="utf-8")
 
 
+def own_data(
+    method: Mapping[str, Any],
+    targets: Mapping[str, Any],
+    base: Mapping[str, Any],
+    record: Mapping[str, Any] | None = None,
+    shifted: bool = False,
+) -> dict[str, Any]:
+    """What lorakit.json says, but for the digests that `write_bundle` adds.
+
+    Args:
+        method: the spec as data (`Spec.to_dict`).
+        targets: what was asked for (`Targets.as_data`).
+        base: {"name": …, "fingerprint": …, "quantization": …}, as far as they are known.
+        record: anything to keep with it, such as how it was trained.
+        shifted: the tensors are what is trained and the start that is taken off it (`delta.Offset`).
+    """
+    from lorakit import __version__
+
+    return {
+        "format": FORMAT,
+        "lorakit_version": __version__,
+        "method": dict(method),
+        "targets": dict(targets),
+        "shifted": shifted,
+        "base": dict(base),
+        "record": dict(record or {}),
+    }
+
+
 def plain(value: Any, name: str) -> str:
     """JSON as the files hold it: sorted, so that the same adapter gives the same bytes."""
     try:

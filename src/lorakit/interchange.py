@@ -8,8 +8,8 @@ no part of a layer's name.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import re
-from collections import Counter
 from collections.abc import Collection, Mapping
 from typing import Any, cast
 
@@ -22,7 +22,7 @@ from lorakit.edit import EditMethod
 from lorakit.errors import LorakitError
 from lorakit.layer import Adapted
 from lorakit.layout import Rows, Site
-from lorakit.targets import Targets, has_suffix, value_for, walk
+from lorakit.targets import Targets, as_patterns, exactly, has_suffix, value_for, walk
 
 PREFIX = "base_model.model."
 ROUTER = "router."
@@ -170,17 +170,17 @@ def tensors_of(adapter: Adapter) -> dict[str, Tensor]:
     return result
 
 
+def bare(key: str) -> str:
+    """A tensor's name in a file without PEFT's prefix."""
+    return key.removeprefix(PREFIX if key.startswith(PREFIX) else "base_model.")
+
+
 def names_in(tensors: Mapping[str, Tensor], model: nn.Module, where: object) -> dict[str, Tensor]:
     """The tensors of a file under their names below the model's own modules: PEFT's prefix and all wrappers taken off."""
     tops = {path.partition(".")[0] for path in plain_names(model).values()}
     result: dict[str, Tensor] = {}
     for key, tensor in tensors.items():
-        name = key
-        for prefix in (PREFIX, "base_model."):
-            if name.startswith(prefix):
-                name = name.removeprefix(prefix)
-                break
-        steps = [step for step in name.split(".") if step not in _PRIVATE and step != "modules_to_save"]
+        steps = [step for step in bare(key).split(".") if step not in _PRIVATE and step != "modules_to_save"]
         if steps[0] == "module" and "module" not in tops:  # DistributedDataParallel's
             steps = steps[1:]
         name = ".".join(steps)
@@ -226,10 +226,7 @@ def _patterns(adapter: Adapter, plain: Mapping[str, str]) -> tuple[dict[str, Any
     common, patterns = {}, {}
     for field, by_path in values.items():
         if by_path:
-            common[field] = Counter(by_path.values()).most_common(1)[0][0]
-            patterns[field] = {
-                _exact(path, by_path): value for path, value in by_path.items() if value != common[field]
-            }
+            common[field], patterns[field] = as_patterns(by_path, functools.partial(_exact, by_path))
     return common, patterns
 
 
@@ -266,10 +263,7 @@ def stored(adapter: Adapter) -> tuple[Any, Targets]:
     patterns: dict[str, Any] = {}
     for field in method.pattern_fields:
         values = {where: getattr(spec, field) for where, spec in found.items()}
-        common[field] = Counter(values.values()).most_common(1)[0][0]
-        patterns[f"{field}_pattern"] = {
-            f"^{re.escape(where)}": value for where, value in values.items() if value != common[field]
-        }
+        common[field], patterns[f"{field}_pattern"] = as_patterns(values)
     return method.replace(**common), dataclasses.replace(adapter.targets, **patterns)
 
 
@@ -280,11 +274,11 @@ def shifted(adapter: Adapter) -> bool:
     return bool(starts) and all(start.inner.peft_spec() == start.inner.spec for start in starts)
 
 
-def _exact(path: str, others: Collection[str]) -> str:
+def _exact(others: Collection[str], path: str) -> str:
     """A pattern that matches this layer and no other by PEFT's rule: its name, with an anchor where that is not enough."""
     if all(other == path or value_for({path: True}, other) is None for other in others):
         return path
-    return f"^{re.escape(path)}"
+    return exactly(path)
 
 
 def _fused_spec(parts: list[tuple[Site, LowRank]]) -> Method:
@@ -332,6 +326,19 @@ def _general(adapter: Adapter, base: str | None) -> dict[str, Any]:
     }
 
 
+def method_entries(method: Method, target_modules: list[str] | str, bias: str) -> dict[str, Any]:
+    """Entries of PEFT's configuration that say what is done to which layers, all of them named."""
+    return {
+        "peft_type": method.peft_type or method.name.upper(),
+        "target_modules": target_modules,
+        "exclude_modules": None,
+        "layers_to_transform": None,
+        "layers_pattern": None,
+        "bias": bias,
+        **method.peft_config(),
+    }
+
+
 def edit_config(adapter: Adapter, base: str | None = None) -> dict[str, Any]:
     """PEFT's adapter_config.json for an adapter of edits."""
     assert adapter.anatomy is not None
@@ -350,13 +357,7 @@ def config_of(adapter: Adapter, base: str | None = None) -> dict[str, Any]:
     paths = [plain[path] for path, layer in adapter.layers.items() if layer.deltas_of(adapter.name)]
     config: dict[str, Any] = {
         **_general(adapter, base),
-        "peft_type": adapter.method.peft_type or adapter.method.name.upper(),
-        "target_modules": target_modules(paths, adapter.model),
-        "exclude_modules": None,
-        "layers_to_transform": None,
-        "layers_pattern": None,
-        "bias": adapter.targets.bias,
-        **method.peft_config(),
+        **method_entries(method, target_modules(paths, adapter.model), adapter.targets.bias),
     }
     for field, option in adapter.method.pattern_fields.items():
         config[option] = patterns.get(field, {})

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import re
 from collections.abc import Generator, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, cast
@@ -22,6 +21,7 @@ from lorakit.init import Default, Initialiser, Start
 from lorakit.layout import Rows, Site
 from lorakit.methods import METHODS
 from lorakit.storage import FLOAT, Held, storage_of
+from lorakit.targets import exactly
 
 log = logging.getLogger("lorakit")
 
@@ -270,7 +270,7 @@ def redistribute(plan: Plan, ranks: Mapping[str, int]) -> tuple[Plan, dict[str, 
             specs[site.name] = spec.replace(**changes)
             specs[site.name].check(site.layout.shape, name)
             for option, value in changes.items():
-                patterns[option][f"^{re.escape(name)}"] = value
+                patterns[option][exactly(name)] = value
         if specs:
             result[path] = Planned(planned.layer, planned.sites, specs)
     if not result:

@@ -24,11 +24,11 @@ from lorakit.board import activate
 from lorakit.bundle import (
     CONFIG,
     CONTENT,
-    FORMAT,
     LABELS,
     OWN,
     TENSORS,
     Bundle,
+    own_data,
     plain,
     read_bundle,
     read_config,
@@ -62,7 +62,7 @@ from lorakit.interchange import (
 from lorakit.layout import Rows
 from lorakit.mixture import build_router, over
 from lorakit.table import method_for_peft, method_named, spec_from_dict
-from lorakit.targets import Targets, select, value_for, walk
+from lorakit.targets import Targets, exactly, select, value_for, walk
 
 log = logging.getLogger("lorakit")
 
@@ -106,21 +106,12 @@ def save(
             raise LorakitError(f"save: {key} holds a NaN or an infinity; {folder} is left as it was.")
     config = config_of(adapter, base)
     method, targets = stored(adapter)
-    from lorakit import __version__
-
-    own = {
-        "format": FORMAT,
-        "lorakit_version": __version__,
-        "method": method.to_dict(),
-        "targets": targets_as_data(targets),
-        "shifted": shifted(adapter),
-        "base": {
-            "name": config["base_model_name_or_path"],
-            "fingerprint": fingerprint(adapter, stored_weight),
-            "quantization": _quantization(adapter.model),
-        },
-        "record": dict(record or {}),
+    found = {
+        "name": config["base_model_name_or_path"],
+        "fingerprint": fingerprint(adapter, stored_weight),
+        "quantization": _quantization(adapter.model),
     }
+    own = own_data(method.to_dict(), targets.as_data(), found, record or {}, shifted(adapter))
     for value, name in ((config, CONFIG), (own, OWN)):
         plain(value, name)  # refused before anything is written
 
@@ -149,14 +140,6 @@ def _save_members(adapter: Adapter, folder: Path, base: str | None) -> list[list
         path = save(adapters(adapter.model)[name], folder / MEMBERS / name, base)
         members.append([name, read_own(path)["files"][TENSORS]])
     return members
-
-
-def targets_as_data(targets: Targets) -> dict[str, Any]:
-    """The request as plain data; patterns as pairs, since the first match counts and JSON objects are sorted here."""
-    own = dataclasses.asdict(targets)
-    for name in ("rank_pattern", "alpha_pattern"):
-        own[name] = [[pattern, value] for pattern, value in own[name].items()]
-    return own
 
 
 # -- loading -----------------------------------------------------------------------------------------------------------------
@@ -400,9 +383,7 @@ def _resolved(targets: Targets, paths: list[str], plain: Mapping[str, str]) -> T
     exact: dict[str, Any] = {}
     for option, patterns in targets.patterns().items():
         values = {path: value_for(patterns, plain[path]) for path in paths} if patterns else {}
-        exact[f"{option}_pattern"] = {
-            f"^{re.escape(path)}": value for path, value in values.items() if value is not None
-        }
+        exact[f"{option}_pattern"] = {exactly(path): value for path, value in values.items() if value is not None}
     saved = tuple(actual.get(name, name) for name in targets.modules_to_save)
     return dataclasses.replace(resolved, modules_to_save=saved, **exact)
 

@@ -6,6 +6,7 @@ was asked for may match nothing.
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -77,6 +78,13 @@ class Targets:
         spec = method.at(path)
         return spec.replace(**changes) if changes else spec
 
+    def as_data(self) -> dict[str, Any]:
+        """Plain data; patterns as pairs, since the first match counts and JSON objects are sorted in files."""
+        own = dataclasses.asdict(self)
+        for name in ("rank_pattern", "alpha_pattern"):
+            own[name] = [[pattern, value] for pattern, value in own[name].items()]
+        return own
+
 
 def walk(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """All modules of the base model by path, seen as if no adapter were attached.
@@ -145,6 +153,17 @@ def value_for(patterns: Mapping[str, T], path: str) -> T | None:
         if re.match(rf"(.*\.)?({pattern})$", path):
             return value
     return None
+
+
+def exactly(path: str) -> str:
+    """The pattern that matches this path and no other."""
+    return f"^{re.escape(path)}"
+
+
+def as_patterns(values: Mapping[str, T], pattern: Callable[[str], str] = exactly) -> tuple[T, dict[str, T]]:
+    """Values by path as `value_for` reads them: the most common one, and patterns for the paths that have another."""
+    common = Counter(values.values()).most_common(1)[0][0]
+    return common, {pattern(path): value for path, value in values.items() if value != common}
 
 
 def _compile(pattern: str, option: str) -> re.Pattern[str]:

@@ -33,6 +33,7 @@ from lorakit.algebra.changes import Change, Cut, cut, kept, total
 from lorakit.algebra.outcome import Made, beside, in_folder, made
 from lorakit.algebra.sources import Live, Source, Stored, check_bases, frozen, sources
 from lorakit.errors import LorakitError, unknown
+from lorakit.interchange import bare
 from lorakit.spectrum import check_request
 from lorakit.targets import value_for
 
@@ -352,7 +353,7 @@ def _others(stored: Sequence[Stored], plan: _Plan) -> dict[str, Tensor]:
     base cancels out of `base + Σ w (own - base)`; else refused."""
     result: dict[str, Tensor] = {}
     for key in dict.fromkeys(key for one in stored for key in one.others):
-        path = key.removeprefix("base_model.model.").rpartition(".")[0]
+        path = bare(key).rpartition(".")[0]
         weights = [plan.factor * weight for weight in plan.at(path)]
         used = [(one, weight) for one, weight in zip(stored, weights, strict=True) if weight]
         lacking = [one.label for one, _ in used if key not in one.others]

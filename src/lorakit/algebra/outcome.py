@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import re
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,14 +19,14 @@ from torch import Tensor
 from lorakit.adapter import Adapter
 from lorakit.algebra.changes import Change, Cut
 from lorakit.algebra.sources import WHOLE, Live, Stored, frozen, place_of
-from lorakit.bundle import CONTENT, write_bundle
+from lorakit.bundle import CONTENT, own_data, write_bundle
 from lorakit.construction import build
 from lorakit.delta import Method
 from lorakit.errors import LorakitError
 from lorakit.folder import replace_folder
 from lorakit.interchange import COMMON, PREFIX
 from lorakit.methods import Full, LoRA
-from lorakit.targets import walk
+from lorakit.targets import as_patterns, walk
 
 
 @dataclass(frozen=True)
@@ -73,8 +71,7 @@ def method_for(cuts: Mapping[str, Cut]) -> tuple[Method, dict[str, Any]]:
     ranks = {place: cut.change.rank for place, cut in cuts.items()}
     if any(rank is None for rank in ranks.values()):
         return Full(), {"rank_pattern": {}, "alpha_pattern": {}}
-    common = Counter(rank for rank in ranks.values() if rank is not None).most_common(1)[0][0]
-    exact = {f"^{re.escape(place)}": rank for place, rank in ranks.items() if rank is not None and rank != common}
+    common, exact = as_patterns({place: rank for place, rank in ranks.items() if rank is not None})
     alphas = {place: float(rank) for place, rank in exact.items()}
     return LoRA(rank=common, alpha=float(common)), {"rank_pattern": exact, "alpha_pattern": alphas}
 
@@ -218,9 +215,6 @@ def _own(
     record: Mapping[str, Any],
 ) -> dict[str, Any]:
     """lorakit.json of the result; empty where PEFT's two files alone say it."""
-    from lorakit import __version__
-    from lorakit.bundle import FORMAT
-
     targets = dict(own.get("targets", {}))
     if targets.get("parts") and not isinstance(spec, Full):
         return {}  # parts of a fused layer are one pair in the file, and after this no longer apart: a plain LoRA of it
@@ -242,13 +236,6 @@ def _own(
     same = places == set(given[0].places()) and all(
         one and prints[0] and one["shapes"] == prints[0]["shapes"] for one in prints
     )
-    return {
-        "format": FORMAT,
-        "lorakit_version": __version__,
-        "method": spec.to_dict(),
-        "targets": targets,
-        "shifted": False,
-        # a fingerprint is over the adapted layers: it is the result's only where these are the same
-        "base": {"name": config.get("base_model_name_or_path"), "fingerprint": prints[0] if same else None},
-        "record": {**own.get("record", {}), **record},
-    }
+    # a fingerprint is over the adapted layers: it is the result's only where these are the same
+    base = {"name": config.get("base_model_name_or_path"), "fingerprint": prints[0] if same else None}
+    return own_data(spec.to_dict(), targets, base, {**own.get("record", {}), **record})

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import json
 import re
-from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
@@ -24,7 +23,7 @@ from lorakit.conversion.names import CLIP, COMPONENTS, Names
 from lorakit.delta import Method
 from lorakit.errors import LorakitError
 from lorakit.methods import DoRA, LoRA
-from lorakit.targets import value_for
+from lorakit.targets import as_patterns, exactly, value_for
 
 METADATA = "lora_adapter_metadata"
 WORDS = {
@@ -151,20 +150,20 @@ def _config(component: str, layers: Mapping[str, Layer]) -> dict[str, Any]:
         raise LorakitError(
             f"convert: some layers of {component} are scaled by rsLoRA's rule and others not; Diffusers has one."
         )
-    rank = Counter(spec.rank for spec in specs.values()).most_common(1)[0][0]
-    alpha = Counter(spec.alpha for spec in specs.values()).most_common(1)[0][0]
 
     def exact(path: str) -> str:
-        return rf"(?:{re.escape(CLIP)})?{re.escape(path)}" if component.startswith("text_encoder") else re.escape(path)
+        return rf"^(?:{re.escape(CLIP)})?{re.escape(path)}" if component.startswith("text_encoder") else exactly(path)
 
+    rank, ranks = as_patterns({path: spec.rank for path, spec in specs.items()}, exact)
+    alpha, alphas = as_patterns({path: spec.alpha for path, spec in specs.items()}, exact)
     return {
         "r": rank,
         "lora_alpha": alpha,
         "use_dora": doras.pop(),
         "use_rslora": roots.pop(),
         "target_modules": sorted(specs),
-        "rank_pattern": {f"^{exact(path)}": spec.rank for path, spec in specs.items() if spec.rank != rank},
-        "alpha_pattern": {f"^{exact(path)}": spec.alpha for path, spec in specs.items() if spec.alpha != alpha},
+        "rank_pattern": ranks,
+        "alpha_pattern": alphas,
     }
 
 

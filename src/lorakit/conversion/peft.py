@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import Tensor
 
-from lorakit.bundle import FORMAT
+from lorakit.bundle import own_data
 from lorakit.conversion.content import Content
 from lorakit.conversion.description import (
     EVERY,
@@ -30,11 +30,10 @@ from lorakit.conversion.format import Format, Target, grouped
 from lorakit.conversion.names import Names, component_of, guess_component
 from lorakit.delta import Method
 from lorakit.errors import LorakitError
-from lorakit.interchange import PREFIX
+from lorakit.interchange import PREFIX, bare, method_entries
 from lorakit.methods import DoRA, Full, LoHa, LoKr, LoRA
-from lorakit.store import targets_as_data
 from lorakit.table import method_for_peft, spec_from_dict
-from lorakit.targets import Targets, value_for
+from lorakit.targets import Targets, as_patterns, value_for
 
 _KEY = re.compile(
     r"(?P<layer>.+)\.(?P<word>lora_A\.weight|lora_B\.weight|lora_embedding_A|lora_embedding_B|lora_magnitude_vector"
@@ -107,12 +106,7 @@ def _lone_dora(spec: Any) -> bool:
 
 
 def _cut(key: str, where: str) -> tuple[str, str]:
-    name = key
-    for prefix in (PREFIX, "base_model."):
-        if name.startswith(prefix):
-            name = name.removeprefix(prefix)
-            break
-    found = _KEY.fullmatch(name)
+    found = _KEY.fullmatch(bare(key))
     if found is None or (found["weight"] and found["word"] != MAGNITUDE):
         raise LorakitError(
             f"convert: {where} holds {key!r}: neither a factor nor a magnitude. Modules trained whole (modules_to_save) and "
@@ -159,47 +153,30 @@ def _folder(component: str, layers: dict[str, Layer], base: str | None) -> Conte
     patterns: dict[str, dict[str, Any]] = {}
     for name, option in first.pattern_fields.items():
         values = {path: getattr(method, name) for path, method in methods.items()}
-        common[name] = Counter(values.values()).most_common(1)[0][0]
-        patterns[option] = {f"^{re.escape(path)}": value for path, value in values.items() if value != common[name]}
+        common[name], patterns[option] = as_patterns(values)
     method = first.replace(**common) if common else first
     tensors: dict[str, Tensor] = {}
     for path, layer in layers.items():
         for word, tensor in layer.words().items():
             tensors[f"{PREFIX}{path}.{word}"] = tensor
     config = {
-        "peft_type": method.peft_type or method.name.upper(),
         "task_type": None,
         "base_model_name_or_path": base,
         "revision": None,
         "inference_mode": True,
         "auto_mapping": None,
-        "target_modules": sorted(layers),
-        "exclude_modules": None,
-        "layers_to_transform": None,
-        "layers_pattern": None,
         "modules_to_save": None,
-        "bias": "none",
-        **method.peft_config(),
+        **method_entries(method, sorted(layers), "none"),
         **patterns,
     }
     own: dict[str, Any] = {}
     if method.peft_type is None or _lone_dora(method):
-        from lorakit import __version__
-
         targets = Targets(
             target_modules=tuple(sorted(layers)),
             rank_pattern=patterns.get("rank_pattern", {}),
             alpha_pattern=patterns.get("alpha_pattern", {}),
         )
-        own = {
-            "format": FORMAT,
-            "lorakit_version": __version__,
-            "method": method.to_dict(),
-            "targets": targets_as_data(targets),
-            "shifted": False,
-            "base": {"name": base, "fingerprint": None},
-            "record": {},
-        }
+        own = own_data(method.to_dict(), targets.as_data(), {"name": base, "fingerprint": None})
     return Content(component, tensors, {}, config, own)
 
 
