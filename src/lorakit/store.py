@@ -1,8 +1,8 @@
 """Saving an adapter as a folder, and putting one from a folder on a model, whole or not at all.
 
 The format is PEFT's (`interchange.py`), in a folder that is replaced in one step (`folder.py`), with lorakit.json beside
-PEFT's two files (`bundle.py`). Nothing passes in silence: a tensor that no layer takes, a layer that finds no tensor, an
-option that cannot be honoured, another base model, each is an error with a name in it.
+PEFT's two files (`bundle.py`); `filling.py` puts the tensors in. Nothing passes in silence: a tensor that no layer takes, a
+layer that finds no tensor, an option that cannot be honoured, another base model, each is an error with a name in it.
 """
 
 from __future__ import annotations
@@ -40,33 +40,25 @@ from lorakit.construction import build, build_edits
 from lorakit.edit import EditMethod
 from lorakit.errors import LorakitError
 from lorakit.experts import RouterSpec
+from lorakit.filling import Complain, Supply, fill, fill_replacements
 from lorakit.fingerprint import check, fingerprint
 from lorakit.folder import replace_folder
 from lorakit.interchange import (
     COMMON,
-    ROUTER,
     config_of,
     names_in,
-    part_scales,
-    parts_of,
-    pieces,
     plain_names,
-    replacement_key,
     shifted,
-    site_prefix,
     stored,
     targets_from,
     tensors_of,
     unwrapped,
 )
-from lorakit.layout import Rows
 from lorakit.mixture import build_router, over
 from lorakit.table import method_for_peft, method_named, spec_from_dict
-from lorakit.targets import Targets, exactly, select, value_for, walk
+from lorakit.targets import Targets, exactly, select, value_for
 
 log = logging.getLogger("lorakit")
-
-Complain = Callable[[str], None]
 
 MEMBERS = "experts"
 """The folder below a router's with the adapters that it routes."""
@@ -172,39 +164,18 @@ def load(
     if bundle.stale:
         complain(bundle.stale)
         bundle = dataclasses.replace(bundle, own={})
-    if bundle.own.get("members"):
-        return _load_router(model, bundle, name, strict, trainable)
     name = name or re.sub(r"[./]", "-", Path(folder).expanduser().absolute().name)
-    if name in adapters(model):
+    before = set(adapters(model))
+    if name in before:
         raise LorakitError(f"load: an adapter {name!r} is on this model already; give another name=.")
-    plain = plain_names(model)
-    tensors = names_in(bundle.tensors, model, bundle.folder / TENSORS)
-    method_class: type[Any] = (
-        method_named(bundle.own["method"].get("name", "")) if bundle.own else method_for_peft(bundle.config)
-    )
-    method = _method(method_class, bundle, complain)
-    if isinstance(method, EditMethod):
-        adapter = _load_edits(model, method, bundle, tensors, name, plain, complain)
-        if trainable:
-            adapter.requires_grad_(True)
-            activate(model, name)
-        return adapter
-    tensors = method.from_file(tensors)
-    config = {**bundle.config, **method_class.peft_patterns(bundle.config)}
-    targets = _targets_from_own(bundle) if bundle.own else targets_from(config, model, tensors)
-    found = _layers_in(tensors, plain, method, bundle.folder)
-    halves = bool(bundle.own.get("shifted"))  # what is trained, and the start that is taken off it
-    _check_targets(model, config, [plain[path] for path in found], complain)
-    adapter = build(model, method, _resolved(targets, found, plain), name, checked=False, paths=found, shifted=halves)
-    adapter.targets = targets
     try:
-        if bundle.own:
-            check(adapter, bundle.own["base"].get("fingerprint"), bundle.folder, complain)
+        if bundle.own.get("members"):
+            adapter = _put_router(model, bundle, name, strict)
         else:
-            _compare_names(model, bundle)
-        _fill(adapter, tensors, plain, bundle.folder, complain)
+            adapter = _put(model, bundle, name, complain)
     except BaseException:
-        detach(model, name)
+        for added in [one for one in reversed(adapters(model)) if one not in before]:
+            detach(model, added)
         raise
     if trainable:
         adapter.requires_grad_(True)
@@ -229,10 +200,33 @@ def refill(adapter: Adapter, bundle: Bundle) -> None:
     """
     where = bundle.folder / TENSORS
     tensors = adapter.method.from_file(names_in(bundle.tensors, adapter.model, where))
-    _fill(adapter, tensors, plain_names(adapter.model), bundle.folder, _complaints(strict=True))
+    fill(adapter, tensors, plain_names(adapter.model), bundle.folder, _complaints(strict=True))
 
 
-def _load_edits(
+def _put(model: nn.Module, bundle: Bundle, name: str, complain: Complain) -> Adapter:
+    """An adapter of deltas or edits from a folder, on the model."""
+    plain = plain_names(model)
+    tensors = names_in(bundle.tensors, model, bundle.folder / TENSORS)
+    method_class: type[Any] = (
+        method_named(bundle.own["method"].get("name", "")) if bundle.own else method_for_peft(bundle.config)
+    )
+    method = _method(method_class, bundle, complain)
+    if isinstance(method, EditMethod):
+        return _put_edits(model, method, bundle, tensors, name, plain, complain)
+    tensors = method.from_file(tensors)
+    config = {**bundle.config, **method_class.peft_patterns(bundle.config)}
+    targets = _targets(bundle, config, model, tensors)
+    found = _layers_in(tensors, plain, method, bundle.folder)
+    halves = bool(bundle.own.get("shifted"))  # what is trained, and the start that is taken off it
+    _check_targets(model, config, [plain[path] for path in found], complain)
+    adapter = build(model, method, _resolved(targets, found, plain), name, checked=False, paths=found, shifted=halves)
+    adapter.targets = targets
+    _check_base(adapter, bundle, complain)
+    fill(adapter, tensors, plain, bundle.folder, complain)
+    return adapter
+
+
+def _put_edits(
     model: nn.Module,
     method: EditMethod,
     bundle: Bundle,
@@ -241,62 +235,39 @@ def _load_edits(
     plain: Mapping[str, str],
     complain: Complain,
 ) -> Adapter:
-    """Put an adapter of edits from a folder on a model; nothing is left on it where that fails."""
-    config = bundle.config
-    if bundle.own:
-        targets = _targets_from_own(bundle)
-    else:
-        targets = dataclasses.replace(targets_from(config, model, tensors), target_modules=())
+    targets = _targets(bundle, bundle.config, model, tensors)
     adapter = build_edits(model, method, targets, name, folded=True)
-    try:
-        if bundle.own:
-            check(adapter, bundle.own["base"].get("fingerprint"), bundle.folder, complain)
-        else:
-            _compare_names(model, bundle)
-        paths = [plain[place.path] for place in adapter.edits]
-        supply = _Supply(method.read_tensors(tensors, config, paths), bundle.folder / TENSORS)
-        for place, edit in adapter.edits.items():
-            for key in edit.views():
-                whole = f"{plain[place.path]}.{key}" if place.path else key
-                supply.put(edit.fill(key), supply.take(whole), whole)
-        _fill_replacements(adapter, plain, supply)
-        supply.finish(complain)
-    except BaseException:
-        detach(model, name)
-        raise
+    _check_base(adapter, bundle, complain)
+    paths = [plain[place.path] for place in adapter.edits]
+    supply = Supply(method.read_tensors(tensors, bundle.config, paths), bundle.folder / TENSORS)
+    for place, edit in adapter.edits.items():
+        for key in edit.views():
+            whole = f"{plain[place.path]}.{key}" if place.path else key
+            supply.put(edit.fill(key), supply.take(whole), whole)
+    fill_replacements(adapter, plain, supply)
+    supply.finish(complain)
     return adapter
 
 
-def _load_router(model: nn.Module, bundle: Bundle, name: str | None, strict: bool, trainable: bool) -> Adapter:
+def _put_router(model: nn.Module, bundle: Bundle, name: str, strict: bool) -> Adapter:
     """A router with the adapters behind it; those that are on the model already must be the same."""
     complain = _complaints(strict)
     spec = _method(method_named(bundle.own["method"].get("name", "")), bundle, complain)
-    name = name or re.sub(r"[./]", "-", bundle.folder.absolute().name)
     before = set(adapters(model))
-    if name in before:
-        raise LorakitError(f"load: an adapter {name!r} is on this model already; give another name=.")
-    try:
-        for member, digest in bundle.own["members"]:
-            folder = bundle.folder / MEMBERS / member
-            if read_own(folder).get("files", {}).get(TENSORS) != digest:
-                complain(f"load: {folder} is not the adapter that the router in {bundle.folder} was saved with.")
-            if member not in before:
-                load(model, folder, name=member, strict=strict)
-            elif not _holds(adapters(model)[member], read_tensors(folder)):
-                raise LorakitError(
-                    f"load: the router in {bundle.folder} routes an adapter {member!r}, and another one of that name is on "
-                    f"this model; lk.detach(model, {member!r}) first."
-                )
-        adapter = build_router(model, cast(RouterSpec, spec), [member for member, _ in bundle.own["members"]], name)
-        tensors = names_in(bundle.tensors, model, bundle.folder / TENSORS)
-        _fill(adapter, tensors, plain_names(model), bundle.folder, complain)
-    except BaseException:
-        for added in [one for one in reversed(adapters(model)) if one not in before]:
-            detach(model, added)
-        raise
-    if trainable:
-        adapter.requires_grad_(True)
-        activate(model, name)
+    for member, digest in bundle.own["members"]:
+        folder = bundle.folder / MEMBERS / member
+        if read_own(folder).get("files", {}).get(TENSORS) != digest:
+            complain(f"load: {folder} is not the adapter that the router in {bundle.folder} was saved with.")
+        if member not in before:
+            load(model, folder, name=member, strict=strict)
+        elif not _holds(adapters(model)[member], read_tensors(folder)):
+            raise LorakitError(
+                f"load: the router in {bundle.folder} routes an adapter {member!r}, and another one of that name is on "
+                f"this model; lk.detach(model, {member!r}) first."
+            )
+    adapter = build_router(model, cast(RouterSpec, spec), [member for member, _ in bundle.own["members"]], name)
+    tensors = names_in(bundle.tensors, model, bundle.folder / TENSORS)
+    fill(adapter, tensors, plain_names(model), bundle.folder, complain)
     return adapter
 
 
@@ -329,28 +300,11 @@ def _method(method_class: type[Any], bundle: Bundle, complain: Complain) -> Any:
     return read
 
 
-def _targets_from_own(bundle: Bundle) -> Targets:
-    values = dict(bundle.own["targets"])
-    known = {field.name for field in dataclasses.fields(Targets)}
-    if set(values) != known:
-        raise LorakitError(
-            f"load: {bundle.folder / OWN} describes targets by {sorted(values)}; this version knows {sorted(known)}. "
-            f"Without {OWN} the folder reads as PEFT's."
-        )
-    for key, value in values.items():
-        if key.endswith("_pattern") and key != "layers_pattern":
-            values[key] = dict(value)
-        elif isinstance(value, list):
-            values[key] = tuple(value)
-    values["parts"] = {
-        layer: {part: _ranges(given) for part, given in parts.items()} for layer, parts in values["parts"].items()
-    }
-    return Targets(**values)
-
-
-def _ranges(given: list[Any]) -> Any:
-    """Rows of a part as they were given: one pair (start, stop), or a list of pairs."""
-    return [tuple(pair) for pair in given] if isinstance(given[0], list) else tuple(given)
+def _targets(bundle: Bundle, config: Mapping[str, Any], model: nn.Module, tensors: Mapping[str, Tensor]) -> Targets:
+    """What was asked for when the adapter was made, as lorakit.json says it, or else PEFT's configuration."""
+    if bundle.own:
+        return Targets.from_data(bundle.own["targets"], bundle.folder / OWN)
+    return targets_from(config, model, tensors)
 
 
 def _layers_in(tensors: Iterable[str], plain: Mapping[str, str], method: Any, folder: Path) -> list[str]:
@@ -413,9 +367,13 @@ def _check_targets(model: nn.Module, config: Mapping[str, Any], found: list[str]
         )
 
 
-def _compare_names(model: nn.Module, bundle: Bundle) -> None:
-    """PEFT's files name their base and say no more; a different name is worth a word, though paths may differ."""
-    theirs, ours = bundle.config.get("base_model_name_or_path"), getattr(model, "name_or_path", None)
+def _check_base(adapter: Adapter, bundle: Bundle, complain: Complain) -> None:
+    """The base must be the one that the adapter was made for: by its fingerprint. PEFT's files name their base and say no
+    more; a different name is worth a word, though paths may differ."""
+    if bundle.own:
+        check(adapter, bundle.own["base"].get("fingerprint"), bundle.folder, complain)
+        return
+    theirs, ours = bundle.config.get("base_model_name_or_path"), getattr(adapter.model, "name_or_path", None)
     if theirs and ours and Path(str(theirs)).name != Path(str(ours)).name:
         log.warning(
             "load: %s was made for %s, and this model is %s. The file holds no fingerprint by which to tell whether they "
@@ -424,119 +382,6 @@ def _compare_names(model: nn.Module, bundle: Bundle) -> None:
             theirs,
             ours,
         )
-
-
-class _Supply:
-    """The file's tensors, each handed out once."""
-
-    def __init__(self, tensors: Mapping[str, Tensor], where: Path) -> None:
-        self.left = dict(tensors)
-        self.where = where
-
-    def take(self, key: str) -> Tensor:
-        if key not in self.left:
-            example = f"; it holds for example {next(iter(self.left))!r}." if self.left else "."
-            raise LorakitError(f"load: {self.where} lacks {key!r}, which this adapter needs{example}")
-        return self.left.pop(key)
-
-    def put(self, target: Tensor, value: Tensor, key: str) -> None:
-        """Copy a value of the file into a tensor of the adapter."""
-        if target.shape != value.shape:
-            raise LorakitError(
-                f"load: {key} in {self.where} has shape {tuple(value.shape)}; this model's layer needs "
-                f"{tuple(target.shape)}."
-            )
-        if value.is_floating_point() and not torch.isfinite(value).all():
-            raise LorakitError(f"load: {key} in {self.where} holds a NaN or an infinity.")
-        with torch.no_grad():
-            target.copy_(value)
-
-    def finish(self, complain: Complain) -> None:
-        """Complain about what nobody has taken."""
-        if self.left:
-            complain(
-                f"load: {self.where} holds {next(iter(self.left))!r} and {len(self.left) - 1} more tensors that nothing "
-                "in this model takes."
-            )
-
-
-def _fill(
-    adapter: Adapter,
-    tensors: Mapping[str, Tensor],
-    plain: Mapping[str, str],
-    folder: Path,
-    complain: Complain,
-) -> None:
-    """Copy the file's tensors into a built adapter; every tensor must be taken and every place filled."""
-    supply = _Supply(tensors, folder / TENSORS)
-    for path, layer in adapter.layers.items():
-        if parts_of(layer, adapter.name):
-            _fill_parts(adapter, path, plain[path], supply)
-            continue
-        for site_name, delta in layer.deltas_of(adapter.name).items():
-            site = layer.sites[site_name]
-            for suffix, view in delta.peft_views(site.layout.kind).items():
-                key = f"{plain[path]}.{site_prefix(site)}{suffix}"
-                for tensor, piece in pieces(view, site.layout.unpack(supply.take(key), view.axes)):
-                    supply.put(tensor, piece, key)
-    _fill_replacements(adapter, plain, supply)
-    for name, tensor in adapter.pool.state_dict().items():
-        supply.put(tensor, supply.take(name), name)
-    for name, tensor in adapter.router.state_dict().items() if adapter.router is not None else ():
-        supply.put(tensor, supply.take(f"{ROUTER}{name}"), f"{ROUTER}{name}")
-    modules = {plain[path]: module for path, module in walk(adapter.model)}
-    for key in list(supply.left):
-        if _is_copy(key, supply.left[key], modules, complain):
-            del supply.left[key]
-    supply.finish(complain)
-
-
-def _fill_replacements(adapter: Adapter, plain: Mapping[str, str], supply: _Supply) -> None:
-    for path, replacement in adapter.replacements():
-        for name, tensor in replacement.tensors().items():
-            key = replacement_key(adapter, path, plain[path], name)
-            if name == "in_proj_bias" and key not in supply.left:
-                continue  # PEFT neither trains nor saves this bias of nn.MultiheadAttention
-            supply.put(tensor, supply.take(key), key)
-
-
-def _fill_parts(adapter: Adapter, path: str, plain: str, supply: _Supply) -> None:
-    """The parts of a fused layer from one pair of factors; outside its block a part's B must be zero."""
-    parts = parts_of(adapter.layers[path], adapter.name)
-    key_A, key_B = f"{plain}.lora_A.weight", f"{plain}.lora_B.weight"
-    A, B = supply.take(key_A), supply.take(key_B)
-    rank = sum(delta.factors()[1].shape[0] for _, delta in parts)
-    width = cast(Rows, parts[0][0].layout).inner.shape
-    for key, tensor, shape in ((key_A, A, (rank, width.in_)), (key_B, B, (width.out, rank))):
-        if tensor.shape != shape:
-            raise LorakitError(
-                f"load: {key} in {supply.where} has shape {tuple(tensor.shape)}; the parts of this layer need {shape}."
-            )
-    rest, start = B.clone(), 0
-    for (site, delta), factor in zip(parts, part_scales(parts), strict=True):
-        rows = cast(Rows, site.layout).index()
-        for own_B, own_A in delta.pairs():
-            stop = start + own_A.shape[0]
-            supply.put(own_A, A[start:stop], key_A)
-            supply.put(own_B, B[rows, start:stop] / factor, key_B)
-            rest[rows, start:stop] = 0
-            start = stop
-    if rest.any():
-        raise LorakitError(f"load: {key_B} in {supply.where} is not made of the parts that {OWN} names.")
-
-
-def _is_copy(key: str, value: Tensor, modules: Mapping[str, nn.Module], complain: Complain) -> bool:
-    """Whether a tensor is PEFT's copy of a base weight (it writes embeddings whole); it must be the weight that is here."""
-    path = key.removesuffix(".weight").removesuffix(".base_layer")
-    module = modules.get(path)
-    weight = getattr(module, "weight", None)
-    if not key.endswith(".weight") or not isinstance(weight, Tensor):
-        return False
-    if weight.shape != value.shape or not torch.allclose(
-        weight.detach().float().cpu(), value.float(), rtol=2**-7, atol=1e-6
-    ):
-        complain(f"load: the file carries its own copy of {path}.weight, which is not the weight of this model.")
-    return True
 
 
 __all__ = [

@@ -11,6 +11,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, TypeVar, cast
 
 from torch import nn
@@ -84,6 +85,31 @@ class Targets:
         for name in ("rank_pattern", "alpha_pattern"):
             own[name] = [[pattern, value] for pattern, value in own[name].items()]
         return own
+
+    @classmethod
+    def from_data(cls, data: Mapping[str, Any], where: Path) -> Targets:
+        """What `as_data` has written, read from the file `where`."""
+        values = dict(data)
+        known = {field.name for field in dataclasses.fields(cls)}
+        if set(values) != known:
+            raise LorakitError(
+                f"load: {where} describes targets by {sorted(values)}; this version knows {sorted(known)}. Without "
+                f"{where.name} the folder reads as PEFT's."
+            )
+        for key, value in values.items():
+            if key.endswith("_pattern") and key != "layers_pattern":
+                values[key] = dict(value)
+            elif isinstance(value, list):
+                values[key] = tuple(value)
+        values["parts"] = {
+            layer: {part: _ranges(given) for part, given in parts.items()} for layer, parts in values["parts"].items()
+        }
+        return cls(**values)
+
+
+def _ranges(given: list[Any]) -> Any:
+    """Rows of a part as they were given: one pair (start, stop), or a list of pairs."""
+    return [tuple(pair) for pair in given] if isinstance(given[0], list) else tuple(given)
 
 
 def walk(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:

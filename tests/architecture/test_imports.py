@@ -34,7 +34,10 @@ LAYERS: tuple[frozenset[str], ...] = tuple(
         "starts",
         "adapter",
         "seats construction attachment",
-        "spectrum algebra fingerprint folder mixture interchange store conversion peft bundle catalogue train serve insight",
+        "spectrum mixture folder bundle",
+        "interchange fingerprint filling store",
+        "algebra conversion catalogue insight",
+        "peft train serve",
         "studio",
         "cli",
     )

@@ -224,7 +224,7 @@ def forward_trains_a_buffer(patch: pytest.MonkeyPatch) -> None:
 def saves_a_stray_tensor(patch: pytest.MonkeyPatch) -> None:
     tensors_of = store.tensors_of
     patch.setattr(store, "tensors_of", lambda a: {**tensors_of(a), "base_model.model.layer.stray": torch.ones(2)})
-    patch.setattr(store, "_fill", _lenient(store._fill))
+    patch.setattr(store, "fill", _lenient(store.fill))
 
 
 def _lenient(fill: Any) -> Any:
