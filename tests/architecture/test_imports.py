@@ -20,7 +20,7 @@ PACKAGE = Path(lorakit.__file__).parent
 LAYERS: tuple[frozenset[str], ...] = tuple(
     frozenset(names.split())
     for names in (
-        "errors",
+        "errors native",
         "delta edit",
         "layout",
         "storage kernel",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from typing import Any
 
 import pytest
@@ -157,7 +158,7 @@ def test_why_the_loops_are_off(monkeypatch: pytest.MonkeyPatch) -> None:
     assert native.obstacle(nn.Linear(2, 2)) is None
     assert native.obstacle(nn.Linear(2, 2).half()) == "its numbers are torch.float16"
     assert native.obstacle(nn.Linear(2, 2, device="meta")) == "the model is on meta"
-    monkeypatch.setattr(native.shutil, "which", lambda name: None)
+    monkeypatch.setattr(shutil, "which", lambda name: None)
     native._library.cache_clear()
     assert native.obstacle(nn.Linear(2, 2)) == "no C++ compiler was found (g++, clang++)"
     native._library.cache_clear()

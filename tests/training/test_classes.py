@@ -120,7 +120,7 @@ def test_a_decoder_that_classifies_is_trained_padded() -> None:
 
 
 def test_dropout_in_attention_drops_its_share_and_keeps_the_mean() -> None:
-    from lorakit.train.attention import _Drop
+    from lorakit.train.texts import _Drop
 
     torch.manual_seed(0)
     x = torch.ones(101, 7, 41, dtype=torch.float64, requires_grad=True)

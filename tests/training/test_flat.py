@@ -13,8 +13,9 @@ import transformers as tf
 from torch import Tensor, nn
 
 from lorakit.errors import LorakitError
-from lorakit.train import attention, loss
-from lorakit.train.attention import FlatAttention, flat_attention, flat_hidden, is_flat, plan_attention
+from lorakit.train import attention, blocks, loss
+from lorakit.train.attention import flat_attention, flat_hidden, is_flat
+from lorakit.train.blocks import FlatAttention, plan_attention
 from lorakit.train.loss import causal_loss, flat_support, padded_loss
 from lorakit.train.packing import IGNORED, FlatBatch, pack
 
@@ -145,7 +146,7 @@ def assert_same(found: dict[str, Tensor], expected: dict[str, Tensor], bound: fl
 @pytest.fixture(params=[256, 8])
 def piece(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[int]:
     """Runs whole, and runs cut into pieces."""
-    monkeypatch.setattr(attention, "PIECE", request.param)
+    monkeypatch.setattr(blocks, "PIECE", request.param)
     return request.param
 
 

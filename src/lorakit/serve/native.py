@@ -1,6 +1,6 @@
-"""The inner loops in C++ (`native.cpp`), compiled once for this machine; and why they are off, where they are.
+"""The inner loops in C++ (`native.cpp`); and why they are off, where they are.
 
-The compiler is the one that torch.compile needs as well. Where there is none, or the model is not on a processor, or its
+Where there is no compiler, or the model is not on a processor, or its
 numbers are neither float32 nor bfloat16, the engine takes the same steps in PyTorch: slower, not otherwise.
 """
 
@@ -8,13 +8,8 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import hashlib
 import logging
-import os
 import platform
-import shutil
-import subprocess
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,52 +17,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lorakit.native import Obstacle, compiled
+
 log = logging.getLogger("lorakit")
 
 SOURCE = Path(__file__).with_suffix(".cpp")
-FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fopenmp", "-std=c++17", "-shared", "-fPIC")
-_WIDE = ("-mprefer-vector-width=512",)
-"""A flag that only x86 compilers know."""
-
-
-class Obstacle(Exception):  # noqa: N818 - a reason, told in the log, not an error of its own
-    """Why the compiled loops cannot be had."""
-
-
-def _folder() -> Path:
-    root = os.environ.get("LORAKIT_CACHE") or os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return Path(root).expanduser() / "lorakit-native"
-
-
-def _compile() -> Path:
-    """The shared library for this source, compiler and processor; made where it is not there yet."""
-    compiler = next((found for name in ("g++", "clang++", "c++") if (found := shutil.which(name))), None)
-    if compiler is None:
-        raise Obstacle("no C++ compiler was found (g++, clang++)")
-    version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=False).stdout
-    processor = platform.machine()
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        processor += next((line for line in cpuinfo.read_text().splitlines() if line.startswith("flags")), "")
-    key = hashlib.sha256("\n".join([SOURCE.read_text(), version, processor, *FLAGS]).encode()).hexdigest()[:20]
-    target = _folder() / f"{key}.so"
-    if target.exists():
-        return target
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=target.parent) as folder:
-            made = Path(folder) / "native.so"
-            wide = _WIDE if platform.machine() in ("x86_64", "AMD64") else ()
-            command = [compiler, *FLAGS, *wide, str(SOURCE), "-o", str(made)]
-            run = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
-            if run.returncode:
-                raise Obstacle(
-                    f"{compiler} failed: {run.stderr.strip().splitlines()[-1] if run.stderr else 'no message'}"
-                )
-            os.replace(made, target)  # in one step: two servers may start at once
-    except (OSError, subprocess.SubprocessError) as problem:
-        raise Obstacle(f"compiling failed: {problem}") from problem
-    return target
 
 
 _POINTER, _INTEGER, _REAL = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
@@ -91,7 +45,7 @@ _SIGNATURES: dict[str, list[Any]] = {
 def _library() -> ctypes.PyDLL | Obstacle:
     try:
         # The interpreter's lock is kept: the calls are short, and giving it up costs up to a switch interval each time.
-        return ctypes.PyDLL(str(_compile()))
+        return ctypes.PyDLL(str(compiled(SOURCE)))
     except (Obstacle, OSError) as problem:
         log.info("serve: the compiled loops are off, %s", problem)
         return problem if isinstance(problem, Obstacle) else Obstacle(str(problem))

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from lorakit.errors import LorakitError
-from lorakit.train import attention, fusion
+from lorakit.train import blocks, fusion
 
 log = logging.getLogger("lorakit.train")
 
@@ -35,7 +35,7 @@ def recomputing(model: nn.Module, memory: str) -> Iterator[None]:
         yield
     elif memory == "balanced" and fusion.cheap_parts():
         log.info("memory: balanced, so norms, gated activations and softmax are computed again in the backward pass")
-        with attention.keeping(0), fusion.telling(), torch.autograd.graph.saved_tensors_hooks(_pack, _unpack):
+        with blocks.keeping(0), fusion.telling(), torch.autograd.graph.saved_tensors_hooks(_pack, _unpack):
             yield
     else:
         with _blocks(model, memory):

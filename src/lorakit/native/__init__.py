@@ -1,0 +1,63 @@
+"""C++ sources of this package as libraries: compiled once for this machine, kept, and why that cannot be, where it cannot.
+
+The compiler is the one that torch.compile needs as well. Whoever asks has the same steps in PyTorch for where there is none.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+
+HEADERS = Path(__file__).parent
+FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fopenmp", "-std=c++17", "-shared", "-fPIC")
+_WIDE = ("-mprefer-vector-width=512",)
+"""A flag that only x86 compilers know."""
+
+
+class Obstacle(Exception):  # noqa: N818 - a reason, told in the log, not an error of its own
+    """Why the compiled loops cannot be had."""
+
+
+def _folder() -> Path:
+    root = os.environ.get("LORAKIT_CACHE") or os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return Path(root).expanduser() / "lorakit-native"
+
+
+def compiled(source: Path) -> Path:
+    """The shared library of a C++ file, for this compiler and processor; made where it is not there yet.
+
+    Raises Obstacle with the reason where it cannot be made.
+    """
+    compiler = next((found for name in ("g++", "clang++", "c++") if (found := shutil.which(name))), None)
+    if compiler is None:
+        raise Obstacle("no C++ compiler was found (g++, clang++)")
+    version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=False).stdout
+    processor = platform.machine()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        processor += next((line for line in cpuinfo.read_text().splitlines() if line.startswith("flags")), "")
+    texts = [source.read_text(), *(header.read_text() for header in sorted(HEADERS.glob("*.h")))]
+    key = hashlib.sha256("\n".join([*texts, version, processor, *FLAGS]).encode()).hexdigest()[:20]
+    target = _folder() / f"{source.stem}-{key}.so"
+    if target.exists():
+        return target
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=target.parent) as folder:
+            made = Path(folder) / "made.so"
+            wide = _WIDE if platform.machine() in ("x86_64", "AMD64") else ()
+            command = [compiler, *FLAGS, *wide, f"-I{HEADERS}", str(source), "-o", str(made)]
+            run = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
+            if run.returncode:
+                raise Obstacle(
+                    f"{compiler} failed: {run.stderr.strip().splitlines()[-1] if run.stderr else 'no message'}"
+                )
+            os.replace(made, target)  # in one step: two processes may start at once
+    except (OSError, subprocess.SubprocessError) as problem:
+        raise Obstacle(f"compiling failed: {problem}") from problem
+    return target

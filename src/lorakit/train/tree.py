@@ -1,0 +1,106 @@
+"""Attention over a flat row on a processor, in one compiled pass over the tree of its runs (`tree.cpp`), forward and backward.
+
+It takes the place of the batched products of blocks.py where a compiler is there and nothing is special about the scores: those
+copy each run's queries, keys and values into padded lanes and back, and take forty calls a layer. Sums are in float32.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from lorakit.native import Obstacle, compiled
+from lorakit.train.packing import FlatBatch
+
+log = logging.getLogger("lorakit.train")
+
+SOURCE = Path(__file__).with_suffix(".cpp")
+
+MULTIPLE = 16
+"""The width of a head must be a multiple of this: the floats of one vector."""
+
+WORKERS = 16
+"""Threads that the backward pass shares its work among at most: each keeps a sum of its own for keys that several see."""
+
+_POINTER, _INTEGER = ctypes.c_void_p, ctypes.c_int64
+_SHAPE = [_POINTER, *[_INTEGER] * 6, ctypes.c_float, _INTEGER]
+_SIGNATURES = {
+    "attend": [*_SHAPE, *[_POINTER] * 5],
+    "attend_backward": [*_SHAPE, *[_POINTER] * 9, _INTEGER],
+}
+
+
+@functools.cache
+def _library() -> ctypes.CDLL | None:
+    try:
+        return ctypes.CDLL(str(compiled(SOURCE)))
+    except (Obstacle, OSError) as problem:
+        log.info("attention: by batched products, %s", problem)
+        return None
+
+
+@functools.cache
+def _find(name: str, dtype: torch.dtype) -> Any:
+    function = getattr(_library(), f"{name}_{str(dtype).removeprefix('torch.')}")
+    function.argtypes, function.restype = _SIGNATURES[name], None
+    return function
+
+
+def suits(batch: FlatBatch, q: Tensor) -> bool:
+    """Can the compiled pass take these queries `[..., head_dim]`?"""
+    if q.device.type != "cpu" or q.dtype not in (torch.float32, torch.bfloat16) or q.shape[-1] % MULTIPLE:
+        return False
+    return _library() is not None and runs_of(batch) is not None
+
+
+def runs_of(batch: FlatBatch) -> Tensor | None:
+    """The tree as the compiled pass reads it: start, length, position and parent of each run, int64 `[runs, 4]`; None where a
+    run's position is not the number of tokens above it."""
+    if "tree" not in batch.plans:
+        segments = batch.segments
+        ends = {-1: 0, **{index: one.position + one.length for index, one in enumerate(segments)}}
+        fits = all(one.position == ends[one.parent] for one in segments)
+        rows = [(one.start, one.length, one.position, one.parent) for one in segments]
+        batch.plans["tree"] = torch.tensor(rows, dtype=torch.int64) if fits else None
+    tree: Tensor | None = batch.plans["tree"]
+    return tree
+
+
+class TreeAttention(torch.autograd.Function):
+    """q `[tokens, query_heads, head_dim]`, k and v `[tokens, key_heads, head_dim]`, all contiguous -> output like q.
+
+    Kept for the backward pass: those, the output, and one number for each query. Rows behind the last real token give zeros.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, batch: FlatBatch, scale: float, window: int | None
+    ) -> Tensor:
+        runs = runs_of(batch)
+        assert runs is not None  # `suits` has looked
+        out, log_sums = torch.empty_like(q), q.new_empty(q.shape[:2], dtype=torch.float32)
+        ctx.shape = (len(runs), batch.tokens, batch.used, q.shape[1], k.shape[1], q.shape[2], scale, window or 0)
+        _call("attend", runs, ctx.shape, q, k, v, out, log_sums)
+        ctx.save_for_backward(runs, q, k, v, out, log_sums)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        runs, q, k, v, out, log_sums = ctx.saved_tensors
+        dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+        workers = min(torch.get_num_threads(), WORKERS)
+        _call("attend_backward", runs, ctx.shape, q, k, v, out, log_sums, grad.contiguous(), dq, dk, dv, workers)
+        return dq, dk, dv, None, None, None
+
+
+def _call(name: str, runs: Tensor, shape: tuple[Any, ...], *arguments: Any) -> None:
+    addresses = (one.data_ptr() if isinstance(one, Tensor) else one for one in arguments)
+    _find(name, arguments[0].dtype)(runs.data_ptr(), *shape, *addresses)
