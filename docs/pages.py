@@ -1,4 +1,4 @@
-"""Fill the generated parts of the pages: the tree, the method table, benchmark figures. Run by `make docs`.
+"""Fill the generated parts of the pages: the trees, the method table, benchmark figures. Run by `make docs`.
 
 A generated part stands between `<!-- NAME -->` and `<!-- end -->`. `python docs/pages.py --check` says which pages are out
 of date and fails; a test calls the same, so that a page cannot drift from what it describes.
@@ -20,6 +20,7 @@ PAGES = (
     "README.md",
     "CONTRIBUTING.md",
     "docs/architecture.md",
+    "docs/files.md",
     "docs/methods.md",
     "docs/benchmarks.md",
     "docs/composition.md",
@@ -64,37 +65,41 @@ def _summary(path: Path) -> str:
     return re.split(r"\.\s", docstring.strip().split("\n\n")[0].replace("\n", " ") + " ")[0].rstrip(".: ")
 
 
-def tree() -> str:
-    """The source tree, a line per module, each with its docstring's first sentence."""
-    files = _files()
+def tree(whole: bool = True) -> str:
+    """The source tree, a line per module, each with its docstring's first sentence.
+
+    Without `whole`, of packages and of all outside the library only the folder, with how many modules it has.
+    """
+    # packages of the library before its own modules
+    files = sorted(map(Path, _files()), key=lambda path: (path.parts[0], path.parent == Path("src/lorakit"), path))
+    modules = [path for path in files if path.suffix == ".py" and path.name != "__init__.py"]
     lines: list[str] = []
     shown: set[str] = set()
 
-    def folder(name: str) -> None:
-        if name in shown:
-            return
-        shown.add(name)
-        depth = name.count("/")
-        label = name.rpartition("/")[2] + "/" if depth else name + "/"
-        lines.append(f"{'  ' * depth}{label}".ljust(26) + FOLDERS.get(name, ""))
+    def folder(name: str) -> bool:
+        """The line of a folder, once; returns whether what is in it is listed."""
+        listed = whole or name in ("src", "src/lorakit")
+        if name not in shown and name != "src":
+            shown.add(name)
+            count = sum(name in map(str, path.parents) for path in modules)
+            counted = "" if listed or count < 2 else f" ({count} files)"
+            depth = name.removeprefix("src/").count("/")
+            label = name.rpartition("/")[2] if depth else name
+            lines.append(f"{'  ' * depth}{label}/".ljust(26) + FOLDERS.get(name, "") + counted)
+        return listed
 
-    for name in files:
-        path = Path(name)
+    for path in files:
         top = path.parts[0]
         if top == "tests" and len(path.parts) > 1:
-            folder("tests")
-            kind = "/".join(path.parts[:2])
-            if len(path.parts) > 2 and kind not in shown:
+            listed, kind = folder("tests"), "/".join(path.parts[:2])
+            if listed and len(path.parts) > 2 and kind not in shown:
                 shown.add(kind)
                 lines.append(f"  {path.parts[1]}/")
-            continue
-        if path.suffix != ".py" or top not in ("src", "benchmarks", "docs", "examples") or path.name == "__init__.py":
-            continue
-        parents = [str(parent) for parent in reversed(path.parents) if str(parent) not in (".", "src")]
-        for parent in parents:
-            folder(parent)
-        indent = "  " * (len(parents) + (1 if top == "src" else 0))
-        lines.append(f"{indent}{path.name}".ljust(26) + _summary(ROOT / name))
+        elif path in modules and top in ("src", "benchmarks", "docs", "examples"):
+            parents = [str(parent) for parent in reversed(path.parents) if str(parent) != "."]
+            if all(folder(parent) for parent in parents):
+                depth = len([parent for parent in parents if parent != "src"])
+                lines.append(f"{'  ' * depth}{path.name}".ljust(26) + _summary(ROOT / path))
     return "```\n" + "\n".join(line.rstrip() for line in lines) + "\n```"
 
 
@@ -170,7 +175,13 @@ def results(name: str) -> str:
 
 def parts() -> dict[str, Callable[[], str]]:
     """Marker -> what stands under it."""
-    named: dict[str, Callable[[], str]] = {"tree": tree, "methods": methods, "formats": formats, "edits": edits}
+    named: dict[str, Callable[[], str]] = {
+        "tree": tree,
+        "map": lambda: tree(whole=False),
+        "methods": methods,
+        "formats": formats,
+        "edits": edits,
+    }
     for page in PAGES:
         if (ROOT / page).is_file():
             for marker in re.findall(r"<!-- bench (\w[\w-]*) -->", (ROOT / page).read_text()):
