@@ -1,7 +1,8 @@
 """What batches of data say about a model's layers: statistics of their inputs, or the gradients of their weights.
 
-Informed starts (`init/`) ask for them. The base model runs on the batches as it is, without any adapter, in evaluation
-mode; hooks see the layers' inputs and the gradients of their outputs, and nothing of the model is changed.
+Informed starts (`init/`) ask for them, of the base model as it is, without any adapter; and merging by regression
+(`algebra/regression.py`), of the model with one adapter. It runs on the batches in evaluation mode; hooks see the layers'
+inputs and the gradients of their outputs, and nothing of the model is changed.
 
 Memory: activations are summed up as they pass. Sums that are as large as weights (a gradient, a second moment) are kept
 for as many layers at a time as fit in a budget, and the batches run again for the next ones: one layer at a time at the
@@ -15,16 +16,17 @@ import logging
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
 
 from lorakit.board import found_board, routed
+from lorakit.delta import Shape
 from lorakit.errors import LorakitError
-from lorakit.init import Initialiser, Measured
+from lorakit.init import Measured, Statistic
 from lorakit.layout import Layout, Linear, Rows, Site
-from lorakit.routing import BASE
+from lorakit.routing import BASE, Route, Routing
 
 log = logging.getLogger("lorakit")
 
@@ -33,6 +35,39 @@ BUDGET = 2 << 30
 IGNORED = -100
 
 Batch = Mapping[str, Any]
+
+
+class Wish(Protocol):
+    """What is to be measured, by whom it is asked for; every `Initialiser` is one."""
+
+    @property
+    def request(self) -> str:
+        """Who asks, at the beginning of messages: the verb, a colon, the option."""
+
+    @property
+    def otherwise(self) -> str:
+        """What to do about a layer that cannot be measured, a sentence."""
+
+    @property
+    def needs(self) -> str:
+        """ "inputs" or "gradients"."""
+
+    @property
+    def completions(self) -> bool:
+        """Whether inputs at positions without a label are left out."""
+
+    @property
+    def squares(self) -> bool:
+        """Whether gradients are squared, entry by entry and batch by batch, before they are summed up."""
+
+    def statistic(self, shape: Shape, rank: int) -> Statistic:
+        """A new statistic of the inputs of one matrix, or of several with the same inputs (the largest rank given)."""
+
+    def numbers(self, shape: Shape, rank: int) -> int:
+        """How many numbers are kept for one matrix while batches pass."""
+
+    def settled(self, matrices: Mapping[str, Measured]) -> bool:
+        """Whether further batches would not change the result."""
 
 
 @dataclass(frozen=True)
@@ -52,18 +87,20 @@ class Matrix:
 def calibrate(
     model: nn.Module,
     matrices: Mapping[str, Matrix],
-    start: Initialiser,
+    start: Wish,
     batches: Iterable[Batch] | None,
     budget: int = BUDGET,
+    route: Route | Routing = BASE,
 ) -> Iterator[tuple[str, Any]]:
-    """Measure what an initialiser needs of these matrices, `(name, statistic)` one after another.
+    """Measure what is wished for of these matrices, `(name, statistic)` one after another.
 
     Args:
         model: the model that the matrices' layers are in.
         matrices: by name, in the model's order.
-        start: what is measured for; its `needs` is "inputs" or "gradients".
+        start: what is wished for, such as an initialiser whose `needs` is "inputs" or "gradients".
         batches: arguments for the model, `model(**batch)`; tensors are moved to its device.
         budget: bytes that sums may take at a time.
+        route: which adapters act meanwhile; none by default.
 
     Raises:
         LorakitError: no batches, a layer that cannot be measured or that no batch reaches, no loss where one is needed.
@@ -71,26 +108,26 @@ def calibrate(
     given = _checked(batches, start)
     for name, matrix in matrices.items():
         _check_layer(name, matrix, start)
-    with _base_alone(model):
+    with _as_it_is(model, route):
         if start.needs == "inputs":
             yield from _inputs(model, matrices, start, given, budget)
         else:
             yield from _gradients(model, matrices, start, given, budget)
 
 
-def _checked(batches: Iterable[Batch] | None, start: Initialiser) -> list[Batch]:
-    found = "no batches were given"
+def _checked(batches: Iterable[Batch] | None, start: Wish) -> list[Batch]:
+    found, verb = "no batches were given", start.request.partition(":")[0]
     if batches is not None:
         if isinstance(batches, Mapping | Tensor | str):
             raise LorakitError(
-                f"attach: batches was given as {type(batches).__name__}; it is a list of batches, each the arguments of one "
+                f"{verb}: batches was given as {type(batches).__name__}; it is a list of batches, each the arguments of one "
                 "call model(**batch)."
             )
         given = list(batches)
         for batch in given:
             if not isinstance(batch, Mapping):
                 raise LorakitError(
-                    f"attach: batches holds a {type(batch).__name__}; each batch is a mapping with the arguments of one call "
+                    f"{verb}: batches holds a {type(batch).__name__}; each batch is a mapping with the arguments of one call "
                     "model(**batch)."
                 )
         if given:
@@ -98,12 +135,12 @@ def _checked(batches: Iterable[Batch] | None, start: Initialiser) -> list[Batch]
         found = "batches is empty"
     labels = " with labels" if start.needs == "gradients" else ""
     raise LorakitError(
-        f"attach: init={start.name!r} measures the {start.needs} of every layer on data, and {found}; give batches=[…], a "
+        f"{start.request} measures the {start.needs} of every layer on data, and {found}; give batches=[…], a "
         f"list of arguments{labels} for model(**batch)."
     )
 
 
-def _check_layer(name: str, matrix: Matrix, start: Initialiser) -> None:
+def _check_layer(name: str, matrix: Matrix, start: Wish) -> None:
     layout = matrix.site.layout
     why = ""
     if not layout.beside:
@@ -111,19 +148,16 @@ def _check_layer(name: str, matrix: Matrix, start: Initialiser) -> None:
     elif layout.shape.lookup and start.needs == "inputs":
         why = "is an embedding: its inputs are one-hot, so that their directions are single vocabulary entries"
     if why:
-        raise LorakitError(
-            f"attach: init={start.name!r} measures {start.needs}, and {name} {why}. Leave it out by exclude_modules, or "
-            "choose a start that needs the weight alone (pissa, olora, …)."
-        )
+        raise LorakitError(f"{start.request} measures {start.needs}, and {name} {why}. {start.otherwise}")
 
 
 @contextlib.contextmanager
-def _base_alone(model: nn.Module) -> Iterator[None]:
-    """The model without adapters, in evaluation mode, no parameter of it asking for a gradient."""
+def _as_it_is(model: nn.Module, route: Route | Routing) -> Iterator[None]:
+    """The model with these adapters alone, in evaluation mode, no parameter of it asking for a gradient."""
     training = [module for module in model.modules() if module.training]
     asking = [parameter for parameter in model.parameters() if parameter.requires_grad]
     board = found_board(model)
-    with contextlib.nullcontext() if board is None else routed(board, BASE):
+    with contextlib.nullcontext() if board is None else routed(board, route):
         model.eval()
         for parameter in asking:
             parameter.requires_grad_(False)
@@ -158,8 +192,8 @@ def _hooked(handles: list[Any]) -> Iterator[None]:
             handle.remove()
 
 
-def _in_budget(sizes: Mapping[str, int], budget: int) -> list[list[str]]:
-    """The names in runs whose sizes add up to at most the budget, at least one in each."""
+def in_budget(sizes: Mapping[str, int], budget: int) -> list[list[str]]:
+    """The names in runs whose sizes in bytes add up to at most the budget, at least one in each."""
     runs: list[list[str]] = []
     room = 0
     for name, size in sizes.items():
@@ -184,8 +218,8 @@ def samples_of(
         kept = [mask.to(x.device) for mask in masks if mask.numel() == x.shape[:-1].numel() and _fits(mask, x)]
         if any(not torch.equal(mask, kept[0]) for mask in kept):
             raise LorakitError(
-                f"attach: the batch has different masks of the same shape for encoder and decoder, so that it cannot be "
-                f"told which is for {name}; give batches in which their lengths differ, or without padding."
+                f"{name}: the batch has different masks of the same shape for encoder and decoder, so that it cannot be told "
+                "which is for this layer; give batches in which their lengths differ, or without padding."
             )
         samples = list(x.reshape(x.shape[0] if x.ndim > 2 else 1, -1, x.shape[-1]))
         if not kept:
@@ -255,7 +289,7 @@ def _by_layer(matrices: Mapping[str, Matrix]) -> dict[nn.Module, list[str]]:
 
 
 def _inputs(
-    model: nn.Module, matrices: Mapping[str, Matrix], start: Initialiser, batches: list[Batch], budget: int
+    model: nn.Module, matrices: Mapping[str, Matrix], start: Wish, batches: list[Batch], budget: int
 ) -> Iterator[tuple[str, Any]]:
     leader = _sharers(model, matrices, batches[0])
     members: dict[str, list[str]] = {}
@@ -263,14 +297,14 @@ def _inputs(
         members.setdefault(first, []).append(name)
     ranks = {first: max(matrices[name].rank for name in names) for first, names in members.items()}
     sizes = {first: 4 * start.numbers(matrices[first].site.layout.shape, ranks[first]) for first in members}
-    for run in _in_budget(sizes, budget):
+    for run in in_budget(sizes, budget):
         statistics = {first: start.statistic(matrices[first].site.layout.shape, ranks[first]) for first in run}
         measured = {name: matrices[name].measured(statistics[first]) for first in run for name in members[first]}
         reached: set[str] = set()
         for number, batch in enumerate(batches, 1):
             reached |= _measure(model, matrices, members, statistics, batch, start)
             if start.settled(measured):
-                log.info("init %s: nothing changes any more after %d of %d batches", start.name, number, len(batches))
+                log.info("%s: nothing changes any more after %d of %d batches", start.request, number, len(batches))
                 break
         for first in run:
             if first not in reached:
@@ -284,7 +318,7 @@ def _measure(
     members: Mapping[str, list[str]],
     statistics: Mapping[str, Any],
     batch: Batch,
-    start: Initialiser,
+    start: Wish,
 ) -> set[str]:
     """Feed one batch to the statistics of the leaders, and see that the others still get the same inputs.
 
@@ -301,8 +335,8 @@ def _measure(
     def follow(first: str, name: str, x: Tensor) -> None:
         if first not in latest or latest[first]() is not x:
             raise LorakitError(
-                f"attach: {name} had the same input as {first} in the first batch and another one later; measure on batches "
-                "of one kind."
+                f"{start.request}: {name} had the same input as {first} in the first batch and another one later; measure on "
+                "batches of one kind."
             )
 
     handles = []
@@ -321,10 +355,10 @@ def _measure(
     return reached
 
 
-def _unreached(start: Initialiser, name: str, batches: list[Batch], what: str) -> LorakitError:
+def _unreached(start: Wish, name: str, batches: list[Batch], what: str) -> LorakitError:
     return LorakitError(
-        f"attach: init={start.name!r} measures {what}, and none of the {len(batches)} batches gave {name} any; leave the layer "
-        "out by exclude_modules, or give batches that use it (padding and positions without a label may not count)."
+        f"{start.request} measures {what}, and none of the {len(batches)} batches gave {name} any; give batches that use it "
+        f"(padding and positions without a label may not count). {start.otherwise}"
     )
 
 
@@ -332,18 +366,24 @@ def _unreached(start: Initialiser, name: str, batches: list[Batch], what: str) -
 
 
 def _gradients(
-    model: nn.Module, matrices: Mapping[str, Matrix], start: Initialiser, batches: list[Batch], budget: int
+    model: nn.Module, matrices: Mapping[str, Matrix], start: Wish, batches: list[Batch], budget: int
 ) -> Iterator[tuple[str, Tensor]]:
     sizes = {name: 4 * m.site.layout.shape.out * m.site.layout.shape.in_ for name, m in matrices.items()}
-    for run in _in_budget(sizes, budget):
+    for run in in_budget(sizes, budget):
         sums: dict[str, Tensor] = {}
+        passed: dict[str, Tensor] = {} if start.squares else sums
         handles = []
         for module, names in _by_layer({name: matrices[name] for name in run}).items():
-            hook = _watching({name: matrices[name].site.layout for name in names}, sums)
+            hook = _watching({name: matrices[name].site.layout for name in names}, passed)
             handles.append(module.register_forward_hook(hook, with_kwargs=True))
         with _hooked(handles), torch.enable_grad():
             for batch in batches:
                 torch.autograd.backward(_loss(_run(model, batch), start))
+                for name in (
+                    list(passed) if start.squares else ()
+                ):  # a layer may be called twice: its gradient is the sum
+                    G = passed.pop(name).square_()
+                    sums[name] = sums[name].add_(G) if name in sums else G
         for name in run:
             if name not in sums:
                 raise _unreached(start, name, batches, "gradients")
@@ -380,11 +420,11 @@ def weight_gradient(layout: Layout, layer: nn.Module, x: Tensor, g: Tensor) -> T
     return G
 
 
-def _loss(output: Any, start: Initialiser) -> Tensor:
+def _loss(output: Any, start: Wish) -> Tensor:
     loss = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", output)
     if isinstance(loss, Tensor) and loss.numel() == 1 and loss.requires_grad:
         return loss.sum()
     raise LorakitError(
-        f"attach: init={start.name!r} needs gradients, so model(**batch) must give a loss: an output with `loss`, or a single "
+        f"{start.request} needs gradients, so model(**batch) must give a loss: an output with `loss`, or a single "
         f"number. It gave {type(output).__name__} without one; put labels in the batches."
     )

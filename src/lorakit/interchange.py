@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 import re
 from collections.abc import Collection, Mapping
 from typing import Any, cast
@@ -25,6 +26,8 @@ from lorakit.layout import Rows, Site
 from lorakit.targets import Targets, as_patterns, exactly, has_suffix, value_for, walk
 
 PREFIX = "base_model.model."
+PAIRS = {".lora_A.weight": ".lora_B.weight", ".lora_embedding_A": ".lora_embedding_B"}
+"""How the factors of a LoRA end in the file: A -> B."""
 ROUTER = "router."
 """Before the names of a router's tensors."""
 _WRAPPERS = {
@@ -401,6 +404,17 @@ def targets_from(config: Mapping[str, Any], model: nn.Module, tensors: Collectio
         modules_to_save=tuple(saved),
         bias="lora_only" if bias.endswith("_only") else bias,  # "oft_only" and the like: each method has its own word
     )
+
+
+def alpha_in(config: Mapping[str, Any], path: str, rank: int) -> float:
+    """The alpha of a layer as PEFT's configuration says it, with the rank that its tensors have."""
+    alpha = value_for(config.get("alpha_pattern") or {}, path)
+    return float(config.get("lora_alpha", rank) if alpha is None else alpha)
+
+
+def scale_in(config: Mapping[str, Any], path: str, rank: int) -> float:
+    """The s of `ΔW = s B A` of a LoRA's layer: alpha / rank, or alpha / √rank (rsLoRA)."""
+    return alpha_in(config, path, rank) / (math.sqrt(rank) if config.get("use_rslora") else rank)
 
 
 def heads_for(task: str | None) -> tuple[str, ...]:

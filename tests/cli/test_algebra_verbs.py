@@ -50,6 +50,24 @@ def test_combine_folders_and_methods_that_need_the_base(base: Path, lorakit: Run
     assert "dare-ties" in listed.stdout
 
 
+def test_combine_by_what_each_ones_data_say(base: Path, rows: Path, lorakit: Run, tmp_path: Path) -> None:
+    a, b = saved(base, tmp_path / "a", lk.LoRA(rank=2)), saved(base, tmp_path / "b", lk.LoRA(rank=3), 1)
+    common = (str(a), str(b), "--rows", "8")
+    each = ("--data", str(rows), "--data", str(rows))
+    result = lorakit("combine", *common, *each, "--how", "regmean", "-o", str(tmp_path / "regmean"))
+    assert result.exit_code == 0, result.output
+    assert "2 adapters by regmean; 14 layers at rank 5; ΔW is exact" in result.stdout
+    result = lorakit("combine", *common, *each, "--how", "fisher", "--rank", "4", "-o", str(tmp_path / "fisher"))
+    assert result.exit_code == 0, result.output
+    assert read_own(tmp_path / "fisher")["record"]["combined"]["how"] == "fisher"
+    result = lorakit("combine", *common, "--data", str(rows), "--how", "regmean", "-o", str(tmp_path / "no"))
+    assert result.exit_code == 2
+    assert "given: 1 of them" in result.stderr
+    result = lorakit("combine", *common, "--how", "regmean", "-o", str(tmp_path / "no"))
+    assert "on the command line give --data" in result.stderr
+    assert not (tmp_path / "no").exists()
+
+
 def test_combine_refuses(base: Path, lorakit: Run, tmp_path: Path) -> None:
     a, b = saved(base, tmp_path / "a", lk.LoRA(rank=2)), saved(base, tmp_path / "b", lk.LoRA(rank=2), 1)
     for options, words in (

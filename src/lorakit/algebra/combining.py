@@ -9,6 +9,8 @@ Everything is over ΔW, matrix by matrix, in float64; a recipe of the table says
     5. mean        divided by Σ |wᵢ| over those that agreed in this entry
     6. factor      times λ
 
+Or, where a recipe measures data, the sum is one that weighs every direction by what the data say (`importance.py`).
+
 So `linear` is the weighted sum and no more (task arithmetic with negative weights and λ), and where there is a mean the
 weights say how much each counts in it, whatever they add up to. The signs of factors mean nothing, B A = (-B)(-A), so
 nothing of this is ever done to factors apart.
@@ -30,8 +32,10 @@ from torch import Tensor
 
 from lorakit.adapter import Adapter
 from lorakit.algebra.changes import Change, Cut, cut, kept, total
+from lorakit.algebra.importance import IMPORTANCES, Findings
 from lorakit.algebra.outcome import Made, beside, in_folder, made
 from lorakit.algebra.sources import Live, Source, Stored, check_bases, frozen, sources
+from lorakit.calibration import Batch
 from lorakit.errors import LorakitError, unknown
 from lorakit.interchange import bare
 from lorakit.spectrum import check_request
@@ -47,6 +51,7 @@ class Recipe:
         rescale: divide what stays by the density.
         consensus: leave out entries whose sign is not the elected one.
         mean: divide by the weights of those that agreed.
+        measures: what data are measured for, to weigh the changes by ("inputs", "gradients"); "" nothing.
         result: "any"; "factors", which must all be there; or "cut" to a rank or an energy share.
         text: for the command line, in one line.
     """
@@ -55,6 +60,7 @@ class Recipe:
     rescale: bool = False
     consensus: bool = False
     mean: bool = False
+    measures: str = ""
     result: str = "any"
     text: str = ""
 
@@ -71,6 +77,10 @@ RECIPES: dict[str, Recipe] = {
         "random", True, True, True, text="random entries, rescaled, one elected sign, mean of those that agree"
     ),
     "magnitude-prune": Recipe("largest", text="largest entries, summed"),
+    "regmean": Recipe(measures="inputs", text="whose outputs differ least from each one's, on inputs of its own data"),
+    "fisher": Recipe(
+        measures="gradients", text="the mean, entry by entry weighed by squared gradients on its own data"
+    ),
 }
 
 DENSITY = 0.2
@@ -104,6 +114,7 @@ def combine(
     factor: float = 1.0,
     layer_weights: Mapping[str, Sequence[float]] | None = None,
     seed: int = 0,
+    batches: Sequence[Iterable[Batch]] | None = None,
     name: str = "combined",
     output: str | Path | None = None,
 ) -> Made:
@@ -126,6 +137,8 @@ def combine(
         factor: λ, times everything.
         layer_weights: {pattern: weights} for layers whose name the pattern ends; the first match counts.
         seed: of DARE's random entries. The same for a layer whatever other layers there are.
+        batches: for the recipes that measure ("regmean", "fisher"): for each adapter a list of batches of its own data, each
+            the arguments of one `model(**batch)`; with labels for "fisher".
         name: of the new adapter on the model.
         output: the folder to write, for folders.
 
@@ -134,6 +147,7 @@ def combine(
     """
     plan = _checked(len(adapters), weights, how, rank, energy, density, factor, layer_weights, seed)
     given = sources(adapters, "combine")
+    findings = _findings(plan, how, given, batches)
     places = list(dict.fromkeys(place for one in given for place in one.places()))
     _check_patterns(plan, places)
     live = [one for one in given if isinstance(one, Live)]
@@ -151,7 +165,7 @@ def combine(
         replaced = _replaced(live, plan)
     cuts: dict[str, Cut] = {}
     for place in places:
-        found = _one(given, place, plan)
+        found = _one(given, place, plan, findings)
         if found is not None:
             cuts[place] = cut(found, rank, energy) if rank is not None or energy is not None else kept(found)
     if not cuts:
@@ -228,6 +242,10 @@ def _checked(
             raise LorakitError(
                 f"combine: the weights{place} are {list(own)!r}; one finite number for each of {count} is wanted."
             )
+        if recipe.measures and any(w < 0 for w in own):
+            raise LorakitError(
+                f"combine: {how} is a mean, and the weights {list(own)!r} have a negative one; linear subtracts."
+            )
     if not math.isfinite(factor):
         raise LorakitError(f"combine: factor was given as {factor!r}; it is a finite number.")
     return _Plan(
@@ -238,6 +256,24 @@ def _checked(
         factor=float(factor),
         seed=seed,
     )
+
+
+def _findings(
+    plan: _Plan, how: str, given: Sequence[Source], batches: Sequence[Iterable[Batch]] | None
+) -> Findings | None:
+    """What is measured for the recipe, if it measures anything."""
+    live = [one for one in given if isinstance(one, Live)]
+    if not plan.recipe.measures:
+        if batches is not None:
+            measuring = ", ".join(name for name, one in RECIPES.items() if one.measures)
+            raise LorakitError(f"combine: batches were given, and {how} measures nothing. Those that do: {measuring}.")
+        return None
+    if len(live) != len(given):
+        raise LorakitError(
+            f"combine: {how} measures data through the base model, and folders were given; lk.load them onto it and combine "
+            "the adapters; on the command line give --data."
+        )
+    return Findings(IMPORTANCES[plan.recipe.measures](how), live, batches)
 
 
 def _check_patterns(plan: _Plan, places: Iterable[str]) -> None:
@@ -253,7 +289,7 @@ def _check_patterns(plan: _Plan, places: Iterable[str]) -> None:
 # -- one matrix -------------------------------------------------------------------------------------------------------------
 
 
-def _one(given: Sequence[Source], place: str, plan: _Plan) -> Change | None:
+def _one(given: Sequence[Source], place: str, plan: _Plan, findings: Findings | None) -> Change | None:
     """The combined change of one matrix; None where no weight counts there."""
     weights, changes, order = [], [], []
     for index, (one, weight) in enumerate(zip(given, plan.at(place), strict=True)):
@@ -277,6 +313,8 @@ def _one(given: Sequence[Source], place: str, plan: _Plan) -> Change | None:
                     f'combine: "cat" lays factors side by side, and {given[index].label} has none for {place}. how="linear" '
                     "takes any method and gives whole matrices, with rank= or energy= a LoRA."
                 )
+    if findings is not None:
+        return _by_findings(given, place, plan, findings)
     if not recipe.sparsify and not recipe.consensus:
         return total(changes, [plan.factor * weight for weight in weights])
     entries = [
@@ -284,6 +322,17 @@ def _one(given: Sequence[Source], place: str, plan: _Plan) -> Change | None:
         for index, change in zip(order, changes, strict=True)
     ]
     return Change(plan.factor * _merged(entries, weights, recipe))
+
+
+def _by_findings(given: Sequence[Source], place: str, plan: _Plan, findings: Findings) -> Change:
+    """The merge that the data ask for; an adapter that leaves this matrix alone has its say in that too."""
+    counted = [
+        (one.change(place) if place in one.places() else None, found, weight)
+        for one, found, weight in zip(given, findings.at(place), plan.at(place), strict=True)
+        if weight
+    ]
+    changes, found, weights = zip(*counted, strict=True)
+    return findings.importance.merged(changes, found, weights).scaled(plan.factor)
 
 
 def _sparse(tau: Tensor, recipe: Recipe, density: float, seed: str) -> Tensor:

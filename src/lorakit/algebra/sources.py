@@ -5,7 +5,6 @@ A place is the name of one matrix: its layer's, and within a layer of several ma
 
 from __future__ import annotations
 
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -20,13 +19,11 @@ from lorakit.bundle import TENSORS, read_bundle
 from lorakit.delta import Delta, LowRank
 from lorakit.errors import LorakitError
 from lorakit.fingerprint import disagreement
-from lorakit.interchange import PREFIX
+from lorakit.interchange import PAIRS, PREFIX, scale_in
 from lorakit.layout import Rows, Site
 from lorakit.storage import value_of
 from lorakit.targets import has_suffix, value_for
 
-PAIRS = {".lora_A.weight": ".lora_B.weight", ".lora_embedding_A": ".lora_embedding_B"}
-"""How the factors of a LoRA end in PEFT's files: A -> B."""
 WHOLE = ".full_P"
 
 
@@ -240,12 +237,8 @@ class Stored(Source):
                 )
 
     def scale(self, path: str) -> float:
-        """alpha / rank of a layer, or alpha / √rank (rsLoRA)."""
-        config = self.bundle.config
-        rank = self.bundle.tensors[self.pairs[path][0]].shape[0]
-        alpha = value_for(config.get("alpha_pattern") or {}, path)
-        alpha = float(config.get("lora_alpha", rank) if alpha is None else alpha)
-        return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
+        """The s of `ΔW = s B A` of a layer."""
+        return scale_in(self.bundle.config, path, self.bundle.tensors[self.pairs[path][0]].shape[0])
 
     def places(self) -> list[str]:
         return [*self.pairs, *self.wholes]

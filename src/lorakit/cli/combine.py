@@ -7,10 +7,10 @@ from typing import Annotated, Any
 
 import typer
 
-from lorakit.cli.outcome import numbers, on_base, pattern_numbers, told, unlike
+from lorakit.cli.outcome import batches_of, numbers, on_base, pattern_numbers, told, unlike
 from lorakit.cli.screen import out
 
-HELP = "Make one adapter of several: linear, cat, svd, ties, dare-linear, dare-ties, magnitude-prune."
+HELP = "Make one adapter of several: linear, cat, svd, ties, dare-linear, dare-ties, magnitude-prune, regmean, fisher."
 
 
 def combine(
@@ -33,8 +33,14 @@ def combine(
         typer.Option(help="Other weights for layers that end so: --layer 'q_proj=1,0'; may be repeated."),
     ] = None,
     seed: Annotated[int, typer.Option(help="Of the entries that DARE keeps.")] = 0,
+    data: Annotated[
+        list[str] | None,
+        typer.Option(help="Rows of one adapter's own data, for regmean and fisher; once for each adapter, in order."),
+    ] = None,
+    rows: Annotated[int, typer.Option(min=1, help="How many of each one's rows.")] = 64,
     base: Annotated[
-        str | None, typer.Option(help="The base model, for methods other than LoRA; by default the one in the files.")
+        str | None,
+        typer.Option(help="The base model, for data and for methods other than LoRA; by default the one in the files."),
     ] = None,
     recipes: Annotated[
         bool,
@@ -57,8 +63,11 @@ def combine(
         "layer_weights": pattern_numbers(layer or [], "--layer"),
         "seed": seed,
     }
-    with on_base("combine", base, adapters) as given:
+    with on_base("combine", base, adapters, always=bool(data)) as given:
         if given.on_model:
+            if data:
+                size = 1 if how == "fisher" else 8  # there each batch counts as one example
+                options["batches"] = [batches_of(given.tokenizer, own, rows, size) for own in data]
             report = combine_adapters(given.adapters, **options)
             given.save(
                 report, output, {"combined": {"from": [str(a) for a in adapters], "how": how, **report.record()}}

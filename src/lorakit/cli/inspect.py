@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import math
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -16,11 +18,12 @@ if TYPE_CHECKING:
     from rich.table import Table
     from torch import Tensor
 
-HELP = "Show what an adapter is: method, base, rank and size per layer, largest singular values of what it adds."
+HELP = "Show what an adapter is: method, base, rank and size per layer, largest singular values of what it adds; its experts."
 
-# How a method's pair of factors ends in PEFT's file: A, then B. AdaLoRA's have no ".weight", and a diagonal between them.
-_PAIRS = {".lora_A.weight": ".lora_B.weight", ".lora_embedding_A": ".lora_embedding_B", ".lora_A": ".lora_B"}
 _DIAGONAL = ".lora_E"
+"""Between AdaLoRA's factors, whose names end without ".weight"."""
+_EXPERT = re.compile(r"(?P<path>.+)\.experts\.(?P<expert>\d+)")
+"""The name of an expert's change of a matrix, in a mixture that is one file."""
 
 
 @dataclass(frozen=True)
@@ -37,9 +40,31 @@ class LayerReport:
 
 
 @dataclass(frozen=True)
+class ExpertReport:
+    """One expert of a mixture, or one adapter behind a router; the norm is that of all it adds."""
+
+    name: str
+    method: str
+    layers: int
+    ranks: tuple[int, ...]
+    parameters: int
+    norm: float
+
+
+@dataclass(frozen=True)
+class RouterReport:
+    """What weighs experts: its kind, its options (top_k, the weight of the balance loss, …), the numbers of its own."""
+
+    kind: str
+    options: dict[str, Any]
+    parameters: int
+    experts: tuple[ExpertReport, ...]
+
+
+@dataclass(frozen=True)
 class AdapterReport:
-    """An adapter folder in numbers. `other` are tensors that are no factor: biases, modules trained in
-    full."""
+    """An adapter folder in numbers. `other` are tensors that are no factor: biases, modules trained in full, a router's.
+    The experts behind a router are files of their own, and count in `router` alone."""
 
     folder: str
     method: str
@@ -51,6 +76,7 @@ class AdapterReport:
     layers: tuple[LayerReport, ...]
     other: dict[str, tuple[int, ...]]
     record: dict[str, Any]
+    router: RouterReport | None = None
 
 
 def inspect(
@@ -82,10 +108,16 @@ def inspect(
         out.print(f"ranks {', '.join(map(str, ranks))}; targets {_shown(report.targets)}")
     if report.record:
         out.print(_trained(report.record))
+    if report.router is not None:
+        out.print(_routing(report.router), markup=False)
+        out.print(_experts(report.router))
     if ranks:
         out.print(_table(report, top))
     for name, shape in report.other.items():
-        out.print(f"{'also holds ' if ranks else ''}{name} {'×'.join(map(str, shape))}", markup=False)
+        if not _of_router(name):
+            out.print(
+                f"{'also holds ' if ranks or report.router else ''}{name} {'×'.join(map(str, shape))}", markup=False
+            )
 
 
 def examine(folder: Path, top: int = 4) -> AdapterReport:
@@ -95,14 +127,16 @@ def examine(folder: Path, top: int = 4) -> AdapterReport:
     Raises LorakitError for a folder that holds no readable adapter.
     """
     from lorakit import store
+    from lorakit.interchange import PAIRS
 
+    pairs = {**PAIRS, ".lora_A": ".lora_B"}
     config, own, tensors = store.read_config(folder), store.read_own(folder), store.read_tensors(folder)
     layers, used = [], set()
     for key, A in tensors.items():
-        ending = next((ending for ending in _PAIRS if key.endswith(ending)), None)
-        if ending is None or key.removesuffix(ending) + _PAIRS[ending] not in tensors:
+        ending = next((ending for ending in pairs if key.endswith(ending)), None)
+        if ending is None or key.removesuffix(ending) + pairs[ending] not in tensors:
             continue
-        partner = key.removesuffix(ending) + _PAIRS[ending]
+        partner = key.removesuffix(ending) + pairs[ending]
         used |= {key, partner}
         diagonal = tensors.get(key.removesuffix(ending) + _DIAGONAL)
         if diagonal is not None:
@@ -124,19 +158,17 @@ def examine(folder: Path, top: int = 4) -> AdapterReport:
         layers=tuple(layers),
         other=other,
         record=own.get("record", {}),
+        router=_router(folder, own, layers, tensors),
     )
 
 
 def _layer(key: str, A: Tensor, B: Tensor, diagonal: Tensor | None, config: Mapping[str, Any], top: int) -> LayerReport:
+    from lorakit.interchange import PREFIX, alpha_in, scale_in
     from lorakit.spectrum import spectrum
-    from lorakit.targets import value_for
 
-    path = key.removeprefix("base_model.model.")
+    path = key.removeprefix(PREFIX)
     rank = A.shape[0]
-    # The file's own alpha for this layer, by PEFT's rule; the rank is what the tensors have.
-    alpha = value_for(config.get("alpha_pattern") or {}, path)
-    alpha = float(config.get("lora_alpha", rank) if alpha is None else alpha)
-    scale = alpha / (rank**0.5 if config.get("use_rslora") else rank)
+    alpha, scale = alpha_in(config, path, rank), scale_in(config, path, rank)
     if diagonal is not None:  # PEFT's AdaLoRA divides by the rank that it started from, plus a constant
         scale = alpha / (float(config.get("init_r", rank)) + 1e-5)
         B = B.double() * diagonal.double().flatten()
@@ -150,6 +182,72 @@ def _layer(key: str, A: Tensor, B: Tensor, diagonal: Tensor | None, config: Mapp
         norm=float(values.square().sum().sqrt()),
         singular_values=tuple(values[:top].tolist()),
     )
+
+
+def _router(
+    folder: Path, own: Mapping[str, Any], layers: Sequence[LayerReport], tensors: Mapping[str, Tensor]
+) -> RouterReport | None:
+    """What weighs experts in this folder, if anything does."""
+    from lorakit.store import MEMBERS
+
+    members = [name for name, _ in own.get("members") or ()]
+    inside: dict[str, list[LayerReport]] = {}
+    for layer in layers:
+        found = _EXPERT.fullmatch(layer.name)
+        if found:
+            inside.setdefault(found["expert"], []).append(layer)
+    if not members and not inside:
+        return None
+    method = own.get("method", {})
+    reports = [(name, examine(folder / MEMBERS / name, 0)) for name in members]
+    experts = [_expert(name, report.method, report.layers, report.parameters) for name, report in reports]
+    for name, held in sorted(inside.items(), key=lambda item: int(item[0])):
+        inner = str((method.get("inner") or {}).get("name", ""))
+        experts.append(_expert(name, inner, held, sum(layer.parameters for layer in held)))
+    return RouterReport(
+        kind=str(method.get("name")),
+        options={name: value for name, value in method.items() if name not in ("name", "inner")},
+        parameters=sum(tensor.numel() for key, tensor in tensors.items() if _of_router(key)),
+        experts=tuple(experts),
+    )
+
+
+def _expert(name: str, method: str, layers: Sequence[LayerReport], parameters: int) -> ExpertReport:
+    return ExpertReport(
+        name=name,
+        method=method,
+        layers=len(layers),
+        ranks=tuple(sorted({layer.rank for layer in layers})),
+        parameters=parameters,
+        norm=math.sqrt(sum(layer.norm**2 for layer in layers)),
+    )
+
+
+def _of_router(key: str) -> bool:
+    """Whether a tensor of the file is the router's own."""
+    from lorakit.interchange import ROUTER
+
+    return f".{ROUTER}" in f".{key}"
+
+
+def _routing(router: RouterReport) -> str:
+    options = ", ".join(f"{name} {value}" for name, value in router.options.items() if name != "experts")
+    size = f"{router.parameters:,} parameters of its own"
+    return f"router {router.kind} over {len(router.experts)} experts: {options + '; ' if options else ''}{size}"
+
+
+def _experts(router: RouterReport) -> Table:
+    from rich.table import Table
+
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    table.add_column("expert", overflow="fold")
+    table.add_column("method")
+    for column in ("layers", "ranks", "parameters", "norm of ΔW"):
+        table.add_column(column, justify="right")
+    for one in router.experts:
+        ranks = ", ".join(map(str, one.ranks)) or "-"
+        table.add_row(one.name, one.method, str(one.layers), ranks, f"{one.parameters:,}", f"{one.norm:.4g}")
+    return table
 
 
 def _method(config: Mapping[str, Any], own: Mapping[str, Any]) -> str:

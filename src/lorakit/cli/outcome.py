@@ -63,6 +63,18 @@ def on_base(verb: str, base: str | None, folders: Sequence[Path], always: bool =
     yield Given(place, loaded, model, tokenizer)
 
 
+def batches_of(tokenizer: Any, data: str, rows: int, size: int = 8) -> list[dict[str, Any]]:
+    """The first rows of a file, or of what else a run trains on, as batches with labels."""
+    from lorakit.train.calibration import pad
+    from lorakit.train.data import load_splits, prepare
+    from lorakit.train.options import DataOptions
+
+    options = DataOptions(train=data, limit=rows)
+    found, _ = load_splits(options)
+    examples = prepare(found, tokenizer, options).examples
+    return [pad(examples[start : start + size]) for start in range(0, len(examples), size)]
+
+
 def unlike(verb: str, output: Path, adapters: Sequence[Path]) -> None:
     """Refuse to write over one of the adapters."""
     from lorakit.errors import LorakitError

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
-from lorakit.cli.outcome import on_base, told, unlike
+from lorakit.cli.outcome import batches_of, on_base, told, unlike
 from lorakit.cli.screen import out
 
 HELP = "Leave out the layers or ranks of an adapter that do little, by their size or by the loss on data."
@@ -36,7 +36,7 @@ def prune(
     by = "norm" if data is None else "loss"
     with on_base("prune", base, [adapter], always=data is not None) as given:
         if given.on_model:
-            batches = None if data is None else loss_batches(given.tokenizer, data, rows)
+            batches = None if data is None else batches_of(given.tokenizer, data, rows)
             report = prune_adapter(given.adapters[0], keep=share, what=what, by=by, batches=batches)
             record = {"from": str(adapter), "keep": share, "what": what, "by": by, "dropped": list(report.dropped)}
             given.save(report.made, output, {"pruned": {**record, **report.made.record()}})
@@ -46,30 +46,3 @@ def prune(
     out.print(told(output, report.made, gone), markup=False)
     if report.loss is not None:
         out.print(f"loss on {rows} rows: {report.loss[0]:.4f} before, {report.loss[1]:.4f} after", markup=False)
-
-
-def loss_batches(tokenizer: Any, data: str, rows: int, size: int = 8) -> list[dict[str, Any]]:
-    """Rows as batches with labels, padded on the right."""
-    import torch
-
-    from lorakit.train.data import load_splits, prepare
-    from lorakit.train.options import DataOptions
-
-    options = DataOptions(train=data, limit=rows)
-    found, _ = load_splits(options)
-    examples = prepare(found, tokenizer, options).examples
-    batches = []
-    for start in range(0, len(examples), size):
-        chosen = examples[start : start + size]
-        width = max(len(example.input_ids) for example in chosen)
-        ids = torch.zeros(len(chosen), width, dtype=torch.long)
-        mask, labels = torch.zeros_like(ids), torch.full_like(ids, -100)
-        for row, example in enumerate(chosen):
-            count = len(example.input_ids)
-            ids[row, :count], mask[row, :count] = torch.tensor(example.input_ids), 1
-            labels[row, :count] = torch.tensor(example.labels)
-        batches.append({"input_ids": ids, "attention_mask": mask, "labels": labels})
-    return batches
-
-
-__all__ = ["HELP", "loss_batches", "prune"]

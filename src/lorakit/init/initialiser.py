@@ -107,6 +107,18 @@ class Initialiser(ABC):
     """Whether ranks are given to layers by what was measured (`ranks`)."""
     completions: ClassVar[bool] = False
     """Whether inputs at positions without a label are left out."""
+    squares: ClassVar[bool] = False
+    """Whether gradients are squared before they are summed up."""
+
+    @property
+    def request(self) -> str:
+        """How messages name what was asked for."""
+        return f"attach: init={self.name!r}"
+
+    @property
+    def otherwise(self) -> str:
+        """What to do about a layer that cannot be measured."""
+        return "Leave it out by exclude_modules, or choose a start that needs the weight alone (pissa, olora, …)."
 
     @abstractmethod
     def factors(self, start: Start) -> Factors:
