@@ -3,9 +3,11 @@
     make bench-compose                                   everything; the trainings are kept under .cache/compose
     make bench-compose BENCH_OPTIONS="--train-only"      the five trainings alone
     make bench-compose BENCH_OPTIONS="--rows ties svd"   these rows anew, the others as they were measured before
+    make bench-compose BENCH_OPTIONS="--each 480"        what learns from all four sees four times as much
 
 The texts are the demo's: film reviews, Amazon reviews, New York Times editorials, tweets. Each adapter learns to tell praise
-from blame on one of them, 480 sentences, one epoch; "all" learns from the four together. What is measured is the share of
+from blame on one of them, 480 sentences, one epoch; "all" learns from the four together, from as many sentences in all
+(120 of each, unless told otherwise), and so do the mixtures. What is measured is the share of
 held-out sentences of each text for which the right one of the two words is the likelier. Results go to
 benchmarks/results/compose.json after every row, the picture to docs/pictures/bench-compose.png; docs/composition.md says the
 rest. A row is a function of the bench that gives a route, or one per text; experts/ adds its own at the end of ROWS.
@@ -40,6 +42,7 @@ KINDS = {"movies": "movie review", "amazon": "product review", "nyt": "newspaper
 QUESTION = "Classify the sentiment of this {kind} as positive or negative. Answer with one word."
 CHOICES = ("positive", "negative")
 TRAIN, HELD_OUT, FEW, RANK = 480, 200, 16, 16
+EACH = TRAIN // 4  # as many in all as each of the four adapters has seen
 QUESTIONS = 100  # of those held out; with 200 a row takes twice as long and its error falls by a third
 
 
@@ -51,18 +54,20 @@ def folder() -> Path:
     return material.cache_root() / "compose"
 
 
-def rows_of(text: str) -> tuple[Path, Path]:
-    """The rows of one text to train on and to score, as files of questions and answers."""
+def rows_of(text: str, count: int = TRAIN) -> tuple[Path, Path]:
+    """The rows of one text to train on, the first `count` of them, and to score, as files of questions and answers."""
     train, held_out = material.split_reviews(TRAIN, HELD_OUT, name=text)
     question = QUESTION.format(kind=KINDS[text])
-    paths = folder() / "rows" / f"{text}-train.jsonl", folder() / "rows" / f"{text}-held-out.jsonl"
-    for path, rows in zip(paths, (train, held_out), strict=True):
+    kept = f"{text}-train.jsonl" if count == TRAIN else f"{text}-train-{count}.jsonl"
+    paths = folder() / "rows" / kept, folder() / "rows" / f"{text}-held-out.jsonl"
+    for path, rows in zip(paths, (train[:count], held_out), strict=True):
         material.write_rows(path, material.ask(rows, question=question))
     return paths
 
 
-def configuration(name: str, texts: Sequence[str], output: Path, *more: str) -> Any:
-    """The run that trains an adapter on some of the texts; `more` are further options, such as another method's."""
+def configuration(name: str, texts: Sequence[str], output: Path, *more: str, each: int = TRAIN) -> Any:
+    """The run that trains an adapter on `each` sentences of some texts; `more` are further options, such as another
+    method's."""
     from lorakit.train.config import load_config
 
     return load_config(
@@ -72,7 +77,7 @@ def configuration(name: str, texts: Sequence[str], output: Path, *more: str) -> 
             f"name={name}",
             f"rank={RANK}",
             f"alpha={2 * RANK}",
-            f"data.train={json.dumps([str(rows_of(text)[0]) for text in texts])}",
+            f"data.train={json.dumps([str(rows_of(text, each)[0]) for text in texts])}",
             "data.max_length=256",
             "train.learning_rate=5e-4",
             f"train.output={output}",
@@ -82,28 +87,27 @@ def configuration(name: str, texts: Sequence[str], output: Path, *more: str) -> 
     )
 
 
-def trained(name: str, texts: Sequence[str], *more: str) -> Path:
+def trained(name: str, texts: Sequence[str], *more: str, each: int = TRAIN) -> Path:
     """The folder of an adapter trained on these texts; trained now where no finished run of the same recipe is kept."""
     from lorakit.train.run import train
 
     output = folder() / name
-    facts: dict[str, Any] = {"texts": list(texts), "rows": TRAIN, "rank": RANK, "question": QUESTION, "epochs": 1}
+    facts: dict[str, Any] = {"texts": list(texts), "rows": each, "rank": RANK, "question": QUESTION, "epochs": 1}
     recipe = json.dumps(facts | ({"more": list(more)} if more else {}))
     done = output / "recipe.json"  # written last, so that a killed run is run again
     if done.is_file() and done.read_text() == recipe:
         return output
     say(f"training {name} ...")
     start = time.monotonic()
-    result = train(configuration(name, texts, output, *more))
+    result = train(configuration(name, texts, output, *more, each=each))
     done.write_text(recipe)
     say(f"trained {name}: {result.record.steps} steps in {time.monotonic() - start:.0f} s")
     return output
 
 
-def train_all(together: bool = True) -> dict[str, Path]:
-    """The adapters: one per text, and "all", which takes longest, where it is wanted."""
-    paths = {text: trained(text, [text]) for text in TEXTS}
-    return {**paths, "all": trained("all", TEXTS)} if together else paths
+def train_four() -> dict[str, Path]:
+    """The adapters, one per text."""
+    return {text: trained(text, [text]) for text in TEXTS}
 
 
 def say(line: str) -> None:
@@ -120,7 +124,8 @@ class Bench:
 
     Attributes:
         model: the base, in the format it was trained in.
-        adapters: the four, by text, on the model; and "all".
+        adapters: the four, by text, on the model.
+        each: sentences of each text for what learns from all of them.
         questions: text -> held-out questions; never for a row to look at.
         few: text -> a few training questions, for rows that search or need examples.
         choices: the tokens of the two words.
@@ -133,6 +138,7 @@ class Bench:
     questions: dict[str, list[Any]]
     few: dict[str, list[Any]]
     choices: list[list[int]]
+    each: int
     notes: dict[str, str] = field(default_factory=dict)
     known: dict[tuple[str | None, str], int] = field(default_factory=dict)
     """(adapter or None, text) -> right answers, so that a row of loaded adapters alone measures nothing twice."""
@@ -163,7 +169,7 @@ class Bench:
         return sum(answer == one.answer for answer, one in zip(given, questions, strict=True))
 
 
-def prepared(paths: Mapping[str, Path], count: int) -> Bench:
+def prepared(paths: Mapping[str, Path], count: int, each: int) -> Bench:
     """The base with the adapters, and `count` held-out questions of each text."""
     from lorakit.train.data import choice_ids, load_splits, questions
     from lorakit.train.models import load_model
@@ -181,7 +187,7 @@ def prepared(paths: Mapping[str, Path], count: int) -> Bench:
             rows, _ = load_splits(options)
             into[text] = questions(rows, tokenizer, options)
             choices = choice_ids(CHOICES, rows, tokenizer, options)
-    return Bench(model, tokenizer, adapters, asked, few, choices)
+    return Bench(model, tokenizer, adapters, asked, few, choices, each)
 
 
 # -- the rows ---------------------------------------------------------------------------------------------------------------
@@ -227,10 +233,11 @@ def routed(spec: Any, batches: Callable[[Bench], Any] = lambda bench: None) -> C
 
 
 def learned(name: str, *options: str) -> Callable[[Bench], Route]:
-    """A mixture, or a router over the four, trained on all texts as "all" is."""
+    """An adapter, a mixture, or a router over the four, trained on all texts together."""
 
     def make(bench: Bench) -> Route:
-        lk.load(bench.model, trained(name, TEXTS, *options), name="row")
+        lk.load(bench.model, trained(name, TEXTS, *options, each=bench.each), name="row")
+        bench.notes["row"] = f"{bench.each * len(TEXTS)} sentences"
         return "row"
 
     return make
@@ -289,7 +296,7 @@ ROWS: list[Row] = [
     Row("prune", "largest 20% of entries, weights 1/2", combined(HALF, "magnitude-prune")),
     Row("regmean", "RegMean, 16 questions of each", combined(MEAN, "regmean", measured=True)),
     Row("fisher", "Fisher mean, 16 questions of each", combined(MEAN, "fisher", measured=True)),
-    Row("all", "one adapter trained on all four", alone("all")),
+    Row("all", "one adapter trained on all four", learned("all")),
     Row("lorahub", "LoRAHub, 16 examples, 40 trials", routed(lk.LoRAHub(evaluations=40), examples)),
     Row("arrow", "Arrow, all four", routed(lk.Arrow())),
     Row("arrow-1", "Arrow, top 1", routed(lk.Arrow(top_k=1))),
@@ -391,17 +398,23 @@ def main() -> None:
     parser.add_argument(
         "--rows", nargs="+", metavar="ROW", help="these rows alone: " + ", ".join(row.name for row in ROWS)
     )
-    parser.add_argument("--questions", type=int, default=QUESTIONS, help=f"of each text to score (default: {QUESTIONS})")
+    parser.add_argument(
+        "--questions", type=int, default=QUESTIONS, help=f"of each text to score (default: {QUESTIONS})"
+    )
+    parser.add_argument(
+        "--each", type=int, default=EACH, help=f"sentences of each text for what learns from all (default: {EACH})"
+    )
     parser.add_argument("--output", type=Path, default=RESULTS)
     asked = parser.parse_args()
     unknown = set(asked.rows or ()) - {row.name for row in ROWS}
     if unknown:
         parser.error(f"no row {sorted(unknown)[0]!r}; there are: {', '.join(row.name for row in ROWS)}")
-    paths = train_all(together=not asked.rows or "all" in asked.rows)
+    paths = train_four()
     if asked.train_only:
+        trained("all", TEXTS, each=asked.each)
         return
     known: dict[str, Any] = json.loads(asked.output.read_text())["rows"] if asked.output.is_file() else {}
-    bench = prepared(paths, asked.questions)
+    bench = prepared(paths, asked.questions, asked.each)
     for row in ROWS:
         if asked.rows and row.name not in asked.rows:
             continue
