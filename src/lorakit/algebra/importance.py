@@ -126,7 +126,8 @@ def divided(X: Tensor, G: Tensor) -> Tensor:
     L, failed = torch.linalg.cholesky_ex(G)
     if failed:
         return X @ torch.linalg.pinv(G, hermitian=True)
-    return torch.cholesky_solve(X.mT, L).mT
+    solved: Tensor = torch.cholesky_solve(X.mT, L)
+    return solved.mT
 
 
 class Fisher(Importance):
