@@ -125,7 +125,8 @@ def divided(X: Tensor, G: Tensor) -> Tensor:
     the directions that G lacks."""
     L, failed = torch.linalg.cholesky_ex(G)
     if failed:
-        return X @ torch.linalg.pinv(G, hermitian=True)
+        inverse: Tensor = torch.linalg.pinv(G, hermitian=True)
+        return X @ inverse
     solved: Tensor = torch.cholesky_solve(X.mT, L)
     return solved.mT
 

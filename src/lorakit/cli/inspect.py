@@ -163,10 +163,10 @@ def examine(folder: Path, top: int = 4) -> AdapterReport:
 
 
 def _layer(key: str, A: Tensor, B: Tensor, diagonal: Tensor | None, config: Mapping[str, Any], top: int) -> LayerReport:
-    from lorakit.interchange import PREFIX, alpha_in, scale_in
+    from lorakit.interchange import alpha_in, bare, scale_in
     from lorakit.spectrum import spectrum
 
-    path = key.removeprefix(PREFIX)
+    path = bare(key)
     rank = A.shape[0]
     alpha, scale = alpha_in(config, path, rank), scale_in(config, path, rank)
     if diagonal is not None:  # PEFT's AdaLoRA divides by the rank that it started from, plus a constant
