@@ -1,7 +1,8 @@
-"""Serving many adapters, side by side: lorakit's engine, PEFT's mixed batches, transformers' continuous batching.
+"""Serving many adapters, side by side: lorakit's engine, PEFT's mixed batches, transformers' continuous batching, vLLM.
 
     make bench-serve                                        everything, some minutes on two quiet cores
     make bench-serve BENCH_OPTIONS="--requests 16 --new 16 --sides lorakit"
+    make bench-serve BENCH_OPTIONS="--vllm-python ~/vllm/bin/python"      with vLLM's CPU build, from an environment of its own
 
 64 requests of 64 random tokens, 64 new ones each, greedy, at most 32 at once, on SmolLM2-135M in bfloat16; adapters over all
 linear layers with ranks 8 and 16 alternating: none, 1, 8, 32 distinct. Each side is a process of its own, and its first, short
@@ -36,6 +37,15 @@ DISTINCT = (0, 1, 8, 32)
 KNOWN = {"vLLM 0.32, CPU build": (920, 194, 191, 186), "PEFT 0.21, quiet machine": (383, 233, 164, 82)}
 """Generated tokens per second for `DISTINCT`, measured before on this kind of machine when it was quiet."""
 BATCH = 32
+VLLM = {
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    "VLLM_CPU_OMP_THREADS_BIND": f"0-{(os.cpu_count() or 1) - 1}",
+    "VLLM_CPU_NUM_OF_RESERVED_CPU": "0",
+    "OMP_NUM_THREADS": str(os.cpu_count() or 1),
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    "HF_HUB_OFFLINE": "1",
+}
+"""Its environment where nothing else is said: 1 GB of keys and values, every core, the engine in its own process."""
 
 
 # -- what everybody works on -------------------------------------------------------------------------------------------
@@ -86,6 +96,38 @@ def prompts(count: int, length: int) -> list[list[int]]:
     """Random token ids, the same for every side."""
     draw = random.Random(0)
     return [[draw.randrange(100, 40000) for _ in range(length)] for _ in range(count)]
+
+
+def vllm_side(python: str, job: dict[str, Any]) -> dict[str, Any]:
+    """vLLM's CPU build, in the environment of this interpreter: the base without LoRA, and the adapters with it, each in a
+    process of its own, since an engine is slower as soon as LoRA is on."""
+    rows: dict[str, Any] = {}
+    own = {
+        "model": str(plain_model()),
+        "store": str(store()),
+        "prompts": prompts(job["requests"], job["prompt"]),
+        "new": job["new"],
+        "batch": BATCH,
+    }
+    for distinct in ((0,), DISTINCT[1:]):
+        command = [python, str(Path(__file__).parent / "vllm_side.py"), json.dumps(own | {"distinct": distinct})]
+        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False, env=VLLM | dict(os.environ))
+        if done.returncode:
+            raise SystemExit(f"bench-serve: vLLM failed with {done.returncode}.")
+        rows |= json.loads(done.stdout.splitlines()[-1])
+    return rows
+
+
+def plain_model() -> Path:
+    """The base as a folder that transformers and vLLM read; made once."""
+    folder = material.cache_root() / "bench-serve" / "model"
+    if not (folder / "config.json").exists():
+        from lorakit.train.models import load_model
+
+        model, tokenizer = load_model(material.fetch_model(), dtype="bfloat16")
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+    return folder
 
 
 def rate(run: Callable[[], int]) -> dict[str, float]:
@@ -330,6 +372,7 @@ def main() -> None:
     parser.add_argument("--prompt", type=int, default=64)
     parser.add_argument("--new", type=int, default=64)
     parser.add_argument("--sides", default=",".join(SIDES))
+    parser.add_argument("--vllm-python", help="an interpreter that has vLLM's CPU build: it is measured as well")
     parser.add_argument("--side", help=argparse.SUPPRESS)
     parser.add_argument("--job", help=argparse.SUPPRESS)
     arguments = parser.parse_args()

@@ -17,6 +17,7 @@ import json
 import os
 import re
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -49,14 +50,19 @@ class Bundle:
         config: PEFT's configuration.
         own: lorakit.json; empty where another program wrote the folder.
         tensors: under the names in the file.
-        stale: why `own` does not belong to the rest, or empty.
+        compare: gives what `stale` is.
     """
 
     folder: Path
     config: dict[str, Any]
     own: dict[str, Any]
     tensors: dict[str, Tensor]
-    stale: str = ""
+    compare: Callable[[], str] = str
+
+    @property
+    def stale(self) -> str:
+        """Why `own` does not belong to the rest, or empty."""
+        return self.compare()
 
 
 # -- finding ---------------------------------------------------------------------------------------------------------------
@@ -127,13 +133,22 @@ def _fetch(name: str, revision: str | None) -> Path:
 # -- reading -----------------------------------------------------------------------------------------------------------------
 
 
-def read_bundle(folder: str | Path, revision: str | None = None) -> Bundle:
-    """All of an adapter folder, from one and the same save also while another process saves to it."""
+def read_bundle(folder: str | Path, revision: str | None = None, later: bool = False) -> Bundle:
+    """All of an adapter folder, from one and the same save also while another process saves to it.
+
+    The digest of a large file takes longer than reading it. With `later` it is still being computed when this returns, `stale`
+    waits for it, and whether the files have stayed the same until then is the caller's to find out.
+    """
     path = locate(folder, revision)
 
     def read() -> Bundle:
-        config, own, tensors = _config(path), _own(path), _tensors(path)
-        return Bundle(path, config, own, tensors, _stale(path, config, own))
+        config, own = _config(path), _own(path)
+        beside = ThreadPoolExecutor(1)
+        try:
+            stale = beside.submit(_stale, path, config, own)
+            return Bundle(path, config, own, _tensors(path), stale.result)
+        finally:
+            beside.shutdown(wait=not later)
 
     return _unmoved(path, read)
 

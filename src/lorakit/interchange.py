@@ -178,9 +178,10 @@ def bare(key: str) -> str:
     return key.removeprefix(PREFIX if key.startswith(PREFIX) else "base_model.")
 
 
-def names_in(tensors: Mapping[str, Tensor], model: nn.Module, where: object) -> dict[str, Tensor]:
-    """The tensors of a file under their names below the model's own modules: PEFT's prefix and all wrappers taken off."""
-    tops = {path.partition(".")[0] for path in plain_names(model).values()}
+def names_in(tensors: Mapping[str, Tensor], plain: Mapping[str, str], where: object) -> dict[str, Tensor]:
+    """The tensors of a file under their names below the model's own modules (`plain`, see `plain_names`): PEFT's prefix and
+    all wrappers taken off."""
+    tops = {path.partition(".")[0] for path in plain.values()}
     result: dict[str, Tensor] = {}
     for key, tensor in tensors.items():
         steps = [step for step in bare(key).split(".") if step not in _PRIVATE and step != "modules_to_save"]

@@ -188,7 +188,7 @@ def frame(bundle: Bundle) -> str:
     own = {key: value for key, value in bundle.own.items() if key not in ("record", "files", "lorakit_version")}
     config = {key: value for key, value in bundle.config.items() if key not in LABELS}
     shapes = {key: [str(tensor.dtype), *tensor.shape] for key, tensor in bundle.tensors.items()}
-    return json.dumps([own, config, shapes, bundle.stale], sort_keys=True, default=str)
+    return json.dumps([own, config, shapes], sort_keys=True, default=str)
 
 
 def refill(adapter: Adapter, bundle: Bundle) -> None:
@@ -196,17 +196,21 @@ def refill(adapter: Adapter, bundle: Bundle) -> None:
     as fast as building it anew.
 
     Raises:
-        LorakitError: a tensor does not fit or is not finite; the adapter then holds a mixture and must be filled again.
+        LorakitError: a tensor does not fit or is not finite, or lorakit.json belongs to other tensors; the adapter then holds
+            a mixture and must be filled again.
     """
     where = bundle.folder / TENSORS
-    tensors = adapter.method.from_file(names_in(bundle.tensors, adapter.model, where))
-    fill(adapter, tensors, plain_names(adapter.model), bundle.folder, _complaints(strict=True))
+    plain = plain_names(adapter.model)
+    tensors = adapter.method.from_file(names_in(bundle.tensors, plain, where))
+    fill(adapter, tensors, plain, bundle.folder, _complaints(strict=True))
+    if bundle.stale:
+        raise LorakitError(bundle.stale)
 
 
 def _put(model: nn.Module, bundle: Bundle, name: str, complain: Complain) -> Adapter:
     """An adapter of deltas or edits from a folder, on the model."""
     plain = plain_names(model)
-    tensors = names_in(bundle.tensors, model, bundle.folder / TENSORS)
+    tensors = names_in(bundle.tensors, plain, bundle.folder / TENSORS)
     method_class: type[Any] = (
         method_named(bundle.own["method"].get("name", "")) if bundle.own else method_for_peft(bundle.config)
     )
@@ -266,8 +270,8 @@ def _put_router(model: nn.Module, bundle: Bundle, name: str, strict: bool) -> Ad
                 f"this model; lk.detach(model, {member!r}) first."
             )
     adapter = build_router(model, cast(RouterSpec, spec), [member for member, _ in bundle.own["members"]], name)
-    tensors = names_in(bundle.tensors, model, bundle.folder / TENSORS)
-    fill(adapter, tensors, plain_names(model), bundle.folder, complain)
+    plain = plain_names(model)
+    fill(adapter, names_in(bundle.tensors, plain, bundle.folder / TENSORS), plain, bundle.folder, complain)
     return adapter
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import shutil
 from typing import Any
 
@@ -12,11 +14,12 @@ from torch import Tensor, nn
 from lorakit.errors import LorakitError
 from lorakit.serve import native
 from lorakit.serve.attention import Present, attend
-from lorakit.serve.batch import LONG, Run, assemble, mix
+from lorakit.serve.batch import LONG, TOGETHER, Run, assemble, mix
 from lorakit.serve.cache import Cache, LayerShape, page_count
 from lorakit.serve.engine import LocalEngine
 from lorakit.serve.lowered import Lowered, Piece
-from lorakit.serve.product import adapt
+from lorakit.serve.ports import Port, join
+from lorakit.serve.product import adapt, change_of
 from lorakit.serve.request import Refused
 from lorakit.serve.scheduler import Limits
 from serving.small import model
@@ -76,28 +79,33 @@ def test_attention(dtype: torch.dtype, options: dict[str, Any], heads: int, key_
     assert torch.equal(caches[0].keys[0].nan_to_num(), caches[1].keys[0].nan_to_num())
 
 
+def lowered(
+    in_: int, out: int, dtype: torch.dtype, rank: int, gain: bool = False, bias: bool = False, dense: bool = False
+) -> Lowered:
+    """An adapter over one layer of these sizes, with random numbers."""
+    A = None if dense or not rank else torch.randn(rank, in_).to(dtype) / 8
+    B = torch.randn(in_ if dense else rank, out).to(dtype) / 8 if rank or dense else None
+    piece = Piece(A, B, torch.randn(out).to(dtype) if gain else None, torch.randn(out).to(dtype) if bias else None)
+    parts = torch.zeros(1, 5, dtype=torch.int64)
+    for column, tensor in piece.tensors():
+        parts[0, column] = tensor.data_ptr()
+    parts[0, 4] = 0 if B is None else B.shape[0]
+    return Lowered("", "", torch.zeros(0), parts, {0: piece}, "", "form", 0.0, rank)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("in_", "out"), [(64, 96), (70, 33)])
 def test_product(dtype: torch.dtype, in_: int, out: int) -> None:
     """Runs of every kind of piece, a blend, the base, and one long enough for matmuls."""
     torch.manual_seed(0)
 
-    def adapter(rank: int, gain: bool = False, bias: bool = False, dense: bool = False) -> Lowered:
-        A = None if dense or not rank else torch.randn(rank, in_).to(dtype) / 8
-        B = torch.randn(in_ if dense else rank, out).to(dtype) / 8 if rank or dense else None
-        piece = Piece(A, B, torch.randn(out).to(dtype) if gain else None, torch.randn(out).to(dtype) if bias else None)
-        parts = torch.zeros(1, 5, dtype=torch.int64)
-        for column, tensor in piece.tensors():
-            parts[0, column] = tensor.data_ptr()
-        parts[0, 4] = 0 if B is None else B.shape[0]
-        return Lowered("", "", torch.zeros(0), parts, {0: piece}, "", "form", 0.0, rank)
-
+    made = functools.partial(lowered, in_, out, dtype)
     a, b, c, d, e = (
-        adapter(5),
-        adapter(8, gain=True, bias=True),
-        adapter(0, gain=True),
-        adapter(0, bias=True),
-        adapter(0, dense=True),
+        made(5),
+        made(8, gain=True, bias=True),
+        made(0, gain=True),
+        made(0, bias=True),
+        made(0, dense=True),
     )
     blends = [[(a, 1.0)], [], [(a, 0.5), (b, -0.7)], [(c, 1.0)], [(d, 2.0)], [(e, 1.0)], [(b, 1.0)]]
     counts = [3, 2, 1, 4, 1, 2, LONG + 1]
@@ -109,8 +117,8 @@ def test_product(dtype: torch.dtype, in_: int, out: int) -> None:
     adapt(batch, 0, x, found, compiled=True)
     for (first, count), blend in zip(batch.spans, blends, strict=True):
         part = slice(first, first + count)
-        for lowered, weight in blend:
-            piece = lowered.pieces[0]
+        for one, weight in blend:
+            piece = one.pieces[0]
             own = x[part].double()
             change = torch.zeros(count, out, dtype=torch.float64)
             if piece.B is not None:
@@ -126,6 +134,57 @@ def test_product(dtype: torch.dtype, in_: int, out: int) -> None:
     by_matmuls = y.clone()
     adapt(batch, 0, x, by_matmuls, compiled=False)
     assert torch.allclose(by_matmuls.double(), wide, rtol=8 * eps, atol=32 * eps)
+
+
+@pytest.mark.skipif(native.find("linear", torch.bfloat16) is None, reason="this processor does not multiply bfloat16")
+@pytest.mark.parametrize(("in_", "outs"), [(64, (96, 32, 48)), (70, (33, 1)), (96, (64,))])
+def test_layers_with_their_adapters(in_: int, outs: tuple[int, ...]) -> None:
+    """Layers that read one input, in one call: what each gives alone, and its adapters, of every kind and in tiles of any
+    size, added to the rounded output."""
+    torch.manual_seed(0)
+    dtype, present = torch.bfloat16, Present()
+    layers = [nn.Linear(in_, out, bias=number != 1).to(dtype) for number, out in enumerate(outs)]
+    ports = [Port(layer, number, present, pack=True) for number, layer in enumerate(layers)]
+    x = torch.randn(1, 5, in_).to(dtype)
+    for port, layer in zip(ports, layers, strict=True):
+        assert torch.equal(port(x), layer(x)), "outside of a step the layer is what it was"
+    join(ports)
+    assert {port.group for port in ports} == {ports[0].group}
+
+    def everywhere(rank: int, **kinds: bool) -> Lowered:
+        own = [lowered(in_, out, dtype, rank, **kinds) for out in outs]
+        own[-1].parts.zero_()  # the last layer has none of it
+        parts = torch.cat([one.parts for one in own])
+        return dataclasses.replace(own[0], parts=parts, pieces={n: one.pieces[0] for n, one in enumerate(own[:-1])})
+
+    a, b, c, d = everywhere(5), everywhere(16), everywhere(4, gain=True, bias=True), everywhere(0, dense=True)
+    blends = [[(a, 1.0)], [(b, 2.0)], [], [(a, 1.0)], [(a, 0.5), (b, -0.7)], [(c, 1.0)], [(d, 1.0)], [(a, 1.0)]]
+    for counts in ([1] * 8, [3, 9, 2, 1, 4, 2, 2, 13], [1, 6, 1, 1, 7, 1, 1, 5]):
+        runs = [Run([0] * n, 0, [0] * page_count(n), blend) for n, blend in zip(counts, blends, strict=True)]
+        present.batch = batch = assemble(runs, torch.device("cpu"), mix(blends))
+        order, begins = batch.tiles_of_adapters
+        assert sorted(order.tolist()) == [t for t, run in enumerate(batch.row.tolist()) if run != 2]
+        assert all(0 < size <= TOGETHER for size in begins.diff().tolist())
+        x = torch.randn(1, sum(counts), in_).to(dtype)
+        for number, (port, layer) in enumerate(zip(ports, layers, strict=True)):
+            found = port(x)
+            base = nn.functional.linear(
+                x[0].double(), layer.weight.double(), None if layer.bias is None else layer.bias.double()
+            )
+            expected = base.clone()
+            for (first, count), blend in zip(batch.spans, blends, strict=True):
+                part = slice(first, first + count)
+                for adapter, weight in blend:
+                    if number in adapter.pieces:
+                        change = change_of(_wide(adapter.pieces[number]), x[0, part].double(), base[part])
+                        expected[part] += weight * change
+            # To the roundings of bfloat16: the output, and A x, which is rounded as PEFT rounds it.
+            assert torch.allclose(found[0].double(), expected, rtol=2**-6, atol=2**-5), number
+        present.batch = None
+
+
+def _wide(piece: Piece) -> Piece:
+    return Piece(*(None if t is None else t.double() for t in (piece.A, piece.B, piece.gain, piece.bias)))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

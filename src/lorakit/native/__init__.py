@@ -41,7 +41,8 @@ def compiled(source: Path) -> Path:
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():
         processor += next((line for line in cpuinfo.read_text().splitlines() if line.startswith("flags")), "")
-    texts = [source.read_text(), *(header.read_text() for header in sorted(HEADERS.glob("*.h")))]
+    headers = sorted(HEADERS.glob("*.h")) + sorted(source.parent.glob("*.h"))
+    texts = [source.read_text(), *(header.read_text() for header in headers)]
     key = hashlib.sha256("\n".join([*texts, version, processor, *FLAGS]).encode()).hexdigest()[:20]
     target = _folder() / f"{source.stem}-{key}.so"
     if target.exists():

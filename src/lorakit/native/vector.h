@@ -37,7 +37,7 @@ static inline v16 load(const bf16* p) {
     typedef uint16_t h16 __attribute__((vector_size(32), aligned(2)));
     typedef uint32_t u16 __attribute__((vector_size(64)));
     u16 bits = __builtin_convertvector(*reinterpret_cast<const h16*>(p), u16) << 16;
-    return reinterpret_cast<v16&>(bits);
+    return (v16)bits;
 #endif
 }
 static inline void fetch(const void* p, int64_t bytes) {
@@ -91,5 +91,5 @@ static inline v16 exponential(v16 x) {
     p = p * r + 5.0000001201e-1f;
     p = p * r * r + r + 1.0f;
     i16 power = (whole + 127) << 23;
-    return p * reinterpret_cast<v16&>(power);
+    return p * (v16)power;
 }

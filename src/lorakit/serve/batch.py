@@ -10,6 +10,7 @@ import dataclasses
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,6 +23,9 @@ TILE = 4
 
 LONG = 192
 """From this many tokens of one request on, its adapters go through matmuls, the faster execution then."""
+
+TOGETHER = 8
+"""Tokens that read an adapter together in `linear.cpp`, which is written for this number."""
 
 
 @dataclass(frozen=True)
@@ -52,12 +56,16 @@ class Mixture:
         parts: (layers, entries, 5): what each adapter says about each layer, as addresses; see `lowered.Lowered.parts`.
         starts: (runs + 1,): where each run's entries begin.
         weights: (entries,).
+        kinds: (runs,): the same number for runs with the same adapters and weights, -1 for the base alone.
+        touched: layer -> whether any of the adapters changes it.
     """
 
     entries: list[tuple[int, Lowered, float]]
     parts: Tensor
     starts: Tensor
     weights: Tensor
+    kinds: np.ndarray[Any, np.dtype[np.int64]]
+    touched: list[bool]
 
 
 @dataclass
@@ -101,6 +109,19 @@ class Batch:
         return short
 
     @functools.cached_property
+    def tiles_of_adapters(self) -> tuple[Tensor, Tensor]:
+        """Tokens of the same adapters together: the tokens with any, sorted by them, and where in that order each tile of at
+        most `TOGETHER` begins, and the last ends; both int32."""
+        assert self.mixture is not None
+        kinds = self.mixture.kinds[self.row.numpy()]
+        order = np.argsort(kinds, kind="stable").astype(np.int32)
+        order = order[np.searchsorted(kinds[order], 0) :]
+        own = kinds[order]
+        place = np.arange(len(own)) - np.searchsorted(own, own)
+        begins = np.append(np.flatnonzero(place % TOGETHER == 0), len(own)).astype(np.int32)
+        return torch.from_numpy(order), torch.from_numpy(begins)
+
+    @functools.cached_property
     def head(self) -> Batch:
         """The same step as the output layer sees it: only the tokens whose logits are wanted."""
         row = self.row[self.last.cpu()]
@@ -116,11 +137,16 @@ def mix(blends: Sequence[Sequence[tuple[Lowered, float]]]) -> Mixture | None:
     if not entries:
         return None
     counts = np.cumsum([0, *(len(blend) for blend in blends)], dtype=np.int32)
+    parts = torch.stack([adapter.parts for _, adapter, _ in entries], 1)
+    known: dict[tuple[tuple[int, float], ...], int] = {(): -1}
+    keys = [tuple((id(adapter), weight) for adapter, weight in blend) for blend in blends]
     return Mixture(
         entries=entries,
-        parts=torch.stack([adapter.parts for _, adapter, _ in entries], 1),
+        parts=parts,
         starts=torch.from_numpy(counts),
         weights=torch.tensor([weight for _, _, weight in entries]),
+        kinds=np.array([known.setdefault(key, len(known) - 1) for key in keys]),
+        touched=parts.ne(0).any(-1).any(-1).tolist(),
     )
 
 

@@ -13,7 +13,7 @@ import copy
 import hashlib
 import threading
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, cast
 
@@ -23,11 +23,13 @@ from torch import Tensor, nn
 from lorakit import store
 from lorakit.adapter import Adapter
 from lorakit.attachment import detach
-from lorakit.bundle import CONTENT, read_bundle
+from lorakit.bundle import CONTENT, TENSORS, Bundle, read_bundle
 from lorakit.delta import Delta, Form
 from lorakit.errors import LorakitError
+from lorakit.filling import finite
 from lorakit.init.decomposition import triplets
 from lorakit.layout import Linear, Rows, Site, Transposed, sites_of
+from lorakit.serve.native import large_pages
 from lorakit.serve.request import Refused
 from lorakit.storage import storage_of
 
@@ -137,9 +139,8 @@ class Lowering:
         with self._lock:
             for _ in range(3):
                 before = signature(folder)
-                content = digest(folder)
                 try:
-                    lowered = self._read(name, folder, content)
+                    lowered = self._read(name, folder)
                 except (LorakitError, OSError, KeyError, TypeError, ValueError, RuntimeError) as problem:
                     if signature(folder) != before:
                         continue
@@ -153,8 +154,8 @@ class Lowering:
         )
 
     @torch.no_grad()
-    def _read(self, name: str, folder: Path, content: str) -> Lowered:
-        bundle = read_bundle(folder)
+    def _read(self, name: str, folder: Path) -> Lowered:
+        bundle = read_bundle(folder, later=True)  # `read` looks whether the files have stayed the same
         frame = store.frame(bundle)
         adapter = self._built.get(frame)
         if adapter is None:
@@ -164,9 +165,9 @@ class Lowering:
             adapter = self._built[frame] = store.load(self.skeleton, folder, name=f"served_{self._number}")
         else:
             store.refill(adapter, bundle)
-        return self._lower(name, adapter, content)
+        return replace(self._lower(name, adapter), content=digest(bundle))
 
-    def _lower(self, name: str, adapter: Adapter, content: str) -> Lowered:
+    def _lower(self, name: str, adapter: Adapter) -> Lowered:
         for path, replacement in adapter.replacements():
             raise Refused(
                 f"adapter {name!r} replaces {path}.{next(iter(replacement.tensors()))} whole, which rows of one batch cannot "
@@ -199,7 +200,7 @@ class Lowering:
             pieces[self.index[path]] = _joined(parts)
         if not pieces:
             raise Refused(f"adapter {name!r} changes no layer's weight, so there is nothing to serve in a batch.")
-        return self._pack(name, content, pieces, adapter.method.name, exactness, error)
+        return self._pack(name, pieces, adapter.method.name, exactness, error)
 
     def _form(self, name: str, path: str, delta: Delta, W: Tensor, bias: Tensor | None) -> tuple[Form, str, float]:
         """A delta's form, how it came to be, and its relative error."""
@@ -227,29 +228,31 @@ class Lowering:
             )
         return Form(bias=shift, B=U * S, A=V.T), "svd", lost
 
-    def _pack(
-        self, name: str, content: str, pieces: Mapping[int, Piece], method: str, how: str, error: float
-    ) -> Lowered:
+    def _pack(self, name: str, pieces: Mapping[int, Piece], method: str, how: str, error: float) -> Lowered:
         count = sum(_padded(tensor.numel()) for piece in pieces.values() for _, tensor in piece.tensors())
-        flat = torch.zeros(count, dtype=self.dtype)
-        parts = torch.zeros(len(self.index), 5, dtype=torch.int64)
+        flat = torch.empty(count, dtype=self.dtype)
+        large_pages(flat)
+        parts = [[0] * 5 for _ in self.index]
         rank, start = 0, 0
         views: dict[int, Piece] = {}
         for layer, piece in pieces.items():
             own: list[Tensor | None] = [None] * 4
             for column, tensor in piece.tensors():
-                view = flat[start : start + tensor.numel()].view(tensor.shape)
+                size, room = tensor.numel(), _padded(tensor.numel())
+                view = flat[start : start + size].view(tensor.shape)
                 view.copy_(tensor)
+                if room > size:
+                    flat[start + size : start + room] = 0
                 own[column] = view
-                parts[layer, column] = view.data_ptr()
-                start += _padded(tensor.numel())
+                parts[layer][column] = view.data_ptr()
+                start += room
             if piece.B is not None:
-                parts[layer, 4] = piece.B.shape[0]
+                parts[layer][4] = piece.B.shape[0]
                 rank = max(rank, piece.B.shape[0])
             views[layer] = Piece(*own)
-        if not torch.isfinite(flat).all():
+        if not finite(flat):
             raise Refused(f"adapter {name!r} holds numbers that are not finite in {self.dtype}.")
-        return Lowered(name, content, flat, parts, views, method, how, error, rank)
+        return Lowered(name, "", flat, torch.tensor(parts), views, method, how, error, rank)
 
 
 def _padded(count: int) -> int:
@@ -296,12 +299,14 @@ def signature(folder: Path) -> tuple[tuple[int, int, int], ...]:
     return tuple(found)
 
 
-def digest(folder: Path) -> str:
+def digest(bundle: Bundle) -> str:
     """A digest of the content of an adapter's files."""
     total = hashlib.sha256()
+    # A lorakit.json that belongs to its tensors holds their digest, which reading has just compared.
+    known = bool(bundle.own) and not bundle.stale
     for name in CONTENT:
         try:
-            content = (folder / name).read_bytes()
+            content = b"" if known and name == TENSORS else (bundle.folder / name).read_bytes()
         except OSError:
             content = b""
         total.update(len(content).to_bytes(8, "little"))

@@ -1,4 +1,4 @@
-"""The inner loops in C++ (`native.cpp`); and why they are off, where they are.
+"""The inner loops in C++ (`native.cpp`, `linear.cpp`); and why they are off, where they are.
 
 Where there is no compiler, or the model is not on a processor, or its
 numbers are neither float32 nor bfloat16, the engine takes the same steps in PyTorch: slower, not otherwise.
@@ -21,8 +21,7 @@ from lorakit.native import Obstacle, compiled
 
 log = logging.getLogger("lorakit")
 
-SOURCE = Path(__file__).with_suffix(".cpp")
-
+FOLDER = Path(__file__).parent
 
 _POINTER, _INTEGER, _REAL = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
 _SIGNATURES: dict[str, list[Any]] = {
@@ -34,6 +33,18 @@ _SIGNATURES: dict[str, list[Any]] = {
         *(_REAL, _REAL, _INTEGER, _POINTER),
     ],
     "adapt": [_POINTER, _INTEGER, _POINTER, *[_INTEGER] * 3, *[_POINTER] * 4, _INTEGER],
+    "linear": [
+        _POINTER,
+        _INTEGER,
+        _POINTER,
+        _INTEGER,
+        _INTEGER,
+        _POINTER,
+        _POINTER,
+        _INTEGER,
+        *[_POINTER] * 5,
+        _INTEGER,
+    ],
     "norm": [*[_POINTER] * 3, *[_INTEGER] * 2, *[_REAL] * 2],
     "turn": [_POINTER, *[_INTEGER] * 2, *[_POINTER] * 3, *[_INTEGER] * 3],
     "greatest": [_POINTER, _POINTER, _INTEGER, _INTEGER],
@@ -42,10 +53,10 @@ _SIGNATURES: dict[str, list[Any]] = {
 
 
 @functools.cache
-def _library() -> ctypes.PyDLL | Obstacle:
+def _library(source: str = "native.cpp") -> ctypes.PyDLL | Obstacle:
     try:
         # The interpreter's lock is kept: the calls are short, and giving it up costs up to a switch interval each time.
-        return ctypes.PyDLL(str(compiled(SOURCE)))
+        return ctypes.PyDLL(str(compiled(FOLDER / source)))
     except (Obstacle, OSError) as problem:
         log.info("serve: the compiled loops are off, %s", problem)
         return problem if isinstance(problem, Obstacle) else Obstacle(str(problem))
@@ -53,11 +64,14 @@ def _library() -> ctypes.PyDLL | Obstacle:
 
 @functools.cache
 def find(name: str, dtype: torch.dtype) -> Callable[..., None] | None:
-    """The compiled function of this name for numbers of this type, or None."""
-    library = _library()
+    """The compiled function of this name for numbers of this type, or None; `linear` is there only where the processor
+    multiplies bfloat16."""
+    library = _library("linear.cpp") if name == "linear" else _library()
     if isinstance(library, Obstacle) or dtype not in (torch.float32, torch.bfloat16):
         return None
-    function = getattr(library, f"{name}_{str(dtype).removeprefix('torch.')}")
+    function = getattr(library, f"{name}_{str(dtype).removeprefix('torch.')}", None)
+    if function is None:
+        return None
     function.argtypes, function.restype = _SIGNATURES[name], None
     return function  # type: ignore[no-any-return]
 

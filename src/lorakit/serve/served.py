@@ -11,7 +11,7 @@ from __future__ import annotations
 import inspect
 import logging
 from collections.abc import Callable, Sequence
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,52 +21,10 @@ from lorakit.serve.attention import Door, Present
 from lorakit.serve.batch import Batch, Run, assemble
 from lorakit.serve.cache import Cache, LayerShape, page_count
 from lorakit.serve.lowered import served_layers
-from lorakit.serve.product import adapt
+from lorakit.serve.ports import Port, join
 from lorakit.serve.request import Refused
 
 log = logging.getLogger("lorakit")
-
-
-class Port:
-    """The forward of one linear layer in service.
-
-    Attributes:
-        number: the layer's number among the served ones.
-        tokens: how many tokens it saw in the trial forward.
-    """
-
-    def __init__(self, module: nn.Module, number: int, present: Present, pack: bool) -> None:
-        self.number, self.present, self.tokens = number, present, 0
-        self.original: Callable[[Tensor], Tensor] = module.forward
-        weight = cast(Tensor, module.weight)
-        self.bias = cast("Tensor | None", getattr(module, "bias", None))
-        self.packed: Tensor | None = None
-        if (
-            pack
-            and type(module).forward is nn.Linear.forward
-            and type(weight) is nn.Parameter
-            and weight.dtype == torch.bfloat16
-            and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-        ):
-            self.packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), None)
-
-    def __call__(self, x: Tensor) -> Tensor:
-        present = self.present
-        batch = present.batch
-        if batch is None:
-            return self.original(x)
-        y: Tensor
-        if self.packed is not None:
-            y = torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, "none", [], "")
-        else:
-            y = self.original(x)
-        self.tokens = x.numel() // x.shape[-1]
-        if batch.mixture is not None:
-            flat = x.view(-1, x.shape[-1])
-            # The output layer sees only the tokens whose logits are wanted.
-            own = batch if self.tokens == batch.row.shape[0] else batch.head
-            adapt(own, self.number, flat, y.view(-1, y.shape[-1]), present.compiled)
-        return y
 
 
 class Served:
@@ -98,6 +56,9 @@ class Served:
                 expected = self._trial_of_the_model()
                 for number, (path, module) in enumerate(served_layers(model).items()):
                     self._put_port(path, module, number, pack and obstacle is None)
+                for prompt in self._prompts()[:1]:  # who reads the same as whom
+                    model(input_ids=torch.tensor([prompt], device=self.device), use_cache=False)
+                join(self.ports.values())
                 if obstacle is None:
                     self._undo.append(fused.fuse(model, self.present))
                 self._trial(expected)
