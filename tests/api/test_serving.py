@@ -208,10 +208,6 @@ def test_lorakit_serve_from_start_to_sigterm(base: Path, store: Path, tmp_path: 
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(
-    not os.environ.get("LORAKIT_TEST_CLUSTER"),
-    reason="LORAKIT_TEST_CLUSTER=1 runs it: two replicas that each import torch did not come up on two busy cores yet",
-)
 def test_two_replicas_of_which_one_is_killed(base: Path, store: Path, reference: Reference, tokenizer: Any) -> None:
     """No answer is lost or wrong, whichever replica it was at; and the same API is in front."""
     pytest.importorskip("ray")

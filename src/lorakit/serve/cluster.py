@@ -163,6 +163,8 @@ class ClusterEngine(RemoteEngine):
             if os.environ.get("RAY_ADDRESS"):
                 ray.init(log_to_driver=False)
             else:
+                # Ray would have replicas behind everything else on the machine, even behind the front that waits for them.
+                os.environ.setdefault("RAY_worker_niceness", "0")
                 ray.init(
                     num_cpus=max(self.most, os.cpu_count() or 1),
                     include_dashboard=False,
