@@ -37,7 +37,7 @@ def batch(beginning: int, lengths: list[int]) -> FlatBatch:
 
 @pytest.fixture(autouse=True)
 def compiler() -> None:
-    if tree._library() is None:
+    if tree.LIBRARY.obstacle is not None:
         pytest.skip("no C++ compiler here")
 
 
@@ -74,6 +74,11 @@ def test_outputs_and_gradients(
     for name, one, other in zip(("output", "q", "k", "v"), found, expected, strict=True):
         assert one.dtype == dtype
         assert float((one.double() - other).norm() / other.norm()) < bound, name
+
+
+def forget() -> None:
+    tree.LIBRARY.forget()
+    tree._available.cache_clear()
 
 
 def differentiate(run: Any, given: list[Tensor], grad: Tensor, used: int) -> list[Tensor]:
@@ -176,7 +181,7 @@ def test_long_rows_where_the_processor_multiplies_tiles(monkeypatch: pytest.Monk
 def test_without_a_compiler(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     """Batched products take its place, and the log says why, once."""
     monkeypatch.setattr(native.shutil, "which", lambda name: None)
-    tree._library.cache_clear()
+    forget()
     try:
         with caplog.at_level(logging.INFO, logger="lorakit.train"):
             assert not tree.suits(batch(20, [3]), HERE)
@@ -185,4 +190,4 @@ def test_without_a_compiler(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogC
             "attention: by batched products, no C++ compiler was found (g++, clang++)"
         ]
     finally:
-        tree._library.cache_clear()
+        forget()

@@ -5,13 +5,17 @@ The compiler is the one that torch.compile needs as well. Whoever asks has the s
 
 from __future__ import annotations
 
+import ctypes
+import functools
 import hashlib
 import os
 import platform
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 HEADERS = Path(__file__).parent
 FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fopenmp", "-std=c++17", "-shared", "-fPIC")
@@ -62,3 +66,44 @@ def compiled(source: Path) -> Path:
     except (OSError, subprocess.SubprocessError) as problem:
         raise Obstacle(f"compiling failed: {problem}") from problem
     return target
+
+
+POINTER, INTEGER, REAL = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
+"""What the loops take: addresses, int64 and float32."""
+
+TYPES = ("float32", "bfloat16")
+"""The numbers that they are compiled for, as the ends of their names."""
+
+
+class Library:
+    """The functions of one C++ source, each for float32 and bfloat16 (`name_float32`, `name_bfloat16`).
+
+    `signatures` gives the arguments of each. Nothing is compiled before the first question.
+    """
+
+    def __init__(self, source: Path, signatures: Mapping[str, Sequence[Any]]) -> None:
+        self.source, self.signatures = source, signatures
+        self.loaded = functools.cache(self._load)
+        self.find = functools.cache(self._find)
+
+    def _load(self) -> ctypes.CDLL | Obstacle:
+        try:
+            return ctypes.CDLL(str(compiled(self.source)))
+        except (Obstacle, OSError) as problem:
+            return problem if isinstance(problem, Obstacle) else Obstacle(str(problem))
+
+    @property
+    def obstacle(self) -> str | None:
+        """Why it cannot be had, or None."""
+        library = self.loaded()
+        return str(library) if isinstance(library, Obstacle) else None
+
+    def _find(self, name: str, type_name: str) -> Any:
+        function = getattr(self.loaded(), f"{name}_{type_name}")
+        function.argtypes, function.restype = self.signatures[name], None
+        return function
+
+    def forget(self) -> None:
+        """Ask anew next time."""
+        self.loaded.cache_clear()
+        self.find.cache_clear()

@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 from lorakit.errors import LorakitError
 from lorakit.kernel import small_functions
+from lorakit.train import passes
 
 logger = logging.getLogger(__name__)
 
@@ -67,6 +68,9 @@ def call(function: Callable[..., Any], *tensors: Tensor | None, **constants: Any
     report = _report
     if report is None or report.reason is not None:
         return function(*tensors, **constants)
+    ahead = AHEAD.get(function)
+    if ahead is not None and passes.suit(tensors, halves=function in (rotate, rotate_back)):
+        return ahead(*tensors, **constants)
     key = (function, *constants.items())
     if key in _plain:
         return function(*tensors, **constants)
@@ -263,6 +267,19 @@ class FusedRotary(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
         return call(rotate_back, grads[0].contiguous(), *ctx.saved_tensors), None, None
+
+
+AHEAD: dict[Callable[..., Any], Callable[..., Any]] = {
+    norm_rows: passes.norm,
+    norm_rows_backward: passes.norm_backward,
+    gate_silu: functools.partial(passes.gate, False),
+    gate_silu_backward: functools.partial(passes.gate_backward, False),
+    gate_gelu: functools.partial(passes.gate, True),
+    gate_gelu_backward: functools.partial(passes.gate_backward, True),
+    rotate: functools.partial(passes.turn, False),
+    rotate_back: functools.partial(passes.turn, True),
+}
+"""Functions that processors have compiled ahead, where their inputs suit; torch.compile takes the others."""
 
 
 # ---------------------------------------------------------------------------------------------------------------

@@ -6,7 +6,6 @@ copy each run's queries, keys and values into padded lanes and back, and take fo
 
 from __future__ import annotations
 
-import ctypes
 import functools
 import logging
 from pathlib import Path
@@ -16,12 +15,10 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from lorakit.native import Obstacle, compiled
+from lorakit.native import INTEGER, POINTER, REAL, TYPES, Library
 from lorakit.train.packing import FlatBatch
 
 log = logging.getLogger("lorakit.train")
-
-SOURCE = Path(__file__).with_suffix(".cpp")
 
 MULTIPLE = 16
 """The width of a head must be a multiple of this: the floats of one vector."""
@@ -29,35 +26,25 @@ MULTIPLE = 16
 WORKERS = 16
 """Threads that the backward pass shares its work among at most: each keeps a sum of its own for keys that several see."""
 
-_POINTER, _INTEGER = ctypes.c_void_p, ctypes.c_int64
-_SHAPE = [_POINTER, *[_INTEGER] * 6, ctypes.c_float, _INTEGER]
-_SIGNATURES = {
-    "attend": [*_SHAPE, *[_POINTER] * 5],
-    "attend_backward": [*_SHAPE, *[_POINTER] * 9, _INTEGER],
-}
+_SHAPE = (POINTER, *[INTEGER] * 6, REAL, INTEGER)
+LIBRARY = Library(
+    Path(__file__).with_suffix(".cpp"),
+    {"attend": (*_SHAPE, *[POINTER] * 5), "attend_backward": (*_SHAPE, *[POINTER] * 9, INTEGER)},
+)
 
 
 @functools.cache
-def _library() -> ctypes.CDLL | None:
-    try:
-        return ctypes.CDLL(str(compiled(SOURCE)))
-    except (Obstacle, OSError) as problem:
-        log.info("attention: by batched products, %s", problem)
-        return None
-
-
-@functools.cache
-def _find(name: str, dtype: torch.dtype) -> Any:
-    function = getattr(_library(), f"{name}_{str(dtype).removeprefix('torch.')}")
-    function.argtypes, function.restype = _SIGNATURES[name], None
-    return function
+def _available() -> bool:
+    if LIBRARY.obstacle is not None:
+        log.info("attention: by batched products, %s", LIBRARY.obstacle)
+    return LIBRARY.obstacle is None
 
 
 def suits(batch: FlatBatch, q: Tensor) -> bool:
     """Can the compiled pass take these queries `[..., head_dim]`?"""
-    if q.device.type != "cpu" or q.dtype not in (torch.float32, torch.bfloat16) or q.shape[-1] % MULTIPLE:
+    if q.device.type != "cpu" or _name(q.dtype) not in TYPES or q.shape[-1] % MULTIPLE:
         return False
-    return _library() is not None and runs_of(batch) is not None
+    return _available() and runs_of(batch) is not None
 
 
 def runs_of(batch: FlatBatch) -> Tensor | None:
@@ -103,4 +90,8 @@ class TreeAttention(torch.autograd.Function):
 
 def _call(name: str, runs: Tensor, shape: tuple[Any, ...], *arguments: Any) -> None:
     addresses = (one.data_ptr() if isinstance(one, Tensor) else one for one in arguments)
-    _find(name, arguments[0].dtype)(runs.data_ptr(), *shape, *addresses)
+    LIBRARY.find(name, _name(arguments[0].dtype))(runs.data_ptr(), *shape, *addresses)
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

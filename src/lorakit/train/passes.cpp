@@ -1,0 +1,125 @@
+// Functions of one pass over memory and their derivatives, on a processor: RMSNorm, gated activations, rotary positions. Each
+// does what its namesake in fusion.py does, which the tests hold it to; numbers are added up in float32. Compiled at first use
+// for this machine. Widths are multiples of 16 (rotary: of 32), tensors contiguous.
+
+#include "vector.h"
+
+typedef int64_t integer;
+
+// A vector as it is after a stop in T.
+static inline v16 rounded(v16 x, const float*) { return x; }
+static inline v16 rounded(v16 x, const bf16*) {
+    bf16 short_form[16];
+    keep(x, short_form);
+    return load(short_form);
+}
+
+// x (rows, width) -> y, and 1 / root mean square of each row. `shift` is added to the weight (Gemma's 1).
+template <typename T>
+static void norm(const T* x, const T* weight, T* y, float* scales, integer rows, integer width, float eps, float shift) {
+#pragma omp parallel for schedule(static)
+    for (integer t = 0; t < rows; t++) {
+        const T* from = x + t * width;
+        v16 squares{};
+        for (integer i = 0; i < width; i += 16) squares += load(from + i) * load(from + i);
+        const float scale = 1.0f / std::sqrt(sum(squares) / width + eps);
+        for (integer i = 0; i < width; i += 16) {
+            const v16 unit = load(from + i) * scale, factor = load(weight + i);
+            // Without a shift models round before they multiply.
+            keep(shift != 0 ? unit * (factor + shift) : rounded(unit, from) * factor, y + t * width + i);
+        }
+        scales[t] = scale;
+    }
+}
+
+template <typename T>
+static void norm_backward(const T* dy, const T* x, const T* weight, const float* scales, T* dx, integer rows, integer width,
+                          float shift) {
+#pragma omp parallel for schedule(static)
+    for (integer t = 0; t < rows; t++) {
+        const T *slope = dy + t * width, *from = x + t * width;
+        const float scale = scales[t];
+        v16 products{};
+        for (integer i = 0; i < width; i += 16)
+            products += load(slope + i) * (load(weight + i) + shift) * (load(from + i) * scale);
+        const float mean = sum(products) / width;
+        for (integer i = 0; i < width; i += 16)
+            keep(scale * (load(slope + i) * (load(weight + i) + shift) - load(from + i) * scale * mean), dx + t * width + i);
+    }
+}
+
+// act(gate) * up over `count` numbers; `tanh`: GELU in its tanh form, else SiLU.
+constexpr float SLOPE = 0.7978845608028654f, CUBE = 0.044715f;  // the square root of 2 / pi
+
+static inline v16 hyperbolic(v16 gate) {
+    return 1.0f - 2.0f / (1.0f + exponential(2.0f * SLOPE * (gate + CUBE * gate * gate * gate)));
+}
+
+template <typename T>
+static void gate(const T* gate, const T* up, T* y, integer count, integer tanh) {
+#pragma omp parallel for schedule(static)
+    for (integer i = 0; i < count; i += 16) {
+        const v16 g = load(gate + i);
+        const v16 act = tanh ? 0.5f * g * (1.0f + hyperbolic(g)) : g / (1.0f + exponential(-g));
+        keep(act * load(up + i), y + i);
+    }
+}
+
+template <typename T>
+static void gate_backward(const T* dy, const T* gate, const T* up, T* dgate, T* dup, integer count, integer tanh) {
+#pragma omp parallel for schedule(static)
+    for (integer i = 0; i < count; i += 16) {
+        const v16 slope = load(dy + i), g = load(gate + i);
+        v16 act, derivative;
+        if (tanh) {
+            const v16 t = hyperbolic(g);
+            act = 0.5f * g * (1.0f + t);
+            derivative = 0.5f * (1.0f + t) + 0.5f * g * (1.0f - t * t) * SLOPE * (1.0f + 3.0f * CUBE * g * g);
+        } else {
+            const v16 sigmoid = 1.0f / (1.0f + exponential(-g));
+            act = g * sigmoid;
+            derivative = sigmoid * (1.0f + g * (1.0f - sigmoid));
+        }
+        keep(slope * load(up + i) * derivative, dgate + i);
+        keep(slope * act, dup + i);
+    }
+}
+
+// x (tokens, heads, d) turned by angles (tokens, d), or its transpose (`back`), for any angles.
+template <typename T>
+static void turn(const T* x, const T* cosine, const T* sine, T* y, integer tokens, integer heads, integer d, integer back) {
+    const integer half = d / 2;
+#pragma omp parallel for schedule(static)
+    for (integer t = 0; t < tokens; t++)
+        for (integer i = 0; i < half; i += 16) {
+            const v16 c = load(cosine + t * d + i), c2 = load(cosine + t * d + half + i);
+            v16 s = load(sine + t * d + i), s2 = load(sine + t * d + half + i);
+            if (back) {
+                const v16 other = s;
+                s = -s2, s2 = -other;
+            }
+            for (integer h = 0; h < heads; h++) {
+                const T* from = x + (t * heads + h) * d + i;
+                T* to = y + (t * heads + h) * d + i;
+                const v16 a = load(from), b = load(from + half);
+                keep(a * c - b * s, to);
+                keep(b * c2 + a * s2, to + half);
+            }
+        }
+}
+
+#define BOTH(name, arguments, call)                               \
+    extern "C" void name##_float32 arguments(float) { call; }     \
+    extern "C" void name##_bfloat16 arguments(bf16) { call; }
+
+#define NORM(T) (const T* x, const T* weight, T* y, float* scales, integer rows, integer width, float eps, float shift)
+BOTH(norm, NORM, norm(x, weight, y, scales, rows, width, eps, shift))
+#define NORM_BACKWARD(T) \
+    (const T* dy, const T* x, const T* weight, const float* scales, T* dx, integer rows, integer width, float shift)
+BOTH(norm_backward, NORM_BACKWARD, norm_backward(dy, x, weight, scales, dx, rows, width, shift))
+#define GATE(T) (const T* gates, const T* up, T* y, integer count, integer tanh)
+BOTH(gate, GATE, gate(gates, up, y, count, tanh))
+#define GATE_BACKWARD(T) (const T* dy, const T* gates, const T* up, T* dgate, T* dup, integer count, integer tanh)
+BOTH(gate_backward, GATE_BACKWARD, gate_backward(dy, gates, up, dgate, dup, count, tanh))
+#define TURN(T) (const T* x, const T* cosine, const T* sine, T* y, integer tokens, integer heads, integer d, integer back)
+BOTH(turn, TURN, turn(x, cosine, sine, y, tokens, heads, d, back))
