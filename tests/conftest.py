@@ -50,6 +50,18 @@ def _log_as_before() -> Iterator[None]:
         logger.setLevel(level)
 
 
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """torch on one thread and from one seed: small numbers come sooner so, and the same in every run."""
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(scope="session")
 def model_path() -> Path:
     """The real model's GGUF file."""

@@ -163,6 +163,6 @@ class Adapter:
 
 
 def adapters(model: nn.Module) -> dict[str, Adapter]:
-    """The adapters on a model, by name."""
+    """The adapters on a model, by name; empty where none is."""
     board = found_board(model)
     return {} if board is None else dict(board.adapters)

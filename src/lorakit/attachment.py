@@ -160,6 +160,14 @@ def detach(model: nn.Module, name: str | None = None) -> nn.Module:
     """Take one adapter off (all, without a name); the layers it leaves bare are again the very module objects they were.
 
     With the last adapter the base's `requires_grad` flags come back too. Returns the model.
+
+    Args:
+        model: a model with adapters.
+        name: the adapter to take off; its tensors stay with the Adapter object.
+
+    Raises:
+        LorakitError: there is no such adapter; it is merged just now; a router needs it; or its start replaced the weights
+            that others are about. Nothing has been taken off then.
     """
     board = board_of(model)
     if name is not None and name not in board.adapters:

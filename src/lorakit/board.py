@@ -235,6 +235,10 @@ def prompts(model: nn.Module, lengths: Sequence[int] | Tensor) -> Iterator[None]
 
     Padding does not count. Without it the prompt of a row is all that comes before anything is in the cache: what `generate`
     is given, or the whole text of a classifier. Training on prompts with their answers has to say where the answers begin.
+
+    Args:
+        model: a model with adapters; LorakitError where it has none.
+        lengths: (rows,): how many tokens of each row are its prompt.
     """
     with _said(board_of(model), prompts=torch.as_tensor(lengths)):
         yield
@@ -247,6 +251,8 @@ def noted(model: nn.Module) -> Iterator[list[Callable[[], Tensor]]]:
     with noted(model) as extra:
         loss = model(**batch).loss
     loss = loss + sum(own() for own in extra)
+
+    Each entry gives a scalar with its gradient when it is called. LorakitError where the model has no adapter.
     """
     notes: list[Callable[[], Tensor]] = []
     with _said(board_of(model), extra=notes):

@@ -1,4 +1,4 @@
-"""The method table as data: what each method is, and what it costs on given matrices.
+"""The tables of methods and edits as data: what each is, and what it costs on given matrices or a model.
 
 Made from the method cards and from the deltas themselves, so that `lorakit methods` and docs/methods.md say what runs.
 """
@@ -7,10 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 
-from lorakit.delta import Delta, Method, Pool, Shape
+from lorakit.delta import Delta, Method, Pool, Shape, Spec
 from lorakit.edit import Anatomy, Block
 from lorakit.edits import EDITS
 from lorakit.errors import LorakitError
@@ -24,16 +25,15 @@ TRAINING_BYTES = 16
 
 @dataclass(frozen=True)
 class Entry:
-    """One method on given matrices.
+    """One method or edit, and what it costs.
 
     Attributes:
         name: its name in files and on the command line.
         title, formula, paper, use, limits: from its card.
-        parameters: trainable numbers in all, at the method's defaults; None where `reason` says why not.
-        form: whether a server can batch it with others (`gain · y + bias + B A x`).
+        parameters: trainable numbers in all, at its defaults; None where `reason` says why not.
         identity: whether it changes nothing before training.
-        peft: PEFT's name of the same method, or None.
-        reason: why the method does not fit these matrices at its defaults, if it does not.
+        peft: PEFT's name of the same, or None.
+        reason: why it does not fit at its defaults, if it does not.
     """
 
     name: str
@@ -43,15 +43,50 @@ class Entry:
     use: str
     limits: str
     parameters: int | None
-    form: bool
     identity: bool
     peft: str | None
-    reason: str = ""
+    reason: str
 
     @property
     def training_bytes(self) -> int | None:
         """Memory for the adapter's own numbers while training with Adam, in bytes."""
         return None if self.parameters is None else self.parameters * TRAINING_BYTES
+
+
+@dataclass(frozen=True)
+class MethodEntry(Entry):
+    """One method on given matrices. `form`: whether a server can batch it with others (`gain · y + bias + B A x`)."""
+
+    form: bool
+
+
+@dataclass(frozen=True)
+class EditEntry(Entry):
+    """One edit on a model. `flat`: whether it acts in flat rows of training."""
+
+    flat: bool
+
+
+def catalogue(shapes: Sequence[Shape]) -> list[MethodEntry]:
+    """Every method of the table, with its cost on matrices of these shapes."""
+    return [_method_entry(method, shapes) for method in METHODS.values()]
+
+
+def _method_entry(method: type[Method], shapes: Sequence[Shape]) -> MethodEntry:
+    card = method.card
+    parameters, form, reason = None, False, ""
+    try:
+        spec = _default(method)
+        for shape in dict.fromkeys(shapes):
+            spec.check(shape, f"a layer of {shape.out} × {shape.in_}")
+        parameters = sum(card.parameters(shape, spec) for shape in shapes)
+        if card.pooled is not None:
+            parameters += card.pooled(list(shapes), spec)
+        small = Shape(16, 16, bias=True)
+        form = type(spec.build(small, Pool([small]))).form is not Delta.form
+    except LorakitError as problem:
+        reason = str(problem)
+    return MethodEntry(**_said(method), parameters=parameters, reason=reason, form=form)
 
 
 SAMPLE = Anatomy(
@@ -69,53 +104,31 @@ SAMPLE = Anatomy(
 """SmolLM2-135M, on which edits are counted where no model is given."""
 
 
-@dataclass(frozen=True)
-class EditEntry:
-    """One edit on a model: `parameters` at its defaults; the rest is from its card, as in `Entry`."""
-
-    name: str
-    title: str
-    formula: str
-    paper: str
-    use: str
-    limits: str
-    parameters: int | None
-    identity: bool
-    peft: str | None
-    flat: bool
-    reason: str = ""
-
-    @property
-    def training_bytes(self) -> int | None:
-        """Memory for the edit's own numbers while training with Adam, in bytes."""
-        return None if self.parameters is None else self.parameters * TRAINING_BYTES
-
-
 def edits_catalogue(anatomy: Anatomy = SAMPLE) -> list[EditEntry]:
     """Every edit of the table, with its cost on a model of this anatomy."""
     entries = []
-    for name, edit in EDITS.items():
-        card, parameters, reason = edit.card, None, ""
+    for edit in EDITS.values():
+        parameters, reason = None, ""
         try:
-            parameters = card.parameters(anatomy, edit())
+            parameters = edit.card.parameters(anatomy, edit())
         except LorakitError as problem:
             reason = str(problem)
-        entries.append(
-            EditEntry(
-                name=name,
-                title=card.title,
-                formula=card.formula,
-                paper=card.paper,
-                use=card.use,
-                limits=card.limits,
-                parameters=parameters,
-                identity=card.identity,
-                peft=edit.peft_type,
-                flat=edit.flat is None,
-                reason=reason,
-            )
-        )
+        entries.append(EditEntry(**_said(edit), parameters=parameters, reason=reason, flat=edit.flat is None))
     return entries
+
+
+def _said(spec: type[Spec]) -> dict[str, Any]:
+    """What a method or an edit says of itself."""
+    card = {field: getattr(spec.card, field) for field in ("title", "formula", "paper", "use", "limits", "identity")}
+    return {"name": spec.name, "peft": spec.peft_type, **card}
+
+
+def _default(method: type[Method]) -> Method:
+    """The spec at its defaults; IA3 asks which layers are feed-forward, and for counting none are."""
+    try:
+        return method()
+    except (LorakitError, TypeError):
+        return method(feedforward_modules=())  # type: ignore[call-arg]
 
 
 def matrices(model: nn.Module, targets: Targets | None = None) -> dict[str, Shape]:
@@ -126,45 +139,3 @@ def matrices(model: nn.Module, targets: Targets | None = None) -> dict[str, Shap
         for path in select(model, targets or Targets())
         for site in sites_of(modules[path])
     }
-
-
-def catalogue(shapes: Sequence[Shape]) -> list[Entry]:
-    """Every method of the table, with its cost on matrices of these shapes."""
-    return [_entry(name, method, shapes) for name, method in METHODS.items()]
-
-
-def _entry(name: str, method: type[Method], shapes: Sequence[Shape]) -> Entry:
-    card = method.card
-    parameters, form, reason = None, False, ""
-    try:
-        spec = _default(method)
-        for shape in dict.fromkeys(shapes):
-            spec.check(shape, f"a layer of {shape.out} × {shape.in_}")
-        parameters = sum(card.parameters(shape, spec) for shape in shapes)
-        if card.pooled is not None:
-            parameters += card.pooled(list(shapes), spec)
-        small = Shape(16, 16, bias=True)
-        form = type(spec.build(small, Pool([small]))).form is not Delta.form
-    except LorakitError as problem:
-        reason = str(problem)
-    return Entry(
-        name=name,
-        title=card.title,
-        formula=card.formula,
-        paper=card.paper,
-        use=card.use,
-        limits=card.limits,
-        parameters=parameters,
-        form=form,
-        identity=card.identity,
-        peft=method.peft_type,
-        reason=reason,
-    )
-
-
-def _default(method: type[Method]) -> Method:
-    """The spec at its defaults; IA3 asks which layers are feed-forward, and for counting none are."""
-    try:
-        return method()
-    except (LorakitError, TypeError):
-        return method(feedforward_modules=())  # type: ignore[call-arg]

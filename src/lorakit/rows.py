@@ -11,6 +11,7 @@ from lorakit.errors import LorakitError
 
 
 def first_tensor(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    """The input of a call: the first tensor among its arguments; LorakitError where there is none."""
     for value in (*args, *kwargs.values()):
         if isinstance(value, Tensor):
             return value
@@ -25,6 +26,7 @@ def pad(value: Any) -> Any:
 
 
 def check_rows(x: Tensor, rows: int, axis: int, path: str) -> None:
+    """LorakitError unless a layer's input `x` has so many rows along `axis` as the routing names."""
     found = x.shape[axis] if axis < x.ndim else 0
     if found != rows:
         hint = ""
@@ -77,6 +79,14 @@ def take_attention(
 
 
 def join(pieces: list[Any], back: Tensor, axis: int, path: str) -> Any:
+    """What calls with some rows each gave, as one call with all rows would have given it.
+
+    Args:
+        pieces: the outputs, all of one structure: tensors, or tuples, lists and dicts of them.
+        back: (rows,): where each row of the batch stands in the pieces laid end to end.
+        axis: the batch's axis.
+        path: of the layer, for messages.
+    """
     first = pieces[0]
     if isinstance(first, Tensor):
         return torch.cat(pieces, dim=axis).index_select(axis, back.to(first.device))

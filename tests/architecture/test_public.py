@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
+import inspect
+import re
 import subprocess
 import sys
 from importlib import import_module
@@ -30,3 +33,24 @@ def test_importing_lorakit_imports_nothing_heavy() -> None:
         "import sys, lorakit; assert lorakit.__version__ and not {'torch', 'numpy', 'transformers'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_every_public_docstring_says_its_arguments_and_errors() -> None:
+    """That of a function names each argument, that of a spec each option (those of its family stand in the family's)."""
+    for name in lk._HOMES:
+        public = getattr(lk, name)
+        if inspect.isfunction(public) and name != "activate":  # `use` without an end
+            text, names = inspect.getdoc(public) or "", list(inspect.signature(public).parameters)
+            assert "LorakitError" in text or name == "adapters", f"{name} does not say when it raises"
+        elif dataclasses.is_dataclass(public):
+            text = "\n".join(one.__doc__ or "" for one in inspect.getmro(public) if not _made(one))
+            names = [field.name for field in dataclasses.fields(public)]
+        else:
+            continue
+        missing = [one for one in names if not re.search(rf"\b{one}\b", text)]
+        assert not missing, f"the docstring of {name} does not say what {missing} are"
+
+
+def _made(one: type) -> bool:
+    """Whether a class has the docstring that dataclasses make of a signature."""
+    return (one.__doc__ or "").startswith(f"{one.__name__}(")

@@ -6,7 +6,6 @@ Numbers are compared in float64 to 2^10 eps of the largest one unless a test der
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -30,13 +29,7 @@ GATES: dict[str, tuple[int, ...] | None] = {
 }
 
 
-@pytest.fixture(autouse=True)
-def _quiet() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    torch.manual_seed(0)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def tensors(gate: tuple[int, ...] | None = None, base: bool = True, **options: Any) -> dict[str, Tensor | None]:

@@ -7,7 +7,7 @@ written; and each law failing on a planted bug.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -26,13 +26,7 @@ from lorakit.layer import Adapted
 WEIGHTS = [0.7, -0.4, 1.3, 0.2]
 
 
-@pytest.fixture(autouse=True)
-def _quiet() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    torch.manual_seed(0)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def logits(model: nn.Module, ids: Tensor = IDS) -> Tensor:

@@ -5,11 +5,10 @@ One test is one law for one method's example, over its layer kinds; a failure na
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import torch
 
 from laws import cases, laws
 from lorakit.delta import Method
@@ -28,12 +27,7 @@ for one in cases.cases():
         FITTING.setdefault(cases.label(one.spec), []).append(one)
 
 
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def over(group: list[cases.Case], law: Callable[[cases.Case], None]) -> None:

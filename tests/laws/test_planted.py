@@ -6,7 +6,7 @@ A bug is a wrong Delta, Layout, Adapted, kernel or file, put in by monkeypatch w
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -27,12 +27,7 @@ BY_NAME = {kind.name: kind for kind in KINDS}
 LORA = SPECS["lora"][0]
 
 
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def case(kind: str, spec: Any = LORA) -> Case:

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaForCausalLM
 
 from lorakit.errors import LorakitError
 from lorakit.train.data import Question
@@ -25,22 +25,13 @@ from lorakit.train.evaluate import (
     tabulate,
 )
 from lorakit.train.options import EvaluateOptions
+from training import tiny
 
-VOCABULARY = 61
+VOCABULARY = tiny.VOCABULARY
 
 
 def llama() -> LlamaForCausalLM:
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=24,
-        intermediate_size=40,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=128,
-    )
-    return LlamaForCausalLM(config).double()
+    return tiny.llama(torch.float64)
 
 
 def gpt2() -> GPT2LMHeadModel:

@@ -18,7 +18,7 @@ from lorakit.train.config import DataOptions, TrainConfig, TrainOptions
 from lorakit.train.ranking import Budget, Exchange, Importance, orthogonal_to
 from lorakit.train.schedules import Draw, Restart, schedule_for
 from lorakit.train.trainer import LoraTrainer, choose_path
-from training.tiny import llama, rows
+from training.tiny import InterruptAt, InterruptionError, llama, rows
 
 WIDTHS = (8, 10, 7, 9)
 
@@ -309,19 +309,6 @@ METHODS: dict[str, Any] = {
     "dylora": lk.DyLoRA(rank=4, alpha=8.0, dropout=0.1),
     "relora": lk.ReLoRA(rank=2, alpha=4.0, every=4, rewarm=2),
 }
-
-
-class InterruptionError(Exception):
-    pass
-
-
-class InterruptAt(TrainerCallback):
-    def __init__(self, step: int) -> None:
-        self.step = step
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        if state.global_step == self.step:
-            raise InterruptionError
 
 
 def make(output: Path, method: Any, *callbacks: TrainerCallback, **options: Any) -> LoraTrainer:

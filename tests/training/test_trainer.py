@@ -22,7 +22,7 @@ from lorakit.errors import LorakitError
 from lorakit.train import checkpoint
 from lorakit.train.config import DataOptions, TrainConfig, TrainOptions
 from lorakit.train.trainer import LoraTrainer, choose_path, make_optimizer, training_arguments
-from training.tiny import Row, llama, rows
+from training.tiny import InterruptAt, InterruptionError, Row, llama, rows
 
 
 def configure(output: Path, method: Any = None, **options: Any) -> TrainConfig:
@@ -58,19 +58,6 @@ def assert_bit_equal(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor
     assert one.keys() == other.keys()
     for name, tensor in one.items():
         assert torch.equal(tensor, other[name]), name
-
-
-class InterruptionError(Exception):
-    pass
-
-
-class InterruptAt(TrainerCallback):
-    def __init__(self, step: int) -> None:
-        self.step = step
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        if state.global_step == self.step:
-            raise InterruptionError
 
 
 def test_training_lowers_the_loss_and_leaves_the_base_alone(tmp_path: Path) -> None:

@@ -1,11 +1,12 @@
-"""A causal model small enough for a test, and rows for it."""
+"""A causal model small enough for a test, rows for it, and an end in the middle of a run."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, TrainerCallback
 
 VOCABULARY = 61
 
@@ -45,3 +46,18 @@ def rows(count: int, seed: int = 1, prefix: int = 0) -> list[Row]:
         first = prefix + 2
         made.append(Row(ids, [-100] * first + ids[first:]))
     return made
+
+
+class InterruptionError(Exception):
+    """A run was stopped on purpose."""
+
+
+class InterruptAt(TrainerCallback):
+    """Stops a run at the end of a step, as a killed process would."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if state.global_step == self.step:
+            raise InterruptionError

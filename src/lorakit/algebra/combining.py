@@ -203,6 +203,9 @@ def scale(
         rank, energy: cut the result, as in `combine`.
         name: of the new adapter; the old one's with "-scaled" by default.
         output: the folder to write, for a folder.
+
+    Raises:
+        LorakitError: as `combine`; nothing has changed or been written then.
     """
     if isinstance(adapter, Adapter):
         name = name or f"{adapter.name}-scaled"

@@ -24,7 +24,6 @@ from lorakit.adapter import Adapter, adapters
 from lorakit.algebra.changes import Change, Cut, cut
 from lorakit.algebra.checkpoint import Checkpoint, Named, skeleton
 from lorakit.algebra.outcome import Made, made, method_for
-from lorakit.algebra.sources import place_of
 from lorakit.construction import build
 from lorakit.errors import LorakitError
 from lorakit.layout import sites_of
@@ -110,7 +109,7 @@ def extract(
         if progress is not None:
             progress(index, len(paths), path)
         for site in sites_of(modules[path]):
-            key, place = f"{path}.{site.weight}", place_of(path, site)
+            key, place = f"{path}.{site.weight}", site.place(path)
             seen.add(key)
             change = pair.change(key)
             if change is None:
@@ -246,7 +245,7 @@ def _filled(
     targets = Targets(target_modules=tuple(paths), modules_to_save=tuple(whole), bias=bias, **patterns)
     adapter = build(model, spec, targets, name, checked=False, paths=paths)
     for path, site, delta in adapter.deltas():
-        place = place_of(path, site)
+        place = site.place(path)
         for letter in ("B", "A"):
             own = getattr(delta, letter)
             _put(delta, letter, getattr(cuts[place].change, letter) if place in cuts else torch.zeros(own.shape))

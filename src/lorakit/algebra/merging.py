@@ -210,6 +210,13 @@ def merged(model: nn.Module, route: str | Blend) -> Iterator[None]:
 
     Tensors of merged layers are fresh objects within the block, so a tied weight stays as it is in the other place. Other
     adapters, active or merged inside, add what they would add beside it: `{merged: 1, other: 1}`.
+
+    Args:
+        model: a model with the adapters.
+        route: a name or a blend {name: weight}.
+
+    Raises:
+        LorakitError: something cannot be merged, or is merged already; no weight has changed then.
     """
     board = board_of(model)
     blend = _uniform(board, route, "merged")

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from lorakit.adapter import Adapter
 from lorakit.algebra.changes import Change, Cut
-from lorakit.algebra.sources import WHOLE, Live, Stored, frozen, place_of
+from lorakit.algebra.sources import WHOLE, Live, Stored, frozen
 from lorakit.bundle import CONTENT, own_data, write_bundle
 from lorakit.construction import build
 from lorakit.delta import Method
@@ -106,7 +106,7 @@ def beside(given: Sequence[Live], name: str, cuts: Mapping[str, Cut], replaced: 
     result = build(model, spec, targets, name, checked=False, paths=paths)
     with torch.no_grad():
         for path, site, delta in result.deltas():
-            place = place_of(path, site)
+            place = site.place(path)
             if place not in cuts:  # another part of a layer that has parts, which none of them changes
                 delta.requires_grad_(False).apply(_zero)
                 continue

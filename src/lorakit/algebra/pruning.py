@@ -197,7 +197,7 @@ def _by_first_order(live: Live, batches: list[Batch]) -> dict[str, tuple[float, 
                 _loss_of(model, batch).backward()
         effects: dict[str, tuple[float, ...]] = {}
         for path, site, delta in twin.deltas():
-            place = f"{path}.{site.name}" if site.name else path
+            place = site.place(path)
             B: Any = delta.B
             gradient = torch.zeros_like(B) if B.grad is None else B.grad
             effects[place] = tuple(((B * gradient).sum(0).abs() / len(batches)).tolist())

@@ -89,7 +89,7 @@ class Live(Source):
             if tensor.is_floating_point() and not torch.isfinite(tensor).all():
                 raise LorakitError(f"{verb}: {key} of adapter {adapter.name!r} holds a NaN or an infinity.")
         self.adapter, self.label = adapter, adapter.name
-        self.at = {place_of(path, site): (path, site, delta) for path, site, delta in adapter.deltas()}
+        self.at = {site.place(path): (path, site, delta) for path, site, delta in adapter.deltas()}
 
     def places(self) -> list[str]:
         return list(self.at)
@@ -109,11 +109,6 @@ class Live(Source):
         with torch.no_grad():
             shift = delta.shift(bias)
             return shift if shift is None or not isinstance(site.layout, Rows) else site.layout.features(shift, shift)
-
-
-def place_of(path: str, site: Site) -> str:
-    """The name of a site of the layer at `path`."""
-    return f"{path}.{site.name}" if site.name else path
 
 
 def change_of(adapter: Adapter, path: str, site: Site, delta: Delta) -> Change:

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from lorakit.delta import Card, LowRank, Method, Pool, Shape, View
 from lorakit.errors import LorakitError
 from lorakit.methods.lora import LoRA
-from lorakit.methods.ranked import check_rank, check_scale
+from lorakit.methods.ranked import check_rank, check_rank_fits, check_scale
 
 _PEFT_EPSILON = 1e-5
 
@@ -95,12 +95,7 @@ class TripletOptions(Method):
         return self if rank == self.rank else self.replace(rank=rank, alpha=self.scale * rank)
 
     def check(self, shape: Shape, path: str) -> None:
-        smaller = min(shape.out, shape.in_)
-        if self.rank > smaller:
-            raise LorakitError(
-                f"attach: rank {self.rank} is above the size of {path} ({shape.out} × {shape.in_}). Give it less by "
-                f"rank_pattern={{{path!r}: {smaller}}}, or leave the layer out."
-            )
+        check_rank_fits(self.rank, shape, path)
 
     def build(self, shape: Shape, pool: Pool) -> Triplets:
         return Triplets(self, shape, pool)

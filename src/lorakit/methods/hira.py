@@ -20,8 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from lorakit.delta import Card, Delta, Method, Pool, Shape
-from lorakit.errors import LorakitError
-from lorakit.methods.ranked import check_rank
+from lorakit.methods.ranked import check_rank, check_rank_fits
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,12 +51,7 @@ class HiRA(Method):
         check_rank(self.name, self.rank)
 
     def check(self, shape: Shape, path: str) -> None:
-        smaller = min(shape.out, shape.in_)
-        if self.rank > smaller:
-            raise LorakitError(
-                f"attach: rank {self.rank} is above the size of {path} ({shape.out} × {shape.in_}). Give it less by "
-                f"rank_pattern={{{path!r}: {smaller}}}, or leave the layer out."
-            )
+        check_rank_fits(self.rank, shape, path)
 
     def build(self, shape: Shape, pool: Pool) -> HiRADelta:
         return HiRADelta(self, shape, pool)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+from lorakit.delta import Shape
 from lorakit.errors import LorakitError
 
 
@@ -17,3 +18,13 @@ def check_scale(method: str, alpha: object) -> None:
     """LorakitError unless `alpha` is a finite number."""
     if not isinstance(alpha, int | float) or isinstance(alpha, bool) or not math.isfinite(alpha):
         raise LorakitError(f"{method}: alpha was given as {alpha!r}; it is a finite number.")
+
+
+def check_rank_fits(rank: int, shape: Shape, path: str) -> None:
+    """LorakitError where the rank is above that of any matrix of this shape."""
+    smaller = min(shape.out, shape.in_)
+    if rank > smaller:
+        raise LorakitError(
+            f"attach: rank {rank} is above the size of {path} ({shape.out} × {shape.in_}). Give it less by "
+            f"rank_pattern={{{path!r}: {smaller}}}, or leave the layer out."
+        )
