@@ -1,80 +1,151 @@
-"""QLoRA beside LoRA on film reviews: accuracy, seconds and memory, each run in a process of its own; and its float copy.
+"""QLoRA beside LoRA on film reviews: accuracy over seeds, seconds a step and memory, each run in a process of its own.
 
-    make bench-qlora             the table, benchmarks/results/qlora.json; fails where NF4 is more than 1.5 points of
-                                 held-out accuracy below bfloat16, or its merged float copy is not what was trained
-    BENCH_OPTIONS="--rows 500 --held-out 250"    smaller
+    make bench-qlora             the table, benchmarks/results/qlora.json; fails where NF4 is further below bfloat16 than
+                                 1.5 points of held-out accuracy, or its merged float copy is not what was trained
+    BENCH_OPTIONS="--rows 2000 --seeds 1"    the whole of examples/qlora.yaml, once
 
-Both runs are examples/qlora.yaml, once as it is and once with --quantize none: the same rows in the same order, the same seed.
+Every run is examples/qlora.yaml, once as it is and once with --quantize none: the same rows in the same order, the same seed.
+Accuracies do not depend on what else the machine does; what was measured with the same options stays in .cache/bench-qlora
+and is not measured again. Times do: both ways take turns at a few steps, and the median of all but each first step counts.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
+from statistics import mean, median
 from typing import Any
 
 import torch
 
-from trainers.machine import describe, forget_peak, memory
+import material
+from trainers.machine import describe, memory
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = Path(__file__).resolve().parent / "results" / "qlora.json"
+WAYS = {"none": "LoRA on bfloat16", "nf4": "LoRA on NF4 (QLoRA)"}
 BELOW = 0.015
-"""How far NF4's accuracy may be below bfloat16's."""
+"""How far NF4's accuracy, the mean over seeds, may be below bfloat16's."""
 COPY = 0.01
-"""How far the float copy's accuracy may be from the adapter's on its quantised base."""
+"""How far the float copy's accuracy, the mean over seeds, may be from the adapter's on its quantised base."""
 
 
-def run(quantize: str, asked: argparse.Namespace) -> dict[str, Any]:
-    """Train, evaluate, and where the base was quantised merge into floats and evaluate once more; in this process."""
+# -- one run, in its own process ---------------------------------------------------------------------------------------
+
+
+def flags_of(job: dict[str, Any], folder: str) -> list[str]:
+    """What `lorakit train` is told besides the recipe."""
+    flags = ["--quantize", job["way"], "--train.output", folder, "--evaluate.before-and-after", "false"]
+    flags += ["--train.seed", str(job["seed"]), "--data.shuffle-seed", str(job["seed"])]
+    if job["part"] == "time":
+        return [
+            *flags,
+            "--train.max-steps",
+            str(job["steps"]),
+            "--evaluate.answers",
+            "none",
+            "--data.evaluation",
+            "null",
+        ]
+    return [*flags, "--data.limit", str(job["rows"]), "--data.evaluation-limit", str(job["held_out"])]
+
+
+def train_and_score(job: dict[str, Any]) -> dict[str, Any]:
+    """Train and evaluate; where the base was quantised, merge into floats and evaluate once more."""
     from lorakit.algebra import merge
     from lorakit.train.config import load_config
     from lorakit.train.data import load_splits
     from lorakit.train.run import examine, hold, path_for, train
 
     with tempfile.TemporaryDirectory() as folder:
-        flags = ["--quantize", quantize, "--train.output", folder, "--evaluate.before-and-after", "false"]
-        flags += ["--data.limit", str(asked.rows), "--data.evaluation-limit", str(asked.held_out)]
-        config = load_config(ROOT / "examples" / "qlora.yaml", flags)
-        forget_peak()
-        before = memory()
+        config = load_config(ROOT / "examples" / "qlora.yaml", flags_of(job, folder))
         result = train(config)
+    assert result.after is not None
+    rows = [answer.right for answer in result.after.answers]
     found = {
         "accuracy": result.after.accuracy,
         "loss": result.after.loss,
-        "seconds": result.record.seconds,
+        "steps": result.record.steps,
+        "right": rows,
         "base_bytes": result.record.base_bytes,
-        "grew": memory("VmHWM") - before,
     }
-    if quantize != "none":
+    if job["way"] != "none":
         merge(result.model, result.adapter.name, dtype=torch.bfloat16)
-        held = hold(load_splits(config.data)[1], result.tokenizer, config)
+        held_rows = load_splits(config.data)[1]
+        assert held_rows is not None
+        held = hold(held_rows, result.tokenizer, config)
         copy = examine(result.model, result.tokenizer, held, config, path_for(config, result.model))
         found |= {"copy_accuracy": copy.accuracy, "copy_loss": copy.loss}
     return found
 
 
-def apart(quantize: str, asked: argparse.Namespace) -> dict[str, Any]:
-    """`run` in a process of its own."""
+def train_by_the_clock(job: dict[str, Any]) -> dict[str, Any]:
+    """A few steps: seconds of each, and by how much the process was larger at its peak than before training."""
+    from lorakit.train.config import load_config
+    from lorakit.train.run import train
+    from trainers.sides import with_clock
+
+    clock = with_clock()
+    before = memory()
     with tempfile.TemporaryDirectory() as folder:
-        result = Path(folder) / "side.json"
-        command = [sys.executable, __file__, "--side", quantize, "--output", str(result)]
-        subprocess.run([*command, "--rows", str(asked.rows), "--held-out", str(asked.held_out)], check=True, cwd=ROOT)
-        found: dict[str, Any] = json.loads(result.read_text())
+        result = train(load_config(ROOT / "examples" / "qlora.yaml", flags_of(job, folder)))
+    noted = clock.result()
+    return {
+        "seconds": noted["seconds"],
+        "base_bytes": result.record.base_bytes,
+        "held": noted["memory_before"] - before,
+        "in_training": noted["memory_peak"] - noted["memory_before"],
+    }
+
+
+def apart(job: dict[str, Any], again: bool) -> dict[str, Any]:
+    """A job in a process of its own; accuracies from the cache, where they are there."""
+    digest = hashlib.sha256(json.dumps(job, sort_keys=True).encode()).hexdigest()[:16]
+    kept = material.cache_root() / "bench-qlora" / f"{digest}.json"
+    if job["part"] == "time" or again or not kept.is_file():
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        subprocess.run(
+            [sys.executable, "-W", "ignore", __file__, "--job", json.dumps(job), str(kept)], check=True, cwd=ROOT
+        )
+    found: dict[str, Any] = json.loads(kept.read_text())
     return found
 
 
-def missed(sides: dict[str, dict[str, Any]]) -> list[str]:
+# -- what the runs say -------------------------------------------------------------------------------------------------
+
+
+def values(runs: Sequence[dict[str, Any]], key: str) -> list[float]:
+    return [float(run[key]) for run in runs]
+
+
+def paired_error(ours: Sequence[dict[str, Any]], theirs: Sequence[dict[str, Any]]) -> float:
+    """The standard error of the mean difference of accuracy on the same held-out rows."""
+    differences = [
+        float(a) - float(b)
+        for one, other in zip(ours, theirs, strict=True)
+        for a, b in zip(one["right"], other["right"], strict=True)
+    ]
+    middle = mean(differences)
+    variance = sum((one - middle) ** 2 for one in differences) / max(len(differences) - 1, 1)
+    return float((variance / len(differences)) ** 0.5)
+
+
+def missed(sides: dict[str, list[dict[str, Any]]]) -> list[str]:
     """What the figures do not reach, in words."""
     found = []
-    below = sides["bf16"]["accuracy"] - sides["nf4"]["accuracy"]
-    if below > BELOW:
-        found.append(f"NF4 is {100 * below:.1f} points below bfloat16; at most {100 * BELOW:.1f} are allowed")
-    off = abs(sides["nf4"]["copy_accuracy"] - sides["nf4"]["accuracy"])
+    ours, theirs = mean(values(sides["nf4"], "accuracy")), mean(values(sides["none"], "accuracy"))
+    if theirs - ours > BELOW:
+        found.append(
+            f"NF4 is {100 * (theirs - ours):.1f} points below bfloat16, with a standard error of "
+            f"{100 * paired_error(sides['nf4'], sides['none']):.1f}; at most {100 * BELOW:.1f} are allowed"
+        )
+    off = abs(mean(values(sides["nf4"], "copy_accuracy")) - ours)
     if off > COPY:
         found.append(
             f"the float copy is {100 * off:.1f} points off what was trained; at most {100 * COPY:.1f} are allowed"
@@ -82,47 +153,87 @@ def missed(sides: dict[str, dict[str, Any]]) -> list[str]:
     return found
 
 
-def table(sides: dict[str, dict[str, Any]], asked: argparse.Namespace) -> str:
+def spread(numbers: Sequence[float], form: str) -> str:
+    """The mean with its range, or the one number that there is."""
+    if len(numbers) == 1:
+        return format(numbers[0], form)
+    return f"{format(mean(numbers), form)} ({format(min(numbers), form)} to {format(max(numbers), form)})"
+
+
+def table(
+    sides: dict[str, list[dict[str, Any]]], clocks: dict[str, list[dict[str, Any]]], asked: argparse.Namespace
+) -> str:
     """The figures in markdown."""
+    count, seeds = asked.held_out, len(sides["nf4"])
     lines = [
-        f"{asked.rows:,} rows to train on, {asked.held_out:,} others to measure; examples/qlora.yaml: rank 16, one epoch of "
-        "batch 16.",
+        f"examples/qlora.yaml (rank 16, batch of 16) over {asked.rows:,} of its rows, {sides['nf4'][0]['steps']} steps; "
+        f"{count} held-out rows; {seeds} seed{'s' if seeds > 1 else ''}, mean with least and greatest. Seconds a step are the "
+        f"median of {asked.rounds} rounds of {asked.steps} steps without each first, both ways taking turns.",
         "",
-        "| | held-out accuracy | loss | training, s | base | the process grew by |",
-        "|---|---|---|---|---|---|",
+        "| | held-out accuracy | loss | s a step | bytes of the base | the process grew by, loading | and in training |",
+        "|---|---|---|---|---|---|---|",
     ]
-    names = {"bf16": "LoRA on bfloat16", "nf4": "LoRA on NF4 (QLoRA)"}
-    for key, side in sides.items():
+    for way, runs in sides.items():
+        timed = [second for clock in clocks[way] for second in clock["seconds"][1:]]
         cells = (
-            names[key],
-            f"{side['accuracy']:.1%}",
-            f"{side['loss']:.4f}",
-            f"{side['seconds']:.0f}",
-            f"{side['base_bytes'] / 1e6:.1f} MB",
-            f"{side['grew'] / 1e6:,.0f} MB",
+            WAYS[way],
+            spread(values(runs, "accuracy"), ".1%"),
+            spread(values(runs, "loss"), ".4f"),
+            f"{median(timed):.2f} ({min(timed):.2f} to {max(timed):.2f})",
+            f"{runs[0]['base_bytes'] / 1e6:.1f} MB",
+            f"{median(values(clocks[way], 'held')) / 1e6:,.0f} MB",
+            f"{median(values(clocks[way], 'in_training')) / 1e6:,.0f} MB",
         )
         lines.append(f"| {' | '.join(cells)} |")
-    few = sides["nf4"]
-    lines.append(f"| its float copy, merged | {few['copy_accuracy']:.1%} | {few['copy_loss']:.4f} | | | |")
+    few, plain = sides["nf4"], sides["none"]
+    cells = (spread(values(few, "copy_accuracy"), ".1%"), spread(values(few, "copy_loss"), ".4f"))
+    lines.append(f"| its float copy, merged | {' | '.join(cells)} | | | | |")
+    difference = mean(values(few, "accuracy")) - mean(values(plain, "accuracy"))
+    lines += [
+        "",
+        f"NF4 differs from bfloat16 by {100 * difference:+.1f} points, with a standard error of "
+        f"{100 * paired_error(few, plain):.1f} (by held-out rows, the same for both); at most {100 * BELOW:.1f} below are "
+        "allowed.",
+    ]
     return "\n".join(lines)
 
 
 def main() -> int:
-    """Run both, compare, write."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rows", type=int, default=2000)
-    parser.add_argument("--held-out", type=int, default=500)
-    parser.add_argument("--side")
-    parser.add_argument("--output", type=Path, default=RESULTS)
+    """Run all, compare, write."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rows", type=int, default=640, help="rows to train on for the accuracy, of 2,000")
+    parser.add_argument("--held-out", type=int, default=500, help="rows to measure it on")
+    parser.add_argument("--seeds", type=int, default=3, help="how many seeds")
+    parser.add_argument("--steps", type=int, default=8, help="steps of a round that is timed")
+    parser.add_argument("--rounds", type=int, default=3, help="rounds that are timed, both ways in each")
+    parser.add_argument(
+        "--untimed", action="store_true", help="measure accuracies alone, and write nothing but the cache"
+    )
+    parser.add_argument("--again", action="store_true", help="measure accuracies again that are there")
+    parser.add_argument("--output", type=Path, default=RESULTS, help="where the results go")
+    parser.add_argument("--job", nargs=2, metavar=("JOB", "RESULT"), help=argparse.SUPPRESS)
     asked = parser.parse_args()
-    if asked.side:
-        asked.output.write_text(json.dumps(run(asked.side, asked)))
+    if asked.job:
+        job = json.loads(asked.job[0])
+        found = train_by_the_clock(job) if job["part"] == "time" else train_and_score(job)
+        Path(asked.job[1]).write_text(json.dumps(found))
         return 0
-    sides = {"bf16": apart("none", asked), "nf4": apart("nf4", asked)}
-    text, failed = table(sides, asked), missed(sides)
+    shared = {"part": "accuracy", "rows": asked.rows, "held_out": asked.held_out}
+    sides: dict[str, list[dict[str, Any]]] = {way: [] for way in WAYS}
+    for seed in range(asked.seeds):
+        for way in WAYS:
+            sides[way].append(apart({**shared, "way": way, "seed": seed}, asked.again))
+            print(f"{WAYS[way]}, seed {seed}: {sides[way][-1]['accuracy']:.1%}", flush=True)
+    if asked.untimed:
+        return 0
+    clocks: dict[str, list[dict[str, Any]]] = {way: [] for way in WAYS}
+    for turn in range(asked.rounds):
+        for way in WAYS if turn % 2 == 0 else reversed(WAYS):
+            clocks[way].append(apart({"part": "time", "way": way, "seed": turn, "steps": asked.steps}, True))
+    text, failed = table(sides, clocks, asked), missed(sides)
     asked.output.parent.mkdir(exist_ok=True)
-    record = {"machine": describe(), "sides": sides, "missed": failed, "markdown": text}
-    asked.output.write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n")
+    record = {"machine": describe(), "sides": sides, "clocks": clocks, "missed": failed, "markdown": text}
+    asked.output.write_text(json.dumps(record, ensure_ascii=False) + "\n")
     print(text)
     for line in failed:
         print(f"missed: {line}", file=sys.stderr)
