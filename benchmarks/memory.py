@@ -2,16 +2,21 @@
 
     make bench-memory            the table, benchmarks/results/memory.json; fails where a prediction is off by more than 10%
 
-Measured are bytes of tensors that are there: the model's as it is held, the adapter's, the gradients', the optimiser's,
-and what one forward pass of the decoder keeps for its backward. Beside them stands by how much the process grew at its
-peak from the loaded base on, which has the allocator's slack and what lives for a moment in it, and is not judged.
+Base and adapter are bytes of the tensors that the loaded model holds. The rest is what the system says: by how much the
+resident memory of the process is larger while one forward pass waits for its backward (activations), behind the backward
+pass (gradients), and behind the optimiser's step. For that the allocator is told to map every larger tensor by itself and to
+give it back at once, and one pass is made before, so that libraries have laid out what is theirs. Beside them stands by how
+much the process grew at its peak in that step, which has what lives for a moment in it, and is not judged.
 Predicted is what `lorakit plan` says from shapes alone. Below that, the same arithmetic for models that do not fit here.
 """
 
 from __future__ import annotations
 
 import argparse
+import ctypes
+import gc
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -22,13 +27,20 @@ from typing import Any
 import torch
 
 import material
-from lorakit.insight.plan import WAYS, Plan, gigabytes, kept_bytes, plan
+from lorakit.insight.plan import WAYS, Plan, gigabytes, plan
 from lorakit.methods import LoRA
 from trainers.machine import describe, forget_peak, memory
 
 RESULTS = Path(__file__).resolve().parent / "results" / "memory.json"
 ALLOWED = 0.10
 """How far a prediction may be off, of what was measured."""
+ALLOCATOR = {
+    "MALLOC_MMAP_THRESHOLD_": "65536",
+    "MALLOC_TRIM_THRESHOLD_": "0",
+    "MALLOC_TOP_PAD_": "0",
+    "MALLOC_ARENA_MAX": "1",
+}
+"""glibc's: tensors from 64 kB on lie in mappings of their own, and go back to the system when they are freed."""
 SIZES = {
     "7B": {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32},
     "13B": {"hidden_size": 5120, "intermediate_size": 13824, "num_hidden_layers": 40, "num_attention_heads": 40},
@@ -45,8 +57,6 @@ def measure(way: str, batch: int, length: int, rank: int, galore_rank: int) -> d
     from lorakit.train.quantisation import holding
 
     model, _ = load_model(material.fetch_model(), dtype="bf16", quantize="nf4" if way == "qlora" else None)
-    forget_peak()
-    before = memory("VmRSS")
     base = holding(model).nbytes
     model.train()
     adapter = 0
@@ -60,21 +70,25 @@ def measure(way: str, batch: int, length: int, rank: int, galore_rank: int) -> d
     optimiser = build_optimizer(name, [{"params": trained, "lr": 1e-4}], **options)
     ids = torch.randint(0, model.config.vocab_size, (batch, length))
     body = model.get_decoder()
-    there = [*model.parameters(), *model.buffers()]
-    activations = kept_bytes(lambda: body(input_ids=ids, use_cache=False).last_hidden_state, there)
+
+    def forward() -> torch.Tensor:
+        states: torch.Tensor = body(input_ids=ids, use_cache=False).last_hidden_state
+        return states
+
+    forward().float().square().mean().backward()  # what libraries lay out at a first step is theirs
+    for parameter in trained:
+        parameter.grad = None
+    forget_peak()
+    before = resident()
     started = time.perf_counter()
-    body(input_ids=ids, use_cache=False).last_hidden_state.float().square().mean().backward()
-    if way in ("full", "galore"):  # the head is tied to the embedding, which has its gradient
-        for parameter in trained:
-            parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-    gradients = sum(p.grad.numel() * p.grad.element_size() for p in trained if p.grad is not None)
+    states = forward()
+    activations = resident() - before
+    states.float().square().mean().backward()
+    del states
+    gradients = resident() - before
     optimiser.step()
+    held = resident() - before - gradients
     seconds = time.perf_counter() - started
-    states = [*optimiser.state.values()]
-    states += [*optimiser._inner.state.values()] if way == "galore" else []
-    held = sum(
-        t.numel() * t.element_size() for s in states for t in s.values() if isinstance(t, torch.Tensor) and t.ndim
-    )
     parts = {
         "base": base,
         "adapter": adapter,
@@ -86,13 +100,22 @@ def measure(way: str, batch: int, length: int, rank: int, galore_rank: int) -> d
     return {"parts": parts, "grew": memory("VmHWM") - before, "seconds": seconds, "config": model.config.to_dict()}
 
 
+def resident() -> int:
+    """Bytes of memory that this process holds, without what nobody refers to any more and without free pages of the heap."""
+    gc.collect()
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc has it
+    if trim is not None:
+        trim(0)
+    return int(memory("VmRSS"))
+
+
 def apart(way: str, asked: argparse.Namespace) -> dict[str, Any]:
     """`measure` in a process of its own."""
     with tempfile.TemporaryDirectory() as folder:
         result = Path(folder) / "side.json"
         command = [sys.executable, __file__, "--side", way, "--output", str(result)]
         command += ["--batch", str(asked.batch), "--length", str(asked.length), "--rank", str(asked.rank)]
-        subprocess.run([*command, "--galore-rank", str(asked.galore_rank)], check=True)
+        subprocess.run([*command, "--galore-rank", str(asked.galore_rank)], check=True, env={**os.environ, **ALLOCATOR})
         found: dict[str, Any] = json.loads(result.read_text())
     return found
 
@@ -159,7 +182,7 @@ def main() -> int:
             f"SmolLM2-135M in bfloat16, {asked.batch} × {asked.length} tokens, LoRA of rank {asked.rank} on all linear layers, "
             f"GaLore of rank {asked.galore_rank}, the base of QLoRA in NF4 with double quantisation. Allowed: {ALLOWED:.0%}.",
             "",
-            "| | | measured | predicted | off by | the process grew by | |",
+            "| | | measured | predicted | off by | the process grew in the step by | |",
             "|---|---|---|---|---|---|---|",
             *lines,
             "",

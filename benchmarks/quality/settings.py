@@ -70,12 +70,17 @@ SETTINGS: tuple[Setting, ...] = (
     Setting(
         "Full, GaLore", ("method=full", "train.optimizer=galore"), 5e-4, "the same with optimiser state of low rank"
     ),
-    Setting("Bottleneck, Houlsby", ("method=bottleneck", "size=35"), 1e-3, steps=30),
-    Setting("Bottleneck, parallel", ("method=bottleneck", "placement=parallel", "size=70", "scale=4"), 1e-3, steps=30),
-    Setting("Prompt tuning", ("method=prompt-tuning",), 0.1, "20 rows", steps=30),
+    Setting("Bottleneck (Houlsby)", ("method=bottleneck", "size=35"), 1e-3),
+    Setting("Bottleneck (parallel)", ("method=bottleneck", "placement=parallel", "size=70", "scale=4"), 1e-3),
+    Setting(
+        "Prompt tuning",
+        ("method=prompt-tuning", "start=text", "text=Is the review positive or negative?"),
+        3e-2,
+        "20 rows, from a text",
+    ),
     Setting("P-tuning", ("method=p-tuning",), 1e-3, "20 rows out of a network", steps=30),
-    Setting("Prefix tuning", ("method=prefix-tuning",), 1e-3, "20 keys and values out of a network", steps=30),
-    Setting("LLaMA-Adapter", ("method=llama-adapter",), 9e-3, "10 tokens a layer", steps=30),
+    Setting("Prefix tuning", ("method=prefix-tuning",), 3e-3, "20 keys and values out of a network", steps=30),
+    Setting("LLaMA-Adapter", ("method=llama-adapter",), 9e-3, "10 tokens a layer"),
     Setting("LoReFT", ("method=loreft",), 4e-3, "the prompt's first and last token", steps=30),
 )
 """BitFit is not among them: SmolLM2 has no biases, and lorakit says so."""
