@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from statistics import mean, median
-from typing import Any, cast
+from typing import Any
 
 from quality.settings import BASELINE
 
@@ -20,7 +20,9 @@ def values(row: Row, key: str) -> list[float]:
 
 
 def spread(numbers: Sequence[float], form: Callable[[float], str]) -> str:
-    """The median with its range."""
+    """The median with its range, or the one number that there is."""
+    if len(numbers) == 1:
+        return form(numbers[0])
     return f"{form(median(numbers))} ({form(min(numbers))} to {form(max(numbers))})"
 
 
@@ -42,35 +44,53 @@ def quality_table(rows: Sequence[Row], base: dict[str, Any], shared: dict[str, A
     """A line per method, the best median accuracy first; `base` is the model as it came."""
     baseline = next((row for row in rows if row["name"] == BASELINE), None)
     count, accuracy = shared["held_out"], base["accuracy"]
+    several = len(seeds) > 1
+    many = f"{len(seeds)} seeds (median, least and greatest)" if several else "one seed"
+    heads = [
+        "method",
+        "accuracy",
+        "against the base",
+        *(["against LoRA"] if baseline is not None else []),
+        "held-out loss",
+    ]
+    heads += ["trained numbers", "adapter file", "processor s", "peak memory", "learning rate", ""]
     lines = [
-        f"SmolLM2-135M-Instruct, film reviews, steps of {shared['batch_size']} examples, {count} held-out rows, {len(seeds)} "
-        "seeds (median, least and greatest). Seconds are one thread's processor time for a whole run with its evaluation. "
-        f"Without an adapter the model's accuracy is {percent(accuracy)} and its loss {base['loss']:.3f}. "
-        f"The standard error of one accuracy on so many rows is {percent((accuracy * (1 - accuracy) / count) ** 0.5)}; all "
-        "rows are measured on the same ones.",
+        f"SmolLM2-135M-Instruct, film reviews, {shared['steps']} steps of {shared['batch_size']} examples, {count} held-out "
+        f"rows, {many}. Seconds are one thread's processor time for a whole run with its evaluation. Without an adapter the "
+        f"model's accuracy is {percent(accuracy)} and its loss {base['loss']:.3f}. The standard error of one accuracy on so "
+        f"many rows is {percent((accuracy * (1 - accuracy) / count) ** 0.5)}; all rows are measured on the same ones.",
         "",
-        "| method | accuracy | against the base | against LoRA | held-out loss | steps | trained numbers | adapter file "
-        "| processor s | peak memory | learning rate | |",
-        "|---|---|---|---|---|---|---|---|---|---|---|---|",
+        f"| {' | '.join(heads)} |",
+        "|" + "---|" * len(heads),
     ]
     for row in sorted(rows, key=lambda row: (-median(values(row, "accuracy")), median(values(row, "loss")))):
-        alike = baseline is not None and row is not baseline and row["steps"] == baseline["steps"]
-        cells = (
-            row["name"],
-            spread(values(row, "accuracy"), percent),
-            beats(row, [accuracy] * len(row["runs"])),
-            beats(row, values(cast(Row, baseline), "accuracy")) if alike else "",
+        cells = [row["name"], spread(values(row, "accuracy"), percent), beats(row, [accuracy] * len(row["runs"]))]
+        if baseline is not None:
+            cells.append("" if row is baseline else beats(row, values(baseline, "accuracy")))
+        cells += [
             spread(values(row, "loss"), "{:.3f}".format),
-            str(row["steps"]),
             f"{row['runs'][0]['trained']:,}",
             f"{median(values(row, 'file_bytes')) / 1e6:,.2f} MB",
             f"{median(values(row, 'processor_seconds')):.0f}",
             f"{median(values(row, 'memory_peak')) / 1e9:.2f} GB",
             f"{row['learning_rate']:g}",
             row["note"],
-        )
+        ]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
+
+
+def no_better(rows: Sequence[Row], base: dict[str, Any]) -> list[str]:
+    """The rows that are not above the base in accuracy and below it in loss, in words."""
+    found = []
+    for row in rows:
+        accuracy, loss = median(values(row, "accuracy")), median(values(row, "loss"))
+        if accuracy <= base["accuracy"] or loss >= base["loss"]:
+            found.append(
+                f"{row['name']}: accuracy {percent(accuracy)} and loss {loss:.3f}, the base's are "
+                f"{percent(base['accuracy'])} and {base['loss']:.3f}"
+            )
+    return found
 
 
 def claims(rows: Sequence[Row]) -> str:

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import pytest
 
-from lorakit.edits import EDITS
+import lorakit.edits
 from lorakit.methods import METHODS
+from lorakit.table import TABLE
 from lorakit.train import load_config
-from quality.settings import BASELINE, SETTINGS, Setting
-from quality.tables import claims, quality_table
+from quality.settings import BASELINE, EDITS, SETTINGS, Setting
+from quality.tables import claims, no_better, quality_table
 
 
 def row(name: str, accuracies: list[float], **more: Any) -> dict[str, Any]:
@@ -29,45 +29,49 @@ def row(name: str, accuracies: list[float], **more: Any) -> dict[str, Any]:
         }
         for accuracy in accuracies
     ]
-    return {"name": name, "learning_rate": 1e-3, "note": "", "steps": more.get("steps", 12), "runs": runs}
+    return {"name": name, "learning_rate": 1e-3, "note": "", "runs": runs}
 
 
-@pytest.mark.parametrize("setting", SETTINGS, ids=lambda setting: setting.name)
+@pytest.mark.parametrize("setting", [*SETTINGS, *EDITS], ids=lambda setting: setting.name)
 def test_every_row_is_a_run_that_is_accepted(setting: Setting) -> None:
     config = load_config(None, ["model=m", "data.train=rows.jsonl", *setting.flags])
-    assert config.method.name in {**METHODS, **EDITS}
+    assert config.method.name in TABLE
 
 
 def test_every_method_has_a_row() -> None:
     configs = [load_config(None, ["model=m", "data.train=rows.jsonl", *setting.flags]) for setting in SETTINGS]
-    assert {config.method.name for config in configs} == {*METHODS, *EDITS} - {"bitfit"}  # SmolLM2 has no biases
-    assert len({setting.name for setting in SETTINGS}) == len(SETTINGS)
+    assert {config.method.name for config in configs} == set(METHODS) - {"bitfit"}  # SmolLM2 has no biases
+    configs = [load_config(None, ["model=m", "data.train=rows.jsonl", *setting.flags]) for setting in EDITS]
+    assert {config.method.name for config in configs} == set(lorakit.edits.EDITS)
+    assert len({setting.name for setting in (*SETTINGS, *EDITS)}) == len(SETTINGS) + len(EDITS)
 
 
 def test_the_table_is_sorted_and_says_who_is_above_lora() -> None:
     shared = {"steps": 1, "batch_size": 1, "held_out": 1}
     rows = [row(BASELINE, [0.8, 0.8, 0.8]), row("better", [0.9, 0.9, 0.81]), row("mixed", [0.9, 0.7, 0.8])]
     rows.append(row("worse", [0.7, 0.7, 0.7]))
-    rows.append(row("longer", [0.6, 0.6, 0.9], steps=30))
     text = quality_table(rows, {"accuracy": 0.75, "loss": 1.2345}, shared, [0, 1, 2])
     assert "Without an adapter the model's accuracy is 75.0% and its loss 1.234." in text
     lines = text.splitlines()[4:]
-    assert [line.split("|")[1].strip() for line in lines] == ["better", BASELINE, "mixed", "worse", "longer"]
+    assert [line.split("|")[1].strip() for line in lines] == ["better", BASELINE, "mixed", "worse"]
     cells = {line.split("|")[1].strip(): [cell.strip() for cell in line.split("|")] for line in lines}
     unclear = "no clear difference"
-    against_base = {"better": "above", BASELINE: "above", "mixed": unclear, "worse": "below", "longer": unclear}
+    against_base = {"better": "above", BASELINE: "above", "mixed": unclear, "worse": "below"}
     assert {name: row[3] for name, row in cells.items()} == against_base
-    against_lora = {"better": "above", BASELINE: "", "mixed": unclear, "worse": "below", "longer": ""}
-    assert {name: row[4] for name, row in cells.items()} == against_lora, "who took other steps is not compared"
-    assert {name: row[6] for name, row in cells.items()} == {**dict.fromkeys(cells, "12"), "longer": "30"}
+    against_lora = {"better": "above", BASELINE: "", "mixed": unclear, "worse": "below"}
+    assert {name: row[4] for name, row in cells.items()} == against_lora
 
 
-def test_a_row_of_its_own_steps_leaves_the_jobs_of_the_others_as_they_are() -> None:
-    plain = Setting("LoRA", ("method=lora",), 1e-3)
-    job = plain.job(12)
-    assert job["steps"] == 12
-    assert set(job["setting"]) == {"name", "flags", "learning_rate", "note"}, "what was measured is found by this"
-    assert replace(plain, steps=30).job(12) == {**job, "steps": 30}
+def test_an_edit_that_is_no_better_than_the_base_is_named() -> None:
+    base = {"accuracy": 0.8, "loss": 0.6}
+    better, worse = row("better", [0.85]), row("worse", [0.8])
+    assert no_better([better], base) == []
+    assert no_better([better, worse], base) == ["worse: accuracy 80.0% and loss 0.500, the base's are 80.0% and 0.600"]
+    (line,) = no_better([better], {**base, "loss": 0.4})
+    assert line.startswith("better: accuracy 85.0% and loss 0.500")
+    text = quality_table([better], base, {"steps": 1, "batch_size": 1, "held_out": 1}, [0])
+    assert "one seed." in text
+    assert "| better | 85.0% | above | 0.500 |" in text
 
 
 @pytest.mark.parametrize(
