@@ -15,7 +15,7 @@ from lorakit import native
 from lorakit.train import attention, tree
 from lorakit.train.attention import flat_attention
 from lorakit.train.blocks import FlatAttention, plan_attention
-from lorakit.train.loss import causal_loss, padded_loss
+from lorakit.train.loss import causal_loss, flat_support, padded_loss
 from lorakit.train.packing import FlatBatch, pack
 from lorakit.train.tree import TreeAttention
 
@@ -146,6 +146,8 @@ def test_a_model_goes_that_way(kind: str, monkeypatch: pytest.MonkeyPatch) -> No
     calls: list[str] = []
     call = tree._call
     monkeypatch.setattr(tree, "_call", lambda name, *rest: calls.append(name) or call(name, *rest))
+    assert flat_support(model) is None  # the trainer takes the flat path
+    assert "attend" in calls
     rows = [[*range(1, 31), *range(40, 40 + n)] for n in (3, 30, 11)]
     examples = [Example(row, [-100] * 30 + row[30:]) for row in rows]
     with flat_attention(model):

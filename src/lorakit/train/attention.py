@@ -72,6 +72,7 @@ def flat_attention_forward(
         )
     if not getattr(module, "is_causal", True) or kwargs.get("is_causal") is False:
         raise ValueError("flat attention: this layer is not causal")
+    flat_batch.windows.add(sliding_window)
     plain = softcap is None and s_aux is None
     compiled = plain and tree.suits(flat_batch, query)
     if plain and _is_long(flat_batch, sliding_window) and not (compiled and not _torch_is_faster()):

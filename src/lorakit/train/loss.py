@@ -410,7 +410,7 @@ def _find_reason(model: Any) -> str | None:
         gap = (found - expected.double()).norm() / expected.double().norm().clamp_min(1e-30)
         if not bool(gap <= bound):
             return f"a flat row gives other logits than each example alone (off by {float(gap):.1e})"
-    seen, stated = {window for *_, window in packed.plans}, _stated_windows(text)
+    seen, stated = packed.windows, _stated_windows(text)
     if seen != stated:
         return f"its attention is given the sliding windows {seen}, its configuration states {stated}"
     return None

@@ -61,7 +61,7 @@ class FlatBatch:
     row only the first `used` tokens are real; `counts` `[1, tokens]` says how many examples hold each token, 0 for the
     rest. `unshared_tokens` is what the examples hold together, `num_targets` the number of labels in them. `asked` are the
     rows that the last block gives, in this order, and then `hidden_index` counts among them; None is every row. `plans` is
-    where attention keeps what it works out once per batch.
+    where attention keeps what it works out once per batch, `windows` which sliding windows layers gave it (None: all is seen).
     """
 
     input_ids: Tensor
@@ -76,6 +76,7 @@ class FlatBatch:
     num_targets: int
     asked: Tensor | None = None
     plans: dict[Any, Any] = field(default_factory=dict, compare=False, repr=False)
+    windows: set[int | None] = field(default_factory=set, compare=False, repr=False)
 
     @property
     def tokens(self) -> int:
