@@ -34,8 +34,8 @@ ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "serve.json"
 SIDES = ("lorakit", "peft", "transformers")
 DISTINCT = (0, 1, 8, 32)
-KNOWN = {"vLLM 0.32, CPU build": (920, 194, 191, 186), "PEFT 0.21, quiet machine": (383, 233, 164, 82)}
-"""Generated tokens per second for `DISTINCT`, measured before on this kind of machine when it was quiet."""
+KNOWN = {"vLLM 0.32, CPU build": (920, 194, 191, 186), "PEFT 0.21": (383, 233, 164, 82)}
+"""Generated tokens per second for `DISTINCT`, measured before on two quiet cores that multiply matrices (AMX)."""
 BATCH = 32
 VLLM = {
     "VLLM_CPU_KVCACHE_SPACE": "1",
@@ -315,6 +315,8 @@ def floors(rows: dict[str, Any]) -> list[dict[str, Any]]:
         return None if a is None or not b else a / b
 
     ours, bare, mixed = speed(rows, "lorakit", 32), speed(rows, "lorakit", 0), speed(rows, "peft", 32)
+    hold("base only, against vLLM's CPU build", ratio(bare, speed(rows, "vllm", 0)), 1, "×")
+    hold("32 distinct adapters, against vLLM's", ratio(ours, speed(rows, "vllm", 32)), 3, "×")
     hold("32 distinct adapters, against PEFT's mixed batch", ratio(ours, mixed), 6, "×")
     hold("32 distinct against own base only", ratio(ours, bare), 0.55, "×")
     if "first token" in own:
@@ -341,12 +343,12 @@ def markdown(record: dict[str, Any]) -> str:
         "| distinct adapters | " + " | ".join(map(str, DISTINCT)) + " |",
         "|---|" + "---|" * len(DISTINCT),
     ]
-    for side in SIDES:
-        if side in rows:
+    for side in rows:
+        if speed(rows, side, 0) is not None:
             cells = ["-" if (found := speed(rows, side, n)) is None else f"{found:.0f}" for n in DISTINCT]
             lines.append(f"| {side} {record['versions'].get(side, '')} | " + " | ".join(cells) + " |")
     for name, figures in KNOWN.items():
-        lines.append(f"| {name} (known, not of this run) | " + " | ".join(map(str, figures)) + " |")
+        lines.append(f"| {name} (on a processor with AMX, not of this run) | " + " | ".join(map(str, figures)) + " |")
     lines += ["", "| | found | floor | |", "|---|---|---|---|"]
     for floor in record["floors"]:
         sign = "≤" if floor["at_most"] else "≥"
@@ -392,9 +394,13 @@ def main() -> None:
         "rows": {},
     }
     store()
-    for side in arguments.sides.split(","):
+    for side in [*arguments.sides.split(","), *(["vllm"] if arguments.vllm_python else [])]:
         print(f"{side} …", flush=True)
-        record["rows"][side] = run_side(side, job)
+        if side == "vllm":
+            record["rows"][side] = vllm_side(arguments.vllm_python, job)
+            record["versions"][side] = record["rows"][side].pop("version")["vllm"]
+        else:
+            record["rows"][side] = run_side(side, job)
         for name, row in record["rows"][side].items():
             print(f"  {name}: " + ", ".join(f"{key} {value:.4g}" for key, value in row.items()), flush=True)
     record["peak_after"] = machine.gemm_peak() / 1e9

@@ -6,7 +6,8 @@
 A small model in float32 behind the HTTP front on the loopback; clients that ask (greedily, so that every answer can be compared
 with `generate` alone), leave in the middle, ask for what is not there, for adapters that are corrupt, for too much; an
 operator who loads, unloads, pins and reloads; an adapter whose files change; with replicas, one that is killed now and
-then. It fails where an answer differs, where a request ends in anything but its answer or the error that it deserves, where
+then. The outcome goes to benchmarks/results/soak.json, beside the last one of the other kind (in this process, on replicas).
+It fails where an answer differs, where a request ends in anything but its answer or the error that it deserves, where
 memory grows, or where anything is left when all have gone.
 """
 
@@ -19,14 +20,17 @@ import os
 import random
 import shutil
 import signal
+import statistics
 import sys
 import tempfile
 import time
 from collections import Counter
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks" / "results" / "soak.json"
 sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "benchmarks")]
 
 import openai
@@ -235,6 +239,44 @@ def soak(seconds: float, replicas: int = 0, seed: int = 0) -> tuple[list[str], C
     return run.wrong, run.seen, held
 
 
+def record(seconds: float, replicas: int, wrong: list[str], seen: Counter[str], held: list[float]) -> None:
+    """Keep the outcome, and the table of all kinds for docs/benchmarks.md."""
+    kinds: dict[str, Any] = json.loads(RESULTS.read_text())["kinds"] if RESULTS.exists() else {}
+    third = len(held) // 3
+    kinds[f"{replicas} replicas on Ray" if replicas else "one process"] = {
+        "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M"),
+        "seconds": seconds,
+        "seen": dict(sorted(seen.items())),
+        "wrong": len(wrong),
+        "memory": {
+            "start": held[0],
+            "middle": statistics.median(held[third : 2 * third]),
+            "last": statistics.median(held[-third:]),
+        },
+    }
+    RESULTS.write_text(json.dumps({"kinds": kinds, "markdown": markdown(kinds)}, indent=1) + "\n")
+
+
+def markdown(kinds: dict[str, Any]) -> str:
+    """The outcomes as a table."""
+    rows = [
+        "| | seconds | answers, all right | left in the middle | refused, as they deserve | moves and changes of adapters | "
+        "replicas killed | memory, second and last third | wrong or lost |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for name, kind in kinds.items():
+        seen = kind["seen"]
+        refused = sum(count for what, count in seen.items() if "refused" in what or what.startswith("error"))
+        moved = sum(seen.get(verb, 0) for verb in ("load", "unload", "pin", "unpin", "reload", "changed"))
+        memory = kind["memory"]
+        rows.append(
+            f"| {name}, {kind['date']} | {kind['seconds']:.0f} | {seen.get('answered', 0):,} | {seen.get('left', 0):,} | "
+            f"{refused:,} | {moved:,} | {seen.get('killed', 0)} | "
+            f"{memory['middle'] / 1e6:.0f}, {memory['last'] / 1e6:.0f} MB | {kind['wrong']} |"
+        )
+    return "\n".join(rows)
+
+
 def main() -> None:
     """Run, print, and fail where anything went wrong."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -243,6 +285,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     asked = parser.parse_args()
     wrong, seen, held = soak(asked.seconds, asked.replicas, asked.seed)
+    record(asked.seconds, asked.replicas, wrong, seen, held)
     print(json.dumps(dict(sorted(seen.items())), indent=2))
     print(
         f"memory: {held[0] / 1e6:.0f} MB at the start, {max(held) / 1e6:.0f} at most, {held[-1] / 1e6:.0f} at the end"

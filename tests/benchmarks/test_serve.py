@@ -15,7 +15,8 @@ SPEC.loader.exec_module(serve)
 
 
 def rows(**changes: float) -> dict[str, Any]:
-    found = {"ours": 700.0, "bare": 1000.0, "peft": 100.0, "later": 40.0, "zipf": 600.0, "memory": 0.5} | changes
+    found = {"ours": 700.0, "bare": 1000.0, "peft": 100.0, "later": 40.0, "zipf": 600.0, "memory": 0.5}
+    found |= {"vllm": 900.0, "vllm_mixed": 200.0} | changes
     return {
         "lorakit": {
             "0 distinct": {"tokens_per_second": found["bare"]},
@@ -25,6 +26,10 @@ def rows(**changes: float) -> dict[str, Any]:
             "memory": {"gigabytes": found["memory"]},
         },
         "peft": {"32 distinct": {"tokens_per_second": found["peft"]}},
+        "vllm": {
+            "0 distinct": {"tokens_per_second": found["vllm"]},
+            "32 distinct": {"tokens_per_second": found["vllm_mixed"]},
+        },
     }
 
 
@@ -36,6 +41,8 @@ def test_each_floor_can_be_missed() -> None:
     assert missed() == []
     assert missed(peft=120.0) == ["32 distinct adapters, against PEFT's mixed batch"]
     assert missed(bare=1300.0) == ["32 distinct against own base only"]
+    assert missed(vllm=1001.0) == ["base only, against vLLM's CPU build"]
+    assert missed(vllm_mixed=234.0) == ["32 distinct adapters, against vLLM's"]
     assert missed(later=61.0) == ["cold adapter: first token later than warm by"]
     assert missed(zipf=480.0) == ["1,000 known, 100 in memory, Zipf-1.5, against 32 resident"]
     assert missed(memory=0.71) == ["memory of 100 rank-8 adapters"]

@@ -13,6 +13,7 @@ import lorakit as lk
 from lorakit.serve.engine import LocalEngine
 from lorakit.serve.request import Ticket
 from lorakit.serve.scheduler import Limits
+from lorakit.train.models import load_model
 from serving.small import Oracle, greedy, model, prompt, write_adapter
 
 METHODS: dict[str, Any] = {
@@ -108,3 +109,35 @@ def test_a_stopped_engine_gives_the_model_back(served: tuple[Any, Path, Oracle])
     with torch.no_grad():
         assert torch.equal(base(ids).logits, before)
     assert not any("forward" in vars(module) for module in base.modules())
+
+
+@pytest.mark.model
+def test_the_real_model_gives_each_request_what_it_gets_alone(model_path: Path, tmp_path: Path) -> None:
+    """SmolLM2-135M in float32: the base, two adapters and a blend of them, arriving one by one, in steps shorter than the
+    longest prompt."""
+    base, tokenizer = load_model(model_path, dtype="float32")
+    base.eval()
+    for seed, rank in enumerate((8, 16)):
+        write_adapter(base, tmp_path / f"r{rank}", lk.LoRA(rank=rank), std=0.06, seed=seed)
+    oracle = Oracle(base, tmp_path)
+    blends: list[dict[str, float]] = [{}, {"r8": 1.0}, {"r16": 1.0}, {"r8": 0.6, "r16": -0.3}]
+    texts = ["The capital of France is", "Once upon a time, there was", "def fibonacci(n):\n    " * 6]
+    requests = [
+        greedy(n, tokenizer(text)["input_ids"], blend, 10)
+        for n, (text, blend) in enumerate((text, blend) for blend in blends for text in texts)
+    ]
+    answers = [oracle.answer(request.prompt, request.blend, 10) for request in requests]
+    assert len(set(map(tuple, answers))) > 8, "the adapters have an effect"
+    del oracle
+    engine = LocalEngine(base, tmp_path, Limits(batch=8, step_tokens=32, cache_bytes=64 << 20))
+    engine.pool.start()
+    for name in engine.adapters.names():
+        engine.adapters.load(name)
+    tickets: list[Ticket] = []
+    for request in requests:
+        tickets.append(engine.submit(request))
+        engine.step()
+    while not all(ticket.ended for ticket in tickets):
+        engine.step()
+    assert [ticket.tokens() for ticket in tickets] == answers
+    engine.stop()

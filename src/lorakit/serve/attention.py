@@ -23,6 +23,21 @@ from lorakit.serve.cache import PAGE, Cache, LayerShape, gathered
 from lorakit.serve.request import Refused
 
 
+@dataclass(frozen=True)
+class Asked:
+    """What a layer's attention does beside the usual."""
+
+    scale: float
+    softcap: float
+    window: int
+    sinks: Tensor | None
+
+    @property
+    def address(self) -> int:
+        """Of the sinks; 0 where there are none."""
+        return 0 if self.sinks is None else self.sinks.data_ptr()
+
+
 @dataclass
 class Present:
     """What the engine's thread tells the layers of its model: the batch of this step.
@@ -31,12 +46,14 @@ class Present:
         batch: the step, or None outside of one.
         cache: the pages, once the layers are known.
         seen: layer -> its shape, filled while the engine looks at the model for the first time.
+        asked: layer -> what its attention was asked for beside q, k and v in the last step.
         compiled: whether the loops of `native.cpp` are used.
     """
 
     batch: Batch | None = None
     cache: Cache | None = None
     seen: dict[int, LayerShape] = field(default_factory=dict)
+    asked: dict[int, Asked] = field(default_factory=dict)
     compiled: bool = True
 
 
@@ -141,6 +158,7 @@ def attend(
     _, key_heads, _, dv = value.shape
     scale = d**-0.5 if scaling is None else float(scaling)
     sinks = None if s_aux is None else s_aux.float().contiguous()
+    asked = present.asked[layer] = Asked(scale, softcap or 0.0, sliding_window or 0, sinks)
     if present.compiled and (function := native.find("attend", query.dtype)) is not None:
         if not query.stride(3) == key.stride(3) == value.stride(3) == 1:
             query, key, value = query.contiguous(), key.contiguous(), value.contiguous()
@@ -149,9 +167,7 @@ def attend(
         function(
             query.data_ptr(), query.stride(1), query.stride(2), key.data_ptr(), key.stride(1), key.stride(2),
             value.data_ptr(), value.stride(1), value.stride(2), out.data_ptr(), keys.data_ptr(), values.data_ptr(),
-            batch.table.data_ptr(), batch.table.shape[1], batch.row.data_ptr(), batch.place.data_ptr(), tokens,
-            batch.tiles.data_ptr(), batch.tiles.shape[0], heads, key_heads, d, dv, scale, softcap or 0.0,
-            sliding_window or 0, 0 if sinks is None else sinks.data_ptr(),
+            *batch.addresses, heads, key_heads, d, dv, scale, asked.softcap, asked.window, asked.address,
         )
         # fmt: on
         return out

@@ -95,6 +95,15 @@ class Batch:
     mixture: Mixture | None = None
 
     @functools.cached_property
+    def addresses(self) -> tuple[int, ...]:
+        """What the attention of `native.cpp` is told of a step, the same for every layer."""
+        table, tiles = self.table, self.tiles
+        return (
+            *(table.data_ptr(), table.shape[1], self.row.data_ptr(), self.place.data_ptr(), self.row.shape[0]),
+            *(tiles.data_ptr(), tiles.shape[0]),
+        )
+
+    @functools.cached_property
     def long(self) -> list[int]:
         """Runs whose adapters go through matmuls."""
         return [run for run, (_, count) in enumerate(self.spans) if count >= LONG]

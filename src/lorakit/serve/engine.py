@@ -16,6 +16,7 @@ from pathlib import Path
 from torch import nn
 
 from lorakit.errors import LorakitError
+from lorakit.serve import native
 from lorakit.serve.batch import Batch, Mixture, Run, assemble, mix
 from lorakit.serve.cache import Cache, page_bytes
 from lorakit.serve.lowered import Formless, Lowering
@@ -125,6 +126,7 @@ class LocalEngine:
         if self._state != "new":
             raise LorakitError("serve: this engine was started before; make a new one.")
         self._state = "running"
+        native.let_go()  # the engine's own thread computes from now on
         self.pool.start()
         self._thread = threading.Thread(target=self._serve, name="lorakit-engine", daemon=True)
         self._thread.start()

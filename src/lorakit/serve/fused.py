@@ -9,6 +9,7 @@ from __future__ import annotations
 import sys
 import threading
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -50,7 +51,39 @@ def _agree(found: Tensor, expected: Tensor) -> bool:
     )
 
 
-def _norm(module: nn.Module, present: Present) -> Callable[[Tensor], Tensor] | None:
+@dataclass
+class Norm:
+    """The forward of an RMSNorm; `shift` is added to its weight."""
+
+    original: Callable[[Tensor], Tensor]
+    present: Present
+    weight: Tensor
+    eps: float
+    shift: float
+
+    def __call__(self, x: Tensor) -> Tensor:
+        if self.present.batch is None or x.dtype != self.weight.dtype or not x.is_contiguous():
+            return self.original(x)
+        return native.norm(x, self.weight, self.eps, self.shift)
+
+
+@dataclass
+class Gate:
+    """The forward of a feed-forward part that is `down(silu(gate(x)) * up(x))`."""
+
+    original: Callable[[Tensor], Tensor]
+    present: Present
+    gate: nn.Module
+    up: nn.Module
+    down: nn.Module
+
+    def __call__(self, x: Tensor) -> Tensor:
+        if self.present.batch is None:
+            return self.original(x)
+        return self.down(native.gate(self.gate(x), self.up(x)))  # type: ignore[no-any-return]
+
+
+def _norm(module: nn.Module, present: Present) -> Norm | None:
     """A forward for a module that is an RMSNorm, with its weight as it is or shifted by one."""
     weight = getattr(module, "weight", None)
     if "RMSNorm" not in type(module).__name__ or not isinstance(weight, Tensor) or weight.dim() != 1:
@@ -59,22 +92,16 @@ def _norm(module: nn.Module, present: Present) -> Callable[[Tensor], Tensor] | N
     eps = getattr(module, "eps", None) if eps is None else eps
     if eps is None or len(list(module.parameters())) != 1 or native.find("norm", weight.dtype) is None:
         return None
-    original = module.forward
     x = torch.linspace(-2, 2, 3 * weight.shape[0]).sin().view(3, -1).to(weight.dtype)
     for shift in (0.0, 1.0):
         if not _agree(native.norm(x, weight, float(eps), shift), module(x)):
             continue
 
-        def forward(x: Tensor, shift: float = shift, eps: float = float(eps)) -> Tensor:
-            if present.batch is None or x.dtype != weight.dtype or not x.is_contiguous():
-                return original(x)  # type: ignore[no-any-return]
-            return native.norm(x, weight, eps, shift)
-
-        return forward
+        return Norm(module.forward, present, weight, float(eps), shift)
     return None
 
 
-def _gate(module: nn.Module, present: Present) -> Callable[[Tensor], Tensor] | None:
+def _gate(module: nn.Module, present: Present) -> Gate | None:
     """A forward for a module that is `down(silu(gate(x)) * up(x))`."""
     names = {name for name, _ in module.named_children()}
     parts: list[Any] = [getattr(module, name, None) for name in ("gate_proj", "up_proj", "down_proj", "act_fn")]
@@ -83,20 +110,13 @@ def _gate(module: nn.Module, present: Present) -> Callable[[Tensor], Tensor] | N
     gate, up, down, act = parts
     if not isinstance(gate, nn.Linear) or native.find("gate", gate.weight.dtype) is None:
         return None
-    original = module.forward
     probe = torch.linspace(-4, 4, 33)
     if not torch.allclose(act(probe), nn.functional.silu(probe), atol=1e-6):
         return None
     x = torch.linspace(-2, 2, 3 * gate.in_features).sin().view(1, 3, -1).to(gate.weight.dtype)
     if not torch.allclose(down(native.gate(gate(x), up(x))).float(), module(x).float(), rtol=0.02, atol=1e-2):
         return None
-
-    def forward(x: Tensor) -> Tensor:
-        if present.batch is None:
-            return original(x)  # type: ignore[no-any-return]
-        return down(native.gate(gate(x), up(x)))  # type: ignore[no-any-return]
-
-    return forward
+    return Gate(module.forward, present, gate, up, down)
 
 
 def _rotary(modelling: Any, undo: list[Callable[[], None]]) -> None:

@@ -5,6 +5,8 @@
 // Sixteen floats are one vector: a page holds sixteen tokens, keys with the tokens innermost, so that a page's scores are one
 // vector and need no sums across lanes.
 
+#include <omp.h>
+
 #include "adapters.h"
 
 constexpr int PAGE = 16;
@@ -174,9 +176,11 @@ static void adapt(const T* x, int64_t x_token, T* y, int64_t y_token, int64_t in
 // ---------------------------------------------------------------------------------------------------------------------
 // Functions of one pass
 
+constexpr int64_t ALONE = 1 << 16;  // numbers that one thread is through with before others would have begun
+
 template <typename T>
 static void norm(const T* x, const T* weight, T* y, int64_t tokens, int64_t width, float eps, float shift) {
-#pragma omp parallel for schedule(static) if (tokens > 8)
+#pragma omp parallel for schedule(static) if (tokens * width > ALONE)
     for (int64_t t = 0; t < tokens; t++) {
         const T* from = x + t * width;
         T* to = y + t * width;
@@ -212,7 +216,7 @@ template <typename T>
 static void turn(const T* x, int64_t x_head, int64_t x_token, const T* cosine, const T* sine, T* y, int64_t heads,
                  int64_t tokens, int64_t d) {
     const int64_t half = d / 2;
-#pragma omp parallel for schedule(static) if (tokens > 16)
+#pragma omp parallel for schedule(static) if (tokens * heads * d > ALONE)
     for (int64_t t = 0; t < tokens; t++)
         for (int64_t h = 0; h < heads; h++) {
             const T *from = x + h * x_head + t * x_token, *c = cosine + t * d, *s = sine + t * d;
@@ -233,7 +237,7 @@ static void turn(const T* x, int64_t x_head, int64_t x_token, const T* cosine, c
 
 template <typename T>
 static void gate(const T* a, const T* b, T* y, int64_t count) {
-#pragma omp parallel for schedule(static) if (count > 8192)
+#pragma omp parallel for schedule(static) if (count > ALONE)
     for (int64_t i = 0; i < count / 16; i++) {
         v16 x = load(a + 16 * i);
         T rounded[16];
@@ -268,6 +272,15 @@ static void greatest(const T* x, int64_t* index, int64_t rows, int64_t width) {
 #define BOTH(name, arguments, call)                                     \
     EXPORT void name##_float32 arguments(float) { name<float> call; }   \
     EXPORT void name##_bfloat16 arguments(bf16) { name<bf16> call; }
+
+// As long as all threads of OpenMP together are no more than the processors, those that wait for work look for it for a while
+// before they sleep; waking them costs more than most of the loops above. Every thread that has ever shared out work keeps
+// helpers of its own, so those that serve nobody are let go, and who reads adapters has none.
+extern "C" int omp_pause_resource_all(omp_pause_resource_t) __attribute__((weak));
+EXPORT void alone() { omp_set_num_threads(1); }
+EXPORT void let_go() {
+    if (omp_pause_resource_all) omp_pause_resource_all(omp_pause_soft);
+}
 
 #define ATTEND(T)                                                                                                          \
     (const T* q, int64_t q_head, int64_t q_token, const T* k, int64_t k_head, int64_t k_token, const T* v, int64_t v_head, \

@@ -87,6 +87,19 @@ def obstacle(model: torch.nn.Module) -> str | None:
     return str(library) if isinstance(library, Obstacle) else None
 
 
+def alone() -> None:
+    """From now on the calling thread computes without helpers; see native.cpp."""
+    torch.get_num_threads()  # which sets their number when a thread asks first
+    if not isinstance(library := _library(), Obstacle):
+        library.alone()
+
+
+def let_go() -> None:
+    """Let the calling thread's helpers go; they come back when it next has work for them."""
+    if not isinstance(library := _library(), Obstacle):
+        library.let_go()
+
+
 def large_pages(tensor: Tensor) -> None:
     """Ask Linux to hold a large tensor in pages of 2 MB: what is read here and there then needs no long look-ups."""
     size, advice = 1 << 21, 14  # MADV_HUGEPAGE

@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from lorakit.bundle import CONFIG, TENSORS
+from lorakit.serve import native
 from lorakit.serve.lowered import Lowered, Lowering, signature
 from lorakit.serve.request import AdapterInfo, Refused, State, UnknownAdapter
 
@@ -402,6 +403,7 @@ class Pool:
 
     # -- the reading threads ---------------------------------------------------------------------------------------------
     def _work(self, lowering: Lowering) -> None:
+        native.alone()
         while (entry := self._jobs.get()) is not None:
             before = signature(entry.folder)
             lowered: Lowered | None = None

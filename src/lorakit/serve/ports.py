@@ -102,6 +102,7 @@ class Group:
 
     def __init__(self, ports: list[Port]) -> None:
         self.numbers, self.outs = [port.number for port in ports], [port.out for port in ports]
+        self.width = sum(self.outs)
         self.held = [tensor for port in ports for tensor in (port.panels, port.bias)]
         self.layers = (_Layer * len(ports))(
             *(
@@ -132,12 +133,19 @@ class Group:
         return y
 
     def _compute(self, x: Tensor, batch: Batch) -> None:
-        if x.stride(-1) != 1 or x.dim() != 3 or x.shape[0] != 1:
-            flat = x.reshape(-1, x.shape[-1]).contiguous()
-        else:
-            flat = x[0]
-        tokens = flat.shape[0]
-        block = flat.new_empty(tokens * sum(self.outs))
+        block = self.compute(x.reshape(-1, x.shape[-1]), batch)
+        parts = block.split([block.numel() // self.width * out for out in self.outs])
+        self.input = x
+        self.outputs = {
+            number: part.view(*x.shape[:-1], out)
+            for number, part, out in zip(self.numbers, parts, self.outs, strict=True)
+        }
+
+    def compute(self, x: Tensor, batch: Batch) -> Tensor:
+        """All layers' outputs for x (tokens, in), one after the other, each (tokens, out)."""
+        x = x if x.stride(1) == 1 else x.contiguous()
+        tokens = x.shape[0]
+        block = x.new_empty(tokens * self.width)
         mixture = batch.mixture
         if mixture is not None and any(mixture.touched[number] for number in self.numbers):
             order, begins = batch.tiles_of_adapters
@@ -153,15 +161,8 @@ class Group:
             )
         else:
             adapters = (0, 0, 0, 0, 0, 0, 0, 0)
-        self.function(
-            self.address, len(self.outs), flat.data_ptr(), flat.stride(0), tokens, block.data_ptr(), *adapters
-        )
-        parts = block.split([tokens * out for out in self.outs])
-        self.input = x
-        self.outputs = {
-            number: part.view(*x.shape[:-1], out)
-            for number, part, out in zip(self.numbers, parts, self.outs, strict=True)
-        }
+        self.function(self.address, len(self.outs), x.data_ptr(), x.stride(0), tokens, block.data_ptr(), *adapters)
+        return block
 
 
 def join(ports: Iterable[Port]) -> None:

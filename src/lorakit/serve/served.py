@@ -1,9 +1,10 @@
 """The base model in service: the very modules of transformers, with the engine's attention and adapters at its linear layers.
 
 Nothing of a model's own code is written again. Its attention goes through the registry (`attention.py`), its linear layers get
-a forward that adds each token's adapters and, in bfloat16 on a processor, reads weights that were packed once (oneDNN orders a
-plain weight anew at every call), its norms, rotary positions and gated activations run as compiled loops where these give
-what the modules give. Whether all that is right for a model is found out by trying, before the first request.
+a forward that adds each token's adapters and, in bfloat16 on a processor, reads weights that were packed once (`ports.py`), its
+norms, rotary positions and gated activations run as compiled loops where these give what the modules give (`fused.py`), and
+blocks of the usual form as one function (`blocks.py`). Whether all that is right for a model is found out by trying, before
+the first request.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lorakit.serve import fused, native
+from lorakit.serve import blocks, fused, native
 from lorakit.serve.attention import Door, Present
 from lorakit.serve.batch import Batch, Run, assemble
 from lorakit.serve.cache import Cache, LayerShape, page_count
@@ -61,7 +62,11 @@ class Served:
                 join(self.ports.values())
                 if obstacle is None:
                     self._undo.append(fused.fuse(model, self.present))
-                self._trial(expected)
+                logits = self._trial(expected)
+                if obstacle is None and (restore := blocks.fuse(model, self.present)) is not None:
+                    self._undo.append(restore)
+                    if not self._gives(logits, expected):
+                        self._undo.pop()()
         except BaseException:
             self.close()
             raise
@@ -115,8 +120,19 @@ class Served:
         self.shapes: Sequence[LayerShape] = [seen[layer] for layer in range(len(seen))]
         return results
 
-    def _trial(self, expected: Sequence[Tensor]) -> None:
-        """Both prompts in one row, cut into chunks in the middle of pages, must give what the model gives for each alone."""
+    def _gives(self, logits: Tensor, expected: Sequence[Tensor]) -> bool:
+        """Whether the trial gives these very logits; what the ports see of it says nothing, since blocks pass them by."""
+        unfit = set(self.unfit)
+        try:
+            return torch.equal(logits, self._trial(expected))
+        except (Refused, AttributeError):  # blocks that return more than their rows
+            return False
+        finally:
+            self.unfit = unfit
+
+    def _trial(self, expected: Sequence[Tensor]) -> Tensor:
+        """Both prompts in one row, cut into chunks in the middle of pages, must give what the model gives for each alone;
+        returns what they give."""
         prompts = self._prompts()
         pages: list[list[int]] = []
         for prompt in prompts:
@@ -147,3 +163,4 @@ class Served:
                     f"{difference:.2g} of the largest (allowed: {allowed}), so its layers mix tokens in a way that the "
                     "engine does not know."
                 )
+        return torch.cat([*found[0], *found[1]])
