@@ -190,6 +190,8 @@ class Spec(ABC):
 class Method(Spec):
     """The spec of a delta."""
 
+    router_prefix: ClassVar[str] = "router."
+    """Before the names of its router's tensors in the file, where it has one."""
     peft_suffix: ClassVar[str] = r"\.lora_"
     """What a tensor's name in PEFT's file holds if it belongs to this method (a regular expression)."""
     pattern_fields: ClassVar[dict[str, str]] = {}

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from lorakit.adapter import Adapter
 from lorakit.bundle import OWN, TENSORS
 from lorakit.errors import LorakitError
-from lorakit.interchange import ROUTER, part_scales, parts_of, pieces, replacement_key, site_prefix
+from lorakit.interchange import part_scales, parts_of, pieces, replacement_key, site_prefix
 from lorakit.layout import Rows
 from lorakit.targets import walk
 
@@ -85,7 +85,8 @@ def fill(
     for name, tensor in adapter.pool.state_dict().items():
         supply.put(tensor, supply.take(name), name)
     for name, tensor in adapter.router.state_dict().items() if adapter.router is not None else ():
-        supply.put(tensor, supply.take(f"{ROUTER}{name}"), f"{ROUTER}{name}")
+        key = f"{adapter.method.router_prefix}{name}"
+        supply.put(tensor, supply.take(key), key)
     modules = {plain[path]: module for path, module in walk(adapter.model)} if supply.left else {}
     for key in list(supply.left):
         if _is_copy(key, supply.left[key], modules, complain):

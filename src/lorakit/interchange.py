@@ -23,13 +23,12 @@ from lorakit.edit import EditMethod
 from lorakit.errors import LorakitError
 from lorakit.layer import Adapted
 from lorakit.layout import Rows, Site
+from lorakit.routing import Router
 from lorakit.targets import Targets, as_patterns, exactly, has_suffix, value_for, walk
 
 PREFIX = "base_model.model."
 PAIRS = {".lora_A.weight": ".lora_B.weight", ".lora_embedding_A": ".lora_embedding_B"}
 """How the factors of a LoRA end in the file: A -> B."""
-ROUTER = "router."
-"""Before the names of a router's tensors."""
 _WRAPPERS = {
     "OptimizedModule": "_orig_mod",
     "DistributedDataParallel": "module",
@@ -163,7 +162,7 @@ def tensors_of(adapter: Adapter) -> dict[str, Tensor]:
         if not path:
             result[name] = tensor.contiguous()  # PEFT keeps what stands in front of the input without a prefix
     for name, tensor in adapter.router.state_dict().items() if adapter.router is not None else ():
-        result[f"base_model.{ROUTER}{name}"] = tensor.contiguous()
+        result[f"base_model.{adapter.method.router_prefix}{name}"] = tensor.contiguous()
     held: set[int] = set()
     for key, tensor in result.items():
         storage = tensor.untyped_storage()
@@ -365,7 +364,8 @@ def config_of(adapter: Adapter, base: str | None = None) -> dict[str, Any]:
     }
     for field, option in adapter.method.pattern_fields.items():
         config[option] = patterns.get(field, {})
-    return {**config, **adapter.method.peft_layers(_specs(adapter, plain))}
+    routed = adapter.router.peft_entries() if isinstance(adapter.router, Router) else {}
+    return {**config, **adapter.method.peft_layers(_specs(adapter, plain)), **routed}
 
 
 # -- the configuration, read -------------------------------------------------------------------------------------------------

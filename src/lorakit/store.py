@@ -39,7 +39,7 @@ from lorakit.bundle import (
 from lorakit.construction import build, build_edits
 from lorakit.edit import EditMethod
 from lorakit.errors import LorakitError
-from lorakit.experts import RouterSpec
+from lorakit.experts import MEMBERS, RouterSpec
 from lorakit.filling import Complain, Supply, fill, fill_replacements
 from lorakit.fingerprint import check, fingerprint
 from lorakit.folder import replace_folder
@@ -59,10 +59,6 @@ from lorakit.table import method_for_peft, method_named, spec_from_dict
 from lorakit.targets import Targets, exactly, select, value_for
 
 log = logging.getLogger("lorakit")
-
-MEMBERS = "experts"
-"""The folder below a router's with the adapters that it routes."""
-
 
 # -- saving ------------------------------------------------------------------------------------------------------------------
 

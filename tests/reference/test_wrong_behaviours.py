@@ -320,6 +320,60 @@ def test_15_an_adapter_named_like_a_module(tmp_path: Path) -> None:
         assert_same(logits(base, "llama"), wanted)
 
 
+def test_an_x_lora_keeps_what_it_has_learned(tmp_path: Path) -> None:
+    """PEFT's saved X-LoRA comes back with another classifier: the root's file is empty, and the folder of expert "0" holds
+    the base's weights and a part of the classifier under a broken name. A folder saved here is read by both to the same
+    logits."""
+
+    def base() -> Any:
+        model = MODELS["llama"]().eval()
+        model.config.use_cache = False
+        return model
+
+    made = base()
+    for index, rank in enumerate((2, 3)):
+        scramble(lk.attach(made, lk.LoRA(rank=rank), name="ab"[index]).named_parameters(), seed=index, size=0.4)
+    folders = {str(index): str(lk.adapters(made)[name].save(tmp_path / name)) for index, name in enumerate("ab")}
+    size = int(made.config.hidden_size)
+
+    def theirs(adapters: dict[str, str]) -> Any:
+        with quiet():
+            spec = peft.XLoraConfig(task_type="CAUSAL_LM", hidden_size=size, layerwise_scalings=True, adapters=adapters)
+            return peft.get_peft_model(base(), spec).eval()
+
+    wrapped = theirs(folders)
+    scramble(wrapped.base_model.internal_xlora_classifier.named_parameters(), seed=5, size=0.6)
+    with quiet():
+        wrapped.save_pretrained(str(tmp_path / "theirs"))
+    assert load_file(tmp_path / "theirs" / TENSORS) == {}
+    with pytest.raises(LorakitError, match=r"PEFT 0.21 leaves the trained classifier out"):
+        lk.load(base(), tmp_path / "theirs")
+
+    for place, spec in enumerate(
+        (lk.XLoRA(), lk.XLoRA(depth=2, width=6, temperature=0.7, scale=1.5, layerwise=False), lk.XLoRA(top_k=1))
+    ):
+        adapter = lk.route(made, spec, ["a", "b"], name=f"r{place}")
+        with torch.no_grad():
+            for parameter in adapter.router.parameters():  # type: ignore[union-attr]
+                parameter.add_(0.4 * torch.randn_like(parameter))
+        adapter.router.double()  # type: ignore[union-attr]
+        folder = adapter.save(tmp_path / f"ours-{place}")
+        experts = {str(index): str(folder / "experts" / name) for index, name in enumerate("ab")}
+        with quiet():
+            config = peft.PeftConfig.from_pretrained(str(folder))
+            config.adapters = experts  # PEFT looks for relative paths below the present directory
+            again = peft.PeftModel.from_pretrained(base(), str(folder), config=config).eval()
+        with lk.use(made, f"r{place}"):
+            assert_same(logits(again, "llama"), logits(made, "llama"))
+        lk.detach(made, f"r{place}")
+    beyond = lk.route(made, lk.XLoRA(top_k=1, temperature=0.5), ["a", "b"]).save(tmp_path / "beyond")
+    with (
+        quiet(),
+        pytest.raises(KeyError, match="XLORA_TOPK_TEMPERATURE"),
+    ):  # refused there, and not read as something else
+        peft.PeftModel.from_pretrained(base(), str(beyond))
+
+
 def test_17_one_layer_kind_does_not_flip_an_option_of_all(tmp_path: Path) -> None:
     """PEFT rewrites fan_in_fan_out for the whole adapter after one transposed layer; here each layer knows its own
     layout, whatever the file says."""

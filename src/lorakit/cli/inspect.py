@@ -53,12 +53,14 @@ class ExpertReport:
 
 @dataclass(frozen=True)
 class RouterReport:
-    """What weighs experts: its kind, its options (top_k, the weight of the balance loss, …), the numbers of its own."""
+    """What weighs experts: its kind, its options (top_k, the weight of the balance loss, …), the numbers of its own, and
+    how their names begin."""
 
     kind: str
     options: dict[str, Any]
     parameters: int
     experts: tuple[ExpertReport, ...]
+    prefix: str
 
 
 @dataclass(frozen=True)
@@ -86,6 +88,8 @@ def inspect(
     picture: Annotated[Path | None, typer.Option(help="Also draw the rank of every layer into this PNG file.")] = None,
 ) -> None:
     """Print the report of an adapter folder."""
+    from lorakit.interchange import bare
+
     report = examine(adapter, top)
     if picture is not None:
         from lorakit.cli.picture import draw_ranks
@@ -114,7 +118,7 @@ def inspect(
     if ranks:
         out.print(_table(report, top))
     for name, shape in report.other.items():
-        if not _of_router(name):
+        if report.router is None or not bare(name).startswith(report.router.prefix):
             out.print(
                 f"{'also holds ' if ranks or report.router else ''}{name} {'×'.join(map(str, shape))}", markup=False
             )
@@ -188,7 +192,8 @@ def _router(
     folder: Path, own: Mapping[str, Any], layers: Sequence[LayerReport], tensors: Mapping[str, Tensor]
 ) -> RouterReport | None:
     """What weighs experts in this folder, if anything does."""
-    from lorakit.store import MEMBERS
+    from lorakit.experts import MEMBERS, MIXTURES, ROUTERS
+    from lorakit.interchange import bare
 
     members = [name for name, _ in own.get("members") or ()]
     inside: dict[str, list[LayerReport]] = {}
@@ -196,9 +201,10 @@ def _router(
         found = _EXPERT.fullmatch(layer.name)
         if found:
             inside.setdefault(found["expert"], []).append(layer)
-    if not members and not inside:
-        return None
     method = own.get("method", {})
+    spec = {**MIXTURES, **ROUTERS}.get(str(method.get("name")))
+    if spec is None:
+        return None
     reports = [(name, examine(folder / MEMBERS / name, 0)) for name in members]
     experts = [_expert(name, report.method, report.layers, report.parameters) for name, report in reports]
     for name, held in sorted(inside.items(), key=lambda item: int(item[0])):
@@ -207,8 +213,9 @@ def _router(
     return RouterReport(
         kind=str(method.get("name")),
         options={name: value for name, value in method.items() if name not in ("name", "inner")},
-        parameters=sum(tensor.numel() for key, tensor in tensors.items() if _of_router(key)),
+        parameters=sum(tensor.numel() for key, tensor in tensors.items() if bare(key).startswith(spec.router_prefix)),
         experts=tuple(experts),
+        prefix=spec.router_prefix,
     )
 
 
@@ -221,13 +228,6 @@ def _expert(name: str, method: str, layers: Sequence[LayerReport], parameters: i
         parameters=parameters,
         norm=math.sqrt(sum(layer.norm**2 for layer in layers)),
     )
-
-
-def _of_router(key: str) -> bool:
-    """Whether a tensor of the file is the router's own."""
-    from lorakit.interchange import ROUTER
-
-    return f".{ROUTER}" in f".{key}"
 
 
 def _routing(router: RouterReport) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from lorakit.delta import Method
 from lorakit.experts.arrow import Arrow
-from lorakit.experts.ground import RouterSpec
+from lorakit.experts.ground import MEMBERS, RouterSpec
 from lorakit.experts.lorahub import LoRAHub
 from lorakit.experts.mixlora import MixLoRA
 from lorakit.experts.mole import MoLE
@@ -23,4 +23,4 @@ ROUTERS: dict[str, type[RouterSpec]] = {
 MIXTURES: dict[str, type[Method]] = {"mixlora": MixLoRA}
 """Methods whose experts and router are trained together."""
 
-__all__ = ["MIXTURES", "ROUTERS", "Arrow", "LoRAHub", "MixLoRA", "MoLE", "Retrieval", "RouterSpec", "XLoRA"]
+__all__ = ["MEMBERS", "MIXTURES", "ROUTERS", "Arrow", "LoRAHub", "MixLoRA", "MoLE", "Retrieval", "RouterSpec", "XLoRA"]

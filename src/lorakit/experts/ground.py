@@ -22,6 +22,9 @@ from lorakit.layer import Adapted
 from lorakit.layout import Convolution, Site
 from lorakit.routing import Router
 
+MEMBERS = "experts"
+"""The folder below a router's with the adapters that it routes."""
+
 Examples = Sequence[Mapping[str, Any]]
 """Batches, each the arguments of one `model(**batch)`."""
 

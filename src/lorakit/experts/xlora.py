@@ -7,12 +7,16 @@ The classifier alone trains: one linear layer, or several with ReLU between. Wit
 alone, so that the weights still sum to 1. In PEFT's X-LoRA a cache is not possible (every new token runs the whole text
 through both passes), and top-k after a softmax does not sum to 1, or is put through a second one. Buehler and Buehler 2024,
 arXiv 2402.07148.
+
+The folder is one that PEFT reads: its configuration and its names, with the experts in folders below, which PEFT looks for
+from the present directory (or where `config.adapters` says). Top-k with a temperature is the one thing that PEFT has no
+entry for.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +25,7 @@ from lorakit.delta import Call, Card
 from lorakit.errors import LorakitError
 from lorakit.experts.firstpass import FirstPass
 from lorakit.experts.gates import softmax_over, top_mask
-from lorakit.experts.ground import Ground, RouterSpec, on_tokens
+from lorakit.experts.ground import MEMBERS, Ground, RouterSpec, on_tokens
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,6 +51,8 @@ class XLoRA(RouterSpec):
         use="Adapters of several skills, and data in which they are needed together.",
         limits="Two passes; a weight per token: cannot be merged.",
     )
+    peft_type: ClassVar[str | None] = "XLORA"
+    router_prefix: ClassVar[str] = "internal_xlora_classifier."
     layerwise: bool = True
     top_k: int | None = None
     temperature: float = 1.0
@@ -66,6 +72,31 @@ class XLoRA(RouterSpec):
 
     def router(self, ground: Ground) -> XRouter:
         return XRouter(self, ground)
+
+    def peft_config(self) -> dict[str, Any]:
+        own = {
+            "enable_softmax": self.top_k is None,
+            "enable_softmax_topk": self.top_k is not None,
+            "softmax_temperature": self.temperature,
+            "layerwise_scalings": self.layerwise,
+            "top_k_lora": self.top_k,
+            "xlora_depth": self.depth,
+            "xlora_size": self.width,
+            "xlora_dropout_p": self.classifier_dropout,
+            "scaling_pass_value": 0.0,
+            "global_scaling_weight": self.scale,
+            "use_trainable_adapters": False,
+        }
+        # PEFT divides by the temperature in its dense softmax alone: no type that it knows stands for this
+        return own if self.top_k is None or self.temperature == 1.0 else {**own, "peft_type": "XLORA_TOPK_TEMPERATURE"}
+
+    @classmethod
+    def from_peft(cls, config: dict[str, Any]) -> Self:
+        raise LorakitError(
+            "load: this X-LoRA has no lorakit.json, as PEFT saves them, and PEFT 0.21 leaves the trained classifier out of its "
+            "file, so that there is no router to read. The adapters that it was made of load one by one; "
+            "lk.route(model, lk.XLoRA(), [...]) puts a new router over them."
+        )
 
 
 class XRouter(FirstPass):
@@ -88,6 +119,15 @@ class XRouter(FirstPass):
             size = spec.width
         count = len(self.members) * (len(self.places) if spec.layerwise else 1)
         self.layers = nn.Sequential(*layers, nn.Linear(size, count))
+
+    def peft_entries(self) -> dict[str, Any]:
+        first = self.layers[0]
+        assert isinstance(first, nn.Linear)
+        # PEFT numbers the experts, and looks for them under these numbers
+        return {
+            "hidden_size": first.in_features,
+            "adapters": {str(place): f"{MEMBERS}/{name}" for place, name in enumerate(self.members)},
+        }
 
     def find(self, args: tuple[Any, ...], kwargs: dict[str, Any], beside: dict[str, Any] | None) -> Tensor:
         """λ for the tokens of a call, (batch, tokens, matrices or 1, members)."""
