@@ -253,8 +253,8 @@ def answered(bench: Bench, one: Any) -> dict[str, Any]:
 
 
 def examples(bench: Bench) -> list[dict[str, Any]]:
-    """Four training questions of each text with their answers, a batch each."""
-    return [answered(bench, one) for text in TEXTS for one in bench.few[text][:4]]
+    """Two training questions of each text with their answers, a batch each."""
+    return [answered(bench, one) for text in TEXTS for one in bench.few[text][:2]]
 
 
 def requests(bench: Bench) -> dict[str, list[dict[str, Any]]]:
@@ -297,7 +297,7 @@ ROWS: list[Row] = [
     Row("regmean", "RegMean, 16 questions of each", combined(MEAN, "regmean", measured=True)),
     Row("fisher", "Fisher mean, 16 questions of each", combined(MEAN, "fisher", measured=True)),
     Row("all", "one adapter trained on all four", learned("all")),
-    Row("lorahub", "LoRAHub, 16 examples, 40 trials", routed(lk.LoRAHub(evaluations=40), examples)),
+    Row("lorahub", "LoRAHub, 8 examples, 40 trials", routed(lk.LoRAHub(evaluations=40), examples)),
     Row("arrow", "Arrow, all four", routed(lk.Arrow())),
     Row("arrow-1", "Arrow, top 1", routed(lk.Arrow(top_k=1))),
     Row("retrieval", "retrieval, 16 requests each", routed(lk.Retrieval(), requests)),
