@@ -36,6 +36,8 @@ def inputs(function: Callable[..., Any], dtype: torch.dtype, tokens: int, width:
         return [draw(tokens, 3, width), draw(tokens, width), draw(tokens, width)]
     if function is fusion.norm_rows:
         return [draw(tokens, width), draw(width)]
+    if function is fusion.gain_backward:
+        return [draw(tokens, width), draw(tokens, width), torch.randn(width, generator=generator)]
     if function is fusion.norm_rows_backward:
         return [draw(tokens, width), draw(tokens, width), draw(width), torch.rand(tokens, 1, generator=generator) + 0.1]
     return [draw(tokens, width) for _ in range(3 if "backward" in function.__name__ else 2)]
@@ -48,7 +50,7 @@ def test_values(
     function: Callable[..., Any], constants: dict[str, Any], tokens: int, width: int, dtype: torch.dtype
 ) -> None:
     given = inputs(function, dtype, tokens, width)
-    assert passes.suit(tuple(given), halves="rotate" in function.__name__)
+    assert passes.suit(tuple(given), "rotate" in function.__name__, function is fusion.gain_backward)
     found, expected = fusion.AHEAD[function](*given, **constants), function(*given, **constants)
     pairs = zip(found, expected, strict=True) if isinstance(found, tuple) else [(found, expected)]
     for one, other in pairs:
@@ -75,6 +77,8 @@ def test_what_they_do_not_take() -> None:
     assert passes.suit((row, row))
     assert not passes.suit((row, row), halves=True)
     assert not passes.suit((row, row.double()))
+    assert not passes.suit((row.bfloat16(), row.bfloat16(), row[0]))
+    assert passes.suit((row.bfloat16(), row.bfloat16(), row[0]), masters=True)
     assert not passes.suit((row.half(), row.half()))
     assert not passes.suit((row, row.T.contiguous().T))
     assert not passes.suit((row[:, :12].contiguous(),) * 2)

@@ -26,7 +26,7 @@ import torch.fx.experimental._config
 from torch import Tensor, nn
 
 from lorakit.errors import LorakitError
-from lorakit.kernel import small_functions
+from lorakit.kernel import gain_backward, small_functions
 from lorakit.train import passes
 
 logger = logging.getLogger(__name__)
@@ -69,7 +69,7 @@ def call(function: Callable[..., Any], *tensors: Tensor | None, **constants: Any
     if report is None or report.reason is not None:
         return function(*tensors, **constants)
     ahead = AHEAD.get(function)
-    if ahead is not None and passes.suit(tensors, halves=function in (rotate, rotate_back)):
+    if ahead is not None and passes.suit(tensors, function in (rotate, rotate_back), function is gain_backward):
         return ahead(*tensors, **constants)
     key = (function, *constants.items())
     if key in _plain:
@@ -278,6 +278,7 @@ AHEAD: dict[Callable[..., Any], Callable[..., Any]] = {
     gate_gelu_backward: functools.partial(passes.gate_backward, True),
     rotate: functools.partial(passes.turn, False),
     rotate_back: functools.partial(passes.turn, True),
+    gain_backward: passes.gain_backward,
 }
 """Functions that processors have compiled ahead, where their inputs suit; torch.compile takes the others."""
 

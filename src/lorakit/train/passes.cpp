@@ -108,6 +108,29 @@ static void turn(const T* x, const T* cosine, const T* sine, T* y, integer token
         }
 }
 
+// dy, y (rows, width), g (width) -> dy * g and the gradient of g, the sum over rows of dy * y. Each worker adds up the rows of its
+// own stretch, and the stretches are added in their order.
+template <typename T>
+static void gain_backward(const T* dy, const T* y, const float* g, T* of_y, float* of_g, integer rows, integer width,
+                          integer workers) {
+    std::vector<float> sums(workers * width, 0.0f);
+#pragma omp parallel for schedule(static, 1) num_threads(int(workers))
+    for (integer who = 0; who < workers; who++) {
+        float* own = sums.data() + who * width;
+        for (integer t = rows * who / workers; t < rows * (who + 1) / workers; t++)
+            for (integer i = 0; i < width; i += 16) {
+                const v16 slope = load(dy + t * width + i);
+                keep(slope * load(g + i), of_y + t * width + i);
+                keep(load(own + i) + slope * load(y + t * width + i), own + i);
+            }
+    }
+    for (integer i = 0; i < width; i += 16) {
+        v16 total{};
+        for (integer who = 0; who < workers; who++) total += load(sums.data() + who * width + i);
+        keep(total, of_g + i);
+    }
+}
+
 #define BOTH(name, arguments, call)                               \
     extern "C" void name##_float32 arguments(float) { call; }     \
     extern "C" void name##_bfloat16 arguments(bf16) { call; }
@@ -123,3 +146,6 @@ BOTH(gate, GATE, gate(gates, up, y, count, tanh))
 BOTH(gate_backward, GATE_BACKWARD, gate_backward(dy, gates, up, dgate, dup, count, tanh))
 #define TURN(T) (const T* x, const T* cosine, const T* sine, T* y, integer tokens, integer heads, integer d, integer back)
 BOTH(turn, TURN, turn(x, cosine, sine, y, tokens, heads, d, back))
+#define GAIN_BACKWARD(T) \
+    (const T* dy, const T* y, const float* g, T* of_y, float* of_g, integer rows, integer width, integer workers)
+BOTH(gain_backward, GAIN_BACKWARD, gain_backward(dy, y, g, of_y, of_g, rows, width, workers))

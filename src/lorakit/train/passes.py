@@ -21,6 +21,7 @@ LIBRARY = Library(
         "gate": (*[POINTER] * 3, *[INTEGER] * 2),
         "gate_backward": (*[POINTER] * 5, *[INTEGER] * 2),
         "turn": (*[POINTER] * 4, *[INTEGER] * 4),
+        "gain_backward": (*[POINTER] * 5, *[INTEGER] * 3),
     },
 )
 
@@ -28,10 +29,11 @@ WIDTH = 16
 """Widths must be multiples of this: the floats of one vector."""
 
 
-def suit(tensors: tuple[Tensor | None, ...], halves: bool = False) -> bool:
+def suit(tensors: tuple[Tensor | None, ...], halves: bool = False, masters: bool = False) -> bool:
     """Can the compiled functions take these: contiguous, on a processor, of one type and of a width that vectors fill?
 
-    `halves`: half of it must be so, for rotary positions. Columns of statistics may be of any type.
+    `halves`: half of it must be so, for rotary positions. Columns of statistics may be float32 beside any type; with `masters`
+    vectors may too.
     """
     first = tensors[0]
     assert first is not None  # every function has an input
@@ -40,7 +42,11 @@ def suit(tensors: tuple[Tensor | None, ...], halves: bool = False) -> bool:
     for one in tensors:
         if one is None or not one.is_contiguous():
             return False
-        if one.shape[-1] != 1 and (one.dtype != first.dtype or one.shape[-1] % (2 * WIDTH if halves else WIDTH)):
+        if one.dtype == torch.float32 and one.shape[-1] == 1:
+            continue
+        if one.shape[-1] % (2 * WIDTH if halves else WIDTH):
+            return False
+        if one.dtype != first.dtype and not (masters and one.ndim == 1 and one.dtype == torch.float32):
             return False
     return True
 
@@ -78,6 +84,14 @@ def turn(back: bool, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     y = torch.empty_like(x)
     _call("turn", x, cos, sin, y, *x.shape, int(back))
     return y
+
+
+def gain_backward(dy: Tensor, y: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
+    """`kernel.gain_backward`."""
+    of_y, of_g = torch.empty_like(y), torch.empty_like(g, dtype=torch.float32)
+    workers = min(torch.get_num_threads(), y.shape[0])
+    _call("gain_backward", dy, y, g.float(), of_y, of_g, *y.shape, workers)
+    return of_y, of_g
 
 
 def _call(name: str, *arguments: Any) -> None:
