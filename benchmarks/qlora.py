@@ -1,12 +1,11 @@
-"""QLoRA beside LoRA on film reviews: accuracy over seeds, seconds a step and memory, each run in a process of its own.
+"""QLoRA beside LoRA on film reviews: accuracy, seconds a step and memory, each run in a process of its own; and its float copy.
 
     make bench-qlora             the table, benchmarks/results/qlora.json; fails where NF4 is further below bfloat16 than
                                  1.5 points of held-out accuracy, or its merged float copy is not what was trained
-    BENCH_OPTIONS="--rows 2000 --seeds 1"    the whole of examples/qlora.yaml, once
+    BENCH_OPTIONS="--rows 2000 --seeds 3"    the whole of examples/qlora.yaml, three times
 
 Every run is examples/qlora.yaml, once as it is and once with --quantize none: the same rows in the same order, the same seed.
-Accuracies do not depend on what else the machine does; what was measured with the same options stays in .cache/bench-qlora
-and is not measured again. Times do: both ways take turns at a few steps, and the median of all but each first step counts.
+What was measured with the same options stays in .cache/bench-qlora and is not measured again.
 """
 
 from __future__ import annotations
@@ -43,37 +42,32 @@ def flags_of(job: dict[str, Any], folder: str) -> list[str]:
     """What `lorakit train` is told besides the recipe."""
     flags = ["--quantize", job["way"], "--train.output", folder, "--evaluate.before-and-after", "false"]
     flags += ["--train.seed", str(job["seed"]), "--data.shuffle-seed", str(job["seed"])]
-    if job["part"] == "time":
-        return [
-            *flags,
-            "--train.max-steps",
-            str(job["steps"]),
-            "--evaluate.answers",
-            "none",
-            "--data.evaluation",
-            "null",
-        ]
     return [*flags, "--data.limit", str(job["rows"]), "--data.evaluation-limit", str(job["held_out"])]
 
 
-def train_and_score(job: dict[str, Any]) -> dict[str, Any]:
-    """Train and evaluate; where the base was quantised, merge into floats and evaluate once more."""
+def run(job: dict[str, Any]) -> dict[str, Any]:
+    """Train by the clock and evaluate; where the base was quantised, merge into floats and evaluate once more."""
     from lorakit.algebra import merge
     from lorakit.train.config import load_config
     from lorakit.train.data import load_splits
     from lorakit.train.run import examine, hold, path_for, train
+    from trainers.sides import with_clock
 
+    clock, before = with_clock(), memory()
     with tempfile.TemporaryDirectory() as folder:
         config = load_config(ROOT / "examples" / "qlora.yaml", flags_of(job, folder))
         result = train(config)
     assert result.after is not None
-    rows = [answer.right for answer in result.after.answers]
+    noted = clock.result()
     found = {
         "accuracy": result.after.accuracy,
         "loss": result.after.loss,
+        "right": [answer.right for answer in result.after.answers],
         "steps": result.record.steps,
-        "right": rows,
+        "seconds": noted["seconds"],
         "base_bytes": result.record.base_bytes,
+        "held": noted["memory_before"] - before,
+        "in_training": noted["memory_peak"] - noted["memory_before"],
     }
     if job["way"] != "none":
         merge(result.model, result.adapter.name, dtype=torch.bfloat16)
@@ -85,30 +79,11 @@ def train_and_score(job: dict[str, Any]) -> dict[str, Any]:
     return found
 
 
-def train_by_the_clock(job: dict[str, Any]) -> dict[str, Any]:
-    """A few steps: seconds of each, and by how much the process was larger at its peak than before training."""
-    from lorakit.train.config import load_config
-    from lorakit.train.run import train
-    from trainers.sides import with_clock
-
-    clock = with_clock()
-    before = memory()
-    with tempfile.TemporaryDirectory() as folder:
-        result = train(load_config(ROOT / "examples" / "qlora.yaml", flags_of(job, folder)))
-    noted = clock.result()
-    return {
-        "seconds": noted["seconds"],
-        "base_bytes": result.record.base_bytes,
-        "held": noted["memory_before"] - before,
-        "in_training": noted["memory_peak"] - noted["memory_before"],
-    }
-
-
 def apart(job: dict[str, Any], again: bool) -> dict[str, Any]:
-    """A job in a process of its own; accuracies from the cache, where they are there."""
+    """A job in a process of its own, or from the cache."""
     digest = hashlib.sha256(json.dumps(job, sort_keys=True).encode()).hexdigest()[:16]
     kept = material.cache_root() / "bench-qlora" / f"{digest}.json"
-    if job["part"] == "time" or again or not kept.is_file():
+    if again or not kept.is_file():
         kept.parent.mkdir(parents=True, exist_ok=True)
         subprocess.run(
             [sys.executable, "-W", "ignore", __file__, "--job", json.dumps(job), str(kept)], check=True, cwd=ROOT
@@ -160,29 +135,27 @@ def spread(numbers: Sequence[float], form: str) -> str:
     return f"{format(mean(numbers), form)} ({format(min(numbers), form)} to {format(max(numbers), form)})"
 
 
-def table(
-    sides: dict[str, list[dict[str, Any]]], clocks: dict[str, list[dict[str, Any]]], asked: argparse.Namespace
-) -> str:
+def table(sides: dict[str, list[dict[str, Any]]], asked: argparse.Namespace) -> str:
     """The figures in markdown."""
-    count, seeds = asked.held_out, len(sides["nf4"])
+    seeds = len(sides["nf4"])
     lines = [
         f"examples/qlora.yaml (rank 16, batch of 16) over {asked.rows:,} of its rows, {sides['nf4'][0]['steps']} steps; "
-        f"{count} held-out rows; {seeds} seed{'s' if seeds > 1 else ''}, mean with least and greatest. Seconds a step are the "
-        f"median of {asked.rounds} rounds of {asked.steps} steps without each first, both ways taking turns.",
+        f"{asked.held_out} held-out rows; {f'{seeds} seeds, mean with least and greatest' if seeds > 1 else 'one seed'}. "
+        "Seconds a step are the median with the range, without the first step.",
         "",
         "| | held-out accuracy | loss | s a step | bytes of the base | the process grew by, loading | and in training |",
         "|---|---|---|---|---|---|---|",
     ]
     for way, runs in sides.items():
-        timed = [second for clock in clocks[way] for second in clock["seconds"][1:]]
+        timed = [second for one in runs for second in one["seconds"][1:]]
         cells = (
             WAYS[way],
             spread(values(runs, "accuracy"), ".1%"),
             spread(values(runs, "loss"), ".4f"),
             f"{median(timed):.2f} ({min(timed):.2f} to {max(timed):.2f})",
             f"{runs[0]['base_bytes'] / 1e6:.1f} MB",
-            f"{median(values(clocks[way], 'held')) / 1e6:,.0f} MB",
-            f"{median(values(clocks[way], 'in_training')) / 1e6:,.0f} MB",
+            f"{median(values(runs, 'held')) / 1e6:,.0f} MB",
+            f"{median(values(runs, 'in_training')) / 1e6:,.0f} MB",
         )
         lines.append(f"| {' | '.join(cells)} |")
     few, plain = sides["nf4"], sides["none"]
@@ -201,38 +174,28 @@ def table(
 def main() -> int:
     """Run all, compare, write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rows", type=int, default=640, help="rows to train on for the accuracy, of 2,000")
-    parser.add_argument("--held-out", type=int, default=500, help="rows to measure it on")
-    parser.add_argument("--seeds", type=int, default=3, help="how many seeds")
-    parser.add_argument("--steps", type=int, default=8, help="steps of a round that is timed")
-    parser.add_argument("--rounds", type=int, default=3, help="rounds that are timed, both ways in each")
-    parser.add_argument(
-        "--untimed", action="store_true", help="measure accuracies alone, and write nothing but the cache"
-    )
-    parser.add_argument("--again", action="store_true", help="measure accuracies again that are there")
+    parser.add_argument("--rows", type=int, default=480, help="rows to train on, of 2,000")
+    parser.add_argument("--held-out", type=int, default=500, help="rows to measure accuracy on")
+    parser.add_argument("--seeds", type=int, default=1, help="how many seeds")
+    parser.add_argument("--way", choices=WAYS, help="measure this way alone, for a later run that has both")
+    parser.add_argument("--again", action="store_true", help="measure again what is there")
     parser.add_argument("--output", type=Path, default=RESULTS, help="where the results go")
     parser.add_argument("--job", nargs=2, metavar=("JOB", "RESULT"), help=argparse.SUPPRESS)
     asked = parser.parse_args()
     if asked.job:
-        job = json.loads(asked.job[0])
-        found = train_by_the_clock(job) if job["part"] == "time" else train_and_score(job)
-        Path(asked.job[1]).write_text(json.dumps(found))
+        Path(asked.job[1]).write_text(json.dumps(run(json.loads(asked.job[0]))))
         return 0
-    shared = {"part": "accuracy", "rows": asked.rows, "held_out": asked.held_out}
     sides: dict[str, list[dict[str, Any]]] = {way: [] for way in WAYS}
     for seed in range(asked.seeds):
-        for way in WAYS:
-            sides[way].append(apart({**shared, "way": way, "seed": seed}, asked.again))
+        for way in WAYS if asked.way is None else (asked.way,):
+            job = {"way": way, "seed": seed, "rows": asked.rows, "held_out": asked.held_out}
+            sides[way].append(apart(job, asked.again))
             print(f"{WAYS[way]}, seed {seed}: {sides[way][-1]['accuracy']:.1%}", flush=True)
-    if asked.untimed:
+    if asked.way is not None:
         return 0
-    clocks: dict[str, list[dict[str, Any]]] = {way: [] for way in WAYS}
-    for turn in range(asked.rounds):
-        for way in WAYS if turn % 2 == 0 else reversed(WAYS):
-            clocks[way].append(apart({"part": "time", "way": way, "seed": turn, "steps": asked.steps}, True))
-    text, failed = table(sides, clocks, asked), missed(sides)
+    text, failed = table(sides, asked), missed(sides)
     asked.output.parent.mkdir(exist_ok=True)
-    record = {"machine": describe(), "sides": sides, "clocks": clocks, "missed": failed, "markdown": text}
+    record = {"machine": describe(), "sides": sides, "missed": failed, "markdown": text}
     asked.output.write_text(json.dumps(record, ensure_ascii=False) + "\n")
     print(text)
     for line in failed:

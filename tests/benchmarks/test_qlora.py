@@ -47,17 +47,20 @@ def test_the_error_of_a_difference_is_that_of_rows_that_differ() -> None:
 
 
 def test_the_table_has_means_ranges_and_the_difference() -> None:
-    clock = {"seconds": [9.0, 1.0, 2.0, 1.5], "held": 1e8, "in_training": 2e8}
-    asked = Namespace(rows=640, held_out=100, steps=4, rounds=1)
-    text = qlora.table(sides(0.84, 0.84), {"none": [clock], "nf4": [clock]}, asked)
+    runs = sides(0.84, 0.84)
+    for run in (*runs["none"], *runs["nf4"]):
+        run.update(seconds=[9.0, 1.0, 2.0, 1.5], held=1e8, in_training=2e8)
+    text = qlora.table(runs, Namespace(rows=640, held_out=100))
     assert "| LoRA on bfloat16 | 85.0% (84.0% to 86.0%) | 0.5000 (0.5000 to 0.5000) | 1.50 (1.00 to 2.00) |" in text
+    assert "2 seeds, mean with least and greatest" in text
     assert "NF4 differs from bfloat16 by -1.0 points, with a standard error of" in text
+    one = qlora.table({way: found[:1] for way, found in runs.items()}, Namespace(rows=640, held_out=100))
+    assert "| LoRA on bfloat16 | 84.0% | 0.5000 | 1.50 (1.00 to 2.00) | 100.0 MB | 100 MB | 200 MB |" in one
+    assert "one seed." in one
 
 
-@pytest.mark.parametrize("part", ["time", "accuracy"])
-def test_both_parts_are_runs_that_are_accepted(part: str) -> None:
-    job = {"part": part, "way": "none", "seed": 1, "steps": 2, "rows": 10, "held_out": 5}
+def test_both_ways_are_runs_that_are_accepted() -> None:
+    job = {"way": "none", "seed": 1, "rows": 10, "held_out": 5}
     config = load_config(qlora.ROOT / "examples" / "qlora.yaml", qlora.flags_of(job, "folder"))
     assert config.quantize is None
-    assert (config.train.seed, config.data.shuffle_seed) == (1, 1)
-    assert config.data.evaluates == (part == "accuracy")
+    assert (config.train.seed, config.data.shuffle_seed, config.data.limit) == (1, 1, 10)
