@@ -110,7 +110,11 @@ def vllm_side(python: str, job: dict[str, Any]) -> dict[str, Any]:
         "batch": BATCH,
     }
     for distinct in ((0,), DISTINCT[1:]):
-        command = [python, str(Path(__file__).parent / "vllm_side.py"), json.dumps(own | {"distinct": distinct})]
+        command = [
+            python,
+            str(Path(__file__).parent / "peers" / "vllm_engine.py"),
+            json.dumps(own | {"distinct": distinct}),
+        ]
         done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False, env=VLLM | dict(os.environ))
         if done.returncode:
             raise SystemExit(f"bench-serve: vLLM failed with {done.returncode}.")

@@ -20,7 +20,6 @@ import os
 import random
 import shutil
 import signal
-import statistics
 import sys
 import tempfile
 import time
@@ -242,17 +241,12 @@ def soak(seconds: float, replicas: int = 0, seed: int = 0) -> tuple[list[str], C
 def record(seconds: float, replicas: int, wrong: list[str], seen: Counter[str], held: list[float]) -> None:
     """Keep the outcome, and the table of all kinds for docs/benchmarks.md."""
     kinds: dict[str, Any] = json.loads(RESULTS.read_text())["kinds"] if RESULTS.exists() else {}
-    third = len(held) // 3
     kinds[f"{replicas} replicas on Ray" if replicas else "one process"] = {
         "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M"),
         "seconds": seconds,
         "seen": dict(sorted(seen.items())),
         "wrong": len(wrong),
-        "memory": {
-            "start": held[0],
-            "middle": statistics.median(held[third : 2 * third]),
-            "last": statistics.median(held[-third:]),
-        },
+        "memory": {"start": held[0], "most": max(held), "end": held[-1]},
     }
     RESULTS.write_text(json.dumps({"kinds": kinds, "markdown": markdown(kinds)}, indent=1) + "\n")
 
@@ -261,7 +255,7 @@ def markdown(kinds: dict[str, Any]) -> str:
     """The outcomes as a table."""
     rows = [
         "| | seconds | answers, all right | left in the middle | refused, as they deserve | moves and changes of adapters | "
-        "replicas killed | memory, second and last third | wrong or lost |",
+        "replicas killed | memory at the start, at most, at the end | wrong or lost |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for name, kind in kinds.items():
@@ -272,7 +266,7 @@ def markdown(kinds: dict[str, Any]) -> str:
         rows.append(
             f"| {name}, {kind['date']} | {kind['seconds']:.0f} | {seen.get('answered', 0):,} | {seen.get('left', 0):,} | "
             f"{refused:,} | {moved:,} | {seen.get('killed', 0)} | "
-            f"{memory['middle'] / 1e6:.0f}, {memory['last'] / 1e6:.0f} MB | {kind['wrong']} |"
+            f"{', '.join(f'{memory[when] / 1e6:.0f}' for when in ('start', 'most', 'end'))} MB | {kind['wrong']} |"
         )
     return "\n".join(rows)
 

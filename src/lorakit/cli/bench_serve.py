@@ -87,7 +87,7 @@ def draw(outcomes: Sequence[Outcome], title: str) -> bytes:
     matplotlib.use("Agg", force=False)
     from matplotlib.figure import Figure
 
-    names = [f"{outcome.popularity}\n{outcome.distinct} models" for outcome in outcomes]
+    names = [f"{outcome.popularity}\n{outcome.distinct} model{'s' * (outcome.distinct != 1)}" for outcome in outcomes]
     figure = Figure(figsize=(8.6, 3.4), dpi=130, layout="constrained")
     speed: Any
     first: Any
