@@ -115,7 +115,8 @@ def vllm_side(python: str, job: dict[str, Any]) -> dict[str, Any]:
             str(Path(__file__).parent / "peers" / "vllm_engine.py"),
             json.dumps(own | {"distinct": distinct}),
         ]
-        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False, env=VLLM | dict(os.environ))
+        environment = VLLM | {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False, env=environment)
         if done.returncode:
             raise SystemExit(f"bench-serve: vLLM failed with {done.returncode}.")
         rows |= json.loads(done.stdout.splitlines()[-1])
@@ -398,7 +399,7 @@ def main() -> None:
         "rows": {},
     }
     store()
-    for side in [*arguments.sides.split(","), *(["vllm"] if arguments.vllm_python else [])]:
+    for side in [*(["vllm"] if arguments.vllm_python else []), *arguments.sides.split(",")]:
         print(f"{side} …", flush=True)
         if side == "vllm":
             record["rows"][side] = vllm_side(arguments.vllm_python, job)
@@ -407,10 +408,12 @@ def main() -> None:
             record["rows"][side] = run_side(side, job)
         for name, row in record["rows"][side].items():
             print(f"  {name}: " + ", ".join(f"{key} {value:.4g}" for key, value in row.items()), flush=True)
-    record["peak_after"] = machine.gemm_peak() / 1e9
-    record["floors"] = floors(record["rows"])
-    record["markdown"] = markdown(record)
-    RESULTS.write_text(json.dumps(record, indent=1) + "\n")
+        record["peak_after"] = machine.gemm_peak() / 1e9
+        record["floors"] = floors(record["rows"])
+        record["markdown"] = markdown(record)
+        RESULTS.write_text(
+            json.dumps(record, indent=1) + "\n"
+        )  # so that what has been measured is there if a later side fails
     print(record["markdown"])
     sys.exit(any(not floor["met"] for floor in record["floors"]))
 
