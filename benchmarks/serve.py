@@ -399,9 +399,12 @@ def main() -> None:
         "rows": {},
     }
     store()
-    for side in [*(["vllm"] if arguments.vllm_python else []), *arguments.sides.split(",")]:
+    sides = arguments.sides.split(",")
+    for side in sides if "vllm" in sides or not arguments.vllm_python else [*sides, "vllm"]:
         print(f"{side} …", flush=True)
         if side == "vllm":
+            if not arguments.vllm_python:
+                raise SystemExit("bench-serve: the side vllm needs --vllm-python.")
             record["rows"][side] = vllm_side(arguments.vllm_python, job)
             record["versions"][side] = record["rows"][side].pop("version")["vllm"]
         else:
