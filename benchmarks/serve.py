@@ -109,7 +109,8 @@ def vllm_side(python: str, job: dict[str, Any]) -> dict[str, Any]:
         "new": job["new"],
         "batch": BATCH,
     }
-    for distinct in ((0,), DISTINCT[1:]):
+    wanted = job["vllm"]
+    for distinct in filter(None, ([n for n in wanted if not n], [n for n in wanted if n])):
         command = [
             python,
             str(Path(__file__).parent / "peers" / "vllm_engine.py"),
@@ -380,6 +381,9 @@ def main() -> None:
     parser.add_argument("--new", type=int, default=64)
     parser.add_argument("--sides", default=",".join(SIDES))
     parser.add_argument("--vllm-python", help="an interpreter that has vLLM's CPU build: it is measured as well")
+    parser.add_argument(
+        "--vllm-distinct", default=",".join(map(str, DISTINCT)), help="how many adapters it is measured with"
+    )
     parser.add_argument("--side", help=argparse.SUPPRESS)
     parser.add_argument("--job", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -387,7 +391,8 @@ def main() -> None:
         sides = {"lorakit": lorakit_side, "peft": peft_side, "transformers": transformers_side}
         print(json.dumps(sides[arguments.side](json.loads(arguments.job))))
         return
-    job = {"requests": arguments.requests, "prompt": arguments.prompt, "new": arguments.new}
+    job: dict[str, Any] = {"requests": arguments.requests, "prompt": arguments.prompt, "new": arguments.new}
+    job["vllm"] = [int(count) for count in arguments.vllm_distinct.split(",")]
     others = machine.others_share() or 0.0
     record: dict[str, Any] = {
         "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M"),
