@@ -1,6 +1,7 @@
 """Quality of every method on one task at one size: accuracy, loss, time, memory, and how large the adapter is.
 
     make bench-methods                                             every method, three seeds; over an hour on two cores
+    make bench-methods BENCH_OPTIONS=--kept                        the rows measured so far, and which are missing
     make bench-methods BENCH_OPTIONS="--only 'LoRA; DoRA' --seeds 1"
 
 Every row is `lorakit train` on film reviews, each method in a process of its own and one thread; several processes may run
@@ -50,19 +51,22 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_options(parser, seeds=3, steps=12, output=RESULTS)
     options = parser.parse_args()
-    base, rows = measured(chosen(SETTINGS, options, parser), options)
+    wanted = chosen(SETTINGS, options, parser)
+    base, rows = measured(wanted, options)
     done = [row for row in rows if "failed" not in row]
     if not done:
         return 1
     options.output.parent.mkdir(parents=True, exist_ok=True)
     result = record(done, base, options)
+    if missing := [setting.name for setting in wanted if setting.name not in {row["name"] for row in rows}]:
+        result["markdown"] += f"\n\nNot measured yet: {', '.join(missing)}."
     options.output.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n")
     if not options.only:
         PICTURES.mkdir(parents=True, exist_ok=True)
         (PICTURES / "methods-quality.png").write_bytes(draw_quality(done))
         (PICTURES / "methods-starts.png").write_bytes(draw_starts(done))
     print(result["markdown"])
-    return int(len(done) < len(rows))
+    return int(len(done) < len(wanted))
 
 
 if __name__ == "__main__":

@@ -36,6 +36,7 @@ def add_options(parser: argparse.ArgumentParser, *, seeds: int, steps: int, outp
         "--workers", type=int, default=os.cpu_count() or 1, help="processes side by side, a thread each"
     )
     parser.add_argument("--again", action="store_true", help="measure again what is there")
+    parser.add_argument("--kept", action="store_true", help="the rows measured so far, and which are missing")
     parser.add_argument("--output", type=Path, default=output, help="where the results go")
 
 
@@ -49,12 +50,15 @@ def chosen(settings: Sequence[Setting], options: argparse.Namespace, parser: arg
 
 
 def measured(settings: Sequence[Setting], options: argparse.Namespace) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """The base's accuracy and loss, and a row for each setting; a row that failed has "failed" and no runs."""
+    """The base's accuracy and loss, and a row for each setting; a row that failed has "failed" and no runs. With `--kept` a row
+    that is not there is left out."""
     material.fetch_model()
     material.write_reviews()
     base = _row({**_job(BASE, options), "seeds": [], "steps": 0}, options.again)
     if "failed" in base:
         return base, []
+    if options.kept:
+        settings = [setting for setting in settings if _place(_job(setting, options)).is_file()]
     with ThreadPoolExecutor(options.workers) as pool:
         rows = list(pool.map(lambda setting: _row(_job(setting, options), options.again), settings))
     return base["runs"][0], rows
@@ -73,11 +77,15 @@ def _job(setting: Setting, options: argparse.Namespace) -> dict[str, Any]:
     }
 
 
+def _place(job: dict[str, Any]) -> Path:
+    """Where a job's row is kept."""
+    digest = hashlib.sha256(json.dumps(job, sort_keys=True).encode()).hexdigest()[:16]
+    return material.cache_root() / "bench-methods" / f"{digest}.json"
+
+
 def _row(job: dict[str, Any], again: bool) -> dict[str, Any]:
     """What a job gives, from the cache or from a process of its own."""
-    name = job["setting"]["name"]
-    digest = hashlib.sha256(json.dumps(job, sort_keys=True).encode()).hexdigest()[:16]
-    kept = material.cache_root() / "bench-methods" / f"{digest}.json"
+    name, kept = job["setting"]["name"], _place(job)
     if kept.is_file() and not again:
         row: dict[str, Any] = json.loads(kept.read_text())
         return row
