@@ -213,14 +213,19 @@ def test_the_first_of_the_greatest(dtype: torch.dtype) -> None:
     assert native.greatest(x).tolist() == x.argmax(-1).tolist()
 
 
+def forget() -> None:
+    native.LOOPS.forget()
+    native._told.cache_clear()
+
+
 def test_why_the_loops_are_off(monkeypatch: pytest.MonkeyPatch) -> None:
     assert native.obstacle(nn.Linear(2, 2)) is None
     assert native.obstacle(nn.Linear(2, 2).half()) == "its numbers are torch.float16"
     assert native.obstacle(nn.Linear(2, 2, device="meta")) == "the model is on meta"
     monkeypatch.setattr(shutil, "which", lambda name: None)
-    native._library.cache_clear()
+    forget()
     assert native.obstacle(nn.Linear(2, 2)) == "no C++ compiler was found (g++, clang++)"
-    native._library.cache_clear()
+    forget()
 
 
 def test_a_model_whose_layers_mix_tokens_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

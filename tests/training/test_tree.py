@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import shutil
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +12,6 @@ import torch
 import transformers as tf
 from torch import Tensor
 
-from lorakit import native
 from lorakit.train import attention, tree
 from lorakit.train.attention import flat_attention
 from lorakit.train.blocks import FlatAttention, plan_attention
@@ -144,8 +144,8 @@ def test_a_model_goes_that_way(kind: str, monkeypatch: pytest.MonkeyPatch) -> No
     else:
         model = tf.MistralForCausalLM(tf.MistralConfig(**sizes, sliding_window=9))
     calls: list[str] = []
-    call = tree._call
-    monkeypatch.setattr(tree, "_call", lambda name, *rest: calls.append(name) or call(name, *rest))
+    call = tree.LIBRARY.call
+    monkeypatch.setattr(tree.LIBRARY, "call", lambda name, *rest: calls.append(name) or call(name, *rest))
     assert flat_support(model) is None  # the trainer takes the flat path
     assert "attend" in calls
     rows = [[*range(1, 31), *range(40, 40 + n)] for n in (3, 30, 11)]
@@ -182,7 +182,7 @@ def test_long_rows_where_the_processor_multiplies_tiles(monkeypatch: pytest.Monk
 
 def test_without_a_compiler(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     """Batched products take its place, and the log says why, once."""
-    monkeypatch.setattr(native.shutil, "which", lambda name: None)
+    monkeypatch.setattr(shutil, "which", lambda name: None)
     forget()
     try:
         with caplog.at_level(logging.INFO, logger="lorakit.train"):

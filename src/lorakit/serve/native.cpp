@@ -8,6 +8,7 @@
 #include <omp.h>
 
 #include "adapters.h"
+#include "rows.h"
 
 constexpr int PAGE = 16;
 
@@ -181,58 +182,16 @@ constexpr int64_t ALONE = 1 << 16;  // numbers that one thread is through with b
 template <typename T>
 static void norm(const T* x, const T* weight, T* y, int64_t tokens, int64_t width, float eps, float shift) {
 #pragma omp parallel for schedule(static) if (tokens * width > ALONE)
-    for (int64_t t = 0; t < tokens; t++) {
-        const T* from = x + t * width;
-        T* to = y + t * width;
-        v16 squares{};
-        int64_t i = 0;
-        for (; i + 16 <= width; i += 16) squares += load(from + i) * load(from + i);
-        float total = sum(squares);
-        for (; i < width; i++) total += widen(from[i]) * widen(from[i]);
-        const float scale = 1.0f / std::sqrt(total / width + eps);
-        for (i = 0; i + 16 <= width; i += 16) {
-            const v16 own = load(from + i) * scale, factor = load(weight + i);
-            if (shift != 0) {
-                keep(own * (factor + shift), to + i);
-            } else {
-                T rounded[16];
-                keep(own, rounded);
-                keep(load(rounded) * factor, to + i);
-            }
-        }
-        for (; i < width; i++) {
-            if (shift != 0) {
-                narrow(widen(from[i]) * scale * (widen(weight[i]) + shift), to + i);
-            } else {  // rounded before the weight, as the models do it
-                T rounded;
-                narrow(widen(from[i]) * scale, &rounded);
-                narrow(widen(rounded) * widen(weight[i]), to + i);
-            }
-        }
-    }
+    for (int64_t t = 0; t < tokens; t++) norm_row(x + t * width, weight, y + t * width, width, eps, shift);
 }
 
 template <typename T>
 static void turn(const T* x, int64_t x_head, int64_t x_token, const T* cosine, const T* sine, T* y, int64_t heads,
                  int64_t tokens, int64_t d) {
-    const int64_t half = d / 2;
 #pragma omp parallel for schedule(static) if (tokens * heads * d > ALONE)
     for (int64_t t = 0; t < tokens; t++)
-        for (int64_t h = 0; h < heads; h++) {
-            const T *from = x + h * x_head + t * x_token, *c = cosine + t * d, *s = sine + t * d;
-            T* to = y + (t * heads + h) * d;
-            int64_t i = 0;
-            for (; i + 16 <= half; i += 16) {
-                const v16 a = load(from + i), b = load(from + i + half);
-                keep(a * load(c + i) - b * load(s + i), to + i);
-                keep(b * load(c + i + half) + a * load(s + i + half), to + i + half);
-            }
-            for (; i < half; i++) {
-                const float a = widen(from[i]), b = widen(from[i + half]);
-                narrow(a * widen(c[i]) - b * widen(s[i]), to + i);
-                narrow(b * widen(c[i + half]) + a * widen(s[i + half]), to + i + half);
-            }
-        }
+        for (int64_t h = 0; h < heads; h++)
+            turn_head<false>(x + h * x_head + t * x_token, cosine + t * d, sine + t * d, y + (t * heads + h) * d, d);
 }
 
 template <typename T>
@@ -240,9 +199,7 @@ static void gate(const T* a, const T* b, T* y, int64_t count) {
 #pragma omp parallel for schedule(static) if (count > ALONE)
     for (int64_t i = 0; i < count / 16; i++) {
         v16 x = load(a + 16 * i);
-        T rounded[16];
-        keep(x / (1.0f + exponential(-x)), rounded);
-        keep(load(rounded) * load(b + 16 * i), y + 16 * i);
+        keep(rounded(x / (1.0f + exponential(-x)), a) * load(b + 16 * i), y + 16 * i);
     }
     for (int64_t i = count / 16 * 16; i < count; i++) {
         T rounded;

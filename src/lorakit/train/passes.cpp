@@ -2,34 +2,15 @@
 // does what its namesake in fusion.py does, which the tests hold it to; numbers are added up in float32. Compiled at first use
 // for this machine. Widths are multiples of 16 (rotary: of 32), tensors contiguous.
 
-#include "vector.h"
+#include "rows.h"
 
 typedef int64_t integer;
-
-// A vector as it is after a stop in T.
-static inline v16 rounded(v16 x, const float*) { return x; }
-static inline v16 rounded(v16 x, const bf16*) {
-    bf16 short_form[16];
-    keep(x, short_form);
-    return load(short_form);
-}
 
 // x (rows, width) -> y, and 1 / root mean square of each row. `shift` is added to the weight (Gemma's 1).
 template <typename T>
 static void norm(const T* x, const T* weight, T* y, float* scales, integer rows, integer width, float eps, float shift) {
 #pragma omp parallel for schedule(static)
-    for (integer t = 0; t < rows; t++) {
-        const T* from = x + t * width;
-        v16 squares{};
-        for (integer i = 0; i < width; i += 16) squares += load(from + i) * load(from + i);
-        const float scale = 1.0f / std::sqrt(sum(squares) / width + eps);
-        for (integer i = 0; i < width; i += 16) {
-            const v16 unit = load(from + i) * scale, factor = load(weight + i);
-            // Without a shift models round before they multiply.
-            keep(shift != 0 ? unit * (factor + shift) : rounded(unit, from) * factor, y + t * width + i);
-        }
-        scales[t] = scale;
-    }
+    for (integer t = 0; t < rows; t++) scales[t] = norm_row(x + t * width, weight, y + t * width, width, eps, shift);
 }
 
 template <typename T>
@@ -85,27 +66,13 @@ static void gate_backward(const T* dy, const T* gate, const T* up, T* dgate, T* 
     }
 }
 
-// x (tokens, heads, d) turned by angles (tokens, d), or its transpose (`back`), for any angles.
-template <typename T>
-static void turn(const T* x, const T* cosine, const T* sine, T* y, integer tokens, integer heads, integer d, integer back) {
-    const integer half = d / 2;
+// x (tokens, heads, d) turned by angles (tokens, d), or its transpose.
+template <bool Back, typename T>
+static void turn(const T* x, const T* cosine, const T* sine, T* y, integer tokens, integer heads, integer d) {
 #pragma omp parallel for schedule(static)
     for (integer t = 0; t < tokens; t++)
-        for (integer i = 0; i < half; i += 16) {
-            const v16 c = load(cosine + t * d + i), c2 = load(cosine + t * d + half + i);
-            v16 s = load(sine + t * d + i), s2 = load(sine + t * d + half + i);
-            if (back) {
-                const v16 other = s;
-                s = -s2, s2 = -other;
-            }
-            for (integer h = 0; h < heads; h++) {
-                const T* from = x + (t * heads + h) * d + i;
-                T* to = y + (t * heads + h) * d + i;
-                const v16 a = load(from), b = load(from + half);
-                keep(a * c - b * s, to);
-                keep(b * c2 + a * s2, to + half);
-            }
-        }
+        for (integer at = t * heads * d; at < (t + 1) * heads * d; at += d)
+            turn_head<Back>(x + at, cosine + t * d, sine + t * d, y + at, d);
 }
 
 // dy, y (rows, width), g (width) -> dy * g and the gradient of g, the sum over rows of dy * y. Each worker adds up the rows of its
@@ -145,7 +112,7 @@ BOTH(gate, GATE, gate(gates, up, y, count, tanh))
 #define GATE_BACKWARD(T) (const T* dy, const T* gates, const T* up, T* dgate, T* dup, integer count, integer tanh)
 BOTH(gate_backward, GATE_BACKWARD, gate_backward(dy, gates, up, dgate, dup, count, tanh))
 #define TURN(T) (const T* x, const T* cosine, const T* sine, T* y, integer tokens, integer heads, integer d, integer back)
-BOTH(turn, TURN, turn(x, cosine, sine, y, tokens, heads, d, back))
+BOTH(turn, TURN, back ? turn<true>(x, cosine, sine, y, tokens, heads, d) : turn<false>(x, cosine, sine, y, tokens, heads, d))
 #define GAIN_BACKWARD(T) \
     (const T* dy, const T* y, const float* g, T* of_y, float* of_g, integer rows, integer width, integer workers)
 BOTH(gain_backward, GAIN_BACKWARD, gain_backward(dy, y, g, of_y, of_g, rows, width, workers))

@@ -6,7 +6,6 @@ A call costs a few microseconds where one of torch.compile's costs fifty, and th
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -37,7 +36,7 @@ def suit(tensors: tuple[Tensor | None, ...], halves: bool = False, masters: bool
     """
     first = tensors[0]
     assert first is not None  # every function has an input
-    if first.device.type != "cpu" or _name(first.dtype) not in TYPES or LIBRARY.obstacle is not None:
+    if first.device.type != "cpu" or first.dtype not in TYPES or LIBRARY.obstacle is not None:
         return False
     for one in tensors:
         if one is None or not one.is_contiguous():
@@ -54,35 +53,35 @@ def suit(tensors: tuple[Tensor | None, ...], halves: bool = False, masters: bool
 def norm(x: Tensor, weight: Tensor, *, eps: float, shift: float) -> tuple[Tensor, Tensor]:
     """`fusion.norm_rows`."""
     y, scale = torch.empty_like(x), x.new_empty(x.shape[0], 1, dtype=torch.float32)
-    _call("norm", x, weight, y, scale, x.shape[0], x.shape[1], eps, shift)
+    LIBRARY.call("norm", x.dtype, x, weight, y, scale, x.shape[0], x.shape[1], eps, shift)
     return y, scale
 
 
 def norm_backward(grad: Tensor, x: Tensor, weight: Tensor, scale: Tensor, *, shift: float) -> Tensor:
     """`fusion.norm_rows_backward`."""
     dx = torch.empty_like(x)
-    _call("norm_backward", grad, x, weight, scale, dx, x.shape[0], x.shape[1], shift)
+    LIBRARY.call("norm_backward", grad.dtype, grad, x, weight, scale, dx, x.shape[0], x.shape[1], shift)
     return dx
 
 
 def gate(tanh: bool, gate: Tensor, up: Tensor) -> Tensor:
     """`fusion.gate_silu`, or `gate_gelu` with `tanh`."""
     y = torch.empty_like(gate)
-    _call("gate", gate, up, y, gate.numel(), int(tanh))
+    LIBRARY.call("gate", gate.dtype, gate, up, y, gate.numel(), int(tanh))
     return y
 
 
 def gate_backward(tanh: bool, grad: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
     """Their derivatives."""
     of_gate, of_up = torch.empty_like(gate), torch.empty_like(up)
-    _call("gate_backward", grad, gate, up, of_gate, of_up, gate.numel(), int(tanh))
+    LIBRARY.call("gate_backward", grad.dtype, grad, gate, up, of_gate, of_up, gate.numel(), int(tanh))
     return of_gate, of_up
 
 
 def turn(back: bool, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """`fusion.rotate`, or `rotate_back`."""
     y = torch.empty_like(x)
-    _call("turn", x, cos, sin, y, *x.shape, int(back))
+    LIBRARY.call("turn", x.dtype, x, cos, sin, y, *x.shape, int(back))
     return y
 
 
@@ -90,14 +89,5 @@ def gain_backward(dy: Tensor, y: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
     """`kernel.gain_backward`."""
     of_y, of_g = torch.empty_like(y), torch.empty_like(g, dtype=torch.float32)
     workers = min(torch.get_num_threads(), y.shape[0])
-    _call("gain_backward", dy, y, g.float(), of_y, of_g, *y.shape, workers)
+    LIBRARY.call("gain_backward", dy.dtype, dy, y, g.float(), of_y, of_g, *y.shape, workers)
     return of_y, of_g
-
-
-def _call(name: str, *arguments: Any) -> None:
-    addresses = (one.data_ptr() if isinstance(one, Tensor) else one for one in arguments)
-    LIBRARY.find(name, _name(arguments[0].dtype))(*addresses)
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")

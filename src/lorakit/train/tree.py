@@ -42,7 +42,7 @@ def _available() -> bool:
 
 def suits(batch: FlatBatch, q: Tensor) -> bool:
     """Can the compiled pass take these queries `[..., head_dim]`?"""
-    if q.device.type != "cpu" or _name(q.dtype) not in TYPES or q.shape[-1] % MULTIPLE:
+    if q.device.type != "cpu" or q.dtype not in TYPES or q.shape[-1] % MULTIPLE:
         return False
     return _available() and runs_of(batch) is not None
 
@@ -74,7 +74,7 @@ class TreeAttention(torch.autograd.Function):
         assert runs is not None  # `suits` has looked
         out, log_sums = torch.empty_like(q), q.new_empty(q.shape[:2], dtype=torch.float32)
         ctx.shape = (len(runs), batch.tokens, batch.used, q.shape[1], k.shape[1], q.shape[2], scale, window or 0)
-        _call("attend", runs, ctx.shape, q, k, v, out, log_sums)
+        LIBRARY.call("attend", q.dtype, runs, *ctx.shape, q, k, v, out, log_sums)
         ctx.save_for_backward(runs, q, k, v, out, log_sums)
         return out
 
@@ -84,14 +84,6 @@ class TreeAttention(torch.autograd.Function):
         runs, q, k, v, out, log_sums = ctx.saved_tensors
         dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
         workers = min(torch.get_num_threads(), WORKERS)
-        _call("attend_backward", runs, ctx.shape, q, k, v, out, log_sums, grad.contiguous(), dq, dk, dv, workers)
+        given = (q, k, v, out, log_sums, grad.contiguous())
+        LIBRARY.call("attend_backward", q.dtype, runs, *ctx.shape, *given, dq, dk, dv, workers)
         return dq, dk, dv, None, None, None
-
-
-def _call(name: str, runs: Tensor, shape: tuple[Any, ...], *arguments: Any) -> None:
-    addresses = (one.data_ptr() if isinstance(one, Tensor) else one for one in arguments)
-    LIBRARY.find(name, _name(arguments[0].dtype))(runs.data_ptr(), *shape, *addresses)
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
