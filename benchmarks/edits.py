@@ -10,16 +10,12 @@ measured with the same options stays in .cache/bench-methods and is not measured
 from __future__ import annotations
 
 import argparse
-import json
 import sys
-from datetime import UTC, datetime
-from importlib.metadata import version
 from pathlib import Path
 
-from quality.kept import add_options, chosen, measured
+from quality.kept import add_options, chosen, measured, record, write
 from quality.settings import EDITS
-from quality.tables import no_better, quality_table
-from trainers import machine
+from quality.tables import no_better
 
 RESULTS = Path(__file__).resolve().parent / "results" / "edits.json"
 
@@ -33,22 +29,8 @@ def main() -> int:
     done = [row for row in rows if "failed" not in row]
     if not done:
         return 1
-    shared = {key: value for key, value in vars(options).items() if key in ("steps", "batch_size", "held_out")}
     failed = no_better(done, base)
-    result = {
-        "benchmark": "edits",
-        "finished": datetime.now(UTC).isoformat(timespec="seconds"),
-        "machine": machine.describe(),
-        "libraries": {name: version(name) for name in ("lorakit", "torch", "transformers")},
-        "options": {**shared, "seeds": list(options.seeds)},
-        "base": base,
-        "rows": done,
-        "missed": failed,
-        "markdown": quality_table(done, base, shared, options.seeds),
-    }
-    options.output.parent.mkdir(parents=True, exist_ok=True)
-    options.output.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n")
-    print(result["markdown"])
+    write({**record("edits", base, done, options), "missed": failed}, options.output)
     for line in failed:
         print(f"missed: {line}", file=sys.stderr)
     return int(bool(failed) or len(done) < len(rows))

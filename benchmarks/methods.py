@@ -13,37 +13,17 @@ what is, and the command fails only where a method cannot be trained.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
-from datetime import UTC, datetime
-from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
-from quality.kept import add_options, chosen, measured
+from quality.kept import add_options, chosen, measured, record, write
 from quality.picture import draw_quality, draw_starts
 from quality.settings import SETTINGS
-from quality.tables import claims, quality_table
-from trainers import machine
+from quality.tables import claims
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "methods.json"
 PICTURES = ROOT / "docs" / "pictures"
-
-
-def record(rows: list[dict[str, Any]], base: dict[str, Any], options: argparse.Namespace) -> dict[str, Any]:
-    """Everything that goes into the results file."""
-    shared = {key: value for key, value in vars(options).items() if key in ("steps", "batch_size", "held_out")}
-    return {
-        "benchmark": "methods",
-        "finished": datetime.now(UTC).isoformat(timespec="seconds"),
-        "machine": machine.describe(),
-        "libraries": {name: version(name) for name in ("lorakit", "torch", "transformers")},
-        "options": {**shared, "seeds": list(options.seeds)},
-        "base": base,
-        "rows": rows,
-        "markdown": quality_table(rows, base, shared, options.seeds) + "\n\n" + claims(rows),
-    }
 
 
 def main() -> int:
@@ -56,16 +36,14 @@ def main() -> int:
     done = [row for row in rows if "failed" not in row]
     if not done:
         return 1
-    options.output.parent.mkdir(parents=True, exist_ok=True)
-    result = record(done, base, options)
+    below = "\n\n" + claims(done)
     if missing := [setting.name for setting in wanted if setting.name not in {row["name"] for row in rows}]:
-        result["markdown"] += f"\n\nNot measured yet: {', '.join(missing)}."
-    options.output.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n")
+        below += f"\n\nNot measured yet: {', '.join(missing)}."
+    write(record("methods", base, done, options, after=below), options.output)
     if not options.only:
         PICTURES.mkdir(parents=True, exist_ok=True)
         (PICTURES / "methods-quality.png").write_bytes(draw_quality(done))
         (PICTURES / "methods-starts.png").write_bytes(draw_starts(done))
-    print(result["markdown"])
     return int(len(done) < len(wanted))
 
 

@@ -12,11 +12,15 @@ import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
+from datetime import UTC, datetime
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import material
 from quality.settings import Setting
+from quality.tables import quality_table
+from trainers import machine
 
 BENCHMARKS = Path(__file__).resolve().parent.parent
 BASE = Setting("the base", (), 1e-3)
@@ -62,6 +66,30 @@ def measured(settings: Sequence[Setting], options: argparse.Namespace) -> tuple[
     with ThreadPoolExecutor(options.workers) as pool:
         rows = list(pool.map(lambda setting: _row(_job(setting, options), options.again), settings))
     return base["runs"][0], rows
+
+
+def record(
+    benchmark: str, base: dict[str, Any], rows: list[dict[str, Any]], options: argparse.Namespace, *, after: str = ""
+) -> dict[str, Any]:
+    """Everything that goes into a results file; `after` is what the page says below the table."""
+    shared = {key: value for key, value in vars(options).items() if key in ("steps", "batch_size", "held_out")}
+    return {
+        "benchmark": benchmark,
+        "finished": datetime.now(UTC).isoformat(timespec="seconds"),
+        "machine": machine.describe(),
+        "libraries": {name: version(name) for name in ("lorakit", "torch", "transformers")},
+        "options": {**shared, "seeds": list(options.seeds)},
+        "base": base,
+        "rows": rows,
+        "markdown": quality_table(rows, base, shared, options.seeds) + after,
+    }
+
+
+def write(result: dict[str, Any], path: Path) -> None:
+    """The results file, and its table for who waits."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n")
+    print(result["markdown"])
 
 
 def _job(setting: Setting, options: argparse.Namespace) -> dict[str, Any]:
