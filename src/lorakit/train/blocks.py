@@ -321,6 +321,17 @@ class FlatAttention(torch.autograd.Function):
         query_rows, key_rows, value_rows = [], [], []
         path_grads: list[tuple[Tensor, Tensor, Tensor]] = []
         sink_grad = None if sinks is None else torch.zeros_like(sinks, dtype=delta_rows.dtype)
+
+        def differentiate(
+            scores: Tensor, grad: Tensor, log_sum: Tensor, delta: Tensor, remembers: bool, *, in_path: bool
+        ) -> tuple[Tensor, Tensor]:
+            """Probabilities, which `scores` are already where they were kept, and the gradient of the raw scores."""
+            if remembers:
+                return scores, fusion.call(softmax_kept_backward, scores, grad, delta, scale=scale)
+            shape = {"scale": scale, "softcap": softcap, "window": window, "in_path": in_path}
+            found: tuple[Tensor, Tensor] = fusion.call(softmax_joined_backward, scores, grad, log_sum, delta, **shape)
+            return found
+
         for index, (block, log_sum) in enumerate(zip(plan.blocks, log_sums, strict=True)):
             *gathered, path, lane = kept[7 * index : 7 * index + 7]
             remembers = lane is not None
@@ -331,20 +342,7 @@ class FlatAttention(torch.autograd.Function):
             delta = delta_rows.index_select(0, block.query_index).view_as(log_sum)
             rows = queries.shape[1]
             grad_lane = torch.bmm(grads_out, values.transpose(1, 2)).view_as(lane)
-            if remembers:
-                p, inner = lane, fusion.call(softmax_kept_backward, lane, grad_lane, delta, scale=scale)
-            else:
-                p, inner = fusion.call(
-                    softmax_joined_backward,
-                    lane,
-                    grad_lane,
-                    log_sum,
-                    delta,
-                    scale=scale,
-                    softcap=softcap,
-                    window=window,
-                    in_path=False,
-                )
+            p, inner = differentiate(lane, grad_lane, log_sum, delta, remembers, in_path=False)
             p, inner = p.view(-1, rows, block.length), inner.view(-1, rows, block.length)
             value_rows.append(torch.bmm(p.transpose(1, 2), grads_out).view(-1, plan.head_dim))
             key_rows.append(torch.bmm(inner.transpose(1, 2), queries).view(-1, plan.head_dim))
@@ -353,20 +351,7 @@ class FlatAttention(torch.autograd.Function):
                 all_grads = grads_out.view(plan.key_heads, -1, plan.head_dim)
                 all_queries = queries.view(plan.key_heads, -1, plan.head_dim)
                 grad_path = torch.bmm(all_grads, path_values.transpose(1, 2)).view_as(path)
-                if remembers:
-                    p, inner = path, fusion.call(softmax_kept_backward, path, grad_path, delta, scale=scale)
-                else:
-                    p, inner = fusion.call(
-                        softmax_joined_backward,
-                        path,
-                        grad_path,
-                        log_sum,
-                        delta,
-                        scale=scale,
-                        softcap=softcap,
-                        window=window,
-                        in_path=True,
-                    )
+                p, inner = differentiate(path, grad_path, log_sum, delta, remembers, in_path=True)
                 p, inner = (
                     p.view(plan.key_heads, -1, block.offset),
                     inner.view(plan.key_heads, -1, block.offset),
