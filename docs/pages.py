@@ -7,6 +7,7 @@ of date and fails; a test calls the same, so that a page cannot drift from what 
 from __future__ import annotations
 
 import ast
+import itertools
 import json
 import re
 import subprocess
@@ -39,6 +40,7 @@ FOLDERS = {
     "src/lorakit/init": "how a delta starts",
     "src/lorakit/insight": "what training takes",
     "src/lorakit/methods": "one file per weight delta",
+    "src/lorakit/native": "what compiles, keeps and calls inner loops in C++",
     "src/lorakit/optim": "optimisers, by role",
     "src/lorakit/serve": "many adapters on one base",
     "src/lorakit/storage": "how frozen numbers are held, one file per library",
@@ -60,8 +62,13 @@ def _files() -> list[str]:
 
 
 def _summary(path: Path) -> str:
-    """The first sentence of a module's docstring, or of a package's."""
-    docstring = ast.get_docstring(ast.parse(path.read_text())) or ""
+    """The first sentence of a module's docstring, of a package's, or of what a C++ file begins with."""
+    text = path.read_text()
+    if path.suffix == ".py":
+        docstring = ast.get_docstring(ast.parse(text)) or ""
+    else:
+        lines = itertools.takewhile(lambda line: line.startswith("//"), text.splitlines())
+        docstring = "\n".join(line.removeprefix("//").strip() for line in lines)
     return re.split(r"\.\s", docstring.strip().split("\n\n")[0].replace("\n", " ") + " ")[0].rstrip(".: ")
 
 
@@ -72,7 +79,7 @@ def tree(whole: bool = True) -> str:
     """
     # packages of the library before its own modules
     files = sorted(map(Path, _files()), key=lambda path: (path.parts[0], path.parent == Path("src/lorakit"), path))
-    modules = [path for path in files if path.suffix == ".py" and path.name != "__init__.py"]
+    modules = [path for path in files if path.suffix in (".py", ".cpp", ".h") and path.name != "__init__.py"]
     lines: list[str] = []
     shown: set[str] = set()
 
