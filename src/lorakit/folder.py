@@ -16,6 +16,7 @@ import logging
 import os
 import secrets
 import shutil
+import stat
 import sys
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
@@ -112,9 +113,15 @@ def recover(folder: Path, content: Collection[str]) -> None:
 
 
 def _check_place(folder: Path) -> None:
-    if folder.exists() and not folder.is_dir():
+    # No lock is held yet, and by renames the folder is away for a moment while another save swaps: whatever is asked must
+    # take either answer, so its kind is asked once, and not by Path.is_mount, which asks four times.
+    try:
+        kind = folder.stat().st_mode
+    except OSError:
+        kind = None  # what stands in the way will say so when it is written
+    if kind is not None and not stat.S_ISDIR(kind):
         raise LorakitError(f"save: {folder} exists and is a file; an adapter is a folder.")
-    if folder.is_mount():
+    if os.path.ismount(folder):
         raise LorakitError(
             f"save: {folder} is a mount point, which cannot be replaced in one step. A folder below it can: "
             f"{folder / 'adapter'}."

@@ -15,6 +15,7 @@ import signal
 import sys
 import threading
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -336,6 +337,31 @@ def test_two_processes_at_once(way: str, unflushed: None, tmp_path: Path) -> Non
     load(model(), target, name="a")
     assert foreign(target) == FOREIGN
     assert [entry.name for entry in tmp_path.iterdir()] == ["sql"]
+
+
+def test_the_folder_is_away_while_its_place_is_checked(unflushed: None, tmp_path: Path) -> None:
+    """By renames another save takes the folder away for a moment; here at every single question about it, in turn."""
+    one = adapter(1.0, rank=1)
+    target = tmp_path / "sql"
+    one.save(target)
+    for away in range(1, 20):
+        asked = 0
+
+        def answer(real: Callable[..., Any], away: int, path: Any, *args: Any, **options: Any) -> Any:
+            nonlocal asked
+            if not isinstance(path, int) and os.fspath(path) == str(target):
+                asked += 1
+                if asked == away:
+                    raise FileNotFoundError(2, "No such file or directory", str(path))
+            return real(path, *args, **options)
+
+        with pytest.MonkeyPatch.context() as patch:
+            for name in ("stat", "lstat"):
+                patch.setattr(os, name, partial(answer, getattr(os, name), away))
+            folder_module._check_place(target)
+        if asked < away:
+            break
+    assert away > 2, "it is meant to ask"
 
 
 def test_a_living_save_is_left_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
