@@ -47,7 +47,12 @@ SETTINGS: tuple[Setting, ...] = (
     Setting("Tied-LoRA", ("method=tied-lora", "rank=128", "alpha=128"), 2e-3, "one pair for all layers of a shape"),
     Setting("1LoRA", ("method=1lora",), 2e-3, "one vector a matrix"),
     Setting("RandLoRA", ("method=randlora", "rank=16", "alpha=320"), 2e-3),
-    Setting("FourierFT", ("method=fourierft", "n_frequency=3000"), 5e-2),
+    Setting(
+        "FourierFT",
+        ("method=fourierft", "n_frequency=3000", "start_zero=true"),
+        5e-2,
+        "from zero: its N(0, 1) start undoes so small a model",
+    ),
     Setting("SHiRA", ("method=shira", "rank=8"), 2e-3),
     Setting("C3A", ("method=c3a", "block_size=48"), 2e-2),
     Setting("MoRA", ("method=mora", "rank=8"), 5e-4),
