@@ -160,7 +160,7 @@ class Bench:
     def correct(self, route: Any, questions: Sequence[Any]) -> int:
         """How many questions are answered rightly under a route; an adapter is in the weights meanwhile, which is in float32
         here, so that a whole matrix costs no second product."""
-        from lorakit.train.evaluate import score_choices
+        from lorakit.train.scoring import score_choices
 
         plain = isinstance(route, str) and lk.adapters(self.model)[route].router is None
         with lk.merged(self.model, route) if plain else lk.use(self.model, route):

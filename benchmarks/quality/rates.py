@@ -1,4 +1,4 @@
-"""Which learning rate suits a row: in benchmarks/, `PYTHONPATH=.:../examples python -m quality.rates --only "LoRA-XS; Tied-LoRA"`.
+"""Which learning rate suits a row: `python -m quality.rates --only "LoRA-XS; Tied-LoRA"` in benchmarks/, examples/ on the path.
 
 A rate is judged by the mean training loss of a run's last quarter, on one seed, never by the held-out rows that the tables
 report. Runs are kept as those of the tables are; what is found goes into settings.py by hand.

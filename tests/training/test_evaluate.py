@@ -20,11 +20,11 @@ from lorakit.train.evaluate import (
     match_choice,
     measure,
     normalise,
-    score_choices,
     strip_shared,
     tabulate,
 )
 from lorakit.train.options import EvaluateOptions
+from lorakit.train.scoring import score_choices
 from training import tiny
 
 VOCABULARY = tiny.VOCABULARY

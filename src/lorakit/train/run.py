@@ -33,11 +33,12 @@ from lorakit.train.calibration import calibration_batches
 from lorakit.train.classification import PreparedLabels, class_names, prepare_labels
 from lorakit.train.config import TrainConfig, to_tree, to_yaml
 from lorakit.train.data import Example, Prepared, Question, choice_ids, load_splits, prepare, questions
-from lorakit.train.evaluate import Answer, Evaluation, evaluating, measure, written
+from lorakit.train.evaluate import Answer, Evaluation, measure, written
 from lorakit.train.memory import recomputing
 from lorakit.train.models import load_model
 from lorakit.train.quantisation import Holding, holding
 from lorakit.train.report import RunRecord, write_report
+from lorakit.train.scoring import evaluating
 from lorakit.train.trainer import LoraTrainer, LossPath, choose_path
 
 if TYPE_CHECKING:
