@@ -13,11 +13,12 @@ import transformers as tf
 from torch import Tensor, nn
 
 from lorakit.errors import LorakitError
-from lorakit.train import attention, blocks, loss
+from lorakit.train import attention, blocks, support
 from lorakit.train.attention import flat_attention, flat_hidden, is_flat
 from lorakit.train.blocks import FlatAttention, plan_attention
-from lorakit.train.loss import causal_loss, flat_support, padded_loss
+from lorakit.train.loss import causal_loss, padded_loss
 from lorakit.train.packing import IGNORED, FlatBatch, pack
+from lorakit.train.support import flat_support
 
 VOCABULARY = 101
 
@@ -203,7 +204,7 @@ def test_every_hidden_state() -> None:
     with flat_attention(model), torch.no_grad():
         hidden = flat_hidden(model.model, packed)
     rows = [example.input_ids for example in examples]
-    for row, place in zip(rows, loss._places(packed, rows), strict=True):
+    for row, place in zip(rows, support._places(packed, rows), strict=True):
         alone = model.model(input_ids=torch.tensor([row])).last_hidden_state[0]
         torch.testing.assert_close(hidden[place], alone, rtol=1e-12, atol=1e-12)
 
@@ -401,7 +402,7 @@ def test_refused(name: str, caplog: pytest.LogCaptureFixture) -> None:
     make, words = REFUSED[name]
     torch.manual_seed(5)
     model = make()
-    with caplog.at_level("INFO", logger="lorakit.train.loss"):
+    with caplog.at_level("INFO", logger="lorakit.train.support"):
         reason = flat_support(model)
     assert reason
     assert words in reason

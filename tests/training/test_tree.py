@@ -15,8 +15,9 @@ from torch import Tensor
 from lorakit.train import attention, tree
 from lorakit.train.attention import flat_attention
 from lorakit.train.blocks import FlatAttention, plan_attention
-from lorakit.train.loss import causal_loss, flat_support, padded_loss
+from lorakit.train.loss import causal_loss, padded_loss
 from lorakit.train.packing import FlatBatch, pack
+from lorakit.train.support import flat_support
 from lorakit.train.tree import TreeAttention
 
 HERE = torch.randn(2, 16)

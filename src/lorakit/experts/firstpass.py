@@ -17,7 +17,7 @@ from torch.utils.hooks import RemovableHandle
 
 from lorakit.board import Board
 from lorakit.errors import LorakitError
-from lorakit.experts.ground import Around, Ground, OverAdapters
+from lorakit.experts.ground import CallHooks, Ground, OverAdapters
 from lorakit.routing import BASE, Routing
 
 _ROWS = ("reorder_cache", "crop", "batch_repeat_interleave", "batch_select_indices", "reset")
@@ -29,7 +29,7 @@ class FirstPass(OverAdapters):
 
     def watch(self, ground: Ground) -> list[RemovableHandle]:
         self.name, self._board, self._decoder = ground.name, (ground.board,), (ground.decoder(),)
-        return Around(self._enter, self._leave).on(self._decoder[0])
+        return CallHooks(self._enter, self._leave).on(self._decoder[0])
 
     @property
     def board(self) -> Board:

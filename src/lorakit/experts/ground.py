@@ -146,7 +146,7 @@ class OverAdapters(Router):
         return []
 
 
-class Around:
+class CallHooks:
     """Two hooks around the calls of a module: `enter(args, kwargs)` gives None (leave this call alone) or the call's new
     arguments and a state, `leave(state, output)` the call's new output; it is also called, with None, if the call fails."""
 

@@ -29,7 +29,7 @@ from lorakit.board import Board
 from lorakit.delta import Call, Card, Delta, LowRank, Method, Pool, Shape, View
 from lorakit.errors import LorakitError
 from lorakit.experts.gates import balance, top_mask, z_loss
-from lorakit.experts.ground import Around
+from lorakit.experts.ground import CallHooks
 from lorakit.layer import Adapted, is_product
 from lorakit.methods import LoRA
 from lorakit.routing import Routing
@@ -103,11 +103,11 @@ class MixLoRA(Method):
         handles = []
         modules = dict(model.named_modules())
         for index, block in enumerate(_blocks(list(mixed))):
-            handles += Around(_Block(gates, index).enter, gates.leave).on(modules[block])
+            handles += CallHooks(_Block(gates, index).enter, gates.leave).on(modules[block])
         find = getattr(model, "get_decoder", None)
         decoder = find() if find is not None else getattr(model, str(getattr(model, "base_model_prefix", "")), None)
         if isinstance(decoder, nn.Module):
-            handles += Around(gates.count, gates.counted).on(decoder)
+            handles += CallHooks(gates.count, gates.counted).on(decoder)
         return gates, handles
 
     def peft_config(self) -> dict[str, Any]:

@@ -36,10 +36,11 @@ from lorakit.train.attention import edits_obstacle, flat_attention
 from lorakit.train.config import TrainConfig, to_tree
 from lorakit.train.evaluate import LossSums, evaluate_loss
 from lorakit.train.health import HealthCallback, HealthWatch
-from lorakit.train.loss import causal_loss, flat_support, padded_loss
+from lorakit.train.loss import causal_loss, padded_loss
 from lorakit.train.packing import pack
 from lorakit.train.progress import MetricsFile, ProgressCallback
 from lorakit.train.schedules import ScheduleCallback, schedule_for
+from lorakit.train.support import flat_support
 
 if TYPE_CHECKING:
     from lorakit.adapter import Adapter
