@@ -5,8 +5,9 @@
 Base and adapter are bytes of the tensors that the loaded model holds. The rest is what the system says: by how much the
 resident memory of the process is larger while one forward pass waits for its backward (activations), behind the backward
 pass (gradients), and behind the optimiser's step. For that the allocator is told to map every larger tensor by itself and to
-give it back at once, and one pass is made before, so that libraries have laid out what is theirs. Beside them stands by how
-much the process grew at its peak in that step, which has what lives for a moment in it, and is not judged.
+give it back at once, and one pass and one step for a few stand-ins are made before, so that libraries have laid out what is
+theirs. Beside them stands by how much the process grew at its peak in that step, which has what lives for a moment in it, and
+is not judged.
 Predicted is what `lorakit plan` says from shapes alone. Below that, the same arithmetic for models that do not fit here.
 """
 
@@ -25,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 import material
 from lorakit.insight.plan import WAYS, Plan, gigabytes, plan
@@ -58,6 +60,8 @@ def measure(way: str, batch: int, length: int, rank: int, galore_rank: int) -> d
 
     model, _ = load_model(material.fetch_model(), dtype="bf16", quantize="nf4" if way == "qlora" else None)
     base = holding(model).nbytes
+    for tensor in model.state_dict().values():
+        tensor.sum()  # weights are mapped from their file: rows of the embedding that no token asked for are not there yet
     model.train()
     adapter = 0
     if way in ("lora", "qlora"):
@@ -78,6 +82,7 @@ def measure(way: str, batch: int, length: int, rank: int, galore_rank: int) -> d
     forward().float().square().mean().backward()  # what libraries lay out at a first step is theirs
     for parameter in trained:
         parameter.grad = None
+    warm_up(name, options, trained)
     forget_peak()
     before = resident()
     started = time.perf_counter()
@@ -98,6 +103,17 @@ def measure(way: str, batch: int, length: int, rank: int, galore_rank: int) -> d
     }
     parts["total"] = sum(parts.values())
     return {"parts": parts, "grew": memory("VmHWM") - before, "seconds": seconds, "config": model.config.to_dict()}
+
+
+def warm_up(name: str, options: dict[str, Any], trained: list[Tensor]) -> None:
+    """A step of the same optimiser for a stand-in of every shape: kernels made for a shape at its first step, and scratch that
+    an SVD's library keeps for the next, are no state of the optimiser."""
+    from lorakit.optim import build_optimizer
+
+    stand_ins = [torch.nn.Parameter(torch.zeros_like(one)) for one in {one.shape: one for one in trained}.values()]
+    for one in stand_ins:
+        one.grad = torch.randn_like(one)
+    build_optimizer(name, [{"params": stand_ins, "lr": 1e-4}], **options).step()
 
 
 def resident() -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -134,3 +134,12 @@ def test_a_bad_option_says_what_is_wrong() -> None:
         GaLore([W], rank=0)
     with pytest.raises(LorakitError, match="side was given as 'up'; it is one of std, reverse, left, right"):
         GaLore([W], side="up")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_a_basis_keeps_nothing_else_alive(side: Literal["left", "right"]) -> None:
+    """Not a view of all singular vectors, which would hold min(out, in)² numbers for `rank` rows of them."""
+    G = torch.randn(12, 9)
+    P = basis(G, 3, side)
+    assert P.untyped_storage().nbytes() == P.numel() * 4
+    assert P.is_contiguous()

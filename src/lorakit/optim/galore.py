@@ -44,7 +44,7 @@ def basis(G: Tensor, rank: int, side: Literal["left", "right"], before: Tensor |
     U, _, Vh = torch.linalg.svd(precise, full_matrices=False)
     P: Tensor = (U[:, :rank] if side == "left" else Vh[:rank]).to(G.dtype)
     if before is None:
-        return P.contiguous()
+        return P.clone(memory_format=torch.contiguous_format)  # a view would keep all singular vectors alive
     axis = 0 if side == "left" else 1
     agreement = (P * before).sum(axis, keepdim=True)
     return torch.where(agreement < 0, -P, P)
