@@ -78,6 +78,67 @@ def test_ours_load_there(kind: str, name: str, tmp_path: Path) -> None:
     assert torch.allclose(found, expected, atol=2e-5)
 
 
+def take_steps(model: Any, given: dict[str, torch.Tensor], prompt: int) -> list[float]:
+    """Losses of four steps; `prompt` is how many places of the output stand before the text's."""
+    trained = [one for one in model.parameters() if one.requires_grad]
+    optimiser, losses = torch.optim.AdamW(trained, lr=1e-2), []
+    for _ in range(4):
+        logits = model(**given).logits[:, prompt:]
+        loss = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), given["input_ids"][:, 1:].flatten())
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+        losses.append(float(loss.detach()))
+    return losses
+
+
+@pytest.mark.parametrize("encoder", ["mlp", "lstm"])
+def test_p_tuning_trains_as_theirs(encoder: str) -> None:
+    """From the same network, the same losses step by step."""
+    theirs = peft.get_peft_model(
+        make("llama"), CONFIGS["p-tuning" if encoder == "mlp" else "p-tuning-lstm"]("CAUSAL_LM")
+    )
+    theirs.double().eval()
+    model, given = make("llama"), given_to_peft("llama")
+    adapter = lk.attach(model, PTuning(tokens=3, width=5, encoder=encoder))
+    model.double()
+    (ours,) = adapter.edits.values()
+    source = theirs.prompt_encoder["default"].state_dict()
+    names = {"embedding.weight": "E", "mlp_head.": "network." if encoder == "mlp" else "network.head."}
+    renamed = {}
+    for key, tensor in source.items():
+        for start, own in names.items():
+            if key.startswith(start):
+                key = own + key[len(start) :]
+        renamed[key.replace("lstm_head.", "network.lstm.")] = tensor
+    ours.load_state_dict(renamed)
+    expected = take_steps(theirs, given, 3)
+    assert expected[-1] < expected[0]
+    assert take_steps(model, given, 0) == pytest.approx(expected, rel=1e-9)
+
+
+def test_prefix_tuning_trains_as_theirs() -> None:
+    """From the same network, whose second half is laid out by layers here."""
+    theirs = peft.get_peft_model(make("llama"), CONFIGS["prefix-projected"]("CAUSAL_LM")).double().eval()
+    model, given = make("llama"), given_to_peft("llama")
+    adapter = lk.attach(model, PrefixTuning(tokens=3, width=5))
+    model.double()
+    source = theirs.prompt_encoder["default"].state_dict()
+    narrow = source["embedding.weight"].shape[1]  # as wide as a layer's keys; ours is as wide as the model
+    edits: list[Any] = list(adapter.edits.values())
+    with torch.no_grad():
+        shared = edits[0].shared
+        for mine, key in ((shared.E, "embedding.weight"), (shared.first.weight, "transform.0.weight")):
+            mine.zero_()[:, :narrow].copy_(source[key])
+        shared.first.bias.copy_(source["transform.0.bias"])
+        for part in ("weight", "bias"):
+            for edit, piece in zip(edits, source[f"transform.2.{part}"].chunk(len(edits)), strict=True):
+                getattr(edit.second, part).copy_(piece)
+    expected = take_steps(theirs, given, 0)
+    assert expected[-1] < expected[0]
+    assert take_steps(model, given, 0) == pytest.approx(expected, rel=1e-9)
+
+
 def test_llama_adapter_with_one_gate_goes_both_ways(tmp_path: Path) -> None:
     config = peft.AdaptionPromptConfig(adapter_len=3, adapter_layers=1, task_type="CAUSAL_LM")
     theirs = peft.get_peft_model(make("llama"), config)
