@@ -242,3 +242,42 @@ def test_two_replicas_of_which_one_is_killed(base: Path, store: Path, reference:
             )["rank"]
             == RANKS["a"]
         )
+
+
+@pytest.mark.slow
+def test_a_second_replica_comes_with_the_load(base: Path, store: Path, reference: Reference, tokenizer: Any) -> None:
+    """One replica while it is quiet, two when more requests than a batch are open, and every answer is right meanwhile."""
+    pytest.importorskip("ray")
+    from lorakit.serve.cluster import NAME, ClusterEngine, serve
+
+    def replicas() -> int:
+        deployment = serve.status().applications[NAME].deployments["replica"]
+        return int(deployment.replica_states.get("RUNNING", 0))
+
+    engine = ClusterEngine(str(base), store, 1, most=2, dtype="fp32", limits=SMALL)
+    prompts = [[50 + (5 * index + place) % 150 for place in range(6)] for index in range(24)]
+    with running(Front(engine, tokenizer, name="tiny")) as served:
+        assert replicas() == 1
+
+        async def until_two() -> list[tuple[int, list[str]]]:
+            found: list[tuple[int, list[str]]] = []
+            end = time.monotonic() + 120
+
+            async def go_on(index: int) -> None:
+                while replicas() < 2 and time.monotonic() < end:
+                    found.append((index, await ask(client, prompts[index], *ROUTES[index % 4][:2], 60)))
+
+            async with served.aclient() as client:
+                await asyncio.gather(*map(go_on, range(len(prompts))))
+            return found
+
+        answers = asyncio.run(until_two())
+        assert replicas() == 2
+        processes = {engine._handle.describe.remote().result()["process"] for _ in range(40)}
+        assert len(processes) == 2
+        wanted = {
+            index: [tokenizer.decode([one]) for one in reference(prompts[index], ROUTES[index % 4][2], 60)]
+            for index in {index for index, _ in answers}
+        }
+        assert all(got == wanted[index] for index, got in answers)
+        assert len(answers) >= len(prompts)

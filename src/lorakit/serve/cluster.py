@@ -181,6 +181,9 @@ class ClusterEngine(RemoteEngine):
                     "min_replicas": self.replicas,
                     "max_replicas": self.most,
                     "target_ongoing_requests": self._batch,
+                    # A replica is up in seconds, so that Ray's half a minute of watching would be most of the wait.
+                    "upscale_delay_s": 5.0,
+                    "look_back_period_s": 10.0,
                 }
             }
         deployment = serve.deployment(
