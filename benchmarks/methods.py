@@ -42,7 +42,7 @@ def main() -> int:
     write(record("methods", base, done, options, after=below), options.output)
     if not options.only:
         PICTURES.mkdir(parents=True, exist_ok=True)
-        (PICTURES / "methods-quality.png").write_bytes(draw_quality(done))
+        (PICTURES / "methods-quality.png").write_bytes(draw_quality(done, base))
         (PICTURES / "methods-starts.png").write_bytes(draw_starts(done))
     return int(len(done) < len(wanted))
 

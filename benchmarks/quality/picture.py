@@ -29,8 +29,11 @@ def _png(figure: Any) -> bytes:
     return buffer.getvalue()
 
 
-def draw_quality(rows: Sequence[Row]) -> bytes:
-    """PNG bytes: a line per method with its median and range of accuracy, and how many numbers it trains."""
+def draw_quality(rows: Sequence[Row], base: dict[str, Any]) -> bytes:
+    """PNG bytes: a line per method with its median and range of accuracy, beside LoRA's median and the base's (`base`, the model
+    as it came), and how many numbers it trains."""
+    from matplotlib.ticker import MultipleLocator
+
     ordered = sorted(rows, key=lambda row: median(values(row, "accuracy")))
     figure = _figure(9.5, 1.2 + 0.27 * len(ordered))
     accuracy, size = figure.subplots(1, 2, sharey=True, width_ratios=[2, 1])
@@ -43,7 +46,11 @@ def draw_quality(rows: Sequence[Row]) -> bytes:
     baseline = next((row for row in rows if row["name"] == BASELINE), None)
     if baseline is not None:
         accuracy.axvline(median(values(baseline, "accuracy")), color="#c4572a", linewidth=0.8, linestyle=":")
+    accuracy.axvline(base["accuracy"], color=OTHERS, linewidth=0.8, linestyle="--")
+    accuracy.annotate("no adapter", (base["accuracy"], len(ordered) - 0.3), fontsize=7, color=OTHERS, ha="center")
+    accuracy.set_ylim(-0.7, len(ordered) + 0.2)
     accuracy.set_yticks(range(len(ordered)), [row["name"] for row in ordered], fontsize=8)
+    accuracy.xaxis.set_major_locator(MultipleLocator(0.05))
     accuracy.xaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
     accuracy.set_xlabel("held-out accuracy, median and range over seeds")
     size.set_xscale("log")
