@@ -30,8 +30,8 @@ def _png(figure: Any) -> bytes:
 
 
 def draw_quality(rows: Sequence[Row], base: dict[str, Any]) -> bytes:
-    """PNG bytes: a line per method with its median and range of accuracy, beside LoRA's median and the base's (`base`, the model
-    as it came), and how many numbers it trains."""
+    """PNG bytes: a line per method with its median and range of accuracy, and how many numbers it trains; LoRA's median and the
+    accuracy without an adapter (`base`) stand across."""
     from matplotlib.ticker import MultipleLocator
 
     ordered = sorted(rows, key=lambda row: median(values(row, "accuracy")))
@@ -47,7 +47,9 @@ def draw_quality(rows: Sequence[Row], base: dict[str, Any]) -> bytes:
     if baseline is not None:
         accuracy.axvline(median(values(baseline, "accuracy")), color="#c4572a", linewidth=0.8, linestyle=":")
     accuracy.axvline(base["accuracy"], color=OTHERS, linewidth=0.8, linestyle="--")
-    accuracy.annotate("no adapter", (base["accuracy"], len(ordered) - 0.3), fontsize=7, color=OTHERS, ha="center")
+    accuracy.annotate(
+        "no adapter", (base["accuracy"], len(ordered) - 0.3), fontsize=7, color=OTHERS, ha="center", backgroundcolor="w"
+    )
     accuracy.set_ylim(-0.7, len(ordered) + 0.2)
     accuracy.set_yticks(range(len(ordered)), [row["name"] for row in ordered], fontsize=8)
     accuracy.xaxis.set_major_locator(MultipleLocator(0.05))
