@@ -75,8 +75,7 @@ def configuration(name: str, texts: Sequence[str], output: Path, *more: str, eac
         [
             f"model={material.fetch_model()}",
             f"name={name}",
-            f"rank={RANK}",
-            f"alpha={2 * RANK}",
+            *(() if any(one.startswith("method=") for one in more) else (f"rank={RANK}", f"alpha={2 * RANK}")),
             f"data.train={json.dumps([str(rows_of(text, each)[0]) for text in texts])}",
             "data.max_length=256",
             "train.learning_rate=5e-4",
