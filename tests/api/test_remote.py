@@ -124,7 +124,10 @@ def test_vllm_is_asked_with_the_adapter_and_the_sampling(vllm: tuple[VllmEngine,
     engine.adapters.reload("plain")
     assert engine.submit(request("plain")).tokens(10) == [68, 69, 68], "another version has another number"
     engine.adapters.pin("plain")
-    assert llm.pinned == [2 + 1] or llm.pinned == [2]
+    assert llm.pinned == [2]
+    assert engine.adapters.info("plain").using == 0, "counted from before it was prepared until its answer ended"
+    assert engine.adapters.reload("plain").state == "pinned"
+    assert llm.pinned == [2, 3], "another version is pinned anew"
 
 
 def test_vllm_gets_what_it_accepts_or_the_operator_hears_why(vllm: tuple[VllmEngine, Llm]) -> None:

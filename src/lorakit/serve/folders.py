@@ -91,7 +91,7 @@ class Folders:
                     folder.info = replace(folder.info, state="refused", reason=str(problem))
                     folder.stamp = ()
                     raise Refused(str(problem)) from problem
-                counts = {key: getattr(folder.info, key) for key in ("pinned", "requests", "hits", "evictions")}
+                counts = {key: getattr(folder.info, key) for key in ("pinned", "using", "requests", "hits", "evictions")}
                 folder.info = replace(info, state="resident", loads=folder.info.loads + 1, **counts)
                 folder.path, folder.stamp, folder.version = path, stamp, folder.version + 1
             return folder
@@ -125,8 +125,10 @@ class Folders:
 
     def reload(self, name: str) -> AdapterInfo:
         """Prepare it again from its files."""
+        pinned = self.info(name).pinned
         self.unload(name)
-        return self.load(name)
+        found = self.load(name)
+        return self.pin(name) if pinned else found
 
     def _pinned(self, name: str, pinned: bool) -> AdapterInfo:
         folder = self.ready(name)
