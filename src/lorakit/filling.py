@@ -27,12 +27,20 @@ def finite(value: Tensor) -> bool:
     return summed or bool(torch.isfinite(value).all())
 
 
+def check_finite(value: Tensor, key: str, where: Path) -> None:
+    """LorakitError where a tensor of the file `where` holds a NaN or an infinity."""
+    if value.is_floating_point() and not finite(value):
+        raise LorakitError(f"load: {key} in {where} holds a NaN or an infinity.")
+
+
 class Supply:
     """The tensors of the file `where`, each handed out once."""
 
     def __init__(self, tensors: Mapping[str, Tensor], where: Path) -> None:
         self.left = dict(tensors)
         self.where = where
+        self.copies: list[tuple[Tensor, Tensor]] = []
+        """(tensor of the adapter, value) of all that was put."""
 
     def take(self, key: str) -> Tensor:
         """The file's tensor of this name."""
@@ -48,10 +56,10 @@ class Supply:
                 f"load: {key} in {self.where} has shape {tuple(value.shape)}; this model's layer needs "
                 f"{tuple(target.shape)}."
             )
-        if value.is_floating_point() and not finite(value):
-            raise LorakitError(f"load: {key} in {self.where} holds a NaN or an infinity.")
+        check_finite(value, key, self.where)
         with torch.no_grad():
             target.copy_(value)
+        self.copies.append((target, value))
 
     def finish(self, complain: Complain) -> None:
         """Complain about what nobody has taken."""
@@ -68,8 +76,11 @@ def fill(
     plain: Mapping[str, str],
     folder: Path,
     complain: Complain,
-) -> None:
-    """Copy the file's tensors into a built adapter; every tensor must be taken and every place filled."""
+) -> list[tuple[Tensor, Tensor]]:
+    """Copy the file's tensors into a built adapter; every tensor must be taken and every place filled.
+
+    Returns what was copied: a tensor of the adapter, and the file's tensor or a part of it.
+    """
     supply = Supply(tensors, folder / TENSORS)
     for path, layer in adapter.layers.items():
         if parts_of(layer, adapter.name):
@@ -92,6 +103,7 @@ def fill(
         if _is_copy(key, supply.left[key], modules, complain):
             del supply.left[key]
     supply.finish(complain)
+    return supply.copies
 
 
 def fill_replacements(adapter: Adapter, plain: Mapping[str, str], supply: Supply) -> None:

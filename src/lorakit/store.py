@@ -11,7 +11,7 @@ import dataclasses
 import json
 import logging
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -40,7 +40,7 @@ from lorakit.construction import build, build_edits
 from lorakit.edit import EditMethod
 from lorakit.errors import LorakitError
 from lorakit.experts import MEMBERS, RouterSpec
-from lorakit.filling import Complain, Supply, fill, fill_replacements
+from lorakit.filling import Complain, Supply, check_finite, fill, fill_replacements
 from lorakit.fingerprint import check, fingerprint
 from lorakit.folder import replace_folder
 from lorakit.interchange import (
@@ -187,20 +187,45 @@ def frame(bundle: Bundle) -> str:
     return json.dumps([own, config, shapes], sort_keys=True, default=str)
 
 
-def refill(adapter: Adapter, bundle: Bundle) -> None:
+Places = Sequence[tuple[Tensor, str]]
+"""Where each tensor of a file goes in an adapter that was built for it: (tensor of the adapter, name in the file)."""
+
+
+def refill(adapter: Adapter, bundle: Bundle, places: Places | None = None) -> Places | None:
     """Put the numbers of a folder into an adapter that was loaded from another folder of the same `frame`, which is many times
-    as fast as building it anew.
+    as fast as building it anew. Whether lorakit.json belongs to these tensors (`bundle.stale`, which waits for their digest) is
+    left to the caller, who has other things to do meanwhile.
+
+    Args:
+        adapter: what to fill.
+        bundle: the folder.
+        places: what an earlier call gave for this adapter and a folder of this frame: nothing is looked up again then.
+
+    Returns:
+        Where every tensor went; None where the file's tensors are not copied whole, one to each.
 
     Raises:
-        LorakitError: a tensor does not fit or is not finite, or lorakit.json belongs to other tensors; the adapter then holds
-            a mixture and must be filled again.
+        LorakitError: a tensor does not fit or is not finite; the adapter then holds a mixture and must be filled again.
     """
     where = bundle.folder / TENSORS
-    plain = plain_names(adapter.model)
-    tensors = adapter.method.from_file(names_in(bundle.tensors, plain, where))
-    fill(adapter, tensors, plain, bundle.folder, _complaints(strict=True))
-    if bundle.stale:
-        raise LorakitError(bundle.stale)
+    if places is None:
+        plain = plain_names(adapter.model)
+        tensors = adapter.method.from_file(names_in(bundle.tensors, plain, where))
+        places = _places(fill(adapter, tensors, plain, bundle.folder, _complaints(strict=True)), bundle)
+    else:
+        for _, key in places:
+            check_finite(bundle.tensors[key], key, where)
+        with torch.no_grad():
+            torch._foreach_copy_([target for target, _ in places], [bundle.tensors[key] for _, key in places])
+    return places
+
+
+def _places(copies: Sequence[tuple[Tensor, Tensor]], bundle: Bundle) -> Places | None:
+    names = {(tensor.data_ptr(), tensor.shape, tensor.stride()): key for key, tensor in bundle.tensors.items()}
+    found = [(target, names.get((value.data_ptr(), value.shape, value.stride()))) for target, value in copies]
+    places = [(target, key) for target, key in found if key is not None]
+    one_each = len(places) == len(copies) == len(bundle.tensors) == len({key for _, key in places})
+    return places if one_each else None
 
 
 def _put(model: nn.Module, bundle: Bundle, name: str, complain: Complain) -> Adapter:

@@ -261,3 +261,40 @@ def test_memory_is_flat_over_many_loads(base: Any, tmp_path: Path) -> None:
     assert levels[1] == levels[2] == levels[3]
     assert pool.bytes == 0
     pool.stop()
+
+
+@pytest.mark.parametrize(
+    "method",
+    [lk.LoRA(rank=3), lk.DoRA(inner=lk.LoRA(rank=3)), lk.VeRA(rank=4), lk.IA3(feedforward_modules=["down_proj"])],
+    ids=lambda one: one.name,
+)
+def test_many_adapters_of_one_frame_are_each_read_as_alone(base: Any, tmp_path: Path, method: Any) -> None:
+    """The first is built, the second filled by name, the third by the places that the second gave: all with their own numbers."""
+    for seed, name in enumerate("abcd"):
+        write_adapter(base, tmp_path / name, method, seed=seed)
+    one = Lowering(base, formless="dense")
+    for name in "abcdb":
+        alone = Lowering(base, formless="dense").read(name, tmp_path / name)
+        found = one.read(name, tmp_path / name)
+        assert torch.equal(found.flat, alone.flat)
+        assert found.content == alone.content
+    if method.name == "lora":
+        assert [places is not None for places in one._places.values()] == [True]
+
+
+def test_what_was_changed_afterwards_is_refused_in_every_way_of_reading(base: Any, tmp_path: Path) -> None:
+    """lorakit.json of other tensors, and a NaN, also where the places are known already."""
+    for seed, name in enumerate(("a", "b", "c", "changed", "nan", "d")):
+        write_adapter(base, tmp_path / name, seed=seed)
+    tensors = load_file(tmp_path / "changed" / "adapter_model.safetensors")
+    save_file({key: 2 * one for key, one in tensors.items()}, tmp_path / "changed" / "adapter_model.safetensors")
+    next(iter(tensors.values()))[0, 0] = float("nan")
+    save_file(tensors, tmp_path / "nan" / "adapter_model.safetensors")
+    one = Lowering(base)
+    for name in "abc":
+        one.read(name, tmp_path / name)
+    with pytest.raises(Refused, match="was changed after lorakit wrote"):
+        one.read("changed", tmp_path / "changed")
+    with pytest.raises(Refused, match="a NaN or an infinity"):
+        one.read("nan", tmp_path / "nan")
+    assert torch.equal(one.read("d", tmp_path / "d").flat, Lowering(base).read("d", tmp_path / "d").flat)

@@ -91,7 +91,9 @@ class Folders:
                     folder.info = replace(folder.info, state="refused", reason=str(problem))
                     folder.stamp = ()
                     raise Refused(str(problem)) from problem
-                counts = {key: getattr(folder.info, key) for key in ("pinned", "using", "requests", "hits", "evictions")}
+                counts = {
+                    key: getattr(folder.info, key) for key in ("pinned", "using", "requests", "hits", "evictions")
+                }
                 folder.info = replace(info, state="resident", loads=folder.info.loads + 1, **counts)
                 folder.path, folder.stamp, folder.version = path, stamp, folder.version + 1
             return folder

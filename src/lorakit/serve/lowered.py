@@ -128,6 +128,7 @@ class Lowering:
         self.unfit: frozenset[str] = frozenset()
         self._lock = threading.Lock()
         self._built: dict[str, Adapter] = {}
+        self._places: dict[str, store.Places | None] = {}
         self._number = 0
 
     def read(self, name: str, folder: Path) -> Lowered:
@@ -160,12 +161,17 @@ class Lowering:
         adapter = self._built.get(frame)
         if adapter is None:
             if len(self._built) == FRAMES:
-                detach(self.skeleton, self._built.pop(next(iter(self._built))).name)
+                oldest = next(iter(self._built))
+                self._places.pop(oldest, None)
+                detach(self.skeleton, self._built.pop(oldest).name)
             self._number += 1
             adapter = self._built[frame] = store.load(self.skeleton, folder, name=f"served_{self._number}")
         else:
-            store.refill(adapter, bundle)
-        return replace(self._lower(name, adapter), content=digest(bundle))
+            self._places[frame] = store.refill(adapter, bundle, self._places.get(frame))
+        lowered = self._lower(name, adapter)
+        if bundle.stale:
+            raise LorakitError(bundle.stale)
+        return replace(lowered, content=digest(bundle))
 
     def _lower(self, name: str, adapter: Adapter) -> Lowered:
         for path, replacement in adapter.replacements():
@@ -235,12 +241,15 @@ class Lowering:
         parts = [[0] * 5 for _ in self.index]
         rank, start = 0, 0
         views: dict[int, Piece] = {}
+        targets: list[Tensor] = []
+        sources: list[Tensor] = []
         for layer, piece in pieces.items():
             own: list[Tensor | None] = [None] * 4
             for column, tensor in piece.tensors():
                 size, room = tensor.numel(), _padded(tensor.numel())
                 view = flat[start : start + size].view(tensor.shape)
-                view.copy_(tensor)
+                targets.append(view)
+                sources.append(tensor)
                 if room > size:
                     flat[start + size : start + room] = 0
                 own[column] = view
@@ -250,6 +259,7 @@ class Lowering:
                 parts[layer][4] = piece.B.shape[0]
                 rank = max(rank, piece.B.shape[0])
             views[layer] = Piece(*own)
+        torch._foreach_copy_(targets, sources)  # hundreds of small copies in half the time of one call for each
         if not finite(flat):
             raise Refused(f"adapter {name!r} holds numbers that are not finite in {self.dtype}.")
         return Lowered(name, "", flat, torch.tensor(parts), views, method, how, error, rank)
