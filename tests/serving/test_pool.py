@@ -269,7 +269,7 @@ def test_memory_is_flat_over_many_loads(base: Any, tmp_path: Path) -> None:
     ids=lambda one: one.name,
 )
 def test_many_adapters_of_one_frame_are_each_read_as_alone(base: Any, tmp_path: Path, method: Any) -> None:
-    """The first is built, the second filled by name, the third by the places that the second gave: all with their own numbers."""
+    """The first is built, the second filled by name, the third by the places that the second gave; each has its own numbers."""
     for seed, name in enumerate("abcd"):
         write_adapter(base, tmp_path / name, method, seed=seed)
     one = Lowering(base, formless="dense")
