@@ -80,7 +80,7 @@ EDITS: tuple[Setting, ...] = (
         "20 rows, from a text",
     ),
     Setting("P-tuning", ("method=p-tuning",), 3e-3, "20 rows out of a network"),
-    Setting("Prefix tuning", ("method=prefix-tuning",), 3e-3, "20 keys and values out of a network"),
+    Setting("Prefix tuning", ("method=prefix-tuning",), 3e-4, "20 keys and values out of a network"),
     Setting("LLaMA-Adapter", ("method=llama-adapter",), 9e-3, "10 tokens a layer"),
     Setting(
         "LoReFT", ("method=loreft", "rank=8", "first=5", "last=5"), 4e-3, "the prompt's first and last five tokens"
