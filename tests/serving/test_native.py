@@ -18,7 +18,7 @@ from lorakit.serve.batch import LONG, TOGETHER, Run, assemble, mix
 from lorakit.serve.cache import Cache, LayerShape, page_count
 from lorakit.serve.engine import LocalEngine
 from lorakit.serve.lowered import Lowered, Piece
-from lorakit.serve.ports import Port, join
+from lorakit.serve.ports import Port, Shelf, join
 from lorakit.serve.product import adapt, change_of
 from lorakit.serve.request import Refused
 from lorakit.serve.scheduler import Limits
@@ -144,7 +144,8 @@ def test_layers_with_their_adapters(in_: int, outs: tuple[int, ...]) -> None:
     torch.manual_seed(0)
     dtype, present = torch.bfloat16, Present()
     layers = [nn.Linear(in_, out, bias=number != 1).to(dtype) for number, out in enumerate(outs)]
-    ports = [Port(layer, number, present, pack=True) for number, layer in enumerate(layers)]
+    shelf = Shelf()
+    ports = [Port(layer, number, present, shelf) for number, layer in enumerate(layers)]
     x = torch.randn(1, 5, in_).to(dtype)
     for port, layer in zip(ports, layers, strict=True):
         assert torch.equal(port(x), layer(x)), "outside of a step the layer is what it was"

@@ -9,6 +9,7 @@ for itself, or by the layer's own forward, and the adapters come after.
 from __future__ import annotations
 
 import ctypes
+import math
 from collections.abc import Callable, Iterable
 from typing import cast
 
@@ -24,12 +25,30 @@ PANEL = 48
 """Outputs that lie together in a packed weight; `linear.cpp` is written for this number."""
 
 
-def packed(weight: Tensor) -> Tensor:
+class Shelf:
+    """Memory for packed weights, in blocks of at least 64 MB: a page of 2 MB holds no weight that is smaller by itself."""
+
+    BLOCK = 1 << 25
+
+    def __init__(self) -> None:
+        self.rest = torch.empty(0, dtype=torch.bfloat16)
+
+    def take(self, *shape: int) -> Tensor:
+        """An uninitialised tensor, which begins at a whole cache line."""
+        count = math.prod(shape)
+        room = -(-count // 32) * 32
+        if room > self.rest.numel():
+            self.rest = torch.empty(max(room, self.BLOCK), dtype=torch.bfloat16)
+            native.large_pages(self.rest)
+        found, self.rest = self.rest[:count].view(shape), self.rest[room:]
+        return found
+
+
+def packed(weight: Tensor, shelf: Shelf) -> Tensor:
     """A bfloat16 weight (out, in) in panels: (panels, in / 2, PANEL, 2), what is missing in the last one being zero."""
     out, width = weight.shape
     panels = -(-out // PANEL)
-    result = torch.empty(panels, width // 2, PANEL, 2, dtype=weight.dtype)
-    native.large_pages(result)
+    result = shelf.take(panels, width // 2, PANEL, 2)
     whole = out // PANEL
     parts = weight.view(out, width // 2, 2)
     result[:whole] = parts[: whole * PANEL].view(whole, PANEL, width // 2, 2).transpose(1, 2)
@@ -50,7 +69,7 @@ class Port:
         group: the layers that are computed together with it.
     """
 
-    def __init__(self, module: nn.Module, number: int, present: Present, pack: bool) -> None:
+    def __init__(self, module: nn.Module, number: int, present: Present, shelf: Shelf | None) -> None:
         self.number, self.present, self.tokens = number, present, 0
         self.original: Callable[[Tensor], Tensor] = module.forward
         self.input: Tensor | None = None
@@ -60,7 +79,7 @@ class Port:
         self.group: Group | None = None
         weight = cast(Tensor, module.weight)
         if not (
-            pack
+            shelf is not None
             and type(module).forward is nn.Linear.forward
             and type(weight) is nn.Parameter
             and weight.dtype == torch.bfloat16
@@ -68,7 +87,7 @@ class Port:
             return
         self.out, self.width = weight.shape
         if native.find("linear", weight.dtype) is not None and self.width % 2 == 0:
-            self.panels = packed(weight.detach())
+            self.panels = packed(weight.detach(), shelf)
         elif torch.ops.mkldnn._is_mkldnn_bf16_supported():
             self.ordered = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), None)
 

@@ -22,7 +22,7 @@ from lorakit.serve.attention import Door, Present
 from lorakit.serve.batch import Batch, Run, assemble
 from lorakit.serve.cache import Cache, LayerShape, page_count
 from lorakit.serve.lowered import served_layers
-from lorakit.serve.ports import Port, join
+from lorakit.serve.ports import Port, Shelf, join
 from lorakit.serve.request import Refused
 
 log = logging.getLogger("lorakit")
@@ -55,8 +55,9 @@ class Served:
         try:
             with torch.inference_mode():
                 expected = self._trial_of_the_model()
+                shelf = Shelf() if pack and obstacle is None else None
                 for number, (path, module) in enumerate(served_layers(model).items()):
-                    self._put_port(path, module, number, pack and obstacle is None)
+                    self._put_port(path, module, number, shelf)
                 for prompt in self._prompts()[:1]:  # who reads the same as whom
                     model(input_ids=torch.tensor([prompt], device=self.device), use_cache=False)
                 join(self.ports.values())
@@ -73,8 +74,8 @@ class Served:
         if obstacle is not None:
             log.info("serve: without compiled loops: %s", obstacle)
 
-    def _put_port(self, path: str, module: nn.Module, number: int, pack: bool) -> None:
-        port = self.ports[path] = Port(module, number, self.present, pack)
+    def _put_port(self, path: str, module: nn.Module, number: int, shelf: Shelf | None) -> None:
+        port = self.ports[path] = Port(module, number, self.present, shelf)
         module.forward = port
         self._undo.append(lambda: module.__dict__.pop("forward", None))
 
