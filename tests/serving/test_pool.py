@@ -242,6 +242,7 @@ def test_more_pinned_than_fits_is_told_and_does_not_hang(base: Any, tmp_path: Pa
     engine.stop()
 
 
+@pytest.mark.slow
 def test_memory_is_flat_over_many_loads(base: Any, tmp_path: Path) -> None:
     for name in ("a", "b", "c"):
         write_adapter(base, tmp_path / name)

@@ -24,6 +24,9 @@ from lorakit.train.config import DataOptions, TrainConfig, TrainOptions
 from lorakit.train.trainer import LoraTrainer, choose_path, make_optimizer, training_arguments
 from training.tiny import InterruptAt, InterruptionError, Row, llama, rows
 
+PADDED = pytest.param("off", marks=pytest.mark.slow)
+"""The path that is not the usual one, where each case takes seconds: it is run with the slow tests."""
+
 
 def configure(output: Path, method: Any = None, **options: Any) -> TrainConfig:
     defaults = {"batch_size": 4, "learning_rate": 1e-2, "logging_steps": 1, "precision": "fp32", "fast_path": "off"}
@@ -80,7 +83,7 @@ def test_training_lowers_the_loss_and_leaves_the_base_alone(tmp_path: Path) -> N
     assert all(0 <= event["token_accuracy"] <= 1 and event["tokens_per_second"] > 0 for event in steps)
 
 
-@pytest.mark.parametrize("fast_path", ["off", "auto"])
+@pytest.mark.parametrize("fast_path", [PADDED, "auto"])
 @pytest.mark.parametrize(
     ("save_steps", "cut", "accumulation"),
     [(4, 6, 1), (6, 7, 1), (3, 5, 2), (None, 8, 1)],
@@ -137,7 +140,7 @@ def test_the_resume_test_can_fail(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert losses(resumed) != losses(whole)
 
 
-@pytest.mark.parametrize("fast_path", ["off", "auto"])
+@pytest.mark.parametrize("fast_path", [PADDED, "auto"])
 def test_splitting_a_batch_changes_nothing(tmp_path: Path, fast_path: str) -> None:
     """Rows with very different numbers of labels: a mean of micro-batch means would differ."""
     method = lk.LoRA(rank=3, alpha=6.0)
