@@ -26,7 +26,10 @@ PANEL = 48
 
 
 class Shelf:
-    """Memory for packed weights, in blocks of at least 64 MB: a page of 2 MB holds no weight that is smaller by itself."""
+    """Memory for packed weights, in blocks of at least 64 MB: a page of 2 MB holds no weight that is smaller by itself.
+
+    What is left at the end of a block is never written, so that the system never gives memory for it.
+    """
 
     BLOCK = 1 << 25
 
