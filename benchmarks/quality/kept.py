@@ -58,14 +58,18 @@ def measured(settings: Sequence[Setting], options: argparse.Namespace) -> tuple[
     that is not there is left out."""
     material.fetch_model()
     material.write_reviews()
-    base = row_of({**job_of(BASE, options), "seeds": [], "steps": 0}, options.again)
+    base = _row({**_job(BASE, options), "seeds": [], "steps": 0}, options.again)
     if "failed" in base:
         return base, []
     if options.kept:
-        settings = [setting for setting in settings if _place(job_of(setting, options)).is_file()]
+        settings = [setting for setting in settings if _place(_job(setting, options)).is_file()]
+    return base["runs"][0], rows_of(settings, options)
+
+
+def rows_of(settings: Sequence[Setting], options: argparse.Namespace) -> list[dict[str, Any]]:
+    """A row for each setting, several at a time; the model and the reviews are there."""
     with ThreadPoolExecutor(options.workers) as pool:
-        rows = list(pool.map(lambda setting: row_of(job_of(setting, options), options.again), settings))
-    return base["runs"][0], rows
+        return list(pool.map(lambda setting: _row(_job(setting, options), options.again), settings))
 
 
 def record(
@@ -92,7 +96,7 @@ def write(result: dict[str, Any], path: Path) -> None:
     print(result["markdown"])
 
 
-def job_of(setting: Setting, options: argparse.Namespace) -> dict[str, Any]:
+def _job(setting: Setting, options: argparse.Namespace) -> dict[str, Any]:
     """What a process is told for one row: all that its figures depend on."""
     return {
         "setting": asdict(setting),
@@ -111,7 +115,7 @@ def _place(job: dict[str, Any]) -> Path:
     return material.cache_root() / "bench-methods" / f"{digest}.json"
 
 
-def row_of(job: dict[str, Any], again: bool) -> dict[str, Any]:
+def _row(job: dict[str, Any], again: bool) -> dict[str, Any]:
     """What a job gives, from the cache or from a process of its own."""
     name, kept = job["setting"]["name"], _place(job)
     if kept.is_file() and not again:

@@ -7,13 +7,12 @@ report. Runs are kept as those of the tables are; what is found goes into settin
 from __future__ import annotations
 
 import argparse
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from statistics import mean
 
 import material
-from quality.kept import add_options, chosen, job_of, row_of
+from quality.kept import add_options, chosen, rows_of
 from quality.settings import EDITS, SETTINGS
 
 
@@ -31,9 +30,7 @@ def main() -> None:
         for setting in chosen((*SETTINGS, *EDITS), options, parser)
         for factor in options.factors
     ]
-    with ThreadPoolExecutor(options.workers) as pool:
-        rows = list(pool.map(lambda setting: row_of(job_of(setting, options), options.again), tries))
-    for setting, row in zip(tries, rows, strict=True):
+    for setting, row in zip(tries, rows_of(tries, options), strict=True):
         for run in row.get("runs", []):
             last = run["losses"][-max(1, options.steps // 4) :]
             print(f"{setting.name} at {setting.learning_rate:g}: {mean(last):.3f}, first step {run['losses'][0]:.3f}")

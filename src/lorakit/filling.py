@@ -27,12 +27,6 @@ def finite(value: Tensor) -> bool:
     return summed or bool(torch.isfinite(value).all())
 
 
-def check_finite(value: Tensor, key: str, where: Path) -> None:
-    """LorakitError where a tensor of the file `where` holds a NaN or an infinity."""
-    if value.is_floating_point() and not finite(value):
-        raise LorakitError(f"load: {key} in {where} holds a NaN or an infinity.")
-
-
 class Supply:
     """The tensors of the file `where`, each handed out once."""
 
@@ -56,7 +50,8 @@ class Supply:
                 f"load: {key} in {self.where} has shape {tuple(value.shape)}; this model's layer needs "
                 f"{tuple(target.shape)}."
             )
-        check_finite(value, key, self.where)
+        if value.is_floating_point() and not finite(value):
+            raise LorakitError(f"load: {key} in {self.where} holds a NaN or an infinity.")
         with torch.no_grad():
             target.copy_(value)
         self.copies.append((target, value))

@@ -40,7 +40,7 @@ from lorakit.construction import build, build_edits
 from lorakit.edit import EditMethod
 from lorakit.errors import LorakitError
 from lorakit.experts import MEMBERS, RouterSpec
-from lorakit.filling import Complain, Supply, check_finite, fill, fill_replacements
+from lorakit.filling import Complain, Supply, fill, fill_replacements
 from lorakit.fingerprint import check, fingerprint
 from lorakit.folder import replace_folder
 from lorakit.interchange import (
@@ -213,10 +213,9 @@ def refill(adapter: Adapter, bundle: Bundle, places: Places | None = None) -> Pl
         tensors = adapter.method.from_file(names_in(bundle.tensors, plain, where))
         places = _places(fill(adapter, tensors, plain, bundle.folder, _complaints(strict=True)), bundle)
     else:
-        for _, key in places:
-            check_finite(bundle.tensors[key], key, where)
-        with torch.no_grad():
-            torch._foreach_copy_([target for target, _ in places], [bundle.tensors[key] for _, key in places])
+        supply = Supply(bundle.tensors, where)
+        for target, key in places:
+            supply.put(target, supply.take(key), key)
     return places
 
 

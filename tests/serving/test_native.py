@@ -214,6 +214,16 @@ def test_the_first_of_the_greatest(dtype: torch.dtype) -> None:
     assert native.greatest(x).tolist() == x.argmax(-1).tolist()
 
 
+def test_packed_weights_lie_together_and_apart_from_each_other() -> None:
+    shelf = Shelf()
+    first, second = shelf.take(3, 11), shelf.take(5, 7)
+    assert first.untyped_storage().data_ptr() == second.untyped_storage().data_ptr()
+    assert second.data_ptr() == first.data_ptr() + 2 * 64, "33 numbers, up to the next cache line"
+    large = shelf.take(Shelf.BLOCK + 1)
+    assert large.shape == (Shelf.BLOCK + 1,)
+    assert large.untyped_storage().data_ptr() != first.untyped_storage().data_ptr()
+
+
 def forget() -> None:
     native.LOOPS.forget()
     native._told.cache_clear()

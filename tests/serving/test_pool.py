@@ -280,7 +280,7 @@ def test_many_adapters_of_one_frame_are_each_read_as_alone(base: Any, tmp_path: 
         assert torch.equal(found.flat, alone.flat)
         assert found.content == alone.content
     if method.name == "lora":
-        assert [places is not None for places in one._places.values()] == [True]
+        assert [built.places is not None for built in one._built.values()] == [True]
 
 
 def test_what_was_changed_afterwards_is_refused_in_every_way_of_reading(base: Any, tmp_path: Path) -> None:

@@ -84,6 +84,11 @@ def let_go() -> None:
         library.let_go()
 
 
+def padded(count: int) -> int:
+    """Numbers that a tensor takes in a block of several: the next begins at a whole cache line."""
+    return -(-count // 32) * 32
+
+
 def large_pages(tensor: Tensor) -> None:
     """Ask Linux to hold a large tensor in pages of 2 MB: what is read here and there then needs no long look-ups."""
     size, advice = 1 << 21, 14  # MADV_HUGEPAGE

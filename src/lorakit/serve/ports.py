@@ -39,7 +39,7 @@ class Shelf:
     def take(self, *shape: int) -> Tensor:
         """An uninitialised tensor, which begins at a whole cache line."""
         count = math.prod(shape)
-        room = -(-count // 32) * 32
+        room = native.padded(count)
         if room > self.rest.numel():
             self.rest = torch.empty(max(room, self.BLOCK), dtype=torch.bfloat16)
             native.large_pages(self.rest)
