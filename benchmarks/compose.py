@@ -31,7 +31,7 @@ import torch
 
 import lorakit as lk
 import material
-from lorakit.adapter import Adapter
+from lorakit.adapter.adapter import Adapter
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "compose.json"
@@ -68,7 +68,7 @@ def rows_of(text: str, count: int = TRAIN) -> tuple[Path, Path]:
 def configuration(name: str, texts: Sequence[str], output: Path, *more: str, each: int = TRAIN) -> Any:
     """The run that trains an adapter on `each` sentences of some texts; `more` are further options, such as another
     method's."""
-    from lorakit.train.config import load_config
+    from lorakit.train.config.run import load_config
 
     return load_config(
         None,
@@ -170,9 +170,9 @@ class Bench:
 
 def prepared(paths: Mapping[str, Path], count: int, each: int) -> Bench:
     """The base with the adapters, and `count` held-out questions of each text."""
-    from lorakit.train.data import choice_ids, load_splits, questions
-    from lorakit.train.models import load_model
-    from lorakit.train.options import DataOptions
+    from lorakit.models.loading import load_model
+    from lorakit.train.config.options import DataOptions
+    from lorakit.train.data.examples import choice_ids, load_splits, questions
 
     model, tokenizer = load_model(material.fetch_model())
     adapters = {name: lk.load(model, path, name=name) for name, path in paths.items()}

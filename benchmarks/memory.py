@@ -54,9 +54,9 @@ SIZES = {
 def measure(way: str, batch: int, length: int, rank: int, galore_rank: int) -> dict[str, Any]:
     """One step of one way on the real model, in this process."""
     import lorakit as lk
+    from lorakit.models.loading import load_model
+    from lorakit.models.quantisation import holding
     from lorakit.optim import build_optimizer
-    from lorakit.train.models import load_model
-    from lorakit.train.quantisation import holding
 
     model, _ = load_model(material.fetch_model(), dtype="bf16", quantize="nf4" if way == "qlora" else None)
     base = holding(model).nbytes

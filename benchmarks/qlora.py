@@ -48,8 +48,8 @@ def flags_of(job: dict[str, Any], folder: str) -> list[str]:
 def run(job: dict[str, Any]) -> dict[str, Any]:
     """Train by the clock and evaluate; where the base was quantised, merge into floats and evaluate once more."""
     from lorakit.algebra import merge
-    from lorakit.train.config import load_config
-    from lorakit.train.data import load_splits
+    from lorakit.train.config.run import load_config
+    from lorakit.train.data.examples import load_splits
     from lorakit.train.run import examine, hold, path_for, train
     from trainers.sides import with_clock
 

@@ -87,7 +87,7 @@ def links(name: str, count: int, ranks: Sequence[int]) -> Path:
 
 def base() -> Any:
     """The model in bfloat16."""
-    from lorakit.train.models import load_model
+    from lorakit.models.loading import load_model
 
     return load_model(material.fetch_model(), dtype="bfloat16")[0]
 
@@ -128,7 +128,7 @@ def plain_model() -> Path:
     """The base as a folder that transformers and vLLM read; made once."""
     folder = material.cache_root() / "bench-serve" / "model"
     if not (folder / "config.json").exists():
-        from lorakit.train.models import load_model
+        from lorakit.models.loading import load_model
 
         model, tokenizer = load_model(material.fetch_model(), dtype="bfloat16")
         model.save_pretrained(folder)
@@ -149,9 +149,9 @@ def rate(run: Callable[[], int]) -> dict[str, float]:
 
 def lorakit_side(job: dict[str, Any]) -> dict[str, Any]:
     """lorakit's engine."""
-    from lorakit.serve.engine import LocalEngine
+    from lorakit.serve.engine.engine import LocalEngine
+    from lorakit.serve.engine.scheduler import Limits
     from lorakit.serve.request import Request, Sampling
-    from lorakit.serve.scheduler import Limits
 
     texts, new = prompts(job["requests"], job["prompt"]), job["new"]
     numbers = iter(range(10**9))

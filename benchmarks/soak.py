@@ -40,9 +40,9 @@ from transformers import AutoModelForCausalLM
 from api.conftest import Served, running
 from api.small import Reference, write_adapters, write_base
 from api.stub import bytes_tokenizer
-from lorakit.serve.engine import LocalEngine
-from lorakit.serve.front import Front
-from lorakit.serve.scheduler import Limits
+from lorakit.serve.engine.engine import LocalEngine
+from lorakit.serve.http.front import Front
+from lorakit.serve.engine.scheduler import Limits
 
 RANKS = {"a": 2, "b": 3, "c": 4, "d": 8, "e": 16, "f": 4}
 CHANGING = "f"
@@ -214,7 +214,7 @@ def soak(seconds: float, replicas: int = 0, seed: int = 0) -> tuple[list[str], C
         run = Soak(Path(folder), seed)
         engine: Any
         if replicas:
-            from lorakit.serve.cluster import ClusterEngine
+            from lorakit.serve.remote.cluster import ClusterEngine
 
             engine = ClusterEngine(str(run.base), run.store, replicas, dtype="fp32", limits=LIMITS)
         else:

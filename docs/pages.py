@@ -32,19 +32,32 @@ FOLDERS = {
     "docs": "how it is built, every method, what was measured",
     "examples": "one YAML and one page per recipe",
     "src/lorakit": "the library",
-    "src/lorakit/algebra": "arithmetic on what adapters add, once over ΔW",
-    "src/lorakit/cli": "one file per verb",
-    "src/lorakit/conversion": "from and to other tools' formats, one file each",
-    "src/lorakit/edits": "what cannot be merged",
-    "src/lorakit/experts": "mixtures and routers",
-    "src/lorakit/init": "how a delta starts",
-    "src/lorakit/insight": "what training takes",
+    "src/lorakit/core": "what an adapted layer is",
+    "src/lorakit/core/storage": "how frozen numbers are held, one file per library",
     "src/lorakit/methods": "one file per weight delta",
-    "src/lorakit/native": "what compiles, keeps and calls inner loops in C++",
+    "src/lorakit/init": "how a delta starts",
+    "src/lorakit/edits": "what cannot be merged, and where it meets a model",
+    "src/lorakit/models": "base models: loading, hub, GGUF, quantisation",
+    "src/lorakit/adapter": "an adapter on a model: targets, construction, attachment",
+    "src/lorakit/experts": "mixtures and routers",
     "src/lorakit/optim": "optimisers, by role",
+    "src/lorakit/insight": "what training takes, and what each method costs",
+    "src/lorakit/files": "an adapter as a folder in PEFT's format",
+    "src/lorakit/algebra": "arithmetic on what adapters add, once over ΔW",
+    "src/lorakit/conversion": "from and to other tools' formats, one file each",
+    "src/lorakit/train": "a run: trainer, evaluation, report",
+    "src/lorakit/train/config": "the YAML file of a run and its flags",
+    "src/lorakit/train/data": "rows, formats, templates, tokens and labels",
+    "src/lorakit/train/step": "the training step without padding",
+    "src/lorakit/train/schedules": "what training does besides optimiser steps",
     "src/lorakit/serve": "many adapters on one base",
-    "src/lorakit/storage": "how frozen numbers are held, one file per library",
-    "src/lorakit/train": "data, fast path, trainer, report",
+    "src/lorakit/serve/engine": "continuous batching",
+    "src/lorakit/serve/model": "the base with paged attention and many adapters",
+    "src/lorakit/serve/http": "OpenAI's API, keys, quotas, metrics",
+    "src/lorakit/serve/remote": "vLLM and replicas behind the same API",
+    "src/lorakit/native": "what compiles, keeps and calls inner loops in C++",
+    "src/lorakit/peft": "PEFT's names over ours",
+    "src/lorakit/cli": "one file per verb",
     "tests": "laws, formulas, PEFT as oracle, format, faults, training",
 }
 
@@ -112,8 +125,8 @@ def tree(whole: bool = True) -> str:
 
 def methods() -> str:
     """The method table, from the method cards, for a 576 → 1536 layer at the methods' own defaults."""
-    from lorakit.catalogue import catalogue
-    from lorakit.delta import Shape
+    from lorakit.core.delta import Shape
+    from lorakit.insight.catalogue import catalogue
 
     rows = [
         "| name | method | formula | numbers for 576 → 1536 | served together | PEFT | paper | when |",
@@ -149,7 +162,7 @@ def formats() -> str:
 
 def edits() -> str:
     """The table of edits, from their cards, for SmolLM2-135M at their own defaults."""
-    from lorakit.catalogue import edits_catalogue
+    from lorakit.insight.catalogue import edits_catalogue
 
     rows = [
         "| name | edit | formula | numbers for SmolLM2-135M | starts as the base | in flat rows | PEFT | paper | when |",

@@ -79,6 +79,6 @@ def reviews(model_path: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple
 @pytest.fixture
 def chat_model(model_path: Path) -> tuple[Any, Any]:
     """The real model, new for each test since adapters change it, and its tokenizer."""
-    from lorakit.train.models import load_model
+    from lorakit.models.loading import load_model
 
     return load_model(model_path)

@@ -16,9 +16,9 @@ from typing import Any
 import torch
 
 import lorakit as lk
+from lorakit.models.loading import load_model
 from lorakit.train import TrainConfig, load_config, train
-from lorakit.train.data import load_splits
-from lorakit.train.models import load_model
+from lorakit.train.data.examples import load_splits
 from lorakit.train.run import TrainResult, examine, hold, path_for
 from trainers import machine
 

@@ -126,7 +126,7 @@ def main(path: str) -> None:
 def configuration(job: Job) -> Any:
     """The run as lorakit's configuration; the other sides read their data and numbers from it."""
     import lorakit as lk
-    from lorakit.train.config import DataOptions, EvaluateOptions, TrainConfig, TrainOptions
+    from lorakit.train.config.run import DataOptions, EvaluateOptions, TrainConfig, TrainOptions
 
     lora = lk.LoRA(rank=job["rank"], alpha=job["alpha"])
     return TrainConfig(
@@ -152,7 +152,7 @@ def configuration(job: Job) -> Any:
 
 def examples_of(config: Any, tokenizer: Any) -> list[Any]:
     """The tokenised rows, the same on every side."""
-    from lorakit.train.data import load_splits, prepare
+    from lorakit.train.data.examples import load_splits, prepare
 
     return prepare(load_splits(config.data)[0], tokenizer, config.data).examples
 
@@ -214,7 +214,7 @@ def run_lorakit(job: Job) -> dict[str, Any]:
     peak = gemm_peak()
     clock = with_clock()
     from lorakit.train import train
-    from lorakit.train.packing import pack
+    from lorakit.train.step.packing import pack
 
     begin = time.perf_counter()
     result = train(configuration(job))
@@ -234,7 +234,7 @@ def run_trl(job: Job) -> dict[str, Any]:
     from datasets import Dataset
     from trl import SFTConfig, SFTTrainer
 
-    from lorakit.train.models import load_model
+    from lorakit.models.loading import load_model
 
     config = configuration(job)
     model, tokenizer = load_model(job["model"], dtype=job["precision"])
@@ -272,7 +272,7 @@ def run_loop(job: Job) -> dict[str, Any]:
     peak = gemm_peak()
     import peft
 
-    from lorakit.train.models import load_model
+    from lorakit.models.loading import load_model
 
     config = configuration(job)
     model, tokenizer = load_model(job["model"], dtype=job["precision"])
@@ -328,9 +328,9 @@ def run_trainer(job: Job) -> dict[str, Any]:
     clock = with_clock()
     import peft
 
-    from lorakit.train.classification import prepare_labels
-    from lorakit.train.data import load_splits
-    from lorakit.train.models import load_model
+    from lorakit.models.loading import load_model
+    from lorakit.train.data.classification import prepare_labels
+    from lorakit.train.data.examples import load_splits
 
     config = configuration(job)
     transformers.set_seed(job["seed"])
@@ -386,7 +386,7 @@ def sizes(model: Any) -> tuple[int, int, int]:
 def write_start(job: Job) -> dict[str, Any]:
     """The adapter as lorakit's run makes it at its start, for the others to start from."""
     import lorakit as lk
-    from lorakit.train.models import load_model
+    from lorakit.models.loading import load_model
 
     config = configuration(job)
     options: dict[str, Any] = {}
@@ -407,7 +407,7 @@ def write_newspaper(job: Job) -> dict[str, Any]:
     import random
 
     import material
-    from lorakit.train.models import load_model
+    from lorakit.models.loading import load_model
 
     _, tokenizer = load_model(job["model"], dtype=job["precision"])
     ids = tokenizer("\n\n".join(material.articles("nyt")), add_special_tokens=False, verbose=False)["input_ids"]
@@ -425,7 +425,7 @@ def write_newspaper(job: Job) -> dict[str, Any]:
 def score(job: Job) -> dict[str, Any]:
     """The share of right answers of each finished adapter, all by lorakit's evaluator on the same base."""
     import lorakit as lk
-    from lorakit.train.data import load_rows
+    from lorakit.train.data.examples import load_rows
     from lorakit.train.run import class_list, examine, hold, load_base, path_for
 
     config = configuration(job)
@@ -450,7 +450,7 @@ def score(job: Job) -> dict[str, Any]:
 def run_attach(job: Job) -> dict[str, Any]:
     """Seconds to attach an adapter to every linear layer of every block, and to switch between two."""
     import lorakit as lk
-    from lorakit.train.models import load_model
+    from lorakit.models.loading import load_model
 
     model, _ = load_model(job["model"], dtype=job["precision"])
     spec = lk.LoRA(rank=job["rank"], alpha=job["alpha"])

@@ -23,6 +23,8 @@ def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module 'lorakit' has no attribute {name!r}")
     value = getattr(import_module(_HOMES[name]), name)
+    if _HOMES[name] != "lorakit.errors":
+        import_module("lorakit.files.store")  # gives Adapter its `save`
     globals()[name] = value
     return value
 

@@ -1,7 +1,9 @@
 """The public names of lorakit, and where each is written. The one list of them: `__init__.py` reads it too."""
 
-from lorakit.adapter import Adapter as Adapter
-from lorakit.adapter import adapters as adapters
+from lorakit.adapter.adapter import Adapter as Adapter
+from lorakit.adapter.adapter import adapters as adapters
+from lorakit.adapter.attachment import attach as attach
+from lorakit.adapter.attachment import detach as detach
 from lorakit.algebra import combine as combine
 from lorakit.algebra import diff as diff
 from lorakit.algebra import extract as extract
@@ -12,13 +14,11 @@ from lorakit.algebra import resize as resize
 from lorakit.algebra import scale as scale
 from lorakit.algebra import swap as swap
 from lorakit.algebra import verify as verify
-from lorakit.attachment import attach as attach
-from lorakit.attachment import detach as detach
-from lorakit.board import activate as activate
-from lorakit.board import noted as noted
-from lorakit.board import prompts as prompts
-from lorakit.board import use as use
 from lorakit.conversion import convert as convert
+from lorakit.core.state import activate as activate
+from lorakit.core.state import noted as noted
+from lorakit.core.state import prompts as prompts
+from lorakit.core.state import use as use
 from lorakit.edits import EDITS as EDITS
 from lorakit.edits import Bottleneck as Bottleneck
 from lorakit.edits import LLaMAAdapter as LLaMAAdapter
@@ -33,6 +33,9 @@ from lorakit.experts import MixLoRA as MixLoRA
 from lorakit.experts import MoLE as MoLE
 from lorakit.experts import Retrieval as Retrieval
 from lorakit.experts import XLoRA as XLoRA
+from lorakit.experts.attachment import route as route
+from lorakit.files.store import load as load
+from lorakit.files.store import save as save
 from lorakit.init import EVA as EVA
 from lorakit.init import CorDA as CorDA
 from lorakit.init import Gaussian as Gaussian
@@ -70,7 +73,5 @@ from lorakit.methods import SHiRA as SHiRA
 from lorakit.methods import TiedLoRA as TiedLoRA
 from lorakit.methods import VBLoRA as VBLoRA
 from lorakit.methods import VeRA as VeRA
-from lorakit.mixture import route as route
-from lorakit.store import load as load
 
 __version__: str

@@ -22,9 +22,9 @@ import lorakit as lk
 from laws.cases import KINDS, SPECS, Case, Subject, label, randomise
 from lorakit.algebra.combining import RECIPES
 from lorakit.algebra.sources import Live
-from lorakit.bundle import CONFIG, OWN, TENSORS
 from lorakit.errors import LorakitError
-from lorakit.store import read_config, read_own, read_tensors
+from lorakit.files.bundle import CONFIG, OWN, TENSORS
+from lorakit.files.store import read_config, read_own, read_tensors
 from reference.models import MODELS, assert_same, logits, quiet, scramble, tolerance, twin
 
 ALL = [spec for specs in SPECS.values() for spec in specs]

@@ -18,7 +18,7 @@ from torch import Tensor
 import lorakit as lk
 from lorakit.algebra.checkpoint import INDEX, WHOLE, Checkpoint
 from lorakit.errors import LorakitError
-from lorakit.store import read_own, read_tensors
+from lorakit.files.store import read_own, read_tensors
 from reference.models import MODELS, assert_same, logits, quiet, twin
 
 

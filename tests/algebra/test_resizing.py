@@ -13,10 +13,10 @@ from torch import Tensor
 
 import lorakit as lk
 from lorakit.algebra.resizing import resize_folder
-from lorakit.bundle import OWN
+from lorakit.core.spectrum import distance, norm, spectrum
 from lorakit.errors import LorakitError
-from lorakit.spectrum import distance, norm, spectrum
-from lorakit.store import read_config, read_own, read_tensors
+from lorakit.files.bundle import OWN
+from lorakit.files.store import read_config, read_own, read_tensors
 from reference.models import MODELS, assert_same, logits, quiet, scramble, twin
 
 

@@ -126,5 +126,5 @@ def test_choosing_among_a_hundred_is_one_assignment() -> None:
     layer = model.head
     before = {key: value for key, value in vars(layer).items() if key != "_modules"}
     lk.activate(model, "a57")
-    assert layer.board.routing.names == ("a57",)
+    assert layer.state.routing.names == ("a57",)
     assert {key: value for key, value in vars(layer).items() if key != "_modules"} == before

@@ -71,8 +71,8 @@ class Stubborn(nn.Module):
         self.register_buffer("copied", self.layer.weight.detach().clone())
 
     def forward(self, x: Tensor) -> Tensor:
-        board = self._lorakit
-        return self.layer(x) if board.routing.names else nn.functional.linear(x, self.copied, self.layer.bias)
+        state = self._lorakit
+        return self.layer(x) if state.routing.names else nn.functional.linear(x, self.copied, self.layer.bias)
 
 
 def test_a_merge_that_does_not_act_is_caught() -> None:

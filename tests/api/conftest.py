@@ -13,9 +13,9 @@ import openai
 import pytest
 
 from api.stub import StubEngine, bytes_tokenizer
-from lorakit.serve.api import build
-from lorakit.serve.front import Front
-from lorakit.serve.server import server_for
+from lorakit.serve.http.api import build
+from lorakit.serve.http.front import Front
+from lorakit.serve.http.server import server_for
 
 
 class Served:

@@ -16,8 +16,8 @@ import pytest
 
 from api.conftest import Served
 from api.stub import StubEngine
-from lorakit.serve.front import Bounds
-from lorakit.serve.tenants import Tenants
+from lorakit.serve.http.front import Bounds
+from lorakit.serve.http.tenants import Tenants
 
 Serve = Callable[..., Served]
 

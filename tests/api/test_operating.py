@@ -23,10 +23,10 @@ from schemathesis import GenerationMode
 
 from api.conftest import Served, running
 from api.stub import StubEngine
-from lorakit.serve.api import application, build
-from lorakit.serve.front import Front
-from lorakit.serve.journal import JsonLines
-from lorakit.serve.metrics import Metrics
+from lorakit.serve.http.api import application, build
+from lorakit.serve.http.front import Front
+from lorakit.serve.http.journal import JsonLines
+from lorakit.serve.http.metrics import Metrics
 
 Serve = Callable[..., Served]
 

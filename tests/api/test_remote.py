@@ -17,9 +17,9 @@ from safetensors.torch import save_file
 
 from api.conftest import running
 from lorakit.errors import LorakitError
-from lorakit.serve.front import Front
+from lorakit.serve.http.front import Front
+from lorakit.serve.remote.vllm import Interface, VllmEngine
 from lorakit.serve.request import Failed, Refused, Request, Sampling
-from lorakit.serve.vllm import Interface, VllmEngine
 
 
 @dataclass(frozen=True)
@@ -183,7 +183,7 @@ def test_a_stopped_engine_leaves_no_ticket_open(vllm: tuple[VllmEngine, Llm]) ->
 
 def test_what_goes_on_elsewhere_and_what_does_not() -> None:
     pytest.importorskip("ray")
-    from lorakit.serve.cluster import continued
+    from lorakit.serve.remote.cluster import continued
 
     greedy = Request("r", (1, 2), sampling=Sampling(max_tokens=10, temperature=0.0, seed=3))
     assert continued(greedy, [], 0) is greedy

@@ -23,10 +23,10 @@ from api.conftest import Served, running
 from api.small import Reference, write_adapters, write_base
 from api.stub import StubEngine
 from lorakit.cli import app
-from lorakit.serve.engine import LocalEngine
-from lorakit.serve.front import Front
-from lorakit.serve.load import choose
-from lorakit.serve.scheduler import Limits
+from lorakit.serve.engine.engine import LocalEngine
+from lorakit.serve.engine.scheduler import Limits
+from lorakit.serve.http.front import Front
+from lorakit.serve.http.load import choose
 
 RANKS = {"a": 4, "b": 8, "c": 3}
 SMALL = {"batch": 8, "step_tokens": 64, "queue": 64, "cache_bytes": 4 << 20, "adapter_bytes": 4 << 20, "context": None}
@@ -211,7 +211,7 @@ def test_lorakit_serve_from_start_to_sigterm(base: Path, store: Path, tmp_path: 
 def test_two_replicas_of_which_one_is_killed(base: Path, store: Path, reference: Reference, tokenizer: Any) -> None:
     """No answer is lost or wrong, whichever replica it was at; and the same API is in front."""
     pytest.importorskip("ray")
-    from lorakit.serve.cluster import ClusterEngine
+    from lorakit.serve.remote.cluster import ClusterEngine
 
     engine = ClusterEngine(str(base), store, 2, dtype="fp32", limits=SMALL)
     prompts = [[50 + (5 * index + place) % 150 for place in range(6)] for index in range(40)]
@@ -248,7 +248,7 @@ def test_two_replicas_of_which_one_is_killed(base: Path, store: Path, reference:
 def test_a_second_replica_comes_with_the_load(base: Path, store: Path, reference: Reference, tokenizer: Any) -> None:
     """One replica while it is quiet, two when more requests than a batch are open, and every answer is right meanwhile."""
     pytest.importorskip("ray")
-    from lorakit.serve.cluster import NAME, ClusterEngine, serve
+    from lorakit.serve.remote.cluster import NAME, ClusterEngine, serve
 
     def replicas() -> int:
         deployment = serve.status().applications[NAME].deployments["replica"]

@@ -18,8 +18,8 @@ from hypothesis import strategies as st
 from api.conftest import Served
 from api.stub import StubEngine
 from lorakit.errors import LorakitError
-from lorakit.serve.faults import Fault
-from lorakit.serve.tenants import Ledger, Tenant, Tenants, add_key, digest, make_key, read_tenants
+from lorakit.serve.http.faults import Fault
+from lorakit.serve.http.tenants import Ledger, Tenant, Tenants, add_key, digest, make_key, read_tenants
 
 Serve = Callable[..., Served]
 

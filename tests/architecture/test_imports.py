@@ -1,6 +1,6 @@
 """Imports point one way, the method table and its folder agree, and no file has a name that says nothing.
 
-Read from the source by `ast`, so that an import inside a function counts as well.
+Read from the source by `ast`, so that an import inside a function or for annotations only counts as any other.
 """
 
 from __future__ import annotations
@@ -17,151 +17,156 @@ from lorakit.methods import METHODS
 
 PACKAGE = Path(lorakit.__file__).parent
 
-LAYERS: tuple[frozenset[str], ...] = tuple(
-    frozenset(names.split())
-    for names in (
-        "errors native",
-        "delta edit",
-        "layout",
-        "storage kernel",
-        "routing rows",
-        "board",
-        "call replacement",
-        "layer",
-        "targets init methods optim edits experts",
-        "anatomy table",
-        "front attending seam calibration",
-        "starts",
-        "adapter",
-        "seats construction attachment",
-        "spectrum mixture folder bundle",
-        "interchange fingerprint filling store",
-        "algebra conversion catalogue insight",
-        "peft train serve",
-        "studio",
-        "cli",
-    )
+FLOORS: tuple[str, ...] = (
+    "errors native",
+    "core",
+    "methods",
+    "init edits models",
+    "adapter",
+    "experts insight optim",
+    "files",
+    "algebra conversion train",
+    "peft serve",
+    "cli",
 )
-"""What a module may import stands before it, or beside it within its own package or group."""
+"""The rooms, from the ground up. A room imports from the floors below its own and from itself, nothing else."""
 
 NARROW: dict[str, frozenset[str]] = {
-    "methods": frozenset({"delta", "errors"}),
-    "edits": frozenset({"edit", "delta", "errors"}),
-    "init": frozenset({"delta", "storage", "errors"}),
-    "optim": frozenset({"errors"}),
+    "methods": frozenset({"core", "errors"}),
+    "optim": frozenset({"adapter", "errors"}),
 }
-"""Packages that see less than their place would allow."""
+"""Rooms that see less than their floor would allow."""
 
-EXCEPTIONS = {
-    ("adapter", "store"): "Adapter.save reads best as a method",
-    ("board", "adapter"): "a name in annotations only",
-    ("optim", "adapter"): "a name in annotations only",
-}
+FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms.split()}
 
 
-def imports(path: Path) -> Iterator[tuple[str, bool]]:
-    """lorakit modules that a file imports, with whether it is for annotations only."""
-    tree = ast.parse(path.read_text())
-    typing_only = {
-        id(inner)
-        for node in ast.walk(tree)
-        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test)
-        for inner in ast.walk(node)
-    }
-    for node in ast.walk(tree):
-        names: list[str] = []
+def modules(package: Path) -> dict[str, Path]:
+    """Every module of a package by its name below it ("core.layer"; "" for the package itself)."""
+    found = {}
+    for path in sorted(package.rglob("*.py")):
+        parts = path.relative_to(package).with_suffix("").parts
+        found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
+    return found
+
+
+def imports(path: Path, known: dict[str, Path]) -> Iterator[tuple[int, str]]:
+    """`(line, module)` of everything of lorakit that a file imports, wherever the import stands."""
+    for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
             names = [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path}: relative imports hide where they point"
-            names = (
-                [f"{node.module}.{alias.name}" for alias in node.names]
-                if node.module == "lorakit"
-                else [node.module or ""]
-            )
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+        elif isinstance(node, ast.Call) and "import_module" in ast.unparse(node.func) and node.args:
+            names = [ast.literal_eval(node.args[0])] if isinstance(node.args[0], ast.Constant) else []
+        else:
+            continue
         for name in names:
             if name == "lorakit" or name.startswith("lorakit."):
-                yield name.removeprefix("lorakit").strip("."), id(node) in typing_only
+                steps = name.split(".")[1:]
+                yield (
+                    node.lineno,
+                    next(
+                        found
+                        for found in (".".join(steps[:end]) for end in range(len(steps), -1, -1))
+                        if found in known
+                    ),
+                )
 
 
-def top(path: Path) -> str:
-    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+def room(module: str) -> str:
+    return module.partition(".")[0]
+
+
+def upward(package: Path) -> list[str]:
+    """Every import that does not go down, as one line each. The package's own file has the public names and may see all."""
+    known = modules(package)
+    wrong = []
+    for module, path in known.items():
+        own = room(module)
+        if not own:
+            continue
+        assert own in FLOOR, f"{own} stands on no floor of this test; say where it belongs"
+        for line, other in imports(path, known):
+            if not other and own != "cli":  # the command line uses the library as its users do
+                if "from lorakit import __version__" not in path.read_text().splitlines()[line - 1]:
+                    wrong.append(f"{module}:{line} imports the package itself, whose names come from everywhere")
+            elif other and room(other) != own and FLOOR[room(other)] >= FLOOR[own]:
+                wrong.append(f"{module}:{line} imports {other}, which stands on its own floor or above")
+            elif other and room(other) != own and room(other) not in NARROW.get(own, FLOOR):
+                wrong.append(f"{module}:{line} imports {other}; {own} sees {sorted(NARROW[own])} only")
+    return wrong
+
+
+def circles(package: Path) -> list[list[str]]:
+    """Groups of modules that import each other, whether at the top, inside functions or for annotations."""
+    known = modules(package)
+    graph = {
+        module: {other for _, other in imports(path, known) if other not in ("", module)}
+        for module, path in known.items()
+    }
+    reach: dict[str, set[str]] = {}
+    for module in graph:
+        seen: set[str] = set()
+        todo = [module]
+        while todo:
+            for other in graph[todo.pop()] - seen:
+                seen.add(other)
+                todo.append(other)
+        reach[module] = seen
+    found = {
+        tuple(sorted(one for one in reach[module] if module in reach[one]))
+        for module in graph
+        if module in reach[module]
+    }
+    return [list(group) for group in sorted(found)]
+
+
+def test_imports_go_down_the_floors() -> None:
+    assert upward(PACKAGE) == []
+
+
+def test_no_module_comes_back_to_itself() -> None:
+    assert circles(PACKAGE) == []
+
+
+PLANTED = {
+    "top": "from lorakit.cli.screen import err\n",
+    "in a function": "def late():\n    from lorakit.cli import screen\n",
+    "for annotations": "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    import lorakit.cli.screen\n",
+    "by name": "from importlib import import_module\nimport_module('lorakit.cli.screen')\n",
+    "the package": "from lorakit import attach\n",
+}
+
+
+@pytest.fixture
+def copy(tmp_path: Path) -> Path:
+    """The package's imports without the rest of it."""
+    known = modules(PACKAGE)
+    for path in known.values():
+        lines = (f"    import lorakit.{other}" for _, other in imports(path, known) if other)
+        there = tmp_path / path.relative_to(PACKAGE)
+        there.parent.mkdir(parents=True, exist_ok=True)
+        there.write_text("def imported():\n    pass\n" + "\n".join(lines))
+    return tmp_path
+
+
+@pytest.mark.parametrize("planted", PLANTED.values(), ids=PLANTED)
+def test_an_upward_import_is_seen(copy: Path, planted: str) -> None:
+    assert upward(copy) == []
+    with (copy / "core/kernel.py").open("a") as file:
+        file.write("\n" + planted)
+    assert [line for line in upward(copy) if line.startswith("core.kernel:")]
+
+
+def test_a_circle_is_seen(copy: Path) -> None:
+    assert circles(copy) == []
+    with (copy / "core/kernel.py").open("a") as file:
+        file.write("\n\ndef late():\n    from lorakit.core.layer import Adapted\n")
+    assert [group for group in circles(copy) if "core.kernel" in group and "core.layer" in group]
 
 
 FILES = sorted(path for path in PACKAGE.rglob("*.py") if path.parent != PACKAGE or path.name != "__init__.py")
-
-
-def level(name: str) -> int:
-    for index, names in enumerate(LAYERS):
-        if name in names:
-            return index
-    raise AssertionError(f"{name} stands in no layer of this test; say where it belongs")
-
-
-def test_every_module_has_its_place() -> None:
-    for path in FILES:
-        level(top(path))
-
-
-@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
-def test_imports_point_one_way(path: Path) -> None:
-    own = top(path)
-    for imported, typing_only in imports(path):
-        other = imported.split(".")[0]
-        if other in ("", "__version__", own) or (
-            not (PACKAGE / other).exists() and not (PACKAGE / f"{other}.py").exists()
-        ):
-            continue
-        if (own, other) in EXCEPTIONS:
-            continue
-        assert not typing_only or level(other) <= level(own), f"{own} names {other} in annotations, against the arrow"
-        assert level(other) <= level(own), f"{path.name} imports {imported}: {other} stands above {own}"
-        if own in NARROW:
-            assert other in NARROW[own] | {own}, (
-                f"{path.name} imports {imported}; {own} sees {sorted(NARROW[own])} only"
-            )
-
-
-def test_the_exceptions_are_what_they_say() -> None:
-    """adapter's import of store is inside Adapter.save alone; those of adapter are for annotations."""
-    for path in [PACKAGE / "board.py", *(PACKAGE / "optim").glob("*.py")]:
-        assert {typing for name, typing in imports(path) if name.split(".")[0] == "adapter"} <= {True}, path
-    tree = ast.parse((PACKAGE / "adapter.py").read_text())
-
-    def takes_store(node: ast.AST) -> bool:
-        names = [alias.name for alias in node.names] if isinstance(node, ast.Import | ast.ImportFrom) else []
-        return "store" in names or (isinstance(node, ast.ImportFrom) and node.module == "lorakit.store")
-
-    assert not [node for node in tree.body if takes_store(node)]
-    holders = [
-        f"{owner.name}.{function.name}"
-        for owner in tree.body
-        if isinstance(owner, ast.ClassDef)
-        for function in owner.body
-        if isinstance(function, ast.FunctionDef) and any(takes_store(node) for node in ast.walk(function))
-    ]
-    assert holders == ["Adapter.save"]
-
-
-def test_no_cycles_at_import_time() -> None:
-    """Among modules of one layer too: following top-level imports never comes back."""
-    graph: dict[str, set[str]] = {}
-    for path in [*FILES, PACKAGE / "__init__.py"]:
-        module = ".".join(path.relative_to(PACKAGE).with_suffix("").parts).removesuffix("__init__").strip(".")
-        targets: set[str] = set()
-        for node in ast.parse(path.read_text()).body:
-            if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("lorakit."):
-                targets.add(node.module.removeprefix("lorakit."))
-        graph[module] = targets
-
-    def visit(module: str, trail: tuple[str, ...]) -> None:
-        assert module not in trail, " -> ".join((*trail, module))
-        for other in graph.get(module, ()):
-            if other != module:
-                visit(other, (*trail, module))
-
-    for module in graph:
-        visit(module, ())
 
 
 FAMILIES = {"ranked": "a family that gates ranks", "rotation": "a family that rotates W"}
@@ -179,9 +184,20 @@ def test_the_method_table_is_the_folder() -> None:
         assert method.__module__.startswith("lorakit.methods.")
 
 
+BESIDE_EDITS = {
+    "contract": "what every edit fulfils",
+    "anatomy": "what a transformer is made of",
+    "hooks": "where edits meet a model's calls",
+    "prompt_rows": "rows in front of the input",
+    "attention": "keys and values beside an attention's",
+}
+"""Files of edits/ that hold what the edits share, and no edit."""
+
+
 def test_the_table_of_edits_is_the_folder() -> None:
     files = {path.stem for path in (PACKAGE / "edits").glob("*.py")} - {"__init__"}
-    assert {edit.__module__.rpartition(".")[2] for edit in EDITS.values()} == files
+    assert set(BESIDE_EDITS) <= files
+    assert {edit.__module__.rpartition(".")[2] for edit in EDITS.values()} == files - set(BESIDE_EDITS)
     assert all(edit.name == name for name, edit in EDITS.items())
 
 

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 
 import lorakit.edits
+from lorakit.files.table import TABLE
 from lorakit.methods import METHODS
-from lorakit.table import TABLE
 from lorakit.train import load_config
 from quality.settings import BASELINE, EDITS, SETTINGS, Setting
 from quality.tables import claims, no_better, quality_table

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import lorakit as lk
-from lorakit.store import read_config, read_own, read_tensors
+from lorakit.files.store import read_config, read_own, read_tensors
 
 Run = Callable[..., Result]
 

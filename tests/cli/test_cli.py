@@ -50,7 +50,7 @@ def test_the_verbs_files_do_not_import_torch() -> None:
 
 
 def test_train_help_shows_every_option_with_its_default(lorakit: Run) -> None:
-    from lorakit.train.config import config_fields
+    from lorakit.train.config.run import config_fields
 
     result = lorakit("train", "--help")
     assert result.exit_code == 0

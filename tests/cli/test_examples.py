@@ -11,7 +11,7 @@ from click.testing import Result
 from conftest import MODEL
 from lorakit.edits import EDITS, PromptTuning
 from lorakit.methods import LoRA
-from lorakit.train.config import load_config
+from lorakit.train.config.run import load_config
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 RECIPES = sorted(EXAMPLES.glob("*.yaml"))

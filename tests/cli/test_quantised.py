@@ -17,12 +17,12 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, 
 
 import lorakit as lk
 from cli.conftest import words_tokenizer
+from lorakit.core.layer import Adapted
+from lorakit.core.storage import FLOAT, storage_of
 from lorakit.errors import LorakitError
-from lorakit.layer import Adapted
-from lorakit.storage import FLOAT, storage_of
-from lorakit.train.config import load_config, to_yaml
-from lorakit.train.models import load_model
-from lorakit.train.quantisation import FORMATS, NF4, Int8, existing, holding, quantisation
+from lorakit.models.loading import load_model
+from lorakit.models.quantisation import FORMATS, NF4, Int8, existing, holding, quantisation
+from lorakit.train.config.run import load_config, to_yaml
 
 Run = Callable[..., Result]
 

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 
 import lorakit as lk
 from lorakit.cli.picture import draw_ranks, place_of
-from lorakit.store import read_config, read_tensors
+from lorakit.files.store import read_config, read_tensors
 
 Run = Callable[..., Result]
 PNG = b"\x89PNG\r\n"

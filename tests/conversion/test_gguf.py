@@ -13,7 +13,7 @@ from gguf import GGUFReader, GGUFWriter
 import lorakit as lk
 from conversion.kits import changes, fresh_llama, llama, random, same, trained
 from lorakit.conversion import convert
-from lorakit.store import read_config
+from lorakit.files.store import read_config
 
 
 def tensors_of(path: Path) -> dict[str, np.ndarray[Any, Any]]:
@@ -167,7 +167,7 @@ def test_the_rows_are_those_of_a_real_file(model_path: Path) -> None:
     from gguf import dequantize
 
     from lorakit.conversion.gguf import turned as ours
-    from lorakit.train.models import load_model
+    from lorakit.models.loading import load_model
 
     model, _ = load_model(model_path, dtype=torch.float32)
     stored = {tensor.name: tensor for tensor in GGUFReader(model_path).tensors if tensor.name.startswith("blk.0.attn_")}
@@ -190,7 +190,7 @@ def test_the_rows_are_those_of_a_real_file(model_path: Path) -> None:
 def test_llama_cpp_writes_the_same_text(model_path: Path, tmp_path: Path) -> None:
     """The base as F32 GGUF, the adapter as GGUF, both by greedy decoding, beside lorakit on the same floats."""
     llama_cpp = pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed")
-    from lorakit.train.models import load_model
+    from lorakit.models.loading import load_model
 
     model, tokenizer = load_model(model_path, dtype=torch.float32)
     base = f32_copy(model_path, tmp_path / "base.gguf")

@@ -11,7 +11,7 @@ from torch import Tensor
 import lorakit as lk
 from conversion.kits import changes, equal, llama, random, read, same, trained, unet, write
 from lorakit.conversion import convert
-from lorakit.store import read_own
+from lorakit.files.store import read_own
 
 LINEAR = "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
 CONVOLUTION = "down_blocks.1.resnets.0.conv1"

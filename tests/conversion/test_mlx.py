@@ -13,7 +13,7 @@ from torch import Tensor
 import lorakit as lk
 from conversion.kits import changes, fresh_llama, llama, random, read, same, trained, write
 from lorakit.conversion import convert
-from lorakit.store import read_config
+from lorakit.files.store import read_config
 
 Q, UP = "model.layers.0.self_attn.q_proj", "model.layers.1.mlp.up_proj"
 

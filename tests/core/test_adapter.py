@@ -14,8 +14,8 @@ from torch import Tensor, nn
 import lorakit as lk
 from core import models
 from core.models import IDS, randomise
+from lorakit.core.layer import Adapted
 from lorakit.errors import LorakitError
-from lorakit.layer import Adapted
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

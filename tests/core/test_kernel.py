@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import lorakit as lk
-from lorakit.kernel import gained, product, small_functions
+from lorakit.core.kernel import gained, product, small_functions
 
 IN, OUT, RANK, BATCH, TOKENS = 7, 5, 3, 2, 4
 

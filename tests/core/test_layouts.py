@@ -11,10 +11,10 @@ from torch import Tensor, nn
 import lorakit as lk
 from core.models import randomise
 from laws.cases import KINDS, Kind
-from lorakit.delta import Shape
+from lorakit.core.delta import Shape
+from lorakit.core.layout import Linear, Rows, sites_of, split
+from lorakit.core.storage import STORAGES, storage_of
 from lorakit.errors import LorakitError
-from lorakit.layout import Linear, Rows, sites_of, split
-from lorakit.storage import STORAGES, storage_of
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 import lorakit as lk
 from core import models
 from core.models import IDS, randomise
-from lorakit.delta import Method
+from lorakit.core.delta import Method
+from lorakit.core.layer import Adapted
 from lorakit.errors import LorakitError
-from lorakit.layer import Adapted
 from lorakit.methods import DoRA
 
 pytestmark = pytest.mark.usefixtures("one_thread")

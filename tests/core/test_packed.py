@@ -16,9 +16,9 @@ from torch import Tensor, nn
 
 import lorakit as lk
 from lorakit.algebra import merge
+from lorakit.core.layout import sites_of
+from lorakit.core.storage import storage_of
 from lorakit.errors import LorakitError
-from lorakit.layout import sites_of
-from lorakit.storage import storage_of
 
 IN, OUT, GROUP, PER_INT = 64, 32, 16, 8
 

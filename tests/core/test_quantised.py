@@ -16,10 +16,10 @@ import lorakit as lk
 from laws import storages
 from laws.storages import FORMAT, Foreign
 from lorakit.algebra import merge
+from lorakit.core.layout import has_linear_face, sites_of
+from lorakit.core.storage import storage_of
 from lorakit.errors import LorakitError
 from lorakit.init import LoftQ
-from lorakit.layout import has_linear_face, sites_of
-from lorakit.storage import storage_of
 
 
 class Two(nn.Module):

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 import lorakit as lk
 from core import models
 from core.models import IDS, randomise
+from lorakit.core.routing import Routing, parse
 from lorakit.errors import LorakitError
-from lorakit.routing import Routing, parse
 
 NAMES = ("sql", "law")
 

@@ -10,8 +10,9 @@ from torch import nn
 
 import lorakit as lk
 from core import models
+from lorakit.adapter.targets import Targets, select
+from lorakit.core.walking import block_of, has_suffix, value_for
 from lorakit.errors import LorakitError
-from lorakit.targets import Targets, block_of, has_suffix, select, value_for
 
 
 def chosen(model: nn.Module, **options: Any) -> list[str]:

@@ -15,10 +15,10 @@ from torch import Tensor
 
 import lorakit as lk
 from edits.models import CAUSAL, GENERATING, inputs, make, run
-from lorakit.anatomy import anatomy_of
-from lorakit.edit import EditMethod
+from lorakit.edits.anatomy import anatomy_of
+from lorakit.edits.contract import EditMethod
 from lorakit.errors import LorakitError
-from lorakit.store import read_tensors
+from lorakit.files.store import read_tensors
 
 BOUND = 1e-10
 

@@ -8,8 +8,8 @@ import pytest
 
 from edits import laws
 from edits.laws import Case
-from lorakit.edit import EditMethod
 from lorakit.edits import EDITS, Bottleneck, LLaMAAdapter, LoReFT, PrefixTuning, PromptTuning, PTuning
+from lorakit.edits.contract import EditMethod
 
 SPECS: dict[str, tuple[EditMethod, ...]] = {
     "bottleneck": (

@@ -20,7 +20,7 @@ from edits.laws import Case
 from edits.models import inputs, make
 from lorakit.edits import LLaMAAdapter, PrefixTuning, PTuning
 from lorakit.errors import LorakitError
-from lorakit.store import read_config
+from lorakit.files.store import read_config
 
 CONFIGS: dict[str, Any] = {
     "p-tuning": lambda task: peft.PromptEncoderConfig(task_type=task, num_virtual_tokens=3, encoder_hidden_size=5),

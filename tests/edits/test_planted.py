@@ -16,8 +16,11 @@ from torch import Tensor
 from edits import laws
 from edits.laws import Case
 from edits.test_laws import FIRST
-from lorakit import attending, board, front, seam
+from lorakit.core import state as state
+from lorakit.edits import attention as attending
 from lorakit.edits import bottleneck, llamaadapter, loreft, prefix, prompt
+from lorakit.edits import hooks as seam
+from lorakit.edits import prompt_rows as front
 
 Patch = pytest.MonkeyPatch
 
@@ -52,7 +55,7 @@ def random_start_by_default(patch: Patch) -> None:
 def prompt_stays_on(patch: Patch) -> None:
     """A Front that forgets to ask the routing."""
 
-    def planted(board: Any, held: dict[str, Any]) -> front.Owned:
+    def planted(state: Any, held: dict[str, Any]) -> front.Owned:
         return front.Owned(tuple(held)[:1])
 
     patch.setattr(front, "owned", planted)
@@ -76,8 +79,8 @@ def first_row_for_all(patch: Patch) -> None:
     """Every row gets the first row's prompt."""
     own = front.owned
 
-    def planted(board: Any, held: dict[str, Any]) -> front.Owned:
-        found = own(board, held)
+    def planted(state: Any, held: dict[str, Any]) -> front.Owned:
+        found = own(state, held)
         return found if found.index is None else front.Owned(found.names, found.index[:1].expand_as(found.index))
 
     patch.setattr(front, "owned", planted)
@@ -196,11 +199,11 @@ def call_leaves_something(patch: Patch) -> None:
 
 def encoder_with_rows_repeated(patch: Patch) -> None:
     """The encoder is asked for the rows of all beams."""
-    patch.setattr(board, "_encoder", lambda model: None)
+    patch.setattr(state, "_encoder", lambda model: None)
 
 
 def shares_allowed(patch: Patch) -> None:
-    patch.setattr(board.Board, "_check_whole", lambda self, routing: None)
+    patch.setattr(state.ModelState, "_check_whole", lambda self, routing: None)
 
 
 def gradient_lost_on_the_way(patch: Patch) -> None:

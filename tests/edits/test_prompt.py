@@ -12,7 +12,7 @@ import torch
 import lorakit as lk
 from edits.models import inputs, make
 from lorakit.errors import LorakitError
-from lorakit.train.packing import pack
+from lorakit.train.step.packing import pack
 from lorakit.train.trainer import FLAT, PADDED, choose_path
 from training.tiny import llama as tiny_llama
 from training.tiny import rows
@@ -170,7 +170,7 @@ def test_files_go_both_ways(kind: str, task: str, tmp_path: Path) -> None:
 def test_the_file_holds_what_peft_expects(tmp_path: Path) -> None:
     model = make("llama")
     lk.attach(model, lk.PromptTuning(tokens=3), name="a").save(tmp_path / "a")
-    from lorakit.store import read_config, read_tensors
+    from lorakit.files.store import read_config, read_tensors
 
     assert {name: tuple(one.shape) for name, one in read_tensors(tmp_path / "a").items()} == {
         "prompt_embeddings": (3, 16)

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 import lorakit as lk
 from core.models import randomise
-from lorakit.delta import Call, Card, Method
-from lorakit.experts.ground import Ground, OverAdapters, RouterSpec
+from lorakit.core.delta import Call, Card, Method
+from lorakit.experts.context import OverAdapters, RouterContext, RouterSpec
 
 MIXED: dict[str, Method] = {
     "lora": lk.LoRA(rank=2, alpha=3.0),
@@ -30,15 +30,15 @@ class Given(RouterSpec):
     name: ClassVar[str] = "given"
     card: ClassVar[Card] = Card("Given", "w", lambda shape, spec: 0, "none", "never")
 
-    def router(self, ground: Ground) -> GivenRouter:
-        return GivenRouter(ground)
+    def router(self, context: RouterContext) -> GivenRouter:
+        return GivenRouter(context)
 
 
 class GivenRouter(OverAdapters):
     """`w` is (members,) or (…, members)."""
 
-    def __init__(self, ground: Ground) -> None:
-        super().__init__(ground)
+    def __init__(self, context: RouterContext) -> None:
+        super().__init__(context)
         self.w = nn.Parameter(torch.zeros(len(self.members), dtype=torch.float64))
 
     def give(self, w: Any) -> None:

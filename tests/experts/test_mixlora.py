@@ -16,8 +16,8 @@ from core.models import IDS, randomise
 from lorakit.errors import LorakitError
 from lorakit.experts import mixlora
 from lorakit.experts.gates import balance, z_loss
-from lorakit.train.loss import causal_loss, padded_loss
-from lorakit.train.packing import pack
+from lorakit.train.step.loss import causal_loss, padded_loss
+from lorakit.train.step.packing import pack
 from training import tiny
 
 E, K = 4, 2

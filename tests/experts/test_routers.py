@@ -19,9 +19,9 @@ import lorakit as lk
 from core import models
 from core.models import IDS
 from experts.probes import Given, experts, given
-from lorakit.board import board_of
+from lorakit.core.layer import Adapted
+from lorakit.core.state import state_of
 from lorakit.errors import LorakitError
-from lorakit.layer import Adapted
 
 WEIGHTS = [0.7, -0.4, 1.3, 0.2]
 
@@ -223,16 +223,16 @@ def test_forward_writes_nothing_and_detach_leaves_no_trace() -> None:
     plain = logits(model)
     names = experts(model)
     given(model, names, WEIGHTS)
-    board = board_of(model)
-    routing, before = board.routing, copy.deepcopy({k: v.state_dict() for k, v in lk.adapters(model).items()})
+    state = state_of(model)
+    routing, before = state.routing, copy.deepcopy({k: v.state_dict() for k, v in lk.adapters(model).items()})
     first, second = logits(model), logits(model)
     assert torch.equal(first, second)
-    assert board.routing is routing
+    assert state.routing is routing
     after = {k: v.state_dict() for k, v in lk.adapters(model).items()}
     assert all(torch.equal(before[k][name], tensor) for k in after for name, tensor in after[k].items())
     lk.detach(model, "given")
-    assert board.routers == {}
-    assert board.routing.names == ()
+    assert state.routers == {}
+    assert state.routing.names == ()
     lk.detach(model)
     assert torch.equal(logits(model), plain)
     assert not any(module._forward_pre_hooks or module._forward_hooks for module in model.modules())

@@ -14,8 +14,8 @@ from core import models
 from core.models import IDS, randomise
 from experts.probes import experts
 from lorakit.errors import LorakitError
-from lorakit.train.loss import causal_loss, padded_loss
-from lorakit.train.packing import pack
+from lorakit.train.step.loss import causal_loss, padded_loss
+from lorakit.train.step.packing import pack
 from training import tiny
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -51,7 +51,7 @@ def test_xlora_weights_every_layer_by_the_base_models_hidden_state() -> None:
     handles = [
         module.register_forward_hook(lambda m, args, y: seen.__setitem__(m.path, (args[0], y)))
         for module in model.modules()
-        if hasattr(module, "deltas") and hasattr(module, "board")
+        if hasattr(module, "deltas") and hasattr(module, "state")
     ]
     logits(model)
     for handle in handles:
@@ -222,7 +222,7 @@ def test_saved_with_its_experts_and_loaded_to_the_bit(spec: Any, tmp_path: Path)
 @pytest.mark.parametrize("method", ["mixlora", "xlora", "mole"])
 def test_a_training_run(method: str, tmp_path: Path) -> None:
     """The Trainer over a mixture and over routers: the loss falls, the experts behind a router stay, a resumed run agrees."""
-    from lorakit.train.config import load_config
+    from lorakit.train.config.run import load_config
     from lorakit.train.trainer import LoraTrainer, choose_path
 
     model = tiny.llama()
@@ -255,7 +255,7 @@ def test_a_training_run(method: str, tmp_path: Path) -> None:
 
 
 def test_what_a_run_refuses(tmp_path: Path) -> None:
-    from lorakit.train.config import load_config
+    from lorakit.train.config.run import load_config
 
     for flags, said in (
         (["method=xlora"], "name their folders in adapters"),

@@ -25,9 +25,9 @@ from safetensors.torch import load_file
 from torch import nn
 
 import lorakit as lk
-from lorakit import folder as folder_module
 from lorakit.errors import LorakitError
-from lorakit.store import CONFIG, OWN, TENSORS, load, read_config, read_tensors
+from lorakit.files import folder as folder_module
+from lorakit.files.store import CONFIG, OWN, TENSORS, load, read_config, read_tensors
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="the children are forked")
 
@@ -173,7 +173,7 @@ def test_killed_at_every_step_of_replacing(way: str, unflushed: None, tmp_path: 
 
 def test_a_save_in_place_would_be_seen(unflushed: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A planted bug: the files written one by one into the folder itself. Some kill then leaves a mixture."""
-    monkeypatch.setattr("lorakit.store.replace_folder", lambda folder, write, content: write(folder))
+    monkeypatch.setattr("lorakit.files.store.replace_folder", lambda folder, write, content: write(folder))
     old, new = adapter(1.0, rank=1), adapter(2.0, rank=2)
     mixtures = 0
     for step in range(1, 12):

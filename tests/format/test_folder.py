@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 import lorakit as lk
 from lorakit.errors import LorakitError
-from lorakit.store import CONFIG, OWN, TENSORS, load, read_config, read_own, read_tensors
+from lorakit.files.store import CONFIG, OWN, TENSORS, load, read_config, read_own, read_tensors
 
 FILES = (CONFIG, TENSORS, OWN)
 

@@ -12,13 +12,12 @@ from torch import Tensor, nn
 
 import lorakit as lk
 from init.models import llama, mixed, mixed_batches, start_of, texts
-from lorakit import calibration
-from lorakit.calibration import Matrix, calibrate
-from lorakit.delta import Shape
+from lorakit.core.delta import Shape
+from lorakit.core.layout import sites_of
 from lorakit.errors import LorakitError
-from lorakit.init import LoRAGA
+from lorakit.init import LoRAGA, calibration
+from lorakit.init.calibration import Matrix, calibrate
 from lorakit.init.initialiser import Start
-from lorakit.layout import sites_of
 
 
 def measured(model: nn.Module, paths: list[str], batches: Any, **options: Any) -> dict[str, Tensor]:

@@ -16,14 +16,13 @@ from torch import Tensor, nn
 
 import lorakit as lk
 from init.models import llama, matrix, mixed, mixed_batches, start_of, texts
-from lorakit import calibration
-from lorakit.calibration import Matrix, calibrate
+from lorakit.core.layout import Shape, sites_of
 from lorakit.errors import LorakitError
-from lorakit.init import EVA, CorDA, PiSSA
+from lorakit.init import EVA, CorDA, PiSSA, calibration
+from lorakit.init.calibration import Matrix, calibrate
 from lorakit.init.corda import SecondMoment, damped
 from lorakit.init.eva import IncrementalPCA
 from lorakit.init.initialiser import Measured, Start
-from lorakit.layout import Shape, sites_of
 
 
 class Kept:

@@ -13,10 +13,10 @@ from torch import Tensor, nn
 
 import lorakit as lk
 from init.models import llama, mixed, mixed_batches, start_of, texts, train
-from lorakit.delta import Offset
+from lorakit.core.delta import Offset
 from lorakit.errors import LorakitError
+from lorakit.files.store import TENSORS
 from lorakit.init import EVA, INITIALISERS, CorDA, Initialiser, LoftQ, LoRAGA, PiSSA
-from lorakit.store import TENSORS
 
 METHODS = {
     "lora": lk.LoRA(rank=2, alpha=3.0),
@@ -145,7 +145,7 @@ def test_a_converted_adapter_is_nothing_at_the_start(tmp_path: Path) -> None:
         A, B = (next(t for key, t in tensors.items() if f"lora_{letter}" in key) for letter in "AB")
         assert A.shape[0] == B.shape[1] == 4
         assert (B @ A).abs().max() < 1e-12
-        config = lk.store.read_config(folder)
+        config = lk.files.store.read_config(folder)
         assert config["r"] == 4
         assert config["lora_alpha"] == pytest.approx(3.0 * factor)
 

@@ -17,8 +17,8 @@ from lorakit.cli import app
 from lorakit.errors import LorakitError
 from lorakit.insight.plan import activations, bits_per_weight, gigabytes, kept_bytes, outline, packed_bytes, plan
 from lorakit.methods import LoRA
+from lorakit.models.quantisation import holding
 from lorakit.optim import build_optimizer
-from lorakit.train.quantisation import holding
 
 SMALL = {
     "vocab_size": 96,

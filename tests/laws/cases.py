@@ -19,11 +19,11 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 import lorakit as lk
-from lorakit.adapter import Adapter
-from lorakit.delta import Call, Card, Delta, Form, Method, Pool, Shape
+from lorakit.adapter.adapter import Adapter
+from lorakit.core.delta import Call, Card, Delta, Form, Method, Pool, Shape
+from lorakit.core.layer import Adapted
+from lorakit.core.layout import sites_of
 from lorakit.errors import LorakitError
-from lorakit.layer import Adapted
-from lorakit.layout import sites_of
 from lorakit.methods import (
     BOFT,
     C3A,

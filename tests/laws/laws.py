@@ -18,16 +18,16 @@ from torch.func import functional_call
 
 import lorakit as lk
 from laws.cases import Case, Inputs, Subject
-from lorakit import store
-from lorakit.adapter import Adapter
+from lorakit.adapter.adapter import Adapter
 from lorakit.algebra import merge, merged
-from lorakit.delta import Delta, LowRank
+from lorakit.core.delta import Delta, LowRank
+from lorakit.core.layer import Adapted
+from lorakit.core.layout import Rows, Site
+from lorakit.core.storage import storage_of
 from lorakit.errors import LorakitError
+from lorakit.files import store
 from lorakit.init import INITIALISERS
-from lorakit.layer import Adapted
-from lorakit.layout import Rows, Site
 from lorakit.methods import LoRA
-from lorakit.storage import storage_of
 
 BOUND = 2**11 * torch.finfo(torch.float64).eps
 
@@ -358,7 +358,7 @@ def snapshot(subject: Subject) -> dict[str, Any]:
                 seen[where] = [_frozen(v) for v in value]
             else:
                 seen[where] = _frozen(value)
-    seen["board"] = {key: _frozen(value) for key, value in vars(subject.layer.board).items()}
+    seen["state"] = {key: _frozen(value) for key, value in vars(subject.layer.state).items()}
     return seen
 
 

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from laws.cases import SPECS, Case, Inputs, Kind, Model
-from lorakit.delta import Method
+from lorakit.core.delta import Method
 from lorakit.methods import METHODS
 
 INPUTS, OUTPUTS, BLOCK = 128, 64, 64

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from laws import cases, laws
-from lorakit.delta import Method
+from lorakit.core.delta import Method
 from lorakit.errors import LorakitError
 from lorakit.methods import METHODS
 

@@ -16,12 +16,13 @@ from torch import Tensor, nn
 
 from laws import laws
 from laws.cases import KINDS, SPECS, Affine, AffineDelta, Case, Dense, DenseDelta
-from lorakit import call, kernel, layer, layout, store
-from lorakit.delta import Form, LowRank, Pool
+from lorakit.core import call, kernel, layer, layout
+from lorakit.core.delta import Form, LowRank, Pool
+from lorakit.core.storage import Float, Held, owner
+from lorakit.files import store
 from lorakit.init import Kaiming
 from lorakit.init.initialiser import Factors, Start
 from lorakit.methods.lora import LoRA, LoRADelta
-from lorakit.storage import Float, Held, owner
 
 BY_NAME = {kind.name: kind for kind in KINDS}
 LORA = SPECS["lora"][0]

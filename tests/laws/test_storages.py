@@ -18,10 +18,10 @@ from laws import laws, storages
 from laws.cases import SPECS, Inputs, Subject
 from laws.storages import BOUND, FORMAT, Held
 from lorakit.algebra import merge, merged
-from lorakit.layer import Adapted
+from lorakit.core.layer import Adapted
+from lorakit.core.storage import bitsandbytes as bnb_storage
+from lorakit.core.storage import storage_of
 from lorakit.methods import METHODS, LoRA
-from lorakit.storage import bitsandbytes as bnb_storage
-from lorakit.storage import storage_of
 
 LORA = SPECS["lora"][0]
 Law = Callable[[Held], None]

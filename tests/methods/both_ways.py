@@ -10,8 +10,8 @@ import torch
 from safetensors.torch import load_file
 
 import lorakit as lk
-from lorakit.bundle import OWN, TENSORS
-from lorakit.delta import Method
+from lorakit.core.delta import Method
+from lorakit.files.bundle import OWN, TENSORS
 from reference.models import MODELS, assert_same, logits, quiet, scramble, twin
 
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 import lorakit as lk
-from lorakit.delta import Method
+from lorakit.core.delta import Method
 
 TARGETS = ["first", "second", "third"]
 BOUND = 2**9 * torch.finfo(torch.float32).eps

@@ -12,11 +12,11 @@ import torch
 from torch import Tensor, nn
 
 import lorakit as lk
-from lorakit.bundle import OWN
-from lorakit.delta import Pool, Shape
+from lorakit.core.delta import Pool, Shape
 from lorakit.errors import LorakitError
+from lorakit.files.bundle import OWN
+from lorakit.files.store import read_config, read_tensors
 from lorakit.methods.adalora import Triplets
-from lorakit.store import read_config, read_tensors
 from methods.both_ways import both_ways, trained_by_peft
 from reference.models import MODELS, assert_same, logits, quiet, scramble, twin
 

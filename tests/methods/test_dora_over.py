@@ -9,7 +9,7 @@ import torch
 
 import lorakit as lk
 from laws import cases, laws
-from lorakit.delta import Delta, Form, Method
+from lorakit.core.delta import Delta, Form, Method
 from lorakit.errors import LorakitError
 
 INNER: tuple[Method, ...] = (

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 import lorakit as lk
-from lorakit.delta import Pool, Shape
+from lorakit.core.delta import Pool, Shape
 from lorakit.errors import LorakitError
 from lorakit.methods.loha import LoHaDelta, WideLoHaDelta
 from methods.both_ways import both_ways

@@ -12,10 +12,10 @@ from peft.tuners.lokr.layer import factorization
 from torch import nn
 
 import lorakit as lk
-from lorakit.call import LayerCall
-from lorakit.delta import Pool, Shape
+from lorakit.core.call import LayerCall
+from lorakit.core.delta import Pool, Shape
+from lorakit.core.layout import sites_of
 from lorakit.errors import LorakitError
-from lorakit.layout import sites_of
 from lorakit.methods.lokr import LoKrDelta, split_size
 from methods.both_ways import both_ways, trained_by_peft
 

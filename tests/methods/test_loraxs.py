@@ -53,7 +53,7 @@ def test_start_and_counts():
     assert torch.equal(model(inputs().double()), Net().double()(inputs().double()))
     model(inputs().double()).square().sum().backward()
     assert all(delta.R.grad.abs().max() > 0 for _, _, delta in adapter.deltas())
-    assert 7 * 32 * lk.LoRAXS.card.parameters(lk.delta.Shape(4096, 4096), lk.LoRAXS(rank=64)) == 917_504
+    assert 7 * 32 * lk.LoRAXS.card.parameters(lk.core.delta.Shape(4096, 4096), lk.LoRAXS(rank=64)) == 917_504
 
 
 def test_the_directions_are_in_the_file(tmp_path: Path):

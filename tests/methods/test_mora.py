@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 import lorakit as lk
-from lorakit.delta import Pool, Shape
+from lorakit.core.delta import Pool, Shape
 from lorakit.errors import LorakitError
 
 SHAPES = [Shape(8, 6), Shape(5, 14), Shape(30, 9), Shape(6, 6), Shape(3, 40)]

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import lorakit as lk
-from lorakit.delta import Pool, Shape
+from lorakit.core.delta import Pool, Shape
 from lorakit.errors import LorakitError
 from lorakit.methods.oft import OFTDelta
 from methods.both_ways import both_ways, trained_by_peft

@@ -11,7 +11,7 @@ from torch import nn
 
 import lorakit as lk
 from lorakit.errors import LorakitError
-from lorakit.store import TENSORS, read_tensors
+from lorakit.files.store import TENSORS, read_tensors
 from methods.peft_files import TARGETS, Net, from_peft, to_peft
 
 
@@ -50,7 +50,7 @@ def test_start_and_counts():
     assert abs(adapter.pool.randlora_B.std() - 1) < 1e-2
     counts = [3 * (3 + 8), 4 * (3 + 12), 3 * (3 + 8)]
     assert adapter.num_parameters(trainable=True) == sum(counts)
-    shape = lk.delta.Shape(576, 576)
+    shape = lk.core.delta.Shape(576, 576)
     count = lk.RandLoRA.card.parameters
     assert count(shape, lk.RandLoRA(rank=16)) > count(shape, lk.RandLoRA(rank=32)) == 18 * (32 + 576)
 

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 import lorakit as lk
-from lorakit.delta import Pool, Shape
+from lorakit.core.delta import Pool, Shape
 from lorakit.errors import LorakitError
 from lorakit.methods.lora import start_factors
 from reference.models import MODELS, assert_same, logits, quiet, scramble, twin

@@ -50,7 +50,7 @@ def test_counts():
     _, adapter = attached()
     pooled, own = 3 * 2 * (6 + 8), (2 + 8) * 3 + (2 + 6)
     assert adapter.num_parameters(trainable=True) == pooled + own
-    shapes = [lk.delta.Shape(8, 6), lk.delta.Shape(8, 6), lk.delta.Shape(6, 8)]
+    shapes = [lk.core.delta.Shape(8, 6), lk.core.delta.Shape(8, 6), lk.core.delta.Shape(6, 8)]
     assert lk.TiedLoRA.card.pooled(shapes, lk.TiedLoRA(rank=2, trained="Auv")) == 2 * (6 + 8)
 
 

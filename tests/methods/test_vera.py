@@ -9,7 +9,7 @@ from torch import nn
 
 import lorakit as lk
 from lorakit.errors import LorakitError
-from lorakit.store import read_tensors
+from lorakit.files.store import read_tensors
 from methods.peft_files import TARGETS, Net, from_peft, to_peft
 
 
@@ -41,7 +41,7 @@ def test_start_and_counts():
     assert 0.9 * (6 / 16) ** 0.5 < adapter.pool.vera_A.abs().max() <= (6 / 16) ** 0.5
     assert 0.9 < adapter.pool.vera_B.abs().max() <= 1
     assert adapter.num_parameters(trainable=True) == sum(6 + out for out in (12, 16, 8))
-    shape = lk.delta.Shape(768, 768)
+    shape = lk.core.delta.Shape(768, 768)
     assert 24 * lk.VeRA.card.parameters(shape, lk.VeRA(rank=1024)) == 43_008
 
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import lorakit as lk
 from lorakit.errors import LorakitError
-from lorakit.store import CONFIG, OWN, TENSORS
+from lorakit.files.store import CONFIG, OWN, TENSORS
 from reference.models import MODELS, assert_same, logits, plain, quiet, scramble, twin
 
 # Each case: the model, then options by PEFT's names. What differs in lorakit's words is translated by `ours`.

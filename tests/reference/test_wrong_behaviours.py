@@ -18,7 +18,7 @@ from torch.func import functional_call
 
 import lorakit as lk
 from lorakit.errors import LorakitError
-from lorakit.store import TENSORS
+from lorakit.files.store import TENSORS
 from reference.models import MODELS, assert_same, inputs, logits, plain, quiet, scramble, twin
 
 

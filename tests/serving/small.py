@@ -84,7 +84,7 @@ class Oracle:
 
     def answer(self, prompt: Sequence[int], blend: Mapping[str, float], count: int) -> list[int]:
         """Greedy tokens by `generate`, one request at a time."""
-        on = lk.adapter.adapters(self.model)
+        on = lk.adapters(self.model)
         for name in blend:
             if name not in on:
                 lk.load(self.model, self.store / name)

@@ -7,11 +7,11 @@ from typing import Any
 import pytest
 import torch
 
-from lorakit.serve import native
-from lorakit.serve.batch import Run, assemble
-from lorakit.serve.blocks import Block
-from lorakit.serve.cache import Cache
-from lorakit.serve.served import Served
+from lorakit.serve.model import native
+from lorakit.serve.model.batch import Run, assemble
+from lorakit.serve.model.blocks import Block
+from lorakit.serve.model.cache import Cache
+from lorakit.serve.model.serving_model import Served
 from serving.small import model, prompt
 
 pytestmark = pytest.mark.skipif(

@@ -10,10 +10,10 @@ import pytest
 import torch
 
 import lorakit as lk
-from lorakit.serve.engine import LocalEngine
+from lorakit.models.loading import load_model
+from lorakit.serve.engine.engine import LocalEngine
+from lorakit.serve.engine.scheduler import Limits
 from lorakit.serve.request import Ticket
-from lorakit.serve.scheduler import Limits
-from lorakit.train.models import load_model
 from serving.small import Oracle, greedy, model, prompt, write_adapter
 
 METHODS: dict[str, Any] = {

@@ -12,16 +12,16 @@ import torch
 from torch import Tensor, nn
 
 from lorakit.errors import LorakitError
-from lorakit.serve import native
-from lorakit.serve.attention import Present, attend
-from lorakit.serve.batch import LONG, TOGETHER, Run, assemble, mix
-from lorakit.serve.cache import Cache, LayerShape, page_count
-from lorakit.serve.engine import LocalEngine
-from lorakit.serve.lowered import Lowered, Piece
-from lorakit.serve.ports import Port, Shelf, join
-from lorakit.serve.product import adapt, change_of
+from lorakit.serve.engine.engine import LocalEngine
+from lorakit.serve.engine.scheduler import Limits
+from lorakit.serve.model import native
+from lorakit.serve.model.attention import Present, attend
+from lorakit.serve.model.batch import LONG, TOGETHER, Run, assemble, mix
+from lorakit.serve.model.cache import Cache, LayerShape, page_count
+from lorakit.serve.model.linear_layers import Port, Shelf, join
+from lorakit.serve.model.packed import Lowered, Piece
+from lorakit.serve.model.product import adapt, change_of
 from lorakit.serve.request import Refused
-from lorakit.serve.scheduler import Limits
 from serving.small import model
 
 DTYPES = [torch.float32, torch.bfloat16]

@@ -13,11 +13,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import lorakit as lk
-from lorakit.serve.engine import LocalEngine
-from lorakit.serve.lowered import Lowering
-from lorakit.serve.pool import Pool
+from lorakit.serve.engine.engine import LocalEngine
+from lorakit.serve.engine.pool import Pool
+from lorakit.serve.engine.scheduler import Limits
+from lorakit.serve.model.packed import Lowering
 from lorakit.serve.request import Adapters, Engine, Refused, UnknownAdapter
-from lorakit.serve.scheduler import Limits
 from serving.small import Oracle, greedy, model, prompt, write_adapter
 
 

@@ -6,10 +6,10 @@ from typing import Any
 
 import torch
 
-from lorakit.serve.engine import LocalEngine
+from lorakit.serve.engine.engine import LocalEngine
+from lorakit.serve.engine.sampling import Chooser, choose
+from lorakit.serve.engine.scheduler import Limits
 from lorakit.serve.request import Request, Sampling
-from lorakit.serve.sampling import Chooser, choose
-from lorakit.serve.scheduler import Limits
 from serving.small import greedy, model, prompt
 
 LOGITS = torch.tensor([1.0, 3.0, 2.0, 0.0, -1.0])

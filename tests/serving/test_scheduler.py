@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 
 from lorakit.errors import LorakitError
-from lorakit.serve.engine import LocalEngine
+from lorakit.serve.engine.engine import LocalEngine
+from lorakit.serve.engine.scheduler import Limits
 from lorakit.serve.request import Overloaded, Refused, Request, Sampling, Ticket, TooLong, UnknownAdapter
-from lorakit.serve.scheduler import Limits
 from serving.small import Oracle, greedy, model, prompt, write_adapter
 
 

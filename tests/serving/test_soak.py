@@ -18,9 +18,9 @@ import pytest
 
 import lorakit as lk
 from lorakit.errors import LorakitError
-from lorakit.serve.engine import LocalEngine
+from lorakit.serve.engine.engine import LocalEngine
+from lorakit.serve.engine.scheduler import Limits
 from lorakit.serve.request import Refused, Ticket
-from lorakit.serve.scheduler import Limits
 from serving.small import Oracle, greedy, model, prompt, write_adapter
 
 SECONDS = float(os.environ.get("LORAKIT_SOAK", "8"))

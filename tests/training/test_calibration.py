@@ -10,7 +10,7 @@ import torch
 import lorakit as lk
 from lorakit.errors import LorakitError
 from lorakit.train.calibration import calibration_batches, pad
-from lorakit.train.config import TrainConfig, load_config, to_yaml
+from lorakit.train.config.run import TrainConfig, load_config, to_yaml
 from training.tiny import llama, rows
 
 

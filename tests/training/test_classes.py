@@ -17,10 +17,10 @@ from tokenizers.processors import TemplateProcessing
 import lorakit as lk
 from lorakit.errors import LorakitError
 from lorakit.train import train
-from lorakit.train.attention import flat_attention
-from lorakit.train.classes import FLAT, PADDED, choose_class_path, encoder_support, flat_logits
-from lorakit.train.classification import LabelledExample
-from lorakit.train.config import DataOptions, TrainConfig, TrainOptions
+from lorakit.train.config.run import DataOptions, TrainConfig, TrainOptions
+from lorakit.train.data.classification import LabelledExample
+from lorakit.train.step.attention import flat_attention
+from lorakit.train.step.classes import FLAT, PADDED, choose_class_path, encoder_support, flat_logits
 
 WORDS = "[PAD] [CLS] [SEP] [UNK] good fine great bad poor awful the a film was and".split()  # noqa: SIM905
 SMALL: dict[str, Any] = {
@@ -99,7 +99,7 @@ def test_both_paths_give_the_same_gradients(kind: str) -> None:
 
 def test_a_flat_row_that_looks_across_texts_would_be_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     """Planted: padding is visible, so that a text's tokens see zeros."""
-    import lorakit.train.classes as classes
+    import lorakit.train.step.classes as classes
 
     honest = classes.pack_texts
 
@@ -120,7 +120,7 @@ def test_a_decoder_that_classifies_is_trained_padded() -> None:
 
 
 def test_dropout_in_attention_drops_its_share_and_keeps_the_mean() -> None:
-    from lorakit.train.texts import _Drop
+    from lorakit.train.step.encoder_attention import _Drop
 
     torch.manual_seed(0)
     x = torch.ones(101, 7, 41, dtype=torch.float64, requires_grad=True)
@@ -157,7 +157,7 @@ def test_dropout_in_attention_is_that_of_the_padded_path() -> None:
 
 
 def test_a_text_without_tokens_is_refused() -> None:
-    from lorakit.train.packing import pack_texts
+    from lorakit.train.step.packing import pack_texts
 
     with pytest.raises(ValueError, match="no token"):
         pack_texts([[1, 2], []])

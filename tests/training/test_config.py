@@ -10,12 +10,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import lorakit.train.choices as choices
+import lorakit.train.config.choices as choices
 from lorakit.errors import LorakitError
 from lorakit.experts import ROUTERS
 from lorakit.init import Default, Normal
 from lorakit.methods import DoRA, LoRA, LoRAFA
-from lorakit.train.config import (
+from lorakit.models.quantisation import FP4, Int8
+from lorakit.train.config.run import (
     DataOptions,
     EvaluateOptions,
     TrainConfig,
@@ -24,8 +25,7 @@ from lorakit.train.config import (
     load_config,
     to_yaml,
 )
-from lorakit.train.quantisation import FP4, Int8
-from lorakit.train.schema import default_of
+from lorakit.train.config.schema import default_of
 
 SMALL = "model: m\ndata: {train: rows.jsonl}\n"
 
@@ -360,11 +360,11 @@ def table(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     inits = {"default": Default, "pissa": Narrow}
     monkeypatch.setattr(choices, "methods", lambda: rows)
     monkeypatch.setattr(choices, "initialisers", lambda: inits)
-    monkeypatch.setattr("lorakit.train.options.methods", lambda: rows)
-    monkeypatch.setattr("lorakit.train.options.initialisers", lambda: inits)
-    monkeypatch.setattr("lorakit.train.overrides.methods", lambda: rows)
-    monkeypatch.setattr("lorakit.train.overrides.initialisers", lambda: inits)
-    monkeypatch.setattr("lorakit.train.fields.methods", lambda: rows)
+    monkeypatch.setattr("lorakit.train.config.options.methods", lambda: rows)
+    monkeypatch.setattr("lorakit.train.config.options.initialisers", lambda: inits)
+    monkeypatch.setattr("lorakit.train.config.overrides.methods", lambda: rows)
+    monkeypatch.setattr("lorakit.train.config.overrides.initialisers", lambda: inits)
+    monkeypatch.setattr("lorakit.train.config.fields.methods", lambda: rows)
     return rows
 
 

@@ -12,8 +12,9 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from transformers import PreTrainedTokenizerFast
 
 from lorakit.errors import LorakitError
-from lorakit.train.classification import prepare_labels
-from lorakit.train.data import (
+from lorakit.train.config.options import DataOptions
+from lorakit.train.data.classification import prepare_labels
+from lorakit.train.data.examples import (
     IGNORED,
     Example,
     Prepared,
@@ -27,8 +28,7 @@ from lorakit.train.data import (
     questions,
     shared_prefix_length,
 )
-from lorakit.train.options import DataOptions
-from lorakit.train.templates import choose_template
+from lorakit.train.data.templates import choose_template
 
 CHAT = (
     "{% if messages[0]['role'] != 'system' %}<|im_start|>system\nBe kind.<|im_end|>\n{% endif %}"

@@ -12,7 +12,8 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaForCausalLM
 
 from lorakit.errors import LorakitError
-from lorakit.train.data import Question
+from lorakit.train.config.options import EvaluateOptions
+from lorakit.train.data.examples import Question
 from lorakit.train.evaluate import (
     Evaluation,
     evaluate_loss,
@@ -23,7 +24,6 @@ from lorakit.train.evaluate import (
     strip_shared,
     tabulate,
 )
-from lorakit.train.options import EvaluateOptions
 from lorakit.train.scoring import score_choices
 from training import tiny
 

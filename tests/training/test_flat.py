@@ -13,12 +13,12 @@ import transformers as tf
 from torch import Tensor, nn
 
 from lorakit.errors import LorakitError
-from lorakit.train import attention, blocks, support
-from lorakit.train.attention import flat_attention, flat_hidden, is_flat
-from lorakit.train.blocks import FlatAttention, plan_attention
-from lorakit.train.loss import causal_loss, padded_loss
-from lorakit.train.packing import IGNORED, FlatBatch, pack
-from lorakit.train.support import flat_support
+from lorakit.train.step import attention, blocks, support
+from lorakit.train.step.attention import flat_attention, flat_hidden, is_flat
+from lorakit.train.step.blocks import FlatAttention, plan_attention
+from lorakit.train.step.loss import causal_loss, padded_loss
+from lorakit.train.step.packing import IGNORED, FlatBatch, pack
+from lorakit.train.step.support import flat_support
 
 VOCABULARY = 101
 
@@ -402,7 +402,7 @@ def test_refused(name: str, caplog: pytest.LogCaptureFixture) -> None:
     make, words = REFUSED[name]
     torch.manual_seed(5)
     model = make()
-    with caplog.at_level("INFO", logger="lorakit.train.support"):
+    with caplog.at_level("INFO", logger="lorakit.train.step.support"):
         reason = flat_support(model)
     assert reason
     assert words in reason

@@ -14,10 +14,10 @@ import transformers as tf
 from tests.training.test_flat import MODELS, build, gradients, make_examples, oracle
 from torch import Tensor
 
-from lorakit.train import fusion
-from lorakit.train.fusion import FusedGate, FusedNorm, FusedRotary, fused
-from lorakit.train.loss import causal_loss
-from lorakit.train.packing import pack
+from lorakit.train.step import fusion
+from lorakit.train.step.fusion import FusedGate, FusedNorm, FusedRotary, fused
+from lorakit.train.step.loss import causal_loss
+from lorakit.train.step.packing import pack
 
 
 def draw(*shape: int) -> Tensor:
@@ -112,7 +112,7 @@ def test_a_module_that_only_looks_like_one_is_left_alone(uncompiled: None) -> No
 def test_no_compiler_means_off(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     monkeypatch.setattr(fusion, "find_obstacle", lambda device: "no C++ compiler was found")
     model: Any = MODELS["llama"]()
-    with caplog.at_level("INFO", logger="lorakit.train.fusion"), fused(model) as report:
+    with caplog.at_level("INFO", logger="lorakit.train.step.fusion"), fused(model) as report:
         assert report.reason == "no C++ compiler was found"
         assert not any("forward" in vars(module) for module in model.modules())
         causal_loss(model, pack(make_examples()))

@@ -11,11 +11,11 @@ from tests.training.tiny import Row, llama
 from torch import Tensor, nn
 
 import lorakit as lk
-from lorakit.train import last_block
-from lorakit.train.attention import flat_attention
-from lorakit.train.loss import causal_loss
-from lorakit.train.memory import recomputing
-from lorakit.train.packing import FlatBatch, pack
+from lorakit.train.step import last_block
+from lorakit.train.step.attention import flat_attention
+from lorakit.train.step.loss import causal_loss
+from lorakit.train.step.memory import recomputing
+from lorakit.train.step.packing import FlatBatch, pack
 
 
 def batch() -> FlatBatch:

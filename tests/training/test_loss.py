@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lorakit.train import loss as loss_module
-from lorakit.train.loss import Head, target_loss
+from lorakit.train.step import loss as loss_module
+from lorakit.train.step.loss import Head, target_loss
 
 VOCABULARY, HIDDEN, TARGETS = 37, 11, 23
 

@@ -14,12 +14,12 @@ from torch import Tensor, nn
 
 import lorakit as lk
 from lorakit.errors import LorakitError
-from lorakit.train import fusion
-from lorakit.train.attention import flat_attention
-from lorakit.train.fusion import fused
-from lorakit.train.loss import causal_loss
-from lorakit.train.memory import recomputing
-from lorakit.train.packing import pack
+from lorakit.train.step import fusion
+from lorakit.train.step.attention import flat_attention
+from lorakit.train.step.fusion import fused
+from lorakit.train.step.loss import causal_loss
+from lorakit.train.step.memory import recomputing
+from lorakit.train.step.packing import pack
 
 
 @pytest.fixture(autouse=True)

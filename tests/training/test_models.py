@@ -32,9 +32,10 @@ from transformers import (
 from transformers.trainer_utils import validate_quantization_for_training
 
 from lorakit.errors import LorakitError
-from lorakit.train import gguf as gguf_files
-from lorakit.train import hub, models
-from lorakit.train.models import choose_dtype, load_model
+from lorakit.models import gguf as gguf_files
+from lorakit.models import hub
+from lorakit.models import loading as models
+from lorakit.models.loading import choose_dtype, load_model
 
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 # The 256 bytes as GPT-2 spells them, and two merges that tell whether digits are split from spaces and line

@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from lorakit.train import fusion, passes
+from lorakit.train.step import elementwise as passes
+from lorakit.train.step import fusion
 
 CONSTANTS: dict[str, list[dict[str, Any]]] = {
     "norm_rows": [{"eps": 1e-5, "shift": 0.0}, {"eps": 1e-3, "shift": 1.0}],

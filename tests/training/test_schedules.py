@@ -14,9 +14,9 @@ from transformers import TrainerCallback
 import lorakit as lk
 from lorakit.errors import LorakitError
 from lorakit.train import checkpoint
-from lorakit.train.config import DataOptions, TrainConfig, TrainOptions
-from lorakit.train.ranking import Budget, Exchange, Importance, orthogonal_to
-from lorakit.train.schedules import Draw, Restart, schedule_for
+from lorakit.train.config.run import DataOptions, TrainConfig, TrainOptions
+from lorakit.train.schedules.ranking import Budget, Exchange, Importance, orthogonal_to
+from lorakit.train.schedules.table import Draw, Restart, schedule_for
 from lorakit.train.trainer import LoraTrainer, choose_path
 from training.tiny import InterruptAt, InterruptionError, llama, rows
 

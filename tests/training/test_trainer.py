@@ -20,7 +20,7 @@ from transformers import TrainerCallback
 import lorakit as lk
 from lorakit.errors import LorakitError
 from lorakit.train import checkpoint
-from lorakit.train.config import DataOptions, TrainConfig, TrainOptions
+from lorakit.train.config.run import DataOptions, TrainConfig, TrainOptions
 from lorakit.train.trainer import LoraTrainer, choose_path, make_optimizer, training_arguments
 from training.tiny import InterruptAt, InterruptionError, Row, llama, rows
 
@@ -381,7 +381,7 @@ def test_a_step_that_is_not_finite_changes_nothing_and_several_stop_the_run(tmp_
 
 
 def test_recomputing_blocks_gives_the_same_gradients(tmp_path: Path) -> None:
-    from lorakit.train.memory import recomputing
+    from lorakit.train.step.memory import recomputing
 
     runs = []
     for memory in ("fast", "balanced", "small"):

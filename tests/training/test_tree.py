@@ -12,13 +12,13 @@ import torch
 import transformers as tf
 from torch import Tensor
 
-from lorakit.train import attention, tree
-from lorakit.train.attention import flat_attention
-from lorakit.train.blocks import FlatAttention, plan_attention
-from lorakit.train.loss import causal_loss, padded_loss
-from lorakit.train.packing import FlatBatch, pack
-from lorakit.train.support import flat_support
-from lorakit.train.tree import TreeAttention
+from lorakit.train.step import attention, tree
+from lorakit.train.step.attention import flat_attention
+from lorakit.train.step.blocks import FlatAttention, plan_attention
+from lorakit.train.step.loss import causal_loss, padded_loss
+from lorakit.train.step.packing import FlatBatch, pack
+from lorakit.train.step.support import flat_support
+from lorakit.train.step.tree import TreeAttention
 
 HERE = torch.randn(2, 16)
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lorakit.spectrum import Spectrum, spectrum, spectrum_of
+from lorakit.core.spectrum import Spectrum, spectrum, spectrum_of
 
 
 @dataclass(frozen=True)

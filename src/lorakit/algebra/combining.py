@@ -30,16 +30,16 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from lorakit.adapter import Adapter
+from lorakit.adapter.adapter import Adapter
 from lorakit.algebra.changes import Change, Cut, cut, kept, total
 from lorakit.algebra.importance import IMPORTANCES, Findings
 from lorakit.algebra.outcome import Made, beside, in_folder, made
 from lorakit.algebra.sources import Live, Source, Stored, check_bases, frozen, sources
-from lorakit.calibration import Batch
+from lorakit.core.spectrum import check_request
+from lorakit.core.walking import value_for
 from lorakit.errors import LorakitError, unknown
-from lorakit.interchange import bare
-from lorakit.spectrum import check_request
-from lorakit.targets import value_for
+from lorakit.files.interchange import bare
+from lorakit.init.calibration import Batch
 
 
 @dataclass(frozen=True)

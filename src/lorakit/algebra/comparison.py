@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from lorakit.adapter import Adapter
+from lorakit.adapter.adapter import Adapter
 from lorakit.algebra.changes import Change, distance, inner
 from lorakit.algebra.sources import Stored, check_bases, sources
 from lorakit.errors import LorakitError

@@ -20,15 +20,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lorakit.adapter import Adapter, adapters
+from lorakit.adapter.adapter import Adapter, adapters
+from lorakit.adapter.construction import build
+from lorakit.adapter.targets import Targets, select
 from lorakit.algebra.changes import Change, Cut, cut
 from lorakit.algebra.checkpoint import Checkpoint, Named, skeleton
 from lorakit.algebra.outcome import Made, made, method_for
-from lorakit.construction import build
+from lorakit.core.layout import sites_of
+from lorakit.core.spectrum import check_request
+from lorakit.core.walking import walk
 from lorakit.errors import LorakitError
-from lorakit.layout import sites_of
-from lorakit.spectrum import check_request
-from lorakit.targets import Targets, select, walk
 
 log = logging.getLogger("lorakit")
 
@@ -140,7 +141,7 @@ def extract(
     )
     if isinstance(ours.source, Checkpoint):
         assert output is not None
-        from lorakit.store import save
+        from lorakit.files.store import save
 
         told = {"extracted": _record(result, tuned, rank, energy)}
         folder = save(adapter, output, base=str(base), record=told, stored_weight=ours.__getitem__)

@@ -8,9 +8,9 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor, nn
 
-from lorakit.layer import Adapted
-from lorakit.layout import Embedding, Linear, sites_of
-from lorakit.storage import FLOAT, storage_of
+from lorakit.core.layer import Adapted
+from lorakit.core.layout import Embedding, Linear, sites_of
+from lorakit.core.storage import FLOAT, storage_of
 
 _MARKS = ("hf_quantizer", "quantization_method", "is_quantized", "is_loaded_in_4bit", "is_loaded_in_8bit")
 """Where transformers notes on a model that it is quantised."""

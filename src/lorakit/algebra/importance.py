@@ -24,10 +24,10 @@ from torch import Tensor
 
 from lorakit.algebra.changes import Change, total
 from lorakit.algebra.sources import Live
-from lorakit.calibration import BUDGET, Batch, Matrix, calibrate, in_budget
-from lorakit.delta import Shape
+from lorakit.core.delta import Shape
 from lorakit.errors import LorakitError
 from lorakit.init import Measured, Statistic
+from lorakit.init.calibration import BUDGET, Batch, Matrix, calibrate, in_budget
 
 
 class Gram:

@@ -13,16 +13,16 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
-from lorakit.adapter import adapters
+from lorakit.adapter.adapter import adapters, adapters_of
+from lorakit.adapter.attachment import detach
 from lorakit.algebra.floats import cast_parameters, float_layer, is_packed, unpack
-from lorakit.attachment import detach
-from lorakit.board import Board, board_of
+from lorakit.core.injection import ties
+from lorakit.core.layer import Adapted
+from lorakit.core.routing import Blend, Routing, parse
+from lorakit.core.state import ModelState, state_of
+from lorakit.core.storage import FLOAT, Held, Storage, owner, storage_of, value_of
+from lorakit.core.walking import walk
 from lorakit.errors import LorakitError
-from lorakit.layer import Adapted
-from lorakit.routing import Blend, Routing, parse
-from lorakit.seats import ties
-from lorakit.storage import FLOAT, Held, Storage, owner, storage_of, value_of
-from lorakit.targets import walk
 
 
 @dataclass(frozen=True)
@@ -41,32 +41,33 @@ class MergeReport:
 Weighted = list[tuple[str, float]]
 
 
-def _uniform(board: Board, route: str | Blend, verb: str) -> Weighted:
-    routing = parse(route, board.adapters)
+def _uniform(state: ModelState, route: str | Blend, verb: str) -> Weighted:
+    here = adapters_of(state)
+    routing = parse(route, here)
     if routing.weights is None:
         raise LorakitError(f"{verb}: a route with one adapter per row cannot be one weight; give a name or a blend.")
     if not routing.names:
-        raise LorakitError(f"{verb}: no adapter was named; on this model are: {', '.join(board.adapters)}.")
+        raise LorakitError(f"{verb}: no adapter was named; on this model are: {', '.join(here)}.")
     for name in routing.names:
-        if board.adapters[name].router is not None:
+        if here[name].router is not None:
             raise LorakitError(
-                f"{verb}: {name!r} ({board.adapters[name].method.name}) weighs its experts anew for every token, so there is "
+                f"{verb}: {name!r} ({here[name].method.name}) weighs its experts anew for every token, so there is "
                 "no one change to write into the weights. Its experts can be merged or combined by fixed weights (those that "
                 "lorahub found are adapter.router.blend())."
             )
     return list(zip(routing.names, routing.weights, strict=True))
 
 
-def _layers(board: Board, blend: Weighted) -> dict[str, Adapted]:
+def _layers(state: ModelState, blend: Weighted) -> dict[str, Adapted]:
     layers: dict[str, Adapted] = {}
     for name, _ in blend:
-        layers.update(board.adapters[name].layers)
+        layers.update(adapters_of(state)[name].layers)
     return layers
 
 
 def _check(
     model: nn.Module,
-    board: Board,
+    state: ModelState,
     blend: Weighted,
     layers: dict[str, Adapted],
     untie: bool,
@@ -74,14 +75,14 @@ def _check(
 ) -> None:
     """Everything that can be refused, before the first weight changes."""
     for name, _ in blend:
-        if board.adapters[name].edits:
-            method = board.adapters[name].method
+        if adapters_of(state)[name].edits:
+            method = adapters_of(state)[name].method
             raise LorakitError(
                 f"merge: {name!r} cannot be merged: it is {method.name}, and {method.reason}. Keep it beside its model "
                 "(lk.use, or lorakit generate --adapter)."
             )
     for name, _ in blend:
-        for key, parameter in board.adapters[name].named_parameters():
+        for key, parameter in adapters_of(state)[name].named_parameters():
             if not torch.isfinite(parameter).all():
                 raise LorakitError(f"merge: {key} of adapter {name!r} holds a NaN or an infinity; nothing was merged.")
     tied = ties(dict(walk(model)))
@@ -167,15 +168,15 @@ def merge(model: nn.Module, route: str | Blend, untie: bool = False, dtype: torc
     Raises:
         LorakitError: something cannot be merged; no weight has changed then.
     """
-    board = board_of(model)
-    blend = _uniform(board, route, "merge")
-    if board.merged:
+    state = state_of(model)
+    blend = _uniform(state, route, "merge")
+    if state.merged:
         raise LorakitError(
-            f"merge: adapter {min(board.merged)!r} is merged for a while just now, and the weights will be put back; leave "
+            f"merge: adapter {min(state.merged)!r} is merged for a while just now, and the weights will be put back; leave "
             "`merged` first."
         )
-    layers = _layers(board, blend)
-    _check(model, board, blend, layers, untie, dtype)
+    layers = _layers(state, blend)
+    _check(model, state, blend, layers, untie, dtype)
     report = MergeReport(tuple(layers))
     tied = ties(dict(walk(model)))
     for path, layer in layers.items():
@@ -185,7 +186,7 @@ def merge(model: nn.Module, route: str | Blend, untie: bool = False, dtype: torc
             _into_floats(layer, blend, dtype)
             report.error[path] = 0.0
     for name, _ in blend:
-        board.adapters[name].originals.clear()  # what was merged stays, though a start replaced weights before
+        adapters_of(state)[name].originals.clear()  # what was merged stays, though a start replaced weights before
         detach(model, name)
     if dtype is not None:
         others = [tensor for adapter in adapters(model).values() for tensor in adapter.parameters()]
@@ -218,14 +219,14 @@ def merged(model: nn.Module, route: str | Blend) -> Iterator[None]:
     Raises:
         LorakitError: something cannot be merged, or is merged already; no weight has changed then.
     """
-    board = board_of(model)
-    blend = _uniform(board, route, "merged")
-    layers = _layers(board, blend)
-    _check(model, board, blend, layers, untie=True)
+    state = state_of(model)
+    blend = _uniform(state, route, "merged")
+    layers = _layers(state, blend)
+    _check(model, state, blend, layers, untie=True)
     kept: dict[str, dict[str, Held]] = {}
     firsts: list[tuple[Adapted, list[str]]] = []
-    routing, names = board.routing, {name for name, _ in blend}
-    already = sorted(names & board.merged)
+    routing, names = state.routing, {name for name, _ in blend}
+    already = sorted(names & state.merged)
     if already:
         raise LorakitError(f"merged: adapter {already[0]!r} is merged already.")
     try:
@@ -235,8 +236,8 @@ def merged(model: nn.Module, route: str | Blend) -> Iterator[None]:
             first = {name: held for name, held in kept[path].items() if name not in layer.kept}
             firsts.append((layer, list(first)))
             layer.kept.update(first)
-        board.merged |= names
-        board.routing = _without(routing, names)
+        state.merged |= names
+        state.routing = _without(routing, names)
         yield
     finally:
         for tensors in kept.values():
@@ -245,8 +246,8 @@ def merged(model: nn.Module, route: str | Blend) -> Iterator[None]:
         for layer, written in firsts:
             for name in written:
                 layer.kept.pop(name, None)
-        board.merged -= names
-        board.routing = routing
+        state.merged -= names
+        state.routing = routing
 
 
 def _without(routing: Routing, names: set[str]) -> Routing:

@@ -16,17 +16,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lorakit.adapter import Adapter
+from lorakit.adapter.adapter import Adapter
+from lorakit.adapter.construction import build
 from lorakit.algebra.changes import Change, Cut
 from lorakit.algebra.sources import WHOLE, Live, Stored, frozen
-from lorakit.bundle import CONTENT, own_data, write_bundle
-from lorakit.construction import build
-from lorakit.delta import Method
+from lorakit.core.delta import Method
+from lorakit.core.walking import as_patterns, walk
 from lorakit.errors import LorakitError
-from lorakit.folder import replace_folder
-from lorakit.interchange import COMMON, PREFIX
+from lorakit.files.bundle import CONTENT, own_data, write_bundle
+from lorakit.files.folder import replace_folder
+from lorakit.files.interchange import COMMON, PREFIX
 from lorakit.methods import Full, LoRA
-from lorakit.targets import as_patterns, walk
 
 
 @dataclass(frozen=True)

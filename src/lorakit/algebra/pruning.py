@@ -23,14 +23,14 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from lorakit.adapter import Adapter
+from lorakit.adapter.adapter import Adapter
+from lorakit.adapter.attachment import detach
 from lorakit.algebra.changes import Change, Cut, cut, kept
 from lorakit.algebra.outcome import Made, beside, in_folder
 from lorakit.algebra.sources import Live, Source, Stored
-from lorakit.attachment import detach
-from lorakit.board import use
-from lorakit.calibration import Batch
+from lorakit.core.state import use
 from lorakit.errors import LorakitError
+from lorakit.init.calibration import Batch
 
 WHAT = ("layers", "ranks")
 BY = ("norm", "loss")

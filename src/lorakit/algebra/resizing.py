@@ -10,13 +10,13 @@ from __future__ import annotations
 import math
 from pathlib import Path
 
-from lorakit.adapter import Adapter
+from lorakit.adapter.adapter import Adapter
 from lorakit.algebra.changes import Change, Cut, cut, distance
 from lorakit.algebra.outcome import Made, beside, in_folder, made
 from lorakit.algebra.sources import Live, Stored
-from lorakit.delta import LowRank
+from lorakit.core.delta import LowRank
+from lorakit.core.spectrum import check_request
 from lorakit.errors import LorakitError
-from lorakit.spectrum import check_request
 
 
 def resize(

@@ -13,16 +13,16 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from lorakit.adapter import Adapter, adapters
+from lorakit.adapter.adapter import Adapter, adapters
 from lorakit.algebra.changes import Change
-from lorakit.bundle import TENSORS, read_bundle
-from lorakit.delta import Delta, LowRank
+from lorakit.core.delta import Delta, LowRank
+from lorakit.core.layout import Rows, Site
+from lorakit.core.storage import value_of
+from lorakit.core.walking import has_suffix, value_for
 from lorakit.errors import LorakitError
-from lorakit.fingerprint import disagreement
-from lorakit.interchange import PAIRS, PREFIX, scale_in
-from lorakit.layout import Rows, Site
-from lorakit.storage import value_of
-from lorakit.targets import has_suffix, value_for
+from lorakit.files.bundle import TENSORS, read_bundle
+from lorakit.files.fingerprint import disagreement
+from lorakit.files.interchange import PAIRS, PREFIX, scale_in
 
 WHOLE = ".full_P"
 

@@ -21,12 +21,12 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from lorakit.adapter import Adapter
+from lorakit.adapter.adapter import Adapter
 from lorakit.algebra.changes import Change
 from lorakit.algebra.sources import Live, Stored, frozen, sources
 from lorakit.errors import LorakitError
-from lorakit.fingerprint import disagreement, fingerprint
-from lorakit.interchange import PREFIX, plain_names, replacement_key
+from lorakit.files.fingerprint import disagreement, fingerprint
+from lorakit.files.interchange import PREFIX, plain_names, replacement_key
 from lorakit.methods import LoRA
 from lorakit.methods.lora import LoRADelta
 

@@ -17,11 +17,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lorakit.adapter import Adapter, adapters
+from lorakit.adapter.adapter import Adapter, adapters
 from lorakit.algebra.merging import merged
-from lorakit.board import use
-from lorakit.calibration import Batch
+from lorakit.core.state import use
 from lorakit.errors import LorakitError
+from lorakit.init.calibration import Batch
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ class Speaker:
 
     def __init__(self, base: str, adapters: Sequence[Path], dtype: str = "auto", quantize: str | None = None) -> None:
         import lorakit as lk
-        from lorakit.train.models import load_model
+        from lorakit.models.loading import load_model
 
         self.model, self.tokenizer = load_model(base, dtype=dtype, quantize=quantize)
         self.names = [lk.load(self.model, folder).name for folder in adapters]

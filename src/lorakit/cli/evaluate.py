@@ -33,8 +33,8 @@ def evaluate(
     show_log(err)
     import lorakit as lk
     from lorakit.errors import LorakitError
-    from lorakit.train.config import load_config
-    from lorakit.train.data import load_splits
+    from lorakit.train.config.run import load_config
+    from lorakit.train.data.examples import load_splits
     from lorakit.train.evaluate import Evaluation, tabulate
     from lorakit.train.run import class_list, examine, hold, load_base, path_for
 

@@ -88,7 +88,7 @@ def inspect(
     picture: Annotated[Path | None, typer.Option(help="Also draw the rank of every layer into this PNG file.")] = None,
 ) -> None:
     """Print the report of an adapter folder."""
-    from lorakit.interchange import bare
+    from lorakit.files.interchange import bare
 
     report = examine(adapter, top)
     if picture is not None:
@@ -130,8 +130,8 @@ def examine(folder: Path, top: int = 4) -> AdapterReport:
     The singular values of B A cost what the rank costs rather than the layer (`spectrum.py`).
     Raises LorakitError for a folder that holds no readable adapter.
     """
-    from lorakit import store
-    from lorakit.interchange import PAIRS
+    from lorakit.files import store
+    from lorakit.files.interchange import PAIRS
 
     pairs = {**PAIRS, ".lora_A": ".lora_B"}
     config, own, tensors = store.read_config(folder), store.read_own(folder), store.read_tensors(folder)
@@ -167,8 +167,8 @@ def examine(folder: Path, top: int = 4) -> AdapterReport:
 
 
 def _layer(key: str, A: Tensor, B: Tensor, diagonal: Tensor | None, config: Mapping[str, Any], top: int) -> LayerReport:
-    from lorakit.interchange import alpha_in, bare, scale_in
-    from lorakit.spectrum import spectrum
+    from lorakit.core.spectrum import spectrum
+    from lorakit.files.interchange import alpha_in, bare, scale_in
 
     path = bare(key)
     rank = A.shape[0]
@@ -193,7 +193,7 @@ def _router(
 ) -> RouterReport | None:
     """What weighs experts in this folder, if anything does."""
     from lorakit.experts import MEMBERS, MIXTURES, ROUTERS
-    from lorakit.interchange import bare
+    from lorakit.files.interchange import bare
 
     members = [name for name, _ in own.get("members") or ()]
     inside: dict[str, list[LayerReport]] = {}

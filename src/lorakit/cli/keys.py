@@ -27,7 +27,7 @@ def keys(
 ) -> None:
     """Make a key and print it on stdout."""
     from lorakit.errors import LorakitError
-    from lorakit.serve.tenants import Tenant, add_key
+    from lorakit.serve.http.tenants import Tenant, add_key
 
     if admin == bool(tenant):
         raise LorakitError("keys: name a tenant, or say --admin; one of the two.")

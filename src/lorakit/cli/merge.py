@@ -34,8 +34,8 @@ def merge(
 
     import lorakit as lk
     from lorakit.errors import LorakitError
-    from lorakit.train.models import load_model, resolve_dtype
-    from lorakit.train.quantisation import as_config, holding
+    from lorakit.models.loading import load_model, resolve_dtype
+    from lorakit.models.quantisation import as_config, holding
 
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise LorakitError(f"merge: {output} exists and is not empty; choose another --output, or delete it first")
@@ -73,7 +73,7 @@ def merge(
 def trained_on(adapter: Path, base: str) -> dict[str, Any] | None:
     """How the base of an adapter was quantised as it was read, with its "dtype"; None where it was not, or where the base
     that is given is quantised by itself."""
-    from lorakit.bundle import read_own
+    from lorakit.files.bundle import read_own
 
     found = read_own(adapter).get("base", {}).get("quantization")
     return None if not found or quantised_already(base) else {"dtype": "auto", **found}
@@ -83,8 +83,8 @@ def quantised_already(base: str) -> str | None:
     """By which method the base itself is quantised, if it is."""
     from transformers import AutoConfig
 
-    from lorakit.train.models import find_local
-    from lorakit.train.quantisation import existing
+    from lorakit.models.loading import find_local
+    from lorakit.models.quantisation import existing
 
     place = find_local(base)
     if place is not None and not (place / "config.json").exists():
@@ -98,7 +98,7 @@ def own_dtype(base: str) -> torch.dtype:  # type: ignore[name-defined]  # noqa: 
     import torch
     from transformers import AutoConfig
 
-    from lorakit.train.models import find_local
+    from lorakit.models.loading import find_local
 
     place = find_local(base)
     if place is not None and (place.suffix == ".gguf" or not (place / "config.json").exists()):

@@ -24,14 +24,14 @@ def methods(
     from rich.markup import escape
     from rich.table import Table
 
-    from lorakit.anatomy import anatomy_of
-    from lorakit.catalogue import SAMPLE, catalogue, edits_catalogue, matrices
-    from lorakit.delta import Shape
+    from lorakit.core.delta import Shape
+    from lorakit.edits.anatomy import anatomy_of
+    from lorakit.insight.catalogue import SAMPLE, catalogue, edits_catalogue, matrices
 
     if model is None:
         shapes, what, anatomy, whole = [Shape(1536, 576)], "one 576 → 1536 layer", SAMPLE, "30 blocks of width 576"
     else:
-        from lorakit.train.models import load_model
+        from lorakit.models.loading import load_model
 
         loaded = load_model(model)[0]
         shapes, whole, anatomy = list(matrices(loaded).values()), model, anatomy_of(loaded)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from lorakit.cli.screen import err, show_log
 
 if TYPE_CHECKING:
-    from lorakit.adapter import Adapter
+    from lorakit.adapter.adapter import Adapter
     from lorakit.algebra.outcome import Made
 
 
@@ -38,9 +38,9 @@ class Given:
 @contextmanager
 def on_base(verb: str, base: str | None, folders: Sequence[Path], always: bool = False) -> Iterator[Given]:
     """The adapters loaded onto their base, in float32, where one of them needs it (or `always`, or `base` is named)."""
-    from lorakit import store
     from lorakit.algebra.sources import needs_base
     from lorakit.errors import LorakitError
+    from lorakit.files import store
 
     configs = [store.read_config(folder) for folder in folders]
     if base is None and not always and not any(needs_base(config) for config in configs):
@@ -50,7 +50,7 @@ def on_base(verb: str, base: str | None, folders: Sequence[Path], always: bool =
     import torch
 
     import lorakit as lk
-    from lorakit.train.models import load_model
+    from lorakit.models.loading import load_model
 
     names = dict.fromkeys(str(config.get("base_model_name_or_path") or "") for config in configs)
     place = base or next(iter(names))
@@ -66,8 +66,8 @@ def on_base(verb: str, base: str | None, folders: Sequence[Path], always: bool =
 def batches_of(tokenizer: Any, data: str, rows: int, size: int = 8) -> list[dict[str, Any]]:
     """The first rows of a file, or of what else a run trains on, as batches with labels."""
     from lorakit.train.calibration import pad
-    from lorakit.train.data import load_splits, prepare
-    from lorakit.train.options import DataOptions
+    from lorakit.train.config.options import DataOptions
+    from lorakit.train.data.examples import load_splits, prepare
 
     options = DataOptions(train=data, limit=rows)
     found, _ = load_splits(options)

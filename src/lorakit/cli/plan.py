@@ -34,7 +34,7 @@ def plan(
     from lorakit.insight.plan import WAYS, gigabytes
     from lorakit.insight.plan import plan as planned
     from lorakit.methods import METHODS
-    from lorakit.train.models import resolve_dtype
+    from lorakit.models.loading import resolve_dtype
 
     if method not in METHODS:
         raise unknown("method", method, METHODS)
@@ -62,8 +62,8 @@ def config_of(model: str) -> Any:
     """The transformers configuration of a model; no weight is read, but of a GGUF file that is not in the cache yet."""
     from transformers import AutoConfig
 
-    from lorakit.train import hub
-    from lorakit.train.models import find_local, load_model
+    from lorakit.models import hub
+    from lorakit.models.loading import find_local, load_model
 
     place = find_local(model)
     if place is not None and not (place / "config.json").exists():

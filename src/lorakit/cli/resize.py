@@ -30,7 +30,7 @@ def resize(
     """Resize, and say what it cost."""
     from lorakit.algebra.resizing import resize as resize_adapter
     from lorakit.algebra.resizing import resize_folder
-    from lorakit.spectrum import check_request
+    from lorakit.core.spectrum import check_request
 
     check_request(rank, energy)
     unlike("resize", output, [adapter])

@@ -27,9 +27,9 @@ def route(
     from rich.table import Table
 
     import lorakit as lk
-    from lorakit.board import routes
     from lorakit.cli.conversation import Speaker
     from lorakit.cli.picture import draw_routes
+    from lorakit.core.state import routes
     from lorakit.errors import LorakitError
 
     show_log(err)

@@ -14,7 +14,7 @@ import typer
 from lorakit.cli.screen import err, show_log
 
 if TYPE_CHECKING:
-    from lorakit.serve.front import Front
+    from lorakit.serve.http.front import Front
     from lorakit.serve.request import Engine
 
 HELP = "Serve a base model and a folder of adapters over HTTP, as OpenAI's API has it."
@@ -64,9 +64,9 @@ def serve(
     if adapters is not None and not adapters.expanduser().is_dir():
         raise LorakitError(f"serve: --adapters {adapters} is no folder. It is a folder whose folders are adapters.")
     try:
-        from lorakit.serve.front import Bounds, Front
-        from lorakit.serve.server import run
-        from lorakit.serve.tenants import Tenants
+        from lorakit.serve.http.front import Bounds, Front
+        from lorakit.serve.http.server import run
+        from lorakit.serve.http.tenants import Tenants
     except ModuleNotFoundError as missing:
         raise LorakitError(f'serve: {missing.name} is not installed; pip install "lorakit[serve]" has it.') from missing
 
@@ -101,7 +101,7 @@ def serve(
         err.print(f"no --keys: {reach} may use this server{admin}.", style="bold yellow", markup=False)
 
     def started(url: str) -> None:
-        from lorakit.serve.journal import log_to
+        from lorakit.serve.http.journal import log_to
 
         err.print(f"serving on {url}/v1 after {time.monotonic() - began:.1f} s (SIGTERM ends it)", markup=False)
         log_to(sys.stdout)
@@ -122,23 +122,23 @@ def start(
     """The engine that was asked for, running, and the base model's tokenizer."""
     store = adapters.expanduser() if adapters is not None else None
     if engine == "vllm":
-        from lorakit.serve.vllm import VllmEngine
+        from lorakit.serve.remote.vllm import VllmEngine
 
         remote = VllmEngine.over(base, store, limits)
         remote.start()
         return remote, remote.tokenizer
     least, most = cluster
     if least:
-        from lorakit.serve.cluster import ClusterEngine
-        from lorakit.train.models import load_tokenizer
+        from lorakit.models.loading import load_tokenizer
+        from lorakit.serve.remote.cluster import ClusterEngine
 
         with err.status(f"starting {least} replicas"):
             replicas = ClusterEngine(base, store, least, most=most, dtype=dtype, formless=formless, limits=limits)
             replicas.start()
         return replicas, load_tokenizer(base, {})
-    from lorakit.serve.engine import LocalEngine
-    from lorakit.serve.scheduler import Limits
-    from lorakit.train.models import load_model
+    from lorakit.models.loading import load_model
+    from lorakit.serve.engine.engine import LocalEngine
+    from lorakit.serve.engine.scheduler import Limits
 
     with err.status(f"loading {base}"):
         model, tokenizer = load_model(base, dtype=dtype)
@@ -160,8 +160,8 @@ def introduce(front: Front, store: Path | None) -> None:
 
 def describe(folder: Path) -> str:
     """An adapter in a few words, or what is wrong with it."""
-    from lorakit import store
     from lorakit.errors import LorakitError
+    from lorakit.files import store
 
     try:
         config = store.read_config(folder)

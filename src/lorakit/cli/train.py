@@ -31,7 +31,7 @@ def train(
         raise typer.Exit(0 if arguments else 2)
     file, overrides = split_arguments(arguments)
     show_log(err)
-    from lorakit.train.config import load_config
+    from lorakit.train.config.run import load_config
     from lorakit.train.run import end_processes
     from lorakit.train.run import train as run
 
@@ -72,7 +72,7 @@ def usage() -> RenderableType:
     from rich.table import Table
     from rich.text import Text
 
-    from lorakit.train.config import config_fields
+    from lorakit.train.config.run import config_fields
 
     parts: list[RenderableType] = [
         Text(f"Usage: {Path(sys.argv[0]).name} train [CONFIG.yaml] [--OPTION VALUE]...\n"),

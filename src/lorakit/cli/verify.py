@@ -35,7 +35,7 @@ def verify(
     from lorakit.algebra.verification import verify as verify_adapter
     from lorakit.cli.merge import own_dtype
     from lorakit.errors import LorakitError
-    from lorakit.train.models import resolve_dtype
+    from lorakit.models.loading import resolve_dtype
 
     texts = list(prompt or ())
     if file is not None:

@@ -17,9 +17,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from lorakit.bundle import CONFIG, OWN, TENSORS, plain, read_bundle, write_bundle
 from lorakit.errors import LorakitError
-from lorakit.folder import recover, replace_file, replace_folder
+from lorakit.files.bundle import CONFIG, OWN, TENSORS, plain, read_bundle, write_bundle
+from lorakit.files.folder import recover, replace_file, replace_folder
 
 MLX_TENSORS = "adapters.safetensors"
 PIPELINE_TENSORS = "pytorch_lora_weights.safetensors"

@@ -18,9 +18,9 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from lorakit.delta import Delta, Method, Pool, Shape
+from lorakit.core.delta import Delta, Method, Pool, Shape
+from lorakit.core.layout import Convolution, Embedding, Layout, Linear
 from lorakit.errors import LorakitError
-from lorakit.layout import Convolution, Embedding, Layout, Linear
 from lorakit.methods import DoRA, Full, LoHa, LoKr, LoRA
 
 MAGNITUDE = "lora_magnitude_vector"

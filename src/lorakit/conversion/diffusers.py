@@ -20,10 +20,10 @@ from lorakit.conversion.content import Content
 from lorakit.conversion.description import MAGNITUDE, Description, Layer, assemble, recognise
 from lorakit.conversion.format import Format, Target, ending, grouped, only
 from lorakit.conversion.names import CLIP, COMPONENTS, Names
-from lorakit.delta import Method
+from lorakit.core.delta import Method
+from lorakit.core.walking import as_patterns, exactly, value_for
 from lorakit.errors import LorakitError
 from lorakit.methods import DoRA, LoRA
-from lorakit.targets import as_patterns, exactly, value_for
 
 METADATA = "lora_adapter_metadata"
 WORDS = {

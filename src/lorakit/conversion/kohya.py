@@ -21,8 +21,8 @@ from lorakit.conversion.description import MAGNITUDE, Description, Layer, assemb
 from lorakit.conversion.format import Format, Target, ending, grouped, only
 from lorakit.conversion.names import CLIP, COMPONENTS, Names
 from lorakit.conversion.underscores import flat, from_stability, inverted, is_stability, to_stability
+from lorakit.core.layout import Convolution, Layout
 from lorakit.errors import LorakitError
-from lorakit.layout import Convolution, Layout
 from lorakit.methods import DoRA, LoRA
 
 PREFIXES = {

@@ -17,9 +17,9 @@ import torch
 from torch import nn
 
 from lorakit.conversion.description import Description, Layer
+from lorakit.core.layout import Convolution, Layout, sites_of
+from lorakit.core.walking import walk
 from lorakit.errors import LorakitError, unknown
-from lorakit.layout import Convolution, Layout, sites_of
-from lorakit.targets import walk
 
 COMPONENTS = ("unet", "transformer", "text_encoder", "text_encoder_2", "text_encoder_3")
 """The parts of a diffusion pipeline that adapters are made for, by Diffusers' names; "" is a model by itself."""

@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import Tensor
 
-from lorakit.bundle import own_data
+from lorakit.adapter.targets import Targets
 from lorakit.conversion.content import Content
 from lorakit.conversion.description import (
     EVERY,
@@ -28,12 +28,13 @@ from lorakit.conversion.description import (
 )
 from lorakit.conversion.format import Format, Target, grouped
 from lorakit.conversion.names import Names, component_of, guess_component
-from lorakit.delta import Method
+from lorakit.core.delta import Method
+from lorakit.core.walking import as_patterns, value_for
 from lorakit.errors import LorakitError
-from lorakit.interchange import PREFIX, bare, method_entries
+from lorakit.files.bundle import own_data
+from lorakit.files.interchange import PREFIX, bare, method_entries
+from lorakit.files.table import method_for_peft, spec_from_dict
 from lorakit.methods import DoRA, Full, LoHa, LoKr, LoRA
-from lorakit.table import method_for_peft, spec_from_dict
-from lorakit.targets import Targets, as_patterns, value_for
 
 _KEY = re.compile(
     r"(?P<layer>.+)\.(?P<word>lora_A\.weight|lora_B\.weight|lora_embedding_A|lora_embedding_B|lora_magnitude_vector"

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from lorakit.edit import EditMethod
 from lorakit.edits.bottleneck import Bottleneck
+from lorakit.edits.contract import EditMethod
 from lorakit.edits.llamaadapter import LLaMAAdapter
 from lorakit.edits.loreft import LoReFT
 from lorakit.edits.prefix import PrefixTuning

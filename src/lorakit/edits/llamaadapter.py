@@ -17,8 +17,8 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor, nn
 
-from lorakit.delta import Card
-from lorakit.edit import Anatomy, Attention, EditMethod, Place, in_blocks
+from lorakit.core.delta import Card
+from lorakit.edits.contract import Anatomy, Attention, EditMethod, Place, in_blocks
 from lorakit.edits.prompt import check_tokens
 from lorakit.errors import LorakitError
 

@@ -18,8 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lorakit.delta import Card
-from lorakit.edit import Anatomy, Change, EditMethod, Place, in_blocks
+from lorakit.core.delta import Card
+from lorakit.edits.contract import Anatomy, Change, EditMethod, Place, in_blocks
 from lorakit.errors import LorakitError
 
 

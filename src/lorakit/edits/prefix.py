@@ -19,8 +19,8 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor, nn
 
-from lorakit.delta import Card
-from lorakit.edit import Anatomy, Attention, Edit, EditMethod, Place
+from lorakit.core.delta import Card
+from lorakit.edits.contract import Anatomy, Attention, Edit, EditMethod, Place
 from lorakit.edits.prompt import PROMPT_KEY, check_tokens
 from lorakit.errors import LorakitError
 

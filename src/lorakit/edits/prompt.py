@@ -18,8 +18,8 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor, nn
 
-from lorakit.delta import Card
-from lorakit.edit import FRONT, Anatomy, EditMethod, Place, Prompt
+from lorakit.core.delta import Card
+from lorakit.edits.contract import FRONT, Anatomy, EditMethod, Place, Prompt
 from lorakit.errors import LorakitError
 
 PROMPT_KEY = "prompt_embeddings"

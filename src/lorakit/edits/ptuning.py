@@ -15,8 +15,8 @@ from typing import Any, ClassVar, Self, cast
 import torch
 from torch import Tensor, nn
 
-from lorakit.delta import Card
-from lorakit.edit import Anatomy, Place, Prompt
+from lorakit.core.delta import Card
+from lorakit.edits.contract import Anatomy, Place, Prompt
 from lorakit.edits.prompt import PROMPT_KEY, PromptMethod, PromptRows, check_tokens
 from lorakit.errors import LorakitError
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from lorakit.delta import Method
+from lorakit.core.delta import Method
 from lorakit.experts.arrow import Arrow
-from lorakit.experts.ground import MEMBERS, RouterSpec
+from lorakit.experts.context import MEMBERS, RouterSpec
 from lorakit.experts.lorahub import LoRAHub
 from lorakit.experts.mixlora import MixLoRA
 from lorakit.experts.mole import MoLE

@@ -18,10 +18,10 @@ from typing import Any, ClassVar, cast
 import torch
 from torch import Tensor
 
-from lorakit.board import routed
-from lorakit.delta import Call, Card
+from lorakit.core.delta import Call, Card
+from lorakit.core.state import routed
 from lorakit.errors import LorakitError
-from lorakit.experts.ground import Examples, Ground, OverAdapters, RouterSpec
+from lorakit.experts.context import Examples, OverAdapters, RouterContext, RouterSpec
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,15 +56,15 @@ class LoRAHub(RouterSpec):
             if not getattr(self, option) > 0:
                 raise LorakitError(f"lorahub: {option} was given as {getattr(self, option)!r}; it is a number above 0.")
 
-    def router(self, ground: Ground) -> Blended:
-        return Blended(self, ground)
+    def router(self, context: RouterContext) -> Blended:
+        return Blended(self, context)
 
 
 class Blended(OverAdapters):
     """The same weights everywhere; zero until they are found."""
 
-    def __init__(self, spec: LoRAHub, ground: Ground) -> None:
-        super().__init__(ground)
+    def __init__(self, spec: LoRAHub, context: RouterContext) -> None:
+        super().__init__(context)
         self.spec = spec
         self.register_buffer("w", torch.zeros(len(self.members), dtype=torch.float64))
         self.losses: list[float] = []
@@ -77,15 +77,15 @@ class Blended(OverAdapters):
     def weights(self, layer: str, site: str, call: Call, found: Tensor | None) -> Tensor:
         return cast(Tensor, self.w)
 
-    def fit(self, ground: Ground, examples: Any) -> None:
+    def fit(self, context: RouterContext, examples: Any) -> None:
         batches = _batches(examples)
         spec = self.spec
-        training = ground.model.training
-        ground.model.eval()
+        training = context.model.training
+        context.model.eval()
 
         def objective(w: Tensor) -> float:
-            with torch.no_grad(), routed(ground.board, dict(zip(self.members, w.tolist(), strict=True))):
-                losses = [float(cast(Any, ground.model)(**batch).loss) for batch in batches]
+            with torch.no_grad(), routed(context.state, dict(zip(self.members, w.tolist(), strict=True))):
+                losses = [float(cast(Any, context.model)(**batch).loss) for batch in batches]
             value = sum(losses) / len(losses) + spec.penalty * float(w.abs().sum())
             self.losses.append(value)
             return value
@@ -100,7 +100,7 @@ class Blended(OverAdapters):
                 seed=spec.seed,
             )
         finally:
-            ground.model.train(training)
+            context.model.train(training)
         cast(Tensor, self.w).copy_(best)
 
 

@@ -25,15 +25,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from lorakit.board import Board
-from lorakit.delta import Call, Card, Delta, LowRank, Method, Pool, Shape, View
+from lorakit.core.delta import Call, Card, Delta, LowRank, Method, Pool, Shape, View
+from lorakit.core.layer import Adapted, is_product
+from lorakit.core.routing import Routing
+from lorakit.core.state import ModelState
+from lorakit.core.walking import in_attention
 from lorakit.errors import LorakitError
+from lorakit.experts.context import CallHooks
 from lorakit.experts.gates import balance, top_mask, z_loss
-from lorakit.experts.ground import CallHooks
-from lorakit.layer import Adapted, is_product
 from lorakit.methods import LoRA
-from lorakit.routing import Routing
-from lorakit.targets import in_attention
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,7 +98,7 @@ class MixLoRA(Method):
     ) -> tuple[nn.Module | None, list[RemovableHandle]]:
         mixed = {path: cast(Adapted, layer) for path, layer in layers.items() if not in_attention(path)}
         mixed = {path: layer for path, layer in mixed.items() if layer.deltas_of(name)}
-        gates = Gates(self, name, mixed, next(iter(mixed.values())).board)
+        gates = Gates(self, name, mixed, next(iter(mixed.values())).state)
         gates.to(next(model.parameters()).device)
         handles = []
         modules = dict(model.named_modules())
@@ -156,7 +156,7 @@ class Experts(Delta):
 
     def weights(self) -> Tensor:
         """(…, experts): what the router of this matrix's feed-forward has found for the present call."""
-        found = self.gates[0].board.routing.found.get(self.gates[0].name) if self.gates else None
+        found = self.gates[0].state.routing.found.get(self.gates[0].name) if self.gates else None
         if found is None:
             raise LorakitError(
                 f"{self.spec.name}: a layer of a feed-forward was called by itself, so no router has seen its tokens; call the "
@@ -227,9 +227,9 @@ class Blend(Experts):
 class Gates(nn.Module):
     """The routers of all feed-forwards, `G0`, `G1`, … (experts, in), in the model's order (`blocks`)."""
 
-    def __init__(self, spec: MixLoRA, name: str, layers: Mapping[str, Adapted], board: Board) -> None:
+    def __init__(self, spec: MixLoRA, name: str, layers: Mapping[str, Adapted], state: ModelState) -> None:
         super().__init__()
-        self.spec, self.name, self._board = spec, name, (board,)
+        self.spec, self.name, self._state = spec, name, (state,)
         self.blocks: list[str] = []
         for index, (block, inside) in enumerate(_blocks(list(layers)).items()):
             self.blocks.append(block)
@@ -240,8 +240,8 @@ class Gates(nn.Module):
                     cast(Experts, delta).gates = (self,)
 
     @property
-    def board(self) -> Board:
-        return self._board[0]
+    def state(self) -> ModelState:
+        return self._state[0]
 
     def route(self, index: int, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """`(logits, weights, kept)` of one feed-forward's router for its inputs (…, in): each (…, experts)."""
@@ -256,15 +256,15 @@ class Gates(nn.Module):
     def note(self, logits: Tensor, kept: Tensor) -> None:
         """Leave a note of what this call adds to the training loss, where such notes are taken. It is worked out by whoever
         takes them: within the model it might be run again by gradient checkpointing."""
-        if self.board.extra is None:
+        if self.state.extra is None:
             return
-        counts = self.board.counts
+        counts = self.state.counts
         if counts is not None and counts.numel() != kept.shape[:-1].numel():
             raise LorakitError(
                 f"mixlora: told how often each of {counts.numel()} tokens counts, a feed-forward was called with "
                 f"{kept.shape[:-1].numel()}; the model drops or adds tokens, so its balance cannot be kept."
             )
-        self.board.extra.append(functools.partial(self.loss, logits, kept, counts))
+        self.state.extra.append(functools.partial(self.loss, logits, kept, counts))
 
     def loss(self, logits: Tensor, kept: Tensor, counts: Tensor | None) -> Tensor:
         """One router's share of what is added to the training loss."""
@@ -275,7 +275,7 @@ class Gates(nn.Module):
 
     def leave(self, state: Any, output: Any) -> Any:
         before, weights = state
-        self.board.routing = before
+        self.state.routing = before
         if weights is None or output is None:
             return None
         if not isinstance(output, Tensor):
@@ -289,14 +289,14 @@ class Gates(nn.Module):
     def count(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Padding, as the model is told of it, counts in no balance."""
         mask = kwargs.get("attention_mask")
-        tells = isinstance(mask, Tensor) and mask.ndim == 2 and self.board.counts is None
-        if not tells or self.board.extra is None:
+        tells = isinstance(mask, Tensor) and mask.ndim == 2 and self.state.counts is None
+        if not tells or self.state.extra is None:
             return None
-        self.board.counts = mask
+        self.state.counts = mask
         return args, kwargs, self
 
     def counted(self, state: Any, output: Any) -> Any:
-        self.board.counts = None
+        self.state.counts = None
         return None
 
 
@@ -308,7 +308,7 @@ class _Block:
 
     def enter(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         gates = self.gates
-        before = gates.board.routing
+        before = gates.state.routing
         if gates.name not in before.names:
             return None
         tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
@@ -319,16 +319,16 @@ class _Block:
         x = tensors[0]
         logits, weights, kept = gates.route(self.index, x)
         gates.note(logits, kept)
-        if gates.board.seen is not None:
-            gates.board.seen.append((gates.blocks[self.index], weights.detach()))
+        if gates.state.seen is not None:
+            gates.state.seen.append((gates.blocks[self.index], weights.detach()))
         if gates.spec.mix == "layer":
-            gates.board.routing = dataclasses.replace(before, found={**before.found, gates.name: weights})
+            gates.state.routing = dataclasses.replace(before, found={**before.found, gates.name: weights})
             return args, kwargs, (before, None)
         # One copy of all tokens for each kept expert, in which that expert alone is open.
         k = gates.spec.top_k
         order = logits.argsort(dim=-1, descending=True, stable=True)[..., :k].movedim(-1, 0)
         one_hot = F.one_hot(order, gates.spec.experts).to(weights.dtype).flatten(0, 1)
-        gates.board.routing = self._in_copies(before, one_hot, k)
+        gates.state.routing = self._in_copies(before, one_hot, k)
 
         def copies(value: Any) -> Any:
             return value.repeat(k, *[1] * (value.ndim - 1)) if isinstance(value, Tensor) else value

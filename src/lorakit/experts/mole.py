@@ -18,11 +18,11 @@ from typing import ClassVar, cast
 import torch
 from torch import Tensor, nn
 
-from lorakit.delta import Call, Card, LowRank
+from lorakit.core.delta import Call, Card, LowRank
+from lorakit.core.layer import is_product
 from lorakit.errors import LorakitError
+from lorakit.experts.context import OverAdapters, RouterContext, RouterSpec
 from lorakit.experts.gates import share_loss
-from lorakit.experts.ground import Ground, OverAdapters, RouterSpec
-from lorakit.layer import is_product
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,20 +49,20 @@ class MoLE(RouterSpec):
     def __post_init__(self) -> None:
         self._check_temperature(self.temperature)
 
-    def router(self, ground: Ground) -> MoLERouter:
-        return MoLERouter(self, ground)
+    def router(self, context: RouterContext) -> MoLERouter:
+        return MoLERouter(self, context)
 
 
 class MoLERouter(OverAdapters):
     """`e0`, `e1`, … (members, members, out) and `t0`, … (the logarithm of τ), a pair per adapted matrix."""
 
-    def __init__(self, spec: MoLE, ground: Ground) -> None:
-        super().__init__(ground)
-        self.spec, self._board = spec, (ground.board,)
+    def __init__(self, spec: MoLE, context: RouterContext) -> None:
+        super().__init__(context)
+        self.spec, self._state = spec, (context.state,)
         self.places: dict[tuple[str, str], int] = {}
         self._deltas: dict[int, tuple[LowRank | None, ...]] = {}
         n = len(self.members)
-        for index, (layer, site, deltas) in enumerate(ground.matrices()):
+        for index, (layer, site, deltas) in enumerate(context.matrices()):
             for name, delta in zip(self.members, deltas, strict=True):
                 if delta is not None and not is_product(delta):
                     raise LorakitError(
@@ -102,13 +102,13 @@ class MoLERouter(OverAdapters):
         return w
 
     def _note(self, weights: Tensor) -> None:
-        board = self._board[0]
-        if board.extra is None or weights.shape[-1] < 2:
+        state = self._state[0]
+        if state.extra is None or weights.shape[-1] < 2:
             return
-        counts = board.counts
+        counts = state.counts
         if counts is not None and counts.numel() != weights.shape[:-1].numel():
             counts = None
-        board.extra.append(functools.partial(self.loss, weights, counts))
+        state.extra.append(functools.partial(self.loss, weights, counts))
 
     def loss(self, weights: Tensor, counts: Tensor | None) -> Tensor:
         """One gate's share of what is added to the training loss."""

@@ -18,12 +18,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lorakit.board import routed
-from lorakit.delta import Call, Card
+from lorakit.core.delta import Call, Card
+from lorakit.core.state import routed
 from lorakit.errors import LorakitError
-from lorakit.experts.firstpass import FirstPass
+from lorakit.experts.context import RouterContext, RouterSpec
 from lorakit.experts.gates import softmax_over, top_mask
-from lorakit.experts.ground import Ground, RouterSpec
+from lorakit.experts.two_pass import FirstPass
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,8 +51,8 @@ class Retrieval(RouterSpec):
         self._check_top_k(self.top_k)
         self._check_temperature(self.temperature)
 
-    def router(self, ground: Ground) -> Retriever:
-        return Retriever(self, ground)
+    def router(self, context: RouterContext) -> Retriever:
+        return Retriever(self, context)
 
 
 class Retriever(FirstPass):
@@ -60,33 +60,33 @@ class Retriever(FirstPass):
 
     whole_rows = True
 
-    def __init__(self, spec: Retrieval, ground: Ground) -> None:
-        super().__init__(ground)
+    def __init__(self, spec: Retrieval, context: RouterContext) -> None:
+        super().__init__(context)
         if spec.top_k is not None and spec.top_k > len(self.members):
             raise LorakitError(
                 f"route: retrieval was given top_k={spec.top_k} for {len(self.members)} adapters; give at most as many."
             )
         self.spec = spec
-        size = int(cast(Any, ground.decoder()).config.get_text_config().hidden_size)
+        size = int(cast(Any, context.decoder()).config.get_text_config().hidden_size)
         self.register_buffer("centroids", torch.zeros(len(self.members), size))
         self.register_buffer("origin", torch.zeros(size))
 
-    def fit(self, ground: Ground, examples: Any) -> None:
+    def fit(self, context: RouterContext, examples: Any) -> None:
         given = dict(examples) if isinstance(examples, Mapping) else {}
         if set(given) != set(self.members) or not all(given.values()):
             raise LorakitError(
                 "route: retrieval needs example requests of every adapter: batches={name: [batch, ...]} with the names "
                 f"{', '.join(self.members)}; given: {', '.join(map(str, given)) or 'none'}."
             )
-        training = ground.model.training
-        ground.model.eval()
+        training = context.model.training
+        context.model.eval()
         try:
-            with routed(ground.board, None):
+            with routed(context.state, None):
                 means = [
-                    torch.cat([self._embed(ground.decoder(), batch) for batch in given[name]]) for name in self.members
+                    torch.cat([self._embed(context.decoder(), batch) for batch in given[name]]) for name in self.members
                 ]
         finally:
-            ground.model.train(training)
+            context.model.train(training)
         origin = torch.stack([rows.mean(0) for rows in means]).mean(0)
         cast(Tensor, self.origin).copy_(origin)
         centroids = [F.normalize(rows - origin, dim=-1).mean(0) for rows in means]

@@ -21,11 +21,11 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor, nn
 
-from lorakit.delta import Call, Card
+from lorakit.core.delta import Call, Card
 from lorakit.errors import LorakitError
-from lorakit.experts.firstpass import FirstPass
+from lorakit.experts.context import MEMBERS, RouterContext, RouterSpec, on_tokens
 from lorakit.experts.gates import softmax_over, top_mask
-from lorakit.experts.ground import MEMBERS, Ground, RouterSpec, on_tokens
+from lorakit.experts.two_pass import FirstPass
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,8 +70,8 @@ class XLoRA(RouterSpec):
                 "given; depth and width are at least 1, dropout is at least 0 and below 1."
             )
 
-    def router(self, ground: Ground) -> XRouter:
-        return XRouter(self, ground)
+    def router(self, context: RouterContext) -> XRouter:
+        return XRouter(self, context)
 
     def peft_config(self) -> dict[str, Any]:
         own = {
@@ -102,15 +102,15 @@ class XLoRA(RouterSpec):
 class XRouter(FirstPass):
     """The classifier, whose last layer gives (matrices × members) or (members) logits."""
 
-    def __init__(self, spec: XLoRA, ground: Ground) -> None:
-        super().__init__(ground)
+    def __init__(self, spec: XLoRA, context: RouterContext) -> None:
+        super().__init__(context)
         if spec.top_k is not None and spec.top_k > len(self.members):
             raise LorakitError(
                 f"route: xlora was given top_k={spec.top_k} for {len(self.members)} adapters; give at most as many, or None."
             )
         self.spec = spec
-        self.places = {(layer.path, site.name): i for i, (layer, site, _) in enumerate(ground.matrices())}
-        decoder: Any = ground.decoder()
+        self.places = {(layer.path, site.name): i for i, (layer, site, _) in enumerate(context.matrices())}
+        decoder: Any = context.decoder()
         size = int(decoder.config.get_text_config().hidden_size)
         layers: list[nn.Module] = []
         for _ in range(spec.depth - 1):

@@ -17,7 +17,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from lorakit.delta import Shape
+from lorakit.core.delta import Shape
 from lorakit.errors import LorakitError
 from lorakit.init.initialiser import Factors, Initialiser, Measured, Needs, Start
 

@@ -15,7 +15,7 @@ from typing import Any, ClassVar, Literal, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from lorakit.delta import Shape
+from lorakit.core.delta import Shape
 from lorakit.errors import LorakitError
 
 Needs = Literal["nothing", "weight", "inputs", "gradients"]

@@ -17,7 +17,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from lorakit.delta import Shape
+from lorakit.core.delta import Shape
 from lorakit.errors import LorakitError
 from lorakit.init.decomposition import check_iterations, triplets
 from lorakit.init.initialiser import Factors, Initialiser, Needs, Start

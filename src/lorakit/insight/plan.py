@@ -26,11 +26,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from lorakit.attachment import attach
-from lorakit.board import activate
-from lorakit.catalogue import matrices
-from lorakit.delta import Method, Shape
+from lorakit.adapter.attachment import attach
+from lorakit.core.delta import Method, Shape
+from lorakit.core.state import activate
 from lorakit.errors import unknown
+from lorakit.insight.catalogue import matrices
 from lorakit.methods import LoRA
 
 Way = Literal["full", "galore", "lora", "qlora"]

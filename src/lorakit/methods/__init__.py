@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from lorakit.delta import Method
+from lorakit.core.delta import Method
 from lorakit.methods.adalora import AdaLoRA
 from lorakit.methods.bitfit import BitFit
 from lorakit.methods.boft import BOFT

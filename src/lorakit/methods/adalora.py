@@ -26,7 +26,7 @@ from typing import Any, ClassVar, Self, cast
 import torch
 from torch import Tensor, nn
 
-from lorakit.delta import Card, LowRank, Method, Pool, Shape, View
+from lorakit.core.delta import Card, LowRank, Method, Pool, Shape, View
 from lorakit.errors import LorakitError
 from lorakit.methods.lora import LoRA
 from lorakit.methods.ranked import check_rank, check_rank_fits, check_scale

@@ -19,7 +19,7 @@ from typing import Any, ClassVar, Self, cast
 import torch
 from torch import Tensor, nn
 
-from lorakit.delta import Card, Method, Pool, Shape
+from lorakit.core.delta import Card, Method, Pool, Shape
 from lorakit.errors import LorakitError
 from lorakit.methods.rotation import Rotation, cayley, check_blocks, check_divides, turn_blocks, turned_size
 

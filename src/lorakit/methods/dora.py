@@ -15,7 +15,7 @@ from typing import Any, ClassVar, Self, cast
 import torch
 from torch import Tensor, nn
 
-from lorakit.delta import Call, Card, Delta, Form, LowRank, Method, Pool, Shape, View
+from lorakit.core.delta import Call, Card, Delta, Form, LowRank, Method, Pool, Shape, View
 from lorakit.errors import LorakitError
 from lorakit.methods.lora import LoRA
 

@@ -21,7 +21,7 @@ from typing import Any, ClassVar, cast
 import torch
 from torch import Tensor
 
-from lorakit.delta import Card, Pool, Shape
+from lorakit.core.delta import Card, Pool, Shape
 from lorakit.errors import LorakitError
 from lorakit.methods.lora import LoRAOptions, TwoFactors
 

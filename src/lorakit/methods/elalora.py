@@ -16,7 +16,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from lorakit.delta import Card
+from lorakit.core.delta import Card
 from lorakit.errors import LorakitError
 from lorakit.methods.adalora import TripletOptions
 

@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lorakit.delta import Call, Card, Delta, Form, Method, Pool, Shape
+from lorakit.core.delta import Call, Card, Delta, Form, Method, Pool, Shape
 from lorakit.errors import LorakitError
 
 

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import Function
 
-from lorakit.delta import Card, Delta, LowRank, Method, Pool, Shape
+from lorakit.core.delta import Card, Delta, LowRank, Method, Pool, Shape
 from lorakit.errors import LorakitError
 from lorakit.methods.ranked import check_rank, check_scale
 

@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lorakit.delta import Call, Card, Delta, Form, Method, Pool, Shape
+from lorakit.core.delta import Call, Card, Delta, Form, Method, Pool, Shape
 from lorakit.errors import LorakitError
 from lorakit.methods.ranked import check_rank, check_scale
 

@@ -16,7 +16,7 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor, nn
 
-from lorakit.delta import Card, LowRank, Method, Pool, Shape
+from lorakit.core.delta import Card, LowRank, Method, Pool, Shape
 from lorakit.errors import LorakitError
 
 _REFUSED = {

@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 
 from torch import nn
 
-from lorakit.delta import Card, Pool, Shape
+from lorakit.core.delta import Card, Pool, Shape
 from lorakit.methods.lora import LoRADelta, LoRAOptions
 
 

@@ -23,7 +23,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from lorakit.delta import Call, Card, Delta, LowRank, Method, Pool, Shape
+from lorakit.core.delta import Call, Card, Delta, LowRank, Method, Pool, Shape
 from lorakit.errors import LorakitError
 
 _KINDS = ("rotation", "sharing")

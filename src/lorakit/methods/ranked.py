@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from lorakit.delta import Shape
+from lorakit.core.delta import Shape
 from lorakit.errors import LorakitError
 
 

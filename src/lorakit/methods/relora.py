@@ -23,7 +23,7 @@ from typing import Any, ClassVar, cast
 import torch
 from torch import Tensor
 
-from lorakit.delta import Card, Method, Pool, Shape, View
+from lorakit.core.delta import Card, Method, Pool, Shape, View
 from lorakit.errors import LorakitError
 from lorakit.methods.lora import LoRA, LoRAOptions, TwoFactors
 

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lorakit.delta import Call, Delta, Method, Pool, Shape
+from lorakit.core.delta import Call, Delta, Method, Pool, Shape
 from lorakit.errors import LorakitError
 
 

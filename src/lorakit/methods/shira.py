@@ -15,7 +15,7 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor, nn
 
-from lorakit.delta import Card, Delta, Method, Pool, Shape
+from lorakit.core.delta import Card, Delta, Method, Pool, Shape
 from lorakit.errors import LorakitError
 
 _MASKS = ("random", "magnitude")

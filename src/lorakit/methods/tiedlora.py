@@ -18,7 +18,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from lorakit.delta import Card, LowRank, Method, Pool, Shape
+from lorakit.core.delta import Card, LowRank, Method, Pool, Shape
 from lorakit.errors import LorakitError
 
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 if TYPE_CHECKING:
-    from lorakit.adapter import Adapter
+    from lorakit.adapter.adapter import Adapter
 
 EPSILON = 1e-8
 

@@ -1,6 +1,6 @@
 """Training: rows to tokens, the fast step, the Trainer around it, evaluation, and what a run leaves behind.
 
-`train(config)` is a whole run; `lorakit.train.config.load_config` reads its YAML file.
+`train(config)` is a whole run; `load_config` reads its YAML file.
 """
 
 from __future__ import annotations
@@ -8,12 +8,12 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from lorakit.train.config import TrainConfig, load_config
+    from lorakit.train.config.run import TrainConfig, load_config
     from lorakit.train.run import TrainResult, train
 
 __all__ = ["TrainConfig", "TrainResult", "load_config", "train"]
 
-_PLACES = {"TrainConfig": "config", "load_config": "config", "TrainResult": "run", "train": "run"}
+_PLACES = {"TrainConfig": "config.run", "load_config": "config.run", "TrainResult": "run", "train": "run"}
 
 
 def __getattr__(name: str) -> Any:

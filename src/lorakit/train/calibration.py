@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from lorakit.train.tokenise import IGNORED
+from lorakit.train.data.tokenise import IGNORED
 
 if TYPE_CHECKING:
     from lorakit.init import Initialiser
-    from lorakit.train.data import Example
+    from lorakit.train.data.examples import Example
 
 ROWS = 8
 """Examples in a batch."""

@@ -27,7 +27,7 @@ from lorakit.errors import LorakitError
 from lorakit.train.report import write_whole
 
 if TYPE_CHECKING:
-    from lorakit.train.data import Example
+    from lorakit.train.data.examples import Example
 
 log = logging.getLogger("lorakit.train")
 

@@ -23,14 +23,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from lorakit.core.state import use
 from lorakit.errors import LorakitError
 from lorakit.train.scoring import evaluating, score_choices
 
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from lorakit.train.data import Example, Question
-    from lorakit.train.options import EvaluateOptions
+    from lorakit.train.config.options import EvaluateOptions
+    from lorakit.train.data.examples import Example, Question
 
 
 @dataclass(frozen=True)
@@ -125,7 +126,7 @@ def evaluate_loss(
 
 
 def _padded_sums(model: nn.Module, examples: Sequence[Example]) -> LossSums:
-    from lorakit.train.loss import padded_loss
+    from lorakit.train.step.loss import padded_loss
 
     _, stats = padded_loss(model, examples)
     return LossSums(float(stats.total), float(stats.right), stats.targets)
@@ -213,7 +214,7 @@ def measure(
 ) -> Evaluation:
     """Everything that `options` asks for, on the route that is in use.
 
-    `choices` are the token ids of `options.choices` (see `lorakit.train.data.choice_ids`), for scored
+    `choices` are the token ids of `options.choices` (see `lorakit.train.data.examples.choice_ids`), for scored
     answers. Raises LorakitError when a row to be scored expects an answer that is none of the choices.
     """
     start = time.perf_counter()
@@ -313,11 +314,9 @@ def _share(right: Iterable[bool]) -> float:
 
 def compare(model: nn.Module, adapter: str, measure: Callable[[], Evaluation]) -> tuple[Evaluation, Evaluation]:
     """`measure()` with the base model, then with `adapter`: (before, after). The route in use is restored."""
-    import lorakit
-
-    with lorakit.use(model, None):
+    with use(model, None):
         before = measure()
-    with lorakit.use(model, adapter):
+    with use(model, adapter):
         after = measure()
     return before, after
 

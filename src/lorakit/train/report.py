@@ -333,13 +333,13 @@ def _loading(record: RunRecord) -> list[str]:
     imported, loaded = f"from transformers import {model}", f'model = {model}.from_pretrained("{record.base}"{head})'
     if record.quantize is not None:  # trained on the base held so, and exact on that alone
         imported, loaded = (
-            "from lorakit.train.models import load_model",
+            "from lorakit.models.loading import load_model",
             f'model, tokenizer = load_model("{record.base}", quantize="{record.quantize}")',
         )
     elif record.base.endswith(".gguf"):
         # transformers flags what it reads from such a file as quantised, and needs the folder and the file apart.
         imported, loaded = (
-            "from lorakit.train.models import load_model",
+            "from lorakit.models.loading import load_model",
             f'model, tokenizer = load_model("{record.base}")',
         )
     return [

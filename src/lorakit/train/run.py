@@ -24,26 +24,30 @@ import torch
 import transformers
 from rich.console import Console
 
-from lorakit.edit import EditMethod
+from lorakit.adapter.attachment import attach
+from lorakit.core.state import use
+from lorakit.edits.contract import EditMethod
 from lorakit.errors import LorakitError
 from lorakit.experts import RouterSpec
-from lorakit.interchange import heads_for
+from lorakit.experts.attachment import route
+from lorakit.files.interchange import heads_for
+from lorakit.files.store import load
+from lorakit.models.loading import load_model
+from lorakit.models.quantisation import Holding, holding
 from lorakit.train import checkpoint
 from lorakit.train.calibration import calibration_batches
-from lorakit.train.classification import PreparedLabels, class_names, prepare_labels
-from lorakit.train.config import TrainConfig, to_tree, to_yaml
-from lorakit.train.data import Example, Prepared, Question, choice_ids, load_splits, prepare, questions
+from lorakit.train.config.run import TrainConfig, to_tree, to_yaml
+from lorakit.train.data.classification import PreparedLabels, class_names, prepare_labels
+from lorakit.train.data.examples import Example, Prepared, Question, choice_ids, load_splits, prepare, questions
 from lorakit.train.evaluate import Answer, Evaluation, measure, written
-from lorakit.train.memory import recomputing
-from lorakit.train.models import load_model
-from lorakit.train.quantisation import Holding, holding
 from lorakit.train.report import RunRecord, write_report
 from lorakit.train.scoring import evaluating
+from lorakit.train.step.memory import recomputing
 from lorakit.train.trainer import LoraTrainer, LossPath, choose_path
 
 if TYPE_CHECKING:
-    from lorakit.adapter import Adapter
-    from lorakit.train.rows import Rows
+    from lorakit.adapter.adapter import Adapter
+    from lorakit.train.data.rows import Rows
 
 log = logging.getLogger("lorakit.train")
 
@@ -114,8 +118,6 @@ def train(config: TrainConfig, *, console: Console | None = None) -> TrainResult
         log.info("data: %s", line)
     held = hold(held_rows, tokenizer, config, classes) if held_rows is not None else None
 
-    import lorakit as lk
-
     base = holding(model)
     transformers.set_seed(options.seed)
     examples: Sequence[Any] = prepared.examples
@@ -129,7 +131,7 @@ def train(config: TrainConfig, *, console: Console | None = None) -> TrainResult
     else:
         method = config.method.with_tokenizer(tokenizer) if isinstance(config.method, EditMethod) else config.method
         originals = float_weights(config, model)
-        adapter = lk.attach(model, method, **attach_arguments(config, model), batches=batches, originals=originals)
+        adapter = attach(model, method, **attach_arguments(config, model), batches=batches, originals=originals)
     log.info("adapter: %s", describe(adapter, base.numbers))
     path = path_for(config, model)
     with contextlib.ExitStack() as stack:
@@ -149,7 +151,7 @@ def train(config: TrainConfig, *, console: Console | None = None) -> TrainResult
         start = time.perf_counter()
         trainer.train_from(options.resume)
         seconds = time.perf_counter() - start
-        with lk.use(model, adapter.name):
+        with use(model, adapter.name):
             after = examine(model, tokenizer, held, config, path) if held else None
     record = _record(config, adapter, base, prepared, held, trainer, before, after, seconds)
     history = list(trainer.state.log_history)
@@ -217,7 +219,7 @@ def path_for(config: TrainConfig, model: Any) -> LossPath:
     """How the loss of this run's task is computed on this model."""
     if config.task == "causal-lm":
         return choose_path(model, config.train.fast_path)
-    from lorakit.train.classes import choose_class_path
+    from lorakit.train.step.classes import choose_class_path
 
     return choose_class_path(model, config.train.fast_path)
 
@@ -297,11 +299,9 @@ def describe(adapter: Adapter, base_parameters: int) -> str:
 
 
 def _measure_base(model: Any, tokenizer: Any, held: Held, config: TrainConfig, path: LossPath) -> Evaluation | None:
-    import lorakit as lk
-
     if not config.evaluate.before_and_after:
         return None
-    with lk.use(model, None):
+    with use(model, None):
         before = examine(model, tokenizer, held, config, path)
     numbers = ", ".join(f"{name.replace('_', ' ')} {written(name, value)}" for name, value in before.numbers().items())
     log.info("before training: %s", numbers)
@@ -310,10 +310,8 @@ def _measure_base(model: Any, tokenizer: Any, held: Held, config: TrainConfig, p
 
 def _routed(config: TrainConfig, model: Any) -> Adapter:
     """The router of a run over the adapters that it names."""
-    import lorakit as lk
-
-    names = [lk.load(model, folder).name for folder in config.adapters]
-    adapter = lk.route(model, config.method, names, name=config.name)
+    names = [load(model, folder).name for folder in config.adapters]
+    adapter = route(model, config.method, names, name=config.name)
     if not adapter.num_parameters(trainable=True):
         raise LorakitError(
             f"train: {config.method.name} has nothing to train; lk.route(model, lk.{type(config.method).__name__}(...), "
@@ -324,10 +322,9 @@ def _routed(config: TrainConfig, model: Any) -> Adapter:
 
 def _fuse(model: Any, stack: contextlib.ExitStack) -> None:
     """Compile the model's small functions for the time of the run, where there is a compiler."""
-    import lorakit as lk
-    from lorakit.train.fusion import fused
+    from lorakit.train.step.fusion import fused
 
-    with lk.use(model, None):  # a fused module must give what the base's gives; a mixture around it is not part of it
+    with use(model, None):  # a fused module must give what the base's gives; a mixture around it is not part of it
         report = stack.enter_context(fused(model))
     if report.reason is not None:
         log.info(report.line())

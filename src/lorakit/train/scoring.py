@@ -19,9 +19,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lorakit.board import whole_rows
+from lorakit.core.state import whole_rows
 from lorakit.errors import LorakitError
-from lorakit.train.loss import Head, decoder_of, prompts_known, read_head
+from lorakit.train.step.loss import Head, decoder_of, prompts_known, read_head
 
 log = logging.getLogger("lorakit.train")
 

@@ -28,23 +28,23 @@ from rich.console import Console
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from lorakit.board import noted, whole_rows
+from lorakit.core.state import noted, whole_rows
 from lorakit.errors import LorakitError
 from lorakit.optim import build_optimizer, correct_gradients, corrections_of, parameter_groups
 from lorakit.train import checkpoint
-from lorakit.train.attention import edits_obstacle, flat_attention
-from lorakit.train.config import TrainConfig, to_tree
+from lorakit.train.config.run import TrainConfig, to_tree
 from lorakit.train.evaluate import LossSums, evaluate_loss
 from lorakit.train.health import HealthCallback, HealthWatch
-from lorakit.train.loss import causal_loss, padded_loss
-from lorakit.train.packing import pack
 from lorakit.train.progress import MetricsFile, ProgressCallback
-from lorakit.train.schedules import ScheduleCallback, schedule_for
-from lorakit.train.support import flat_support
+from lorakit.train.schedules.table import ScheduleCallback, schedule_for
+from lorakit.train.step.attention import edits_obstacle, flat_attention
+from lorakit.train.step.loss import causal_loss, padded_loss
+from lorakit.train.step.packing import pack
+from lorakit.train.step.support import flat_support
 
 if TYPE_CHECKING:
-    from lorakit.adapter import Adapter
-    from lorakit.train.data import Example
+    from lorakit.adapter.adapter import Adapter
+    from lorakit.train.data.examples import Example
 
 log = logging.getLogger("lorakit.train")
 

@@ -1,0 +1,298 @@
+"""Building an adapter on a model: the request is planned, refused where it cannot be, begun, and seated.
+
+All that can be refused is refused before the model is touched.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lorakit.adapter.adapter import Adapter, adapters_of
+from lorakit.adapter.targets import Targets, select, select_saved
+from lorakit.core.delta import Delta, Method
+from lorakit.core.injection import adapt, adapted_at, parents_of, ties
+from lorakit.core.layout import Site, sites_of, split
+from lorakit.core.replacement import Replacement
+from lorakit.core.state import ModelState, found_state, open_state, state_of
+from lorakit.core.storage import FLOAT, storage_of
+from lorakit.core.walking import has_suffix, walk
+from lorakit.edits.anatomy import anatomy_of
+from lorakit.edits.contract import EditMethod
+from lorakit.edits.hooks import seams_of
+from lorakit.errors import LorakitError
+from lorakit.init import Default, Initialiser
+from lorakit.init.calibration import Batch
+from lorakit.init.starts import Plan, Planned, begin, rewrite
+from lorakit.methods import LoRA
+
+log = logging.getLogger("lorakit")
+
+
+def build(
+    model: nn.Module,
+    method: Method,
+    targets: Targets,
+    name: str,
+    checked: bool,
+    start: Initialiser | None = None,
+    paths: list[str] | None = None,
+    batches: Iterable[Batch] | None = None,
+    shifted: bool = False,
+    originals: Mapping[str, Tensor] | None = None,
+) -> Adapter:
+    """Make an adapter and put it on the model, neither trainable nor active yet. Used by `attach` and `store.load`.
+
+    All that can be refused is refused before the model is touched. `paths` gives the layers where they are known;
+    `shifted` says that the deltas have a start to be taken off (`delta.Offset`), whose tensors are filled in afterwards.
+    """
+    start = start or Default()
+    state = found_state(model)
+    _check_name(name, state)
+    if paths is None:
+        paths = select(model, targets) if targets.target_modules else []
+    if checked:
+        method.check_layers(paths)
+    saved = select_saved(model, targets)
+    modules = dict(walk(model))
+    plan = {path: _planned(path, modules[path], method, targets, checked) for path in paths}
+    _check_parts(state, plan)
+    _check_nesting(state, modules, targets, set(paths), saved)
+    _check_rewriting(start, state)
+    _check_storage(modules, plan, saved)
+    begun = begin(model, plan, start, batches, shifted, originals)
+    if begun.patterns:
+        targets = dataclasses.replace(
+            targets,
+            rank_pattern=begun.patterns.get("rank", targets.rank_pattern),
+            alpha_pattern=begun.patterns.get("alpha", targets.alpha_pattern),
+        )
+    adapter = Adapter(name, model, method, targets, begun.pool, saved=tuple(saved))
+    made: list[tuple[str, list[Site], dict[str, Delta], Replacement | None]] = []
+    for path, planned in begun.plan.items():
+        module = planned.layer
+        names = _biases(module) if targets.bias != "none" else []
+        replacement = Replacement(module, names, torch.float32) if names else None
+        made.append((path, planned.sites, begun.deltas[path], replacement))
+    for path, names in _replaced(modules, targets, set(begun.plan), saved):
+        made.append((path, sites_of(modules[path]), {}, Replacement(modules[path], names, torch.float32)))
+    _warn_of_ties(modules, [path for path, *_ in made])
+    state = open_state(model)
+    parents = parents_of(model)
+    for path, sites, deltas, replacement in made:
+        layer = adapted_at(state, path) or adapt(path, modules[path], sites, state, parents)
+        if deltas:
+            layer.sites = {site.name: site for site in sites}
+        layer.add(name, deltas, replacement)
+        if not layer.base.training:
+            layer.eval()
+        adapter.layers[path] = layer
+        if path in begun.weights:
+            adapter.originals[path] = rewrite(layer.base, begun.weights[path])
+    if state.seams is not None:
+        state.seams.seat()
+    _settle_pool(adapter)
+    adapter.router, adapter.handles = method.install(name, model, adapter.layers)
+    for _, parameter in adapter.named_parameters():
+        parameter.requires_grad_(False)
+    adapters_of(state)[name] = adapter
+    return adapter
+
+
+def _planned(path: str, module: nn.Module, method: Method, targets: Targets, checked: bool) -> Planned:
+    """What one layer will carry: a spec for each of its matrices, or of the parts that were asked for."""
+    sites = sites_of(module)
+    for suffix, parts in targets.parts.items():
+        if has_suffix(path, suffix):
+            sites = split(sites[0], parts, path)
+            break
+    specs = {}
+    for site in sites:
+        storage_of(module, site.weight, path)  # refused here, if it is of no kind that is known
+        specs[site.name] = targets.spec_for(method, path, site)
+        if checked:
+            specs[site.name].check(site.layout.shape, site.place(path))
+    return Planned(module, sites, specs)
+
+
+# -- what is refused -------------------------------------------------------------------------------------------------------
+
+
+def _check_name(name: str, state: ModelState | None) -> None:
+    if not isinstance(name, str) or not name or "." in name or "/" in name:
+        raise LorakitError(f"attach: an adapter's name is a non-empty string without '.' and '/'; {name!r} was given.")
+    if state is not None and state.merged:
+        raise LorakitError(
+            f"attach: adapter {sorted(state.merged)[0]!r} is merged into the weights just now, so a new one would start from "
+            "weights that are not the base's; leave `merged` first."
+        )
+    if state is not None and name in adapters_of(state):
+        raise LorakitError(
+            f"attach: an adapter {name!r} is on this model already. Give another name=, or lk.detach(model, {name!r}) first."
+        )
+
+
+def _check_parts(state: ModelState | None, plan: Plan) -> None:
+    """Adapters on one layer see the same matrices."""
+    for path, planned in plan.items():
+        held = adapted_at(state, path)
+        if held is not None and held.deltas and {site.name: site for site in planned.sites} != held.sites:
+            raise LorakitError(
+                f"attach: {path} has adapters with other parts already; adapters on one layer must split its rows alike."
+            )
+
+
+def _check_nesting(
+    state: ModelState | None, modules: Mapping[str, nn.Module], targets: Targets, paths: set[str], saved: list[str]
+) -> None:
+    """No adapter may train whole a module within which another adapts layers: a copy would hold the other's tensors."""
+    touched = paths | {path for path, _ in _replaced(modules, targets, paths, saved)}
+    for other in adapters_of(state).values() if state is not None else ():
+        pairs = [(whole, path) for whole in saved for path in other.layers]
+        pairs += [(whole, path) for whole in other.saved for path in touched]
+        for whole, path in pairs:
+            if path.startswith(whole + "."):
+                raise LorakitError(
+                    f"attach: {whole} is trained whole by one adapter, and {path} within it is changed by another "
+                    f"({other.name!r} is on this model already). Name the parts of {whole} in modules_to_save instead, or "
+                    f"lk.detach(model, {other.name!r}) first."
+                )
+
+
+def _check_storage(modules: Mapping[str, nn.Module], plan: Plan, saved: list[str]) -> None:
+    """What a packed weight cannot do: be trained whole, or be substituted into a layer that reads it itself."""
+    for path, planned in plan.items():
+        for site in planned.sites:
+            storage = storage_of(planned.layer, site.weight, path)
+            if not site.layout.beside and storage is not FLOAT:
+                raise LorakitError(
+                    f"attach: {path}.{site.weight} is held as {storage.label(planned.layer, site.weight)}, and this layer is "
+                    "reached by substituting its weight, which needs floats; leave it out of quantisation, or out of "
+                    "target_modules."
+                )
+    for whole in saved:
+        for path, module in modules.items():
+            if path != whole and not path.startswith(whole + "."):
+                continue
+            if isinstance(module, nn.Embedding) and module.max_norm is not None:
+                continue  # nothing to adapt, and floats
+            for site in sites_of(module):
+                storage = storage_of(module, site.weight, path)
+                if storage is not FLOAT:
+                    raise LorakitError(
+                        f"attach: modules_to_save names {whole}, and {path} is held as {storage.label(module, site.weight)}, "
+                        "whose codes cannot be trained. Leave it in floats when the model is quantised (quantize.skip, or "
+                        "llm_int8_skip_modules of transformers), or adapt it by target_modules."
+                    )
+
+
+def _check_rewriting(start: Initialiser, state: ModelState | None) -> None:
+    """A start that replaces the base's weights must be the first on the model: the others were made for those weights."""
+    if start.rewrites and state is not None:
+        raise LorakitError(
+            f"attach: init={start.name!r} replaces the base's weights, and there are adapters on this model that are about the "
+            f"present ones: {', '.join(adapters_of(state))}. lk.detach(model) first, and attach them afterwards."
+        )
+
+
+# -- what is replaced and shared -------------------------------------------------------------------------------------------
+
+
+def _biases(module: nn.Module) -> list[str]:
+    """Names of a layer's own bias parameters."""
+    names = [name for name, _ in module.named_parameters(recurse=False) if "bias" in name]
+    if isinstance(module, nn.MultiheadAttention):
+        names += [f"out_proj.{name}" for name, _ in module.out_proj.named_parameters() if "bias" in name]
+    return names
+
+
+def _replaced(
+    modules: Mapping[str, nn.Module], targets: Targets, adapted: set[str], saved: list[str]
+) -> list[tuple[str, list[str]]]:
+    """Layers in which named tensors are replaced whole: modules_to_save, and with bias="all" all other biases."""
+    result = []
+    for path in saved:
+        module = modules[path]
+        names = [name for name, _ in module.named_parameters()]
+        buffers = [name for name, _ in module.named_buffers() if name in module.state_dict()]
+        result.append((path, names + buffers))
+    if targets.bias == "all":
+        for path, module in modules.items():
+            inside = any(path == name or path.startswith(name + ".") for name in saved)
+            names = _biases(module)
+            if path and path not in adapted and not inside and names:
+                result.append((path, names))
+    return result
+
+
+def _warn_of_ties(modules: Mapping[str, nn.Module], paths: list[str]) -> None:
+    tied = ties(modules)
+    for path in paths:
+        if path in tied:
+            log.warning(
+                "%s shares its weight with %s. The adapter acts beside %s alone; merging will need untie=True.",
+                path,
+                ", ".join(tied[path]),
+                path,
+            )
+
+
+def _settle_pool(adapter: Adapter) -> None:
+    """The shared tensors on the model's device, in the widest dtype of the deltas that use them."""
+    reference = next(adapter.model.parameters(), None)
+    dtype = torch.float32
+    for _, _, delta in adapter.deltas():
+        for tensor in (*delta.parameters(), *delta.buffers()):
+            if tensor.is_floating_point():
+                dtype = torch.promote_types(dtype, tensor.dtype)
+    adapter.pool.to(device=None if reference is None else reference.device, dtype=dtype)
+
+
+# -- edits -----------------------------------------------------------------------------------------------------------------
+
+
+class _Reader:
+    """The model's tokenizer, read when it is first needed (a prompt that starts as a text)."""
+
+    def __init__(self, source: str | None) -> None:
+        self.source = source
+
+    def __call__(self, text: str, **options: Any) -> Any:
+        from transformers import AutoTokenizer
+
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(str(self.source))
+        except (OSError, ValueError) as problem:
+            raise LorakitError(
+                f"attach: the text that the prompt starts from needs a tokenizer, and {self.source!r} gives none ({problem}); "
+                "give tokenizer=, a hub name or folder, or ids=."
+            ) from problem
+        return tokenizer(text, **options)
+
+
+def build_edits(model: nn.Module, method: EditMethod, targets: Targets, name: str, folded: bool = False) -> Adapter:
+    """Make an adapter of edits and put it on the model, neither trainable nor active yet. Used by `attach` and `store.load`.
+
+    `folded`: its tensors come from a file, and so does what an encoder of prompts had made of them.
+    """
+    _check_name(name, found_state(model))
+    anatomy = anatomy_of(model)
+    source = getattr(method, "tokenizer", None) or getattr(model, "name_or_path", None)
+    known = method if folded else method.with_tokenizer(_Reader(source))
+    edits = known.build_all(known.places(anatomy, targets.layers), anatomy, folded)
+    reference = next(model.parameters(), None)
+    for edit in edits.values():
+        edit.to(device=None if reference is None else reference.device)
+        edit.train(model.training)
+    own = dataclasses.replace(targets, target_modules=(), layers=None)
+    adapter = build(model, LoRA(), own, name, checked=False, paths=[])
+    adapter.method, adapter.targets = known, dataclasses.replace(own, layers=targets.layers)
+    adapter.edits, adapter.anatomy = edits, anatomy
+    seams_of(state_of(model), model).put(name, edits, anatomy)
+    adapter.requires_grad_(False)
+    return adapter

@@ -1,0 +1,285 @@
+"""Which layers an adapter changes: names, patterns, presets and ranges, resolved against a model.
+
+Matching follows PEFT's rules, so that a PEFT configuration selects the same layers, with one difference: nothing that
+was asked for may match nothing.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, cast
+
+from torch import nn
+
+from lorakit.core.delta import Method
+from lorakit.core.layer import Adapted
+from lorakit.core.layout import Linear, Rows, Site, sites_of
+from lorakit.core.walking import block_of, has_suffix, in_attention, value_for, walk
+from lorakit.errors import LorakitError
+
+PRESETS = ("all-linear", "attention", "mlp")
+
+Parts = Mapping[str, Mapping[str, Any]]
+
+
+@dataclass(frozen=True)
+class Targets:
+    """What was asked for, as it is saved with the adapter.
+
+    Attributes:
+        target_modules: suffixes of module names, or one regular expression for whole names, or a preset.
+        exclude_modules: suffixes, or one regular expression; wins over target_modules.
+        layers: only modules inside these numbered blocks.
+        layers_pattern: the name of the list that `layers` counts in, where a model has several.
+        rank_pattern, alpha_pattern: name pattern -> another rank or alpha for matching layers; the first match counts.
+        modules_to_save: suffixes of modules that are trained and saved whole.
+        bias: "none"; "lora_only": biases of adapted layers train; "all": every bias of the model.
+        parts: layer suffix -> part name -> row range(s): every part of a fused layer gets its own delta.
+    """
+
+    target_modules: str | tuple[str, ...] = "all-linear"
+    exclude_modules: str | tuple[str, ...] | None = None
+    layers: tuple[int, ...] | None = None
+    layers_pattern: tuple[str, ...] | None = None
+    rank_pattern: Mapping[str, int] = field(default_factory=dict)
+    alpha_pattern: Mapping[str, float] = field(default_factory=dict)
+    modules_to_save: tuple[str, ...] = ()
+    bias: str = "none"
+    parts: Parts = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.bias not in ("none", "all", "lora_only"):
+            raise LorakitError(f'attach: bias was given as {self.bias!r}; it is "none", "all" or "lora_only".')
+
+    def patterns(self) -> dict[str, Mapping[str, Any]]:
+        """Method field -> {pattern: value}, for the fields that may differ per layer."""
+        return {"rank": self.rank_pattern, "alpha": self.alpha_pattern}
+
+    def spec_for(self, method: Method, path: str, site: Site) -> Method:
+        """The method's spec with the rank and alpha that these patterns give to one matrix of the layer at `path`: by its
+        own name, or by the layer's where it is no part of a fused one."""
+        changes = {}
+        for option, patterns in self.patterns().items():
+            if not patterns:
+                continue
+            if option not in method.pattern_fields:
+                raise LorakitError(f"attach: {option}_pattern was given, but {method.name} has no {option} per layer.")
+            value = value_for(patterns, site.place(path))
+            if value is None and not isinstance(site.layout, Rows):
+                value = value_for(patterns, path)
+            if value is not None:
+                changes[option] = value
+        spec = method.at(path)
+        return spec.replace(**changes) if changes else spec
+
+    def as_data(self) -> dict[str, Any]:
+        """Plain data; patterns as pairs, since the first match counts and JSON objects are sorted in files."""
+        own = dataclasses.asdict(self)
+        for name in ("rank_pattern", "alpha_pattern"):
+            own[name] = [[pattern, value] for pattern, value in own[name].items()]
+        return own
+
+    @classmethod
+    def from_data(cls, data: Mapping[str, Any], where: Path) -> Targets:
+        """What `as_data` has written, read from the file `where`."""
+        values = dict(data)
+        known = {field.name for field in dataclasses.fields(cls)}
+        if set(values) != known:
+            raise LorakitError(
+                f"load: {where} describes targets by {sorted(values)}; this version knows {sorted(known)}. Without "
+                f"{where.name} the folder reads as PEFT's."
+            )
+        for key, value in values.items():
+            if key.endswith("_pattern") and key != "layers_pattern":
+                values[key] = dict(value)
+            elif isinstance(value, list):
+                values[key] = tuple(value)
+        values["parts"] = {
+            layer: {part: _ranges(given) for part, given in parts.items()} for layer, parts in values["parts"].items()
+        }
+        return cls(**values)
+
+
+def _ranges(given: list[Any]) -> Any:
+    """Rows of a part as they were given: one pair (start, stop), or a list of pairs."""
+    return [tuple(pair) for pair in given] if isinstance(given[0], list) else tuple(given)
+
+
+def _head_paths(model: nn.Module) -> set[str]:
+    """Paths of the output head: the output embeddings, and whatever stands outside a transformers model's backbone."""
+    heads: set[str] = set()
+    find_head = cast("Callable[[], nn.Module | None] | None", getattr(model, "get_output_embeddings", None))
+    head = find_head() if find_head is not None else None
+    head = head.base if isinstance(head, Adapted) else head
+    prefix = getattr(model, "base_model_prefix", "")
+    inside = bool(prefix) and prefix in dict(model.named_children())
+    for path, module in walk(model):
+        if module is head or (inside and path and not (path == prefix or path.startswith(prefix + "."))):
+            heads.add(path)
+    return heads
+
+
+def _compile(pattern: str, option: str) -> re.Pattern[str]:
+    try:
+        return re.compile(pattern)
+    except re.error as problem:
+        raise LorakitError(
+            f"attach: {option} was given as {pattern!r}, one string, which is read as a regular expression over whole "
+            f"module names, and it is not one ({problem}). A list of suffixes, or {', '.join(PRESETS)}, would work too."
+        ) from problem
+
+
+def describe_layers(model: nn.Module) -> str:
+    """The endings of adaptable layers with their counts, for messages."""
+    counts: Counter[str] = Counter()
+    for path, module in walk(model):
+        if path and _adaptable(module):
+            counts[path.rpartition(".")[2]] += 1
+    return ", ".join(f"{name} ×{count}" for name, count in counts.most_common(24)) or "none"
+
+
+def _adaptable(module: nn.Module) -> bool:
+    try:
+        return bool(sites_of(module))
+    except LorakitError:
+        return False
+
+
+def select(model: nn.Module, targets: Targets) -> list[str]:
+    """The paths of the layers to adapt, in the model's order; LorakitError where anything asked matches nothing."""
+    modules = [(path, module) for path, module in walk(model) if path]
+    chosen = _chosen(model, modules, targets)
+    chosen = _without_excluded(chosen, targets)
+    if targets.layers is not None:
+        chosen = _in_blocks(chosen, targets)
+    saved = select_saved(model, targets)
+    chosen = [path for path in chosen if not any(path == name or path.startswith(name + ".") for name in saved)]
+    if not chosen and targets.target_modules:
+        raise LorakitError(
+            f"attach: target_modules={targets.target_modules!r} leaves no layer after exclude_modules, layers and "
+            f"modules_to_save. Layers here: {describe_layers(model)}."
+        )
+    for option, patterns in (
+        ("rank_pattern", targets.rank_pattern),
+        ("alpha_pattern", targets.alpha_pattern),
+    ):
+        for pattern in patterns:
+            _compile(pattern, option)
+            if not any(value_for({pattern: 1}, name) for name in [*chosen, *_part_names(chosen, targets.parts)]):
+                raise LorakitError(
+                    f"attach: {option} has the pattern {pattern!r}, which matches none of the {len(chosen)} adapted layers "
+                    f"(the first is {chosen[0] if chosen else '-'}). A pattern matches the end of a layer's name."
+                )
+    for suffix in targets.parts:
+        if not any(has_suffix(path, suffix) for path in chosen):
+            raise LorakitError(f"attach: parts names {suffix!r}, which is none of the adapted layers.")
+    return chosen
+
+
+def _part_names(paths: list[str], parts: Parts) -> list[str]:
+    """The names that parts of fused layers have, under which patterns give them ranks of their own."""
+    return [
+        f"{path}.{part}" for layer, own in parts.items() for path in paths if has_suffix(path, layer) for part in own
+    ]
+
+
+def _chosen(model: nn.Module, modules: list[tuple[str, nn.Module]], targets: Targets) -> list[str]:
+    wanted = targets.target_modules
+    if wanted in PRESETS:
+        heads = _head_paths(model)
+        paths = []
+        for path, module in modules:
+            linear = any(isinstance(site.layout, Linear) for site in sites_of(module)) if _adaptable(module) else False
+            if (
+                linear
+                and path not in heads
+                and (wanted == "all-linear" or in_attention(path) == (wanted == "attention"))
+            ):
+                paths.append(path)
+        if not paths:
+            raise LorakitError(
+                f'attach: target_modules="{wanted}" found no such linear layer in {type(model).__name__}. Layers here: '
+                f"{describe_layers(model)}."
+            )
+        return paths
+    if isinstance(wanted, str):
+        pattern = _compile(wanted, "target_modules")
+        paths = [path for path, module in modules if pattern.fullmatch(path) and _adaptable(module)]
+        if not paths:
+            raise LorakitError(
+                f'attach: the regular expression "{wanted}" matches no layer\'s whole name (for example '
+                f"{next((path for path, module in modules if _adaptable(module)), '-')}). Layers here end in: "
+                f"{describe_layers(model)}. For a single suffix give a list: [{wanted!r}]."
+            )
+        return paths
+    paths = []
+    for suffix in wanted:
+        matching = [(path, module) for path, module in modules if has_suffix(path, suffix)]
+        if not matching:
+            raise LorakitError(f'attach: no layer matches "{suffix}". Layers here end in: {describe_layers(model)}.')
+        for path, module in matching:
+            if not sites_of(module):
+                raise LorakitError(
+                    f'attach: "{suffix}" matches {path}, a {type(module).__name__}, which has no matrix to adapt. To train '
+                    f"it whole, name it in modules_to_save. Layers here end in: {describe_layers(model)}."
+                )
+            paths.append(path)
+    order = {path: index for index, (path, _) in enumerate(modules)}
+    return sorted(dict.fromkeys(paths), key=order.__getitem__)
+
+
+def _without_excluded(paths: list[str], targets: Targets) -> list[str]:
+    excluded = targets.exclude_modules
+    if not excluded:
+        return paths
+    if isinstance(excluded, str):
+        pattern = _compile(excluded, "exclude_modules")
+        left = [path for path in paths if not pattern.fullmatch(path)]
+        if len(left) == len(paths):
+            raise LorakitError(
+                f'attach: the expression exclude_modules="{excluded}" matches none of the targeted layers.'
+            )
+        return left
+    for suffix in excluded:
+        if not any(has_suffix(path, suffix) for path in paths):
+            raise LorakitError(
+                f'attach: exclude_modules names "{suffix}", which is none of the {len(paths)} targeted layers; their names '
+                f"end in {', '.join(sorted({path.rpartition('.')[2] for path in paths}))}."
+            )
+    return [path for path in paths if not any(has_suffix(path, suffix) for suffix in excluded)]
+
+
+def _in_blocks(paths: list[str], targets: Targets) -> list[str]:
+    assert targets.layers is not None
+    numbers = {path: block_of(path, targets.layers_pattern) for path in paths}
+    present = sorted({number for number in numbers.values() if number is not None})
+    missing = [number for number in targets.layers if number not in present]
+    if missing:
+        span = f"blocks {present[0]} to {present[-1]}" if present else "no numbered block"
+        raise LorakitError(f"attach: layers names block {missing[0]}, but the targeted layers stand in {span}.")
+    return [path for path in paths if numbers[path] in targets.layers]
+
+
+def select_saved(model: nn.Module, targets: Targets) -> list[str]:
+    """The paths of the modules that are trained whole."""
+    paths: list[str] = []
+    everything = [(path, module) for path, module in walk(model) if path]
+    for suffix in targets.modules_to_save:
+        matching = [
+            path for path, module in everything if has_suffix(path, suffix) and any(True for _ in module.parameters())
+        ]
+        if not matching:
+            children = sorted(
+                {path.rpartition(".")[2] for path, _ in everything if not path.rpartition(".")[2].isdigit()}
+            )
+            raise LorakitError(
+                f'attach: modules_to_save names "{suffix}", which is no module with parameters here. Modules end in: '
+                f"{', '.join(children[:40])}."
+            )
+        paths += matching
+    return list(dict.fromkeys(paths))

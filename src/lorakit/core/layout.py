@@ -1,0 +1,375 @@
+"""Any layer's weight as an (out, in) matrix, and what the layer does with such a matrix.
+
+A `Layout` is the only place that knows a layer kind. Methods see matrices; a new layer kind works with every method
+as soon as its layout does. A layer may hold several matrices (attention keeps two), each is a `Site`.
+
+    kind          weight as stored          matrix
+    Linear        (out, in)                 as it is; also any packed layer with the two sizes that is called like one
+    Transposed    (in, out)                 its transpose (transformers' Conv1D)
+    Convolution   (out, in/groups, *k)      (out, in/groups · k), for 1, 2 and 3 dimensions
+    Embedding     (vocabulary, dim)         its transpose: out = dim, in = vocabulary, inputs are one-hot
+    Rows          some rows of another      fused projections, a part of which is adapted
+    Attention     nn.MultiheadAttention     its projections, reached by substitution only
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lorakit.core.delta import Shape
+from lorakit.errors import LorakitError
+
+
+class Layout(ABC):
+    """How one layer's weight is a matrix. Holds no tensors; the layer is handed to each call."""
+
+    kind: str
+    shape: Shape
+    flat: bool = False
+    """The layer is `x Wᵀ + b` over the last axis, so that the fused product of kernel.py applies."""
+    beside: bool = True
+    """ΔW can act beside the layer. Where not, the layer is called with its weights substituted."""
+
+    @abstractmethod
+    def matrix(self, weight: Tensor) -> Tensor:
+        """The weight as (out, in): a view where possible."""
+
+    @abstractmethod
+    def weight(self, M: Tensor, like: Tensor) -> Tensor:
+        """The inverse of `matrix`: `M` (out, in) in the shape of the stored weight `like`."""
+
+    @abstractmethod
+    def linear(self, layer: nn.Module, x: Tensor, M: Tensor) -> Tensor:
+        """What the layer does to `x` with the matrix `M` in place of its own, without bias."""
+
+    def through(self, x: Tensor, f: Callable[[Tensor], Tensor]) -> Tensor | None:
+        """`linear` by a function of inputs with features last, or None where the layer does not meet its inputs so."""
+        return None
+
+    @abstractmethod
+    def down(self, layer: nn.Module, x: Tensor, A: Tensor) -> Tensor:
+        """The input side of a low-rank product: (..., rank), features last (grouped layers: (..., groups, rank))."""
+
+    @abstractmethod
+    def up(self, layer: nn.Module, h: Tensor, B: Tensor) -> Tensor:
+        """The output side: what `down` gave, times Bᵀ, in the layer's output shape."""
+
+    def features(self, v: Tensor, y: Tensor) -> Tensor:
+        """A vector over output features, (out,), shaped to broadcast against the layer's output `y`."""
+        return v
+
+    def pack(self, tensor: Tensor, axes: str) -> Tensor:
+        """A delta's tensor in the shape that PEFT's files use: axes "in" (rows × in), "out" (out × columns), "features"
+        (one number per channel), "column" and "row" (a vector kept as one), "taps" (rows × some channels' taps) or ""."""
+        return tensor[:, None] if axes == "column" else tensor[None] if axes == "row" else tensor
+
+    def unpack(self, tensor: Tensor, axes: str) -> Tensor:
+        """The inverse of `pack`; refuses a shape that does not fit."""
+        if axes not in ("column", "row"):
+            return tensor
+        axis = 1 if axes == "column" else 0
+        if tensor.ndim != 2 or tensor.shape[axis] != 1:
+            raise LorakitError(f"load: a {axes} was expected in the file and a tensor of {tuple(tensor.shape)} found.")
+        return tensor.squeeze(axis)
+
+
+@dataclass(frozen=True)
+class Linear(Layout):
+    """`nn.Linear`: the weight is the matrix."""
+
+    shape: Shape
+    kind = "linear"
+    flat = True
+
+    def matrix(self, weight: Tensor) -> Tensor:
+        return weight
+
+    def weight(self, M: Tensor, like: Tensor) -> Tensor:
+        return M
+
+    def linear(self, layer: nn.Module, x: Tensor, M: Tensor) -> Tensor:
+        return F.linear(x, M)
+
+    def through(self, x: Tensor, f: Callable[[Tensor], Tensor]) -> Tensor | None:
+        return f(x)
+
+    def down(self, layer: nn.Module, x: Tensor, A: Tensor) -> Tensor:
+        return F.linear(x, A)
+
+    def up(self, layer: nn.Module, h: Tensor, B: Tensor) -> Tensor:
+        return F.linear(h, B)
+
+
+@dataclass(frozen=True)
+class Transposed(Linear):
+    """transformers' `Conv1D`: a linear layer whose weight is stored (in, out)."""
+
+    kind = "transposed"
+
+    def matrix(self, weight: Tensor) -> Tensor:
+        return weight.T
+
+    def weight(self, M: Tensor, like: Tensor) -> Tensor:
+        return M.T
+
+
+@dataclass(frozen=True)
+class Convolution(Layout):
+    """`nn.Conv1d`, `Conv2d`, `Conv3d` with their stride, padding and its mode, dilation and groups.
+
+    A factor A (rank, in/groups · k) is a convolution to `rank` channels, run once per group; B is a 1×1 convolution.
+    """
+
+    shape: Shape
+    window: tuple[int, ...]
+    """(in/groups, *kernel)"""
+    groups: int
+    kind = "convolution"
+
+    def matrix(self, weight: Tensor) -> Tensor:
+        return weight.flatten(1)
+
+    def weight(self, M: Tensor, like: Tensor) -> Tensor:
+        return M.reshape(like.shape)
+
+    def _run(self, layer: nn.Module, x: Tensor, M: Tensor) -> Tensor:
+        convolve = cast(Any, layer)._conv_forward
+        return cast(Tensor, convolve(x, M.reshape(-1, *self.window), None))
+
+    def linear(self, layer: nn.Module, x: Tensor, M: Tensor) -> Tensor:
+        return self._run(layer, x, M)
+
+    def down(self, layer: nn.Module, x: Tensor, A: Tensor) -> Tensor:
+        h = self._run(layer, x, A.repeat(self.groups, 1))
+        channel = h.ndim - len(self.window)  # unbatched input has no leading axis
+        return cast(Tensor, h.movedim(channel, -1).unflatten(-1, (self.groups, -1)))
+
+    def up(self, layer: nn.Module, h: Tensor, B: Tensor) -> Tensor:
+        per_group = B.unflatten(0, (self.groups, -1))
+        y = torch.einsum("...gr,gor->...go", h, per_group).flatten(-2)
+        return y.movedim(-1, y.ndim - len(self.window))
+
+    def features(self, v: Tensor, y: Tensor) -> Tensor:
+        return v.reshape(-1, *[1] * (len(self.window) - 1))
+
+    def pack(self, tensor: Tensor, axes: str) -> Tensor:
+        if axes == "in":
+            return tensor.reshape(tensor.shape[0], *self.window)
+        if axes == "out":
+            return tensor.reshape(*tensor.shape, *[1] * (len(self.window) - 1))
+        if axes == "features":
+            return tensor.reshape(1, -1, *[1] * (len(self.window) - 1))
+        if axes == "taps":
+            return tensor.reshape(tensor.shape[0], -1, *self.window[1:])
+        return super().pack(tensor, axes)
+
+    def unpack(self, tensor: Tensor, axes: str) -> Tensor:
+        if axes == "in" and tensor.shape[1:] != self.window:
+            reason = ""
+            if self.groups > 1:
+                reason = (
+                    " PEFT lets every group of a grouped convolution see all input channels, which is no change of its "
+                    "weight; such an adapter cannot be read here."
+                )
+            raise LorakitError(
+                f"load: a convolution's A has shape {tuple(tensor.shape)}; this layer needs (rank, "
+                f"{', '.join(map(str, self.window))}).{reason}"
+            )
+        if axes == "features":
+            return tensor.flatten()
+        return tensor.flatten(1) if axes in ("in", "out", "taps") else super().unpack(tensor, axes)
+
+
+@dataclass(frozen=True)
+class Embedding(Layout):
+    """`nn.Embedding`: a linear layer on one-hot inputs, whose weight is stored (vocabulary, dim)."""
+
+    shape: Shape
+    kind = "embedding"
+
+    def matrix(self, weight: Tensor) -> Tensor:
+        return weight.T
+
+    def weight(self, M: Tensor, like: Tensor) -> Tensor:
+        return M.T
+
+    def _rows(self, layer: nn.Module, ids: Tensor, table: Tensor) -> Tensor:
+        embedding = cast(nn.Embedding, layer)
+        rows = F.embedding(ids, table, embedding.padding_idx)
+        scale = getattr(layer, "embed_scale", None)  # transformers' scaled word embeddings (Gemma, BART)
+        return rows if scale is None else rows * torch.as_tensor(scale).to(rows.dtype)
+
+    def linear(self, layer: nn.Module, x: Tensor, M: Tensor) -> Tensor:
+        return self._rows(layer, x, M.T)
+
+    def down(self, layer: nn.Module, x: Tensor, A: Tensor) -> Tensor:
+        return self._rows(layer, x, A.T)
+
+    def up(self, layer: nn.Module, h: Tensor, B: Tensor) -> Tensor:
+        return F.linear(h, B)
+
+
+@dataclass(frozen=True)
+class Rows(Layout):
+    """Some output rows of a fused linear layer (the q of a qkv), so that each part has its own delta."""
+
+    inner: Linear
+    ranges: tuple[tuple[int, int], ...]
+    shape: Shape = field(init=False)
+    kind = "rows"
+
+    def __post_init__(self) -> None:
+        rows = sum(stop - start for start, stop in self.ranges)
+        object.__setattr__(self, "shape", Shape(rows, self.inner.shape.in_, bias=self.inner.shape.bias))
+
+    def index(self, device: torch.device | None = None) -> Tensor:
+        """The row numbers of this part, (rows,)."""
+        return torch.cat([torch.arange(start, stop, device=device) for start, stop in self.ranges])
+
+    def matrix(self, weight: Tensor) -> Tensor:
+        W = self.inner.matrix(weight)
+        return torch.cat([W[start:stop] for start, stop in self.ranges])
+
+    def weight(self, M: Tensor, like: Tensor) -> Tensor:
+        """`M` in its rows, zero in all others: a change of the whole weight."""
+        whole = M.new_zeros(self.inner.shape.out, M.shape[1]).index_copy(0, self.index(M.device), M)
+        return self.inner.weight(whole, like)
+
+    def _place(self, part: Tensor) -> Tensor:
+        whole = part.new_zeros(*part.shape[:-1], self.inner.shape.out)
+        return whole.index_copy(-1, self.index(part.device), part)
+
+    def part(self, y: Tensor) -> Tensor:
+        """This part's features of the whole layer's output `y`."""
+        return torch.cat([y[..., start:stop] for start, stop in self.ranges], dim=-1)
+
+    def linear(self, layer: nn.Module, x: Tensor, M: Tensor) -> Tensor:
+        return self._place(F.linear(x, M))
+
+    def through(self, x: Tensor, f: Callable[[Tensor], Tensor]) -> Tensor | None:
+        return self._place(f(x))
+
+    def down(self, layer: nn.Module, x: Tensor, A: Tensor) -> Tensor:
+        return F.linear(x, A)
+
+    def up(self, layer: nn.Module, h: Tensor, B: Tensor) -> Tensor:
+        return self._place(F.linear(h, B))
+
+    def features(self, v: Tensor, y: Tensor) -> Tensor:
+        return self._place(v)
+
+
+@dataclass(frozen=True)
+class Substituted(Linear):
+    """A projection of a layer that can only be reached by substituting its weight (nn.MultiheadAttention)."""
+
+    kind = "attention"
+    flat = False
+    beside = False
+
+
+@dataclass(frozen=True)
+class Site:
+    """One matrix of a layer: its short name ("" where the layer has one only), its tensors, its layout."""
+
+    name: str
+    weight: str
+    bias: str | None
+    layout: Layout
+
+    def place(self, path: str) -> str:
+        """The name of this matrix in a model where its layer stands at `path`."""
+        return f"{path}.{self.name}" if self.name else path
+
+
+def _is_conv1d(module: nn.Module) -> bool:
+    """transformers' Conv1D, told by its shape of attributes so that transformers need not be imported."""
+    return type(module).__name__ == "Conv1D" and hasattr(module, "nf") and hasattr(module, "nx")
+
+
+def _attention_sites(module: nn.MultiheadAttention) -> list[Site]:
+    dim = module.embed_dim
+    bias = "in_proj_bias" if module.in_proj_bias is not None else None
+    sites = []
+    if module.in_proj_weight is not None:
+        shape = Shape(3 * dim, dim, bias=bias is not None)
+        sites.append(Site("in_proj", "in_proj_weight", bias, Substituted(shape)))
+    else:
+        for letter, width in (("q", dim), ("k", module.kdim or dim), ("v", module.vdim or dim)):
+            shape = Shape(dim, width, bias=False)
+            sites.append(Site(f"{letter}_proj", f"{letter}_proj_weight", None, Substituted(shape)))
+    out_bias = "out_proj.bias" if module.out_proj.bias is not None else None
+    shape = Shape(dim, dim, bias=out_bias is not None)
+    sites.append(Site("out_proj", "out_proj.weight", out_bias, Substituted(shape)))
+    return sites
+
+
+def has_linear_face(module: nn.Module) -> bool:
+    """Whether a module has the two sizes of a linear layer and none inside it: the packed layers of quantisation libraries,
+    of which many are no `nn.Linear`."""
+    sizes = (getattr(module, "in_features", None), getattr(module, "out_features", None))
+    return all(isinstance(size, int) and size > 0 for size in sizes) and not module._modules
+
+
+def sites_of(module: nn.Module) -> list[Site]:
+    """The matrices of a layer that a delta can change; empty where the layer is of no known kind."""
+    bias = "bias" if isinstance(getattr(module, "bias", None), Tensor) else None
+    if isinstance(module, nn.MultiheadAttention):
+        return _attention_sites(module)
+    if isinstance(module, nn.Linear) or has_linear_face(module):
+        shape = Shape(cast(int, module.out_features), cast(int, module.in_features), bias=bias is not None)
+        return [Site("", "weight", bias, Linear(shape))]
+    if _is_conv1d(module):
+        width, height = cast(Tensor, module.weight).shape
+        return [Site("", "weight", bias, Transposed(Shape(height, width, bias=bias is not None)))]
+    if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d):
+        window = tuple(module.weight.shape[1:])
+        taps = math.prod(window[1:])
+        shape = Shape(module.out_channels, window[0] * taps, taps=taps, bias=bias is not None)
+        return [Site("", "weight", bias, Convolution(shape, window, module.groups))]
+    if isinstance(module, nn.Embedding):
+        if module.max_norm is not None:
+            raise LorakitError(
+                "attach: this embedding has max_norm set, so that its forward rewrites its own weights; an adapter beside "
+                "it would not see the same weights. Set max_norm to None first."
+            )
+        shape = Shape(module.embedding_dim, module.num_embeddings, lookup=True, bias=False)
+        return [Site("", "weight", None, Embedding(shape))]
+    return []
+
+
+def split(
+    site: Site,
+    parts: Mapping[str, Sequence[int] | Sequence[Sequence[int]]],
+    path: str,
+) -> list[Site]:
+    """A fused layer's site as one site per named part; a part is (start, stop) or several such ranges of rows."""
+    layout = site.layout
+    if type(layout) not in (Linear, Transposed):
+        raise LorakitError(f"attach: {path} is a {layout.kind} layer; only linear layers have row parts.")
+    rows = layout.shape.out
+    taken = torch.zeros(rows, dtype=torch.bool)
+    result = []
+    for name, given in parts.items():
+        first: Any = given[0] if len(given) else None
+        ranges = [tuple(given)] if isinstance(first, int) else [tuple(cast(Any, r)) for r in given]
+        for pair in cast("list[tuple[int, int]]", ranges):
+            if len(pair) != 2 or not 0 <= pair[0] < pair[1] <= rows:
+                raise LorakitError(
+                    f"attach: part {name!r} of {path} was given rows {pair}; the layer has {rows} output rows, so a range "
+                    f"(start, stop) needs 0 <= start < stop <= {rows}."
+                )
+            if taken[pair[0] : pair[1]].any():
+                raise LorakitError(f"attach: part {name!r} of {path} overlaps another part in rows {pair}.")
+            taken[pair[0] : pair[1]] = True
+        rows_layout = Rows(cast(Linear, layout), cast(Any, tuple(ranges)))
+        result.append(Site(name, site.weight, site.bias, rows_layout))
+    return result

@@ -1,0 +1,43 @@
+"""How frozen numbers are held: read a weight as floats, write floats back.
+
+Everything that needs a base weight's values asks here, so that a quantised base is one more storage and no method,
+layout or algebra knows of it. `read` gives the numbers that the layer computes with; `write` returns the error it made
+(zero for floats). A library is told by the class of what it made and imported only then.
+"""
+
+from __future__ import annotations
+
+from torch import nn
+
+from lorakit.core.storage.bitsandbytes import EightBit, FourBit
+from lorakit.core.storage.contract import Float, Held, Storage, owner, value_of
+from lorakit.core.storage.frozen import Frozen
+from lorakit.core.storage.hqq import HQQ
+from lorakit.core.storage.torchao import TorchAO
+from lorakit.errors import LorakitError
+
+FLOAT = Float()
+
+STORAGES: list[Storage] = [FLOAT, FourBit(), EightBit(), TorchAO(), HQQ(), Frozen()]
+"""The first that holds a tensor has it; the last takes any layer that is called like a linear one."""
+
+
+def storage_of(layer: nn.Module, tensor: str, path: str = "") -> Storage:
+    """The storage that holds the named tensor of this layer; LorakitError where none does."""
+    for storage in STORAGES:
+        if storage.holds(layer, tensor):
+            return storage
+    found = type(value_of(layer, tensor)).__name__
+    raise LorakitError(
+        f"{path or type(layer).__name__}.{tensor} is held as {found} in a {type(layer).__name__}, which no known storage "
+        f"reads. Known: {', '.join(storage.name for storage in STORAGES)}."
+    )
+
+
+def settle(model: nn.Module) -> None:
+    """See that every layer of a model gives its inputs a gradient, also after the model was asked in evaluation mode."""
+    for storage in STORAGES:
+        storage.settle(model)
+
+
+__all__ = ["FLOAT", "STORAGES", "Float", "Held", "Storage", "owner", "settle", "storage_of", "value_of"]

@@ -1,0 +1,232 @@
+"""Beside a model's attention: keys and values that an edit adds, through transformers' own registry of attention functions.
+
+While a model carries an edit of this kind its configuration names a function that is made here over the one it had. It looks
+at the module that calls it: a `Beside` that hangs there adds what the routing asks for, and other modules get what they had.
+Keys and values are made at each call and never put into a cache, so a cache holds the user's tokens alone, gradient
+checkpointing may compute a layer twice, and encoders, which have no cache, are no special case.
+
+    joint       softmax(q [P_K; K]ᵀ s) [P_V; V]                         prefix tuning
+    apart       softmax(q Kᵀ s) V + gate ⊙ softmax(q P_Kᵀ s) P_V         LLaMA-Adapter
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from lorakit.core.rows import check_rows, per_row
+from lorakit.core.state import ModelState
+from lorakit.edits.anatomy import configurations, keys_and_values
+from lorakit.edits.contract import Attention
+from lorakit.edits.prompt_rows import Owned, owned
+from lorakit.errors import LorakitError
+
+OVER = "lorakit_edits_over_"
+_HANGS = "lorakit_beside"
+
+
+class Beside:
+    """What hangs at one attention module: the edits of any number of adapters."""
+
+    def __init__(self, state: ModelState, path: str, key_heads: int, relative: Any = None) -> None:
+        self.state = state
+        self.path = path
+        self.key_heads = key_heads
+        self.relative = relative
+        """The attention of the same stack that computes relative position scores (T5), if there is one."""
+        self.edits: dict[str, Attention] = {}
+
+    def attend(
+        self, inner: Callable[..., Any], module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], flat: bool
+    ) -> Any:
+        """One call of the attention function `inner` with the edits that the routing asks for."""
+        names = [name for name in self.state.routing.names if name in self.edits]
+        if not names:
+            return inner(module, *args, **kwargs)
+        query, key, value, mask, *rest = args if len(args) > 3 else (*args, kwargs.pop("attention_mask", None))
+        prefixes = owned(self.state, {name: edit for name, edit in self.edits.items() if edit.joint})
+        if prefixes.names:
+            if flat:
+                raise LorakitError(
+                    f"{self.path}: a prefix cannot stand in a flat row of training; use the padded path."
+                )
+            own = key.shape[2]
+            key, value, mask = self._prefixed(prefixes, module, query, key, value, mask, kwargs)
+            if kwargs.get("position_bias") is not None:
+                kwargs["position_bias"] = self._biased(kwargs["position_bias"], query.shape[2], own, key.shape[2] - own)
+        result = inner(module, query, key, value, mask, *rest, **kwargs)
+        extra = self._apart(names, module, query, kwargs.get("scaling"))
+        return result if extra is None else (result[0] + extra.to(result[0].dtype), *result[1:])
+
+    def _tensors(self, edit: Attention, module: Any, like: Tensor) -> tuple[Tensor, Tensor]:
+        """(key heads, tokens, head size) twice, in the dtype of what the layer computes with."""
+
+        def project(hidden: Tensor) -> tuple[Tensor, Tensor]:
+            keys, values = keys_and_values(module, hidden.to(like.dtype))
+            shaped = [one.view(one.shape[0], self.key_heads, -1).transpose(0, 1) for one in (keys, values)]
+            if isinstance(getattr(module, "k_norm", None), nn.Module):  # Qwen3 and others norm each head's keys
+                shaped[0] = module.k_norm(shaped[0])
+            return shaped[0], shaped[1]
+
+        keys, values = edit.keys_values(project)
+        return keys.to(like.dtype), values.to(like.dtype)
+
+    # -- one softmax for both ------------------------------------------------------------------------------------------
+    def _prefixed(
+        self,
+        who: Owned,
+        module: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        mask: Tensor | None,
+        kwargs: dict[str, Any],
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        pairs = [self._tensors(self.edits[name], module, key) for name in who.names]
+        width = max(keys.shape[1] for keys, _ in pairs)
+        rows = key.shape[0]
+        if who.index is None:
+            keys, values = (one.expand(rows, *one.shape) for one in pairs[0])
+            real: Tensor | None = None
+        else:
+            check_rows(query, who.index.shape[0], 0, self.path)
+            index = who.index.to(key.device)
+            empty = [pairs[0][0].new_zeros(pairs[0][0].shape[0], width, key.shape[3]) for _ in range(2)]
+            filled = [[_filled(one, width) for one in pair] for pair in pairs] + [empty]
+            keys, values = (torch.stack([pair[side] for pair in filled])[index] for side in range(2))
+            lengths = torch.tensor([*(one.shape[1] for one, _ in pairs), 0], device=key.device)[index]
+            real = torch.arange(width, device=key.device) >= width - lengths[:, None]
+        mask = _widened(mask, real, module, query, key, width, kwargs)
+        return torch.cat([keys, key], dim=2), torch.cat([values, value], dim=2), mask
+
+    def _biased(self, bias: Tensor, queries: int, own: int, width: int) -> Tensor:
+        """Relative position scores (1, heads, queries, own keys) with those of a prefix, which stands right before the text."""
+        if self.relative is None:
+            added = bias.new_zeros(*bias.shape[:-1], width)
+        else:
+            added = self.relative.compute_bias(
+                queries, width, device=bias.device, past_seen_tokens=width + own - queries
+            )
+        return torch.cat([added.to(bias.dtype).expand(*bias.shape[:-1], width), bias], dim=-1)
+
+    # -- a softmax of its own ------------------------------------------------------------------------------------------
+    def _apart(self, names: list[str], module: Any, query: Tensor, scaling: float | None) -> Tensor | None:
+        """What gated edits add, (rows, tokens, heads, head size)."""
+        total: Tensor | None = None
+        routing = self.state.routing
+        scale = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
+        for name in names:
+            edit = self.edits[name]
+            if edit.joint:
+                continue
+            keys, values = self._tensors(edit, module, query)
+            groups = query.shape[1] // keys.shape[0]
+            keys, values = (one.repeat_interleave(groups, dim=0) for one in (keys, values))
+            scores = torch.matmul(query, keys.transpose(1, 2)) * scale
+            shares = scores.softmax(dim=-1, dtype=torch.promote_types(scores.dtype, torch.float32)).to(query.dtype)
+            gate = cast(Tensor, edit.gate()).to(query.dtype)
+            added = (torch.matmul(shares, values) * gate[:, None, None]).transpose(1, 2)
+            column = routing.names.index(name)
+            if routing.weights is not None:
+                added = added * routing.weights[column]
+            else:
+                check_rows(added, routing.rows, routing.axis, self.path)
+                added = added * per_row(routing.table_on(added.device)[:, column], added, routing.axis).to(added.dtype)
+            total = added if total is None else total + added
+        return total
+
+
+def _filled(table: Tensor, width: int) -> Tensor:
+    """(heads, tokens, size) with zeros before it, to `width` tokens."""
+    return torch.cat([table.new_zeros(table.shape[0], width - table.shape[1], table.shape[2]), table], dim=1)
+
+
+def _widened(
+    mask: Tensor | None,
+    real: Tensor | None,
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    width: int,
+    kwargs: dict[str, Any],
+) -> Tensor | None:
+    """A mask for the prefix's keys and the layer's own; None where everything may be seen."""
+    if mask is not None and mask.ndim == 2:
+        added = mask.new_ones(mask.shape[0], width) if real is None else real.to(mask.dtype)
+        return torch.cat([added, mask], dim=1)
+    if mask is None:
+        causal = kwargs.get("is_causal")
+        causal = getattr(module, "is_causal", True) if causal is None else causal
+        queries, own = query.shape[2], key.shape[2]
+        if real is None and not (causal and queries > 1):
+            return None
+        seen = torch.ones(queries, own, dtype=torch.bool, device=query.device)
+        mask = (seen.tril(own - queries) if causal and queries > 1 else seen)[None, None]
+    closed = torch.finfo(mask.dtype).min if mask.is_floating_point() else 0
+    rows = mask.shape[0] if real is None else real.shape[0]
+    added = mask.new_full((rows, 1, mask.shape[-2], width), 0 if mask.is_floating_point() else 1)
+    if real is not None:
+        added = added.masked_fill(~real[:, None, None, :], closed)
+    mask = mask.expand(rows, *mask.shape[1:])
+    return torch.cat([added.expand(-1, mask.shape[1], -1, -1), mask], dim=-1)
+
+
+# -- the door ---------------------------------------------------------------------------------------------------------------
+
+
+def hang(module: nn.Module, beside: Beside | None) -> None:
+    """Let an attention module be called with these edits; None takes them off."""
+    if beside is not None:
+        object.__setattr__(module, _HANGS, beside)
+    elif _HANGS in module.__dict__:
+        object.__delattr__(module, _HANGS)
+
+
+def hung(module: nn.Module) -> Beside | None:
+    """What hangs at an attention module."""
+    return cast("Beside | None", module.__dict__.get(_HANGS))
+
+
+def with_edits(
+    inner: Callable[..., Any], module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], flat: bool = False
+) -> Any:
+    """An attention function called for a module, with the edits that hang at it."""
+    beside = hung(module)
+    return inner(module, *args, **kwargs) if beside is None else beside.attend(inner, module, args, kwargs, flat)
+
+
+def _over(original: str) -> Callable[..., Any]:
+    def forward(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+        eager: Any = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
+        return with_edits(ALL_ATTENTION_FUNCTIONS.get_interface(original, eager), module, args, kwargs)
+
+    return forward
+
+
+def open_door(model: nn.Module) -> None:
+    """Let every attention of the model ask what hangs at it."""
+    from transformers import AttentionInterface
+    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
+
+    for config in configurations(model):
+        original = config._attn_implementation_internal or "eager"
+        if original.startswith(OVER):
+            continue
+        AttentionInterface.register(OVER + original, _over(original))
+        if original in ALL_MASK_ATTENTION_FUNCTIONS.valid_keys():
+            AttentionMaskInterface.register(OVER + original, ALL_MASK_ATTENTION_FUNCTIONS[original])
+        config._attn_implementation_internal = OVER + original
+
+
+def close_door(model: nn.Module) -> None:
+    """Give every configuration the attention function back that it had."""
+    for config in configurations(model):
+        name = config._attn_implementation_internal or ""
+        if name.startswith(OVER):
+            config._attn_implementation_internal = name.removeprefix(OVER)

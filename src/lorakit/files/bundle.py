@@ -1,0 +1,335 @@
+"""The three files of an adapter folder: their names, and how they are found and read.
+
+    adapter_config.json         PEFT's configuration
+    adapter_model.safetensors   PEFT's tensors under PEFT's names and shapes
+    lorakit.json                what PEFT has no place for: the exact spec, the base's fingerprint, the training record
+
+PEFT, vLLM and their kin ignore lorakit.json; a folder without it (PEFT wrote it) reads as well. No pickle is ever read.
+lorakit.json says which configuration and which tensors it belongs to: if another program has written a different adapter
+over them, what it says is no longer true, and that is noticed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import re
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from lorakit.errors import LorakitError
+from lorakit.files.folder import recover
+
+CONFIG, TENSORS, OWN = "adapter_config.json", "adapter_model.safetensors", "lorakit.json"
+CONTENT = (CONFIG, TENSORS, OWN)
+FORMAT = 1
+LABELS = ("base_model_name_or_path", "revision", "task_type", "inference_mode", "auto_mapping", "peft_version")
+"""Entries of the configuration that may be edited by hand: they do not change what the adapter computes."""
+_HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
+
+_ATTEMPTS = 100
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """What one adapter folder holds.
+
+    Attributes:
+        folder: where it was read.
+        config: PEFT's configuration.
+        own: lorakit.json; empty where another program wrote the folder.
+        tensors: under the names in the file.
+        compare: gives what `stale` is.
+    """
+
+    folder: Path
+    config: dict[str, Any]
+    own: dict[str, Any]
+    tensors: dict[str, Tensor]
+    compare: Callable[[], str] = str
+
+    @property
+    def stale(self) -> str:
+        """Why `own` does not belong to the rest, or empty."""
+        return self.compare()
+
+
+# -- finding ---------------------------------------------------------------------------------------------------------------
+
+
+def locate(folder: str | Path, revision: str | None = None) -> Path:
+    """The adapter folder of this path, or else of this name on the model hub ("user/name").
+
+    The network is asked only where no such folder exists and the name can be nothing else.
+    """
+    path = Path(folder).expanduser()
+    if path.parent.is_dir():
+        recover(path, CONTENT)
+        if not path.is_dir():
+            recover(path, CONTENT)  # now it waits for a save that is just between its two renames
+    if not path.is_dir():
+        # A known first part ("adapters/sql" where ./adapters exists) is a misspelt path and not a user of the hub.
+        if isinstance(folder, str) and _HUB_NAME.fullmatch(folder) and not path.exists() and not path.parent.exists():
+            path = _fetch(folder, revision)
+        else:
+            raise LorakitError(
+                f"load: {path} is no folder.{_nearby(path)} An adapter is a folder with {CONFIG} and {TENSORS}, or a name "
+                "on the model hub such as user/name."
+            )
+    if not (path / CONFIG).is_file():
+        inside = sorted(entry.parent.name for entry in path.glob(f"*/{CONFIG}"))
+        hint = f" It has adapters below it: {', '.join(inside[:8])}; name one of these." if inside else ""
+        raise LorakitError(f"load: {path} has no {CONFIG}.{hint}")
+    return path
+
+
+def _nearby(path: Path) -> str:
+    if not path.parent.is_dir():
+        return ""
+    found = sorted(entry.parent.name for entry in path.parent.glob(f"*/{CONFIG}"))
+    return f" Adapters in {path.parent}: {', '.join(found[:8])}." if found else ""
+
+
+def _fetch(name: str, revision: str | None) -> Path:
+    """The cached copy of an adapter on the hub, fetched or brought up to date if the network allows."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HfHubHTTPError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+
+    try:
+        return Path(snapshot_download(name, revision=revision, allow_patterns=list(CONTENT)))
+    except GatedRepoError as problem:
+        raise LorakitError(
+            f"load: {name!r} is closed on the hub; ask for access on its page, then `hf auth login`."
+        ) from problem
+    except RevisionNotFoundError as problem:
+        raise LorakitError(f"load: {name!r} has no revision {revision!r} on the hub.") from problem
+    except (RepositoryNotFoundError, HFValidationError) as problem:
+        raise LorakitError(f"load: {name!r} is neither a folder here nor an adapter on the hub.") from problem
+    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as problem:
+        raise LorakitError(
+            f"load: {name!r} is no folder here, and as a name on the hub it is not in the cache and the hub cannot be asked "
+            f"now ({type(problem).__name__}). Fetch it while online, or give the path of a folder."
+        ) from problem
+
+
+# -- reading -----------------------------------------------------------------------------------------------------------------
+
+
+def read_bundle(folder: str | Path, revision: str | None = None, later: bool = False) -> Bundle:
+    """All of an adapter folder, from one and the same save also while another process saves to it.
+
+    The digest of a large file takes longer than reading it. With `later` it is still being computed when this returns, `stale`
+    waits for it, and whether the files have stayed the same until then is the caller's to find out.
+    """
+    path = locate(folder, revision)
+
+    def read() -> Bundle:
+        config, own = _config(path), _own(path)
+        beside = ThreadPoolExecutor(1)
+        try:
+            stale = beside.submit(_stale, path, config, own)
+            return Bundle(path, config, own, _tensors(path), stale.result)
+        finally:
+            beside.shutdown(wait=not later)
+
+    return _unmoved(path, read)
+
+
+def read_config(folder: str | Path) -> dict[str, Any]:
+    """PEFT's configuration of an adapter folder."""
+    return _config(locate(folder))
+
+
+def read_own(folder: str | Path) -> dict[str, Any]:
+    """lorakit.json of an adapter folder; empty where another tool wrote it."""
+    return _own(locate(folder))
+
+
+def read_tensors(folder: str | Path) -> dict[str, Tensor]:
+    """The tensors of an adapter folder under the names in the file."""
+    return _tensors(locate(folder))
+
+
+def _unmoved(path: Path, read: Callable[[], T]) -> T:
+    """What `read` gives while the files are the same ones; a folder that is replaced meanwhile is read again."""
+
+    def identity() -> list[tuple[int, ...]]:
+        found: list[tuple[int, ...]] = []
+        for name in CONTENT:
+            with contextlib.suppress(OSError):
+                status = os.stat(path / name)
+                found.append((status.st_ino, status.st_mtime_ns, status.st_size))
+        return found
+
+    for _ in range(_ATTEMPTS):
+        before = identity()
+        try:
+            result = read()
+        except LorakitError:
+            if path.is_dir() and identity() == before:
+                raise
+            recover(path, CONTENT)  # waits for the save that is just between its two renames
+        else:
+            if identity() == before:
+                return result
+    raise LorakitError(f"load: {path} was replaced {_ATTEMPTS} times while it was read; save to it less often.")
+
+
+def _config(path: Path) -> dict[str, Any]:
+    config = _read_json(path / CONFIG)
+    if not isinstance(config.get("peft_type"), str):
+        raise LorakitError(f"load: {path / CONFIG} names no peft_type.")
+    return config
+
+
+def _own(path: Path) -> dict[str, Any]:
+    file = path / OWN
+    if not file.is_file():
+        return {}
+    own = _read_json(file)
+    version = own.get("format")
+    if not isinstance(version, int) or version < 1:
+        raise LorakitError(f"load: {file} has format {version!r}; a format is a number from 1 to {FORMAT}.")
+    if version > FORMAT:
+        raise LorakitError(
+            f"load: {file} has format {version}, written by lorakit {own.get('lorakit_version')}; this version reads up to "
+            f"{FORMAT}. A newer lorakit reads it; without {OWN} it reads as PEFT's."
+        )
+    for key, kind in (("method", dict), ("targets", dict), ("base", dict), ("files", dict)):
+        if not isinstance(own.get(key), kind):
+            raise LorakitError(
+                f"load: {file} has no {key!r}; it is not whole. Without {OWN} the folder reads as PEFT's."
+            )
+    return own
+
+
+def _tensors(path: Path) -> dict[str, Tensor]:
+    file = path / TENSORS
+    if not file.is_file():
+        if file.with_suffix(".bin").is_file():
+            raise LorakitError(
+                f"load: {path} holds adapter_model.bin, a pickle, which can run code when it is read; lorakit reads "
+                "safetensors only. Load it with PEFT and save it again (safe_serialization is its default)."
+            )
+        raise LorakitError(f"load: {path} has no {TENSORS}.")
+    try:
+        return load_file(file)
+    except (SafetensorError, OSError, RuntimeError) as problem:
+        raise LorakitError(f"load: {file} is no whole safetensors file ({problem}).") from problem
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as problem:
+        raise LorakitError(f"load: {path} cannot be read as JSON ({problem}).") from problem
+    if not isinstance(value, dict):
+        raise LorakitError(f"load: {path} holds a {type(value).__name__}; a configuration is an object.")
+    return value
+
+
+# -- what belongs together ---------------------------------------------------------------------------------------------------
+
+
+def write_bundle(
+    fresh: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor], own: Mapping[str, Any] | None
+) -> None:
+    """Write the three files into an empty folder (see `folder.replace_folder`); lorakit.json only where `own` is given.
+
+    Raises:
+        OSError: a file cannot be written.
+    """
+    path = fresh / TENSORS
+    try:
+        save_file({key: tensor.cpu() for key, tensor in tensors.items()}, path, metadata={"format": "pt"})
+    except SafetensorError as problem:
+        raise OSError(str(problem)) from problem
+    text = plain(config, CONFIG)
+    (fresh / CONFIG).write_text(text, encoding="utf-8")
+    # safetensors makes its file readable by its owner alone; the adapter's files are all as readable as the rest
+    path.chmod((fresh / CONFIG).stat().st_mode)
+    if own is not None:
+        files = digests(json.loads(text), path)
+        (fresh / OWN).write_text(plain({**own, "files": files}, OWN), encoding="utf-8")
+
+
+def own_data(
+    method: Mapping[str, Any],
+    targets: Mapping[str, Any],
+    base: Mapping[str, Any],
+    record: Mapping[str, Any] | None = None,
+    shifted: bool = False,
+) -> dict[str, Any]:
+    """What lorakit.json says, but for the digests that `write_bundle` adds.
+
+    Args:
+        method: the spec as data (`Spec.to_dict`).
+        targets: what was asked for (`Targets.as_data`).
+        base: {"name": …, "fingerprint": …, "quantization": …}, as far as they are known.
+        record: anything to keep with it, such as how it was trained.
+        shifted: the tensors are what is trained and the start that is taken off it (`delta.Offset`).
+    """
+    from lorakit import __version__
+
+    return {
+        "format": FORMAT,
+        "lorakit_version": __version__,
+        "method": dict(method),
+        "targets": dict(targets),
+        "shifted": shifted,
+        "base": dict(base),
+        "record": dict(record or {}),
+    }
+
+
+def plain(value: Any, name: str) -> str:
+    """JSON as the files hold it: sorted, so that the same adapter gives the same bytes."""
+    try:
+        return json.dumps(value, indent=2, sort_keys=True) + "\n"
+    except (TypeError, ValueError) as problem:
+        raise LorakitError(f"save: {name} takes plain data only ({problem}).") from problem
+
+
+def digests(config: Mapping[str, Any], tensors: Path) -> dict[str, str]:
+    """What lorakit.json remembers of the other two files: a digest of the entries that matter, one of the tensor file."""
+    matter = {key: value for key, value in config.items() if key not in LABELS}
+    text = json.dumps(matter, sort_keys=True)
+    with tensors.open("rb") as file:
+        return {
+            CONFIG: hashlib.sha256(text.encode()).hexdigest(),
+            TENSORS: hashlib.file_digest(file, "sha256").hexdigest(),
+        }
+
+
+def _stale(path: Path, config: Mapping[str, Any], own: Mapping[str, Any]) -> str:
+    if not own:
+        return ""
+    try:
+        found = digests(config, path / TENSORS)
+    except OSError as problem:
+        raise LorakitError(f"load: {path / TENSORS} cannot be read ({problem}).") from problem
+    other = [name for name, digest in found.items() if own["files"].get(name) != digest]
+    if not other:
+        return ""
+    return (
+        f"load: {path / other[0]} was changed after lorakit wrote {OWN} beside it, which therefore describes another "
+        f"adapter. Without {OWN} the folder reads as PEFT's."
+    )

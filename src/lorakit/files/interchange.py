@@ -1,0 +1,424 @@
+"""An adapter in PEFT's words: the names and shapes of its tensors, and PEFT's configuration, both ways.
+
+What is written names exactly the layers that the adapter has, whatever was asked for when it was made, so that PEFT's
+matching selects the same ones. Wrappers around a model or its blocks (torch.compile, DistributedDataParallel, FSDP) are
+no part of a layer's name.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+import re
+from collections.abc import Collection, Mapping
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from lorakit.adapter.adapter import Adapter
+from lorakit.adapter.targets import Targets
+from lorakit.core.delta import LowRank, Method, Offset, View
+from lorakit.core.layer import Adapted
+from lorakit.core.layout import Rows, Site
+from lorakit.core.routing import Router
+from lorakit.core.walking import as_patterns, exactly, has_suffix, value_for, walk
+from lorakit.edits.contract import EditMethod
+from lorakit.errors import LorakitError
+
+PREFIX = "base_model.model."
+PAIRS = {".lora_A.weight": ".lora_B.weight", ".lora_embedding_A": ".lora_embedding_B"}
+"""How the factors of a LoRA end in the file: A -> B."""
+_WRAPPERS = {
+    "OptimizedModule": "_orig_mod",
+    "DistributedDataParallel": "module",
+    "DataParallel": "module",
+    "FullyShardedDataParallel": "_fsdp_wrapped_module",
+    "CheckpointWrapper": "_checkpoint_wrapped_module",
+}
+_PRIVATE = frozenset(attribute for attribute in _WRAPPERS.values() if attribute.startswith("_"))
+_HEADS = {
+    "SEQ_CLS": ("classifier", "score"),
+    "TOKEN_CLS": ("classifier", "score"),
+    "QUESTION_ANS": ("qa_outputs",),
+}
+"""modules_to_save that PEFT adds by itself for a task, whether the model has them or not."""
+COMMON = frozenset(
+    {"peft_type", "task_type", "base_model_name_or_path", "revision", "inference_mode", "auto_mapping", "peft_version",
+     "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save", "bias",
+     "rank_pattern", "alpha_pattern"}
+)  # fmt: skip
+"""Entries of PEFT's configuration that are read for every method."""
+
+
+def plain_names(model: nn.Module) -> dict[str, str]:
+    """Module path -> its path in the model without wrappers, for every module of the base model."""
+    plain: dict[str, str] = {}
+    wraps: dict[str, str | None] = {}
+    for path, module in walk(model):
+        parent, _, step = path.rpartition(".")
+        if not path:
+            plain[path] = ""
+        elif wraps[parent] == step:
+            plain[path] = plain[parent]
+        else:
+            plain[path] = f"{plain[parent]}.{step}" if plain[parent] else step
+        wraps[path] = _WRAPPERS.get(type(module).__name__)
+    return plain
+
+
+# -- tensors ---------------------------------------------------------------------------------------------------------------
+
+
+def site_prefix(site: Site) -> str:
+    """Where PEFT puts a site's tensors below its layer."""
+    if site.name in ("", "in_proj"):
+        return ""
+    return f"base_layer.{site.name}." if site.layout.kind == "attention" else f"{site.name}."
+
+
+def pieces(view: View, value: Tensor) -> list[tuple[Tensor, Tensor]]:
+    """A delta's tensors that make up one entry of the file, each with its piece of the entry's value."""
+    sizes = [tensor.shape[view.dim] if tensor.ndim else 1 for tensor in view.tensors]
+    if len(sizes) == 1 or sum(sizes) != value.shape[view.dim]:
+        return [(view.tensors[0], value)]  # of another size where they do not add up, which the reader reports
+    return list(zip(view.tensors, value.split(sizes, dim=view.dim), strict=True))
+
+
+def replacement_key(adapter: Adapter, path: str, plain: str, name: str) -> str:
+    """PEFT's name, without the prefix, of a replaced tensor: biases of adapted layers are below `base_layer`."""
+    layer = adapter.layers[path]
+    if path in adapter.saved or not layer.deltas_of(adapter.name):
+        return f"{plain}.{name}"
+    inside = {site.weight.rpartition(".")[0] for site in layer.sites.values()}
+    owner, _, last = name.rpartition(".")
+    if owner and owner in inside:  # nn.MultiheadAttention's out_proj is an adapted layer within an adapted layer
+        return f"{plain}.base_layer.{owner}.base_layer.{last}"
+    return f"{plain}.base_layer.{name}"
+
+
+def part_scales(parts: list[tuple[Site, LowRank]]) -> list[float]:
+    """The factor of each part's B in PEFT's file, which has one scale (the first part's) for the whole fused layer."""
+    scales = [delta.scale for _, delta in parts]
+    return [1.0 if scale == scales[0] else scale / scales[0] for scale in scales]
+
+
+def parts_of(layer: Adapted, adapter: str) -> list[tuple[Site, LowRank]]:
+    """The row parts of a fused layer that this adapter changes, in order; empty for other layers."""
+    deltas = layer.deltas_of(adapter)
+    sites = [(layer.sites[key], delta) for key, delta in deltas.items()]
+    if not sites or not isinstance(sites[0][0].layout, Rows):
+        return []
+    for _, delta in sites:
+        if not isinstance(delta, LowRank) or delta.spec.peft_type != "LORA":
+            raise LorakitError(
+                f"save: {layer.path} is split into parts, which PEFT's format has for LoRA alone; its method is "
+                f"{delta.spec.name}."
+            )
+    return [(site, cast(LowRank, delta)) for site, delta in sites]
+
+
+def _fused(parts: list[tuple[Site, LowRank]]) -> tuple[Tensor, Tensor]:
+    """The parts of a fused layer as one pair of factors: A stacked, B block by block. Exact, at the sum of the ranks."""
+    rank = sum(delta.factors()[1].shape[0] for _, delta in parts)
+    _, A = parts[0][1].factors()
+    inner = cast(Rows, parts[0][0].layout).inner
+    B_all, A_all, start = A.new_zeros(inner.shape.out, rank), [], 0
+    for (site, delta), factor in zip(parts, part_scales(parts), strict=True):
+        for B, A in delta.pairs():
+            stop = start + A.shape[0]
+            B_all[cast(Rows, site.layout).index(A.device), start:stop] = B.detach() * factor
+            A_all.append(A.detach())
+            start = stop
+    return B_all.detach(), torch.cat(A_all)
+
+
+def tensors_of(adapter: Adapter) -> dict[str, Tensor]:
+    """All tensors of an adapter under PEFT's names, each with memory of its own (as safetensors wants it)."""
+    result: dict[str, Tensor] = {}
+    plain = plain_names(adapter.model)
+    for path, layer in adapter.layers.items():
+        parts = parts_of(layer, adapter.name)
+        if parts:
+            B, A = _fused(parts)
+            result[f"{plain[path]}.lora_A.weight"], result[f"{plain[path]}.lora_B.weight"] = A, B
+            continue
+        for key, delta in layer.deltas_of(adapter.name).items():
+            site = layer.sites[key]
+            for suffix, view in delta.peft_views(site.layout.kind).items():
+                whole = view.tensors[0] if len(view.tensors) == 1 else torch.cat(view.tensors, dim=view.dim)
+                result[f"{plain[path]}.{site_prefix(site)}{suffix}"] = site.layout.pack(whole, view.axes)
+    for path, replacement in adapter.replacements():
+        for name, tensor in replacement.tensors().items():
+            result[replacement_key(adapter, path, plain[path], name)] = tensor.detach()
+    edits = adapter.method.file_tensors(adapter.edits) if adapter.edits else {}
+    for (path, name), tensor in edits.items():
+        if path:
+            result[f"{plain[path]}.{name}"] = tensor
+    result = {PREFIX + key: tensor.contiguous() for key, tensor in result.items()}
+    for name, tensor in adapter.pool.state_dict().items():
+        result[f"base_model.{name}"] = tensor.contiguous()
+    for (path, name), tensor in edits.items():
+        if not path:
+            result[name] = tensor.contiguous()  # PEFT keeps what stands in front of the input without a prefix
+    for name, tensor in adapter.router.state_dict().items() if adapter.router is not None else ():
+        result[f"base_model.{adapter.method.router_prefix}{name}"] = tensor.contiguous()
+    held: set[int] = set()
+    for key, tensor in result.items():
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() in held or storage.nbytes() != tensor.numel() * tensor.element_size():
+            result[key] = tensor.clone()
+        held.add(storage.data_ptr())
+    return result
+
+
+def bare(key: str) -> str:
+    """A tensor's name in a file without PEFT's prefix."""
+    return key.removeprefix(PREFIX if key.startswith(PREFIX) else "base_model.")
+
+
+def names_in(tensors: Mapping[str, Tensor], plain: Mapping[str, str], where: object) -> dict[str, Tensor]:
+    """The tensors of a file under their names below the model's own modules (`plain`, see `plain_names`): PEFT's prefix and
+    all wrappers taken off."""
+    tops = {path.partition(".")[0] for path in plain.values()}
+    result: dict[str, Tensor] = {}
+    for key, tensor in tensors.items():
+        steps = [step for step in bare(key).split(".") if step not in _PRIVATE and step != "modules_to_save"]
+        if steps[0] == "module" and "module" not in tops:  # DistributedDataParallel's
+            steps = steps[1:]
+        name = ".".join(steps)
+        if name in result:
+            raise LorakitError(f"load: {where} holds {name!r} twice, under two prefixes.")
+        result[name] = tensor
+    return result
+
+
+# -- the configuration, written ----------------------------------------------------------------------------------------------
+
+
+def _module_names(model: nn.Module) -> list[str]:
+    """Every module that PEFT's matching sees, by plain name, also those inside nn.MultiheadAttention."""
+    names = []
+    plain = plain_names(model)
+    for path, module in walk(model):
+        names.append(plain[path])
+        if isinstance(module, nn.MultiheadAttention):
+            names += [f"{plain[path]}.{inner}" for inner, _ in module.named_modules() if inner]
+    return [name for name in names if name]
+
+
+def target_modules(paths: list[str], model: nn.Module) -> list[str] | str:
+    """The shortest request that selects exactly these layers by PEFT's rule.
+
+    Suffixes where they do; else whole names; else, where a whole name is the end of another, a regular expression.
+    """
+    everything, wanted = _module_names(model), set(paths)
+    endings = sorted({path.rpartition(".")[2] for path in paths})
+    for request in (endings, sorted(paths)):
+        if {name for name in everything if any(has_suffix(name, one) for one in request)} == wanted:
+            return request
+    return "|".join(re.escape(path) for path in sorted(paths))
+
+
+def _patterns(adapter: Adapter, plain: Mapping[str, str]) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
+    """The most common value of each field that differs per layer, and the exceptions by whole layer name."""
+    values: dict[str, dict[str, Any]] = {field: {} for field in adapter.method.pattern_fields}
+    for path, spec in _specs(adapter, plain).items():
+        for field in values:
+            values[field][path] = getattr(spec, field)
+    common, patterns = {}, {}
+    for field, by_path in values.items():
+        if by_path:
+            common[field], patterns[field] = as_patterns(by_path, functools.partial(_exact, by_path))
+    return common, patterns
+
+
+def _specs(adapter: Adapter, plain: Mapping[str, str]) -> dict[str, Method]:
+    """Plain layer name -> the spec that the file gives for this layer."""
+    specs: dict[str, Method] = {}
+    for path, layer in adapter.layers.items():
+        deltas = list(layer.deltas_of(adapter.name).values())
+        if deltas:
+            parts = parts_of(layer, adapter.name)
+            specs[plain[path]] = _fused_spec(parts) if parts else deltas[0].peft_spec()
+    return specs
+
+
+def stored(adapter: Adapter) -> tuple[Any, Targets]:
+    """The method and the request that make an adapter as it is in a file: its own, unless ranks have changed since it was
+    attached (a schedule has moved, taken or added some); then each layer's own rank and scale by its exact name."""
+    if adapter.edits:
+        return adapter.method, adapter.targets
+    method: Method
+    asked: dict[str, Method] = {}
+    found: dict[str, Method] = {}
+    halves = shifted(adapter)
+    for path, site, delta in adapter.deltas():
+        where = site.place(path)
+        asked[where] = adapter.targets.spec_for(adapter.method, path, site)
+        found[where] = asked[where] if halves else delta.peft_spec()
+    if found == asked:
+        return adapter.method, adapter.targets
+    method = adapter.method
+    if any(type(spec) is not type(method) for spec in found.values()):
+        method = next(iter(found.values()))
+    common: dict[str, Any] = {}
+    patterns: dict[str, Any] = {}
+    for field in method.pattern_fields:
+        values = {where: getattr(spec, field) for where, spec in found.items()}
+        common[field], patterns[f"{field}_pattern"] = as_patterns(values)
+    return method.replace(**common), dataclasses.replace(adapter.targets, **patterns)
+
+
+def shifted(adapter: Adapter) -> bool:
+    """Whether a reader can tell in the file what is trained from the start that is taken off it: all of the adapter's
+    deltas have such a start, and the ranks that they had then. If not, the file reads as one product of the whole rank."""
+    starts = [module for _, _, delta in adapter.deltas() for module in delta.modules() if isinstance(module, Offset)]
+    return bool(starts) and all(start.inner.peft_spec() == start.inner.spec for start in starts)
+
+
+def _exact(others: Collection[str], path: str) -> str:
+    """A pattern that matches this layer and no other by PEFT's rule: its name, with an anchor where that is not enough."""
+    if all(other == path or value_for({path: True}, other) is None for other in others):
+        return path
+    return exactly(path)
+
+
+def _fused_spec(parts: list[tuple[Site, LowRank]]) -> Method:
+    """The spec of a fused layer's parts taken as one low-rank pair, with the first part's scale."""
+    first = parts[0][1]
+    rank = sum(delta.factors()[1].shape[0] for _, delta in parts)
+    spec: Any = first.peft_spec()
+    root = getattr(spec, "rslora", False)
+    ratio = (rank / spec.rank) ** 0.5 if root else rank / spec.rank
+    return cast(Method, spec.replace(rank=rank, alpha=spec.alpha * ratio))
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The model inside torch.compile's, DistributedDataParallel's and the like."""
+    while type(model).__name__ in _WRAPPERS:
+        model = cast(nn.Module, getattr(model, _WRAPPERS[type(model).__name__]))
+    return model
+
+
+def _task(model: nn.Module) -> str | None:
+    """PEFT's task type, where PEFT attaches no conditions to it (for classification it adds modules_to_save)."""
+    name = type(model).__name__
+    if name.endswith(("ForCausalLM", "LMHeadModel")):
+        return "CAUSAL_LM"
+    if name.endswith("ForConditionalGeneration") and getattr(
+        getattr(model, "config", None), "is_encoder_decoder", False
+    ):
+        return "SEQ_2_SEQ_LM"
+    return None
+
+
+def _general(adapter: Adapter, base: str | None) -> dict[str, Any]:
+    """Entries of PEFT's configuration that every kind of adapter has."""
+    model = unwrapped(adapter.model)
+    task = _task(model)
+    # PEFT's AutoPeftModel needs the model's class where there is no task.
+    mapping = {"base_model_class": type(model).__name__, "parent_library": type(model).__module__}
+    return {
+        "task_type": task,
+        "base_model_name_or_path": base or getattr(model, "name_or_path", None) or None,
+        "revision": None,
+        "inference_mode": True,
+        "auto_mapping": None if task else mapping,
+        "modules_to_save": [plain_names(adapter.model)[path] for path in adapter.saved] or None,
+    }
+
+
+def method_entries(method: Method, target_modules: list[str] | str, bias: str) -> dict[str, Any]:
+    """Entries of PEFT's configuration that say what is done to which layers, all of them named."""
+    return {
+        "peft_type": method.peft_type or method.name.upper(),
+        "target_modules": target_modules,
+        "exclude_modules": None,
+        "layers_to_transform": None,
+        "layers_pattern": None,
+        "bias": bias,
+        **method.peft_config(),
+    }
+
+
+def edit_config(adapter: Adapter, base: str | None = None) -> dict[str, Any]:
+    """PEFT's adapter_config.json for an adapter of edits."""
+    assert adapter.anatomy is not None
+    method: EditMethod = adapter.method
+    own = {"peft_type": method.peft_name(adapter.anatomy), **method.peft_config(), **method.peft_model(adapter.anatomy)}
+    return {**_general(adapter, base), **own}
+
+
+def config_of(adapter: Adapter, base: str | None = None) -> dict[str, Any]:
+    """PEFT's adapter_config.json for an adapter."""
+    if adapter.edits:
+        return edit_config(adapter, base)
+    plain = plain_names(adapter.model)
+    common, patterns = _patterns(adapter, plain)
+    method = adapter.method.replace(**common) if common else adapter.method
+    paths = [plain[path] for path, layer in adapter.layers.items() if layer.deltas_of(adapter.name)]
+    config: dict[str, Any] = {
+        **_general(adapter, base),
+        **method_entries(method, target_modules(paths, adapter.model), adapter.targets.bias),
+    }
+    for field, option in adapter.method.pattern_fields.items():
+        config[option] = patterns.get(field, {})
+    routed = adapter.router.peft_entries() if isinstance(adapter.router, Router) else {}
+    return {**config, **adapter.method.peft_layers(_specs(adapter, plain)), **routed}
+
+
+# -- the configuration, read -------------------------------------------------------------------------------------------------
+
+
+def targets_from(config: Mapping[str, Any], model: nn.Module, tensors: Collection[str] = ()) -> Targets:
+    """What PEFT's configuration asks for.
+
+    Heads that PEFT names for a task on its own need not exist. PEFT takes modules_to_save for mere ends of names ("norm"
+    for "layernorm" too); such modules count where the file, whose names are `tensors`, has them.
+    """
+
+    def names(value: Any) -> Any:
+        return value if value is None or isinstance(value, str) else tuple(value)
+
+    bias = str(config.get("bias", "none"))
+    layers = config.get("layers_to_transform")
+    lists = config.get("layers_pattern") or None
+    optional = _HEADS.get(str(config.get("task_type")), ())
+    known = [path for path, module in walk(model) if path and any(True for _ in module.parameters())]
+    saved = [
+        name
+        for name in dict.fromkeys(config.get("modules_to_save") or ())
+        if name not in optional or any(has_suffix(path, name) for path in known)
+    ]
+    plain = plain_names(model)
+    held = {key.rpartition(".")[0] for key in tensors}
+    loose = [path for path in known if plain[path] in held and path.endswith(tuple(saved)) and saved]
+    saved += [path for path in loose if not any(has_suffix(path, name) for name in saved)]
+    return Targets(
+        target_modules=names(config.get("target_modules")) or (),
+        exclude_modules=names(config.get("exclude_modules")) or None,
+        layers=None if layers is None or layers == [] else (layers,) if isinstance(layers, int) else tuple(layers),
+        layers_pattern=(lists,) if isinstance(lists, str) else None if lists is None else tuple(lists),
+        rank_pattern=config.get("rank_pattern") or {},
+        alpha_pattern=config.get("alpha_pattern") or {},
+        modules_to_save=tuple(saved),
+        bias="lora_only" if bias.endswith("_only") else bias,  # "oft_only" and the like: each method has its own word
+    )
+
+
+def alpha_in(config: Mapping[str, Any], path: str, rank: int) -> float:
+    """The alpha of a layer as PEFT's configuration says it, with the rank that its tensors have."""
+    alpha = value_for(config.get("alpha_pattern") or {}, path)
+    return float(config.get("lora_alpha", rank) if alpha is None else alpha)
+
+
+def scale_in(config: Mapping[str, Any], path: str, rank: int) -> float:
+    """The s of `ΔW = s B A` of a LoRA's layer: alpha / rank, or alpha / √rank (rsLoRA)."""
+    return alpha_in(config, path, rank) / (math.sqrt(rank) if config.get("use_rslora") else rank)
+
+
+def heads_for(task: str | None) -> tuple[str, ...]:
+    """modules_to_save that PEFT adds by itself for a task."""
+    return _HEADS.get(str(task), ())

@@ -1,0 +1,424 @@
+"""Saving an adapter as a folder, and putting one from a folder on a model, whole or not at all.
+
+The format is PEFT's (`interchange.py`), in a folder that is replaced in one step (`folder.py`), with lorakit.json beside
+PEFT's two files (`bundle.py`); `filling.py` puts the tensors in. Nothing passes in silence: a tensor that no layer takes, a
+layer that finds no tensor, an option that cannot be honoured, another base model, each is an error with a name in it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from lorakit.adapter.adapter import Adapter, adapters
+from lorakit.adapter.attachment import detach
+from lorakit.adapter.construction import build, build_edits
+from lorakit.adapter.targets import Targets, select
+from lorakit.core.state import activate
+from lorakit.core.walking import exactly, value_for
+from lorakit.edits.contract import EditMethod
+from lorakit.errors import LorakitError
+from lorakit.experts import MEMBERS, RouterSpec
+from lorakit.experts.attachment import build_router, over
+from lorakit.files.bundle import (
+    CONFIG,
+    CONTENT,
+    LABELS,
+    OWN,
+    TENSORS,
+    Bundle,
+    own_data,
+    plain,
+    read_bundle,
+    read_config,
+    read_own,
+    read_tensors,
+    write_bundle,
+)
+from lorakit.files.filling import Complain, Supply, fill, fill_replacements
+from lorakit.files.fingerprint import check, fingerprint
+from lorakit.files.folder import replace_folder
+from lorakit.files.interchange import (
+    COMMON,
+    config_of,
+    names_in,
+    plain_names,
+    shifted,
+    stored,
+    targets_from,
+    tensors_of,
+    unwrapped,
+)
+from lorakit.files.table import method_for_peft, method_named, spec_from_dict
+
+log = logging.getLogger("lorakit")
+
+# -- saving ------------------------------------------------------------------------------------------------------------------
+
+
+def save(
+    adapter: Adapter,
+    folder: str | Path,
+    base: str | None = None,
+    record: Mapping[str, Any] | None = None,
+    stored_weight: Callable[[str], Tensor] | None = None,
+) -> Path:
+    """Write an adapter as a folder, in one step.
+
+    Args:
+        adapter: what to write.
+        folder: where; an adapter that is there is replaced, other files stay.
+        base: the base model's name for the file; by default the one transformers knows.
+        record: anything to keep with it, such as how it was trained (plain data).
+        stored_weight: gives a base tensor by its name, where the model is on the meta device and holds none.
+
+    Raises:
+        LorakitError: the adapter is on no model, the method has no file format, a tensor holds a NaN, or writing failed;
+            the folder is as it was.
+    """
+    if adapters(adapter.model).get(adapter.name) is not adapter:
+        raise LorakitError(
+            f"save: adapter {adapter.name!r} has been taken off its model, and its tensors with it; save it before lk.detach "
+            "or lk.merge."
+        )
+    tensors = tensors_of(adapter)
+    for key, tensor in tensors.items():
+        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            raise LorakitError(f"save: {key} holds a NaN or an infinity; {folder} is left as it was.")
+    config = config_of(adapter, base)
+    method, targets = stored(adapter)
+    found = {
+        "name": config["base_model_name_or_path"],
+        "fingerprint": fingerprint(adapter, stored_weight),
+        "quantization": _quantization(adapter.model),
+    }
+    own = own_data(method.to_dict(), targets.as_data(), found, record or {}, shifted(adapter))
+    for value, name in ((config, CONFIG), (own, OWN)):
+        plain(value, name)  # refused before anything is written
+
+    target = Path(folder).expanduser()
+    if isinstance(method, RouterSpec):
+        own["members"] = _save_members(adapter, target, base)
+    replace_folder(target, lambda fresh: write_bundle(fresh, config, tensors, own), CONTENT)
+    return target
+
+
+Adapter.writer = save
+
+
+def _quantization(model: nn.Module) -> dict[str, Any] | None:
+    """How transformers was told to quantise the base, as plain data, so that the very base can be made again."""
+    config = getattr(model, "config", None)
+    found = getattr(config, "quantization_config", None)
+    if found is None:
+        return None
+    told = dict(found if isinstance(found, Mapping) else json.loads(found.to_json_string(use_diff=False)))
+    return {**told, "dtype": str(getattr(config, "dtype", "auto")).removeprefix("torch.")}
+
+
+def _save_members(adapter: Adapter, folder: Path, base: str | None) -> list[list[str]]:
+    """Write the adapters behind a router into folders below its own; returns, in order, each one's name and what tells its
+    tensors."""
+    members = []
+    for name in over(adapter).members:
+        path = save(adapters(adapter.model)[name], folder / MEMBERS / name, base)
+        members.append([name, read_own(path)["files"][TENSORS]])
+    return members
+
+
+# -- loading -----------------------------------------------------------------------------------------------------------------
+
+
+def load(
+    model: nn.Module,
+    folder: str | Path,
+    name: str | None = None,
+    strict: bool = True,
+    trainable: bool = False,
+    revision: str | None = None,
+) -> Adapter:
+    """Put an adapter from a folder (lorakit's or PEFT's) on a model. It is not active until `use` or `activate`.
+
+    Args:
+        model: the base model.
+        folder: an adapter folder; or, where there is no such folder, a name on the model hub ("user/name").
+        name: its name on this model; the folder's name by default.
+        strict: refuse another base model, tensors that no layer takes, layers without tensors, unknown options. False
+            is said aloud: each is logged instead.
+        trainable: leave its tensors trainable, and make it active.
+        revision: of a hub name, the branch, tag or commit.
+
+    Raises:
+        LorakitError: it cannot be read or does not fit; the model is as before then.
+    """
+    complain = _complaints(strict)
+    bundle = read_bundle(folder, revision)
+    if bundle.stale:
+        complain(bundle.stale)
+        bundle = dataclasses.replace(bundle, own={})
+    name = name or re.sub(r"[./]", "-", Path(folder).expanduser().absolute().name)
+    before = set(adapters(model))
+    if name in before:
+        raise LorakitError(f"load: an adapter {name!r} is on this model already; give another name=.")
+    try:
+        if bundle.own.get("members"):
+            adapter = _put_router(model, bundle, name, strict)
+        else:
+            adapter = _put(model, bundle, name, complain)
+    except BaseException:
+        for added in [one for one in reversed(adapters(model)) if one not in before]:
+            detach(model, added)
+        raise
+    if trainable:
+        adapter.requires_grad_(True)
+        activate(model, name)
+    return adapter
+
+
+def frame(bundle: Bundle) -> str:
+    """What decides how a folder's adapter is built, as text: two folders of one frame differ in numbers only."""
+    own = {key: value for key, value in bundle.own.items() if key not in ("record", "files", "lorakit_version")}
+    config = {key: value for key, value in bundle.config.items() if key not in LABELS}
+    shapes = {key: [str(tensor.dtype), *tensor.shape] for key, tensor in bundle.tensors.items()}
+    return json.dumps([own, config, shapes], sort_keys=True, default=str)
+
+
+Places = Sequence[tuple[Tensor, str]]
+"""Where each tensor of a file goes in an adapter that was built for it: (tensor of the adapter, name in the file)."""
+
+
+def refill(adapter: Adapter, bundle: Bundle, places: Places | None = None) -> Places | None:
+    """Put the numbers of a folder into an adapter that was loaded from another folder of the same `frame`, which is many times
+    as fast as building it anew. Whether lorakit.json belongs to these tensors (`bundle.stale`, which waits for their digest) is
+    left to the caller, who has other things to do meanwhile.
+
+    Args:
+        adapter: what to fill.
+        bundle: the folder.
+        places: what an earlier call gave for this adapter and a folder of this frame: nothing is looked up again then.
+
+    Returns:
+        Where every tensor went; None where the file's tensors are not copied whole, one to each.
+
+    Raises:
+        LorakitError: a tensor does not fit or is not finite; the adapter then holds a mixture and must be filled again.
+    """
+    where = bundle.folder / TENSORS
+    if places is None:
+        plain = plain_names(adapter.model)
+        tensors = adapter.method.from_file(names_in(bundle.tensors, plain, where))
+        places = _places(fill(adapter, tensors, plain, bundle.folder, _complaints(strict=True)), bundle)
+    else:
+        supply = Supply(bundle.tensors, where)
+        for target, key in places:
+            supply.put(target, supply.take(key), key)
+    return places
+
+
+def _places(copies: Sequence[tuple[Tensor, Tensor]], bundle: Bundle) -> Places | None:
+    names = {(tensor.data_ptr(), tensor.shape, tensor.stride()): key for key, tensor in bundle.tensors.items()}
+    found = [(target, names.get((value.data_ptr(), value.shape, value.stride()))) for target, value in copies]
+    places = [(target, key) for target, key in found if key is not None]
+    one_each = len(places) == len(copies) == len(bundle.tensors) == len({key for _, key in places})
+    return places if one_each else None
+
+
+def _put(model: nn.Module, bundle: Bundle, name: str, complain: Complain) -> Adapter:
+    """An adapter of deltas or edits from a folder, on the model."""
+    plain = plain_names(model)
+    tensors = names_in(bundle.tensors, plain, bundle.folder / TENSORS)
+    method_class: type[Any] = (
+        method_named(bundle.own["method"].get("name", "")) if bundle.own else method_for_peft(bundle.config)
+    )
+    method = _method(method_class, bundle, complain)
+    if isinstance(method, EditMethod):
+        return _put_edits(model, method, bundle, tensors, name, plain, complain)
+    tensors = method.from_file(tensors)
+    config = {**bundle.config, **method_class.peft_patterns(bundle.config)}
+    targets = _targets(bundle, config, model, tensors)
+    found = _layers_in(tensors, plain, method, bundle.folder)
+    halves = bool(bundle.own.get("shifted"))  # what is trained, and the start that is taken off it
+    _check_targets(model, config, [plain[path] for path in found], complain)
+    adapter = build(model, method, _resolved(targets, found, plain), name, checked=False, paths=found, shifted=halves)
+    adapter.targets = targets
+    _check_base(adapter, bundle, complain)
+    fill(adapter, tensors, plain, bundle.folder, complain)
+    return adapter
+
+
+def _put_edits(
+    model: nn.Module,
+    method: EditMethod,
+    bundle: Bundle,
+    tensors: Mapping[str, Tensor],
+    name: str,
+    plain: Mapping[str, str],
+    complain: Complain,
+) -> Adapter:
+    targets = _targets(bundle, bundle.config, model, tensors)
+    adapter = build_edits(model, method, targets, name, folded=True)
+    _check_base(adapter, bundle, complain)
+    paths = [plain[place.path] for place in adapter.edits]
+    supply = Supply(method.read_tensors(tensors, bundle.config, paths), bundle.folder / TENSORS)
+    for place, edit in adapter.edits.items():
+        for key in edit.views():
+            whole = f"{plain[place.path]}.{key}" if place.path else key
+            supply.put(edit.fill(key), supply.take(whole), whole)
+    fill_replacements(adapter, plain, supply)
+    supply.finish(complain)
+    return adapter
+
+
+def _put_router(model: nn.Module, bundle: Bundle, name: str, strict: bool) -> Adapter:
+    """A router with the adapters behind it; those that are on the model already must be the same."""
+    complain = _complaints(strict)
+    spec = _method(method_named(bundle.own["method"].get("name", "")), bundle, complain)
+    before = set(adapters(model))
+    for member, digest in bundle.own["members"]:
+        folder = bundle.folder / MEMBERS / member
+        if read_own(folder).get("files", {}).get(TENSORS) != digest:
+            complain(f"load: {folder} is not the adapter that the router in {bundle.folder} was saved with.")
+        if member not in before:
+            load(model, folder, name=member, strict=strict)
+        elif not _holds(adapters(model)[member], read_tensors(folder)):
+            raise LorakitError(
+                f"load: the router in {bundle.folder} routes an adapter {member!r}, and another one of that name is on "
+                f"this model; lk.detach(model, {member!r}) first."
+            )
+    adapter = build_router(model, cast(RouterSpec, spec), [member for member, _ in bundle.own["members"]], name)
+    plain = plain_names(model)
+    fill(adapter, names_in(bundle.tensors, plain, bundle.folder / TENSORS), plain, bundle.folder, complain)
+    return adapter
+
+
+def _holds(adapter: Adapter, tensors: Mapping[str, Tensor]) -> bool:
+    """Whether an adapter is the one of a file, to the bit."""
+    own = tensors_of(adapter)
+    return own.keys() == tensors.keys() and all(torch.equal(own[key].cpu(), tensors[key]) for key in own)
+
+
+def _complaints(strict: bool) -> Complain:
+    def complain(message: str) -> None:
+        if strict:
+            raise LorakitError(f"{message} strict=False goes on regardless.")
+        log.warning("%s", message)
+
+    return complain
+
+
+def _method(method_class: type[Any], bundle: Bundle, complain: Complain) -> Any:
+    if bundle.own:
+        return spec_from_dict(bundle.own["method"], str(bundle.folder / OWN))
+    read = method_class.from_peft(bundle.config)
+    known = COMMON | set(read.peft_config()) | method_class.peft_ignored
+    for key, value in bundle.config.items():
+        if key not in known and value not in (None, False, {}, [], ""):
+            complain(
+                f"load: {bundle.folder / CONFIG} sets {key}={value!r}, which lorakit does not know for "
+                f"{method_class.name}, so the adapter might act otherwise than its author saw."
+            )
+    return read
+
+
+def _targets(bundle: Bundle, config: Mapping[str, Any], model: nn.Module, tensors: Mapping[str, Tensor]) -> Targets:
+    """What was asked for when the adapter was made, as lorakit.json says it, or else PEFT's configuration."""
+    if bundle.own:
+        return Targets.from_data(bundle.own["targets"], bundle.folder / OWN)
+    return targets_from(config, model, tensors)
+
+
+def _layers_in(tensors: Iterable[str], plain: Mapping[str, str], method: Any, folder: Path) -> list[str]:
+    """The model's layers for which the file holds this method's tensors, in the model's order."""
+    suffix = re.compile(method.peft_suffix)
+    known = set(plain.values())
+    found = set()
+    for key in tensors:
+        own = list(suffix.finditer(key))
+        if not own:
+            continue
+        layer = key[: own[-1].start()]
+        if layer not in known:
+            layer = layer.partition(".base_layer.")[0]  # a matrix within nn.MultiheadAttention
+        if layer not in known:
+            raise LorakitError(
+                f"load: {folder / TENSORS} holds {key!r}, and this model has no layer of that name. It was made for "
+                "another architecture, or saved under another prefix."
+            )
+        found.add(layer)
+    return [path for path, name in plain.items() if name in found]
+
+
+def _resolved(targets: Targets, paths: list[str], plain: Mapping[str, str]) -> Targets:
+    """The request for exactly these layers. On a wrapped model the file's names are turned into the model's."""
+    resolved = dataclasses.replace(targets, target_modules=tuple(paths))
+    if all(path == name for path, name in plain.items()):
+        return resolved
+    actual = {name: path for path, name in plain.items()}
+    exact: dict[str, Any] = {}
+    for option, patterns in targets.patterns().items():
+        values = {path: value_for(patterns, plain[path]) for path in paths} if patterns else {}
+        exact[f"{option}_pattern"] = {exactly(path): value for path, value in values.items() if value is not None}
+    saved = tuple(actual.get(name, name) for name in targets.modules_to_save)
+    return dataclasses.replace(resolved, modules_to_save=saved, **exact)
+
+
+def _check_targets(model: nn.Module, config: Mapping[str, Any], found: list[str], complain: Complain) -> None:
+    """The layers that the configuration selects and those that the file has tensors for must be the same."""
+    model = unwrapped(model)
+    targets = targets_from(config, model)
+    if not targets.target_modules or any(path != name for path, name in plain_names(model).items()):
+        return
+    try:
+        selected = select(model, targets)
+    except LorakitError as problem:
+        complain(f"load: the configuration does not fit this model: {problem}")
+        return
+    missing = [path for path in selected if path not in set(found)]
+    if missing:
+        complain(
+            f"load: the configuration targets {missing[0]} ({len(missing)} such layers), for which the file holds no "
+            "tensors."
+        )
+    extra = [path for path in found if path not in set(selected)]
+    if extra:
+        complain(
+            f"load: the file holds tensors for {extra[0]} ({len(extra)} such layers), which its configuration does not "
+            "target, so that PEFT would leave them out."
+        )
+
+
+def _check_base(adapter: Adapter, bundle: Bundle, complain: Complain) -> None:
+    """The base must be the one that the adapter was made for: by its fingerprint. PEFT's files name their base and say no
+    more; a different name is worth a word, though paths may differ."""
+    if bundle.own:
+        check(adapter, bundle.own["base"].get("fingerprint"), bundle.folder, complain)
+        return
+    theirs, ours = bundle.config.get("base_model_name_or_path"), getattr(adapter.model, "name_or_path", None)
+    if theirs and ours and Path(str(theirs)).name != Path(str(ours)).name:
+        log.warning(
+            "load: %s was made for %s, and this model is %s. The file holds no fingerprint by which to tell whether they "
+            "are the same.",
+            bundle.folder,
+            theirs,
+            ours,
+        )
+
+
+__all__ = [
+    "CONFIG",
+    "OWN",
+    "TENSORS",
+    "load",
+    "read_config",
+    "read_own",
+    "read_tensors",
+    "save",
+]

@@ -1,0 +1,1 @@
+"""The engine: continuous batching, scheduling, sampling, and where adapters are held."""

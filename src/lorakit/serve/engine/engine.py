@@ -1,0 +1,407 @@
+"""The engine: many requests, each with its own adapters, through one base model, a token at a time.
+
+`LocalEngine.step` is the heart. Everything that takes long beside a forward (reading adapters, writing to clients) happens in
+other threads. A forward that fails ends the requests that were in it, with the reason, and no others.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections import Counter, deque
+from collections.abc import Sequence
+from pathlib import Path
+
+from torch import nn
+
+from lorakit.errors import LorakitError
+from lorakit.serve.engine.pool import Lease, Pool
+from lorakit.serve.engine.sampling import Choice, Chooser, choose
+from lorakit.serve.engine.scheduler import Job, Limits, Scheduler, Share
+from lorakit.serve.model import native
+from lorakit.serve.model.batch import Batch, Mixture, Run, assemble, mix
+from lorakit.serve.model.cache import Cache, page_bytes
+from lorakit.serve.model.packed import Formless, Lowering
+from lorakit.serve.model.serving_model import Served
+from lorakit.serve.request import (
+    Failed,
+    Finish,
+    Overloaded,
+    Refused,
+    Request,
+    Stats,
+    Ticket,
+    Token,
+    TooLong,
+    UnknownAdapter,
+)
+
+log = logging.getLogger("lorakit")
+
+AHEAD = 8
+"""Requests at the front of the queue whose adapters are read before there is a place in the batch for them."""
+
+ATTEMPTS = 3
+"""Forwards that may fail one after the other before the engine gives up."""
+
+
+class LocalEngine:
+    """An engine over a model in this process; `Engine` of the contract.
+
+    Args:
+        model: a causal model of transformers, with its weights. It is not changed for good: `stop` gives it back.
+        store: a folder whose folders are adapters; their names are what requests call them. None: the base alone.
+        limits: how much to take on.
+        formless: what becomes of adapters whose method has no `Form`: "refuse", "dense" or "svd".
+        stand_in: with "svd", the rank of the stand-ins and the relative error allowed.
+        readers: adapters that are read at once.
+        compiled: use the compiled loops where they can be had.
+        pack: keep bfloat16 weights a second time, ordered for the processor's matmuls.
+        reuse: let requests share the pages of equal beginnings.
+
+    Raises:
+        Refused: the model cannot be served in batches; found out by trying.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        store: str | Path | None = None,
+        limits: Limits | None = None,
+        *,
+        formless: Formless = "refuse",
+        stand_in: tuple[int, float] = (32, 0.1),
+        readers: int = 2,
+        compiled: bool = True,
+        pack: bool = True,
+        reuse: bool = True,
+    ) -> None:
+        limits = limits or Limits()
+        self.limits = limits
+        if not 0 < limits.batch <= limits.step_tokens:
+            raise LorakitError(
+                f"serve: batch={limits.batch} requests do not fit into steps of {limits.step_tokens} tokens; raise step_tokens."
+            )
+        lowerings = [Lowering(model, formless, *stand_in) for _ in range(readers)]
+        self.served = Served(model, compiled, pack)
+        for lowering in lowerings:
+            lowering.unfit = frozenset(self.served.unfit)
+        size = page_bytes(self.served.shapes, self.served.dtype)
+        pages = limits.cache_bytes // size
+        if pages < 2:
+            raise LorakitError(f"serve: cache_bytes={limits.cache_bytes} holds not two pages of {size} bytes.")
+        self.cache = Cache(self.served.shapes, pages, self.served.dtype, self.served.device, reuse)
+        self.scheduler = Scheduler(limits, self.cache)
+        self.pool = Pool(lowerings, None if store is None else Path(store), limits.adapter_bytes, self._wake)
+        self._lock = threading.Condition()
+        self._arrivals: deque[tuple[Ticket, Chooser, list[tuple[Lease, float]]]] = deque()
+        self._thread: threading.Thread | None = None
+        self._state = "new"
+        self._failure = ""
+        self._ids: set[str] = set()
+        self._ends = _end_tokens(model)
+        self._vocabulary = int(model.get_input_embeddings().num_embeddings)  # type: ignore[operator]
+        self._context = min(limits.context or _context(model), self.cache.pages * 16)
+        self._steps = self._prompt_tokens = self._cached_tokens = self._generated_tokens = 0
+        self._finished: Counter[str] = Counter()
+        self._turned_away: Counter[str] = Counter()
+        self._rate = 0.0
+        self._news = False
+        self._mixture: tuple[list[Job], Mixture | None] = ([], None)
+
+    # -- the contract's side -------------------------------------------------------------------------------------------
+    @property
+    def adapters(self) -> Pool:
+        """The adapters that requests may name."""
+        return self.pool
+
+    @property
+    def context(self) -> int:
+        """Tokens of prompt and answer together that one request may have."""
+        return self._context
+
+    def start(self) -> None:
+        """Begin to serve."""
+        if self._state != "new":
+            raise LorakitError("serve: this engine was started before; make a new one.")
+        self._state = "running"
+        native.let_go()  # the engine's own thread computes from now on
+        self.pool.start()
+        self._thread = threading.Thread(target=self._serve, name="lorakit-engine", daemon=True)
+        self._thread.start()
+
+    def ready(self) -> bool:
+        """Whether `submit` would be answered."""
+        return self._state == "running" and not self._failure
+
+    def drain(self, timeout: float | None = None) -> bool:
+        """Accept nothing more; wait until every accepted request has ended."""
+        with self._lock:
+            if self._state == "running":
+                self._state = "draining"
+            return self._lock.wait_for(lambda: not self._ids or self._state == "stopped", timeout)
+
+    def stop(self) -> None:
+        """End now."""
+        with self._lock:
+            if self._state == "stopped":
+                return
+            self._state = "stopped"
+            self._lock.notify_all()
+        if self._thread is not None and self._thread is not threading.current_thread():
+            self._thread.join()
+        with self._lock:
+            self._fail_all(Failed("the engine was stopped before this request had ended."))
+        self.pool.stop()
+        self.served.close()
+
+    def submit(self, request: Request) -> Ticket:
+        """Accept a request, or raise Overloaded, UnknownAdapter, TooLong or Refused."""
+        try:
+            return self._submit(request)
+        except LorakitError as refusal:
+            kind = {Overloaded: "overloaded", UnknownAdapter: "unknown"}.get(type(refusal), "refused")
+            with self._lock:
+                self._turned_away[kind] += 1
+            raise
+
+    def stats(self) -> Stats:
+        """A snapshot of the counters."""
+        with self._lock:
+            scheduler, pool = self.scheduler, self.pool
+            active = scheduler.active()
+            least = min((scheduler.counters[payer] for payer in active), default=0.0)
+            heads = scheduler.heads()
+            return Stats(
+                running=len(scheduler.running),
+                waiting=scheduler.queued + len(self._arrivals),
+                loading=sum(any(lease.entry.loading for lease, _ in job.leases) for job in heads),
+                limit=self.limits.queue,
+                steps=self._steps,
+                prompt_tokens=self._prompt_tokens,
+                cached_tokens=self._cached_tokens,
+                generated_tokens=self._generated_tokens,
+                finished=dict(self._finished),
+                refused=dict(self._turned_away),
+                cache_bytes=self.cache.used * self.cache.page_bytes,
+                cache_limit=self.cache.pages * self.cache.page_bytes,
+                adapter_bytes=pool.bytes,
+                adapter_limit=pool.budget,
+                adapters=pool.counts(),
+                hits=pool.hits,
+                misses=pool.misses,
+                loads=pool.loads,
+                evictions=pool.evictions,
+                counters={payer: scheduler.counters[payer] - least for payer in active},
+                failure=self._failure,
+            )
+
+    def _submit(self, request: Request) -> Ticket:
+        if self._failure:
+            raise Overloaded(f"the engine has failed: {self._failure}", retry_after=60.0)
+        if self._state in ("draining", "stopped"):
+            raise Overloaded("the engine is shutting down.", retry_after=5.0)
+        wanted = len(request.prompt) + request.sampling.max_tokens
+        if wanted > self._context:
+            raise TooLong(
+                f"the prompt has {len(request.prompt)} tokens and {request.sampling.max_tokens} more are asked for; prompt and "
+                f"answer together have {self._context} at most."
+            )
+        if not all(0 <= token < self._vocabulary for token in request.prompt):
+            raise Refused(f"the prompt holds a token id outside of 0 to {self._vocabulary - 1}.")
+        ends = frozenset(request.sampling.stop_ids)
+        if not request.sampling.ignore_end:
+            ends |= self._ends
+        ticket, chooser = Ticket(request), Chooser(request.sampling, request.prompt, ends)
+        with self._lock:
+            if request.id in self._ids:
+                raise Refused(f"a request with the id {request.id!r} is under way already.")
+            own = sum(waiting.request.payer == request.payer for waiting, _, _ in self._arrivals)
+            self.scheduler.check(request.payer, len(self._arrivals), own, self._rate)
+            leases: list[tuple[Lease, float]] = []
+            try:
+                for name, weight in request.blend.items():
+                    leases.append((self.pool.claim(name), weight))
+            except Refused:
+                for lease, _ in leases:
+                    self.pool.release(lease)
+                raise
+            self._ids.add(request.id)
+            self._arrivals.append((ticket, chooser, leases))
+            self._news = True
+            self._lock.notify_all()
+        return ticket
+
+    # -- the loop ------------------------------------------------------------------------------------------------------
+    def _serve(self) -> None:
+        failures = 0
+        while self._state != "stopped":
+            self._news = False
+            try:
+                if not self.step():
+                    with self._lock:
+                        if not self._news and self._state != "stopped":
+                            # With requests that only wait for an adapter, deadlines are looked at now and then.
+                            self._lock.wait(0.02 if self._ids else None)
+                failures = 0
+            except Exception as problem:  # one bad step must not end everybody's service
+                failures += 1
+                log.exception("serve: a step failed")
+                with self._lock:
+                    for job in list(self.scheduler.running):
+                        self._end(job, Failed(f"the forward failed: {type(problem).__name__}: {problem}"))
+                    if failures >= ATTEMPTS:
+                        self._failure = f"{failures} steps failed one after the other, the last with: {problem}"
+                        self._fail_all(Failed(self._failure))
+                        return
+
+    def step(self) -> bool:
+        """One forward, if anything is there to run; whether there was. (The loop's body; tests call it without a thread.)"""
+        begin = time.perf_counter()
+        with self._lock:
+            self._look_after()
+            self._admit()
+            shares = self.scheduler.plan()
+        if not shares:
+            return False
+        logits = self.served.forward(self._batch(shares), self.cache)
+        ending = [share for share in shares if share.ends]
+        choices = choose(logits, [share.job.chooser for share in ending]) if ending else []
+        with self._lock:
+            self._deliver(shares, dict(zip((share.job for share in ending), choices, strict=True)))
+        tokens = sum(share.count for share in shares)
+        self._rate += 0.05 * (tokens / (time.perf_counter() - begin) - self._rate)
+        return True
+
+    def _wake(self) -> None:
+        """An adapter has come, or turned out to be unusable."""
+        with self._lock:
+            self._news = True
+            self._lock.notify_all()
+
+    def _look_after(self) -> None:
+        """Queue what has arrived, end what was cancelled or is overdue, admit what can be."""
+        while self._arrivals:
+            self.scheduler.add(*self._arrivals.popleft())
+        now = time.monotonic()
+        everybody = not self.scheduler.running or self._steps % 8 == 0  # the queue may be long
+        for job in list(self.scheduler.jobs() if everybody else self.scheduler.running):
+            if job.ticket.cancelled:
+                self._end(job, "cancelled")
+            elif now > job.deadline():
+                self._end(job, "timeout")
+
+    def _admit(self) -> None:
+        self.scheduler.admit(self._place)
+        heads = self.scheduler.heads()[:AHEAD] if self.scheduler.waiting else []
+        self.pool.fetch([[lease for lease, _ in job.leases] for job in heads])
+        if not heads or self.scheduler.running or self.pool.reading or any(job.blend for job in heads):
+            return
+        # Nobody runs, nobody holds an adapter, none is being read: there will never be more room than now.
+        first = heads[0]
+        if self._place(first) is False:
+            reason = (
+                f"the adapters of request {first.ticket.request.id} find no room: the {self.pool.budget} bytes for adapters "
+                "are taken by pinned ones. Unpin some, or raise adapter_bytes."
+            )
+            self._end(first, Refused(reason))
+
+    def _place(self, job: Job) -> bool | None:
+        """Bring a job's adapters into use; a job whose adapter is unusable ends here."""
+        if job.blend is not None:
+            return True
+        try:
+            placed = self.pool.place([lease for lease, _ in job.leases])
+        except Refused as refusal:
+            self._end(job, refusal)
+            return None
+        if placed:
+            job.blend = [(lease.version.lowered, weight) for lease, weight in job.leases if lease.version is not None]
+        return placed
+
+    def _batch(self, shares: Sequence[Share]) -> Batch:
+        jobs = [share.job for share in shares]
+        if jobs != self._mixture[0]:
+            self._mixture = jobs, mix([job.blend or () for job in jobs])
+        runs = [
+            Run(
+                tokens=share.job.tokens[share.job.computed : share.job.computed + share.count],
+                start=share.job.computed,
+                pages=share.job.pages,
+                blend=share.job.blend or (),
+                wanted=int(share.ends),
+            )
+            for share in shares
+        ]
+        return assemble(runs, self.served.device, self._mixture[1])
+
+    def _deliver(self, shares: Sequence[Share], choices: dict[Job, Choice]) -> None:
+        self._steps += 1
+        for share in shares:
+            job = share.job
+            fresh = min(job.computed + share.count, len(job.ticket.request.prompt)) - job.computed
+            self._prompt_tokens += max(fresh, 0)
+            self.scheduler.done(share)
+            choice = choices.get(job)
+            if choice is None:
+                continue
+            self._generated_tokens += 1
+            job.tokens.append(choice.token)
+            job.chooser.answer.append(choice.token)
+            finish: Finish | None = None
+            if choice.token in job.chooser.ends:
+                finish = "stop"
+            elif len(job.tokens) >= job.limit:
+                finish = "length"
+            step = Token(choice.token, choice.logprob, choice.top, finish)
+            if finish is None:
+                job.ticket.put(step)
+            else:
+                self._end(job, step)
+
+    def _end(self, job: Job, outcome: Token | Finish | LorakitError) -> None:
+        """Let a job go: its pages, its adapters, its id; and tell its client."""
+        self.scheduler.remove(job)
+        self._cached_tokens += job.ticket.usage.cached
+        self._close(job.ticket, job.leases, outcome)
+
+    def _close(
+        self, ticket: Ticket, leases: Sequence[tuple[Lease, float]], outcome: Token | Finish | LorakitError
+    ) -> None:
+        for lease, _ in leases:
+            self.pool.release(lease)
+        self._mixture = [], None
+        self._ids.discard(ticket.request.id)
+        if isinstance(outcome, LorakitError):
+            self._finished["error"] += 1
+            ticket.fail(outcome)
+        else:
+            step = outcome if isinstance(outcome, Token) else Token(None, finish=outcome)
+            self._finished[str(step.finish)] += 1
+            ticket.put(step)
+        self._lock.notify_all()
+
+    def _fail_all(self, failure: Failed) -> None:
+        for job in list(self.scheduler.jobs()):
+            self._end(job, failure)
+        while self._arrivals:
+            ticket, _, leases = self._arrivals.popleft()
+            self._close(ticket, leases, failure)
+
+
+def _end_tokens(model: nn.Module) -> frozenset[int]:
+    """The model's own end-of-text ids."""
+    ends: set[int] = set()
+    for config in (getattr(model, "generation_config", None), getattr(model, "config", None)):
+        ids = getattr(config, "eos_token_id", None)
+        if ids is not None:
+            ends |= {ids} if isinstance(ids, int) else set(ids)
+            break
+    return frozenset(ends)
+
+
+def _context(model: nn.Module) -> int:
+    """Tokens that the model was made for."""
+    config = model.config.get_text_config()  # type: ignore[union-attr, operator]
+    return int(getattr(config, "max_position_embeddings", None) or 1 << 20)

@@ -1,0 +1,264 @@
+"""The HTTP API: OpenAI's endpoints over an engine, and the operator's."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Depends, FastAPI
+from fastapi.exceptions import RequestValidationError
+from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
+from starlette.concurrency import run_in_threadpool
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+from starlette.types import ASGIApp
+
+from lorakit import __version__
+from lorakit.errors import LorakitError
+from lorakit.serve.http.admin import router as admin
+from lorakit.serve.http.answer import Chat, Completion, Shape, respond
+from lorakit.serve.http.faults import Fault, fault_of
+from lorakit.serve.http.front import Front, new_key
+from lorakit.serve.http.guard import Guard
+from lorakit.serve.http.prompt import encode_messages, encode_prompt
+from lorakit.serve.http.schema import (
+    ChatAnswer,
+    ChatRequest,
+    CompletionAnswer,
+    CompletionRequest,
+    ErrorAnswer,
+    Generation,
+    Health,
+    Model,
+    Models,
+)
+from lorakit.serve.http.tenants import ANYONE, Tenant
+
+router = APIRouter()
+
+_LONG = 20_000
+"""Prompts of more characters are read into tokens in another thread, so that nobody waits for them."""
+
+_BRANCH = re.compile(r"str|int|constrained-\w+|list\[.*|function-.*|\[key\]")
+"""How pydantic names the kinds that a value may be of; no word of the client's."""
+
+_bearer = HTTPBearer(auto_error=False, description="A key made by `lorakit keys`; the guard has checked it.")
+Key = Annotated[HTTPAuthorizationCredentials | None, Depends(_bearer)]
+"""Says in the API's description that a key is needed; it is checked before anything is read (`guard.py`)."""
+
+_ERRORS: dict[int | str, dict[str, Any]] = {
+    400: {"model": ErrorAnswer, "description": "A parameter is wrong or not supported; `param` names it."},
+    401: {"model": ErrorAnswer, "description": "No key, or a wrong one."},
+    404: {"model": ErrorAnswer, "description": "No such model for this key."},
+    413: {"model": ErrorAnswer, "description": "The body is too long."},
+    429: {"model": ErrorAnswer, "description": "A quota or the queue is full; `Retry-After` says when to try again."},
+    503: {"model": ErrorAnswer, "description": "The server is not ready or is shutting down."},
+}
+
+
+def build(front: Front, lifespan: Callable[[Any], Any] | None = None) -> ASGIApp:
+    """The whole application over what it serves. `lifespan` is an async context around the time in which it serves."""
+    return Guard(application(front, lifespan), front)
+
+
+def application(front: Front, lifespan: Callable[[Any], Any] | None = None) -> FastAPI:
+    """The application without its guard; for its description, and for tests of it."""
+    app = FastAPI(
+        title="lorakit",
+        version=__version__,
+        description="Many low-rank adapters on one base model. `model` names the base or an adapter.",
+        docs_url=None,  # they load scripts from other hosts
+        redoc_url=None,
+        lifespan=lifespan or _nothing,
+    )
+    app.state.front = front
+    app.include_router(router)
+    app.include_router(admin)
+    app.add_exception_handler(RequestValidationError, _invalid)
+    app.add_exception_handler(HTTPException, _http)
+    app.add_exception_handler(LorakitError, _fault)
+    described = app.openapi
+
+    def openapi() -> dict[str, Any]:
+        if app.openapi_schema is None:
+            _describe(described())
+        assert app.openapi_schema is not None
+        return app.openapi_schema
+
+    app.openapi = openapi  # type: ignore[method-assign]
+    return app
+
+
+@asynccontextmanager
+async def _nothing(app: FastAPI) -> AsyncIterator[None]:
+    yield
+
+
+def _describe(schema: dict[str, Any]) -> None:
+    """Takes FastAPI's own 422 out of the description: what is invalid is a 400 here, in OpenAI's shape."""
+    for path in schema["paths"].values():
+        for operation in path.values():
+            operation["responses"].pop("422", None)
+    for name in ("HTTPValidationError", "ValidationError"):
+        schema["components"]["schemas"].pop(name, None)
+
+
+# -- errors ------------------------------------------------------------------------------------------------------------------
+
+
+def _answer(request: Request, fault: Fault) -> Response:
+    request.state.note["code"] = fault.code
+    return fault.response()
+
+
+async def _fault(request: Request, error: Exception) -> Response:
+    return _answer(request, fault_of(error))
+
+
+async def _http(request: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    if error.status_code == 404:
+        fault = Fault(404, f"there is no {request.method} {request.url.path} here.", "no_such_endpoint")
+    else:
+        fault = Fault(error.status_code, str(error.detail), "http", headers=error.headers)
+    return _answer(request, fault)
+
+
+async def _invalid(request: Request, error: Exception) -> Response:
+    """The first thing that is wrong with a body, by the name of the parameter."""
+    assert isinstance(error, RequestValidationError)
+    found = error.errors()
+    # where a value may be one of several kinds, each kind has its complaint; the one that got furthest is the client's
+    first = max((one for one in found if one["loc"][:2] == found[0]["loc"][:2]), key=lambda one: len(one["loc"]))
+    place = [str(one) for one in first["loc"] if one != "body"]
+    # a place within a union ends in the name of the branch that was tried: none of the client's words
+    param = ".".join(one for one in place if not _BRANCH.fullmatch(one))
+    match first["type"]:
+        case "extra_forbidden":
+            message, code = f'"{param}" is not a parameter of this endpoint; leave it out.', "unknown_parameter"
+        case "missing":
+            message, code = f'"{param or "the body"}" is missing.', "missing_parameter"
+        case "json_invalid":
+            message, code, param = "the body is no JSON.", "invalid_json", ""
+        case "value_error":
+            message, code = str(first["ctx"]["error"]), "invalid_value"
+        case _:
+            message, code = f'"{param or "the body"}": {first["msg"]}.', "invalid_value"
+    return _answer(request, Fault(400, message, code, param or None))
+
+
+# -- generation --------------------------------------------------------------------------------------------------------------
+
+
+def front_of(request: Request) -> Front:
+    """What this application serves."""
+    front: Front = request.app.state.front
+    return front
+
+
+def tenant_of(request: Request) -> Tenant:
+    """Who asks, as the guard has found."""
+    return getattr(request.state, "tenant", None) or ANYONE
+
+
+async def _blend(front: Front, asked: Generation, tenant: Tenant) -> dict[str, float]:
+    """The adapters that are asked for. Before a name is called unknown, the store is looked at again."""
+    try:
+        return front.blend(asked, tenant)
+    except Fault as fault:
+        if fault.status != 404 or not await run_in_threadpool(front.scan):
+            raise
+        return front.blend(asked, tenant)
+
+
+async def _generate(
+    request: Request, asked: ChatRequest | CompletionRequest, kind: str, read: Callable[[Front], list[list[int]]]
+) -> Response:
+    """Names, prompts, limits, quotas, engine, answer: the same for both kinds of completion."""
+    front, tenant, note = front_of(request), tenant_of(request), request.state.note
+    note["model"] = asked.model
+    blend = await _blend(front, asked, tenant)
+    long = int(request.headers.get("content-length", "0") or 0) > _LONG
+    prompts = await run_in_threadpool(read, front) if long else read(front)
+    sampling = front.sampling(asked, prompts)
+    front.metrics.tenant.labels(front.metrics.label("tenant", tenant.name)).inc()
+    order = front.submit(asked, tenant, blend, prompts, sampling, new_key(kind))
+    shape: Shape = Chat(front, asked) if isinstance(asked, ChatRequest) else Completion(front, asked, prompts)
+    return await respond(front, shape, order, request.receive, note)
+
+
+_STREAM = {"text/event-stream": {"schema": {"type": "string"}}}
+
+
+@router.post(
+    "/v1/chat/completions",
+    response_model=None,
+    responses={**_ERRORS, 200: {"model": ChatAnswer, "content": _STREAM}},
+)
+async def chat_completions(request: Request, asked: ChatRequest, key: Key) -> Response:
+    """Answer a conversation, whole or as a stream of events."""
+
+    def read(front: Front) -> list[list[int]]:
+        return [encode_messages(front.tokenizer, asked.messages, front.engine.context)]
+
+    return await _generate(request, asked, "chatcmpl", read)
+
+
+@router.post(
+    "/v1/completions",
+    response_model=None,
+    responses={**_ERRORS, 200: {"model": CompletionAnswer, "content": _STREAM}},
+)
+async def completions(request: Request, asked: CompletionRequest, key: Key) -> Response:
+    """Continue texts or token ids, whole or as a stream of events."""
+
+    def read(front: Front) -> list[list[int]]:
+        return [encode_prompt(front.tokenizer, prompt, front.engine.context) for prompt in asked.prompts]
+
+    return await _generate(request, asked, "cmpl", read)
+
+
+# -- what there is -------------------------------------------------------------------------------------------------------------
+
+
+def _models(request: Request) -> list[Model]:
+    front, tenant = front_of(request), tenant_of(request)
+    base = [Model(id=front.name, created=front.created)] if tenant.base else []
+    return base + [Model(id=name, created=front.created, parent=front.name) for name in front.allowed(tenant)]
+
+
+@router.get("/v1/models", responses={401: _ERRORS[401]})
+async def models(request: Request, key: Key) -> Models:
+    """The base model and the adapters that this key may use."""
+    return Models(data=_models(request))
+
+
+@router.get("/v1/models/{model}", responses={401: _ERRORS[401], 404: _ERRORS[404]})
+async def model(request: Request, model: str, key: Key) -> Model:
+    """One of them."""
+    for found in _models(request):
+        if found.id == model:
+            return found
+    raise Fault(404, f'no model "{model}" is here for this key.', "model_not_found", "model")
+
+
+@router.get("/health")
+async def health() -> Health:
+    """Whether the process answers."""
+    return Health(status="ok")
+
+
+@router.get("/ready", response_model=Health, responses={503: {"model": Health}})
+async def ready(request: Request) -> Response:
+    """Whether requests are taken; a load balancer sends none here while this is 503."""
+    is_ready = front_of(request).engine.ready()
+    return JSONResponse({"status": "ready" if is_ready else "not ready"}, 200 if is_ready else 503)
+
+
+@router.get("/metrics", response_class=Response, responses={200: {"content": {"text/plain": {}}}})
+def metrics(request: Request, key: Key) -> Response:
+    """Counters in Prometheus' format."""
+    return Response(front_of(request).metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")

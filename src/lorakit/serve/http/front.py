@@ -1,0 +1,311 @@
+"""What all endpoints share: the engine, the tokenizer, the tenants, the limits; and the way of a request through them."""
+
+from __future__ import annotations
+
+import time
+import uuid
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from lorakit.errors import LorakitError
+from lorakit.serve.http.faults import Fault
+from lorakit.serve.http.metrics import Metrics
+from lorakit.serve.http.prompt import Pieces
+from lorakit.serve.http.schema import ChatRequest, CompletionRequest, Generation
+from lorakit.serve.http.tenants import Tenant, Tenants
+from lorakit.serve.request import Engine, Request, Sampling, Ticket, UnknownAdapter
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """What one HTTP request may cost.
+
+    Attributes:
+        body: bytes of a request body.
+        prompt: tokens of a prompt; None: what the model reads.
+        output: tokens of an answer; None: what the model's window leaves.
+        answers: answers of one request, prompts × n.
+        seconds: until an answer must have ended.
+        upload: seconds until the headers, and then the body, must be there.
+        stall: seconds that a client may leave a piece of its stream unread.
+    """
+
+    body: int = 2**20
+    prompt: int | None = None
+    output: int | None = None
+    answers: int = 32
+    seconds: float = 600.0
+    upload: float = 20.0
+    stall: float = 30.0
+
+
+@dataclass
+class Front:
+    """One server.
+
+    Attributes:
+        engine: what generates.
+        tokenizer: of the base model.
+        name: what requests call the base model; "base" does as well.
+        tenants: who may ask.
+        bounds: what a request may cost.
+        admin: whether the admin endpoints are there. They are not where anyone may ask from another machine.
+        hosts: names under which requests may call this server; empty is any.
+        metrics: what is counted.
+        clock: seconds, for quotas.
+    """
+
+    engine: Engine
+    tokenizer: Any
+    name: str = "base"
+    tenants: Tenants = field(default_factory=Tenants)
+    bounds: Bounds = Bounds()
+    admin: bool = True
+    hosts: frozenset[str] = frozenset()
+    metrics: Metrics = field(default_factory=Metrics)
+    clock: Callable[[], float] = time.monotonic
+    created: int = field(default_factory=lambda: int(time.time()))
+    _scanned: float = -1e9
+
+    SCANS = 2.0
+    """Seconds between two looks at the store for a name that is not known."""
+
+    def __post_init__(self) -> None:
+        self.pieces = Pieces(self.tokenizer)
+        self.metrics.watch(self.engine)
+
+    # -- names -----------------------------------------------------------------------------------------------------------
+    def blend(self, asked: Generation, tenant: Tenant) -> dict[str, float]:
+        """The adapters that a request names, each known to the store and allowed to the tenant.
+
+        A name is only ever compared with those of the store: it is no path, no URL and no hub name. One that is not there
+        and one that is not allowed get the same answer, so that nobody learns the names of others.
+        """
+        base = asked.model in (self.name, "base")
+        if asked.adapters is not None:
+            if not base:
+                raise Fault(
+                    400,
+                    f'a blend names its adapters itself, so model is the base ("{self.name}"); it was "{asked.model}".',
+                    "blend_over_adapter",
+                    "model",
+                )
+            for name in asked.adapters:
+                self._known(name, tenant, f"adapters.{name}")
+            return dict(asked.adapters)
+        if base:
+            if not tenant.base:
+                raise self._absent(asked.model, tenant, "model")
+            return {}
+        self._known(asked.model, tenant, "model")
+        return {asked.model: 1.0}
+
+    def allowed(self, tenant: Tenant) -> list[str]:
+        """The names of all adapters that a tenant may use."""
+        return [name for name in self.engine.adapters.names() if tenant.may_use(name)]
+
+    def scan(self) -> bool:
+        """Look for new folders in the store, unless that was done a moment ago; whether it was done now."""
+        if self.clock() - self._scanned < self.SCANS:
+            return False
+        self._scanned = self.clock()
+        self.engine.adapters.scan()
+        return True
+
+    def _known(self, name: str, tenant: Tenant, param: str) -> None:
+        if not tenant.may_use(name):
+            raise self._absent(name, tenant, param)
+        try:
+            self.engine.adapters.info(name)
+        except UnknownAdapter:
+            raise self._absent(name, tenant, param) from None
+
+    def _absent(self, name: str, tenant: Tenant, param: str) -> Fault:
+        known = [*([self.name] if tenant.base else []), *self.allowed(tenant)]
+        shown = ", ".join(known[:20]) + (f" and {len(known) - 20} more" if len(known) > 20 else "")
+        return Fault(404, f'no model "{name}" is here for this key. There are: {shown}.', "model_not_found", param)
+
+    # -- submitting --------------------------------------------------------------------------------------------------------
+    def submit(
+        self,
+        asked: Generation,
+        tenant: Tenant,
+        blend: Mapping[str, float],
+        prompts: Sequence[Sequence[int]],
+        sampling: Sequence[Sampling],
+        key: str,
+    ) -> Order:
+        """Hand every answer of a request to the engine, all of them or none.
+
+        Raises:
+            Fault, LorakitError: a quota, a limit, or the engine stands against it.
+        """
+        answers = len(prompts) * asked.choices
+        ledger = self.tenants.ledger(tenant)
+        ledger.enter(tenant, answers, sum(map(len, prompts)) * asked.choices, self.clock())
+        order = Order(self, tenant, dict(blend), key)
+        try:
+            for row, (prompt, how) in enumerate(zip(prompts, sampling, strict=True)):
+                for choice in range(asked.choices):
+                    drawn = how if how.seed is None else replace(how, seed=(how.seed + choice) % 2**63)
+                    request = Request(
+                        id=f"{key}-{row * asked.choices + choice}",
+                        prompt=tuple(prompt),
+                        blend=blend,
+                        tenant="" if self.tenants.open else tenant.name,
+                        weight=tenant.weight,
+                        deadline=self.bounds.seconds,
+                        sampling=drawn,
+                    )
+                    order.tickets.append(self.engine.submit(request))
+        except BaseException:
+            order.missing = answers - len(order.tickets)
+            order.close()
+            raise
+        return order
+
+    def sampling(self, asked: ChatRequest | CompletionRequest, prompts: Sequence[Sequence[int]]) -> list[Sampling]:
+        """How to answer each prompt, held to the limits.
+
+        Raises:
+            Fault: too many answers, a prompt or an answer that does not fit.
+        """
+        bounds, window = self.bounds, self.engine.context
+        if len(prompts) * asked.choices > bounds.answers:
+            raise Fault(
+                400,
+                f"{len(prompts)} prompts with n={asked.choices} ask for {len(prompts) * asked.choices} answers; "
+                f"{bounds.answers} in one request are the most.",
+                "too_many_answers",
+                "n",
+            )
+        limit = asked.limit
+        if limit is not None and bounds.output is not None and limit > bounds.output:
+            raise Fault(
+                400,
+                f"max_tokens was given as {limit}; this server gives {bounds.output} at most.",
+                "max_tokens_exceeded",
+                "max_tokens",
+            )
+        bias = {int(token): number for token, number in (asked.logit_bias or {}).items()}
+        for param, tokens in (("logit_bias", bias), ("stop_token_ids", asked.stop_token_ids or ())):
+            for token in tokens:
+                if token >= len(self.tokenizer):
+                    raise Fault(
+                        400,
+                        f"{param} names the token {token}; this model has {len(self.tokenizer)} tokens.",
+                        "unknown_token",
+                        param,
+                    )
+        found = []
+        for prompt in prompts:
+            if not prompt:
+                raise Fault(400, "the prompt is empty; it needs one token at least.", "empty_prompt", "prompt")
+            most = min(window - 1, bounds.prompt or window)
+            if len(prompt) > most:
+                raise Fault(
+                    400,
+                    f"the prompt has {len(prompt):,} tokens; {most:,} are the most (the model reads {window:,}, its answer "
+                    "included).",
+                    "context_length_exceeded",
+                    "prompt",
+                )
+            room = window - len(prompt)
+            if limit is not None and limit > room:
+                raise Fault(
+                    400,
+                    f"the prompt has {len(prompt):,} tokens and max_tokens asks for {limit:,} more; this model reads "
+                    f"{window:,}, its answer included.",
+                    "context_length_exceeded",
+                    "max_tokens",
+                )
+            found.append(
+                Sampling(
+                    max_tokens=limit or min(room, bounds.output or room),
+                    temperature=1.0 if asked.temperature is None else asked.temperature,
+                    top_p=1.0 if asked.top_p is None else asked.top_p,
+                    top_k=max(0, asked.top_k or 0),
+                    min_p=asked.min_p or 0.0,
+                    min_tokens=asked.min_tokens or 0,
+                    bias=bias,
+                    seed=None if asked.seed is None else asked.seed % 2**63,
+                    stop_ids=tuple(asked.stop_token_ids or ()),
+                    ignore_end=bool(asked.ignore_eos),
+                    presence_penalty=asked.presence_penalty or 0.0,
+                    frequency_penalty=asked.frequency_penalty or 0.0,
+                    repetition_penalty=asked.repetition_penalty or 1.0,
+                    logprobs=asked.reported,
+                )
+            )
+        return found
+
+    def fingerprint(self, blend: Mapping[str, float]) -> str:
+        """Which weights answered: the content of the adapters, as far as it has been read."""
+        parts = []
+        for name in sorted(blend):
+            try:
+                parts.append(self.engine.adapters.info(name).content[:12])
+            except LorakitError:
+                parts.append("")
+        return "-".join(["fp", *parts]) if parts else "fp-base"
+
+
+@dataclass
+class Order:
+    """The answers of one HTTP request while they are made. Closed in every case, once, when the request is over."""
+
+    front: Front
+    tenant: Tenant
+    blend: dict[str, float]
+    key: str
+    tickets: list[Ticket] = field(default_factory=list)
+    missing: int = 0
+    closed: bool = False
+
+    def cancel(self) -> None:
+        """Stop what has not ended."""
+        for ticket in self.tickets:
+            if not ticket.ended:
+                ticket.cancel()
+
+    def close(self) -> None:
+        """Settle the tenant's account and the metrics; whatever still runs is cancelled."""
+        if self.closed:
+            return
+        self.closed = True
+        self.cancel()
+        generated = sum(ticket.usage.generated for ticket in self.tickets)
+        ledger = self.front.tenants.ledger(self.tenant)
+        ledger.leave(self.tenant, len(self.tickets) + self.missing, generated, self.front.clock())
+        self.front.metrics.finished(self.blend, self.tickets)
+
+    def note(self) -> dict[str, Any]:
+        """What the log says of it."""
+        usages = [ticket.usage for ticket in self.tickets]
+        firsts = [one.first for one in usages if one.first is not None]
+        return {
+            "adapters": self.blend,
+            "answers": len(self.tickets),
+            "prompt_tokens": sum(one.prompt for one in usages),
+            "cached_tokens": sum(one.cached for one in usages),
+            "generated_tokens": sum(one.generated for one in usages),
+            "first_token_seconds": round(min(firsts), 4) if firsts else None,
+        }
+
+
+def new_key(kind: str) -> str:
+    """An id for a request, unique among all."""
+    return f"{kind}-{uuid.uuid4().hex}"
+
+
+def unfinished(reason: str | None) -> Fault:
+    """The error for an answer that ended without having been finished."""
+    if reason == "timeout":
+        return Fault(
+            504,
+            "the answer was not finished in the time that this server gives; ask for fewer tokens.",
+            "timeout",
+            headers={"x-should-retry": "false"},
+        )
+    return Fault(503, "the answer was cancelled before it was finished; the server may be shutting down.", "cancelled")

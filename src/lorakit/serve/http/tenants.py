@@ -1,0 +1,374 @@
+"""Who may ask: API keys, the adapters each tenant may use, its quotas, and the file that says so.
+
+The file holds SHA-256 hashes, never keys. A key is 256 random bits, so that a plain hash is enough (there is nothing to
+guess, and a slow hash would be paid at every request); `lorakit keys` makes keys, and no key can be chosen.
+
+    admin: ["sha256:…"]
+    tenants:
+      - {name: acme, keys: ["sha256:…"], adapters: [sql, "law-*"], requests_per_minute: 600, tokens_per_minute: 100000,
+         concurrent: 16, weight: 2}
+
+A file that changes is read again while serving; one that cannot be read leaves everything as it was.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import hashlib
+import hmac
+import json
+import logging
+import os
+import secrets
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from lorakit.errors import LorakitError, unknown
+from lorakit.serve.http.faults import Fault, later
+
+log = logging.getLogger("lorakit.serve")
+
+PREFIX = "lk-"
+
+
+def make_key() -> str:
+    """A new key, to be shown once."""
+    return PREFIX + secrets.token_urlsafe(32)
+
+
+def digest(key: str) -> str:
+    """What the file keeps of a key."""
+    return "sha256:" + hashlib.sha256(key.encode("utf-8", "surrogatepass")).hexdigest()
+
+
+@dataclass(frozen=True)
+class Tenant:
+    """One customer.
+
+    Attributes:
+        name: for logs, metrics and fairness.
+        keys: hashes of its keys.
+        adapters: names it may use, with `*` and `?`.
+        base: whether it may use the base model alone.
+        requests_per_minute: 0 is no limit.
+        tokens_per_minute: of prompts and answers together; 0 is no limit.
+        concurrent: answers at once; 0 is no limit.
+        weight: its share of the machine under load.
+        admin: may use the admin endpoints.
+    """
+
+    name: str
+    keys: tuple[str, ...] = ()
+    adapters: tuple[str, ...] = ("*",)
+    base: bool = True
+    requests_per_minute: int = 0
+    tokens_per_minute: int = 0
+    concurrent: int = 0
+    weight: float = 1.0
+    admin: bool = False
+
+    def may_use(self, adapter: str) -> bool:
+        """Whether an adapter is this tenant's to use."""
+        return any(fnmatch.fnmatchcase(adapter, pattern) for pattern in self.adapters)
+
+
+ANYONE = Tenant("anyone", admin=True)
+"""Who asks where there are no keys."""
+
+
+# -- quotas ------------------------------------------------------------------------------------------------------------------
+
+
+class Bucket:
+    """A quota per minute: full at the start, filled evenly, and allowed into debt for what is known only afterwards."""
+
+    def __init__(self, per_minute: int, now: float) -> None:
+        self.per_minute, self.level, self.when = per_minute, float(per_minute), now
+
+    def refill(self, now: float) -> None:
+        """Bring the level to now."""
+        self.level = min(float(self.per_minute), self.level + (now - self.when) * self.per_minute / 60)
+        self.when = now
+
+    def wait(self, amount: float, now: float) -> float:
+        """Seconds until `amount` is there; more than a minute's worth needs a full bucket. 0: it is there."""
+        self.refill(now)
+        return max(0.0, (min(amount, self.per_minute) - self.level) * 60 / self.per_minute)
+
+
+class Ledger:
+    """What one tenant has used. It outlives a reload of the file."""
+
+    def __init__(self) -> None:
+        self.running = 0
+        self._buckets: dict[str, Bucket] = {}
+        self._lock = threading.Lock()
+
+    def enter(self, tenant: Tenant, answers: int, prompt_tokens: int, now: float) -> None:
+        """Count a request that begins, or raise the Fault that says which quota it exceeds and when to try again."""
+        asked = {"requests_per_minute": 1, "tokens_per_minute": prompt_tokens}
+        with self._lock:
+            if tenant.concurrent and answers > tenant.concurrent:
+                raise Fault(
+                    400,
+                    f"{answers} answers were asked for at once; this key may have {tenant.concurrent}.",
+                    "quota_exceeded",
+                    "n",
+                )
+            if tenant.concurrent and self.running + answers > tenant.concurrent:
+                raise Fault(
+                    429,
+                    f"{self.running} answers are being made for this key, and {answers} more were asked for; "
+                    f"{tenant.concurrent} at once is its limit.",
+                    "quota_exceeded",
+                    headers=later(1),
+                )
+            for name, amount in asked.items():
+                bucket = self._bucket(tenant, name, now)
+                if bucket is not None and (wait := bucket.wait(amount, now)) > 0:
+                    raise Fault(
+                        429,
+                        f"this key's limit of {bucket.per_minute} {name.replace('_', ' ')} is used up for {wait:.0f} s.",
+                        "quota_exceeded",
+                        headers=later(wait),
+                    )
+            for name, amount in asked.items():
+                self._take(tenant, name, amount, now)
+            self.running += answers
+
+    def leave(self, tenant: Tenant, answers: int, generated: int, now: float) -> None:
+        """Count what a request has generated, once it has ended in whatever way."""
+        with self._lock:
+            self.running -= answers
+            self._take(tenant, "tokens_per_minute", generated, now)
+
+    def _bucket(self, tenant: Tenant, name: str, now: float) -> Bucket | None:
+        limit: int = getattr(tenant, name)
+        if not limit:
+            self._buckets.pop(name, None)
+            return None
+        bucket = self._buckets.get(name)
+        if bucket is None or bucket.per_minute != limit:
+            bucket = self._buckets[name] = Bucket(limit, now)
+        return bucket
+
+    def _take(self, tenant: Tenant, name: str, amount: float, now: float) -> None:
+        bucket = self._bucket(tenant, name, now)
+        if bucket is not None:
+            bucket.refill(now)
+            bucket.level -= amount
+
+
+# -- the file ----------------------------------------------------------------------------------------------------------------
+
+
+class Tenants:
+    """All tenants, and who a key belongs to.
+
+    Args:
+        file: YAML or JSON; None serves anyone.
+        clock: seconds, for quotas.
+    """
+
+    LOOKS = 1.0
+    """Seconds between two looks at the file."""
+
+    def __init__(self, file: Path | None = None, clock: Callable[[], float] = time.monotonic) -> None:
+        self.file, self.clock = file, clock
+        self.tenants: dict[str, Tenant] = {} if file else {ANYONE.name: ANYONE}
+        self._hashes: list[tuple[bytes, Tenant]] = []
+        self._ledgers: dict[str, Ledger] = {}
+        self._stamp: tuple[int, ...] = ()
+        self._looked = clock()
+        if file is not None:
+            self.reload()
+
+    @property
+    def open(self) -> bool:
+        """Whether anyone may ask without a key."""
+        return self.file is None
+
+    def reload(self) -> list[str]:
+        """Read the file again, whole or not at all; returns the tenants' names.
+
+        Raises:
+            LorakitError: it cannot be read; everything is as it was.
+        """
+        if self.file is None:
+            return list(self.tenants)
+        stamp = self._stat()
+        tenants = read_tenants(self.file)
+        self._hashes = [(key.encode(), tenant) for tenant in tenants.values() for key in tenant.keys]
+        self.tenants, self._stamp = tenants, stamp
+        return list(tenants)
+
+    def find(self, key: str | None) -> Tenant | None:
+        """The tenant of a key, or None. Takes the same time whichever key it is, right or wrong."""
+        self._look()
+        if self.open:
+            return ANYONE
+        presented = digest(key or "").encode()
+        found = None
+        for known, tenant in self._hashes:
+            if hmac.compare_digest(known, presented):
+                found = tenant
+        return found if key else None
+
+    def ledger(self, tenant: Tenant) -> Ledger:
+        """What this tenant has used."""
+        return self._ledgers.setdefault(tenant.name, Ledger())
+
+    def _stat(self) -> tuple[int, ...]:
+        assert self.file is not None
+        try:
+            found = self.file.stat()
+        except OSError:
+            return ()
+        return found.st_mtime_ns, found.st_size, found.st_ino
+
+    def _look(self) -> None:
+        """Read the file again where it has changed, looking at most once a second."""
+        now = self.clock()
+        if self.file is None or now - self._looked < self.LOOKS:
+            return
+        self._looked = now
+        stamp = self._stat()
+        if stamp != self._stamp:
+            try:
+                self.reload()
+                log.info("keys: %s read again, %d tenants", self.file, len(self.tenants))
+            except LorakitError as problem:
+                self._stamp = stamp  # said once, not every second
+                log.error("%s The keys from before stay in force.", problem)
+
+
+_NUMBERS = {"requests_per_minute": int, "tokens_per_minute": int, "concurrent": int, "weight": float}
+
+
+def read_tenants(file: Path) -> dict[str, Tenant]:
+    """The tenants of a file by name, the admin among them.
+
+    Raises:
+        LorakitError: it is not there, is no YAML, or holds something that is not understood.
+    """
+    data = _read(file)
+    for name in data:
+        if name not in ("admin", "tenants"):
+            raise unknown("entry", str(name), ["admin", "tenants"], str(file))
+    listed = data.get("tenants") or []
+    if not isinstance(listed, list):
+        raise LorakitError(f"keys: tenants in {file} is a {type(listed).__name__}; it is a list of tenants.")
+    tenants: dict[str, Tenant] = {}
+    if data.get("admin"):
+        tenants["admin"] = Tenant("admin", _strings(data["admin"], f"admin in {file}", hashes=True), admin=True)
+    for entry in listed:
+        tenant = _tenant(entry, file)
+        if tenant.name in tenants:
+            raise LorakitError(f'keys: {file} has two tenants named "{tenant.name}".')
+        tenants[tenant.name] = tenant
+    seen: dict[str, str] = {}
+    for tenant in tenants.values():
+        for key in tenant.keys:
+            if key in seen:
+                raise LorakitError(f'keys: in {file} "{seen[key]}" and "{tenant.name}" have the same key.')
+            seen[key] = tenant.name
+    return tenants
+
+
+def _read(file: Path) -> dict[str, Any]:
+    try:
+        data = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError) as problem:
+        raise LorakitError(
+            f"keys: {file} cannot be read ({problem}). `lorakit keys {file} --admin` makes one."
+        ) from problem
+    if data is None:
+        return {}
+    if not isinstance(data, dict):
+        raise LorakitError(f"keys: {file} holds a {type(data).__name__}; it is an object with admin and tenants.")
+    return data
+
+
+def _tenant(entry: Any, file: Path) -> Tenant:
+    known = [one.name for one in fields(Tenant) if one.name != "admin"]
+    if not isinstance(entry, Mapping) or not isinstance(entry.get("name"), str) or not entry["name"]:
+        raise LorakitError(f"keys: a tenant in {file} has no name: {entry!r}.")
+    where = f'tenant "{entry["name"]}" in {file}'
+    values: dict[str, Any] = {}
+    for name, value in entry.items():
+        if name not in known:
+            raise unknown("entry", str(name), known, where)
+        if name in ("keys", "adapters"):
+            value = _strings(value, f"{name} of {where}", hashes=name == "keys")
+        elif name in _NUMBERS:
+            kind = _NUMBERS[name]
+            right = isinstance(value, int | float) and not isinstance(value, bool) and kind(value) == value
+            if not right or value < 0 or (name == "weight" and not 0 < value < float("inf")):
+                raise LorakitError(
+                    f"keys: {name} of {where} is {value!r}; it is a number of 0 or more (weight: above 0)."
+                )
+            value = kind(value)
+        elif name == "base" and not isinstance(value, bool):
+            raise LorakitError(f"keys: base of {where} is {value!r}; it is true or false.")
+        values[name] = value
+    return Tenant(**values)
+
+
+def _strings(value: Any, what: str, hashes: bool) -> tuple[str, ...]:
+    listed = [value] if isinstance(value, str) else value
+    if not isinstance(listed, list) or not all(isinstance(one, str) for one in listed):
+        raise LorakitError(f"keys: {what} is {value!r}; it is a list of texts.")
+    for one in listed:
+        if hashes and (not one.startswith("sha256:") or len(one) != len(digest(""))):
+            raise LorakitError(
+                f"keys: {what} holds a text that is no hash. The file keeps sha256:… of a key, never a key; "
+                "`lorakit keys` makes a key and writes its hash."
+            )
+    return tuple(listed)
+
+
+def add_key(file: Path, tenant: Tenant) -> str:
+    """Make a key for a tenant (or for the admin), write its hash into the file, and return the key.
+
+    A tenant that is there gets one key more and keeps the rest of what the file says of it.
+    """
+    data = _read(file) if file.exists() else {}
+    key = make_key()
+    if tenant.admin:
+        data["admin"] = [*_strings(data.get("admin") or [], f"admin in {file}", hashes=True), digest(key)]
+    else:
+        if file.exists():
+            read_tenants(file)  # a file that is not understood is not written over
+        entries = data.setdefault("tenants", []) or []
+        data["tenants"] = entries
+        entry = next((one for one in entries if one.get("name") == tenant.name), None)
+        if entry is None:
+            plain = {one.name: getattr(tenant, one.name) for one in fields(tenant) if one.name != "admin"}
+            defaults = {one.name: one.default for one in fields(tenant)}
+            entry = {name: value for name, value in plain.items() if name == "name" or value != defaults[name]}
+            entry = {name: list(value) if isinstance(value, tuple) else value for name, value in entry.items()}
+            entries.append(entry)
+        entry["keys"] = [*(entry.get("keys") or []), digest(key)]
+    write = json.dumps(data, indent=2) if file.suffix == ".json" else yaml.safe_dump(data, sort_keys=False)
+    _replace(file, write)
+    return key
+
+
+def _replace(file: Path, text: str) -> None:
+    """Write a file in one step, readable by its owner alone: a server that reads it meanwhile sees the old or the new."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(dir=file.parent, prefix=f".{file.name}.")  # made with mode 600
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as fresh:
+            fresh.write(text)
+        os.replace(name, file)
+    except BaseException:
+        os.unlink(name)
+        raise

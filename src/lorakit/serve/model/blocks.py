@@ -1,0 +1,132 @@
+"""Blocks of the usual form as one function.
+
+A block of a small model is thirty calls of modules and views, which take as long as a fifth of its numbers. The form is
+`h = x + o(attention(norm(x)))`, `h + down(silu(gate(n)) * up(n))` with `n = norm(h)`, of parts that are in service already:
+packed layers (`ports.py`), a norm and a gate of `fused.py`. Nothing is computed otherwise: the logits of the trial must
+stay the same to the bit, or the blocks stay as they are (`served.py`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lorakit.serve.model import native
+from lorakit.serve.model.attention import Present
+from lorakit.serve.model.fused import Gate, Norm
+from lorakit.serve.model.linear_layers import Group, Port
+
+PARTS = {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"}
+
+
+class Block:
+    """The forward of one block."""
+
+    def __init__(
+        self, module: nn.Module, present: Present, norms: tuple[Norm, Norm], groups: tuple[Group, ...]
+    ) -> None:
+        self.original: Callable[..., Any] = module.forward
+        self.present, self.norms = present, norms
+        self.qkv, self.o, self.gated, self.down = groups
+        self.layer: int = module.self_attn.layer_idx  # type: ignore[union-attr, assignment]
+        shape = present.seen[self.layer]
+        self.key_heads, self.d, self.dv = shape.heads, shape.key, shape.value
+        self.heads = self.qkv.outs[0] // self.d
+        attend = native.find("attend", torch.bfloat16)
+        assert attend is not None
+        self.attend = attend
+
+    def __call__(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        position_embeddings: tuple[Tensor, Tensor] | None = None,
+        past_key_values: Any = None,
+        **kwargs: Any,
+    ) -> Any:
+        batch, cache, asked = self.present.batch, self.present.cache, self.present.asked.get(self.layer)
+        if (
+            batch is None
+            or cache is None
+            or asked is None
+            or past_key_values is not None
+            or position_embeddings is None
+        ):
+            return self.original(
+                hidden_states,
+                attention_mask=attention_mask,
+                position_embeddings=position_embeddings,
+                past_key_values=past_key_values,
+                **kwargs,
+            )
+        x = hidden_states[0]
+        tokens, heads, key_heads, d, dv = x.shape[0], self.heads, self.key_heads, self.d, self.dv
+        cosine, sine = position_embeddings[0][0], position_embeddings[1][0]
+        block = self.qkv.compute(self._norm(0, x), batch)
+        q, k, v = block.split([tokens * heads * d, tokens * key_heads * d, tokens * key_heads * dv])
+        q = native.turn(q.view(1, tokens, heads, d).transpose(1, 2), cosine, sine)
+        k = native.turn(k.view(1, tokens, key_heads, d).transpose(1, 2), cosine, sine)
+        mixed = x.new_empty(tokens, heads * dv)
+        # fmt: off
+        self.attend(
+            q.data_ptr(), d, heads * d, k.data_ptr(), d, key_heads * d, v.data_ptr(), dv, key_heads * dv, mixed.data_ptr(),
+            cache.keys[self.layer].data_ptr(), cache.values[self.layer].data_ptr(), *batch.addresses,
+            heads, key_heads, d, dv, asked.scale, asked.softcap, asked.window, asked.address,
+        )
+        # fmt: on
+        h = x + self.o.compute(mixed, batch).view(tokens, -1)
+        gate, up = self.gated.compute(self._norm(1, h), batch).view(2, tokens, -1)
+        return (h + self.down.compute(native.gate(gate, up), batch).view(tokens, -1))[None]
+
+    def _norm(self, number: int, x: Tensor) -> Tensor:
+        norm = self.norms[number]
+        return native.norm(x, norm.weight, norm.eps, norm.shift)
+
+
+def fuse(model: nn.Module, present: Present) -> Callable[[], None] | None:
+    """Turn every block of the form to its `Block`; returns what takes them out again, or None where there is none."""
+    changed = []
+    for module in model.modules():
+        block = None if "forward" in vars(module) else _block(module, present)
+        if block is not None:
+            module.forward = block
+            changed.append(module)
+
+    def restore() -> None:
+        for module in changed:
+            module.__dict__.pop("forward", None)
+
+    return restore if changed else None
+
+
+def _block(module: nn.Module, present: Present) -> Block | None:
+    """A block for a module that is of the form by its parts' names and what is in service of them."""
+    if {name for name, _ in module.named_children()} != PARTS:
+        return None
+    attention: Any = module.self_attn
+    mlp: Any = module.mlp
+    if {name for name, _ in attention.named_children()} != {"q_proj", "k_proj", "v_proj", "o_proj"}:
+        return None
+    norms = [vars(part).get("forward") for part in (module.input_layernorm, module.post_attention_layernorm)]
+    if not isinstance(vars(mlp).get("forward"), Gate) or getattr(attention, "layer_idx", None) not in present.asked:
+        return None
+    groups = [
+        _group([getattr(owner, f"{name}_proj") for name in names.split()])
+        for owner, names in ((attention, "q k v"), (attention, "o"), (mlp, "gate up"), (mlp, "down"))
+    ]
+    first, second = norms
+    if not isinstance(first, Norm) or not isinstance(second, Norm) or None in groups:
+        return None
+    return Block(module, present, (first, second), tuple(group for group in groups if group is not None))
+
+
+def _group(layers: list[nn.Module]) -> Group | None:
+    """The group that is these layers, in this order."""
+    ports = [vars(layer).get("forward") for layer in layers]
+    group = ports[0].group if isinstance(ports[0], Port) else None
+    if group is None or group.numbers != [port.number if isinstance(port, Port) else -1 for port in ports]:
+        return None
+    return group

@@ -1,0 +1,167 @@
+"""The base model in service: the very modules of transformers, with the engine's attention and adapters at its linear layers.
+
+Nothing of a model's own code is written again. Its attention goes through the registry (`attention.py`), its linear layers get
+a forward that adds each token's adapters and, in bfloat16 on a processor, reads weights that were packed once (`ports.py`), its
+norms, rotary positions and gated activations run as compiled loops where these give what the modules give (`fused.py`), and
+blocks of the usual form as one function (`blocks.py`). Whether all that is right for a model is found out by trying, before
+the first request.
+"""
+
+from __future__ import annotations
+
+import inspect
+import logging
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lorakit.serve.model import blocks, fused, native
+from lorakit.serve.model.attention import Door, Present
+from lorakit.serve.model.batch import Batch, Run, assemble
+from lorakit.serve.model.cache import Cache, LayerShape, page_count
+from lorakit.serve.model.linear_layers import Port, Shelf, join
+from lorakit.serve.model.packed import served_layers
+from lorakit.serve.request import Refused
+
+log = logging.getLogger("lorakit")
+
+
+class Served:
+    """A model in service. `close` gives it back as it was.
+
+    Attributes:
+        shapes: what each attention layer keeps of a token.
+        unfit: paths of linear layers that do not see every token (experts), in which no adapter can be served.
+        compiled: None, or why the compiled loops are off.
+    """
+
+    def __init__(self, model: nn.Module, compiled: bool = True, pack: bool = True) -> None:
+        self.model = model
+        first = next(model.parameters())
+        self.device, self.dtype = first.device, first.dtype
+        obstacle = native.obstacle(model) if compiled else "switched off"
+        self.compiled = obstacle
+        self.present = Present(compiled=obstacle is None)
+        self._keeps = "logits_to_keep" in inspect.signature(model.forward).parameters
+        self._training = model.training
+        self._undo: list[Callable[[], None]] = []
+        model.eval()
+        door = Door(model, self.present)
+        self._undo.append(door.close)
+        self.ports: dict[str, Port] = {}
+        self.unfit: set[str] = set()
+        try:
+            with torch.inference_mode():
+                expected = self._trial_of_the_model()
+                shelf = Shelf() if pack and obstacle is None else None
+                for number, (path, module) in enumerate(served_layers(model).items()):
+                    self._put_port(path, module, number, shelf)
+                for prompt in self._prompts()[:1]:  # who reads the same as whom
+                    model(input_ids=torch.tensor([prompt], device=self.device), use_cache=False)
+                join(self.ports.values())
+                if obstacle is None:
+                    self._undo.append(fused.fuse(model, self.present))
+                logits = self._trial(expected)
+                if obstacle is None and (restore := blocks.fuse(model, self.present)) is not None:
+                    self._undo.append(restore)
+                    if not self._gives(logits, expected):
+                        self._undo.pop()()
+        except BaseException:
+            self.close()
+            raise
+        if obstacle is not None:
+            log.info("serve: without compiled loops: %s", obstacle)
+
+    def _put_port(self, path: str, module: nn.Module, number: int, shelf: Shelf | None) -> None:
+        port = self.ports[path] = Port(module, number, self.present, shelf)
+        module.forward = port
+        self._undo.append(lambda: module.__dict__.pop("forward", None))
+
+    def close(self) -> None:
+        """Give the model back as it was."""
+        while self._undo:
+            self._undo.pop()()
+        self.model.train(self._training)
+        self.present.batch = self.present.cache = None
+
+    def forward(self, batch: Batch, cache: Cache) -> Tensor:
+        """The logits (wanted tokens, vocabulary) of a step; keys and values go into their pages."""
+        self.present.batch, self.present.cache, fused.THREAD.serving = batch, cache, True
+        arguments: dict[str, Any] = {"logits_to_keep": batch.last} if self._keeps else {}
+        try:
+            with torch.inference_mode():
+                logits: Tensor = self.model(
+                    input_ids=batch.ids, position_ids=batch.positions, use_cache=False, return_dict=True, **arguments
+                ).logits[0]
+        finally:
+            self.present.batch, fused.THREAD.serving = None, False
+        return logits if self._keeps else logits[batch.last]
+
+    # -- is it right? --------------------------------------------------------------------------------------------------
+    def _prompts(self) -> list[list[int]]:
+        """Two short prompts of different length, longer than a page."""
+        vocabulary = int(self.model.get_input_embeddings().num_embeddings)  # type: ignore[operator]
+        ids = torch.arange(3, 3 + 45) * 7919 % vocabulary
+        return [ids[:19].tolist(), ids[19:].tolist()]
+
+    def _trial_of_the_model(self) -> list[Tensor]:
+        """The model's own logits for the trial prompts, one at a time, through its own attention."""
+        results = []
+        for prompt in self._prompts():
+            ids = torch.tensor([prompt], device=self.device)
+            results.append(self.model(input_ids=ids, use_cache=False, return_dict=True).logits[0].float())
+        seen = self.present.seen
+        if not seen or sorted(seen) != list(range(len(seen))):
+            raise Refused(
+                f"{type(self.model).__name__} has no attention layers that say their number (layer_idx), so its keys and "
+                "values cannot be kept in the engine's pages."
+            )
+        self.shapes: Sequence[LayerShape] = [seen[layer] for layer in range(len(seen))]
+        return results
+
+    def _gives(self, logits: Tensor, expected: Sequence[Tensor]) -> bool:
+        """Whether the trial gives these very logits; what the ports see of it says nothing, since blocks pass them by."""
+        unfit = set(self.unfit)
+        try:
+            return torch.equal(logits, self._trial(expected))
+        except (Refused, AttributeError):  # blocks that return more than their rows
+            return False
+        finally:
+            self.unfit = unfit
+
+    def _trial(self, expected: Sequence[Tensor]) -> Tensor:
+        """Both prompts in one row, cut into chunks in the middle of pages, must give what the model gives for each alone;
+        returns what they give."""
+        prompts = self._prompts()
+        pages: list[list[int]] = []
+        for prompt in prompts:
+            start = sum(map(len, pages))
+            pages.append(list(range(start, start + page_count(len(prompt)))))
+        cache = Cache(self.shapes, sum(map(len, pages)), self.dtype, self.device, reuse=False)
+        found: list[list[Tensor]] = [[], []]
+        cuts = [(0, 7, 0, 11), (7, 18, 11, 25), (18, 19, 25, 26)]
+        try:
+            for a, b, c, d in cuts:
+                runs = [
+                    Run(prompts[0][a:b], a, pages[0], wanted=b - a),
+                    Run(prompts[1][c:d], c, pages[1], wanted=d - c),
+                ]
+                logits = self.forward(assemble(runs, self.device, None), cache).float()
+                found[0].append(logits[: b - a])
+                found[1].append(logits[b - a :])
+                total = b - a + d - c
+                self.unfit |= {path for path, port in self.ports.items() if port.tokens != total}
+        except (Refused, TypeError, ValueError, RuntimeError) as problem:
+            raise Refused(f"{type(self.model).__name__} cannot be served in batches: {problem}") from problem
+        allowed = 1e-3 if self.dtype in (torch.float32, torch.float64) else 0.1
+        for own, parts in zip(expected, found, strict=True):
+            difference = float((own - torch.cat(parts)).abs().max() / own.abs().max())
+            if not difference <= allowed:
+                raise Refused(
+                    f"{type(self.model).__name__} cannot be served in batches: packed into one row its logits differ by "
+                    f"{difference:.2g} of the largest (allowed: {allowed}), so its layers mix tokens in a way that the "
+                    "engine does not know."
+                )
+        return torch.cat([*found[0], *found[1]])

@@ -1,0 +1,1 @@
+"""Engines elsewhere: vLLM, and replicas in a Ray cluster."""

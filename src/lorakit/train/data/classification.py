@@ -1,0 +1,139 @@
+"""Rows of `text` and `label` for a model that classifies sequences."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from lorakit.errors import LorakitError
+from lorakit.train.config.options import DataOptions
+from lorakit.train.data.examples import Report, length_limit
+from lorakit.train.data.formats import refuse_bad_rows, renamed, say_missing
+from lorakit.train.data.rows import BadRow, Row, Rows
+from lorakit.train.data.tokenise import IGNORED
+
+
+@dataclass(frozen=True)
+class LabelledExample:
+    """One tokenised text and the index of its class."""
+
+    input_ids: list[int]
+    label: int
+
+    @property
+    def labels(self) -> list[int]:
+        """The class as the one label of the row, behind a first token that has none, for whatever counts or hashes
+        labels."""
+        return [IGNORED, self.label]
+
+
+@dataclass(frozen=True)
+class PreparedLabels:
+    """Texts with classes, the names of the classes by index, and the report."""
+
+    examples: list[LabelledExample]
+    names: tuple[str, ...]
+    report: Report
+
+    def __len__(self) -> int:
+        return len(self.examples)
+
+
+def class_names(rows: Rows, options: DataOptions) -> tuple[str, ...]:
+    """The classes that occur in the rows, in the order of their indices.
+
+    Raises LorakitError where there are fewer than two.
+    """
+    texts, _ = _labelled(rows, options)
+    names = _names(rows, texts)
+    if len(names) < 2:
+        raise LorakitError(
+            f'{rows.source}: a classifier needs rows of "text" and "label" with at least two different labels; found '
+            f"{', '.join(names) or 'none'}. Columns of other names are given by data.columns."
+        )
+    return names
+
+
+def _labelled(rows: Rows, options: DataOptions) -> tuple[list[tuple[Row, str, str]], list[BadRow]]:
+    """Row, text and label of each usable row, and the unusable ones."""
+    bad: list[BadRow] = []
+    texts: list[tuple[Row, str, str]] = []
+    for row, values in renamed(rows, options):
+        label = values.get("label")
+        if not isinstance(values.get("text"), str) or not values["text"].strip():
+            bad.append(BadRow(row.where, say_missing("text", values)))
+        elif isinstance(label, bool) or not isinstance(label, str | int) or label == "":
+            bad.append(BadRow(row.where, f'"label" is {label!r}, expected a name or an integer'))
+        else:
+            if rows.label_names and isinstance(label, int) and 0 <= label < len(rows.label_names):
+                label = rows.label_names[label]
+            texts.append((row, values["text"], str(label)))
+    return texts, bad
+
+
+def _names(rows: Rows, texts: Sequence[tuple[Row, str, str]]) -> tuple[str, ...]:
+    found = {label for _, _, label in texts}
+    numeric = all(re.fullmatch(r"-?\d+", label) for label in found)
+    return tuple(rows.label_names or sorted(found, key=int if numeric else None))
+
+
+def prepare_labels(
+    rows: Rows, tokenizer: Any, options: DataOptions, names: Sequence[str] | None = None
+) -> PreparedLabels:
+    """Rows of `text` and `label` for a model that classifies sequences.
+
+    Args:
+        rows: from `load_rows` or `load_splits`; a label is text or an integer.
+        tokenizer: a Hugging Face tokenizer, whose own special tokens are added.
+        options: the data section.
+        names: the classes by index, to read evaluation rows as the training rows were; None finds them.
+
+    Raises:
+        LorakitError: as `prepare`; a label that is not among `names` makes a row unusable.
+    """
+    texts, bad = _labelled(rows, options)
+    names = _names(rows, texts) if names is None else names
+    index = {name: position for position, name in enumerate(names)}
+    for row, _, label in texts:
+        if label not in index:
+            bad.append(BadRow(row.where, f'"label" is "{label}", which is not among {", ".join(names)}'))
+    texts = [one for one in texts if one[2] in index]
+    refuse_bad_rows((*rows.bad, *bad), len(rows) + len(rows.bad), options)
+    limit = length_limit(tokenizer, options)
+    encoded = tokenizer([text for _, text, _ in texts], verbose=False)["input_ids"] if texts else []
+    kept: list[LabelledExample] = []
+    truncated = cut = too_long = 0
+    for (row, text, label), ids in zip(texts, encoded, strict=True):
+        if len(ids) > limit:
+            if options.overflow == "refuse":
+                raise LorakitError(f"{row.where}: {len(ids)} tokens, above data.max_length {limit}")
+            if options.overflow == "drop":
+                too_long += 1
+                continue
+            if options.overflow != "cut":
+                raise LorakitError(
+                    f"data.overflow {options.overflow} is not for classification; use cut, drop or refuse"
+                )
+            truncated, cut = truncated + 1, cut + len(ids) - limit
+            ids = tokenizer(text, truncation=True, max_length=limit)["input_ids"]
+        kept.append(LabelledExample(list(ids), index[label]))
+    report = Report(
+        source=rows.source,
+        format="classification",
+        template="none",
+        rows=len(rows) + len(rows.bad),
+        examples=len(kept),
+        tokens=sum(len(example.input_ids) for example in kept),
+        label_tokens=len(kept),
+        longest=max((len(example.input_ids) for example in kept), default=0),
+        max_length=limit,
+        truncated=truncated,
+        tokens_cut=cut,
+        too_long=too_long,
+        bad=(*rows.bad, *bad),
+    )
+    if not kept:
+        raise LorakitError(f"prepare_labels: no example is left of {rows.source}. " + "; ".join(report.lines()))
+    return PreparedLabels(kept, tuple(names), report)

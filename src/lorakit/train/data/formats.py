@@ -1,0 +1,270 @@
+"""What a row holds, and its text: columns under our names, checked, and put through a template.
+
+A row that cannot be used becomes a `BadRow` with the reason; `refuse_bad_rows` is the one place that decides whether
+that stops everything.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, TypeVar
+
+from lorakit.errors import LorakitError
+from lorakit.train.config.options import DataOptions
+from lorakit.train.data.rows import BadRow, Row, Rows
+from lorakit.train.data.templates import (
+    Conversation,
+    Joined,
+    Message,
+    Rendered,
+    TextTemplate,
+    UnusableRow,
+    choose_template,
+    read_messages,
+)
+
+Kept = TypeVar("Kept")
+
+
+def detect_format(columns: Sequence[str], source: str = "the data") -> str:
+    """What rows with these columns hold.
+
+    Raises:
+        LorakitError: nothing known fits, or more than one thing does; lists the columns.
+    """
+    found = [
+        name
+        for name, needed in (
+            ("messages", {"messages"}),
+            ("prompt-completion", {"prompt", "completion"}),
+            ("text", {"text"}),
+            ("classification", {"text", "label"}),
+        )
+        if needed <= set(columns)
+    ]
+    if len(found) == 1:
+        return found[0]
+    listed = ", ".join(columns) or "none"
+    if found:
+        raise LorakitError(f"{source}: the columns ({listed}) fit {' and '.join(found)}; choose by data.format")
+    raise LorakitError(
+        f"{source}: the columns are {listed}; expected prompt and completion, or messages, or text. "
+        "Say which columns these are by data.columns, e.g. {prompt: question, completion: answer}, "
+        "or use them in a data.template with placeholders."
+    )
+
+
+def say_missing(name: str, values: Mapping[str, Any]) -> str:
+    """Why the text of a column cannot be used."""
+    if name not in values:
+        return f'there is no column "{name}"; the row has {", ".join(map(str, values)) or "none"}'
+    value = values[name]
+    if value is None or (isinstance(value, str) and not value.strip()):
+        return f'"{name}" is empty'
+    return f'"{name}" is {value!r:.40}, expected text'
+
+
+def refuse_bad_rows(bad: Sequence[BadRow], total: int, options: DataOptions) -> None:
+    """Raises for rows that cannot be used, naming the first few, unless they are to be skipped."""
+    if bad and options.on_bad_row == "raise":
+        shown = "\n".join(f"  {one}" for one in bad[:5])
+        more = f"\n  and {len(bad) - 5:,} more" if len(bad) > 5 else ""
+        raise LorakitError(
+            f"prepare: {len(bad):,} of {total:,} rows cannot be used:\n{shown}{more}\n"
+            "Correct them, or leave them out by data.on_bad_row: skip."
+        )
+
+
+def renamed(rows: Rows, options: DataOptions) -> list[tuple[Row, Mapping[str, Any]]]:
+    """The rows with columns under our names."""
+    if not options.columns:
+        return [(row, row.fields) for row in rows.rows]
+    columns = rows.columns
+    for ours, theirs in options.columns.items():
+        if rows.rows and theirs not in columns:
+            raise LorakitError(f'data.columns: "{ours}" is to be "{theirs}", but the columns are {", ".join(columns)}')
+    away = set(options.columns.values()) - set(options.columns)
+    kept_rows: list[tuple[Row, Mapping[str, Any]]] = []
+    for row in rows.rows:
+        kept = {name: value for name, value in row.fields.items() if name not in away}
+        kept |= {ours: row.fields[theirs] for ours, theirs in options.columns.items() if theirs in row.fields}
+        kept_rows.append((row, kept))
+    return kept_rows
+
+
+class RowReader:
+    """The rows of one source, on their way to text: their format and template, found once.
+
+    Attributes:
+        format: "prompt-completion", "messages", "text", or "template" where placeholders name the columns.
+        template: how they are written.
+        words: the template in words.
+    """
+
+    def __init__(self, rows: Rows, tokenizer: Any, options: DataOptions) -> None:
+        self.options, self.source, self.tokenizer = options, rows.source or "the data", tokenizer
+        self.fields = renamed(rows, options)
+        self.template = choose_template(options.template, tokenizer)
+        self.format = self._format()
+        self.words = "none (text as it is)" if self.format == "text" else self.template.words
+        has_place = self.template.is_chat or (
+            isinstance(self.template, TextTemplate) and "system" in self.template.placeholders
+        )
+        if options.system is not None and (self.format == "text" or not has_place):
+            raise LorakitError(
+                f"data.system: the template ({self.words}) has no place for a system message; use a chat template, or "
+                "{system} in data.template"
+            )
+
+    def _format(self) -> str:
+        asked = self.options.format
+        if isinstance(self.template, TextTemplate) and asked in ("auto", "prompt-completion"):
+            return "template"
+        if isinstance(self.template, TextTemplate):
+            raise LorakitError(
+                f"data.template has placeholders, which rows of format {asked} cannot fill; "
+                "use a Jinja chat template for messages, none for text"
+            )
+        names = dict.fromkeys(name for _, values in self.fields for name in values)
+        if asked != "auto":
+            found: str = asked
+        elif names:
+            found = detect_format(tuple(names), self.source)
+        else:
+            found = "text"  # nothing is readable: the bad rows are what will be told
+        if found == "classification":
+            raise LorakitError(f"{self.source}: rows of text and label are for a classifier; use prepare_labels")
+        if found == "messages" and isinstance(self.template, Joined):
+            raise LorakitError(
+                f"{self.source}: rows of messages need a chat template, and this tokenizer has none; "
+                "give one as data.template"
+            )
+        if found == "text" and self.options.template is not None and names:
+            raise LorakitError(
+                f"{self.source}: rows of text are taken as they are, but data.template is given; drop one"
+            )
+        return found
+
+    def texts(self) -> tuple[list[tuple[Row, Rendered]], list[BadRow]]:
+        """The text of every row that needs no chat template, and the unusable rows."""
+        rendered: list[tuple[Row, Rendered]] = []
+        bad: list[BadRow] = []
+        for row, values in self.fields:
+            try:
+                rendered.append((row, self._text(values)))
+            except UnusableRow as reason:
+                bad.append(BadRow(row.where, str(reason)))
+        return rendered, bad
+
+    def _text(self, values: Mapping[str, Any]) -> Rendered:
+        if self.format == "text":
+            if not isinstance(values.get("text"), str) or not values["text"]:
+                raise UnusableRow(say_missing("text", values))
+            return Rendered(values["text"], ((0, len(values["text"])),))
+        if isinstance(self.template, TextTemplate):
+            names = self.template.placeholders
+            filled = dict(values)
+            if self.options.system is not None:
+                filled["system"] = values.get("system") or self.options.system
+            for name in names:
+                if not isinstance(filled.get(name), str) or (name == names[-1] and not filled[name].strip()):
+                    raise UnusableRow(say_missing(name, filled))
+            return self.template.render(filled)
+        assert isinstance(self.template, Joined)
+        for name in ("prompt", "completion"):
+            if not isinstance(values.get(name), str) or (name == "completion" and not values[name].strip()):
+                raise UnusableRow(say_missing(name, values))
+        return self.template.render(values["prompt"], values["completion"])
+
+    def conversations(self) -> tuple[list[tuple[Row, Conversation]], list[BadRow]]:
+        """The messages of every row for a chat template, and the unusable rows."""
+        found: list[tuple[Row, Conversation]] = []
+        bad: list[BadRow] = []
+        for row, values in self.fields:
+            try:
+                found.append((row, self._conversation(values)))
+            except UnusableRow as reason:
+                bad.append(BadRow(row.where, str(reason)))
+        return found, bad
+
+    def _conversation(self, values: Mapping[str, Any]) -> Conversation:
+        if self.format == "messages":
+            if "messages" not in values:
+                raise UnusableRow(say_missing("messages", values))
+            messages = read_messages(values["messages"], "messages")
+            learned = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
+            if not learned:
+                raise UnusableRow('"messages" has no assistant turn, so there is nothing to learn')
+        else:
+            before = self._turns(values, "prompt", "user")
+            after = self._turns(values, "completion", "assistant")
+            messages = before + after
+            learned = [i for i, m in enumerate(messages) if i >= len(before) and m["role"] == "assistant"]
+            if not learned:
+                raise UnusableRow('"completion" has no assistant turn')
+        if self.options.system is not None and messages[0]["role"] != "system":
+            messages = [{"role": "system", "content": self.options.system}, *messages]
+            learned = [index + 1 for index in learned]
+        tools = values.get("tools") or None
+        return Conversation(messages, tuple(learned), tools)
+
+    def _turns(self, values: Mapping[str, Any], name: str, role: str) -> list[Message]:
+        value = values.get(name)
+        if isinstance(value, list):
+            return read_messages(value, name)
+        if not isinstance(value, str) or not value.strip():
+            raise UnusableRow(say_missing(name, values))
+        return [{"role": role, "content": value}]
+
+    def put_answer(self, answer: str) -> None:
+        """Gives every row this answer instead of its own."""
+        self.fields = [(row, self._answered(values, answer)) for row, values in self.fields]
+
+    def _answered(self, values: Mapping[str, Any], answer: str) -> Mapping[str, Any]:
+        if isinstance(self.template, TextTemplate):
+            return {**values, self.template.placeholders[-1]: answer}
+        if self.format == "prompt-completion":
+            return {**values, "completion": answer}
+        messages = read_messages(values.get("messages"), "messages")
+        last = max((i for i, message in enumerate(messages) if message["role"] == "assistant"), default=0)
+        return {**values, "messages": [*messages[:last], {**messages[last], "content": answer}]}
+
+    def count_control_tokens(self) -> int:
+        """Rows whose own text spells a control token."""
+        if self.format == "text" or not self.template.is_chat:
+            return 0
+        names = sorted({str(token) for token in self.tokenizer.all_special_tokens if str(token).strip()})
+        if not names:
+            return 0
+        pattern = re.compile("|".join(map(re.escape, names)))
+        columns = ("messages",) if self.format == "messages" else ("prompt", "completion")
+        return sum(
+            any(pattern.search(text) for name in columns for text in texts_in(values.get(name)))
+            for _, values in self.fields
+        )
+
+
+def texts_in(value: Any) -> Iterable[str]:
+    """Every text of a column, inside messages too."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping):
+        yield from texts_in(value.get("content"))
+    elif isinstance(value, list):
+        for item in value:
+            yield from texts_in(item)
+
+
+def sort_out(
+    rows: Sequence[tuple[Row, Any]], results: Sequence[Kept | UnusableRow]
+) -> tuple[list[tuple[Row, Kept]], list[BadRow]]:
+    """Results by row, those that are reasons among the bad rows."""
+    kept: list[tuple[Row, Kept]] = []
+    bad: list[BadRow] = []
+    for (row, _), result in zip(rows, results, strict=True):
+        if isinstance(result, UnusableRow):
+            bad.append(BadRow(row.where, str(result)))
+        else:
+            kept.append((row, result))
+    return kept, bad

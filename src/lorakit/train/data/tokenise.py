@@ -1,0 +1,208 @@
+"""From text to tokens and labels: exact at the edges of what is learned.
+
+The tokens of a prompt must be the tokens that generation will be given. So the prompt is tokenised alone and with
+what follows, and the one must begin the other. Where they merge, both are tokenised apart, provided that this says the
+same; else the row is refused.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import Any
+
+from lorakit.errors import LorakitError
+from lorakit.train.data.templates import Rendered, UnusableRow
+
+IGNORED = -100
+"""The label of a token without loss."""
+
+
+@dataclass(frozen=True)
+class Tokenised:
+    """Tokens and labels of one row; `apart` when prompt and completion had to be tokenised apart."""
+
+    ids: list[int]
+    labels: list[int]
+    apart: bool = False
+
+
+@dataclass
+class Ends:
+    """Which tokens end a turn: control tokens, of which the tokenizer's end of text is one."""
+
+    tokenizer: Any
+    ids: frozenset[int] = field(init=False)
+
+    def __post_init__(self) -> None:
+        added = getattr(self.tokenizer, "added_tokens_decoder", {})
+        # Some tokenizers add runs of spaces as tokens; those end nothing.
+        named = {index for index, token in added.items() if str(token).strip()}
+        self.ids = frozenset(named | set(self.tokenizer.all_special_ids))
+
+    def is_blank(self, token: int) -> bool:
+        """Whether a token is white space, and no control token."""
+        return token not in self.ids and not self.tokenizer.decode([token]).strip()
+
+    def closes(self, ids: Sequence[int]) -> bool:
+        """Whether these tokens finish with an end of turn, white space after it aside."""
+        for token in reversed(ids):
+            if token in self.ids:
+                return True
+            if not self.is_blank(token):
+                return False
+        return False
+
+    def without_end(self, ids: list[int]) -> list[int]:
+        """The tokens before the first control token."""
+        end = next((position for position, token in enumerate(ids) if token in self.ids), len(ids))
+        return ids[:end]
+
+    def with_end(self, ids: list[int]) -> list[int]:
+        """The tokens up to the first control token, and that one."""
+        return ids[: len(self.without_end(ids)) + 1]
+
+
+class Labeller:
+    """One tokenizer's way from text to tokens and labels.
+
+    Args:
+        tokenizer: a Hugging Face tokenizer.
+        opens: whether the tokenizer's own first token (a BOS) is put before texts; chat templates write it themselves.
+        learn_all: loss on prompts too.
+        must_end: whether it is an error that there is no token to end a text with.
+    """
+
+    def __init__(self, tokenizer: Any, opens: bool, learn_all: bool, must_end: bool) -> None:
+        self.tokenizer, self.learn_all, self.must_end = tokenizer, learn_all, must_end
+        self.ends = Ends(tokenizer)
+        self.opening = self._opening() if opens else []
+
+    def _opening(self) -> list[int]:
+        """The tokens that the tokenizer puts before every text."""
+        with_them = list(self.tokenizer("a", verbose=False)["input_ids"])
+        without = list(self.tokenizer("a", add_special_tokens=False)["input_ids"])
+        for at in range(len(with_them) - len(without) + 1):
+            if with_them[at : at + len(without)] == without:
+                return with_them[:at]
+        return []
+
+    def encode(self, texts: list[str]) -> list[list[int]]:
+        """Tokens of each text, without any that the tokenizer would add."""
+        if not texts:
+            return []
+        encoded = self.tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)
+        return list(encoded["input_ids"])
+
+    def _decode(self, ids: list[int]) -> str:
+        return str(self.tokenizer.decode(ids, clean_up_tokenization_spaces=False))
+
+    def opened(self, ids: list[int]) -> list[int]:
+        """Tokens with the tokenizer's first ones before them, unless the text wrote them itself."""
+        return ids if ids[: len(self.opening)] == self.opening else self.opening + ids
+
+    def label(self, rendered: list[Rendered]) -> list[Tokenised | UnusableRow]:
+        """Tokens of every text; labels on its spans, each of which must begin at a token that the prompt ends with."""
+        texts: list[str] = []
+        for one in rendered:
+            texts.append(one.text)
+            for start, end in one.spans:
+                texts += [one.text[:start]] if start else []
+                texts += [one.text[:end]] if end < len(one.text) else []
+        tokens = iter(self.encode(texts))
+        results: list[Tokenised | UnusableRow] = []
+        for one in rendered:
+            ids = next(tokens)
+            cuts: list[tuple[int, list[int]]] = []  # (character, the tokens of the text before it)
+            for start, end in one.spans:
+                if start:
+                    cuts.append((start, next(tokens)))
+                if end < len(one.text):
+                    cuts.append((end, next(tokens)))
+            try:
+                results.append(self._label_one(one, ids, cuts))
+            except UnusableRow as reason:
+                results.append(reason)
+        return results
+
+    def _label_one(self, one: Rendered, ids: list[int], cuts: list[tuple[int, list[int]]]) -> Tokenised:
+        apart = any(ids[: len(part)] != part for _, part in cuts)
+        positions = {0: 0, len(one.text): len(ids), **{at: len(part) for at, part in cuts}}
+        if apart:
+            places = sorted({0, len(one.text), *(at for at, _ in cuts)})
+            pieces = self.encode([one.text[a:b] for a, b in pairwise(places)])
+            separate = [token for piece in pieces for token in piece]
+            if self._decode(separate) != self._decode(ids):
+                raise UnusableRow(
+                    "the tokens of prompt and completion merge, and apart they say something else; move the white "
+                    "space from the end of the prompt to the start of the completion"
+                )
+            ids = separate
+            at = 0
+            positions = {0: 0}
+            for place, piece in zip(places[1:], pieces, strict=True):
+                at += len(piece)
+                positions[place] = at
+        labels = [IGNORED] * len(ids)
+        spans = ((0, len(one.text)),) if self.learn_all else one.spans
+        for start, end in spans:
+            labels[positions[start] : positions[end]] = ids[positions[start] : positions[end]]
+        opened = self.opened(ids)
+        labels = [IGNORED] * (len(opened) - len(ids)) + labels
+        ids = opened
+        return self._closed(Tokenised(ids, labels, apart))
+
+    def label_marked(self, ids: list[int], mask: list[int]) -> Tokenised:
+        """Labels by a template's own 0/1 mask, and by the end of turn after each marked run where the mask leaves it out.
+
+        Raises:
+            UnusableRow: the last turn goes on, unmarked, with text that the model would never learn to write.
+        """
+        labels = [token if marked else IGNORED for token, marked in zip(ids, mask, strict=True)]
+        runs_end = [at for at in range(len(ids)) if mask[at] and not (at + 1 < len(ids) and mask[at + 1])]
+        for last in runs_end:
+            if ids[last] in self.ends.ids:
+                continue
+            after = next((at for at in range(last + 1, len(ids)) if not self.ends.is_blank(ids[at])), len(ids))
+            after = last + 1 if last + 1 < len(ids) and ids[last + 1] in self.ends.ids else after
+            if after == len(ids):  # nothing but white space follows: end there
+                return self._closed(Tokenised(ids[: last + 1], labels[: last + 1]))
+            if (after == last + 1 and ids[after] in self.ends.ids) or ids[after] == self.tokenizer.eos_token_id:
+                labels[last + 1 : after + 1] = ids[last + 1 : after + 1]
+            elif last == runs_end[-1]:
+                raise UnusableRow("the chat template's {% generation %} marks leave out how the assistant's turn ends")
+        return self._closed(Tokenised(ids, labels))
+
+    def _closed(self, one: Tokenised) -> Tokenised:
+        """With the end of turn (or of text) after the last learned token, if it is not there already."""
+        if one.labels[-1] == IGNORED or self.ends.closes(one.ids):
+            return one
+        end = self.tokenizer.eos_token_id
+        if end is None:
+            if not self.must_end:
+                return one
+            raise LorakitError(
+                "prepare: the tokenizer has no end-of-text token and the template writes none, so the model would never "
+                "learn to stop; set tokenizer.eos_token, or end data.template with a control token"
+            )
+        return Tokenised([*one.ids, end], [*one.labels, end], one.apart)
+
+
+def cut(ids: list[int], labels: list[int], limit: int, overflow: str, opens: bool) -> tuple[list[int], list[int]]:
+    """Tokens and labels within the limit; `opens` where the first token begins every text."""
+    if overflow == "cut-start":
+        if opens and ids:  # the token that begins every text stays where the model knows it
+            return [ids[0], *ids[1 - limit :]], [IGNORED, *labels[1 - limit :]]
+        return ids[-limit:], labels[-limit:]
+    return ids[:limit], labels[:limit]
+
+
+def split(ids: list[int], labels: list[int], limit: int, opening: int) -> list[tuple[list[int], list[int]]]:
+    """A long text as several examples, each begun as the first is."""
+    step = limit - opening
+    if step < 2:
+        raise LorakitError(f"data.max_length {limit} leaves no room for text after {opening} opening tokens")
+    head, silent = ids[:opening], [IGNORED] * opening
+    body = range(opening, len(ids), step)
+    return [(head + ids[at : at + step], silent + labels[at : at + step]) for at in body]

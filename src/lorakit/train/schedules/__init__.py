@@ -1,0 +1,1 @@
+"""What training does to an adapter besides optimiser steps."""

@@ -1,0 +1,337 @@
+"""Loss where labels are: no logits for tokens nobody asks about, and never all logits at once.
+
+Hidden states are gathered at the targets, multiplied by the head in chunks, and the gradient of a chunk is formed
+while its logits are there, so the backward pass only scales what was kept: one row per target. Softcapping, logit
+scales, head bias, label smoothing and per-target weights are part of it; the count of right tokens comes for free. A
+head that is more than a linear layer (an adapted one) is called as a module, chunk by chunk, and recomputed in the
+backward pass. `causal_loss` is the whole step on a flat row, `padded_loss` the plain one on a padded batch.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lorakit.adapter.adapter import adapters
+from lorakit.core.state import counted, prompts, use
+from lorakit.core.storage import FLOAT, storage_of
+from lorakit.errors import LorakitError
+from lorakit.train.step import fusion
+from lorakit.train.step.attention import flat_attention, flat_hidden, is_flat
+from lorakit.train.step.last_block import asked_rows
+from lorakit.train.step.packing import IGNORED, FlatBatch, TokenisedExample
+
+logger = logging.getLogger(__name__)
+
+CHUNK_LOGITS = 1 << 24
+"""Logits held at once (32 MB in bf16)."""
+
+
+@dataclass(frozen=True)
+class LossStats:
+    """What a step saw. `right` counts targets whose most likely token was the label; `total` is the summed loss."""
+
+    targets: int
+    right: Tensor
+    total: Tensor
+    computed_tokens: int
+    unshared_tokens: int
+
+    @property
+    def accuracy(self) -> float:
+        """Share of right tokens (waits for the device)."""
+        return float(self.right) / max(1, self.targets)
+
+
+@dataclass(frozen=True)
+class Head:
+    """How hidden states become logits: `softcap * tanh(scale * (W h + b) / softcap)`."""
+
+    module: nn.Module
+    scale: float
+    softcap: float | None
+
+    @property
+    def is_linear(self) -> bool:
+        """Is the module a linear layer of floats and nothing else, hooks included?"""
+        module = self.module
+        plain = type(module) is nn.Linear and "forward" not in vars(module)
+        hooked = bool(module._forward_hooks or module._forward_pre_hooks or module._backward_hooks)
+        return plain and not hooked and not hasattr(module, "parametrizations")
+
+    def shape(self, logits: Tensor) -> Tensor:
+        """Raw products to logits, in fp32 or wider."""
+        return _shape_logits(logits, self.scale, self.softcap)
+
+
+def read_head(model: Any) -> Head:
+    """The head of a causal model, from its output embeddings and its configuration.
+
+    Raises LorakitError for a model without one.
+    """
+    module = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    if module is None:
+        raise LorakitError(f"loss: {type(model).__name__} has no output embeddings; a causal language model has")
+    storage = storage_of(module, "weight") if isinstance(getattr(module, "weight", None), Tensor) else FLOAT
+    if storage is not FLOAT:
+        held = storage.label(module, "weight")
+        raise LorakitError(f"loss: the output head of {type(model).__name__} is held as {held}; logits need its floats")
+    config = model.config.get_text_config()
+    scale = 1.0
+    if getattr(config, "logit_scale", None):
+        scale = float(config.logit_scale)
+    elif getattr(config, "logits_scaling", None):
+        scale = 1.0 / float(config.logits_scaling)
+    elif getattr(config, "lm_head_multiplier", None):
+        scale = float(config.lm_head_multiplier)
+    softcap = getattr(config, "final_logit_softcapping", None)
+    return Head(module, scale, float(softcap) if softcap else None)
+
+
+def decoder_of(model: Any) -> nn.Module:
+    """A causal model without its head."""
+    decoder = model.get_decoder() if hasattr(model, "get_decoder") else None
+    if decoder is None or decoder is model:
+        decoder = getattr(model, model.base_model_prefix, None)
+    if not isinstance(decoder, nn.Module):
+        raise LorakitError(f"loss: {type(model).__name__} has no decoder apart from its head; use padded_loss")
+    return decoder
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The loss of a chunk
+
+
+def _shape_logits(logits: Tensor, scale: float, softcap: float | None) -> Tensor:
+    wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    if scale != 1.0:
+        wide = wide * scale
+    return wide if softcap is None else softcap * torch.tanh(wide / softcap)
+
+
+def chunk_losses(
+    raw: Tensor, targets: Tensor, *, scale: float, softcap: float | None, smoothing: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """raw [targets, vocabulary] -> (loss of each target, log of the sum, is the target the most likely token).
+
+    Right is a target that no token beats, rather than the first of equals: a compiled maximum is far faster than the
+    place of one.
+    """
+    logits = _shape_logits(raw, scale, softcap)
+    top = logits.amax(-1, keepdim=True)
+    log_sum = (logits - top).exp().sum(-1, keepdim=True).log() + top
+    losses = log_sum[:, 0] - (1 - smoothing) * logits.gather(1, targets[:, None])[:, 0]
+    if smoothing:
+        losses = losses - smoothing * logits.mean(-1)
+    return losses, log_sum, raw.gather(1, targets[:, None])[:, 0] >= raw.amax(-1)
+
+
+def chunk_gradient(
+    raw: Tensor,
+    targets: Tensor,
+    log_sum: Tensor,
+    weights: Tensor,
+    *,
+    scale: float,
+    softcap: float | None,
+    smoothing: float,
+) -> Tensor:
+    """The gradient of the weighted sum of losses with respect to the raw products, in their dtype."""
+    logits = _shape_logits(raw, scale, softcap)
+    wanted = targets[:, None] == torch.arange(raw.shape[1], device=raw.device)[None]
+    slope = (logits - log_sum).exp() - (1 - smoothing) * wanted.to(logits.dtype)
+    if smoothing:
+        slope = slope - smoothing / raw.shape[1]
+    if softcap is not None:
+        slope = slope * (1 - (logits / softcap) ** 2)
+    return (slope * (weights[:, None] * scale)).to(raw.dtype)
+
+
+class _LinearLoss(torch.autograd.Function):
+    """Summed loss of gathered hidden states `[targets, hidden]` under a linear head; gradients made in the forward."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        targets: Tensor,
+        weights: Tensor,
+        scale: float,
+        softcap: float | None,
+        smoothing: float,
+    ) -> tuple[Tensor, Tensor]:
+        wide = torch.promote_types(hidden.dtype, torch.float32)
+        total = torch.zeros((), dtype=wide, device=hidden.device)
+        right = torch.zeros((), dtype=torch.float32, device=hidden.device)
+        need_hidden, need_weight, need_bias = ctx.needs_input_grad[:3]
+        of_hidden = torch.empty_like(hidden) if need_hidden else None
+        of_weight = torch.zeros_like(weight, dtype=wide) if need_weight else None
+        of_bias = torch.zeros_like(bias, dtype=wide) if bias is not None and need_bias else None
+        weights = weights.to(wide)
+        constants: dict[str, Any] = {"scale": scale, "softcap": softcap, "smoothing": smoothing}
+        for begin in _chunks(len(targets), weight.shape[0]):
+            part = slice(begin[0], begin[1])
+            rows = hidden[part]
+            raw = nn.functional.linear(rows, weight, bias)
+            losses, log_sum, hit = fusion.call(chunk_losses, raw, targets[part], **constants)
+            total += (losses * weights[part]).sum()
+            right += (hit * weights[part]).sum()
+            if not any((need_hidden, need_weight, need_bias)):
+                continue
+            slope = fusion.call(chunk_gradient, raw, targets[part], log_sum, weights[part], **constants)
+            if of_hidden is not None:
+                torch.mm(slope, weight, out=of_hidden[part])
+            if of_weight is not None:
+                of_weight += slope.t() @ rows
+            if of_bias is not None:
+                of_bias += slope.sum(0)
+        ctx.save_for_backward(of_hidden, of_weight, of_bias)
+        ctx.weight_dtype = weight.dtype
+        ctx.mark_non_differentiable(right)
+        return total, right
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
+        of_hidden, of_weight, of_bias = (
+            None if kept is None else kept * grads[0].to(kept.dtype) for kept in ctx.saved_tensors
+        )
+        if of_weight is not None:
+            of_weight = of_weight.to(ctx.weight_dtype)
+        if of_bias is not None:
+            of_bias = of_bias.to(ctx.weight_dtype)
+        return of_hidden, of_weight, of_bias, None, None, None, None, None
+
+
+def _chunks(targets: int, vocabulary: int) -> list[tuple[int, int]]:
+    """Equal parts of at most CHUNK_LOGITS logits."""
+    size = max(16, CHUNK_LOGITS // max(1, vocabulary))
+    count = -(-targets // size)
+    edges = [targets * i // count for i in range(count + 1)] if count else [0]
+    return list(itertools.pairwise(edges))
+
+
+def _module_losses(head: Head, hidden: Tensor, targets: Tensor, smoothing: float) -> tuple[Tensor, Tensor]:
+    raw = head.module(hidden)
+    losses, _, hit = chunk_losses(raw, targets, scale=head.scale, softcap=head.softcap, smoothing=smoothing)
+    return losses, hit
+
+
+def target_loss(
+    head: Head, hidden: Tensor, targets: Tensor, weights: Tensor, *, label_smoothing: float = 0.0
+) -> tuple[Tensor, Tensor]:
+    """The weighted sum of losses of hidden states `[targets, hidden]`, and the weighted count of right tokens."""
+    module = head.module
+    if head.is_linear and isinstance(module, nn.Linear):
+        arguments = (targets, weights, head.scale, head.softcap, label_smoothing)
+        rows = hidden.to(module.weight.dtype)
+        total, right = _LinearLoss.apply(rows, module.weight, module.bias, *arguments)  # type: ignore[no-untyped-call]
+        return total, right
+    from torch.utils.checkpoint import checkpoint
+
+    total = torch.zeros((), dtype=torch.promote_types(hidden.dtype, torch.float32), device=hidden.device)
+    right = torch.zeros((), dtype=torch.float32, device=hidden.device)
+    vocabulary = getattr(module, "out_features", None) or 1 << 17
+    for begin, end in _chunks(len(targets), int(vocabulary)):
+        losses, hit = checkpoint(
+            _module_losses, head, hidden[begin:end], targets[begin:end], label_smoothing, use_reentrant=False
+        )
+        total = total + (losses * weights[begin:end].to(losses.dtype)).sum()
+        right = right + (hit * weights[begin:end]).sum()
+    return total, right
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Whole steps
+
+
+def causal_loss(
+    model: Any, packed: FlatBatch, *, num_items: Tensor | float | None = None, label_smoothing: float = 0.0
+) -> tuple[Tensor, LossStats]:
+    """Mean loss over the labels of a packed batch, and its stats.
+
+    The sum is divided by `num_items` (all labels of an accumulated step) or by the labels of this batch. The model's
+    flat attention is switched on for the call if it is not already; with gradient checkpointing it must be open around
+    backward too, so then LorakitError is raised.
+    """
+    head = read_head(model)
+    decoder = decoder_of(model)
+    if is_flat(model):
+        if model.training and torch.is_grad_enabled():
+            packed = asked_rows(decoder, packed, flat_hidden)
+        with counted(model, packed.counts):
+            hidden = flat_hidden(decoder, packed)
+    else:
+        if model.training and any(getattr(part, "gradient_checkpointing", False) for part in model.modules()):
+            raise LorakitError(
+                "causal_loss: gradient checkpointing runs layers again in backward, when this call has put the model's "
+                "own attention back; open `with flat_attention(model):` around forward and backward"
+            )
+        with flat_attention(model), counted(model, packed.counts):
+            hidden = flat_hidden(decoder, packed)
+    rows = hidden.index_select(0, packed.hidden_index)
+    total, right = target_loss(head, rows, packed.targets, packed.weights, label_smoothing=label_smoothing)
+    divisor = packed.num_targets if num_items is None else num_items
+    stats = LossStats(packed.num_targets, right, total.detach(), packed.tokens, packed.unshared_tokens)
+    return total / _at_least_one(divisor), stats
+
+
+def padded_loss(
+    model: Any,
+    examples: Sequence[TokenisedExample],
+    *,
+    num_items: Tensor | float | None = None,
+    label_smoothing: float = 0.0,
+) -> tuple[Tensor, LossStats]:
+    """The same on a right-padded batch, through the model's own forward and logits: slower, and right for any causal
+    model. The flat path is tested against it."""
+    device = next(model.parameters()).device
+    longest = max(len(example.input_ids) for example in examples)
+    input_ids = torch.zeros(len(examples), longest, dtype=torch.long)
+    labels = torch.full((len(examples), longest), IGNORED)
+    mask = torch.zeros(len(examples), longest, dtype=torch.long)
+    for row, example in enumerate(examples):
+        length = len(example.input_ids)
+        input_ids[row, :length] = torch.tensor(list(example.input_ids))
+        labels[row, :length] = torch.tensor(list(example.labels))
+        mask[row, :length] = 1
+    input_ids, labels, mask = input_ids.to(device), labels.to(device), mask.to(device)
+    with prompts_known(model, [prompt_length(example.labels) for example in examples]):
+        logits = model(input_ids=input_ids, attention_mask=mask, use_cache=False).logits[:, :-1]
+    labels = labels[:, 1:]
+    chosen = labels != IGNORED
+    rows, targets = logits[chosen], labels[chosen]
+    wide = rows.to(torch.promote_types(rows.dtype, torch.float32))
+    total = nn.functional.cross_entropy(wide, targets, reduction="sum", label_smoothing=label_smoothing)
+    count = len(targets)
+    right = (rows.detach().argmax(-1) == targets).sum().float()
+    real = sum(len(example.input_ids) for example in examples)
+    stats = LossStats(count, right, total.detach(), input_ids.numel(), real)
+    return total / _at_least_one(count if num_items is None else num_items), stats
+
+
+def base_alone(model: nn.Module) -> contextlib.AbstractContextManager[None]:
+    """The model without its adapters, where it has some: what a model can do is asked of the base."""
+    return use(model, None) if adapters(model) else contextlib.nullcontext()
+
+
+def prompt_length(labels: Sequence[int]) -> int:
+    """How many tokens of an example are its prompt: those before the first that is learned."""
+    return next((place for place, label in enumerate(labels) if label != IGNORED), len(labels))
+
+
+def prompts_known(model: nn.Module, lengths: Sequence[int]) -> contextlib.AbstractContextManager[None]:
+    """Says to a model's edits how many tokens of each row are its prompt, where the model has adapters."""
+    return prompts(model, lengths) if adapters(model) else contextlib.nullcontext()
+
+
+def _at_least_one(count: Tensor | float) -> Tensor | float:
+    return count.clamp_min(1) if isinstance(count, Tensor) else max(1, count)
