@@ -236,3 +236,30 @@ def test_dora_over_adalora_trains_and_merges() -> None:
     before = model(x)
     lk.merge(model, "default")
     torch.testing.assert_close(model(x), before)
+
+
+@pytest.mark.parametrize("kind", [lk.AdaLoRA, lk.ElaLoRA])
+def test_a_masked_triplet_that_trains_again_is_saved(kind: Any, tmp_path: Path) -> None:
+    """Between two prunings λ of a masked triplet moves again and acts: what acts must be in the file.
+
+    Counting only the kept ones (`rows()` without λ ≠ 0) gives a file that is another adapter than the one in memory.
+    """
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(11, 14))
+    adapter = lk.attach(model, kind(rank=5, alpha=7.0), name="a", target_modules=["0"])
+    (delta,) = (one for _, _, one in adapter.deltas())
+    with torch.no_grad():
+        for parameter in delta.parameters():
+            nn.init.normal_(parameter)
+        delta.kept = torch.tensor([True, False, True, False, True])
+        delta.lam[3] = 0.0  # masked and still; the one at 1 is masked and acts
+    assert delta.rows().tolist() == [0, 1, 2, 4]
+    x = torch.randn(3, 11)
+    adapter.save(tmp_path)
+    again = nn.Sequential(nn.Linear(11, 14))
+    again.load_state_dict(
+        {key.replace("base.", ""): value for key, value in model.state_dict().items() if "base." in key}
+    )
+    loaded = lk.load(again, tmp_path, name="a")
+    with lk.use(again, loaded.name):
+        torch.testing.assert_close(again(x), model(x))
