@@ -15,10 +15,9 @@ from lorakit.algebra import scale as scale
 from lorakit.algebra import swap as swap
 from lorakit.algebra import verify as verify
 from lorakit.conversion import convert as convert
-from lorakit.core.state import activate as activate
-from lorakit.core.state import noted as noted
-from lorakit.core.state import prompts as prompts
-from lorakit.core.state import use as use
+from lorakit.core.using import activate as activate
+from lorakit.core.using import noted as noted
+from lorakit.core.using import use as use
 from lorakit.edits import EDITS as EDITS
 from lorakit.edits import Bottleneck as Bottleneck
 from lorakit.edits import LLaMAAdapter as LLaMAAdapter
@@ -26,6 +25,7 @@ from lorakit.edits import LoReFT as LoReFT
 from lorakit.edits import PrefixTuning as PrefixTuning
 from lorakit.edits import PromptTuning as PromptTuning
 from lorakit.edits import PTuning as PTuning
+from lorakit.edits.hooks import prompts as prompts
 from lorakit.errors import LorakitError as LorakitError
 from lorakit.experts import Arrow as Arrow
 from lorakit.experts import LoRAHub as LoRAHub

@@ -11,7 +11,7 @@ from torch import Tensor
 
 import lorakit as lk
 from lorakit.algebra.sources import Live, Stored
-from lorakit.core.state import routes
+from lorakit.core.using import routes
 
 pytestmark = pytest.mark.model
 

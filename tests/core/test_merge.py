@@ -137,7 +137,7 @@ def test_others_add_to_what_is_merged(make: Any, method: Method) -> None:
     with lk.merged(model, "one"), lk.use(model, [{"two": 0.5}] * 3):
         assert torch.allclose(logits(model), both, atol=1e-12)
     assert same(model, before)
-    assert not any(module.kept for module in model.modules() if isinstance(module, Adapted))
+    assert not any(module.unmerged for module in model.modules() if isinstance(module, Adapted))
 
 
 def test_what_is_merged_cannot_be_routed_detached_or_merged_again() -> None:

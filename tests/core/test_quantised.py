@@ -130,7 +130,7 @@ def test_eight_bit_floats_are_not_taken_for_the_weight() -> None:
 
 def test_codes_are_not_trained_whole() -> None:
     model = packed("nf4")
-    with pytest.raises(LorakitError, match=r"modules_to_save names one, and one is held as nf4"):
+    with pytest.raises(LorakitError, match=r"modules_to_save names one, and one is stored as nf4"):
         lk.attach(model, lk.LoRA(rank=2), target_modules=["other"], modules_to_save=["one"])
     assert not hasattr(model, "_lorakit")
     lk.attach(model, lk.LoRA(rank=2), target_modules=["other"], modules_to_save=["head"])
@@ -140,7 +140,7 @@ def test_a_layer_that_reads_its_weight_itself_needs_floats() -> None:
     attention = nn.MultiheadAttention(128, 2)
     attention.out_proj = storages.four_bit("nf4", False)(nn.Linear(128, 64))
     with pytest.raises(
-        LorakitError, match=r"out_proj.weight is held as nf4, and this layer is reached by substituting"
+        LorakitError, match=r"out_proj.weight is stored as nf4, and this layer is reached by substituting"
     ):
         lk.attach(nn.ModuleDict({"a": attention}), lk.LoRA(rank=2), target_modules=["a"])
 
@@ -235,7 +235,7 @@ def test_a_principal_start_leaves_less_to_quantise() -> None:
 def test_loftq_without_the_floats_is_refused() -> None:
     model = packed("nf4")
     with pytest.raises(
-        LorakitError, match=r"held as nf4, and the floats that it was made from are not there.*originals="
+        LorakitError, match=r"stored as nf4, and the floats that it was made from are not there.*originals="
     ):
         lk.attach(model, lk.LoRA(rank=4), init="loftq", target_modules=BOTH)
     assert not hasattr(model, "_lorakit")

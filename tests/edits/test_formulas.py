@@ -230,7 +230,7 @@ def test_what_cannot_be_flat_is_padded_and_says_so(spec: Any, caplog: pytest.Log
     lk.attach(model, spec)
     with caplog.at_level("INFO", logger="lorakit"):
         assert choose_path(model) is PADDED
-    assert f"padded rows, because {spec.name} does not go with flat rows: {spec.flat}" in caplog.text
+    assert f"padded rows, because {spec.name} does not go with flat rows: {spec.needs_padding}" in caplog.text
     if spec.name == "prefix-tuning":
         with FLAT.opened(model), pytest.raises(LorakitError, match="use the padded path"):
             FLAT.loss(model, rows(2), 1.0, 0.0)

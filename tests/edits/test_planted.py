@@ -16,11 +16,8 @@ from torch import Tensor
 from edits import laws
 from edits.laws import Case
 from edits.test_laws import FIRST
-from lorakit.core import state as state
-from lorakit.edits import attention as attending
-from lorakit.edits import bottleneck, llamaadapter, loreft, prefix, prompt
-from lorakit.edits import hooks as seam
-from lorakit.edits import prompt_rows as front
+from lorakit.core import using
+from lorakit.edits import attention, bottleneck, hooks, llamaadapter, loreft, prefix, prompt, prompt_rows, rows
 
 Patch = pytest.MonkeyPatch
 
@@ -53,79 +50,74 @@ def random_start_by_default(patch: Patch) -> None:
 
 
 def prompt_stays_on(patch: Patch) -> None:
-    """A Front that forgets to ask the routing."""
-
-    def planted(state: Any, held: dict[str, Any]) -> front.Owned:
-        return front.Owned(tuple(held)[:1])
-
-    patch.setattr(front, "owned", planted)
+    """Prompt rows enter whatever the routing says."""
+    patch.setattr(prompt_rows, "choose", lambda routing, among: rows.RowChoice(tuple(among)[:1]))
 
 
 def hook_stays(patch: Patch) -> None:
-    """`take` leaves its hooks behind."""
+    """`remove` leaves its hooks behind."""
 
-    def planted(self: seam.Seams, names: Any) -> None:
-        del self.model._modules[seam.NAME]
+    def planted(self: hooks.EditHooks, names: Any) -> None:
+        del self.model._modules[hooks.NAME]
 
-    patch.setattr(seam.Seams, "take", planted)
+    patch.setattr(hooks.EditHooks, "remove", planted)
 
 
-def door_stays_open(patch: Patch) -> None:
+def attention_stays_wrapped(patch: Patch) -> None:
     """The configuration keeps the name of the function made for edits."""
-    patch.setattr(seam, "close_door", lambda model: None)
+    patch.setattr(hooks, "unwrap_attention", lambda model: None)
 
 
 def first_row_for_all(patch: Patch) -> None:
     """Every row gets the first row's prompt."""
-    own = front.owned
+    choose = rows.choose
 
-    def planted(state: Any, held: dict[str, Any]) -> front.Owned:
-        found = own(state, held)
-        return found if found.index is None else front.Owned(found.names, found.index[:1].expand_as(found.index))
+    def planted(routing: Any, among: Any) -> rows.RowChoice:
+        found = choose(routing, among)
+        return found if found.index is None else rows.RowChoice(found.names, found.index[:1].expand_as(found.index))
 
-    patch.setattr(front, "owned", planted)
+    patch.setattr(prompt_rows, "choose", planted)
 
 
 def filling_is_seen(patch: Patch) -> None:
     """Rows with a shorter prompt look at what fills it up."""
-    start = front._Entry.__init__
+    real: Any = prompt_rows.PromptColumns.real.fget  # type: ignore[attr-defined]
 
-    def planted(self: Any, *args: Any) -> None:
-        start(self, *args)
-        if self.real is not None:
-            self.real = torch.ones_like(self.real)
+    def planted(self: prompt_rows.PromptColumns) -> Tensor | None:
+        found = real(self)
+        return None if found is None else torch.ones_like(found)
 
-    patch.setattr(front._Entry, "__init__", planted)
+    patch.setattr(prompt_rows.PromptColumns, "real", property(planted))
 
 
 def weights_of_rows_forgotten(patch: Patch) -> None:
     """An edit of a layer acts on all rows."""
-    patch.setattr(seam, "per_row", lambda column, y, axis: torch.ones_like(column).reshape(-1, *[1] * (y.ndim - 1)))
+    patch.setattr(rows, "per_row", lambda column, y, axis: torch.ones_like(column).reshape(-1, *[1] * (y.ndim - 1)))
 
 
 def prefix_of_the_other_row(patch: Patch) -> None:
-    patch.setattr(attending, "_filled", lambda table, width: table.new_zeros(table.shape[0], width, table.shape[2]))
+    patch.setattr(attention, "_filled", lambda table, width: table.new_zeros(table.shape[0], width, table.shape[2]))
 
 
 def positions_not_moved(patch: Patch) -> None:
     """Given positions are not counted on behind a prompt."""
-    patch.setattr(front._Entry, "_grow_positions", lambda self, first: self.given.pop("position_ids", None))
+    patch.setattr(prompt_rows._StackCall, "_set_positions", lambda self: self.given.pop("position_ids", None))
 
 
 def prompt_enters_again(patch: Patch) -> None:
     """A prompt comes before every chunk."""
-    grow = front._Entry.grow
+    add = prompt_rows._StackCall.add_prompts
 
-    def planted(self: Any) -> front.Reading:
-        self.seen = 0
-        return grow(self)
+    def planted(self: Any) -> Any:
+        self.cached = 0
+        return add(self)
 
-    patch.setattr(front._Entry, "grow", planted)
+    patch.setattr(prompt_rows._StackCall, "add_prompts", planted)
 
 
 def prefix_only_at_first(patch: Patch) -> None:
     """A prefix is left out when a token comes alone."""
-    prefixed = attending.Beside._prefixed
+    prefixed = attention.AttentionEdits._prefixed
 
     def planted(
         self: Any, who: Any, module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, kwargs: Any
@@ -134,12 +126,14 @@ def prefix_only_at_first(patch: Patch) -> None:
             return key, value, mask
         return prefixed(self, who, module, query, key, value, mask, kwargs)
 
-    patch.setattr(attending.Beside, "_prefixed", planted)
+    patch.setattr(attention.AttentionEdits, "_prefixed", planted)
 
 
 def edits_in_answers(patch: Patch) -> None:
     """Generated tokens count as a prompt's."""
-    patch.setattr(front._Entry, "prompt_tokens", lambda self: torch.ones(self.count, self.own, dtype=torch.bool))
+    patch.setattr(
+        prompt_rows._StackCall, "prompt_tokens", lambda self: torch.ones(len(self.tokens), self.own, dtype=torch.bool)
+    )
 
 
 def file_without_a_tensor(patch: Patch) -> None:
@@ -174,36 +168,33 @@ def count_without_bias(patch: Patch) -> None:
 
 def hooks_not_moved(patch: Patch) -> None:
     """Hooks stay on the layer that a delta has wrapped, and see what is not the whole of it."""
-    patch.setattr(seam.Seams, "seat", _seat_once(seam.Seams.seat))
+    rehook = hooks.EditHooks.rehook
 
+    def planted(self: hooks.EditHooks) -> None:
+        if not (self.handles and self.changes):
+            rehook(self)
 
-def _seat_once(seat: Callable[[seam.Seams], None]) -> Callable[[seam.Seams], None]:
-    def planted(self: seam.Seams) -> None:
-        if self.handles and self.around:
-            return
-        seat(self)
-
-    return planted
+    patch.setattr(hooks.EditHooks, "rehook", planted)
 
 
 def call_leaves_something(patch: Patch) -> None:
-    """A hook that keeps the last output on the layer."""
-    add = seam.Around.add
+    """A hook that keeps the last input on the layer."""
+    enter = hooks.ChangeHooks._enter
 
-    def planted(self: Any, module: Any, args: Any, kwargs: Any, output: Any) -> Any:
-        module.last = output
-        return add(self, module, args, kwargs, output)
+    def planted(self: Any, module: Any, args: Any, kwargs: Any) -> Any:
+        module.last = args[0]
+        return enter(self, module, args, kwargs)
 
-    patch.setattr(seam.Around, "add", planted)
+    patch.setattr(hooks.ChangeHooks, "_enter", planted)
 
 
 def encoder_with_rows_repeated(patch: Patch) -> None:
     """The encoder is asked for the rows of all beams."""
-    patch.setattr(state, "_encoder", lambda model: None)
+    patch.setattr(using, "_encoder", lambda model: None)
 
 
 def shares_allowed(patch: Patch) -> None:
-    patch.setattr(state.ModelState, "_check_whole", lambda self, routing: None)
+    patch.setattr(hooks.EditHooks, "check", lambda self, routing: None)
 
 
 def gradient_lost_on_the_way(patch: Patch) -> None:
@@ -233,7 +224,7 @@ PLANTED: list[tuple[Callable[..., None], str, str, Callable[[Patch], None]]] = [
     (laws.identity_at_start, "loreft", "llama", random_start_by_default),
     (laws.off_is_the_base, "prompt-tuning", "llama", prompt_stays_on),
     (laws.off_is_the_base, "bottleneck", "llama", hook_stays),
-    (laws.off_is_the_base, "prefix-tuning", "llama", door_stays_open),
+    (laws.off_is_the_base, "prefix-tuning", "llama", attention_stays_wrapped),
     (laws.rows_are_their_own, "prompt-tuning", "llama", first_row_for_all),
     (laws.rows_are_their_own, "prompt-tuning", "bert", filling_is_seen),
     (laws.rows_are_their_own, "bottleneck", "llama", weights_of_rows_forgotten),

@@ -31,14 +31,14 @@ class Given(RouterSpec):
     card: ClassVar[Card] = Card("Given", "w", lambda shape, spec: 0, "none", "never")
 
     def router(self, context: RouterContext) -> GivenRouter:
-        return GivenRouter(context)
+        return GivenRouter(self, context)
 
 
 class GivenRouter(OverAdapters):
     """`w` is (members,) or (…, members)."""
 
-    def __init__(self, context: RouterContext) -> None:
-        super().__init__(context)
+    def __init__(self, spec: Given, context: RouterContext) -> None:
+        super().__init__(spec, context)
         self.w = nn.Parameter(torch.zeros(len(self.members), dtype=torch.float64))
 
     def give(self, w: Any) -> None:

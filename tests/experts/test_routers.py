@@ -19,7 +19,7 @@ import lorakit as lk
 from core import models
 from core.models import IDS
 from experts.probes import Given, experts, given
-from lorakit.core.layer import Adapted
+from lorakit.core import mixed
 from lorakit.core.state import state_of
 from lorakit.errors import LorakitError
 
@@ -128,22 +128,19 @@ def test_constant_weights_are_the_blend_in_a_whole_model() -> None:
 
 
 def _forgets_the_scale(monkeypatch: pytest.MonkeyPatch) -> None:
-    whole = Adapted._gated
-
-    def planted(self: Adapted, low: Any, weights: Tensor, *rest: Any) -> Tensor:
-        return whole(self, [(0, delta) for _, delta in low], weights, *rest)  # every delta with the first one's weight
-
-    monkeypatch.setattr(Adapted, "_gated", planted)
+    whole = mixed.side_by_side
+    planted = lambda low: whole([(delta, low[0][1]) for delta, _ in low])  # noqa: E731 - all with the first one's weight
+    monkeypatch.setattr(mixed, "side_by_side", planted)
 
 
 def _last_token_for_all(monkeypatch: pytest.MonkeyPatch) -> None:
-    whole = Adapted._found
+    whole = mixed.router_weights
 
-    def planted(self: Adapted, *args: Any) -> Tensor:
-        found = whole(self, *args)
+    def planted(*args: Any) -> Tensor:
+        found = whole(*args)
         return found[:, -1:] if found.ndim > 2 else found
 
-    monkeypatch.setattr(Adapted, "_found", planted)
+    monkeypatch.setattr(mixed, "router_weights", planted)
 
 
 @pytest.mark.parametrize(

@@ -16,9 +16,10 @@ from torch import Tensor, nn
 
 from laws import laws
 from laws.cases import KINDS, SPECS, Affine, AffineDelta, Case, Dense, DenseDelta
-from lorakit.core import call, kernel, layer, layout
+from lorakit.core import call, kernel, layer, layout, mixed, uniform
 from lorakit.core.delta import Form, LowRank, Pool
-from lorakit.core.storage import Float, Held, owner
+from lorakit.core.routing import Routing
+from lorakit.core.storage import Float, Snapshot, owner
 from lorakit.files import store
 from lorakit.init import Kaiming
 from lorakit.init.initialiser import Factors, Start
@@ -73,7 +74,7 @@ def wrong_scale_in_act(patch: pytest.MonkeyPatch) -> None:
 def scale_missing_in_kernel(patch: pytest.MonkeyPatch) -> None:
     product = kernel.product
     patch.setattr(
-        layer,
+        uniform,
         "product",
         lambda x, B, A, gate=None, scale=1.0, dropout=0.0, W=None, b=None: product(x, B, A, gate, 1.0, dropout, W, b),
     )
@@ -143,7 +144,7 @@ def merge_forgets_the_bias(patch: pytest.MonkeyPatch) -> None:
 
 def shift_not_asked(patch: pytest.MonkeyPatch) -> None:
     """The layer never adds a delta's own bias."""
-    patch.setattr(layer.Adapted, "_change", lambda self, d, site, x, y: d.act(call.LayerCall(self.base, site, x, y)))
+    patch.setattr(uniform, "change", lambda self, d, site, x, y: d.act(call.LayerCall(self.base, site, x, y)))
 
 
 def merges_what_it_cannot(patch: pytest.MonkeyPatch) -> None:
@@ -160,13 +161,13 @@ def merges_what_it_cannot(patch: pytest.MonkeyPatch) -> None:
 
 def _restores(patch: pytest.MonkeyPatch, wrong: Callable[[nn.Module, str, Tensor], None]) -> None:
     """What `merged` kept is put back in a wrong way: by `wrong(layer, tensor name, what was there)`."""
-    hold = Float.hold
+    hold = Float.snapshot
 
-    def planted(self: Float, of: nn.Module, tensor: str) -> Held:
+    def planted(self: Float, of: nn.Module, tensor: str) -> Snapshot:
         before = of.get_parameter(tensor)
-        return Held(hold(self, of, tensor).read, lambda: wrong(of, tensor, before))
+        return Snapshot(hold(self, of, tensor).read, lambda: wrong(of, tensor, before))
 
-    patch.setattr(Float, "hold", planted)
+    patch.setattr(Float, "snapshot", planted)
 
 
 def restores_by_subtraction(patch: pytest.MonkeyPatch) -> None:
@@ -237,21 +238,28 @@ def saves_half_precision(patch: pytest.MonkeyPatch) -> None:
 
 def rows_shifted_by_one(patch: pytest.MonkeyPatch) -> None:
     """Every row gets its neighbour's adapter."""
-    by_rows = layer.Adapted._by_rows
-    planted = lambda self, names, table, *rest: by_rows(self, names, table.roll(1, 0), *rest)  # noqa: E731
-    patch.setattr(layer.Adapted, "_by_rows", planted)
+    _routed_by(patch, lambda table: table.roll(1, 0))
+
+
+def _routed_by(patch: pytest.MonkeyPatch, wrong: Callable[[Tensor], Tensor]) -> None:
+    """Mixed batches go by another table of weights than was asked for."""
+    run = mixed.run_mixed
+
+    def planted(of: layer.Adapted, routing: Routing, *rest: Any) -> Any:
+        assert routing.table is not None
+        return run(of, dataclasses.replace(routing, table=wrong(routing.table), _moved={}), *rest)
+
+    patch.setattr(layer, "run_mixed", planted)
 
 
 def first_rows_for_all(patch: pytest.MonkeyPatch) -> None:
     """The adapter of the first row serves the whole batch."""
-    by_rows = layer.Adapted._by_rows
-    planted = lambda self, names, table, *rest: by_rows(self, names, table[:1].expand_as(table), *rest)  # noqa: E731
-    patch.setattr(layer.Adapted, "_by_rows", planted)
+    _routed_by(patch, lambda table: table[:1].expand_as(table))
 
 
 def mask_rows_not_taken(patch: pytest.MonkeyPatch) -> None:
     """A padding mask keeps the whole batch's order while the rows are taken apart."""
-    take = layer.take_attention
+    take = mixed.take_attention
 
     def planted(base: Any, args: Any, kwargs: Any, rows: Tensor) -> Any:
         given = take(base, args, kwargs, rows)
@@ -259,7 +267,7 @@ def mask_rows_not_taken(patch: pytest.MonkeyPatch) -> None:
             given["key_padding_mask"] = kwargs["key_padding_mask"][: len(rows)]
         return given
 
-    patch.setattr(layer, "take_attention", planted)
+    patch.setattr(mixed, "take_attention", planted)
 
 
 def form_without_scale(patch: pytest.MonkeyPatch) -> None:
@@ -333,11 +341,9 @@ def forward_leaves_dropout_on(patch: pytest.MonkeyPatch) -> None:
 
 
 def blend_forgets_weights(patch: pytest.MonkeyPatch) -> None:
-    uniform = layer.Adapted._uniform
-    planted = lambda self, blend, *rest: uniform(  # noqa: E731
-        self, [(name, 1.0 if weight else 0.0) for name, weight in blend], *rest
-    )
-    patch.setattr(layer.Adapted, "_uniform", planted)
+    run = uniform.run_uniform
+    planted = lambda of, blend, *rest: run(of, [(name, 1.0 if w else 0.0) for name, w in blend], *rest)  # noqa: E731
+    patch.setattr(layer, "run_uniform", planted)
 
 
 def blend_of_biases_averages(patch: pytest.MonkeyPatch) -> None:
@@ -351,7 +357,7 @@ def blend_of_biases_averages(patch: pytest.MonkeyPatch) -> None:
                     result[key] = result.get(key, 0.0) + weight * own
         return result
 
-    patch.setattr(layer.Adapted, "_blended", planted)
+    patch.setattr(uniform, "replaced_tensors", planted)
 
 
 def _planted_backward(change: Callable[[list[Tensor | None]], None]) -> Plant:

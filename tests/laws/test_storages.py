@@ -18,6 +18,7 @@ from laws import laws, storages
 from laws.cases import SPECS, Inputs, Subject
 from laws.storages import BOUND, FORMAT, Held
 from lorakit.algebra import merge, merged
+from lorakit.core import mixed, uniform
 from lorakit.core.layer import Adapted
 from lorakit.core.storage import bitsandbytes as bnb_storage
 from lorakit.core.storage import storage_of
@@ -249,18 +250,14 @@ def read_without_scales(patch: pytest.MonkeyPatch) -> None:
 
 def base_halved(patch: pytest.MonkeyPatch) -> None:
     """The packed layer's own product is counted half."""
-    call_base = Adapted._call_base
-    patch.setattr(
-        Adapted, "_call_base", lambda self, tensors, args, kwargs: call_base(self, tensors, args, kwargs) * 0.5
-    )
+    call_base = uniform.call_base
+    patch.setattr(uniform, "call_base", lambda *call: call_base(*call) * 0.5)
 
 
 def gradient_cut(patch: pytest.MonkeyPatch) -> None:
     """The base's product is taken for a constant."""
-    call_base = Adapted._call_base
-    patch.setattr(
-        Adapted, "_call_base", lambda self, tensors, args, kwargs: call_base(self, tensors, args, kwargs).detach()
-    )
+    call_base = uniform.call_base
+    patch.setattr(uniform, "call_base", lambda *call: call_base(*call).detach())
 
 
 def stored_twice(patch: pytest.MonkeyPatch) -> None:
@@ -281,14 +278,14 @@ def error_untold(patch: pytest.MonkeyPatch) -> None:
 
 def not_put_back(patch: pytest.MonkeyPatch) -> None:
     """After `merged` the parameter is the old one and the layer's own reference to its scales the new one."""
-    hold = bnb_storage.FourBit.hold
+    hold = bnb_storage.FourBit.snapshot
 
     def planted(self: Any, layer: nn.Module, tensor: str) -> Any:
         before = layer.weight
         held = hold(self, layer, tensor)
         return dataclasses.replace(held, restore=lambda: setattr(layer, "weight", nn.Parameter(before, False)))
 
-    patch.setattr(bnb_storage.FourBit, "hold", planted)
+    patch.setattr(bnb_storage.FourBit, "snapshot", planted)
 
 
 def start_moved(patch: pytest.MonkeyPatch) -> None:
@@ -301,12 +298,9 @@ def start_moved(patch: pytest.MonkeyPatch) -> None:
 
 def first_row_for_all(patch: pytest.MonkeyPatch) -> None:
     """Every row of a mixed batch gets the first row's gate."""
-    gated = Adapted._gated
-
-    def planted(self: Adapted, low: Any, table: Tensor, *rest: Any) -> Tensor:
-        return gated(self, low, table[:1].expand_as(table), *rest)
-
-    patch.setattr(Adapted, "_gated", planted)
+    side_by_side = mixed.side_by_side
+    planted = lambda low: side_by_side([(delta, weight[:1].expand_as(weight)) for delta, weight in low])  # noqa: E731
+    patch.setattr(mixed, "side_by_side", planted)
 
 
 def float_copy_of_the_codes(patch: pytest.MonkeyPatch) -> None:

@@ -17,7 +17,7 @@ from lorakit.core.layer import Adapted
 from lorakit.core.layout import Site
 from lorakit.core.replacement import Replacement
 from lorakit.core.state import ModelState, found_state
-from lorakit.core.storage import Held
+from lorakit.core.storage import Snapshot
 from lorakit.edits.contract import Anatomy, Edit, Place
 from lorakit.errors import LorakitError
 
@@ -51,7 +51,7 @@ class Adapter:
     pool: Pool
     layers: dict[str, Adapted] = field(default_factory=dict, repr=False)
     saved: tuple[str, ...] = ()
-    originals: dict[str, dict[str, Held]] = field(default_factory=dict, repr=False)
+    originals: dict[str, dict[str, Snapshot]] = field(default_factory=dict, repr=False)
     router: nn.Module | None = field(default=None, repr=False)
     handles: list[RemovableHandle] = field(default_factory=list, repr=False)
     edits: dict[Place, Edit] = field(default_factory=dict, repr=False)

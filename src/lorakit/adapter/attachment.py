@@ -21,7 +21,8 @@ from lorakit.adapter.targets import Targets
 from lorakit.core.delta import Method
 from lorakit.core.injection import parents_of, replace_module
 from lorakit.core.routing import BASE
-from lorakit.core.state import activate, close_state, state_of
+from lorakit.core.state import close_state, state_of
+from lorakit.core.using import activate
 from lorakit.edits.contract import EditMethod
 from lorakit.errors import LorakitError, unknown
 from lorakit.init import Default, Initialiser, initialiser
@@ -195,8 +196,8 @@ def detach(model: nn.Module, name: str | None = None) -> nn.Module:
                 held.restore()
             if layer.remove(one):
                 replace_module(layer.base, layer, parents)
-    if state.seams is not None:
-        state.seams.take(gone)
+    if state.edits is not None:
+        state.edits.remove(gone)
     if set(state.routing.names) - set(adapters_of(state)):
         state.routing = BASE
     if not adapters_of(state):

@@ -1,4 +1,4 @@
-"""Building an adapter on a model: the request is planned, refused where it cannot be, begun, and seated.
+"""Building an adapter on a model: the request is planned, checked, its deltas are built, and put on the layers.
 
 All that can be refused is refused before the model is touched.
 """
@@ -19,16 +19,16 @@ from lorakit.core.delta import Delta, Method
 from lorakit.core.injection import adapt, adapted_at, parents_of, ties
 from lorakit.core.layout import Site, sites_of, split
 from lorakit.core.replacement import Replacement
-from lorakit.core.state import ModelState, found_state, open_state, state_of
+from lorakit.core.state import ModelState, found_state, open_state
 from lorakit.core.storage import FLOAT, storage_of
 from lorakit.core.walking import has_suffix, walk
 from lorakit.edits.anatomy import anatomy_of
 from lorakit.edits.contract import EditMethod
-from lorakit.edits.hooks import seams_of
+from lorakit.edits.hooks import edit_hooks
 from lorakit.errors import LorakitError
 from lorakit.init import Default, Initialiser
 from lorakit.init.calibration import Batch
-from lorakit.init.starts import Plan, Planned, begin, rewrite
+from lorakit.init.starts import Plan, PlannedLayer, build_deltas, rewrite
 from lorakit.methods import LoRA
 
 log = logging.getLogger("lorakit")
@@ -65,21 +65,21 @@ def build(
     _check_nesting(state, modules, targets, set(paths), saved)
     _check_rewriting(start, state)
     _check_storage(modules, plan, saved)
-    begun = begin(model, plan, start, batches, shifted, originals)
-    if begun.patterns:
+    built = build_deltas(model, plan, start, batches, shifted, originals)
+    if built.patterns:
         targets = dataclasses.replace(
             targets,
-            rank_pattern=begun.patterns.get("rank", targets.rank_pattern),
-            alpha_pattern=begun.patterns.get("alpha", targets.alpha_pattern),
+            rank_pattern=built.patterns.get("rank", targets.rank_pattern),
+            alpha_pattern=built.patterns.get("alpha", targets.alpha_pattern),
         )
-    adapter = Adapter(name, model, method, targets, begun.pool, saved=tuple(saved))
+    adapter = Adapter(name, model, method, targets, built.pool, saved=tuple(saved))
     made: list[tuple[str, list[Site], dict[str, Delta], Replacement | None]] = []
-    for path, planned in begun.plan.items():
+    for path, planned in built.plan.items():
         module = planned.layer
         names = _biases(module) if targets.bias != "none" else []
         replacement = Replacement(module, names, torch.float32) if names else None
-        made.append((path, planned.sites, begun.deltas[path], replacement))
-    for path, names in _replaced(modules, targets, set(begun.plan), saved):
+        made.append((path, planned.sites, built.deltas[path], replacement))
+    for path, names in _replaced(modules, targets, set(built.plan), saved):
         made.append((path, sites_of(modules[path]), {}, Replacement(modules[path], names, torch.float32)))
     _warn_of_ties(modules, [path for path, *_ in made])
     state = open_state(model)
@@ -92,10 +92,10 @@ def build(
         if not layer.base.training:
             layer.eval()
         adapter.layers[path] = layer
-        if path in begun.weights:
-            adapter.originals[path] = rewrite(layer.base, begun.weights[path])
-    if state.seams is not None:
-        state.seams.seat()
+        if path in built.weights:
+            adapter.originals[path] = rewrite(layer.base, built.weights[path])
+    if state.edits is not None:
+        state.edits.rehook()
     _settle_pool(adapter)
     adapter.router, adapter.handles = method.install(name, model, adapter.layers)
     for _, parameter in adapter.named_parameters():
@@ -104,7 +104,7 @@ def build(
     return adapter
 
 
-def _planned(path: str, module: nn.Module, method: Method, targets: Targets, checked: bool) -> Planned:
+def _planned(path: str, module: nn.Module, method: Method, targets: Targets, checked: bool) -> PlannedLayer:
     """What one layer will carry: a spec for each of its matrices, or of the parts that were asked for."""
     sites = sites_of(module)
     for suffix, parts in targets.parts.items():
@@ -117,7 +117,7 @@ def _planned(path: str, module: nn.Module, method: Method, targets: Targets, che
         specs[site.name] = targets.spec_for(method, path, site)
         if checked:
             specs[site.name].check(site.layout.shape, site.place(path))
-    return Planned(module, sites, specs)
+    return PlannedLayer(module, sites, specs)
 
 
 # -- what is refused -------------------------------------------------------------------------------------------------------
@@ -171,7 +171,7 @@ def _check_storage(modules: Mapping[str, nn.Module], plan: Plan, saved: list[str
             storage = storage_of(planned.layer, site.weight, path)
             if not site.layout.beside and storage is not FLOAT:
                 raise LorakitError(
-                    f"attach: {path}.{site.weight} is held as {storage.label(planned.layer, site.weight)}, and this layer is "
+                    f"attach: {path}.{site.weight} is stored as {storage.label(planned.layer, site.weight)}, and this layer is "
                     "reached by substituting its weight, which needs floats; leave it out of quantisation, or out of "
                     "target_modules."
                 )
@@ -185,7 +185,7 @@ def _check_storage(modules: Mapping[str, nn.Module], plan: Plan, saved: list[str
                 storage = storage_of(module, site.weight, path)
                 if storage is not FLOAT:
                     raise LorakitError(
-                        f"attach: modules_to_save names {whole}, and {path} is held as {storage.label(module, site.weight)}, "
+                        f"attach: modules_to_save names {whole}, and {path} is stored as {storage.label(module, site.weight)}, "
                         "whose codes cannot be trained. Leave it in floats when the model is quantised (quantize.skip, or "
                         "llm_int8_skip_modules of transformers), or adapt it by target_modules."
                     )
@@ -293,6 +293,6 @@ def build_edits(model: nn.Module, method: EditMethod, targets: Targets, name: st
     adapter = build(model, LoRA(), own, name, checked=False, paths=[])
     adapter.method, adapter.targets = known, dataclasses.replace(own, layers=targets.layers)
     adapter.edits, adapter.anatomy = edits, anatomy
-    seams_of(state_of(model), model).put(name, edits, anatomy)
+    edit_hooks(model, anatomy).add(name, known, edits, anatomy)
     adapter.requires_grad_(False)
     return adapter

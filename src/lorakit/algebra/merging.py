@@ -20,7 +20,7 @@ from lorakit.core.injection import ties
 from lorakit.core.layer import Adapted
 from lorakit.core.routing import Blend, Routing, parse
 from lorakit.core.state import ModelState, state_of
-from lorakit.core.storage import FLOAT, Held, Storage, owner, storage_of, value_of
+from lorakit.core.storage import FLOAT, Snapshot, Storage, owner, storage_of, value_of
 from lorakit.core.walking import walk
 from lorakit.errors import LorakitError
 
@@ -124,7 +124,7 @@ def _storage(layer: Adapted, name: str) -> Storage:
     return storage_of(layer.base, name, layer.path) if name in weights else FLOAT
 
 
-def _write(layer: Adapted, blend: Weighted, kept: dict[str, Held] | None, shared: bool = False) -> float:
+def _write(layer: Adapted, blend: Weighted, kept: dict[str, Snapshot] | None, shared: bool = False) -> float:
     """Write one layer's blend into its base; with `kept`, remember the tensor objects that were there; where they are
     `shared` with another layer, this one gets its own."""
     error = 0.0
@@ -133,7 +133,7 @@ def _write(layer: Adapted, blend: Weighted, kept: dict[str, Held] | None, shared
     for name, value in values.items():
         storage = _storage(layer, name)
         if kept is not None:
-            kept[name] = storage.hold(layer.base, name)
+            kept[name] = storage.snapshot(layer.base, name)
         error = max(error, storage.write(layer.base, name, value, fresh=kept is not None or shared))
     return error
 
@@ -223,7 +223,7 @@ def merged(model: nn.Module, route: str | Blend) -> Iterator[None]:
     blend = _uniform(state, route, "merged")
     layers = _layers(state, blend)
     _check(model, state, blend, layers, untie=True)
-    kept: dict[str, dict[str, Held]] = {}
+    kept: dict[str, dict[str, Snapshot]] = {}
     firsts: list[tuple[Adapted, list[str]]] = []
     routing, names = state.routing, {name for name, _ in blend}
     already = sorted(names & state.merged)
@@ -233,9 +233,9 @@ def merged(model: nn.Module, route: str | Blend) -> Iterator[None]:
         for path, layer in layers.items():
             kept[path] = {}
             _write(layer, blend, kept[path])
-            first = {name: held for name, held in kept[path].items() if name not in layer.kept}
+            first = {name: held for name, held in kept[path].items() if name not in layer.unmerged}
             firsts.append((layer, list(first)))
-            layer.kept.update(first)
+            layer.unmerged.update(first)
         state.merged |= names
         state.routing = _without(routing, names)
         yield
@@ -245,7 +245,7 @@ def merged(model: nn.Module, route: str | Blend) -> Iterator[None]:
                 held.restore()
         for layer, written in firsts:
             for name in written:
-                layer.kept.pop(name, None)
+                layer.unmerged.pop(name, None)
         state.merged -= names
         state.routing = routing
 

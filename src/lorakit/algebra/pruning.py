@@ -28,7 +28,7 @@ from lorakit.adapter.attachment import detach
 from lorakit.algebra.changes import Change, Cut, cut, kept
 from lorakit.algebra.outcome import Made, beside, in_folder
 from lorakit.algebra.sources import Live, Source, Stored
-from lorakit.core.state import use
+from lorakit.core.using import use
 from lorakit.errors import LorakitError
 from lorakit.init.calibration import Batch
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from lorakit.adapter.adapter import Adapter, adapters
 from lorakit.algebra.merging import merged
-from lorakit.core.state import use
+from lorakit.core.using import use
 from lorakit.errors import LorakitError
 from lorakit.init.calibration import Batch
 

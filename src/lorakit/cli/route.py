@@ -29,7 +29,7 @@ def route(
     import lorakit as lk
     from lorakit.cli.conversation import Speaker
     from lorakit.cli.picture import draw_routes
-    from lorakit.core.state import routes
+    from lorakit.core.using import routes
     from lorakit.errors import LorakitError
 
     show_log(err)

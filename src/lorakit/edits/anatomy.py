@@ -36,14 +36,14 @@ def transformer_of(model: nn.Module) -> Any:
 
 
 def stacks_of(model: nn.Module) -> dict[str, nn.Module]:
-    """The modules that read embeddings: {"front": …}, of an encoder-decoder {"front": its encoder, "decoder": …}."""
+    """The modules that read embeddings: {"input": …}, of an encoder-decoder {"input": its encoder, "decoder": …}."""
     whole = transformer_of(model)
     if getattr(whole.config, "is_encoder_decoder", False):
         encoder, decoder = whole.get_encoder(), whole.get_decoder()
         if encoder is whole or decoder is whole:
             raise LorakitError(f"attach: the encoder and decoder of {type(whole).__name__} were not found.")
-        return {"front": encoder, "decoder": decoder}
-    return {"front": whole.base_model}
+        return {"input": encoder, "decoder": decoder}
+    return {"input": whole.base_model}
 
 
 def anatomy_of(model: nn.Module) -> Anatomy:
@@ -68,7 +68,7 @@ def anatomy_of(model: nn.Module) -> Anatomy:
             return cast(Tensor, embedding(torch.tensor(list(ids), device=weight.device)))
 
     blocks = {name: _blocks(modules, paths[id(stack)], hidden) for name, stack in stacks.items()}
-    if not blocks["front"]:
+    if not blocks["input"]:
         raise LorakitError(f"attach: no blocks with an attention were found in {type(whole).__name__}.")
     return Anatomy(
         hidden=hidden,
@@ -76,7 +76,7 @@ def anatomy_of(model: nn.Module) -> Anatomy:
         key_heads=int(getattr(config, "num_key_value_heads", None) or heads),
         head_size=int(head_size),
         vocabulary=int(config.vocab_size),
-        blocks=blocks["front"],
+        blocks=blocks["input"],
         decoder_blocks=blocks.get("decoder", ()),
         kind=kind,
         model_type=str(config.model_type),

@@ -1,8 +1,8 @@
-"""Beside a model's attention: keys and values that an edit adds, through transformers' own registry of attention functions.
+"""Attention edits: keys and values beside a model's own, through transformers' registry of attention functions.
 
 While a model carries an edit of this kind its configuration names a function that is made here over the one it had. It looks
-at the module that calls it: a `Beside` that hangs there adds what the routing asks for, and other modules get what they had.
-Keys and values are made at each call and never put into a cache, so a cache holds the user's tokens alone, gradient
+at the module that calls it: the `AttentionEdits` set on that module add what the routing asks for, and other modules get what
+they had. Keys and values are made at each call and never put into a cache, so a cache holds the user's tokens alone, gradient
 checkpointing may compute a layer twice, and encoders, which have no cache, are no special case.
 
     joint       softmax(q [P_K; K]ᵀ s) [P_V; V]                         prefix tuning
@@ -18,48 +18,52 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from lorakit.core.rows import check_rows, per_row
+from lorakit.core.rows import check_rows
 from lorakit.core.state import ModelState
 from lorakit.edits.anatomy import configurations, keys_and_values
-from lorakit.edits.contract import Attention
-from lorakit.edits.prompt_rows import Owned, owned
+from lorakit.edits.contract import Anatomy, Attention
+from lorakit.edits.rows import RowChoice, active, add_columns, choose, weigh
 from lorakit.errors import LorakitError
 
 OVER = "lorakit_edits_over_"
-_HANGS = "lorakit_beside"
+_EDITS = "lorakit_attention_edits"
 
 
-class Beside:
-    """What hangs at one attention module: the edits of any number of adapters."""
+class AttentionEdits:
+    """The edits of any number of adapters at one attention module."""
 
-    def __init__(self, state: ModelState, path: str, key_heads: int, relative: Any = None) -> None:
-        self.state = state
-        self.path = path
-        self.key_heads = key_heads
-        self.relative = relative
-        """The attention of the same stack that computes relative position scores (T5), if there is one."""
+    def __init__(self, state: ModelState, model: nn.Module, path: str, anatomy: Anatomy) -> None:
+        self.state, self.path, self.key_heads = state, path, anatomy.key_heads
         self.edits: dict[str, Attention] = {}
+        self.relative: Any = None
+        """The attention of the same stack that computes relative position scores (T5), if there is one."""
+        for block in (*anatomy.blocks, *anatomy.decoder_blocks):
+            if block.attention == path:
+                for module in model.get_submodule(block.path.rpartition(".")[0]).modules():
+                    if getattr(module, "has_relative_attention_bias", False) and hasattr(module, "compute_bias"):
+                        self.relative = self.relative or module
 
     def attend(
-        self, inner: Callable[..., Any], module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], flat: bool
+        self, inner: Callable[..., Any], module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], packed: bool
     ) -> Any:
         """One call of the attention function `inner` with the edits that the routing asks for."""
-        names = [name for name in self.state.routing.names if name in self.edits]
+        names = active(self.state.routing, self.edits)
         if not names:
             return inner(module, *args, **kwargs)
         query, key, value, mask, *rest = args if len(args) > 3 else (*args, kwargs.pop("attention_mask", None))
-        prefixes = owned(self.state, {name: edit for name, edit in self.edits.items() if edit.joint})
+        prefixes = choose(self.state.routing, {name: edit for name, edit in self.edits.items() if edit.joint})
         if prefixes.names:
-            if flat:
+            if packed:
                 raise LorakitError(
-                    f"{self.path}: a prefix cannot stand in a flat row of training; use the padded path."
+                    f"{self.path}: a prefix cannot act in a padding-free batch; use the padded path (train.fast_path: off)."
                 )
             own = key.shape[2]
             key, value, mask = self._prefixed(prefixes, module, query, key, value, mask, kwargs)
             if kwargs.get("position_bias") is not None:
                 kwargs["position_bias"] = self._biased(kwargs["position_bias"], query.shape[2], own, key.shape[2] - own)
         result = inner(module, query, key, value, mask, *rest, **kwargs)
-        extra = self._apart(names, module, query, kwargs.get("scaling"))
+        apart = [name for name in names if not self.edits[name].joint]
+        extra = self._apart(apart, module, query, kwargs.get("scaling")) if apart else None
         return result if extra is None else (result[0] + extra.to(result[0].dtype), *result[1:])
 
     def _tensors(self, edit: Attention, module: Any, like: Tensor) -> tuple[Tensor, Tensor]:
@@ -78,7 +82,7 @@ class Beside:
     # -- one softmax for both ------------------------------------------------------------------------------------------
     def _prefixed(
         self,
-        who: Owned,
+        who: RowChoice,
         module: Any,
         query: Tensor,
         key: Tensor,
@@ -117,12 +121,9 @@ class Beside:
     def _apart(self, names: list[str], module: Any, query: Tensor, scaling: float | None) -> Tensor | None:
         """What gated edits add, (rows, tokens, heads, head size)."""
         total: Tensor | None = None
-        routing = self.state.routing
         scale = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
         for name in names:
             edit = self.edits[name]
-            if edit.joint:
-                continue
             keys, values = self._tensors(edit, module, query)
             groups = query.shape[1] // keys.shape[0]
             keys, values = (one.repeat_interleave(groups, dim=0) for one in (keys, values))
@@ -130,12 +131,7 @@ class Beside:
             shares = scores.softmax(dim=-1, dtype=torch.promote_types(scores.dtype, torch.float32)).to(query.dtype)
             gate = cast(Tensor, edit.gate()).to(query.dtype)
             added = (torch.matmul(shares, values) * gate[:, None, None]).transpose(1, 2)
-            column = routing.names.index(name)
-            if routing.weights is not None:
-                added = added * routing.weights[column]
-            else:
-                check_rows(added, routing.rows, routing.axis, self.path)
-                added = added * per_row(routing.table_on(added.device)[:, column], added, routing.axis).to(added.dtype)
+            added = weigh(self.state.routing, name, added, self.path)
             total = added if total is None else total + added
         return total
 
@@ -166,37 +162,26 @@ def _widened(
             return None
         seen = torch.ones(queries, own, dtype=torch.bool, device=query.device)
         mask = (seen.tril(own - queries) if causal and queries > 1 else seen)[None, None]
-    closed = torch.finfo(mask.dtype).min if mask.is_floating_point() else 0
-    rows = mask.shape[0] if real is None else real.shape[0]
-    added = mask.new_full((rows, 1, mask.shape[-2], width), 0 if mask.is_floating_point() else 1)
-    if real is not None:
-        added = added.masked_fill(~real[:, None, None, :], closed)
-    mask = mask.expand(rows, *mask.shape[1:])
-    return torch.cat([added.expand(-1, mask.shape[1], -1, -1), mask], dim=-1)
+    return add_columns(mask, width, real)
 
 
-# -- the door ---------------------------------------------------------------------------------------------------------------
+# -- transformers' attention function --------------------------------------------------------------------------------------
 
 
-def hang(module: nn.Module, beside: Beside | None) -> None:
+def set_edits(module: nn.Module, edits: AttentionEdits | None) -> None:
     """Let an attention module be called with these edits; None takes them off."""
-    if beside is not None:
-        object.__setattr__(module, _HANGS, beside)
-    elif _HANGS in module.__dict__:
-        object.__delattr__(module, _HANGS)
-
-
-def hung(module: nn.Module) -> Beside | None:
-    """What hangs at an attention module."""
-    return cast("Beside | None", module.__dict__.get(_HANGS))
+    if edits is not None:
+        object.__setattr__(module, _EDITS, edits)
+    elif _EDITS in module.__dict__:
+        object.__delattr__(module, _EDITS)
 
 
 def with_edits(
-    inner: Callable[..., Any], module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], flat: bool = False
+    inner: Callable[..., Any], module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], packed: bool = False
 ) -> Any:
-    """An attention function called for a module, with the edits that hang at it."""
-    beside = hung(module)
-    return inner(module, *args, **kwargs) if beside is None else beside.attend(inner, module, args, kwargs, flat)
+    """An attention function called for a module, with the edits that are set on it."""
+    edits = cast("AttentionEdits | None", module.__dict__.get(_EDITS))
+    return inner(module, *args, **kwargs) if edits is None else edits.attend(inner, module, args, kwargs, packed)
 
 
 def _over(original: str) -> Callable[..., Any]:
@@ -209,8 +194,8 @@ def _over(original: str) -> Callable[..., Any]:
     return forward
 
 
-def open_door(model: nn.Module) -> None:
-    """Let every attention of the model ask what hangs at it."""
+def wrap_attention(model: nn.Module) -> None:
+    """Let every attention of the model be called with the edits that are set on it."""
     from transformers import AttentionInterface
     from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
 
@@ -224,7 +209,7 @@ def open_door(model: nn.Module) -> None:
         config._attn_implementation_internal = OVER + original
 
 
-def close_door(model: nn.Module) -> None:
+def unwrap_attention(model: nn.Module) -> None:
     """Give every configuration the attention function back that it had."""
     for config in configurations(model):
         name = config._attn_implementation_internal or ""

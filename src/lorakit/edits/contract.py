@@ -1,15 +1,15 @@
-"""What to do around a call: the contract that every edit fulfils.
+"""What to do around a call: the contract of every edit.
 
 A delta changes a matrix and can be merged into it; an edit cannot. As a delta's method, an edit is two small classes in one
 file: a frozen spec (`EditMethod`) that is the configuration, and a module (`Edit`) with the trained tensors, one for each
 place. There are three kinds, told by which call they stand around:
 
-    Prompt      rows in front of a model's input: they enter once, and what comes out is the user's own tokens' alone
-    Change      something added to what a layer gives, token by token: y + f(x, y)
-    Attention   keys and values of their own beside a layer's: in the same softmax (a prefix), or in one apart, gated
+    Prompt      prompt rows (a soft prompt) before a model's input; the output is cut back to the user's own tokens
+    Change      something added to a layer's output, token by token: y + f(x, y)
+    Attention   further keys and values in an attention: in the same softmax (a prefix), or in one apart, gated
 
-An edit knows tensors, never models: `anatomy.py` says what a model is made of, and `seam.py` where its calls are and which
-rows get which edit.
+An edit knows tensors, never models: `anatomy.py` says what a model is made of, `hooks.py` where its calls are, and `rows.py`
+which rows get which edit.
 """
 
 from __future__ import annotations
@@ -90,8 +90,8 @@ class Place:
     source: str = ""
 
 
-FRONT = Place("")
-"""In front of the model's input."""
+INPUT = Place("")
+"""Before the model's input."""
 
 
 class EditMethod(Spec):
@@ -103,8 +103,8 @@ class EditMethod(Spec):
     """Where `blends` is False: a row has one of a family at most."""
     reason: ClassVar[str] = "it acts around calls and is no change of a weight"
     """Why it cannot be merged."""
-    flat: ClassVar[str | None] = None
-    """Why it cannot act on a flat row of training (see train/packing.py), or None where it acts there exactly."""
+    needs_padding: ClassVar[str | None] = None
+    """Why it cannot act in a padding-free batch of training, or None where it acts there exactly."""
 
     @abstractmethod
     def places(self, anatomy: Anatomy, layers: Sequence[int] | None) -> list[Place]:
@@ -171,7 +171,7 @@ class Edits(AdapterModules):
 
 
 class Prompt(Edit):
-    """Rows in front of the input."""
+    """Prompt rows before the input."""
 
     @abstractmethod
     def rows(self) -> Tensor:

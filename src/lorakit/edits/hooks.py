@@ -7,64 +7,65 @@ wrap a layer or leave it: an edit of a layer's output sees what deltas have adde
 
 from __future__ import annotations
 
-import contextvars
-from collections.abc import Iterable, Mapping
+import threading
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
-from lorakit.core.rows import check_rows, first_tensor, per_row
-from lorakit.core.state import ModelState
+from lorakit.core.hooks import CallHooks
+from lorakit.core.routing import Routing
+from lorakit.core.rows import first_tensor
+from lorakit.core.state import ModelState, state_of
 from lorakit.edits.anatomy import stacks_of, transformer_of
-from lorakit.edits.attention import Beside, close_door, hang, open_door
-from lorakit.edits.contract import Anatomy, Attention, Change, Edit, Edits, Place, Prompt
-from lorakit.edits.prompt_rows import Behind, Front, reading
+from lorakit.edits.attention import AttentionEdits, set_edits, unwrap_attention, wrap_attention
+from lorakit.edits.contract import Anatomy, Attention, Change, Edit, EditMethod, Edits, Place, Prompt
+from lorakit.edits.prompt_rows import PromptHooks
+from lorakit.edits.rows import active, weigh
 from lorakit.errors import LorakitError
 
 NAME = "lorakit_edits"
 
-_sources: contextvars.ContextVar[dict[int, Tensor]] = contextvars.ContextVar("lorakit_sources")
 
-
-class Around:
+class ChangeHooks:
     """Around one layer: the `Change` edits of any number of adapters."""
 
-    def __init__(self, state: ModelState, place: Place) -> None:
-        self.state = state
-        self.place = place
+    def __init__(self, state: ModelState, place: Place, prompt: PromptHooks) -> None:
+        self.state, self.place, self.prompt = state, place, prompt
         self.edits: dict[str, Change] = {}
+        self.calls = CallHooks(self._enter, self._leave)
+        self.source_inputs: dict[int, Tensor] = {}
+        """Thread -> the input of the place's source, between the call of that and the call of the layer."""
 
-    def keep(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Forward pre-hook of the source: its input, for `add` to see in the same block."""
-        if not any(name in self.edits for name in self.state.routing.names):
-            return
-        held = _sources.get(None)
-        if held is None:
-            _sources.set(held := {})
-        held[id(self)] = first_tensor(args, kwargs)
+    def on(self, model: nn.Module) -> list[RemovableHandle]:
+        """Put the hooks on the layer that has the place's path now."""
+        handles = self.calls.on(model.get_submodule(self.place.path))
+        if self.place.source:
+            source = model.get_submodule(self.place.source)
+            handles.append(source.register_forward_pre_hook(self._keep_source_input, with_kwargs=True))
+        return handles
 
-    def add(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-        """Forward hook of the layer."""
-        routing = self.state.routing
-        names = [name for name in routing.names if name in self.edits]
-        if not names:
+    def _keep_source_input(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if active(self.state.routing, self.edits):
+            self.source_inputs[threading.get_ident()] = first_tensor(args, kwargs)
+
+    def _enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if not active(self.state.routing, self.edits):
+            return None
+        x = self.source_inputs.pop(threading.get_ident()) if self.place.source else first_tensor(args, kwargs)
+        return args, kwargs, x
+
+    def _leave(self, x: Tensor, output: Any) -> Any:
+        if output is None:
             return None
         y = output if isinstance(output, Tensor) else output[0]
-        x = _sources.get({}).pop(id(self)) if self.place.source else first_tensor(args, kwargs)
         total: Tensor | None = None
-        for name in names:
-            column = routing.names.index(name)
-            if routing.weights is not None and routing.weights[column] == 0.0:
-                continue
-            change = self._change(self.edits[name], x, y)
-            if routing.weights is not None:
-                change = change if routing.weights[column] == 1.0 else change * routing.weights[column]
-            else:
-                check_rows(y, routing.rows, routing.axis, self.place.path)
-                weights = routing.table_on(y.device)[:, column]
-                change = change * per_row(weights, change, routing.axis).to(change.dtype)
-            total = change if total is None else total + change
+        for name in active(self.state.routing, self.edits):
+            added = weigh(self.state.routing, name, self._change(self.edits[name], x, y), self.place.path)
+            total = added if total is None else total + added
         if total is None:
             return None
         y = y + total.to(y.dtype)
@@ -73,11 +74,11 @@ class Around:
     def _change(self, edit: Change, x: Tensor, y: Tensor) -> Tensor:
         if not edit.chosen:
             return edit.change(x, y)
-        now = reading()
-        marks = None if now is None else now.marks(y.shape[1])
+        call = self.prompt.present
+        marks = None if call is None else call.marks(y.shape[1])
         if marks is None:
             raise LorakitError(
-                f"{self.place.path} was called outside of its model, so that nobody can tell which of its tokens are the "
+                f"{self.place.path} was called outside of its model, so that it is not known which of its tokens are the "
                 f"prompt's; {edit.spec.name} needs a call of the whole model."
             )
         chosen = edit.select(marks)
@@ -86,108 +87,122 @@ class Around:
         )
 
 
-class Seams:
-    """All seams of one model."""
+class EditHooks:
+    """The hooks of all edits on one model (`core.state.EditsOnModel`)."""
 
-    def __init__(self, state: ModelState, model: nn.Module) -> None:
-        self.state = state
-        self.model = model
-        self.front: Front | None = None
-        self.behind: Behind | None = None
-        self.around: dict[Place, Around] = {}
-        self.beside: dict[str, Beside] = {}
-        self.handles: list[Any] = []
+    def __init__(self, state: ModelState, model: nn.Module, kind: str) -> None:
+        self.state, self.model = state, model
+        self.stacks = stacks_of(model)
+        self.methods: dict[str, EditMethod] = {}
+        self.prompt = PromptHooks(state, kind)
+        self.changes: dict[Place, ChangeHooks] = {}
+        self.attention: dict[str, AttentionEdits] = {}
+        self.handles: list[RemovableHandle] = []
 
-    def put(self, name: str, edits: Mapping[Place, Edit], anatomy: Anatomy) -> None:
-        """Seat an adapter's edits; their tensors become part of the model."""
-        holder = cast(Edits | None, self.model._modules.get(NAME))
-        if holder is None:
-            holder = Edits()
-            self.model.add_module(NAME, holder)
-        holder[name] = nn.ModuleList(edits.values())
-        stacks = stacks_of(self.model)
-        if self.front is None:
-            self.front = Front(self.state, stacks["front"], anatomy.kind)
-            if "decoder" in stacks:
-                self.behind = Behind(self.front, stacks["decoder"])
+    def add(self, name: str, method: EditMethod, edits: Mapping[Place, Edit], anatomy: Anatomy) -> None:
+        """Put an adapter's edits around the model's calls; their tensors become part of the model."""
+        if NAME not in self.model._modules:
+            self.model.add_module(NAME, Edits())
+        cast(Edits, self.model._modules[NAME])[name] = nn.ModuleList(edits.values())
+        self.methods[name] = method
         for place, edit in edits.items():
             if isinstance(edit, Prompt):
-                self.front.prompts[name] = edit
+                self.prompt.prompts[name] = edit
             elif isinstance(edit, Change):
-                self.around.setdefault(place, Around(self.state, place)).edits[name] = edit
+                self.changes.setdefault(place, ChangeHooks(self.state, place, self.prompt)).edits[name] = edit
                 if edit.chosen:
-                    self.front.watchers.add(name)
+                    self.prompt.watchers.add(name)
             elif isinstance(edit, Attention):
-                self._put_beside(name, place, edit, anatomy)
-        self.seat()
+                at = self.attention.get(place.path) or AttentionEdits(self.state, self.model, place.path, anatomy)
+                self.attention[place.path] = at
+                at.edits[name] = edit
+                if (
+                    edit.joint and "decoder" not in self.stacks
+                ):  # a decoder beside an encoder counts its positions by itself
+                    self.prompt.prefixes[name] = cast(Any, method).tokens
+        self.rehook()
 
-    def _put_beside(self, name: str, place: Place, edit: Attention, anatomy: Anatomy) -> None:
-        if place.path not in self.beside:
-            relative = None
-            for block in (*anatomy.blocks, *anatomy.decoder_blocks):
-                if block.attention == place.path:
-                    relative = _relative(self.model, block.path.rpartition(".")[0])
-            self.beside[place.path] = Beside(self.state, place.path, anatomy.key_heads, relative)
-        self.beside[place.path].edits[name] = edit
-        if edit.joint and self.behind is None:  # a decoder beside an encoder counts its positions by itself
-            cast(Front, self.front).shifts[name] = cast(Any, edit.spec).tokens
-
-    def take(self, names: Iterable[str]) -> None:
+    def remove(self, names: Iterable[str]) -> None:
         """Take adapters' edits off; with the last ones nothing is left on the model."""
         holder = cast(Any, self.model._modules.get(NAME))
         for name in names:
-            if holder is None or name not in holder:
+            if self.methods.pop(name, None) is None:
                 continue
             del holder[name]
-            for held in (*self.around.values(), *self.beside.values()):
+            for held in (*self.changes.values(), *self.attention.values()):
                 cast(Any, held).edits.pop(name, None)
-            if self.front is not None:
-                self.front.prompts.pop(name, None)
-                self.front.shifts.pop(name, None)
-                self.front.watchers.discard(name)
-        if holder is not None and not len(holder):
+            self.prompt.remove(name)
+        if not self.methods and NAME in self.model._modules:
             del self.model._modules[NAME]
-        self.seat()
+        self.rehook()
 
-    def seat(self) -> None:
+    def rehook(self) -> None:
         """Put every hook where its path leads now, and none where nothing is left to do."""
         for handle in self.handles:
             handle.remove()
-        self.handles = []
-        for path in list(self.beside):
-            hang(self.model.get_submodule(path), self.beside[path] if self.beside[path].edits else None)
-            if not self.beside[path].edits:
-                del self.beside[path]
-        (open_door if self.beside else close_door)(transformer_of(self.model))
-        self.around = {place: around for place, around in self.around.items() if around.edits}
-        for place, around in self.around.items():
-            if place.source:
-                source = self.model.get_submodule(place.source)
-                self.handles.append(source.register_forward_pre_hook(around.keep, with_kwargs=True))
-            layer = self.model.get_submodule(place.path)
-            self.handles.append(layer.register_forward_hook(around.add, with_kwargs=True))
-        front = self.front
-        if front is not None and (front.prompts or front.shifts or front.watchers):
-            stacks = stacks_of(self.model)
-            self.handles += [
-                stacks["front"].register_forward_pre_hook(front.enter, with_kwargs=True),
-                stacks["front"].register_forward_hook(front.leave, with_kwargs=True, always_call=True),
-            ]
-        if self.behind is not None and front is not None and front.prompts:
-            decoder = stacks_of(self.model)["decoder"]
-            self.handles.append(decoder.register_forward_pre_hook(self.behind.enter, with_kwargs=True))
+        for path, at in self.attention.items():
+            set_edits(self.model.get_submodule(path), at if at.edits else None)
+        self.attention = {path: at for path, at in self.attention.items() if at.edits}
+        (wrap_attention if self.attention else unwrap_attention)(transformer_of(self.model))
+        self.changes = {place: hooks for place, hooks in self.changes.items() if hooks.edits}
+        self.handles = [handle for hooks in self.changes.values() for handle in hooks.on(self.model)]
+        self.handles += self.prompt.on(self.stacks["input"], self.stacks.get("decoder"))
+
+    def check(self, routing: Routing) -> None:
+        """Refuse shares of edits that act whole or not at all, and two of a kind for one row."""
+        whole = {name: self.methods[name] for name in routing.names if name in self.methods}
+        whole = {name: method for name, method in whole.items() if not method.blends}
+        if not whole:
+            return
+        if routing.axis:
+            raise LorakitError(
+                f"use: {next(iter(whole))!r} stands in front of a row, and the route is one for each token."
+            )
+        for row in [routing.weights] if routing.weights is not None else cast(Tensor, routing.table).tolist():
+            taken: dict[str, str] = {}
+            for name, weight in zip(routing.names, row, strict=True):
+                if name not in whole or weight == 0.0:
+                    continue
+                method = whole[name]
+                if weight != 1.0:
+                    raise LorakitError(
+                        f"use: {name!r} was given the weight {weight:g}. The model's attention reads a {method.family} of "
+                        f"{method.name} as tokens, and there is no share of a token: it acts whole (1) or not at all (0). Give "
+                        "other rows another one by a list; deltas and bottlenecks blend."
+                    )
+                if method.family in taken:
+                    raise LorakitError(
+                        f"use: one row was given two of a kind, {taken[method.family]!r} and {name!r}, both a {method.family}; "
+                        "a row has one. Deltas and bottlenecks may act beside it."
+                    )
+                taken[method.family] = name
 
 
-def _relative(model: nn.Module, stack: str) -> Any:
-    """The first attention in a stack that computes relative position scores."""
-    for module in model.get_submodule(stack).modules():
-        if getattr(module, "has_relative_attention_bias", False) and hasattr(module, "compute_bias"):
-            return module
-    return None
+def edit_hooks(model: nn.Module, anatomy: Anatomy) -> EditHooks:
+    """The hooks of a model's edits, made when the first edit comes."""
+    state = state_of(model)
+    if state.edits is None:
+        state.edits = EditHooks(state, model, anatomy.kind)
+    return cast(EditHooks, state.edits)
 
 
-def seams_of(state: ModelState, model: nn.Module) -> Seams:
-    """The seams of a model, made when the first edit comes."""
-    if state.seams is None:
-        state.seams = Seams(state, model)
-    return cast(Seams, state.seams)
+@contextmanager
+def prompts(model: nn.Module, lengths: Sequence[int] | Tensor) -> Iterator[None]:
+    """Within the block each row's first tokens, so many, are its prompt, for edits that act on a prompt alone (ReFT).
+
+    Padding does not count. Without it the prompt of a row is all that comes before anything is in the cache: what `generate`
+    is given, or the whole text of a classifier. Training on prompts with their answers has to say where the answers begin.
+
+    Args:
+        model: a model with adapters; LorakitError where it has none.
+        lengths: (rows,): how many tokens of each row are its prompt.
+    """
+    hooks = cast("EditHooks | None", state_of(model).edits)
+    if hooks is None:
+        yield
+        return
+    before, hooks.prompt.lengths = hooks.prompt.lengths, torch.as_tensor(lengths)
+    try:
+        yield
+    finally:
+        hooks.prompt.lengths = before

@@ -36,7 +36,9 @@ class LoReFT(EditMethod):
 
     name: ClassVar[str] = "loreft"
     reason: ClassVar[str] = "it edits hidden states of a few tokens, and a weight acts on all of them"
-    flat: ClassVar[str | None] = "it edits chosen tokens of each prompt, and shared beginnings are computed once"
+    needs_padding: ClassVar[str | None] = (
+        "it edits chosen tokens of each prompt, and shared beginnings are computed once"
+    )
     card: ClassVar[Card] = Card(
         title="ReFT (LoReFT)",
         formula="h + Rᵀ (W h + b - R h)",

@@ -39,7 +39,7 @@ class PrefixTuning(EditMethod):
     blends: ClassVar[bool] = False
     family: ClassVar[str] = "prefix"
     reason: ClassVar[str] = "its keys share a softmax with the text's, so that no weight could stand for them"
-    flat: ClassVar[str | None] = "its keys and values are those of no token in the row"
+    needs_padding: ClassVar[str | None] = "its keys and values are those of no token in the row"
     peft_type: ClassVar[str | None] = "PREFIX_TUNING"
     peft_ignored: ClassVar[frozenset[str]] = frozenset(
         {"num_virtual_tokens", "num_layers", "num_attention_heads", "num_transformer_submodules", "token_dim"}

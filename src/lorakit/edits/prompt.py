@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from lorakit.core.delta import Card
-from lorakit.edits.contract import FRONT, Anatomy, EditMethod, Place, Prompt
+from lorakit.edits.contract import INPUT, Anatomy, EditMethod, Place, Prompt
 from lorakit.errors import LorakitError
 
 PROMPT_KEY = "prompt_embeddings"
@@ -46,7 +46,7 @@ class PromptMethod(EditMethod):
     def places(self, anatomy: Anatomy, layers: Sequence[int] | None) -> list[Place]:
         if layers is not None:
             raise LorakitError(f"attach: {self.name} stands in front of the input and has no layers; leave layers out.")
-        return [FRONT]
+        return [INPUT]
 
     def peft_model(self, anatomy: Anatomy) -> dict[str, Any]:
         return {

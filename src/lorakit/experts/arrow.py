@@ -19,7 +19,6 @@ from torch import Tensor
 from lorakit.core.delta import Call, Card, Delta, LowRank
 from lorakit.core.layer import Adapted
 from lorakit.core.layout import Site
-from lorakit.errors import LorakitError
 from lorakit.experts.context import OverAdapters, RouterContext, RouterSpec
 from lorakit.experts.gates import softmax_over, top_mask
 
@@ -45,10 +44,6 @@ class Arrow(RouterSpec):
     top_k: int | None = None
     temperature: float = 1.0
 
-    def __post_init__(self) -> None:
-        self._check_top_k(self.top_k)
-        self._check_temperature(self.temperature)
-
     def router(self, context: RouterContext) -> ArrowRouter:
         return ArrowRouter(self, context)
 
@@ -57,15 +52,9 @@ class ArrowRouter(OverAdapters):
     """One matrix of directions, (members, in), per adapted matrix; a row of zeros where a member changes nothing."""
 
     def __init__(self, spec: Arrow, context: RouterContext) -> None:
-        super().__init__(context)
-        if spec.top_k is not None and spec.top_k > len(self.members):
-            raise LorakitError(
-                f"route: arrow was given top_k={spec.top_k} for {len(self.members)} adapters; give at most as many, or None."
-            )
+        super().__init__(spec, context)
         self.spec = spec
-        self.places: dict[tuple[str, str], int] = {}
         for index, (layer, site, deltas) in enumerate(context.matrices()):
-            self.places[layer.path, site.name] = index
             self.register_buffer(f"V{index}", torch.stack([_direction(layer, site, delta) for delta in deltas]))
 
     def directions(self, layer: str, site: str = "") -> Tensor:

@@ -14,7 +14,8 @@ from torch import nn
 from lorakit.adapter.adapter import Adapter, adapters_of
 from lorakit.adapter.targets import Targets
 from lorakit.core.delta import Pool
-from lorakit.core.state import activate, state_of
+from lorakit.core.state import state_of
+from lorakit.core.using import activate
 from lorakit.errors import LorakitError, unknown
 from lorakit.experts import RouterSpec
 from lorakit.experts.context import OverAdapters, RouterContext

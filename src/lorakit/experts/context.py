@@ -1,4 +1,4 @@
-"""What a router stands on: the model, the adapters that it routes, and the layers that these change.
+"""The context of a router: the model, the adapters that it routes, and the layers that these change.
 
 A router's spec (`RouterSpec`) is a method's spec that changes no weight of its own: it makes a `routing.Router` over
 adapters that are on the model already.
@@ -83,12 +83,8 @@ class RouterContext:
 
     def decoder(self) -> nn.Module:
         """The model without its head, whose output is the last hidden state."""
-        find = getattr(self.model, "get_decoder", None)
-        decoder = find() if find is not None else None
-        if decoder is None or decoder is self.model:
-            decoder = getattr(self.model, str(getattr(self.model, "base_model_prefix", "")), None)
-        config = getattr(self.model, "config", None)
-        if not isinstance(decoder, nn.Module) or getattr(config, "is_encoder_decoder", False):
+        decoder = decoder_of(self.model)
+        if decoder is None or getattr(getattr(self.model, "config", None), "is_encoder_decoder", False):
             raise LorakitError(
                 f"route: this router reads the last hidden state of a transformers decoder, and {type(self.model).__name__} "
                 "has none that stands apart from its head. Arrow and LoRAHub route any model."
@@ -101,6 +97,15 @@ class RouterContext:
                 "adapters (exclude_modules)."
             )
         return decoder
+
+
+def decoder_of(model: nn.Module) -> nn.Module | None:
+    """A transformers model without its head; None where there is no such part."""
+    find = getattr(model, "get_decoder", None)
+    decoder = find() if find is not None else None
+    if decoder is None or decoder is model:
+        decoder = getattr(model, str(getattr(model, "base_model_prefix", "")), None)
+    return decoder if isinstance(decoder, nn.Module) else None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,22 +125,32 @@ class RouterSpec(Method):
     def router(self, context: RouterContext) -> OverAdapters:
         """A new router on this context."""
 
-    def _check_top_k(self, top_k: int | None) -> None:
+    def __post_init__(self) -> None:
+        top_k, temperature = getattr(self, "top_k", None), getattr(self, "temperature", 1.0)
         if top_k is not None and (not isinstance(top_k, int) or isinstance(top_k, bool) or top_k < 1):
             raise LorakitError(
                 f"{self.name}: top_k was given as {top_k!r}; it is a number of experts, or None for all."
             )
-
-    def _check_temperature(self, temperature: float) -> None:
         if not isinstance(temperature, int | float) or not temperature > 0:
             raise LorakitError(f"{self.name}: temperature was given as {temperature!r}; it is a number above 0.")
 
 
 class OverAdapters(Router):
-    """A router over the adapters of a context."""
+    """A router over the adapters of a context; `places` numbers the matrices that they change, by layer and site."""
 
-    def __init__(self, context: RouterContext) -> None:
+    def __init__(self, spec: RouterSpec, context: RouterContext) -> None:
         super().__init__(context.members)
+        top_k = getattr(spec, "top_k", None)
+        if top_k is not None and top_k > len(self.members):
+            raise LorakitError(
+                f"route: {spec.name} was given top_k={top_k} for {len(self.members)} adapters; give at most as many, or None."
+            )
+        self.places = {(layer.path, site.name): number for number, (layer, site, _) in enumerate(context.matrices())}
+        self._state = (context.state,)
+
+    @property
+    def state(self) -> ModelState:
+        return self._state[0]
 
     def fit(self, context: RouterContext, examples: Any) -> None:
         """Measure what the router needs on examples; LorakitError where it takes none."""
@@ -145,33 +160,6 @@ class OverAdapters(Router):
     def watch(self, context: RouterContext) -> list[RemovableHandle]:
         """Hooks that the router needs around calls of the model; they are taken off with it."""
         return []
-
-
-class CallHooks:
-    """Two hooks around the calls of a module: `enter(args, kwargs)` gives None (leave this call alone) or the call's new
-    arguments and a state, `leave(state, output)` the call's new output; it is also called, with None, if the call fails."""
-
-    def __init__(self, enter: Any, leave: Any) -> None:
-        self.enter, self.leave = enter, leave
-        self.states: list[Any] = []
-
-    def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        self.states.append(None)
-        entered = self.enter(args, kwargs)
-        if entered is None:
-            return None
-        args, kwargs, self.states[-1] = entered
-        return args, kwargs
-
-    def after(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-        state = self.states.pop() if self.states else None
-        return None if state is None else self.leave(state, output)
-
-    def on(self, module: nn.Module) -> list[RemovableHandle]:
-        return [
-            module.register_forward_pre_hook(self.before, with_kwargs=True),
-            module.register_forward_hook(self.after, with_kwargs=True, always_call=True),
-        ]
 
 
 def on_tokens(weights: Tensor, leading: torch.Size, where: str) -> Tensor:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from lorakit.core.delta import Call, Card
-from lorakit.core.state import routed
+from lorakit.core.using import routed
 from lorakit.errors import LorakitError
 from lorakit.experts.context import Examples, OverAdapters, RouterContext, RouterSpec
 
@@ -64,7 +64,7 @@ class Blended(OverAdapters):
     """The same weights everywhere; zero until they are found."""
 
     def __init__(self, spec: LoRAHub, context: RouterContext) -> None:
-        super().__init__(context)
+        super().__init__(spec, context)
         self.spec = spec
         self.register_buffer("w", torch.zeros(len(self.members), dtype=torch.float64))
         self.losses: list[float] = []

@@ -26,12 +26,15 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from lorakit.core.delta import Call, Card, Delta, LowRank, Method, Pool, Shape, View
-from lorakit.core.layer import Adapted, is_product
+from lorakit.core.hooks import CallHooks
+from lorakit.core.layer import Adapted
+from lorakit.core.mixed import joint_gate
 from lorakit.core.routing import Routing
 from lorakit.core.state import ModelState
+from lorakit.core.uniform import is_product
 from lorakit.core.walking import in_attention
 from lorakit.errors import LorakitError
-from lorakit.experts.context import CallHooks
+from lorakit.experts.context import decoder_of
 from lorakit.experts.gates import balance, top_mask, z_loss
 from lorakit.methods import LoRA
 
@@ -103,11 +106,10 @@ class MixLoRA(Method):
         handles = []
         modules = dict(model.named_modules())
         for index, block in enumerate(_blocks(list(mixed))):
-            handles += CallHooks(_Block(gates, index).enter, gates.leave).on(modules[block])
-        find = getattr(model, "get_decoder", None)
-        decoder = find() if find is not None else getattr(model, str(getattr(model, "base_model_prefix", "")), None)
-        if isinstance(decoder, nn.Module):
-            handles += CallHooks(gates.count, gates.counted).on(decoder)
+            handles += CallHooks(functools.partial(gates.enter_block, index), gates.leave_block).on(modules[block])
+        decoder = decoder_of(model)
+        if decoder is not None:
+            handles += CallHooks(gates.enter_model, gates.leave_model).on(decoder)
         return gates, handles
 
     def peft_config(self) -> dict[str, Any]:
@@ -199,13 +201,10 @@ class Mixture(Experts, LowRank):
         return torch.cat([B for B, _ in pairs], dim=1), torch.cat([A for _, A in pairs], dim=0)
 
     def gate(self) -> Tensor:
-        weights, parts = self.weights(), []
-        for e, module in enumerate(self.experts):
-            delta = cast(LowRank, module)
-            own, weight = delta.gate(), weights[..., e : e + 1] * delta.scale
-            rank = delta.factors()[1].shape[0]
-            parts.append(weight.expand(*weight.shape[:-1], rank) if own is None else weight * own)
-        return torch.cat(parts, dim=-1)
+        weights = self.weights()
+        deltas = [cast(LowRank, delta) for delta in self.experts]
+        ranks = [delta.factors()[1].shape[0] for delta in deltas]
+        return joint_gate([(delta, weights[..., e : e + 1]) for e, delta in enumerate(deltas)], ranks)
 
 
 class Blend(Experts):
@@ -253,18 +252,20 @@ class Gates(nn.Module):
         p = p * kept
         return logits, p / p.sum(dim=-1, keepdim=True), kept
 
-    def note(self, logits: Tensor, kept: Tensor) -> None:
-        """Leave a note of what this call adds to the training loss, where such notes are taken. It is worked out by whoever
-        takes them: within the model it might be run again by gradient checkpointing."""
-        if self.state.extra is None:
+    def note(self, block: str, logits: Tensor, weights: Tensor, kept: Tensor) -> None:
+        """Record what this call adds to the training loss and which experts it chose, where that is asked for. The loss is
+        worked out by whoever asked: within the model gradient checkpointing might run it again."""
+        notes = self.state.notes
+        notes.add_weights(block, weights, weights.shape[:-1])
+        if notes.losses is None:
             return
-        counts = self.state.counts
+        counts = notes.counts
         if counts is not None and counts.numel() != kept.shape[:-1].numel():
             raise LorakitError(
-                f"mixlora: told how often each of {counts.numel()} tokens counts, a feed-forward was called with "
+                f"mixlora: counts were given for {counts.numel()} tokens, and a feed-forward was called with "
                 f"{kept.shape[:-1].numel()}; the model drops or adds tokens, so its balance cannot be kept."
             )
-        self.state.extra.append(functools.partial(self.loss, logits, kept, counts))
+        notes.losses.append(functools.partial(self.loss, logits, kept, counts))
 
     def loss(self, logits: Tensor, kept: Tensor, counts: Tensor | None) -> Tensor:
         """One router's share of what is added to the training loss."""
@@ -273,9 +274,39 @@ class Gates(nn.Module):
             loss = loss + self.spec.z * z_loss(logits, counts)
         return loss / len(self.blocks)
 
-    def leave(self, state: Any, output: Any) -> Any:
-        before, weights = state
-        self.state.routing = before
+    def enter_block(self, index: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """A feed-forward is called: its router weighs the experts, and the tokens come once for each that they keep."""
+        before, block = self.state.routing, self.blocks[index]
+        if self.name not in before.names:
+            return None
+        tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
+        if len(tensors) != 1:
+            raise LorakitError(f"mixlora: {block} was called with {len(tensors)} tensors; a feed-forward takes one.")
+        logits, weights, kept = self.route(index, tensors[0])
+        self.note(block, logits, weights, kept)
+        if self.spec.mix == "layer":
+            self.state.routing = dataclasses.replace(before, found={**before.found, self.name: weights})
+            return args, kwargs, (before, None)
+        # One copy of all tokens for each kept expert, in which that expert alone is open.
+        k = self.spec.top_k
+        order = logits.argsort(dim=-1, descending=True, stable=True)[..., :k].movedim(-1, 0)
+        one_hot = F.one_hot(order, self.spec.experts).to(weights.dtype).flatten(0, 1)
+        table = before.table
+        if table is not None and before.axis == 0:
+            table = table.repeat(k, 1)
+        found = {**before.found, self.name: one_hot}
+        self.state.routing = Routing(before.names, before.weights, table, before.axis, found)
+
+        def copies(value: Any) -> Any:
+            return value.repeat(k, *[1] * (value.ndim - 1)) if isinstance(value, Tensor) else value
+
+        args = tuple(copies(value) for value in args)
+        kwargs = {key: copies(value) for key, value in kwargs.items()}
+        return args, kwargs, (before, torch.stack([weights.gather(-1, own[..., None])[..., 0] for own in order]))
+
+    def leave_block(self, kept: tuple[Routing, Tensor | None], output: Any) -> Any:
+        """A feed-forward has run: its copies are added up by their weights."""
+        self.state.routing, weights = kept
         if weights is None or output is None:
             return None
         if not isinstance(output, Tensor):
@@ -286,60 +317,14 @@ class Gates(nn.Module):
         slots = output.unflatten(0, (len(weights), -1))
         return (slots * weights[..., None].to(slots.dtype)).sum(dim=0)
 
-    def count(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Padding, as the model is told of it, counts in no balance."""
-        mask = kwargs.get("attention_mask")
-        tells = isinstance(mask, Tensor) and mask.ndim == 2 and self.state.counts is None
-        if not tells or self.state.extra is None:
+    def enter_model(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The model is called: padding, as its mask says, counts in no balance."""
+        mask, notes = kwargs.get("attention_mask"), self.state.notes
+        if notes.losses is None or notes.counts is not None or not isinstance(mask, Tensor) or mask.ndim != 2:
             return None
-        self.state.counts = mask
+        notes.counts = mask
         return args, kwargs, self
 
-    def counted(self, state: Any, output: Any) -> Any:
-        self.state.counts = None
-        return None
-
-
-class _Block:
-    """One feed-forward and its router."""
-
-    def __init__(self, gates: Gates, index: int) -> None:
-        self.gates, self.index = gates, index
-
-    def enter(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        gates = self.gates
-        before = gates.state.routing
-        if gates.name not in before.names:
-            return None
-        tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
-        if len(tensors) != 1:
-            raise LorakitError(
-                f"mixlora: {gates.blocks[self.index]} was called with {len(tensors)} tensors; a feed-forward takes one."
-            )
-        x = tensors[0]
-        logits, weights, kept = gates.route(self.index, x)
-        gates.note(logits, kept)
-        if gates.state.seen is not None:
-            gates.state.seen.append((gates.blocks[self.index], weights.detach()))
-        if gates.spec.mix == "layer":
-            gates.state.routing = dataclasses.replace(before, found={**before.found, gates.name: weights})
-            return args, kwargs, (before, None)
-        # One copy of all tokens for each kept expert, in which that expert alone is open.
-        k = gates.spec.top_k
-        order = logits.argsort(dim=-1, descending=True, stable=True)[..., :k].movedim(-1, 0)
-        one_hot = F.one_hot(order, gates.spec.experts).to(weights.dtype).flatten(0, 1)
-        gates.state.routing = self._in_copies(before, one_hot, k)
-
-        def copies(value: Any) -> Any:
-            return value.repeat(k, *[1] * (value.ndim - 1)) if isinstance(value, Tensor) else value
-
-        args = tuple(copies(value) for value in args)
-        kwargs = {key: copies(value) for key, value in kwargs.items()}
-        return args, kwargs, (before, torch.stack([weights.gather(-1, own[..., None])[..., 0] for own in order]))
-
-    def _in_copies(self, before: Routing, one_hot: Tensor, k: int) -> Routing:
-        table = before.table
-        if table is not None and before.axis == 0:
-            table = table.repeat(k, 1)
-        found = {**before.found, self.gates.name: one_hot}
-        return Routing(before.names, before.weights, table, before.axis, found)
+    def leave_model(self, kept: Any, output: Any) -> None:
+        """The model has run."""
+        self.state.notes.counts = None

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from lorakit.core.delta import Call, Card, LowRank
-from lorakit.core.layer import is_product
+from lorakit.core.uniform import is_product
 from lorakit.errors import LorakitError
 from lorakit.experts.context import OverAdapters, RouterContext, RouterSpec
 from lorakit.experts.gates import share_loss
@@ -46,9 +46,6 @@ class MoLE(RouterSpec):
     balance: float = 0.5
     temperature: float = 1.0
 
-    def __post_init__(self) -> None:
-        self._check_temperature(self.temperature)
-
     def router(self, context: RouterContext) -> MoLERouter:
         return MoLERouter(self, context)
 
@@ -57,19 +54,17 @@ class MoLERouter(OverAdapters):
     """`e0`, `e1`, … (members, members, out) and `t0`, … (the logarithm of τ), a pair per adapted matrix."""
 
     def __init__(self, spec: MoLE, context: RouterContext) -> None:
-        super().__init__(context)
-        self.spec, self._state = spec, (context.state,)
-        self.places: dict[tuple[str, str], int] = {}
+        super().__init__(spec, context)
+        self.spec = spec
         self._deltas: dict[int, tuple[LowRank | None, ...]] = {}
         n = len(self.members)
-        for index, (layer, site, deltas) in enumerate(context.matrices()):
+        for index, (_, site, deltas) in enumerate(context.matrices()):
             for name, delta in zip(self.members, deltas, strict=True):
                 if delta is not None and not is_product(delta):
                     raise LorakitError(
                         f"route: mole reads what each expert adds off its factors, and {name!r} ({delta.spec.name}) is more "
                         "than a product of factors; Arrow, LoRAHub and X-LoRA take any method."
                     )
-            self.places[layer.path, site.name] = index
             self._deltas[index] = tuple(cast("list[LowRank | None]", deltas))
             self.register_parameter(f"e{index}", nn.Parameter(torch.zeros(n, n, site.layout.shape.out)))
             self.register_parameter(f"t{index}", nn.Parameter(torch.tensor(spec.temperature).log()))
@@ -102,13 +97,13 @@ class MoLERouter(OverAdapters):
         return w
 
     def _note(self, weights: Tensor) -> None:
-        state = self._state[0]
-        if state.extra is None or weights.shape[-1] < 2:
+        notes = self.state.notes
+        if notes.losses is None or weights.shape[-1] < 2:
             return
-        counts = state.counts
+        counts = notes.counts
         if counts is not None and counts.numel() != weights.shape[:-1].numel():
             counts = None
-        state.extra.append(functools.partial(self.loss, weights, counts))
+        notes.losses.append(functools.partial(self.loss, weights, counts))
 
     def loss(self, weights: Tensor, counts: Tensor | None) -> Tensor:
         """One gate's share of what is added to the training loss."""

@@ -19,11 +19,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lorakit.core.delta import Call, Card
-from lorakit.core.state import routed
+from lorakit.core.using import routed
 from lorakit.errors import LorakitError
 from lorakit.experts.context import RouterContext, RouterSpec
 from lorakit.experts.gates import softmax_over, top_mask
-from lorakit.experts.two_pass import FirstPass
+from lorakit.experts.two_pass import TwoPassRouter
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,25 +47,17 @@ class Retrieval(RouterSpec):
     top_k: int | None = 1
     temperature: float = 0.1
 
-    def __post_init__(self) -> None:
-        self._check_top_k(self.top_k)
-        self._check_temperature(self.temperature)
-
     def router(self, context: RouterContext) -> Retriever:
         return Retriever(self, context)
 
 
-class Retriever(FirstPass):
+class Retriever(TwoPassRouter):
     """One centroid per adapter, (members, hidden), and their origin, (hidden,)."""
 
     whole_rows = True
 
     def __init__(self, spec: Retrieval, context: RouterContext) -> None:
-        super().__init__(context)
-        if spec.top_k is not None and spec.top_k > len(self.members):
-            raise LorakitError(
-                f"route: retrieval was given top_k={spec.top_k} for {len(self.members)} adapters; give at most as many."
-            )
+        super().__init__(spec, context)
         self.spec = spec
         size = int(cast(Any, context.decoder()).config.get_text_config().hidden_size)
         self.register_buffer("centroids", torch.zeros(len(self.members), size))
@@ -104,19 +96,19 @@ class Retriever(FirstPass):
         centred = F.normalize(embeddings - cast(Tensor, self.origin).to(embeddings), dim=-1)
         return centred @ cast(Tensor, self.centroids).to(embeddings).T
 
-    def find(self, args: tuple[Any, ...], kwargs: dict[str, Any], beside: dict[str, Any] | None) -> Tensor:
+    def find(self, args: tuple[Any, ...], kwargs: dict[str, Any], memory: dict[str, Any] | None) -> Tensor:
         if kwargs.get("flat_batch") is not None:
             raise LorakitError(
                 "use: retrieval weighs whole rows, and this batch has them packed into one; pad them (train.fast_path: off)."
             )
-        if beside is not None and "weights" in beside:
-            return cast(Tensor, beside["weights"])
+        if memory is not None and "weights" in memory:
+            return cast(Tensor, memory["weights"])
         mask = kwargs.get("attention_mask", args[1] if len(args) > 1 else None)
         mask = mask if isinstance(mask, Tensor) and mask.ndim == 2 else None
         scores = self.likeness(mean_state(self.hidden(args, kwargs, None), mask))
         weights = softmax_over(scores / self.spec.temperature, top_mask(scores, self.spec.top_k))
-        if beside is not None:
-            beside["weights"] = weights
+        if memory is not None:
+            memory["weights"] = weights
         return weights
 
     def weights(self, layer: str, site: str, call: Call, found: Tensor | None) -> Tensor:

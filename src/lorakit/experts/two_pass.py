@@ -1,4 +1,4 @@
-"""Routers that look at the whole call first: the base model alone runs over the tokens, and its last hidden states decide.
+"""Two-pass routers: the base model alone runs over the tokens first, and its last hidden states decide.
 
 Both passes are one call to whoever runs the model. With a key-value cache each pass has its own: the caller's is the
 routed pass's, and a second one for the base is kept with it, so that a cached step gives what the whole text would.
@@ -15,52 +15,47 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from lorakit.core.hooks import CallHooks
 from lorakit.core.routing import BASE, Routing
-from lorakit.core.state import ModelState
 from lorakit.errors import LorakitError
-from lorakit.experts.context import CallHooks, OverAdapters, RouterContext
+from lorakit.experts.context import OverAdapters, RouterContext
 
 _ROWS = ("reorder_cache", "crop", "batch_repeat_interleave", "batch_select_indices", "reset")
 """What a cache is told to do with its rows and tokens; the base's must do the same."""
 
 
-class FirstPass(OverAdapters):
+class TwoPassRouter(OverAdapters):
     """A router that reads the base model's last hidden states."""
 
     def watch(self, context: RouterContext) -> list[RemovableHandle]:
-        self.name, self._state, self._decoder = context.name, (context.state,), (context.decoder(),)
+        self.name, self._decoder = context.name, (context.decoder(),)
         return CallHooks(self._enter, self._leave).on(self._decoder[0])
-
-    @property
-    def state(self) -> ModelState:
-        return self._state[0]
 
     @property
     def decoder(self) -> nn.Module:
         return self._decoder[0]
 
     @abstractmethod
-    def find(self, args: tuple[Any, ...], kwargs: dict[str, Any], beside: dict[str, Any] | None) -> Tensor:
-        """What the router finds for one call of the decoder; `beside` is what is kept with the call's cache, if any."""
+    def find(self, args: tuple[Any, ...], kwargs: dict[str, Any], memory: dict[str, Any] | None) -> Tensor:
+        """What the router finds for one call of the decoder; `memory` is what is kept with the call's cache, if any."""
 
-    def _enter(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def _enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         before = self.state.routing
         if self.name not in before.names:
             return None
         kwargs = self._with_cache(kwargs)
         cache = kwargs.get("past_key_values")
-        beside = None if cache is None else _beside(cache, self.name)
+        memory = None if cache is None else _memory(cache, self.name)
         self.state.routing = BASE
         try:
-            found = self.find(args, kwargs, beside)
+            found = self.find(args, kwargs, memory)
         finally:
             self.state.routing = before
         self.state.routing = dataclasses.replace(before, found={**before.found, self.name: found})
         return args, kwargs, before
 
-    def _leave(self, before: Routing, output: Any) -> Any:
+    def _leave(self, before: Routing, output: Any) -> None:
         self.state.routing = before
-        return None
 
     def _with_cache(self, kwargs: dict[str, Any]) -> dict[str, Any]:
         """The call with a cache in it where the decoder would make one, so that what belongs to it has a place."""
@@ -73,11 +68,11 @@ class FirstPass(OverAdapters):
 
         return {**kwargs, "past_key_values": DynamicCache(config=cast(Any, config))}
 
-    def hidden(self, args: tuple[Any, ...], kwargs: dict[str, Any], beside: dict[str, Any] | None) -> Tensor:
+    def hidden(self, args: tuple[Any, ...], kwargs: dict[str, Any], memory: dict[str, Any] | None) -> Tensor:
         """The base model's last hidden states for the tokens of this call, (batch, tokens, hidden)."""
         own = {**kwargs, "past_key_values": None, "use_cache": False}
-        if beside is not None:
-            own |= {"past_key_values": beside["cache"], "use_cache": True}
+        if memory is not None:
+            own |= {"past_key_values": memory["cache"], "use_cache": True}
         with torch.no_grad():
             return cast(Tensor, self.decoder(*args, **own).last_hidden_state)
 
@@ -91,7 +86,7 @@ class FirstPass(OverAdapters):
         return found
 
 
-def _beside(cache: Any, name: str) -> dict[str, Any]:
+def _memory(cache: Any, name: str) -> dict[str, Any]:
     """What is kept with a cache for one router: the base's own cache, and whatever the router adds."""
     held = cache.__dict__.get("_lorakit")
     if held is None or name not in held:
@@ -111,13 +106,13 @@ def _beside(cache: Any, name: str) -> dict[str, Any]:
 
 
 class _Both:
-    """A method of a cache that is also called on the bases' caches beside it."""
+    """A method of a cache that is also called on the bases' caches kept with it."""
 
     def __init__(self, cache: Any, method: str) -> None:
         self.cache, self.method, self.own = cache, method, getattr(cache, method)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        for name, beside in self.cache.__dict__["_lorakit"].items():
+        for name, memory in self.cache.__dict__["_lorakit"].items():
             if name:
-                getattr(beside["cache"], self.method)(*args, **kwargs)
+                getattr(memory["cache"], self.method)(*args, **kwargs)
         return self.own(*args, **kwargs)

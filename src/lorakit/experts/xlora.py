@@ -25,7 +25,7 @@ from lorakit.core.delta import Call, Card
 from lorakit.errors import LorakitError
 from lorakit.experts.context import MEMBERS, RouterContext, RouterSpec, on_tokens
 from lorakit.experts.gates import softmax_over, top_mask
-from lorakit.experts.two_pass import FirstPass
+from lorakit.experts.two_pass import TwoPassRouter
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,8 +62,7 @@ class XLoRA(RouterSpec):
     classifier_dropout: float = 0.2
 
     def __post_init__(self) -> None:
-        self._check_top_k(self.top_k)
-        self._check_temperature(self.temperature)
+        super().__post_init__()
         if self.depth < 1 or self.width < 1 or not 0 <= self.classifier_dropout < 1:
             raise LorakitError(
                 f"xlora: depth {self.depth!r}, width {self.width!r} and classifier_dropout {self.classifier_dropout!r} were "
@@ -99,17 +98,12 @@ class XLoRA(RouterSpec):
         )
 
 
-class XRouter(FirstPass):
+class XRouter(TwoPassRouter):
     """The classifier, whose last layer gives (matrices × members) or (members) logits."""
 
     def __init__(self, spec: XLoRA, context: RouterContext) -> None:
-        super().__init__(context)
-        if spec.top_k is not None and spec.top_k > len(self.members):
-            raise LorakitError(
-                f"route: xlora was given top_k={spec.top_k} for {len(self.members)} adapters; give at most as many, or None."
-            )
+        super().__init__(spec, context)
         self.spec = spec
-        self.places = {(layer.path, site.name): i for i, (layer, site, _) in enumerate(context.matrices())}
         decoder: Any = context.decoder()
         size = int(decoder.config.get_text_config().hidden_size)
         layers: list[nn.Module] = []
@@ -129,9 +123,9 @@ class XRouter(FirstPass):
             "adapters": {str(place): f"{MEMBERS}/{name}" for place, name in enumerate(self.members)},
         }
 
-    def find(self, args: tuple[Any, ...], kwargs: dict[str, Any], beside: dict[str, Any] | None) -> Tensor:
+    def find(self, args: tuple[Any, ...], kwargs: dict[str, Any], memory: dict[str, Any] | None) -> Tensor:
         """λ for the tokens of a call, (batch, tokens, matrices or 1, members)."""
-        hidden = self.hidden(args, kwargs, beside)
+        hidden = self.hidden(args, kwargs, memory)
         self.layers.train(self.decoder.training)
         last = self.layers[-1]
         assert isinstance(last, nn.Linear)

@@ -22,7 +22,7 @@ from lorakit.adapter.adapter import Adapter, adapters
 from lorakit.adapter.attachment import detach
 from lorakit.adapter.construction import build, build_edits
 from lorakit.adapter.targets import Targets, select
-from lorakit.core.state import activate
+from lorakit.core.using import activate
 from lorakit.core.walking import exactly, value_for
 from lorakit.edits.contract import EditMethod
 from lorakit.errors import LorakitError

@@ -22,9 +22,12 @@ import torch
 from torch import Tensor, nn
 
 from lorakit.core.delta import Shape
+from lorakit.core.hooks import hooked
 from lorakit.core.layout import Layout, Linear, Rows, Site
 from lorakit.core.routing import BASE, Route, Routing
-from lorakit.core.state import found_state, routed
+from lorakit.core.rows import first_tensor
+from lorakit.core.state import found_state
+from lorakit.core.using import routed
 from lorakit.errors import LorakitError
 from lorakit.init import Measured, Statistic
 
@@ -37,7 +40,7 @@ IGNORED = -100
 Batch = Mapping[str, Any]
 
 
-class Wish(Protocol):
+class CalibrationRequest(Protocol):
     """What is to be measured, by whom it is asked for; every `Initialiser` is one."""
 
     @property
@@ -87,7 +90,7 @@ class Matrix:
 def calibrate(
     model: nn.Module,
     matrices: Mapping[str, Matrix],
-    start: Wish,
+    start: CalibrationRequest,
     batches: Iterable[Batch] | None,
     budget: int = BUDGET,
     route: Route | Routing = BASE,
@@ -115,7 +118,7 @@ def calibrate(
             yield from _gradients(model, matrices, start, given, budget)
 
 
-def _checked(batches: Iterable[Batch] | None, start: Wish) -> list[Batch]:
+def _checked(batches: Iterable[Batch] | None, start: CalibrationRequest) -> list[Batch]:
     found, verb = "no batches were given", start.request.partition(":")[0]
     if batches is not None:
         if isinstance(batches, Mapping | Tensor | str):
@@ -140,7 +143,7 @@ def _checked(batches: Iterable[Batch] | None, start: Wish) -> list[Batch]:
     )
 
 
-def _check_layer(name: str, matrix: Matrix, start: Wish) -> None:
+def _check_layer(name: str, matrix: Matrix, start: CalibrationRequest) -> None:
     layout = matrix.site.layout
     why = ""
     if not layout.beside:
@@ -175,21 +178,8 @@ def _run(model: nn.Module, batch: Batch) -> Any:
     return model(**{key: value.to(device) if isinstance(value, Tensor) else value for key, value in batch.items()})
 
 
-def _input(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
-    return next(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
-
-
 def _wide(x: Tensor) -> Tensor:
     return x.detach().to(torch.promote_types(x.dtype, torch.float32)) if x.is_floating_point() else x.detach()
-
-
-@contextlib.contextmanager
-def _hooked(handles: list[Any]) -> Iterator[None]:
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def in_budget(sizes: Mapping[str, int], budget: int) -> list[list[str]]:
@@ -267,7 +257,7 @@ def _sharers(model: nn.Module, matrices: Mapping[str, Matrix], batch: Batch) -> 
         if all(isinstance(matrices[name].site.layout, Linear | Rows) for name in names):
             hook = _seeing(lambda x, names=names, module=module: see(names, x, module))  # type: ignore[misc]
             handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
-    with _hooked(handles), torch.no_grad():
+    with hooked(handles), torch.no_grad():
         _run(model, batch)
     often = {name for name, matrix in matrices.items() if calls.get(matrix.layer, 0) > 1}
     alone = often | {name for name in matrices if leader.get(name, name) in often}
@@ -276,7 +266,7 @@ def _sharers(model: nn.Module, matrices: Mapping[str, Matrix], batch: Batch) -> 
 
 def _seeing(take: Callable[[Tensor], None]) -> Callable[..., None]:
     def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        take(_input(args, kwargs))
+        take(first_tensor(args, kwargs))
 
     return hook
 
@@ -289,7 +279,7 @@ def _by_layer(matrices: Mapping[str, Matrix]) -> dict[nn.Module, list[str]]:
 
 
 def _inputs(
-    model: nn.Module, matrices: Mapping[str, Matrix], start: Wish, batches: list[Batch], budget: int
+    model: nn.Module, matrices: Mapping[str, Matrix], start: CalibrationRequest, batches: list[Batch], budget: int
 ) -> Iterator[tuple[str, Any]]:
     leader = _sharers(model, matrices, batches[0])
     members: dict[str, list[str]] = {}
@@ -318,7 +308,7 @@ def _measure(
     members: Mapping[str, list[str]],
     statistics: Mapping[str, Any],
     batch: Batch,
-    start: Wish,
+    start: CalibrationRequest,
 ) -> set[str]:
     """Feed one batch to the statistics of the leaders, and see that the others still get the same inputs.
 
@@ -347,7 +337,7 @@ def _measure(
             if matrices[name].layer is not matrices[first].layer:
                 hook = _seeing(lambda x, first=first, name=name: follow(first, name, x))  # type: ignore[misc]
                 handles.append(matrices[name].layer.register_forward_pre_hook(hook, with_kwargs=True))
-    with _hooked(handles), torch.no_grad():
+    with hooked(handles), torch.no_grad():
         _run(model, batch)
     reached = {first for first, samples in collected.items() if any(len(sample) for sample in samples)}
     for first in reached:
@@ -355,7 +345,7 @@ def _measure(
     return reached
 
 
-def _unreached(start: Wish, name: str, batches: list[Batch], what: str) -> LorakitError:
+def _unreached(start: CalibrationRequest, name: str, batches: list[Batch], what: str) -> LorakitError:
     return LorakitError(
         f"{start.request} measures {what}, and none of the {len(batches)} batches gave {name} any; give batches that use it "
         f"(padding and positions without a label may not count). {start.otherwise}"
@@ -366,7 +356,7 @@ def _unreached(start: Wish, name: str, batches: list[Batch], what: str) -> Lorak
 
 
 def _gradients(
-    model: nn.Module, matrices: Mapping[str, Matrix], start: Wish, batches: list[Batch], budget: int
+    model: nn.Module, matrices: Mapping[str, Matrix], start: CalibrationRequest, batches: list[Batch], budget: int
 ) -> Iterator[tuple[str, Tensor]]:
     sizes = {name: 4 * m.site.layout.shape.out * m.site.layout.shape.in_ for name, m in matrices.items()}
     for run in in_budget(sizes, budget):
@@ -376,7 +366,7 @@ def _gradients(
         for module, names in _by_layer({name: matrices[name] for name in run}).items():
             hook = _watching({name: matrices[name].site.layout for name in names}, passed)
             handles.append(module.register_forward_hook(hook, with_kwargs=True))
-        with _hooked(handles), torch.enable_grad():
+        with hooked(handles), torch.enable_grad():
             for batch in batches:
                 torch.autograd.backward(_loss(_run(model, batch), start))
                 for name in (
@@ -394,7 +384,7 @@ def _watching(layouts: Mapping[str, Layout], sums: dict[str, Tensor]) -> Callabl
     """A forward hook that adds dL/dW of these matrices of a layer to `sums` when the backward passes."""
 
     def hook(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], y: Tensor) -> Tensor:
-        x = _wide(_input(args, kwargs))
+        x = _wide(first_tensor(args, kwargs))
         if not y.requires_grad:  # nothing before this layer is differentiated: the graph begins here
             y = y + torch.zeros((), dtype=y.dtype, device=y.device, requires_grad=True)
 
@@ -420,7 +410,7 @@ def weight_gradient(layout: Layout, layer: nn.Module, x: Tensor, g: Tensor) -> T
     return G
 
 
-def _loss(output: Any, start: Wish) -> Tensor:
+def _loss(output: Any, start: CalibrationRequest) -> Tensor:
     loss = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", output)
     if isinstance(loss, Tensor) and loss.numel() == 1 and loss.requires_grad:
         return loss.sum()

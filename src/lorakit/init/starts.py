@@ -1,4 +1,4 @@
-"""How the deltas of a new adapter come to be: built, measured for where their start asks for it, and begun.
+"""How the deltas of a new adapter come to be: built, measured for where their start asks for it, and built.
 
 This is where an initialiser, which knows numbers, meets a model, which has layers. Nothing of the model is touched here.
 """
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from lorakit.core.delta import Delta, LowRank, Method, Pool, Shape, offset
 from lorakit.core.layout import Rows, Site
-from lorakit.core.storage import FLOAT, Held, storage_of
+from lorakit.core.storage import FLOAT, Snapshot, storage_of
 from lorakit.core.walking import exactly
 from lorakit.errors import LorakitError
 from lorakit.init import Default, Initialiser, Start
@@ -27,7 +27,7 @@ log = logging.getLogger("lorakit")
 
 
 @dataclass(frozen=True)
-class Planned:
+class PlannedLayer:
     """One layer that will carry deltas: the layer, its sites, and each site's spec."""
 
     layer: nn.Module
@@ -35,12 +35,12 @@ class Planned:
     specs: dict[str, Method]
 
 
-Plan = dict[str, Planned]
+Plan = dict[str, PlannedLayer]
 
 
 @dataclass
-class Begun:
-    """What came of a plan.
+class BuiltDeltas:
+    """The deltas of a plan.
 
     Attributes:
         plan: the plan that was carried out; ranks may be other than asked, and layers fewer.
@@ -56,14 +56,14 @@ class Begun:
     weights: dict[str, dict[str, Tensor]] = field(default_factory=dict)
 
 
-def begin(
+def build_deltas(
     model: nn.Module,
     plan: Plan,
     start: Initialiser,
     batches: Iterable[Batch] | None = None,
     shifted: bool = False,
     originals: Mapping[str, Tensor] | None = None,
-) -> Begun:
+) -> BuiltDeltas:
     """Build the deltas of a plan and give them their initial values.
 
     Args:
@@ -88,7 +88,7 @@ def begin(
         supply = _given({name: found[name] for name in kept})
     places = _places(plan)
     pool = Pool([site.layout.shape for planned in plan.values() for site in planned.sites])
-    begun = Begun(plan, pool, patterns, {path: {} for path in plan})
+    built = BuiltDeltas(plan, pool, patterns, {path: {} for path in plan})
     with contextlib.closing(supply):
         for name, statistic in supply:
             path, site = places[name]
@@ -97,13 +97,13 @@ def begin(
             if start.rewrites:
                 _check_original(name, planned.layer, site, start, original)
             delta, W = _delta(name, planned, site, pool, start, statistic, shifted, original)
-            begun.deltas[path][site.name] = delta
+            built.deltas[path][site.name] = delta
             if W is not None:
-                held = begun.weights.setdefault(path, {})
+                held = built.weights.setdefault(path, {})
                 held[site.weight] = _stored(planned.layer, site, W, held.get(site.weight))
     for path, planned in plan.items():  # measured layers come in the order in which they were measured
-        begun.deltas[path] = {site.name: begun.deltas[path][site.name] for site in planned.sites}
-    return begun
+        built.deltas[path] = {site.name: built.deltas[path][site.name] for site in planned.sites}
+    return built
 
 
 def _places(plan: Plan) -> dict[str, tuple[str, Site]]:
@@ -111,16 +111,16 @@ def _places(plan: Plan) -> dict[str, tuple[str, Site]]:
     return {site.place(path): (path, site) for path, planned in plan.items() for site in planned.sites}
 
 
-Supply = Generator[tuple[str, Any], None, None]
+Statistics = Generator[tuple[str, Any], None, None]
 
 
-def _given(statistics: Mapping[str, Any]) -> Supply:
+def _given(statistics: Mapping[str, Any]) -> Statistics:
     yield from statistics.items()
 
 
 def _statistics(
     model: nn.Module, plan: Plan, start: Initialiser, matrices: Mapping[str, Matrix], batches: Iterable[Batch] | None
-) -> Supply:
+) -> Statistics:
     if start.needs in ("inputs", "gradients"):
         yield from calibrate(model, matrices, start, batches)
         return
@@ -134,20 +134,20 @@ def _check_original(name: str, layer: nn.Module, site: Site, start: Initialiser,
     storage = storage_of(layer, site.weight)
     if storage is not FLOAT and original is None:
         raise LorakitError(
-            f"attach: init={start.name!r} answers the error of quantising {name}, which is held as "
+            f"attach: init={start.name!r} answers the error of quantising {name}, which is stored as "
             f"{storage.label(layer, site.weight)}, and the floats that it was made from are not there; hand them in as "
             "attach(..., originals=float_model.state_dict()). lorakit train --quantize does."
         )
     if storage is not FLOAT and isinstance(site.layout, Rows):
         raise LorakitError(
-            f"attach: init={start.name!r} rewrites the whole weight of a layer, and {name} is a part of one that is held as "
+            f"attach: init={start.name!r} rewrites the whole weight of a layer, and {name} is a part of one that is stored as "
             f"{storage.label(layer, site.weight)}; adapt the whole layer, without parts."
         )
 
 
 def _delta(
     name: str,
-    planned: Planned,
+    planned: PlannedLayer,
     site: Site,
     pool: Pool,
     start: Initialiser,
@@ -272,7 +272,7 @@ def redistribute(plan: Plan, ranks: Mapping[str, int]) -> tuple[Plan, dict[str, 
             for option, value in changes.items():
                 patterns[option][exactly(name)] = value
         if specs:
-            result[path] = Planned(planned.layer, planned.sites, specs)
+            result[path] = PlannedLayer(planned.layer, planned.sites, specs)
     if not result:
         raise LorakitError("attach: no layer's inputs vary on these batches, so that no rank is left for any.")
     left_out = [path for path in plan if path not in result]
@@ -287,14 +287,14 @@ def redistribute(plan: Plan, ranks: Mapping[str, int]) -> tuple[Plan, dict[str, 
 # -- weights ---------------------------------------------------------------------------------------------------------------
 
 
-def rewrite(layer: nn.Module, weights: Mapping[str, Tensor]) -> dict[str, Held]:
+def rewrite(layer: nn.Module, weights: Mapping[str, Tensor]) -> dict[str, Snapshot]:
     """Put other weights into a layer through its storage; returns what was there."""
     originals = {}
     for name, value in weights.items():
         storage = storage_of(layer, name)
-        originals[name] = storage.hold(layer, name)
+        originals[name] = storage.snapshot(layer, name)
         storage.write(layer, name, value, fresh=True)
     return originals
 
 
-__all__ = ["Begun", "Plan", "Planned", "begin", "redistribute", "rewrite", "settable"]
+__all__ = ["BuiltDeltas", "Plan", "PlannedLayer", "build_deltas", "redistribute", "rewrite", "settable"]

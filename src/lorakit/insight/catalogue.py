@@ -114,7 +114,7 @@ def edits_catalogue(anatomy: Anatomy = SAMPLE) -> list[EditEntry]:
             parameters = edit.card.parameters(anatomy, edit())
         except LorakitError as problem:
             reason = str(problem)
-        entries.append(EditEntry(**_said(edit), parameters=parameters, reason=reason, flat=edit.flat is None))
+        entries.append(EditEntry(**_said(edit), parameters=parameters, reason=reason, flat=edit.needs_padding is None))
     return entries
 
 

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from lorakit.adapter.attachment import attach
 from lorakit.core.delta import Method, Shape
-from lorakit.core.state import activate
+from lorakit.core.using import activate
 from lorakit.errors import unknown
 from lorakit.insight.catalogue import matrices
 from lorakit.methods import LoRA

@@ -22,7 +22,8 @@ from lorakit.adapter.adapter import Adapter, adapters
 from lorakit.adapter.attachment import attach, detach
 from lorakit.algebra import merge
 from lorakit.core.delta import Method
-from lorakit.core.state import activate, state_of, use
+from lorakit.core.state import state_of
+from lorakit.core.using import activate, use
 from lorakit.core.walking import has_suffix, walk
 from lorakit.errors import LorakitError, unknown
 from lorakit.files.bundle import read_config

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from lorakit.core.state import use
+from lorakit.core.using import use
 from lorakit.errors import LorakitError
 from lorakit.train.scoring import evaluating, score_choices
 

@@ -25,7 +25,7 @@ import transformers
 from rich.console import Console
 
 from lorakit.adapter.attachment import attach
-from lorakit.core.state import use
+from lorakit.core.using import use
 from lorakit.edits.contract import EditMethod
 from lorakit.errors import LorakitError
 from lorakit.experts import RouterSpec

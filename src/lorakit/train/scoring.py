@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lorakit.core.state import whole_rows
+from lorakit.core.using import whole_rows
 from lorakit.errors import LorakitError
 from lorakit.train.step.loss import Head, decoder_of, prompts_known, read_head
 

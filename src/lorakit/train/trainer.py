@@ -28,7 +28,7 @@ from rich.console import Console
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from lorakit.core.state import noted, whole_rows
+from lorakit.core.using import noted, whole_rows
 from lorakit.errors import LorakitError
 from lorakit.optim import build_optimizer, correct_gradients, corrections_of, parameter_groups
 from lorakit.train import checkpoint

@@ -10,7 +10,7 @@ from __future__ import annotations
 from torch import nn
 
 from lorakit.core.storage.bitsandbytes import EightBit, FourBit
-from lorakit.core.storage.contract import Float, Held, Storage, owner, value_of
+from lorakit.core.storage.contract import Float, Snapshot, Storage, owner, value_of
 from lorakit.core.storage.frozen import Frozen
 from lorakit.core.storage.hqq import HQQ
 from lorakit.core.storage.torchao import TorchAO
@@ -40,4 +40,4 @@ def settle(model: nn.Module) -> None:
         storage.settle(model)
 
 
-__all__ = ["FLOAT", "STORAGES", "Float", "Held", "Storage", "owner", "settle", "storage_of", "value_of"]
+__all__ = ["FLOAT", "STORAGES", "Float", "Snapshot", "Storage", "owner", "settle", "storage_of", "value_of"]

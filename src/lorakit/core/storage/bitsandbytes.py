@@ -21,7 +21,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from lorakit.core.storage.contract import Held, Storage, comes_from, owner, relative_error, value_of
+from lorakit.core.storage.contract import Snapshot, Storage, comes_from, owner, relative_error, value_of
 
 
 class FourBit(Storage):
@@ -45,10 +45,10 @@ class FourBit(Storage):
         _place(module, name, made)
         return relative_error(_floats(made), values)
 
-    def hold(self, layer: nn.Module, tensor: str) -> Held:
+    def snapshot(self, layer: nn.Module, tensor: str) -> Snapshot:
         module, name = owner(layer, tensor)
         before = getattr(module, name)
-        return Held(lambda: _floats(before), lambda: _place(module, name, before))
+        return Snapshot(lambda: _floats(before), lambda: _place(module, name, before))
 
     def rounded(self, layer: nn.Module, tensor: str, values: Tensor) -> Tensor:
         return _floats(_packed(value_of(layer, tensor), values)).float()
@@ -144,7 +144,7 @@ class EightBit(Storage):
         made.CB = made.SCB = None
         return relative_error(_from_rows(made, state), values)
 
-    def hold(self, layer: nn.Module, tensor: str) -> Held:
+    def snapshot(self, layer: nn.Module, tensor: str) -> Snapshot:
         module, name = owner(layer, tensor)
         before, state = getattr(module, name), cast(Any, module).state
 
@@ -152,7 +152,7 @@ class EightBit(Storage):
             setattr(module, name, before)
             module.state = state
 
-        return Held(lambda: _from_rows(before, state), restore)
+        return Snapshot(lambda: _from_rows(before, state), restore)
 
     def rounded(self, layer: nn.Module, tensor: str, values: Tensor) -> Tensor:
         return _from_rows(_to_rows(value_of(layer, tensor), values), None)

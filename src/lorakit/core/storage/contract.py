@@ -15,7 +15,7 @@ FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 @dataclass(frozen=True)
-class Held:
+class Snapshot:
     """A weight as it was at some moment, by its very objects.
 
     Attributes:
@@ -46,7 +46,7 @@ class Storage(ABC):
         dtype's rounding. With `fresh` the layer gets new tensor objects and the present ones stay as they are."""
 
     @abstractmethod
-    def hold(self, layer: nn.Module, tensor: str) -> Held:
+    def snapshot(self, layer: nn.Module, tensor: str) -> Snapshot:
         """The present weight, to be read and put back after a `write` with `fresh`."""
 
     @abstractmethod
@@ -116,10 +116,10 @@ class Float(Storage):
             cast(Tensor, getattr(module, name)).copy_(values)
         return 0.0
 
-    def hold(self, layer: nn.Module, tensor: str) -> Held:
+    def snapshot(self, layer: nn.Module, tensor: str) -> Snapshot:
         module, name = owner(layer, tensor)
         before = cast(Tensor, getattr(module, name))
-        return Held(before.detach, lambda: setattr(module, name, before))
+        return Snapshot(before.detach, lambda: setattr(module, name, before))
 
     def rounded(self, layer: nn.Module, tensor: str, values: Tensor) -> Tensor:
         stored = values.to(self.read(layer, tensor).dtype)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from lorakit.core.layout import has_linear_face
-from lorakit.core.storage.contract import FLOATS, Held, Storage
+from lorakit.core.storage.contract import FLOATS, Snapshot, Storage
 from lorakit.errors import LorakitError
 
 COLUMNS = 512
@@ -59,8 +59,8 @@ class Frozen(Storage):
     def refusal(self, layer: nn.Module, tensor: str) -> str:
         return f"{self.label(layer, tensor)} is read by its products, and lorakit does not know how its library packs numbers"
 
-    def hold(self, layer: nn.Module, tensor: str) -> Held:
-        return Held(lambda: self.read(layer, tensor), lambda: None)
+    def snapshot(self, layer: nn.Module, tensor: str) -> Snapshot:
+        return Snapshot(lambda: self.read(layer, tensor), lambda: None)
 
     def rounded(self, layer: nn.Module, tensor: str, values: Tensor) -> Tensor:
         raise LorakitError(

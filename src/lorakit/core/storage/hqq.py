@@ -12,7 +12,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from lorakit.core.storage.contract import Held, Storage, comes_from, relative_error
+from lorakit.core.storage.contract import Snapshot, Storage, comes_from, relative_error
 
 
 class HQQ(Storage):
@@ -36,14 +36,14 @@ class HQQ(Storage):
         own.meta = {**own.meta, **meta}
         return relative_error(self.read(layer, tensor), values)
 
-    def hold(self, layer: nn.Module, tensor: str) -> Held:
+    def snapshot(self, layer: nn.Module, tensor: str) -> Snapshot:
         own: Any = layer
         codes, meta = own.W_q, own.meta
 
         def restore() -> None:
             own.W_q, own.meta = codes, meta
 
-        return Held(lambda: _floats(codes, meta), restore)
+        return Snapshot(lambda: _floats(codes, meta), restore)
 
     def rounded(self, layer: nn.Module, tensor: str, values: Tensor) -> Tensor:
         codes, meta = _codes(layer, values)

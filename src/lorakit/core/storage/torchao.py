@@ -12,7 +12,7 @@ from typing import Any, cast
 
 from torch import Tensor, nn
 
-from lorakit.core.storage.contract import Held, Storage, comes_from, owner, relative_error, value_of
+from lorakit.core.storage.contract import Snapshot, Storage, comes_from, owner, relative_error, value_of
 
 
 class TorchAO(Storage):
@@ -36,10 +36,10 @@ class TorchAO(Storage):
         setattr(module, name, nn.Parameter(made, requires_grad=False))
         return relative_error(made.dequantize(), values)
 
-    def hold(self, layer: nn.Module, tensor: str) -> Held:
+    def snapshot(self, layer: nn.Module, tensor: str) -> Snapshot:
         module, name = owner(layer, tensor)
         before = getattr(module, name)
-        return Held(lambda: before.dequantize().detach(), lambda: setattr(module, name, before))
+        return Snapshot(lambda: before.dequantize().detach(), lambda: setattr(module, name, before))
 
     def rounded(self, layer: nn.Module, tensor: str, values: Tensor) -> Tensor:
         return cast(Tensor, _made(value_of(layer, tensor), values).dequantize()).float()

@@ -128,7 +128,7 @@ def _attention_over(original: str) -> Callable[..., Any]:
 
     def forward(module: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
         if kwargs.get("flat_batch") is not None or _in_flat_forward.get():
-            return with_edits(flat_attention_forward, module, args, kwargs, flat=True)
+            return with_edits(flat_attention_forward, module, args, kwargs, packed=True)
         from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
         eager: Any = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
@@ -188,7 +188,7 @@ def edits_obstacle(model: torch.nn.Module, texts: bool = False) -> str | None:
     for adapter in adapters(model).values():
         if adapter.edits:
             spec = adapter.method
-            reason = spec.flat or ("every text needs the prompt for itself" if texts and spec.family else None)
+            reason = spec.needs_padding or ("every text needs the prompt for itself" if texts and spec.family else None)
             if reason is not None:
                 return f"{spec.name} does not go with flat rows: {reason}"
     return None

@@ -20,8 +20,9 @@ import torch
 from torch import Tensor, nn
 
 from lorakit.adapter.adapter import adapters
-from lorakit.core.state import counted, prompts, use
 from lorakit.core.storage import FLOAT, storage_of
+from lorakit.core.using import counted, use
+from lorakit.edits.hooks import prompts
 from lorakit.errors import LorakitError
 from lorakit.train.step import fusion
 from lorakit.train.step.attention import flat_attention, flat_hidden, is_flat

@@ -1,0 +1,93 @@
+"""What an adapted layer holds: its base, the base's matrices, and the deltas and replaced tensors of any number of adapters."""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+from torch import Tensor, nn
+
+from lorakit.core.delta import Delta
+from lorakit.core.layout import Rows, Site
+from lorakit.core.replacement import Replacement
+from lorakit.core.state import ModelState
+from lorakit.core.storage import Snapshot, storage_of, value_of
+
+
+class ByName(nn.ModuleDict):
+    """Modules by names that users choose. torch refuses those that are also attributes of a module ("half", "type")."""
+
+    def add_module(self, name: str, module: nn.Module | None) -> None:
+        self._modules[name] = module  # type: ignore[assignment]
+
+
+class LayerContents(nn.Module):
+    """An adapted layer without its forward.
+
+    Attributes that this class lacks are those of the base layer, so that models which read `layer.weight.dtype` and the
+    like keep working.
+    """
+
+    def __init__(self, base: nn.Module, sites: list[Site], state: ModelState, path: str) -> None:
+        super().__init__()
+        self.base = base
+        self.sites = {site.name: site for site in sites}
+        self.path = path
+        self.deltas = ByName()
+        """adapter -> site -> Delta; the site's empty name is written "self"."""
+        self.replacements = ByName()
+        self.state = state
+        self.unmerged: dict[str, Snapshot] = {}
+        """Within `merged`: tensors as they were before it wrote into them. What adapters add is about these."""
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattr__("base"), name)
+
+    def deltas_of(self, adapter: str) -> dict[str, Delta]:
+        """This layer's deltas of one adapter, by site name."""
+        if adapter not in self.deltas:
+            return {}
+        held = cast(nn.ModuleDict, self.deltas[adapter])
+        return {"" if name == "self" else name: cast(Delta, delta) for name, delta in held.items()}
+
+    def replaced_by(self, adapter: str) -> dict[str, Tensor]:
+        """The tensors of the base that an adapter replaces: name -> its own values."""
+        return cast(Replacement, self.replacements[adapter]).tensors() if adapter in self.replacements else {}
+
+    def add(self, adapter: str, deltas: dict[str, Delta], replacement: Replacement | None) -> None:
+        """Give this layer an adapter's deltas (by site name) and replaced tensors."""
+        if deltas:
+            self.deltas[adapter] = ByName({name or "self": delta for name, delta in deltas.items()})
+        if replacement is not None:
+            self.replacements[adapter] = replacement
+
+    def remove(self, adapter: str) -> bool:
+        """Forget an adapter; True where none is left and the base can go back in its place."""
+        for held in (self.deltas, self.replacements):
+            if adapter in held:
+                del held[adapter]
+        return not len(self.deltas) and not len(self.replacements)
+
+    @property
+    def beside(self) -> bool:
+        """Whether changes act beside this layer; else it is called with its weights substituted."""
+        return all(site.layout.beside for site in self.sites.values())
+
+    def stored(self, site: Site) -> Tensor:
+        """The frozen weight of a site as floats in its stored shape, whatever is merged into it just now."""
+        if site.weight in self.unmerged:
+            return self.unmerged[site.weight].read()
+        return storage_of(self.base, site.weight, self.path).read(self.base, site.weight)
+
+    def frozen(self, name: str) -> Tensor:
+        """One of the base's own tensors, whatever is merged into it just now."""
+        return self.unmerged[name].read() if name in self.unmerged else value_of(self.base, name).detach()
+
+    def bias_of(self, site: Site) -> Tensor | None:
+        """The frozen bias of a site's rows."""
+        if site.bias is None:
+            return None
+        bias = self.frozen(site.bias)
+        return site.layout.part(bias) if isinstance(site.layout, Rows) else bias
