@@ -20,8 +20,8 @@ PACKAGE = Path(lorakit.__file__).parent
 FLOORS: tuple[str, ...] = (
     "errors native",
     "core",
-    "methods",
-    "init edits models",
+    "methods models",
+    "init edits",
     "adapter",
     "experts insight optim",
     "files",

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from lorakit.errors import LorakitError
+from lorakit.native import elementwise
 from lorakit.serve.engine.engine import LocalEngine
 from lorakit.serve.engine.scheduler import Limits
 from lorakit.serve.model import native
@@ -25,7 +26,7 @@ from lorakit.serve.request import Refused
 from serving.small import model
 
 DTYPES = [torch.float32, torch.bfloat16]
-pytestmark = pytest.mark.skipif(native.find("norm", torch.float32) is None, reason="no C++ compiler here")
+pytestmark = pytest.mark.skipif(native.find("attend", torch.float32) is None, reason="no C++ compiler here")
 
 
 def close(found: Tensor, expected: Tensor) -> bool:
@@ -189,21 +190,21 @@ def _wide(piece: Piece) -> Piece:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_functions_of_one_pass(dtype: torch.dtype) -> None:
+def test_elementwise_operations_of_any_width(dtype: torch.dtype) -> None:
     torch.manual_seed(0)
     x, weight = torch.randn(9, 70).to(dtype), torch.randn(70).to(dtype)
     wide = x.float()
     rows = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + 1e-5)
-    assert close(native.norm(x, weight, 1e-5, 0.0), rows.to(dtype) * weight)
-    assert close(native.norm(x, weight, 1e-5, 1.0), (rows * (1 + weight.float())).to(dtype))
+    assert close(elementwise.norm(x, weight, 1e-5, 0.0), rows.to(dtype) * weight)
+    assert close(elementwise.norm(x, weight, 1e-5, 1.0), (rows * (1 + weight.float())).to(dtype))
     a, b = torch.randn(3, 333).to(dtype) * 30, torch.randn(3, 333).to(dtype)
-    assert close(native.gate(a, b), nn.functional.silu(a) * b)
+    assert close(elementwise.gate("silu", a, b), nn.functional.silu(a) * b)
     x, cosine, sine = (torch.randn(*shape).to(dtype) for shape in ((1, 7, 3, 10), (7, 10), (7, 10)))
     x = x.transpose(1, 2)
     turned = torch.cat((-x[..., 5:], x[..., :5]), -1)
     expected = x.double() * cosine.double() + turned.double() * sine.double()
     eps = torch.finfo(dtype).eps
-    assert torch.allclose(native.turn(x, cosine, sine).double(), expected, rtol=4 * eps, atol=4 * eps)
+    assert torch.allclose(elementwise.turn(x, cosine, sine).double(), expected, rtol=4 * eps, atol=4 * eps)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

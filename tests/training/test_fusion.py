@@ -14,6 +14,7 @@ import transformers as tf
 from tests.training.test_flat import MODELS, build, gradients, make_examples, oracle
 from torch import Tensor
 
+from lorakit.native import replacement
 from lorakit.train.step import fusion
 from lorakit.train.step.fusion import FusedGate, FusedNorm, FusedRotary, fused
 from lorakit.train.step.loss import causal_loss
@@ -93,6 +94,31 @@ def test_everything_is_put_back(uncompiled: None) -> None:
     assert modelling.apply_rotary_pos_emb is before
     assert not any("forward" in vars(module) for module in model.modules())
     assert fusion._report is None
+
+
+def test_training_and_serving_give_the_rotary_function_back_in_any_order() -> None:
+    model: Any = MODELS["llama"]()
+    modelling = tf.models.llama.modeling_llama
+    before, ids = modelling.apply_rotary_pos_emb, torch.arange(5)[None]
+    expected, calls = model(ids).logits, []
+
+    def turn(name: str) -> replacement.Turn:
+        def passes_it_on(*tensors: Tensor) -> None:
+            calls.append(name)
+
+        return passes_it_on
+
+    first, second = (
+        replacement.replace(model, lambda norm: None, lambda gated: None, turn(name)) for name in ("first", "second")
+    )
+    assert torch.equal(model(ids).logits, expected)
+    assert calls[:2] == ["first", "second"]
+    first.restore()
+    calls.clear()
+    assert torch.equal(model(ids).logits, expected)
+    assert set(calls) == {"second"}
+    second.restore()
+    assert modelling.apply_rotary_pos_emb is before
 
 
 def test_a_module_that_only_looks_like_one_is_left_alone(uncompiled: None) -> None:

@@ -90,7 +90,7 @@ def test_an_input_that_was_written_to() -> None:
         loss = forward(model)
         with torch.no_grad():
             inputs[-1].add_(1.0)
-        with pytest.raises(LorakitError, match=r"FusedNorm is to run again .* use train.memory: fast"):
+        with pytest.raises(LorakitError, match=r"FusedNorm cannot be recomputed .* use train.memory: fast"):
             loss.backward()
 
 

@@ -1,4 +1,4 @@
-"""The door into an unmodified model: its attention reads and writes the engine's pages, and each token sees its own request.
+"""Attention of an unmodified model in service: it reads and writes the engine's pages, and each token sees its own request.
 
 transformers calls attention by a registered name. A served model's configuration names ours; ours looks at the present batch:
 with one, it writes the new keys and values into their pages and attends over them; without one, it calls what the model had
@@ -8,7 +8,6 @@ honoured. A mask of the model's own, a bias, or dropout are not: such models are
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lorakit.edits.anatomy import configurations
+from lorakit.models.attention import Override
 from lorakit.serve.model import native
 from lorakit.serve.model.batch import Batch
 from lorakit.serve.model.cache import PAGE, Cache, LayerShape, gathered
@@ -57,62 +56,31 @@ class Present:
     compiled: bool = True
 
 
-class Door:
-    """The attention of one model, turned to a `Present`; `close` gives the model its own back."""
+def serve_attention(model: nn.Module, present: Present) -> Callable[[], None]:
+    """Turn the attention of a model to a `Present`; returns what gives the model its own back.
 
-    def __init__(self, model: nn.Module, present: Present) -> None:
-        from transformers import AttentionInterface
-        from transformers.masking_utils import AttentionMaskInterface
+    Raises:
+        Refused: the model has no attention that transformers' registry names.
+    """
 
-        self.present = present
-        self._changed: list[tuple[Any, str]] = []
-        for config in configurations(model):
-            original = config._attn_implementation_internal or "eager"
-            name = f"lorakit_serve_{id(present):x}_over_{original}"
-            AttentionInterface.register(name, self._attention(original))
-            AttentionMaskInterface.register(name, self._mask(original))
-            self._changed.append((config, original))
-            config._attn_implementation_internal = name
-        if not self._changed:
-            raise Refused(
-                f"{type(model).__name__} takes no attention from transformers' registry, so its keys and values cannot be kept "
-                "in the engine's pages. Causal models of transformers do."
-            )
+    def attention(inner: Any, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *a: Any, **k: Any) -> Any:
+        if present.batch is not None and present.cache is not None:
+            return attend(present, module, query, key, value, *a, **k), None
+        index = getattr(module, "layer_idx", None)
+        if isinstance(index, int):
+            present.seen[index] = LayerShape(key.shape[1], key.shape[3], value.shape[3])
+        return inner(module, query, key, value, *a, **k)
 
-    def close(self) -> None:
-        """Give the model its own attention back."""
-        for config, original in self._changed:
-            config._attn_implementation_internal = original
-        self._changed = []
+    def mask(inner: Any, *args: Any, **kwargs: Any) -> Any:
+        return inner(*args, **kwargs) if present.batch is None else None
 
-    def _attention(self, original: str) -> Callable[..., Any]:
-        present = self.present
-
-        def forward(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Any:
-            if present.batch is not None and present.cache is not None:
-                return attend(present, module, query, key, value, *args, **kwargs), None
-            index = getattr(module, "layer_idx", None)
-            if isinstance(index, int):
-                present.seen[index] = LayerShape(key.shape[1], key.shape[3], value.shape[3])
-            from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-
-            eager: Any = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
-            function: Any = ALL_ATTENTION_FUNCTIONS.get_interface(original, eager)
-            return function(module, query, key, value, *args, **kwargs)
-
-        return forward
-
-    def _mask(self, original: str) -> Callable[..., Any]:
-        present = self.present
-
-        def mask(*args: Any, **kwargs: Any) -> Any:
-            if present.batch is not None:
-                return None
-            from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
-
-            return ALL_MASK_ATTENTION_FUNCTIONS[original](*args, **kwargs)
-
-        return mask
+    override = Override(f"serve_{id(present):x}", attention, mask)
+    if not override.put_on(model):
+        raise Refused(
+            f"{type(model).__name__} takes no attention from transformers' registry, so its keys and values cannot be kept "
+            "in the engine's pages. Causal models of transformers do."
+        )
+    return lambda: override.take_off(model)
 
 
 def attend(

@@ -1,7 +1,7 @@
 """Blocks of the usual form as one function.
 
 A block of a small model is thirty calls of modules and views, which take as long as a fifth of its numbers. The form is
-`h = x + o(attention(norm(x)))`, `h + down(silu(gate(n)) * up(n))` with `n = norm(h)`, of parts that are in service already:
+`h = x + o(attention(norm(x)))`, `h + down(act(gate(n)) * up(n))` with `n = norm(h)`, of parts that are in service already:
 packed layers (`ports.py`), a norm and a gate of `fused.py`. Nothing is computed otherwise: the logits of the trial must
 stay the same to the bit, or the blocks stay as they are (`served.py`).
 """
@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lorakit.native import elementwise
 from lorakit.serve.model import native
 from lorakit.serve.model.attention import Present
 from lorakit.serve.model.fused import Gate, Norm
@@ -26,11 +27,12 @@ class Block:
     """The forward of one block."""
 
     def __init__(
-        self, module: nn.Module, present: Present, norms: tuple[Norm, Norm], groups: tuple[Group, ...]
+        self, module: nn.Module, present: Present, norms: tuple[Norm, Norm], kind: str, groups: tuple[Group, ...]
     ) -> None:
         self.original: Callable[..., Any] = module.forward
         self.present, self.norms = present, norms
         self.qkv, self.o, self.gated, self.down = groups
+        self.kind = kind
         self.layer: int = module.self_attn.layer_idx  # type: ignore[union-attr, assignment]
         shape = present.seen[self.layer]
         self.key_heads, self.d, self.dv = shape.heads, shape.key, shape.value
@@ -67,8 +69,8 @@ class Block:
         cosine, sine = position_embeddings[0][0], position_embeddings[1][0]
         block = self.qkv.compute(self._norm(0, x), batch)
         q, k, v = block.split([tokens * heads * d, tokens * key_heads * d, tokens * key_heads * dv])
-        q = native.turn(q.view(1, tokens, heads, d).transpose(1, 2), cosine, sine)
-        k = native.turn(k.view(1, tokens, key_heads, d).transpose(1, 2), cosine, sine)
+        q = elementwise.turn(q.view(1, tokens, heads, d).transpose(1, 2), cosine, sine)
+        k = elementwise.turn(k.view(1, tokens, key_heads, d).transpose(1, 2), cosine, sine)
         mixed = x.new_empty(tokens, heads * dv)
         # fmt: off
         self.attend(
@@ -79,11 +81,11 @@ class Block:
         # fmt: on
         h = x + self.o.compute(mixed, batch).view(tokens, -1)
         gate, up = self.gated.compute(self._norm(1, h), batch).view(2, tokens, -1)
-        return (h + self.down.compute(native.gate(gate, up), batch).view(tokens, -1))[None]
+        return (h + self.down.compute(elementwise.gate(self.kind, gate, up), batch).view(tokens, -1))[None]
 
     def _norm(self, number: int, x: Tensor) -> Tensor:
         norm = self.norms[number]
-        return native.norm(x, norm.weight, norm.eps, norm.shift)
+        return elementwise.norm(x, norm.weight, norm.eps, norm.shift)
 
 
 def fuse(model: nn.Module, present: Present) -> Callable[[], None] | None:
@@ -111,7 +113,8 @@ def _block(module: nn.Module, present: Present) -> Block | None:
     if {name for name, _ in attention.named_children()} != {"q_proj", "k_proj", "v_proj", "o_proj"}:
         return None
     norms = [vars(part).get("forward") for part in (module.input_layernorm, module.post_attention_layernorm)]
-    if not isinstance(vars(mlp).get("forward"), Gate) or getattr(attention, "layer_idx", None) not in present.asked:
+    gate = vars(mlp).get("forward")
+    if not isinstance(gate, Gate) or getattr(attention, "layer_idx", None) not in present.asked:
         return None
     groups = [
         _group([getattr(owner, f"{name}_proj") for name in names.split()])
@@ -120,7 +123,7 @@ def _block(module: nn.Module, present: Present) -> Block | None:
     first, second = norms
     if not isinstance(first, Norm) or not isinstance(second, Norm) or None in groups:
         return None
-    return Block(module, present, (first, second), tuple(group for group in groups if group is not None))
+    return Block(module, present, (first, second), gate.kind, tuple(group for group in groups if group is not None))
 
 
 def _group(layers: list[nn.Module]) -> Group | None:

@@ -1,6 +1,7 @@
-// The inner loops of a serving step on a processor: attention over pages of keys and values, the adapters' product, RMSNorm
-// and rotary positions; linear layers are in linear.cpp. Each does what its namesake in Python does (product.py, attention.py, fusion.py), which the tests hold
-// it to; numbers are added up in float32. Compiled at first use for this machine by native.py.
+// The inner loops of a serving step on a processor: attention over pages of keys and values, the adapters' product and
+// the likeliest token; linear layers are in linear.cpp, elementwise operations in native/elementwise.cpp. Each does what its
+// namesake in Python does (product.py, attention.py), which the tests hold it to; numbers are added up in float32. Compiled at
+// first use for this machine by native.py.
 //
 // Sixteen floats are one vector: a page holds sixteen tokens, keys with the tokens innermost, so that a page's scores are one
 // vector and need no sums across lanes.
@@ -8,7 +9,6 @@
 #include <omp.h>
 
 #include "adapters.h"
-#include "rows.h"
 
 constexpr int PAGE = 16;
 
@@ -175,38 +175,7 @@ static void adapt(const T* x, int64_t x_token, T* y, int64_t y_token, int64_t in
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// Functions of one pass
-
-constexpr int64_t ALONE = 1 << 16;  // numbers that one thread is through with before others would have begun
-
-template <typename T>
-static void norm(const T* x, const T* weight, T* y, int64_t tokens, int64_t width, float eps, float shift) {
-#pragma omp parallel for schedule(static) if (tokens * width > ALONE)
-    for (int64_t t = 0; t < tokens; t++) norm_row(x + t * width, weight, y + t * width, width, eps, shift);
-}
-
-template <typename T>
-static void turn(const T* x, int64_t x_head, int64_t x_token, const T* cosine, const T* sine, T* y, int64_t heads,
-                 int64_t tokens, int64_t d) {
-#pragma omp parallel for schedule(static) if (tokens * heads * d > ALONE)
-    for (int64_t t = 0; t < tokens; t++)
-        for (int64_t h = 0; h < heads; h++)
-            turn_head<false>(x + h * x_head + t * x_token, cosine + t * d, sine + t * d, y + (t * heads + h) * d, d);
-}
-
-template <typename T>
-static void gate(const T* a, const T* b, T* y, int64_t count) {
-#pragma omp parallel for schedule(static) if (count > ALONE)
-    for (int64_t i = 0; i < count / 16; i++) {
-        v16 x = load(a + 16 * i);
-        keep(rounded(x / (1.0f + exponential(-x)), a) * load(b + 16 * i), y + 16 * i);
-    }
-    for (int64_t i = count / 16 * 16; i < count; i++) {
-        T rounded;
-        narrow(widen(a[i]) / (1.0f + std::exp(-widen(a[i]))), &rounded);
-        narrow(widen(rounded) * widen(b[i]), y + i);
-    }
-}
+// Sampling
 
 // The first of the largest entries of each row.
 template <typename T>
@@ -253,16 +222,5 @@ BOTH(attend, ATTEND,
      const int32_t* row, const int32_t* start, const float* weight, int64_t tokens)
 BOTH(adapt, ADAPT, (x, x_token, y, y_token, in, out, parts, row, start, weight, tokens))
 
-#define NORM(T) (const T* x, const T* weight, T* y, int64_t tokens, int64_t width, float eps, float shift)
-BOTH(norm, NORM, (x, weight, y, tokens, width, eps, shift))
-
-#define TURN(T)                                                                                              \
-    (const T* x, int64_t x_head, int64_t x_token, const T* cosine, const T* sine, T* y, int64_t heads,       \
-     int64_t tokens, int64_t d)
-BOTH(turn, TURN, (x, x_head, x_token, cosine, sine, y, heads, tokens, d))
-
 #define GREATEST(T) (const T* x, int64_t* index, int64_t rows, int64_t width)
 BOTH(greatest, GREATEST, (x, index, rows, width))
-
-#define GATE(T) (const T* a, const T* b, T* y, int64_t count)
-BOTH(gate, GATE, (a, b, y, count))

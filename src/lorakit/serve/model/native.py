@@ -32,10 +32,7 @@ LOOPS = Library(
             *(REAL, REAL, INTEGER, POINTER),
         ),
         "adapt": (POINTER, INTEGER, POINTER, *[INTEGER] * 3, *[POINTER] * 4, INTEGER),
-        "norm": (*[POINTER] * 3, *[INTEGER] * 2, *[REAL] * 2),
-        "turn": (POINTER, *[INTEGER] * 2, *[POINTER] * 3, *[INTEGER] * 3),
         "greatest": (POINTER, POINTER, INTEGER, INTEGER),
-        "gate": (*[POINTER] * 3, INTEGER),
     },
     holding=True,
 )
@@ -99,31 +96,8 @@ def large_pages(tensor: Tensor) -> None:
         ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(length), advice)
 
 
-def norm(x: Tensor, weight: Tensor, eps: float, shift: float) -> Tensor:
-    """RMSNorm over the last axis of a contiguous x (..., width); `shift` is added to the weight (Gemma's 1)."""
-    y = torch.empty_like(x)
-    width = x.shape[-1]
-    LOOPS.call("norm", x.dtype, x, weight, y, x.numel() // width, width, eps, shift)
-    return y
-
-
-def turn(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
-    """Rotary positions: x (1, heads, tokens, d) turned by angles (tokens, d); the result lies tokens first in memory."""
-    _, heads, tokens, d = x.shape
-    y = x.new_empty(1, tokens, heads, d)
-    LOOPS.call("turn", x.dtype, x, x.stride(1), x.stride(2), cosine, sine, y, heads, tokens, d)
-    return y.transpose(1, 2)
-
-
 def greatest(x: Tensor) -> Tensor:
     """The index of the first of the largest entries of each row of a contiguous x (rows, width)."""
     index = torch.empty(x.shape[0], dtype=torch.int64)
     LOOPS.call("greatest", x.dtype, x, index, *x.shape)
     return index
-
-
-def gate(a: Tensor, b: Tensor) -> Tensor:
-    """silu(a) * b of two contiguous tensors of one shape."""
-    y = torch.empty_like(a)
-    LOOPS.call("gate", a.dtype, a, b, y, a.numel())
-    return y

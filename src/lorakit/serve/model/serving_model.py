@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from lorakit.serve.model import blocks, fused, native
-from lorakit.serve.model.attention import Door, Present
+from lorakit.serve.model.attention import Present, serve_attention
 from lorakit.serve.model.batch import Batch, Run, assemble
 from lorakit.serve.model.cache import Cache, LayerShape, page_count
 from lorakit.serve.model.linear_layers import Port, Shelf, join
@@ -48,8 +48,7 @@ class Served:
         self._training = model.training
         self._undo: list[Callable[[], None]] = []
         model.eval()
-        door = Door(model, self.present)
-        self._undo.append(door.close)
+        self._undo.append(serve_attention(model, self.present))
         self.ports: dict[str, Port] = {}
         self.unfit: set[str] = set()
         try:

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
-import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -21,8 +20,8 @@ import torch
 from torch import Tensor
 
 from lorakit.adapter.adapter import adapters
-from lorakit.edits.anatomy import configurations
 from lorakit.edits.attention import with_edits
+from lorakit.models.attention import Override
 from lorakit.train.step import last_block, tree
 from lorakit.train.step.blocks import FlatAttention, plan_attention
 from lorakit.train.step.encoder_attention import attend_both_ways
@@ -32,7 +31,6 @@ LONG = 512
 """From this mean length on, examples that share nothing go through torch's own attention, one by one, if the compiled pass
 is not there or the processor multiplies tiles (AMX): there it takes 0.74 of the time of batched products at 1,536 tokens."""
 
-PREFIX = "lorakit_flat_over_"
 _in_flat_forward: contextvars.ContextVar[bool] = contextvars.ContextVar("lorakit_flat_forward", default=False)
 
 
@@ -123,31 +121,19 @@ def _attend_long(batch: FlatBatch, query: Tensor, key: Tensor, value: Tensor, sc
     return torch.cat(rows, 1)
 
 
-def _attention_over(original: str) -> Callable[..., Any]:
-    """The registered function: flat where a flat batch comes along, else what the model had before."""
-
-    def forward(module: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
-        if kwargs.get("flat_batch") is not None or _in_flat_forward.get():
-            return with_edits(flat_attention_forward, module, args, kwargs, packed=True)
-        from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-
-        eager: Any = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
-        return ALL_ATTENTION_FUNCTIONS.get_interface(original, eager)(module, *args, **kwargs)
-
-    return forward
+def _attention(inner: Callable[..., Any], module: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
+    """Flat where a flat batch comes along, else what the model had before."""
+    if kwargs.get("flat_batch") is not None or _in_flat_forward.get():
+        return with_edits(flat_attention_forward, module, args, kwargs, packed=True)
+    return inner(module, *args, **kwargs)
 
 
-def _mask_over(original: str) -> Callable[..., Any]:
-    """The registered mask function: none for a flat row, else the mask the model had before."""
+def _mask(inner: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """None for a flat row, else the mask the model had before."""
+    return None if _in_flat_forward.get() else inner(*args, **kwargs)
 
-    def mask(*args: Any, **kwargs: Any) -> Any:
-        if _in_flat_forward.get():
-            return None
-        from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
-        return ALL_MASK_ATTENTION_FUNCTIONS[original](*args, **kwargs)
-
-    return mask
+_FLAT = Override("flat", _attention, _mask)
 
 
 @contextlib.contextmanager
@@ -156,31 +142,19 @@ def flat_attention(model: torch.nn.Module) -> Iterator[None]:
 
     Keep it open around backward too: activation checkpointing runs the layers again there.
     """
-    from transformers import AttentionInterface
-    from transformers.masking_utils import AttentionMaskInterface
-
-    changed = []
-    for config in configurations(model):
-        original = config._attn_implementation_internal or "eager"
-        if original.startswith(PREFIX):
-            continue
-        name = PREFIX + original
-        AttentionInterface.register(name, _attention_over(original))
-        AttentionMaskInterface.register(name, _mask_over(original))
-        changed.append((config, config._attn_implementation_internal))
-        config._attn_implementation_internal = name
+    changed = _FLAT.put_on(model)
     try:
         decoder: Any = getattr(model, "get_decoder", None)
         with last_block.opened(decoder and decoder()):
             yield
     finally:
-        for config, before in changed:
-            config._attn_implementation_internal = before
+        if changed:
+            _FLAT.take_off(model)
 
 
 def is_flat(model: torch.nn.Module) -> bool:
     """Is `flat_attention(model)` open?"""
-    return any((config._attn_implementation_internal or "").startswith(PREFIX) for config in configurations(model))
+    return _FLAT.is_on(model)
 
 
 def edits_obstacle(model: torch.nn.Module, texts: bool = False) -> str | None:

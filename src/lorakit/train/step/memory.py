@@ -33,9 +33,9 @@ def recomputing(model: nn.Module, memory: str) -> Iterator[None]:
     """
     if memory == "fast":
         yield
-    elif memory == "balanced" and fusion.cheap_parts():
+    elif memory == "balanced" and fusion.recomputable_parts():
         log.info("memory: balanced, so norms, gated activations and softmax are computed again in the backward pass")
-        with blocks.keeping(0), fusion.telling(), torch.autograd.graph.saved_tensors_hooks(_pack, _unpack):
+        with blocks.keeping(0), fusion.recording(), torch.autograd.graph.saved_tensors_hooks(_pack, _unpack):
             yield
     else:
         with _blocks(model, memory):
@@ -43,7 +43,7 @@ def recomputing(model: nn.Module, memory: str) -> Iterator[None]:
 
 
 def _pack(tensor: Tensor) -> Any:
-    return fusion.again(tensor) or tensor
+    return fusion.recomputation(tensor) or tensor
 
 
 def _unpack(kept: Any) -> Tensor:

@@ -1,4 +1,4 @@
-"""The functions compiled ahead do what their namesakes in fusion.py do, and are taken inside `fused` alone."""
+"""The operations in C++ do what their namesakes in PyTorch do, and training takes them inside `fused` alone."""
 
 from __future__ import annotations
 
@@ -9,19 +9,20 @@ import pytest
 import torch
 from torch import Tensor
 
-from lorakit.train.step import elementwise as passes
+from lorakit.core.kernel import gain_backward
+from lorakit.native import elementwise
 from lorakit.train.step import fusion
 
 CONSTANTS: dict[str, list[dict[str, Any]]] = {
     "norm_rows": [{"eps": 1e-5, "shift": 0.0}, {"eps": 1e-3, "shift": 1.0}],
     "norm_rows_backward": [{"shift": 0.0}, {"shift": 1.0}],
 }
-CASES = [(function, constants) for function in fusion.AHEAD for constants in CONSTANTS.get(function.__name__, [{}])]
+CASES = [(function, constants) for function in fusion.COMPILED for constants in CONSTANTS.get(function.__name__, [{}])]
 
 
 @pytest.fixture(autouse=True)
 def compiler() -> None:
-    if passes.LIBRARY.obstacle is not None:
+    if elementwise.LIBRARY.obstacle is not None:
         pytest.skip("no C++ compiler here")
 
 
@@ -35,11 +36,11 @@ def inputs(function: Callable[..., Any], dtype: torch.dtype, tokens: int, width:
     if "rotate" in function.__name__:
         # Two halves of angles that do not agree: the transpose must be right for those too.
         return [draw(tokens, 3, width), draw(tokens, width), draw(tokens, width)]
-    if function is fusion.norm_rows:
+    if function is elementwise.norm_rows:
         return [draw(tokens, width), draw(width)]
-    if function is fusion.gain_backward:
+    if function is gain_backward:
         return [draw(tokens, width), draw(tokens, width), torch.randn(width, generator=generator)]
-    if function is fusion.norm_rows_backward:
+    if function is elementwise.norm_rows_backward:
         return [draw(tokens, width), draw(tokens, width), draw(width), torch.rand(tokens, 1, generator=generator) + 0.1]
     return [draw(tokens, width) for _ in range(3 if "backward" in function.__name__ else 2)]
 
@@ -51,8 +52,8 @@ def test_values(
     function: Callable[..., Any], constants: dict[str, Any], tokens: int, width: int, dtype: torch.dtype
 ) -> None:
     given = inputs(function, dtype, tokens, width)
-    assert passes.suit(tuple(given), "rotate" in function.__name__, function is fusion.gain_backward)
-    found, expected = fusion.AHEAD[function](*given, **constants), function(*given, **constants)
+    assert elementwise.suit(tuple(given), "rotate" in function.__name__, function is gain_backward)
+    found, expected = fusion.COMPILED[function](*given, **constants), function(*given, **constants)
     pairs = zip(found, expected, strict=True) if isinstance(found, tuple) else [(found, expected)]
     for one, other in pairs:
         assert one.dtype == other.dtype
@@ -67,34 +68,34 @@ def test_ends_of_the_range() -> None:
     """Gates far out: no infinity, no NaN, in values and derivatives."""
     gate = torch.tensor([[-3e38, -1e4, -100, -90, 0, 90, 100, 1e4] * 4])
     up = torch.ones_like(gate)
-    for tanh in (False, True):
-        within = gate if not tanh else gate.clamp(-1e4, 1e4)
-        assert torch.isfinite(passes.gate(tanh, within, up)).all()
-        assert all(torch.isfinite(one).all() for one in passes.gate_backward(tanh, up, within, up))
+    for kind in elementwise.GATES:
+        within = gate if kind == "silu" else gate.clamp(-1e4, 1e4)
+        assert torch.isfinite(elementwise.gate(kind, within, up)).all()
+        assert all(torch.isfinite(one).all() for one in fusion.COMPILED[elementwise.GATES[kind][1]](up, within, up))
 
 
 def test_what_they_do_not_take() -> None:
     row = torch.randn(2, 16)
-    assert passes.suit((row, row))
-    assert not passes.suit((row, row), halves=True)
-    assert not passes.suit((row, row.double()))
-    assert not passes.suit((row.bfloat16(), row.bfloat16(), row[0]))
-    assert passes.suit((row.bfloat16(), row.bfloat16(), row[0]), masters=True)
-    assert not passes.suit((row.half(), row.half()))
-    assert not passes.suit((row, row.T.contiguous().T))
-    assert not passes.suit((row[:, :12].contiguous(),) * 2)
-    assert not passes.suit((row.to("meta"),) * 2)
+    assert elementwise.suit((row, row))
+    assert not elementwise.suit((row, row), halves=True)
+    assert not elementwise.suit((row, row.double()))
+    assert not elementwise.suit((row.bfloat16(), row.bfloat16(), row[0]))
+    assert elementwise.suit((row.bfloat16(), row.bfloat16(), row[0]), masters=True)
+    assert not elementwise.suit((row.half(), row.half()))
+    assert not elementwise.suit((row, row.T.contiguous().T))
+    assert not elementwise.suit((row[:, :12].contiguous(),) * 2)
+    assert not elementwise.suit((row.to("meta"),) * 2)
 
 
 def test_taken_inside_fused_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[str] = []
-    call = passes.LIBRARY.call
-    monkeypatch.setattr(passes.LIBRARY, "call", lambda name, *rest: calls.append(name) or call(name, *rest))
+    call = elementwise.LIBRARY.call
+    monkeypatch.setattr(elementwise.LIBRARY, "call", lambda name, *rest: calls.append(name) or call(name, *rest))
     gate, up = torch.randn(3, 16), torch.randn(3, 16)
-    outside = fusion.call(fusion.gate_silu, gate, up)
+    outside = fusion.call(elementwise.gate_silu, gate, up)
     assert calls == []
     with fusion.fused(torch.nn.Linear(2, 2)) as report:
-        inside = fusion.call(fusion.gate_silu, gate, up)
+        inside = fusion.call(elementwise.gate_silu, gate, up)
     assert calls == ["gate"]
     assert report.compiled == 0  # nothing for torch.compile to do
     torch.testing.assert_close(inside, outside)
