@@ -189,6 +189,7 @@ BESIDE_EDITS = {
     "anatomy": "what a transformer is made of",
     "hooks": "where edits meet a model's calls",
     "prompt_rows": "rows in front of the input",
+    "rows": "which row of a batch has which edit",
     "attention": "keys and values beside an attention's",
 }
 """Files of edits/ that hold what the edits share, and no edit."""
