@@ -90,7 +90,7 @@ def _weights(adapter: Adapter, stored: Callable[[str], Tensor] | None = None) ->
             yield _plain_weight(modules[path], path, plain[path])
     for path, replacement in adapter.replacements() if not found else ():
         state = adapter.layers[path].base.state_dict()
-        kept = adapter.layers[path].kept
+        kept = adapter.layers[path].unmerged
         for name in replacement.names:
             tensor = kept[name].read() if name in kept else state[name]
             yield Weight(f"{plain[path]}.{name}", tuple(tensor.shape), "float", tensor.detach)
