@@ -220,7 +220,9 @@ class Sharing(nn.Module):
 def a_shared_layer_is_adapted_once() -> None:
     """A module under two names is one layer, by its first name, with one delta; other names reach the same adapted layer."""
     model = Sharing()
-    assert chosen(model, target_modules=("proj",)) == ["blocks.0.proj"], "a shared module is chosen under each of its names"
+    assert chosen(model, target_modules=("proj",)) == ["blocks.0.proj"], (
+        "a shared module is chosen under each of its names"
+    )
     adapter = lk.attach(model, lk.LoRA(rank=2), target_modules=["proj"])
     assert list(adapter.layers) == ["blocks.0.proj"]
     assert model.blocks[0]["proj"] is model.blocks[1]["proj"] is adapter.layers["blocks.0.proj"]
