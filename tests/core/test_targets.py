@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -10,7 +11,9 @@ from torch import nn
 
 import lorakit as lk
 from core import models
+from lorakit.adapter import construction, targets
 from lorakit.adapter.targets import Targets, select
+from lorakit.core.layer import Adapted
 from lorakit.core.walking import block_of, has_suffix, value_for
 from lorakit.errors import LorakitError
 
@@ -200,3 +203,42 @@ def test_modules_to_save_are_not_adapted_too() -> None:
     adapter = lk.attach(model, lk.LoRA(rank=2), modules_to_save=["pooler", "classifier"])
     assert len([path for path, _, _ in adapter.deltas()]) == 12
     assert sorted(adapter.saved) == ["bert.pooler", "classifier"]
+
+
+# -- shared modules --------------------------------------------------------------------------------------------------------
+
+
+class Sharing(nn.Module):
+    """Two blocks that refer to one linear layer, as ALBERT's layers and T5's embeddings do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        proj = nn.Linear(4, 4)
+        self.blocks = nn.ModuleList([nn.ModuleDict({"proj": proj}), nn.ModuleDict({"proj": proj})])
+
+
+def a_shared_layer_is_adapted_once() -> None:
+    """A module under two names is one layer, by its first name, with one delta; other names reach the same adapted layer."""
+    model = Sharing()
+    assert chosen(model, target_modules=("proj",)) == ["blocks.0.proj"], (
+        "a shared module is chosen under each of its names"
+    )
+    adapter = lk.attach(model, lk.LoRA(rank=2), target_modules=["proj"])
+    assert list(adapter.layers) == ["blocks.0.proj"]
+    assert model.blocks[0]["proj"] is model.blocks[1]["proj"] is adapter.layers["blocks.0.proj"]
+    assert adapter.num_parameters() == 2 * (4 + 4)
+
+
+def _walks_every_name(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """`walk` without its check for modules that it has seen."""
+    for path, module in model.named_modules(remove_duplicate=False):
+        base = module.base if isinstance(module, Adapted) else module
+        yield path, base
+
+
+def test_a_shared_layer_is_adapted_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    a_shared_layer_is_adapted_once()
+    for module in (targets, construction):
+        monkeypatch.setattr(module, "walk", _walks_every_name)
+    with pytest.raises(AssertionError, match="under each of its names"):
+        a_shared_layer_is_adapted_once()

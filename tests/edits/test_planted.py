@@ -81,13 +81,13 @@ def first_row_for_all(patch: Patch) -> None:
 
 def filling_is_seen(patch: Patch) -> None:
     """Rows with a shorter prompt look at what fills it up."""
-    real: Any = prompt_rows.PromptColumns.real.fget  # type: ignore[attr-defined]
+    real: Any = rows.Columns.real.fget  # type: ignore[attr-defined]
 
-    def planted(self: prompt_rows.PromptColumns) -> Tensor | None:
+    def planted(self: rows.Columns) -> Tensor | None:
         found = real(self)
         return None if found is None else torch.ones_like(found)
 
-    patch.setattr(prompt_rows.PromptColumns, "real", property(planted))
+    patch.setattr(rows.Columns, "real", property(planted))
 
 
 def weights_of_rows_forgotten(patch: Patch) -> None:
@@ -96,7 +96,12 @@ def weights_of_rows_forgotten(patch: Patch) -> None:
 
 
 def prefix_of_the_other_row(patch: Patch) -> None:
-    patch.setattr(attention, "_filled", lambda table, width: table.new_zeros(table.shape[0], width, table.shape[2]))
+    per_row = rows.Columns.per_row
+
+    def planted(self: rows.Columns, tables: Any, index: Tensor | None, *rest: Any, **more: Any) -> Tensor:
+        return per_row(self, tables, None if index is None else index.roll(1), *rest, **more)
+
+    patch.setattr(rows.Columns, "per_row", planted)
 
 
 def positions_not_moved(patch: Patch) -> None:

@@ -429,6 +429,33 @@ def gradients_agree(case: Case) -> None:
             _same_gradients(y, other, torch.randn_like(y), wanted, f"of {blend}")
 
 
+def unfrozen_base_gets_its_gradient(case: Case) -> None:
+    """A base weight that the user unfreezes gets its gradient beside the adapter, the same as by substitution.
+
+    Compared where ΔW does not depend on W; elsewhere (a gain, a rotation) only that there is a gradient.
+    """
+    subject = case.subject("one")
+    base, weights, plain = subject.layer.base, {}, True
+    for _, site, delta in subject.adapters["one"].deltas():
+        weights[site.weight] = base.get_parameter(site.weight).requires_grad_(True)
+        W = site.layout.matrix(weights[site.weight].detach())
+        plain = plain and torch.equal(delta.dense(W), delta.dense(2 * W))
+    for call in subject.calls if case.kind.differentiable else ():
+        y = subject.run("one", call)
+        if not plain:
+            y.sum().backward()
+            assert all(W.grad is not None for W in weights.values()), "an unfrozen base weight has no gradient"
+            continue
+        changed, homeless = changed_tensors(subject, {"one": 1.0})
+        for name, W in weights.items():
+            changed[name] = W + (changed[name] - W).detach()
+        other = functional_call(base, changed, call[0], call[1])
+        other = other[0] if isinstance(other, tuple) else other
+        if homeless is not None:
+            other = other + next(iter(subject.layer.sites.values())).layout.features(homeless, other)
+        _same_gradients(y, other, torch.randn_like(y), list(weights.values()), "of an unfrozen base")
+
+
 Law = Callable[[Case], None]
 
 LAWS: tuple[Law, ...] = (
@@ -444,5 +471,6 @@ LAWS: tuple[Law, ...] = (
     any_start_preserves,
     blend_is_the_sum,
     gradients_agree,
+    unfrozen_base_gets_its_gradient,
 )
 """The laws that need nothing but a case; `saves_exactly` needs a folder too."""

@@ -19,7 +19,7 @@ from laws.cases import KINDS, SPECS, Affine, AffineDelta, Case, Dense, DenseDelt
 from lorakit.core import call, kernel, layer, layout, mixed, uniform
 from lorakit.core.delta import Form, LowRank, Pool
 from lorakit.core.routing import Routing
-from lorakit.core.storage import Float, Snapshot, owner
+from lorakit.core.storage import Float, Snapshot, owner, value_of
 from lorakit.files import store
 from lorakit.init import Kaiming
 from lorakit.init.initialiser import Factors, Start
@@ -384,6 +384,33 @@ def _scaled(index: int) -> Plant:
     return plant
 
 
+def fuses_an_unfrozen_weight(patch: pytest.MonkeyPatch) -> None:
+    """The fused product, which gives the base's weight no gradient, runs where the user has unfrozen that weight."""
+    is_fusable = uniform.is_fusable
+
+    def planted(base: nn.Module, tensors: dict[str, Tensor]) -> bool:
+        flags = {parameter: parameter.requires_grad for parameter in base.parameters()}
+        try:
+            return is_fusable(base.requires_grad_(False), tensors)
+        finally:
+            for parameter, flag in flags.items():
+                parameter.requires_grad_(flag)
+
+    patch.setattr(uniform, "is_fusable", planted)
+
+
+def substitutes_a_constant(patch: pytest.MonkeyPatch) -> None:
+    """A substituted weight is taken off the stored numbers, whether or not the base's own trains."""
+    substitutes = uniform.substitutes
+
+    def planted(of: layer.Adapted, blend: Any) -> dict[str, Tensor]:
+        with pytest.MonkeyPatch.context() as inner:
+            inner.setattr(uniform, "value_of", lambda base, name: value_of(base, name).detach())
+            return substitutes(of, blend)
+
+    patch.setattr(uniform, "substitutes", planted)
+
+
 PLANTED: tuple[tuple[laws.Law, Plant, Case], ...] = (
     (laws.identity_at_start, start_not_zero, case("linear")),
     (laws.executions_agree, wrong_scale_in_act, case("conv1d")),
@@ -422,6 +449,10 @@ PLANTED: tuple[tuple[laws.Law, Plant, Case], ...] = (
     (laws.gradients_agree, _scaled(2), case("linear-own-bias")),
     (laws.gradients_agree, _scaled(3), case("linear")),
     (laws.gradients_agree, _scaled(4), case("linear")),
+    (laws.unfrozen_base_gets_its_gradient, fuses_an_unfrozen_weight, case("linear")),
+    (laws.unfrozen_base_gets_its_gradient, fuses_an_unfrozen_weight, case("transposed")),
+    (laws.unfrozen_base_gets_its_gradient, fuses_an_unfrozen_weight, case("linear", Affine())),
+    (laws.unfrozen_base_gets_its_gradient, substitutes_a_constant, case("attention")),
 )
 
 

@@ -90,12 +90,14 @@ def change(layer: LayerContents, delta: Delta, site: Site, x: Tensor, y: Tensor 
 def substitutes(layer: LayerContents, blend: Weighted) -> dict[str, Tensor]:
     """The layer's tensors under a blend, `W + Σ weight ΔW` and the biases: the layer's other execution.
 
-    Returns a value for every tensor that the blend changes, in the dtype of the computation (base's or better).
+    Returns a value for every tensor that the blend changes, in the dtype of the computation (base's or better). A base
+    tensor that the user has unfrozen gets its gradient through it.
     """
     result = replaced_tensors(layer, blend)
 
     def add(name: str, base: Tensor, added: Tensor, weight: float) -> None:
-        before = result.get(name, base)
+        own = value_of(layer.base, name)
+        before = result.get(name, own if own is not None and own.requires_grad else base)
         result[name] = before + weight * added.to(torch.promote_types(before.dtype, added.dtype))
 
     for name, weight in blend:

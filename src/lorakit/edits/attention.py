@@ -22,7 +22,7 @@ from lorakit.core.rows import check_rows
 from lorakit.core.state import ModelState
 from lorakit.edits.anatomy import configurations, keys_and_values
 from lorakit.edits.contract import Anatomy, Attention
-from lorakit.edits.rows import RowChoice, active, add_columns, choose, weigh
+from lorakit.edits.rows import RowChoice, active, choose, weigh
 from lorakit.errors import LorakitError
 
 OVER = "lorakit_edits_over_"
@@ -91,20 +91,20 @@ class AttentionEdits:
         kwargs: dict[str, Any],
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         pairs = [self._tensors(self.edits[name], module, key) for name in who.names]
-        width = max(keys.shape[1] for keys, _ in pairs)
-        rows = key.shape[0]
-        if who.index is None:
-            keys, values = (one.expand(rows, *one.shape) for one in pairs[0])
-            real: Tensor | None = None
-        else:
+        columns = who.columns(
+            {name: one[0].shape[1] for name, one in zip(who.names, pairs, strict=True)}, key.device, True
+        )
+        if who.index is not None:
             check_rows(query, who.index.shape[0], 0, self.path)
-            index = who.index.to(key.device)
-            empty = [pairs[0][0].new_zeros(pairs[0][0].shape[0], width, key.shape[3]) for _ in range(2)]
-            filled = [[_filled(one, width) for one in pair] for pair in pairs] + [empty]
-            keys, values = (torch.stack([pair[side] for pair in filled])[index] for side in range(2))
-            lengths = torch.tensor([*(one.shape[1] for one, _ in pairs), 0], device=key.device)[index]
-            real = torch.arange(width, device=key.device) >= width - lengths[:, None]
-        mask = _widened(mask, real, module, query, key, width, kwargs)
+        if mask is None and (columns.lengths is not None or _is_causal(module, query, kwargs)):
+            queries, own = query.shape[2], key.shape[2]
+            seen = torch.ones(queries, own, dtype=torch.bool, device=query.device)
+            mask = (seen.tril(own - queries) if _is_causal(module, query, kwargs) else seen)[None, None]
+        if mask is not None:
+            mask = columns.grow_mask(mask, key, key.shape[2], enters=False)
+        keys, values = (
+            columns.per_row([pair[side] for pair in pairs], who.index, key.shape[0], axis=1) for side in range(2)
+        )
         return torch.cat([keys, key], dim=2), torch.cat([values, value], dim=2), mask
 
     def _biased(self, bias: Tensor, queries: int, own: int, width: int) -> Tensor:
@@ -136,33 +136,10 @@ class AttentionEdits:
         return total
 
 
-def _filled(table: Tensor, width: int) -> Tensor:
-    """(heads, tokens, size) with zeros before it, to `width` tokens."""
-    return torch.cat([table.new_zeros(table.shape[0], width - table.shape[1], table.shape[2]), table], dim=1)
-
-
-def _widened(
-    mask: Tensor | None,
-    real: Tensor | None,
-    module: Any,
-    query: Tensor,
-    key: Tensor,
-    width: int,
-    kwargs: dict[str, Any],
-) -> Tensor | None:
-    """A mask for the prefix's keys and the layer's own; None where everything may be seen."""
-    if mask is not None and mask.ndim == 2:
-        added = mask.new_ones(mask.shape[0], width) if real is None else real.to(mask.dtype)
-        return torch.cat([added, mask], dim=1)
-    if mask is None:
-        causal = kwargs.get("is_causal")
-        causal = getattr(module, "is_causal", True) if causal is None else causal
-        queries, own = query.shape[2], key.shape[2]
-        if real is None and not (causal and queries > 1):
-            return None
-        seen = torch.ones(queries, own, dtype=torch.bool, device=query.device)
-        mask = (seen.tril(own - queries) if causal and queries > 1 else seen)[None, None]
-    return add_columns(mask, width, real)
+def _is_causal(module: Any, query: Tensor, kwargs: dict[str, Any]) -> bool:
+    """Whether a call without a mask hides later tokens from earlier ones."""
+    said = kwargs.get("is_causal")
+    return bool(getattr(module, "is_causal", True) if said is None else said) and query.shape[2] > 1
 
 
 # -- transformers' attention function --------------------------------------------------------------------------------------

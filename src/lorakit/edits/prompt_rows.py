@@ -5,7 +5,7 @@ masks and positions grow with them; a call whose cache holds the prompt already 
 out, hidden states are cut back to the tokens that were given, so that the head, the loss and `labels` never see a prompt. In an
 encoder-decoder the encoder's output keeps the rows, for the decoder to attend to, and the decoder's mask of them grows.
 
-Rows of one batch may have prompts of different lengths, or none. `PromptColumns` has the geometry of that: shorter prompts are
+Rows of one batch may have prompts of different lengths, or none. `rows.Columns` has the geometry of that: shorter prompts are
 filled up with columns that nobody sees, before the prompt where a cache follows, behind the text elsewhere (there, positions
 are counted by the model itself).
 """
@@ -26,7 +26,7 @@ from lorakit.core.hooks import CallHooks
 from lorakit.core.rows import check_rows
 from lorakit.core.state import ModelState
 from lorakit.edits.contract import Prompt
-from lorakit.edits.rows import RowChoice, add_columns, choose, closed
+from lorakit.edits.rows import Columns, RowChoice, choose
 from lorakit.errors import LorakitError
 
 
@@ -85,92 +85,6 @@ class PromptCall:
         return output
 
 
-@dataclass(frozen=True)
-class PromptColumns:
-    """The columns that prompts add to a batch: how many, and which of them each row sees.
-
-    Attributes:
-        width: columns, those of the longest prompt.
-        lengths: (rows,), the length of each row's prompt, where rows differ; None where all have `width`.
-        causal: a cache may follow, so that unused columns stand before the prompt and each row's text begins at `width`.
-    """
-
-    width: int
-    lengths: Tensor | None
-    causal: bool
-
-    @property
-    def trailing(self) -> bool:
-        """Whether unused columns stand behind the text, and each row's text right behind its own prompt."""
-        return self.lengths is not None and self.width > 0 and not self.causal
-
-    @property
-    def real(self) -> Tensor | None:
-        """(rows, width): which of the columns are a prompt's; None where all are."""
-        if self.lengths is None or not self.width:
-            return None
-        step = torch.arange(self.width, device=self.lengths.device)
-        return step >= self.width - self.lengths[:, None] if self.causal else step < self.lengths[:, None]
-
-    def positions(self, dtype: torch.dtype, device: torch.device) -> Tensor:
-        """(width,) or (rows, width): the place of each column in its row's prompt, from 0."""
-        step = torch.arange(self.width, device=device, dtype=dtype)
-        if self.lengths is None or self.trailing:
-            return step
-        return (step - (self.width - self.lengths[:, None])).clamp_min(0)
-
-    def join(self, added: Tensor, own: Tensor) -> Tensor:
-        """Added columns (rows, width, …) and own ones, each in its place."""
-        whole = torch.cat([added, own], dim=1)
-        if not self.trailing:
-            return whole
-        before = cast(Tensor, self.lengths)[:, None]
-        step = torch.arange(whole.shape[1], device=own.device)
-        # column t is the prompt's t, then own t - p, then what is left over of the prompt's filling
-        index = torch.where(step < before, step, self.width + step - before)
-        index = torch.where(index >= whole.shape[1], before + index - whole.shape[1], index)
-        return whole.gather(1, index.reshape(*index.shape, *[1] * (own.ndim - 2)).expand_as(whole))
-
-    def table(self, prompts: list[Tensor], index: Tensor | None, rows: int) -> Tensor:
-        """(rows, width, hidden): each row's prompt of these (tokens, hidden), zero in columns that nobody sees."""
-        if index is None:
-            return prompts[0].expand(rows, -1, -1)
-        padded = []
-        for prompt in prompts:
-            empty = prompt.new_zeros(self.width - prompt.shape[0], prompt.shape[1])
-            padded.append(torch.cat([empty, prompt] if self.causal else [prompt, empty]))
-        padded.append(torch.zeros_like(padded[0]))
-        return torch.stack(padded)[index.to(padded[0].device)]
-
-    def grow_mask(self, mask: Tensor | None, like: Tensor, own: int, enters: bool = True) -> Tensor | None:
-        """A mask over `own` keys with these columns; `like` (rows, …) has its rows, `enters` says that the columns are
-        queries too. None where all is seen."""
-        if mask is None:
-            if self.real is None:
-                return None
-            mask = torch.ones(like.shape[0], own, dtype=torch.long, device=like.device)
-        if mask.ndim == 2:
-            added = mask.new_ones(mask.shape[0], self.width) if self.real is None else self.real.to(mask.dtype)
-            return self.join(added, mask)
-        if mask.ndim != 4 or self.trailing:
-            raise LorakitError(
-                f"an attention mask of shape {tuple(mask.shape)} cannot be extended by a prompt; give one of (rows, tokens)."
-            )
-        mask = add_columns(mask, self.width, self.real)
-        return self._grow_queries(mask) if enters else mask
-
-    def _grow_queries(self, mask: Tensor) -> Tensor:
-        """A mask (rows, 1, queries, keys) whose keys have these columns, with the columns' own queries above."""
-        opened = 0 if mask.is_floating_point() else 1
-        rows = mask.new_full((*mask.shape[:-2], self.width, mask.shape[-1]), closed(mask))
-        order = torch.ones(self.width, self.width, dtype=torch.bool, device=mask.device)
-        order = order.tril() if self.causal else order
-        if self.real is not None:
-            order = (order & self.real[:, None, None, :]) | torch.eye(self.width, dtype=torch.bool, device=mask.device)
-        rows[..., : self.width] = torch.where(order, opened, closed(mask)).to(mask.dtype)
-        return torch.cat([rows, mask], dim=-2)
-
-
 class PromptHooks:
     """Around the stack that reads the input, and around the decoder behind an encoder."""
 
@@ -205,13 +119,10 @@ class PromptHooks:
             handles.append(decoder.register_forward_pre_hook(self._enter_decoder, with_kwargs=True))
         return handles
 
-    def columns(self, prompts: RowChoice, device: torch.device) -> PromptColumns:
+    def columns(self, prompts: RowChoice, device: torch.device) -> Columns:
         """The columns that these prompts add."""
         sizes = {name: self.prompts[name].rows().shape[0] for name in prompts.names}
-        lengths = prompts.numbers(sizes, device)
-        return PromptColumns(
-            max(sizes.values(), default=0), lengths if isinstance(lengths, Tensor) else None, self.kind == "causal"
-        )
+        return prompts.columns(sizes, device, self.kind == "causal")
 
     def _enter(self, stack: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         routing = self.state.routing
@@ -336,7 +247,7 @@ class _StackCall:
     def _add_rows(self) -> None:
         given, columns = self.given, self.columns
         tables = [self.hooks.prompts[name].rows() for name in self.prompts.names]
-        rows = columns.table(tables, self.prompts.index, self.tokens.shape[0])
+        rows = columns.per_row(tables, self.prompts.index, self.tokens.shape[0])
         embeds = given.get("inputs_embeds")
         if embeds is None:
             embeds = self.stack.get_input_embeddings()(given["input_ids"])
