@@ -10,10 +10,12 @@ import sys
 from importlib import import_module
 
 import lorakit as lk
+from lorakit.core.options import docs
 from lorakit.edits import EDITS
 from lorakit.experts import MIXTURES, ROUTERS
 from lorakit.init import INITIALISERS, Default
 from lorakit.methods import METHODS
+from lorakit.models.quantisation import FORMATS
 
 
 def test_every_public_name_is_what_its_home_has() -> None:
@@ -36,7 +38,7 @@ def test_importing_lorakit_imports_nothing_heavy() -> None:
 
 
 def test_every_public_docstring_says_its_arguments_and_errors() -> None:
-    """That of a function names each argument, that of a spec each option (those of its family stand in the family's)."""
+    """That of a function names each argument, that of a class each field, unless the field's declaration says it."""
     for name in lk._HOMES:
         public = getattr(lk, name)
         if inspect.isfunction(public) and name != "activate":  # `use` without an end
@@ -44,11 +46,22 @@ def test_every_public_docstring_says_its_arguments_and_errors() -> None:
             assert "LorakitError" in text or name == "adapters", f"{name} does not say when it raises"
         elif dataclasses.is_dataclass(public):
             text = "\n".join(one.__doc__ or "" for one in inspect.getmro(public) if not _made(one))
-            names = [field.name for field in dataclasses.fields(public)]
+            names = [name for name, doc in docs(public).items() if not doc]
         else:
             continue
         missing = [one for one in names if not re.search(rf"\b{one}\b", text)]
         assert not missing, f"the docstring of {name} does not say what {missing} are"
+
+
+def test_every_option_is_declared_with_one_line() -> None:
+    """What `--help` and the pages say of an option stands in its declaration and reads well alone."""
+    tables = [METHODS, EDITS, MIXTURES, ROUTERS, INITIALISERS, FORMATS]
+    for spec in (entry for table in tables for entry in table.values()):
+        for name, doc in docs(spec).items():
+            assert doc, f"{spec.__name__}.{name}"
+            assert doc == doc.strip().rstrip("."), f"{spec.__name__}.{name}: {doc!r}"
+            assert doc.split()[0] in doc.split()[0].lower() + "CD", f"{spec.__name__}.{name}: {doc!r}"
+            assert len(doc) < 125, f"{spec.__name__}.{name}: {doc!r} is not one line"
 
 
 def _made(one: type) -> bool:

@@ -122,7 +122,7 @@ def test_the_configuration_reads_back(wide: Path, rows: Path, tmp_path: Path) ->
 def test_an_unknown_format_is_refused() -> None:
     with pytest.raises(LorakitError, match=r'unknown quantisation "nf5".*did you mean "nf4"'):
         quantisation("nf5")
-    with pytest.raises(LorakitError, match="bits were given as 5"):
+    with pytest.raises(LorakitError, match="bits was given as 5; it is 8, 4, 3, 2 or 1"):
         FORMATS["hqq"](bits=5).config(torch.float32)
 
 

@@ -242,13 +242,13 @@ def test_what_cannot_be_flat_is_padded_and_says_so(spec: Any, caplog: pytest.Log
         (lambda: Bottleneck(size=0), "size was given as 0"),
         (lambda: Bottleneck(placement="parallell"), "houlsby, pfeiffer, parallel"),
         (lambda: Bottleneck(activation="swish"), "relu, gelu, silu, tanh"),
-        (lambda: PTuning(encoder="gru"), '"mlp" or "lstm"'),
-        (lambda: PrefixTuning(tokens=-1), "a number of rows from 1"),
-        (lambda: PrefixTuning(width=0), "a number from 1, or null"),
-        (lambda: LLaMAAdapter(gate="token"), '"head" or "layer"'),
+        (lambda: PTuning(encoder="gru"), "one of mlp, lstm"),
+        (lambda: PrefixTuning(tokens=-1), "an integer of at least 1"),
+        (lambda: PrefixTuning(width=0), "an integer of at least 1, or None"),
+        (lambda: LLaMAAdapter(gate="token"), "one of head, layer"),
         (lambda: LoReFT(rank=0), "rank was given as 0"),
         (lambda: LoReFT(first=0, last=0), "edits no token"),
-        (lambda: LoReFT(start="zero"), '"identity" or "random"'),
+        (lambda: LoReFT(start="zero"), "one of identity, random"),
     ],
 )
 def test_options_that_cannot_be(make_spec: Any, says: str) -> None:

@@ -66,8 +66,8 @@ def test_starts() -> None:
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        ({"tokens": 0}, "a number of rows from 1"),
-        ({"start": "texts"}, '"vocabulary", "text" or "random"'),
+        ({"tokens": 0}, "tokens was given as 0; it is an integer of at least 1"),
+        ({"start": "texts"}, "one of vocabulary, text, random"),
         ({"start": "text"}, 'start="text" needs a text'),
         ({"text": "a"}, 'start="text" needs a text'),
     ],

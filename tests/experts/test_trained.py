@@ -113,7 +113,7 @@ def test_the_classifier_alone_trains_and_by_the_right_gradient() -> None:
 def test_xlora_refuses_what_it_cannot_do() -> None:
     model = models.llama()
     names = pair(model)
-    for options, said in (({"depth": 0}, "depth 0"), ({"top_k": 0}, "top_k was given as 0")):
+    for options, said in (({"depth": 0}, "depth was given as 0"), ({"top_k": 0}, "top_k was given as 0")):
         with pytest.raises(LorakitError, match=said):
             lk.XLoRA(**options)
     with pytest.raises(LorakitError, match="top_k=3 for 2 adapters"):

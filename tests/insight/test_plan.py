@@ -127,7 +127,7 @@ def test_nothing_is_allocated() -> None:
 def test_what_cannot_be_planned_is_refused() -> None:
     with pytest.raises(LorakitError, match="unknown way"):
         plan(llama(), "magic")  # type: ignore[arg-type]
-    with pytest.raises(LorakitError, match="rank 500 is above the size"):
+    with pytest.raises(LorakitError, match="rank 500 exceeds the maximum useful rank"):
         plan(llama(), "lora", method=LoRA(rank=500))
 
 

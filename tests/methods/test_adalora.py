@@ -213,7 +213,7 @@ def test_scales_that_differ_per_layer_are_not_passed_off_as_pefts(tmp_path: Path
         (lk.AdaLoRA, {"rank": 0}, "rank was given as 0"),
         (lk.AdaLoRA, {"target_rank": -1}, "rank was given as -1"),
         (lk.AdaLoRA, {"warmup": 1.5}, "warmup was given as 1.5; it is a count of steps, or a share"),
-        (lk.AdaLoRA, {"interval": 0}, "at least 1 step"),
+        (lk.AdaLoRA, {"interval": 0}, "interval was given as 0; it is an integer of at least 1"),
         (lk.AdaLoRA, {"beta1": 1.0}, "beta1"),
         (lk.AdaLoRA, {"orthogonality": -0.1}, "orthogonality"),
         (lk.ElaLoRA, {"moves": 0}, "moves was given as 0"),
@@ -225,7 +225,7 @@ def test_a_bad_option_says_what_is_wrong(kind: Any, options: dict[str, Any], wor
 
 
 def test_a_rank_above_the_size_is_refused() -> None:
-    with pytest.raises(LorakitError, match="rank 12 is above the size of 0"):
+    with pytest.raises(LorakitError, match="rank 12 exceeds the maximum useful rank of 0"):
         lk.attach(nn.Sequential(nn.Linear(6, 9)), lk.AdaLoRA(), target_modules=["0"])
 
 

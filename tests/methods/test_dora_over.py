@@ -87,7 +87,7 @@ def test_forms() -> None:
 
 def test_what_differs_per_layer_is_the_inner_methods() -> None:
     assert lk.DoRA(inner=lk.HiRA(rank=2)).pattern_fields == {"rank": "rank_pattern"}
-    assert lk.DoRA(inner=lk.LoRA(rank=2)).pattern_fields == lk.LoRA.pattern_fields
+    assert lk.DoRA(inner=lk.LoRA(rank=2)).pattern_fields == lk.LoRA().pattern_fields
     model = torch.nn.Sequential(torch.nn.Linear(8, 6))
     with pytest.raises(LorakitError, match="rank_pattern was given, but dora has no rank per layer"):
         lk.attach(model, lk.DoRA(inner=lk.Full()), target_modules=["0"], rank_pattern={"0": 2})

@@ -68,7 +68,7 @@ def test_the_directions_are_in_the_file(tmp_path: Path):
 
 
 def test_refusals():
-    with pytest.raises(LorakitError, match=r"rank 9 is above the size of first \(12 × 8\)"):
+    with pytest.raises(LorakitError, match=r"rank 9 exceeds the maximum useful rank of first \(12 × 8\), 8"):
         lk.attach(Net(), lk.LoRAXS(rank=9), target_modules=TARGETS)
     with pytest.raises(LorakitError, match="start"):
         lk.LoRAXS(start=-1.0)

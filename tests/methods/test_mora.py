@@ -79,5 +79,5 @@ def test_rank_per_layer_and_file(tmp_path: Path):
 def test_refusals():
     with pytest.raises(LorakitError, match="kind"):
         lk.MoRA(kind="truncation")
-    with pytest.raises(LorakitError, match=r"rank 7 is above the size of 0 \(6 × 8\)"):
+    with pytest.raises(LorakitError, match=r"rank 7 exceeds the maximum useful rank of 0 \(6 × 8\), 6"):
         lk.attach(nn.Sequential(nn.Linear(8, 6)), lk.MoRA(rank=7), target_modules=["0"])

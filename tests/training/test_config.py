@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import lorakit.train.config.choices as choices
+from lorakit.core.options import option
 from lorakit.errors import LorakitError
 from lorakit.experts import ROUTERS
 from lorakit.init import Default, Normal
@@ -309,16 +310,10 @@ def test_fields_describe_every_option_and_each_makes_a_flag(tmp_path: Path) -> N
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Plain:
-    """A method of the test.
+    """A method of the test."""
 
-    Attributes:
-        rank: how wide
-            it is.
-        kind: which.
-    """
-
-    rank: int = 4
-    kind: str = "a"
+    rank: int = option(4, "how wide it is")
+    kind: str = option("a", "which")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -382,7 +377,7 @@ def test_a_new_row_of_the_table_is_known_to_files_and_flags(table: dict[str, Any
     assert loaded(tmp_path, SMALL, "--init", "pissa", "--init.gain", "3").init == Narrow(gain=3.0)
     narrow = loaded(tmp_path, SMALL + "method: {name: holder, inner: narrow}\n", "--gain", "2").method
     assert narrow == Holder(inner=Narrow(gain=2.0))
-    assert choices.option_docs(Plain) == {"rank": "how wide it is.", "kind": "which."}
+    assert choices.option_docs(Plain) == {"rank": "how wide it is", "kind": "which"}
 
 
 def test_every_method_and_its_options_make_flags(tmp_path: Path) -> None:

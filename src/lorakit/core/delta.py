@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from lorakit.core.options import check, patterns_of
 from lorakit.errors import LorakitError, unknown
 
 
@@ -146,6 +147,9 @@ class Spec(ABC):
     schedule: ClassVar[str | None] = None
     """What training does to its tensors besides optimiser steps: a name in `train/schedules.py`."""
 
+    def __post_init__(self) -> None:
+        check(self, self.name)
+
     def install(
         self, name: str, model: nn.Module, layers: Mapping[str, nn.Module]
     ) -> tuple[nn.Module | None, list[RemovableHandle]]:
@@ -194,8 +198,12 @@ class Method(Spec):
     """Before the names of its router's tensors in the file, where it has one."""
     peft_suffix: ClassVar[str] = r"\.lora_"
     """What a tensor's name in PEFT's file holds if it belongs to this method (a regular expression)."""
-    pattern_fields: ClassVar[dict[str, str]] = {}
-    """Fields that may differ per layer: field -> PEFT's name of the pattern option."""
+
+    @property
+    def pattern_fields(self) -> Mapping[str, str]:
+        """Options that may differ per layer: name -> PEFT's name of the pattern; a combinator has its inner method's."""
+        inner = getattr(self, "inner", None)
+        return inner.pattern_fields if isinstance(inner, Method) else patterns_of(type(self))
 
     @abstractmethod
     def build(self, shape: Shape, pool: Pool) -> Delta:

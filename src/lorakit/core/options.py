@@ -27,10 +27,13 @@ class Option:
         doc: one line; it begins in lower case and has no full stop at its end.
         minimum, above, maximum, below: inclusive and exclusive bounds of a number, or of each number of a list.
         peft: its name in PEFT's adapter_config.json; None where PEFT has no such entry.
+        peft_default: what that entry means where a file lacks it; `...` where that is our own default.
+        from_peft, to_peft: the option's value from the entry's, and back; None where they are the same.
         pattern: PEFT's name of the mapping by which it may differ per layer ("rank_pattern"); None where it may not. One that
             PEFT does not have is the option's own name with "_pattern".
+        allows: whether a value of the right type and range may be taken; `shown` then says which may.
         shown: how the type is named to people, where the annotation would not help.
-        reader, writer: how the plain value of a file is read and written, where the type does not say.
+        reader, writer: how the plain value of YAML or a flag is read and written, where the type does not say.
     """
 
     doc: str = ""
@@ -39,7 +42,11 @@ class Option:
     maximum: float | None = None
     below: float | None = None
     peft: str | None = None
+    peft_default: Any = ...
+    from_peft: Callable[[Any], Any] | None = None
+    to_peft: Callable[[Any], Any] | None = None
     pattern: str | None = None
+    allows: Callable[[Any], bool] | None = None
     shown: str = ""
     reader: Callable[..., Any] | None = None
     writer: Callable[[Any], Any] | None = None
@@ -84,6 +91,26 @@ class Declared:
         """The allowed words, if the type is a Literal."""
         return tuple(typing.get_args(self.type)) if typing.get_origin(self.type) is Literal else ()
 
+    @property
+    def words(self) -> str:
+        """What it takes: "an integer of at least 1"."""
+        if self.option.shown:
+            return self.option.shown
+        bounds = f" of {self.option.bounds}" if self.option.bounds else ""
+        parts = typing.get_args(self.type)
+        if typing.get_origin(self.type) in (Union, types.UnionType) and type(None) in parts:
+            return " or ".join(describe(part) for part in parts if part is not type(None)) + f"{bounds}, or None"
+        return describe(self.type) + bounds
+
+    def takes(self, value: Any) -> bool:
+        """Whether a value has the type, is within the range, and is allowed."""
+        numbers = value if isinstance(value, tuple | list) else (value,)
+        return (
+            _fits(value, self.type)
+            and all(self.option.holds(n) for n in numbers if isinstance(n, int | float) and not isinstance(n, bool))
+            and (self.option.allows is None or self.option.allows(value))
+        )
+
 
 def option(
     default: Any = dataclasses.MISSING,
@@ -120,6 +147,16 @@ def options_of(spec: type) -> Mapping[str, Declared]:
     return _DECLARED[spec]
 
 
+def docs(spec: type) -> dict[str, str]:
+    """The one-line documentation of every option of a class."""
+    return {name: declared.option.doc for name, declared in options_of(spec).items()}
+
+
+def patterns_of(spec: type) -> Mapping[str, str]:
+    """The options of a class that may differ per layer: name -> PEFT's name of the mapping that says so."""
+    return {name: one.option.pattern for name, one in options_of(spec).items() if one.option.pattern is not None}
+
+
 def describe(hint: Any) -> str:
     """A type in words: `int | None` is "an integer or null"."""
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
@@ -141,15 +178,8 @@ def check(spec: Any, name: str) -> None:
     """Raise LorakitError for the first option of `spec` that has another type or is out of range; `name` is what it is of."""
     for declared in options_of(type(spec)).values():
         value = getattr(spec, declared.name)
-        fits = _fits(value, declared.type)
-        numbers = value if isinstance(value, tuple | list) else (value,)
-        inside = all(
-            declared.option.holds(n) for n in numbers if isinstance(n, int | float) and not isinstance(n, bool)
-        )
-        if not fits or not inside:
-            bounds = declared.option.bounds
-            words = describe(declared.type) + (f" of {bounds}" if bounds else "")
-            raise LorakitError(f"{name}: {declared.name} was given as {value!r}; it is {words}.")
+        if not declared.takes(value):
+            raise LorakitError(f"{name}: {declared.name} was given as {value!r}; it is {declared.words}.")
 
 
 def _fits(value: Any, hint: Any) -> bool:

@@ -16,17 +16,17 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lorakit.core.delta import Card
+from lorakit.core.options import option
 from lorakit.edits.contract import Anatomy, Change, EditMethod, Place, in_blocks
 from lorakit.errors import LorakitError
 
-PLACEMENTS = ("houlsby", "pfeiffer", "parallel")
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": F.relu,
     "gelu": F.gelu,
@@ -37,15 +37,7 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 
 @dataclass(frozen=True, kw_only=True)
 class Bottleneck(EditMethod):
-    """The options of bottleneck adapters.
-
-    Attributes:
-        size: width of the bottleneck.
-        placement: "houlsby", "pfeiffer" or "parallel".
-        activation: "relu", "gelu", "silu" or "tanh".
-        scale: factor of what is added; 4 is the parallel paper's, 1 the others'.
-        spread: standard deviation of U at the start; 0 starts as the base.
-    """
+    """The options of bottleneck adapters."""
 
     name: ClassVar[str] = "bottleneck"
     reason: ClassVar[str] = "a nonlinearity stands between its two matrices"
@@ -59,23 +51,14 @@ class Bottleneck(EditMethod):
         use="When quality per trained number counts and a merge does not: strong on few examples.",
     )
 
-    size: int = 64
-    placement: str = "houlsby"
-    activation: str = "relu"
-    scale: float = 1.0
-    spread: float = 0.0
-
-    def __post_init__(self) -> None:
-        if not isinstance(self.size, int) or self.size < 1:
-            raise LorakitError(f"{self.name}: size was given as {self.size!r}; it is a number from 1.")
-        if self.placement not in PLACEMENTS:
-            raise LorakitError(
-                f"{self.name}: placement was given as {self.placement!r}; it is one of {', '.join(PLACEMENTS)}."
-            )
-        if self.activation not in ACTIVATIONS:
-            raise LorakitError(
-                f"{self.name}: activation was given as {self.activation!r}; it is one of {', '.join(ACTIVATIONS)}."
-            )
+    size: int = option(64, "width of the bottleneck", minimum=1)
+    placement: Literal["houlsby", "pfeiffer", "parallel"] = option(
+        "houlsby",
+        "after attention and feed-forward (houlsby), after the feed-forward alone (pfeiffer), or beside it (parallel)",
+    )
+    activation: Literal["relu", "gelu", "silu", "tanh"] = option("relu", "function between the two matrices")
+    scale: float = option(1.0, "factor of what is added; 4 is the parallel paper's, 1 the others'")
+    spread: float = option(0.0, "standard deviation of U at the start; 0 starts as the base", minimum=0)
 
     def places(self, anatomy: Anatomy, layers: Sequence[int] | None) -> list[Place]:
         found = []

@@ -12,14 +12,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Literal, Self
 
 import torch
 from torch import Tensor, nn
 
 from lorakit.core.delta import Card
+from lorakit.core.options import option
 from lorakit.edits.contract import Anatomy, Attention, EditMethod, Place, in_blocks
-from lorakit.edits.prompt import check_tokens
 from lorakit.errors import LorakitError
 
 PEFT_MODELS = ("llama", "mistral")
@@ -28,13 +28,7 @@ PEFT_MODELS = ("llama", "mistral")
 
 @dataclass(frozen=True, kw_only=True)
 class LLaMAAdapter(EditMethod):
-    """The options of LLaMA-Adapter.
-
-    Attributes:
-        tokens: trained tokens per layer.
-        top: in how many of the top layers; all but the lowest two by default, as in the paper.
-        gate: "head", a gate per head within tanh, or "layer", one number per layer as it is (PEFT's).
-    """
+    """The options of LLaMA-Adapter."""
 
     name: ClassVar[str] = "llama-adapter"
     reason: ClassVar[str] = "its keys have a softmax of their own"
@@ -51,14 +45,13 @@ class LLaMAAdapter(EditMethod):
         use="Instruction tuning with a few numbers that starts exactly at the base.",
     )
 
-    tokens: int = 10
-    top: int | None = None
-    gate: str = "head"
-
-    def __post_init__(self) -> None:
-        check_tokens(self.name, self.tokens)
-        if self.gate not in ("head", "layer"):
-            raise LorakitError(f'{self.name}: gate was given as {self.gate!r}; it is "head" or "layer".')
+    tokens: int = option(10, "trained tokens per layer", minimum=1, peft="adapter_len")
+    top: int | None = option(
+        None, "in how many of the top layers; all but the lowest two by default, as in the paper", peft="adapter_layers"
+    )
+    gate: Literal["head", "layer"] = option(
+        "head", "head: a gate per head within tanh; layer: one number per layer as it is, which is PEFT's form"
+    )
 
     def places(self, anatomy: Anatomy, layers: Sequence[int] | None) -> list[Place]:
         blocks = in_blocks(anatomy.key_blocks, layers, self.name)

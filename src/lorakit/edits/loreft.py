@@ -12,27 +12,21 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar, cast
+from typing import ClassVar, Literal, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lorakit.core.delta import Card
+from lorakit.core.options import option
 from lorakit.edits.contract import Anatomy, Change, EditMethod, Place, in_blocks
 from lorakit.errors import LorakitError
 
 
 @dataclass(frozen=True, kw_only=True)
 class LoReFT(EditMethod):
-    """The options of LoReFT.
-
-    Attributes:
-        rank: dimensions of the subspace.
-        first: how many of the prompt's first tokens are edited.
-        last: how many of its last.
-        start: "identity" or "random".
-    """
+    """The options of LoReFT."""
 
     name: ClassVar[str] = "loreft"
     reason: ClassVar[str] = "it edits hidden states of a few tokens, and a weight acts on all of them"
@@ -48,22 +42,17 @@ class LoReFT(EditMethod):
         limits="Acts on prompts only; training must know where answers begin.",
     )
 
-    rank: int = 4
-    first: int = 1
-    last: int = 1
-    start: str = "identity"
+    rank: int = option(4, "dimensions of the subspace", minimum=1)
+    first: int = option(1, "how many of the prompt's first tokens are edited", minimum=0)
+    last: int = option(1, "how many of the prompt's last tokens are edited", minimum=0)
+    start: Literal["identity", "random"] = option(
+        "identity", "identity starts as the base; random is the authors' code"
+    )
 
     def __post_init__(self) -> None:
-        for option in ("rank", "first", "last"):
-            value = getattr(self, option)
-            if not isinstance(value, int) or value < (option == "rank"):
-                raise LorakitError(
-                    f"{self.name}: {option} was given as {value!r}; it is a number from {int(option == 'rank')}."
-                )
+        super().__post_init__()
         if self.first + self.last == 0:
             raise LorakitError(f"{self.name}: first and last are both 0, which edits no token.")
-        if self.start not in ("identity", "random"):
-            raise LorakitError(f'{self.name}: start was given as {self.start!r}; it is "identity" or "random".')
 
     def places(self, anatomy: Anatomy, layers: Sequence[int] | None) -> list[Place]:
         return [Place(block.path) for block in in_blocks(anatomy.blocks, layers, self.name)]

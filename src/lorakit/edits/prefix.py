@@ -20,20 +20,15 @@ import torch
 from torch import Tensor, nn
 
 from lorakit.core.delta import Card
+from lorakit.core.options import option
 from lorakit.edits.contract import Anatomy, Attention, Edit, EditMethod, Place
-from lorakit.edits.prompt import PROMPT_KEY, check_tokens
+from lorakit.edits.prompt import PROMPT_KEY
 from lorakit.errors import LorakitError
 
 
 @dataclass(frozen=True, kw_only=True)
 class PrefixTuning(EditMethod):
-    """The options of prefix tuning.
-
-    Attributes:
-        tokens: how many keys and values each layer gets.
-        width: inner width of the network that they train through; null trains them directly.
-        spread: standard deviation of keys and values at the start, where they train directly.
-    """
+    """The options of prefix tuning."""
 
     name: ClassVar[str] = "prefix-tuning"
     blends: ClassVar[bool] = False
@@ -55,14 +50,13 @@ class PrefixTuning(EditMethod):
         identity=False,
     )
 
-    tokens: int = 20
-    width: int | None = 512
-    spread: float = 0.02
-
-    def __post_init__(self) -> None:
-        check_tokens(self.name, self.tokens)
-        if self.width is not None and (not isinstance(self.width, int) or self.width < 1):
-            raise LorakitError(f"{self.name}: width was given as {self.width!r}; it is a number from 1, or null.")
+    tokens: int = option(20, "how many keys and values each layer gets", minimum=1, peft="num_virtual_tokens")
+    width: int | None = option(
+        512, "inner width of the network that they train through; null trains them directly", minimum=1
+    )
+    spread: float = option(
+        0.02, "standard deviation of keys and values at the start, where they train directly", minimum=0
+    )
 
     def numbers(self, anatomy: Anatomy) -> int:
         """Trained numbers; what is stored is `tokens` times the last factor."""

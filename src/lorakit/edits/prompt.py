@@ -13,23 +13,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Literal, Self
 
 import torch
 from torch import Tensor, nn
 
 from lorakit.core.delta import Card
+from lorakit.core.options import option
 from lorakit.edits.contract import INPUT, Anatomy, EditMethod, Place, Prompt
 from lorakit.errors import LorakitError
 
 PROMPT_KEY = "prompt_embeddings"
 """PEFT's name of a prompt, which stands in its files without any prefix."""
-
-
-def check_tokens(name: str, tokens: int) -> None:
-    """Refuse a number of rows that is none."""
-    if not isinstance(tokens, int) or tokens < 1:
-        raise LorakitError(f"{name}: tokens was given as {tokens!r}; it is a number of rows from 1 (20 is usual).")
 
 
 class PromptMethod(EditMethod):
@@ -69,15 +64,7 @@ class PromptMethod(EditMethod):
 
 @dataclass(frozen=True, kw_only=True)
 class PromptTuning(PromptMethod):
-    """The options of prompt tuning.
-
-    Attributes:
-        tokens: how many rows.
-        start: "vocabulary", "text" or "random".
-        text: what the rows start as, for "text".
-        tokenizer: a hub name or folder to read the text with; the model's own by default.
-        ids: the text's tokens, where they are known; else the tokenizer finds them.
-    """
+    """The options of prompt tuning."""
 
     name: ClassVar[str] = "prompt-tuning"
     peft_type: ClassVar[str | None] = "PROMPT_TUNING"
@@ -92,25 +79,25 @@ class PromptTuning(PromptMethod):
         identity=False,
     )
 
-    tokens: int = 20
-    start: str = "vocabulary"
-    text: str | None = None
-    tokenizer: str | None = None
-    ids: tuple[int, ...] | None = None
+    tokens: int = option(20, "how many rows stand in front of the input", minimum=1, peft="num_virtual_tokens")
+    start: Literal["vocabulary", "text", "random"] = option(
+        "vocabulary", "what the rows start as: embeddings of random vocabulary entries, of a text, or random numbers"
+    )
+    text: str | None = option(None, "text whose embeddings the rows start as, with start text")
+    tokenizer: str | None = option(
+        None, "hub name or folder of the tokenizer that reads the text; the model's own by default"
+    )
+    ids: tuple[int, ...] | None = option(None, "the text's tokens, where they are known; else the tokenizer finds them")
 
     def __post_init__(self) -> None:
-        check_tokens(self.name, self.tokens)
-        if self.start not in ("vocabulary", "text", "random"):
-            raise LorakitError(
-                f'{self.name}: start was given as {self.start!r}; it is "vocabulary", "text" or "random".'
-            )
+        if self.ids is not None:
+            object.__setattr__(self, "ids", tuple(self.ids))
+        super().__post_init__()
         if (self.start == "text") != (self.text is not None or self.ids is not None):
             raise LorakitError(
                 f'{self.name}: start is {self.start!r} and text {self.text!r}; start="text" needs a text, and a text '
                 'start="text".'
             )
-        if self.ids is not None:
-            object.__setattr__(self, "ids", tuple(self.ids))
 
     def with_tokenizer(self, tokenizer: Any) -> Self:
         if self.start != "text" or self.ids is not None:

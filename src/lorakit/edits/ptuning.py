@@ -10,27 +10,20 @@ tokens at width 576 train 11,520 numbers and the network's million. Liu et al. 2
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar, Self, cast
+from typing import Any, ClassVar, Literal, Self, cast
 
 import torch
 from torch import Tensor, nn
 
 from lorakit.core.delta import Card
+from lorakit.core.options import option
 from lorakit.edits.contract import Anatomy, Place, Prompt
-from lorakit.edits.prompt import PROMPT_KEY, PromptMethod, PromptRows, check_tokens
-from lorakit.errors import LorakitError
+from lorakit.edits.prompt import PROMPT_KEY, PromptMethod, PromptRows
 
 
 @dataclass(frozen=True, kw_only=True)
 class PTuning(PromptMethod):
-    """The options of P-tuning.
-
-    Attributes:
-        tokens: how many rows.
-        encoder: "mlp" or "lstm".
-        width: inner width of the network; the model's own by default.
-        depth: layers of the LSTM; the MLP has three always.
-    """
+    """The options of P-tuning."""
 
     name: ClassVar[str] = "p-tuning"
     peft_type: ClassVar[str | None] = "P_TUNING"
@@ -45,15 +38,19 @@ class PTuning(PromptMethod):
         identity=False,
     )
 
-    tokens: int = 20
-    encoder: str = "mlp"
-    width: int | None = None
-    depth: int = 2
-
-    def __post_init__(self) -> None:
-        check_tokens(self.name, self.tokens)
-        if self.encoder not in ("mlp", "lstm"):
-            raise LorakitError(f'{self.name}: encoder was given as {self.encoder!r}; it is "mlp" or "lstm".')
+    tokens: int = option(20, "how many rows stand in front of the input", minimum=1, peft="num_virtual_tokens")
+    encoder: Literal["mlp", "lstm"] = option(
+        "mlp",
+        "network that the rows come out of",
+        peft="encoder_reparameterization_type",
+        peft_default="MLP",
+        from_peft=str.lower,
+        to_peft=str.upper,
+    )
+    width: int | None = option(
+        None, "inner width of the network; the model's own by default", minimum=1, peft="encoder_hidden_size"
+    )
+    depth: int = option(2, "layers of the LSTM; the MLP has three always", minimum=1, peft="encoder_num_layers")
 
     def network(self, hidden: int) -> nn.Module:
         """The network f over rows (tokens, hidden)."""
@@ -85,7 +82,7 @@ class PTuning(PromptMethod):
     def from_peft(cls, config: dict[str, Any]) -> Self:
         return cls(
             tokens=int(config["num_virtual_tokens"]),
-            encoder=str(config.get("encoder_reparameterization_type", "MLP")).lower(),
+            encoder="lstm" if config.get("encoder_reparameterization_type", "MLP") == "LSTM" else "mlp",
             width=config.get("encoder_hidden_size"),
             depth=int(config.get("encoder_num_layers", 2)),
         )

@@ -19,18 +19,14 @@ from torch import Tensor
 from lorakit.core.delta import Call, Card, Delta, LowRank
 from lorakit.core.layer import Adapted
 from lorakit.core.layout import Site
+from lorakit.core.options import option
 from lorakit.experts.context import OverAdapters, RouterContext, RouterSpec
 from lorakit.experts.gates import softmax_over, top_mask
 
 
 @dataclass(frozen=True, kw_only=True)
 class Arrow(RouterSpec):
-    """The options of Arrow.
-
-    Attributes:
-        top_k: experts per token; None for all.
-        temperature: divides the scores; above 1 the weights are more even.
-    """
+    """The options of Arrow."""
 
     name: ClassVar[str] = "arrow"
     card: ClassVar[Card] = Card(
@@ -41,8 +37,8 @@ class Arrow(RouterSpec):
         use="Many adapters, no data to train a router on, every token and layer to its own.",
         limits="A weight per token: cannot be merged.",
     )
-    top_k: int | None = None
-    temperature: float = 1.0
+    top_k: int | None = option(None, "experts per token; null for all", minimum=1)
+    temperature: float = option(1.0, "divides the scores; above 1 the weights are more even", above=0)
 
     def router(self, context: RouterContext) -> ArrowRouter:
         return ArrowRouter(self, context)

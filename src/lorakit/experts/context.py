@@ -125,15 +125,6 @@ class RouterSpec(Method):
     def router(self, context: RouterContext) -> OverAdapters:
         """A new router on this context."""
 
-    def __post_init__(self) -> None:
-        top_k, temperature = getattr(self, "top_k", None), getattr(self, "temperature", 1.0)
-        if top_k is not None and (not isinstance(top_k, int) or isinstance(top_k, bool) or top_k < 1):
-            raise LorakitError(
-                f"{self.name}: top_k was given as {top_k!r}; it is a number of experts, or None for all."
-            )
-        if not isinstance(temperature, int | float) or not temperature > 0:
-            raise LorakitError(f"{self.name}: temperature was given as {temperature!r}; it is a number above 0.")
-
 
 class OverAdapters(Router):
     """A router over the adapters of a context; `places` numbers the matrices that they change, by layer and site."""

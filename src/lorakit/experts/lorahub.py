@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from lorakit.core.delta import Call, Card
+from lorakit.core.options import option
 from lorakit.core.using import routed
 from lorakit.errors import LorakitError
 from lorakit.experts.context import Examples, OverAdapters, RouterContext, RouterSpec
@@ -26,15 +27,7 @@ from lorakit.experts.context import Examples, OverAdapters, RouterContext, Route
 
 @dataclass(frozen=True, kw_only=True)
 class LoRAHub(RouterSpec):
-    """The options of LoRAHub.
-
-    Attributes:
-        evaluations: how often the loss of the examples is asked; 40 in the paper.
-        penalty: weight of Σ |w| beside the loss.
-        bound: the largest weight, either sign.
-        spread: standard deviation of the first weights that are tried.
-        seed: of the search.
-    """
+    """The options of LoRAHub."""
 
     name: ClassVar[str] = "lorahub"
     card: ClassVar[Card] = Card(
@@ -45,16 +38,11 @@ class LoRAHub(RouterSpec):
         use="A new task with a handful of examples, and adapters of related tasks.",
         limits="One weight for all tokens and layers.",
     )
-    evaluations: int = 80
-    penalty: float = 0.05
-    bound: float = 1.5
-    spread: float = 0.3
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        for option in ("evaluations", "bound", "spread"):
-            if not getattr(self, option) > 0:
-                raise LorakitError(f"lorahub: {option} was given as {getattr(self, option)!r}; it is a number above 0.")
+    evaluations: int = option(80, "how often the loss of the examples is computed; 40 in the paper", minimum=1)
+    penalty: float = option(0.05, "weight of Σ |w| beside the loss")
+    bound: float = option(1.5, "largest weight, either sign", above=0)
+    spread: float = option(0.3, "standard deviation of the first weights that are tried", above=0)
+    seed: int = option(0, "random seed of the search")
 
     def router(self, context: RouterContext) -> Blended:
         return Blended(self, context)

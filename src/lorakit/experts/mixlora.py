@@ -17,8 +17,8 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, ClassVar, cast
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal, cast
 
 import torch
 import torch.nn.functional as F
@@ -29,6 +29,7 @@ from lorakit.core.delta import Call, Card, Delta, LowRank, Method, Pool, Shape, 
 from lorakit.core.hooks import CallHooks
 from lorakit.core.layer import Adapted
 from lorakit.core.mixed import joint_gate
+from lorakit.core.options import option
 from lorakit.core.routing import Routing
 from lorakit.core.state import ModelState
 from lorakit.core.uniform import is_product
@@ -41,16 +42,7 @@ from lorakit.methods import LoRA
 
 @dataclass(frozen=True, kw_only=True)
 class MixLoRA(Method):
-    """The options of MixLoRA.
-
-    Attributes:
-        experts: changes per matrix of a feed-forward.
-        top_k: experts per token.
-        inner: the method of every expert, and of the layers outside feed-forwards.
-        balance: coefficient of the load-balance loss.
-        z: coefficient of the router z-loss.
-        mix: "block": experts are whole feed-forwards; "layer": experts are changes of single matrices.
-    """
+    """The options of MixLoRA."""
 
     name: ClassVar[str] = "mixlora"
     card: ClassVar[Card] = Card(
@@ -61,27 +53,30 @@ class MixLoRA(Method):
         use="Several kinds of data in one training, where one adapter of the whole size mixes them up.",
         limits="A weight per token: cannot be merged.",
     )
-    experts: int = 8
-    top_k: int = 2
-    inner: Method = field(default_factory=LoRA)
-    balance: float = 0.01
-    z: float = 0.0
-    mix: str = "block"
+    experts: int = option(8, "changes per matrix of a feed-forward", minimum=1)
+    top_k: int = option(2, "experts per token", minimum=1)
+    inner: Method = option(
+        doc="method of every expert, and of the layers outside feed-forwards",
+        factory=LoRA,
+        shown="a method's spec, such as LoRA(rank=8)",
+    )
+    balance: float = option(0.01, "coefficient of the load-balance loss")
+    z: float = option(0.0, "coefficient of the router z-loss")
+    mix: Literal["block", "layer"] = option(
+        "block", "block: experts are whole feed-forwards; layer: experts are changes of single matrices"
+    )
 
     def __post_init__(self) -> None:
-        if not isinstance(self.inner, Method):
-            raise LorakitError(
-                f"mixlora: inner was given as {self.inner!r}; it is a method's spec, such as LoRA(rank=8)."
-            )
-        if not isinstance(self.experts, int) or self.experts < 1:
-            raise LorakitError(f"mixlora: experts was given as {self.experts!r}; it is a number of at least 1.")
-        if not isinstance(self.top_k, int) or not 1 <= self.top_k <= self.experts:
+        super().__post_init__()
+        if self.top_k > self.experts:
             raise LorakitError(
                 f"mixlora: top_k was given as {self.top_k!r}; it is at least 1 and at most the {self.experts} experts."
             )
-        if self.mix not in ("block", "layer"):
-            raise LorakitError(f'mixlora: mix was given as {self.mix!r}; it is "block" or "layer".')
         object.__setattr__(self, "peft_suffix", rf"(\.experts\.\d+)?{self.inner.peft_suffix}")
+
+    @property
+    def pattern_fields(self) -> Mapping[str, str]:
+        return {}  # its file has no place for them
 
     def at(self, path: str) -> Method:
         return self.inner.at(path) if in_attention(path) else self.replace(inner=self.inner.at(path))

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from lorakit.core.delta import Call, Card, LowRank
+from lorakit.core.options import option
 from lorakit.core.uniform import is_product
 from lorakit.errors import LorakitError
 from lorakit.experts.context import OverAdapters, RouterContext, RouterSpec
@@ -27,12 +28,7 @@ from lorakit.experts.gates import share_loss
 
 @dataclass(frozen=True, kw_only=True)
 class MoLE(RouterSpec):
-    """The options of MoLE.
-
-    Attributes:
-        balance: coefficient of the balance loss; 0.5 in the paper.
-        temperature: τ at the start.
-    """
+    """The options of MoLE."""
 
     name: ClassVar[str] = "mole"
     card: ClassVar[Card] = Card(
@@ -43,8 +39,8 @@ class MoLE(RouterSpec):
         use="A few adapters to be composed, and data of the composition.",
         limits="Experts with factors; a weight per token: cannot be merged.",
     )
-    balance: float = 0.5
-    temperature: float = 1.0
+    balance: float = option(0.5, "coefficient of the balance loss; 0.5 in the paper")
+    temperature: float = option(1.0, "temperature of the softmax at the start", above=0)
 
     def router(self, context: RouterContext) -> MoLERouter:
         return MoLERouter(self, context)

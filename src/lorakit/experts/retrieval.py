@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lorakit.core.delta import Call, Card
+from lorakit.core.options import option
 from lorakit.core.using import routed
 from lorakit.errors import LorakitError
 from lorakit.experts.context import RouterContext, RouterSpec
@@ -28,12 +29,7 @@ from lorakit.experts.two_pass import TwoPassRouter
 
 @dataclass(frozen=True, kw_only=True)
 class Retrieval(RouterSpec):
-    """The options of retrieval.
-
-    Attributes:
-        top_k: adapters per request; None for all.
-        temperature: divides the likenesses; with top_k=1 it does not matter.
-    """
+    """The options of retrieval."""
 
     name: ClassVar[str] = "retrieval"
     card: ClassVar[Card] = Card(
@@ -44,8 +40,8 @@ class Retrieval(RouterSpec):
         use="Requests of unknown kind, adapters with a few example requests each.",
         limits="One weight per request; needs the base model's pass over it.",
     )
-    top_k: int | None = 1
-    temperature: float = 0.1
+    top_k: int | None = option(1, "adapters per request; null for all", minimum=1)
+    temperature: float = option(0.1, "divides the likenesses; with top_k 1 it does not matter", above=0)
 
     def router(self, context: RouterContext) -> Retriever:
         return Retriever(self, context)

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from lorakit.core.delta import Call, Card
+from lorakit.core.options import option
 from lorakit.errors import LorakitError
 from lorakit.experts.context import MEMBERS, RouterContext, RouterSpec, on_tokens
 from lorakit.experts.gates import softmax_over, top_mask
@@ -30,17 +31,7 @@ from lorakit.experts.two_pass import TwoPassRouter
 
 @dataclass(frozen=True, kw_only=True)
 class XLoRA(RouterSpec):
-    """The options of X-LoRA.
-
-    Attributes:
-        layerwise: weights for every adapted matrix of their own; else one set for all.
-        top_k: adapters per token; None for all.
-        temperature: divides the classifier's logits.
-        scale: multiplies what all adapters add together.
-        depth: layers of the classifier.
-        width: inner size of the classifier, from a depth of 2 on.
-        classifier_dropout: dropout within it, from a depth of 2 on.
-    """
+    """The options of X-LoRA."""
 
     name: ClassVar[str] = "xlora"
     card: ClassVar[Card] = Card(
@@ -53,21 +44,17 @@ class XLoRA(RouterSpec):
     )
     peft_type: ClassVar[str | None] = "XLORA"
     router_prefix: ClassVar[str] = "internal_xlora_classifier."
-    layerwise: bool = True
-    top_k: int | None = None
-    temperature: float = 1.0
-    scale: float = 1.0
-    depth: int = 1
-    width: int = 2048
-    classifier_dropout: float = 0.2
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.depth < 1 or self.width < 1 or not 0 <= self.classifier_dropout < 1:
-            raise LorakitError(
-                f"xlora: depth {self.depth!r}, width {self.width!r} and classifier_dropout {self.classifier_dropout!r} were "
-                "given; depth and width are at least 1, dropout is at least 0 and below 1."
-            )
+    layerwise: bool = option(
+        True, "weights for every adapted matrix of their own; else one set for all", peft="layerwise_scalings"
+    )
+    top_k: int | None = option(None, "adapters per token; null for all", minimum=1, peft="top_k_lora")
+    temperature: float = option(1.0, "divides the classifier's logits", above=0, peft="softmax_temperature")
+    scale: float = option(1.0, "factor of what all adapters add together", peft="global_scaling_weight")
+    depth: int = option(1, "layers of the classifier", minimum=1, peft="xlora_depth")
+    width: int = option(2048, "inner size of the classifier, from a depth of 2 on", minimum=1, peft="xlora_size")
+    classifier_dropout: float = option(
+        0.2, "dropout within the classifier, from a depth of 2 on", minimum=0, below=1, peft="xlora_dropout_p"
+    )
 
     def router(self, context: RouterContext) -> XRouter:
         return XRouter(self, context)

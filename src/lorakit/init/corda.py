@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from lorakit.core.delta import Shape
+from lorakit.core.options import option
 from lorakit.errors import LorakitError
 from lorakit.init.initialiser import Factors, Initialiser, Needs, Start
 
@@ -65,26 +66,19 @@ def damped(C: Tensor, damping: float, path: str) -> tuple[Tensor, Tensor]:
 
 @dataclass(frozen=True, kw_only=True)
 class CorDA(Initialiser):
-    """Components of the weight, ordered by what they do to the inputs seen.
-
-    Attributes:
-        mode: "instruction" trains what the samples use most; "knowledge" what they use least, to keep what they need.
-        damping: share of the mean diagonal added to the second moment, doubled until its inverse is good.
-        examples: how many training examples a run measures on.
-    """
+    """Components of the weight, ordered by what they do to the inputs seen."""
 
     name: ClassVar[str] = "corda"
     needs: ClassVar[Needs] = "inputs"
     shifts: ClassVar[bool] = True
-    mode: Literal["instruction", "knowledge"] = "instruction"
-    damping: float = 0.01
-    examples: int = 256
-
-    def __post_init__(self) -> None:
-        if self.mode not in ("instruction", "knowledge"):
-            raise LorakitError(f'init corda: mode was given as {self.mode!r}; it is "instruction" or "knowledge".')
-        if not self.damping > 0:
-            raise LorakitError(f"init corda: damping was given as {self.damping}; it is a number above 0.")
+    mode: Literal["instruction", "knowledge"] = option(
+        "instruction",
+        "what trains: the parts that the samples use most (instruction), or least, to keep what they need (knowledge)",
+    )
+    damping: float = option(
+        0.01, "share of the mean diagonal added to the second moment, doubled until its inverse is good", above=0
+    )
+    examples: int = option(256, "training examples that a run measures on", minimum=1)
 
     def statistic(self, shape: Shape, rank: int) -> SecondMoment:
         return SecondMoment()

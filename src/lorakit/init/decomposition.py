@@ -5,19 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lorakit.errors import LorakitError
-
 OVERSAMPLING = 16
 """Directions tried beyond those asked for; without any the last ones are poor."""
-
-
-def check_iterations(name: str, iterations: int | None) -> None:
-    """LorakitError unless `iterations` is None or a count."""
-    if iterations is not None and (not isinstance(iterations, int) or isinstance(iterations, bool) or iterations < 0):
-        raise LorakitError(
-            f"init {name}: iterations was given as {iterations!r}; it is a count (4 is fast, 16 more exact), or none for an "
-            "exact decomposition."
-        )
 
 
 def triplets(

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from lorakit.core.delta import Shape
+from lorakit.core.options import option
 from lorakit.errors import LorakitError
 from lorakit.init.initialiser import Factors, Initialiser, Measured, Needs, Start
 
@@ -73,31 +74,25 @@ class IncrementalPCA:
 
 @dataclass(frozen=True, kw_only=True)
 class EVA(Initialiser):
-    """The principal directions of a layer's inputs.
-
-    Attributes:
-        rho: how many times its rank a layer may get at most when ranks are redistributed; 1 leaves all ranks.
-        cosine: a direction counts as found when its cosine with itself one batch before is above this.
-        whiten: divide each direction by the root of its singular value.
-        centred: decompose the inputs less their mean (principal components), as PEFT does; else as they are.
-        labelled: leave out positions without a label (prompts), where batches have labels.
-        examples: how many training examples a run measures on.
-    """
+    """The principal directions of a layer's inputs."""
 
     name: ClassVar[str] = "eva"
     needs: ClassVar[Needs] = "inputs"
-    rho: float = 2.0
-    cosine: float = 0.99
-    whiten: bool = False
-    centred: bool = True
-    labelled: bool = True
-    examples: int = 256
-
-    def __post_init__(self) -> None:
-        if not self.rho >= 1:
-            raise LorakitError(f"init eva: rho was given as {self.rho}; it is at least 1, which leaves all ranks.")
-        if not 0 < self.cosine <= 1:
-            raise LorakitError(f"init eva: cosine was given as {self.cosine}; it is above 0 and at most 1.")
+    rho: float = option(
+        2.0,
+        "how many times its rank a layer may get at most when ranks are redistributed; 1 leaves all ranks",
+        minimum=1,
+    )
+    cosine: float = option(
+        0.99,
+        "a direction counts as found when its cosine with itself one batch before is above this",
+        above=0,
+        maximum=1,
+    )
+    whiten: bool = option(False, "divide each direction by the root of its singular value")
+    centred: bool = option(True, "take the mean off the inputs first, as PEFT does")
+    labelled: bool = option(True, "leave out positions without a label (prompts), where batches have labels")
+    examples: int = option(256, "training examples that a run measures on", minimum=1)
 
     @property
     def completions(self) -> bool:  # type: ignore[override]

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from lorakit.core.delta import Shape
+from lorakit.core.options import check
 from lorakit.errors import LorakitError
 
 Needs = Literal["nothing", "weight", "inputs", "gradients"]
@@ -109,6 +110,9 @@ class Initialiser(ABC):
     """Whether inputs at positions without a label are left out."""
     squares: ClassVar[bool] = False
     """Whether gradients are squared before they are summed up."""
+
+    def __post_init__(self) -> None:
+        check(self, f"init {self.name}")
 
     @property
     def request(self) -> str:

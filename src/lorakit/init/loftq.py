@@ -23,7 +23,8 @@ from typing import ClassVar
 
 import torch
 
-from lorakit.errors import LorakitError, unknown
+from lorakit.core.options import option
+from lorakit.errors import unknown
 from lorakit.init.decomposition import triplets
 from lorakit.init.initialiser import Factors, Initialiser, Needs, Start
 from lorakit.init.quantiser import QUANTISERS
@@ -31,24 +32,21 @@ from lorakit.init.quantiser import QUANTISERS
 
 @dataclass(frozen=True, kw_only=True)
 class LoftQ(Initialiser):
-    """Quantise the base and start from its error.
-
-    Attributes:
-        rounds: how often quantising and decomposing alternate; 1 leaves the base as any loader of the format has it.
-        quantiser: the number format that a float base is rounded to, by name; a base in few bits has its own.
-        principal: begin at the weight's principal part, which the base then lacks (QPiSSA).
-    """
+    """Quantise the base and start from its error."""
 
     name: ClassVar[str] = "loftq"
     needs: ClassVar[Needs] = "weight"
     rewrites: ClassVar[bool] = True
-    rounds: int = 1
-    quantiser: str = "nf4"
-    principal: bool = False
+    rounds: int = option(
+        1,
+        "how often quantising and decomposing alternate; 1 leaves the base as any loader of the format has it",
+        minimum=1,
+    )
+    quantiser: str = option("nf4", "number format that a float base is rounded to; a quantised base has its own")
+    principal: bool = option(False, "begin at the weight's principal part, which the base then lacks (QPiSSA)")
 
     def __post_init__(self) -> None:
-        if not isinstance(self.rounds, int) or self.rounds < 1:
-            raise LorakitError(f"init loftq: rounds was given as {self.rounds!r}; it is an integer of at least 1.")
+        super().__post_init__()
         if self.quantiser not in QUANTISERS:
             raise unknown("quantiser", self.quantiser, QUANTISERS)
 

@@ -18,46 +18,29 @@ import torch
 from torch import Tensor
 
 from lorakit.core.delta import Shape
+from lorakit.core.options import option
 from lorakit.errors import LorakitError
-from lorakit.init.decomposition import check_iterations, triplets
+from lorakit.init.decomposition import triplets
 from lorakit.init.initialiser import Factors, Initialiser, Needs, Start
-
-_DIRECTIONS = ("ArB2r", "A2rBr", "ArBr", "random")
-_SIZES = ("stable", "gd", "unit", "weight")
 
 
 @dataclass(frozen=True, kw_only=True)
 class LoRAGA(Initialiser):
-    """Singular directions of the weight's gradient.
-
-    Attributes:
-        direction: which of the first 2 · rank directions A and B take: "ArB2r" the first half and the second, "A2rBr" the
-            reverse, "ArBr" in turn, "random" at random.
-        size: "stable": out^¼ / √gamma for both; "gd": 1 / s; "unit": 1; "weight": as large as the weight's components.
-        gamma: the constant of "stable"; 16, or 64 with rslora.
-        iterations: subspace iterations of the decomposition; none for an exact one.
-        examples: how many training examples a run measures on.
-    """
+    """Singular directions of the weight's gradient."""
 
     name: ClassVar[str] = "lora-ga"
     needs: ClassVar[Needs] = "gradients"
     shifts: ClassVar[bool] = True
-    direction: Literal["ArB2r", "A2rBr", "ArBr", "random"] = "ArB2r"
-    size: Literal["stable", "gd", "unit", "weight"] = "stable"
-    gamma: float = 16.0
-    iterations: int | None = 4
-    examples: int = 128
-
-    def __post_init__(self) -> None:
-        check_iterations(self.name, self.iterations)
-        if self.direction not in _DIRECTIONS:
-            raise LorakitError(
-                f"init lora-ga: direction was given as {self.direction!r}; it is one of {', '.join(_DIRECTIONS)}."
-            )
-        if self.size not in _SIZES:
-            raise LorakitError(f"init lora-ga: size was given as {self.size!r}; it is one of {', '.join(_SIZES)}.")
-        if not self.gamma > 0:
-            raise LorakitError(f"init lora-ga: gamma was given as {self.gamma}; it is a number above 0.")
+    direction: Literal["ArB2r", "A2rBr", "ArBr", "random"] = option(
+        "ArB2r",
+        "which of the first 2 · rank directions A and B take: ArB2r first half and second, A2rBr the reverse, ArBr in turn",
+    )
+    size: Literal["stable", "gd", "unit", "weight"] = option(
+        "stable", "stable: out^¼ / √gamma for both; gd: 1 / s; unit: 1; weight: as large as the weight's components"
+    )
+    gamma: float = option(16.0, "the constant of size stable; 16, or 64 with rslora", above=0)
+    iterations: int | None = option(4, "subspace iterations of the decomposition; null for an exact one", minimum=0)
+    examples: int = option(128, "training examples that a run measures on", minimum=1)
 
     def check(self, shape: Shape, rank: int, path: str) -> None:
         smallest = min(shape.out, shape.in_)

@@ -14,25 +14,23 @@ from typing import ClassVar
 
 import torch
 
-from lorakit.init.decomposition import check_iterations, triplets
+from lorakit.core.options import option
+from lorakit.init.decomposition import triplets
 from lorakit.init.initialiser import Factors, Initialiser, Needs, Start
 
 
 @dataclass(frozen=True, kw_only=True)
 class PiSSA(Initialiser):
-    """The principal components of the weight.
-
-    Attributes:
-        iterations: none for an exact decomposition; else subspace iterations of a fast one (4 is enough to train from).
-    """
+    """The principal components of the weight."""
 
     name: ClassVar[str] = "pissa"
     needs: ClassVar[Needs] = "weight"
     shifts: ClassVar[bool] = True
-    iterations: int | None = None
-
-    def __post_init__(self) -> None:
-        check_iterations(self.name, self.iterations)
+    iterations: int | None = option(
+        None,
+        "subspace iterations of a fast decomposition (4 is enough to train from); null for an exact one",
+        minimum=0,
+    )
 
     def factors(self, start: Start) -> Factors:
         U, S, V = triplets(start.W, start.rank, self.iterations)

@@ -13,6 +13,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from lorakit.core.options import option
 from lorakit.errors import LorakitError
 from lorakit.init.initialiser import Factors, Initialiser, Start
 
@@ -50,18 +51,10 @@ class Gaussian(Initialiser):
 
 @dataclass(frozen=True, kw_only=True)
 class Normal(Initialiser):
-    """The LoRA paper's start: A normal; the paper does not give σ, so it is an option.
-
-    Attributes:
-        std: standard deviation of A's entries.
-    """
+    """The LoRA paper's start: A normal; the paper does not give σ, so it is an option."""
 
     name: ClassVar[str] = "normal"
-    std: float = 0.02
-
-    def __post_init__(self) -> None:
-        if not self.std > 0:
-            raise LorakitError(f"init normal: std was given as {self.std}; it is a number above 0.")
+    std: float = option(0.02, "standard deviation of A's entries", above=0)
 
     def factors(self, start: Start) -> Factors:
         return _start(start, self.std)
@@ -73,17 +66,10 @@ class Orthogonal(Initialiser):
 
     The columns of B and the rows of A are random combinations of two orthogonal halves of rank space: with Q orthogonal
     (rank × rank), B = M Q_even, A = (N Q_odd)ᵀ, hence B A = M Q_even Q_oddᵀ Nᵀ = 0 up to rounding.
-
-    Attributes:
-        std: standard deviation of the entries of M and N.
     """
 
     name: ClassVar[str] = "orthogonal"
-    std: float = 0.1
-
-    def __post_init__(self) -> None:
-        if not self.std > 0:
-            raise LorakitError(f"init orthogonal: std was given as {self.std}; it is a number above 0.")
+    std: float = option(0.1, "standard deviation of the entries of M and N", above=0)
 
     def factors(self, start: Start) -> Factors:
         if start.rank % 2:

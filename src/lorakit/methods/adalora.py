@@ -17,7 +17,6 @@ is lora_alpha / (init_r + 1e-5), so its lora_alpha is written as s · (init_r + 
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -27,63 +26,52 @@ import torch
 from torch import Tensor, nn
 
 from lorakit.core.delta import Card, LowRank, Method, Pool, Shape, View
-from lorakit.errors import LorakitError
+from lorakit.core.options import option
 from lorakit.methods.lora import LoRA
-from lorakit.methods.ranked import check_rank, check_rank_fits, check_scale
+from lorakit.methods.options import alpha_option, check_rank_fits, dropout_option, rank_option, steps_option
 
 _PEFT_EPSILON = 1e-5
 
 
+def _count(steps: int | float) -> int:
+    """What PEFT is told, which knows no shares of a run."""
+    return steps if isinstance(steps, int) else 0
+
+
 @dataclass(frozen=True, kw_only=True)
 class TripletOptions(Method):
-    """The options that AdaLoRA and ElaLoRA share.
-
-    Attributes:
-        rank: triplets of every layer at the start.
-        alpha: the scale's numerator; the scale is alpha / rank and stays when ranks change.
-        dropout: probability with which an input of Q is zeroed while training.
-        warmup: steps before ranks begin to change; a count, or a share of the run below 1.
-        final: last steps, in which ranks stay as they are; a count, or a share of the run below 1.
-        interval: steps between two changes of the ranks.
-        beta1: smoothing of the importance.
-        beta2: smoothing of the importance's uncertainty.
-        orthogonality: weight of the penalty that keeps P and Q orthonormal.
-    """
+    """The options that AdaLoRA and ElaLoRA share."""
 
     peft_type: ClassVar[str | None] = "ADALORA"
     peft_ignored: ClassVar[frozenset[str]] = LoRA.peft_ignored
-    pattern_fields: ClassVar[dict[str, str]] = {"rank": "rank_pattern", "alpha": "alpha_pattern"}
 
-    rank: int = 12
-    alpha: float = 12.0
-    dropout: float = 0.0
-    warmup: int | float = 0.1
-    final: int | float = 0.4
-    interval: int = 10
-    beta1: float = 0.85
-    beta2: float = 0.85
-    orthogonality: float = 0.1
-
-    def __post_init__(self) -> None:
-        check_rank(self.name, self.rank)
-        check_scale(self.name, self.alpha)
-        if not 0.0 <= self.dropout < 1.0:
-            raise LorakitError(f"{self.name}: dropout was given as {self.dropout!r}; it is at least 0 and below 1.")
-        for option in ("warmup", "final"):
-            value = getattr(self, option)
-            if isinstance(value, bool) or value < 0 or (isinstance(value, float) and value >= 1 and value % 1):
-                raise LorakitError(
-                    f"{self.name}: {option} was given as {value!r}; it is a count of steps, or a share of the run below 1."
-                )
-        if not isinstance(self.interval, int) or self.interval < 1:
-            raise LorakitError(f"{self.name}: interval was given as {self.interval!r}; it is at least 1 step.")
-        for option in ("beta1", "beta2"):
-            if not 0.0 <= getattr(self, option) < 1.0:
-                raise LorakitError(
-                    f"{self.name}: {option} was given as {getattr(self, option)!r}; it is at least 0 and below 1."
-                )
-        if self.orthogonality < 0:
-            raise LorakitError(f"{self.name}: orthogonality was given as {self.orthogonality!r}; it is at least 0.")
+    rank: int = rank_option(12, "triplets of every layer at the start", peft="init_r")
+    alpha: float = alpha_option(
+        12.0, "numerator of the scale, alpha / rank, which stays when ranks change", peft_default=8
+    )
+    dropout: float = dropout_option(doc="probability with which an input of Q is zeroed in training")
+    warmup: int | float = steps_option(
+        0.1,
+        "steps before ranks begin to change: a count, or a share of the run below 1",
+        minimum=0,
+        peft="tinit",
+        peft_default=0,
+        to_peft=_count,
+    )
+    final: int | float = steps_option(
+        0.4,
+        "last steps, in which ranks stay as they are: a count, or a share of the run below 1",
+        minimum=0,
+        peft="tfinal",
+        peft_default=0,
+        to_peft=_count,
+    )
+    interval: int = option(10, "steps between two changes of the ranks", minimum=1, peft="deltaT", peft_default=1)
+    beta1: float = option(0.85, "smoothing of the importance", minimum=0, below=1, peft="beta1")
+    beta2: float = option(0.85, "smoothing of the importance's uncertainty", minimum=0, below=1, peft="beta2")
+    orthogonality: float = option(
+        0.1, "weight of the penalty that keeps P and Q orthonormal", minimum=0, peft="orth_reg_weight", peft_default=0.5
+    )
 
     @property
     def scale(self) -> float:
@@ -106,8 +94,7 @@ class TripletOptions(Method):
         return self.rank
 
     def peft_config(self) -> dict[str, Any]:
-        counts = {name: value if isinstance(value, int) else 0 for name, value in
-                  (("tinit", self.warmup), ("tfinal", self.final))}  # fmt: skip
+        counts = {"tinit": _count(self.warmup), "tfinal": _count(self.final)}
         return {
             "init_r": self.rank,
             "target_r": min(self.final_rank, self.rank),
@@ -194,11 +181,7 @@ def _one_empty(tensor: Tensor, key: str) -> Tensor:
 
 @dataclass(frozen=True, kw_only=True)
 class AdaLoRA(TripletOptions):
-    """The options of AdaLoRA.
-
-    Attributes:
-        target_rank: triplets per layer, on average, that are left at the end.
-    """
+    """The options of AdaLoRA."""
 
     name: ClassVar[str] = "adalora"
     schedule: ClassVar[str | None] = "budget"
@@ -211,11 +194,9 @@ class AdaLoRA(TripletOptions):
         limits="The rank is at most the smaller side of the matrix.",
     )
 
-    target_rank: int = 8
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_rank(self.name, self.target_rank)
+    target_rank: int = rank_option(
+        8, "triplets per layer, on average, that are left at the end", peft="target_r", pattern=None
+    )
 
     @property
     def final_rank(self) -> int:
@@ -300,8 +281,3 @@ class Triplets(LowRank):
 
     def peft_spec(self) -> Method:
         return cast(TripletOptions, self.spec).resized(len(self.rows()))
-
-
-def share_of(steps: int | float, total: int) -> int:
-    """A number of steps from a count or a share of the run below 1."""
-    return math.floor(steps * total) if isinstance(steps, float) and steps < 1 else int(steps)

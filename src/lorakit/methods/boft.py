@@ -20,20 +20,15 @@ import torch
 from torch import Tensor, nn
 
 from lorakit.core.delta import Card, Method, Pool, Shape
+from lorakit.core.options import option
 from lorakit.errors import LorakitError
-from lorakit.methods.rotation import Rotation, cayley, check_blocks, check_divides, turn_blocks, turned_size
+from lorakit.methods.options import dropout_option
+from lorakit.methods.rotation import Rotation, cayley, check_divides, settle_blocks, turn_blocks, turned_size
 
 
 @dataclass(frozen=True, kw_only=True)
 class BOFT(Method):
-    """The options of BOFT.
-
-    Attributes:
-        block_size: the size c of a block, 4 where neither this nor `blocks` is given.
-        blocks: the number of blocks of each factor instead.
-        factors: the number m of butterfly factors.
-        dropout: share of blocks that are the identity in a training step.
-    """
+    """The options of BOFT."""
 
     name: ClassVar[str] = "boft"
     peft_type: ClassVar[str | None] = "BOFT"
@@ -49,24 +44,35 @@ class BOFT(Method):
         "size and the number of blocks are even.",
     )
 
-    block_size: int | None = None
-    blocks: int | None = None
-    factors: int = 2
-    dropout: float = 0.0
+    block_size: int | None = option(
+        None,
+        "size of a block; 4 where neither this nor blocks is given",
+        minimum=1,
+        peft="boft_block_size",
+        peft_default=4,
+        from_peft=lambda size: size or None,
+        to_peft=lambda size: size or 0,
+    )
+    blocks: int | None = option(
+        None,
+        "number of blocks of each factor, instead of their size",
+        minimum=1,
+        peft="boft_block_num",
+        peft_default=0,
+        from_peft=lambda size: size or None,
+        to_peft=lambda size: size or 0,
+    )
+    factors: int = option(2, "number of butterfly factors", minimum=1, peft="boft_n_butterfly_factor", peft_default=1)
+    dropout: float = dropout_option("boft_dropout", "share of blocks that are the identity in a training step")
 
     def __post_init__(self) -> None:
-        check_blocks(self.name, self.block_size, self.blocks)
-        if self.blocks is None and self.block_size is None:
-            object.__setattr__(self, "block_size", 4)
-        if not isinstance(self.factors, int) or isinstance(self.factors, bool) or self.factors < 1:
-            raise LorakitError(f"boft: factors was given as {self.factors!r}; it is an integer of at least 1.")
+        super().__post_init__()
+        settle_blocks(self, 4)
         if self.factors > 1 and self.block_size is not None and self.block_size % 2:
             raise LorakitError(
                 f"boft: block_size={self.block_size} is odd, and butterfly factors deal half blocks; take "
                 f"{self.block_size + 1}, or factors=1."
             )
-        if not 0.0 <= self.dropout < 1.0:
-            raise LorakitError(f"boft: dropout was given as {self.dropout!r}; it is at least 0 and below 1.")
 
     def size_of(self, shape: Shape) -> int:
         """The block size c on a matrix of this shape."""

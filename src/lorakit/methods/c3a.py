@@ -18,17 +18,13 @@ import torch
 from torch import Tensor, nn
 
 from lorakit.core.delta import Call, Card, Delta, Method, Pool, Shape
+from lorakit.core.options import option
 from lorakit.errors import LorakitError
 
 
 @dataclass(frozen=True, kw_only=True)
 class C3A(Method):
-    """The options of C3A.
-
-    Attributes:
-        block_size: side of a circulant block; it divides both sides of every adapted matrix. Larger means fewer numbers.
-        start_zero: start k at zero instead of Xavier-uniform.
-    """
+    """The options of C3A."""
 
     name: ClassVar[str] = "c3a"
     peft_type: ClassVar[str | None] = "C3A"
@@ -44,12 +40,21 @@ class C3A(Method):
         identity=False,
     )
 
-    block_size: int = 256
-    start_zero: bool = False
-
-    def __post_init__(self) -> None:
-        if not isinstance(self.block_size, int) or isinstance(self.block_size, bool) or self.block_size < 1:
-            raise LorakitError(f"c3a: block_size was given as {self.block_size!r}; it is an integer of at least 1.")
+    block_size: int = option(
+        256,
+        "side of a circulant block; divides both sides of every matrix; larger means fewer numbers",
+        minimum=1,
+        peft="block_size",
+        pattern="block_size_pattern",
+    )
+    start_zero: bool = option(
+        False,
+        "start at zero instead of Xavier-uniform",
+        peft="init_weights",
+        peft_default="xavier_uniform",
+        from_peft=lambda value: value is True,
+        to_peft=lambda zero: True if zero else "xavier_uniform",
+    )
 
     def check(self, shape: Shape, path: str) -> None:
         if shape.out % self.block_size or shape.in_ % self.block_size:

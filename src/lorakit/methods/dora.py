@@ -9,29 +9,24 @@ over V: with ΔW = B A, ‖V_j‖² = ‖W_j‖² + 2 B_j · (A Wᵀ)_j + B_j (A
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, ClassVar, Self, cast
 
 import torch
 from torch import Tensor, nn
 
 from lorakit.core.delta import Call, Card, Delta, Form, LowRank, Method, Pool, Shape, View
-from lorakit.errors import LorakitError
+from lorakit.core.options import option
 from lorakit.methods.lora import LoRA
 
 
 @dataclass(frozen=True, kw_only=True)
 class DoRA(Method):
-    """The options of DoRA.
-
-    Attributes:
-        inner: the method whose change gets trained magnitudes; LoRA in the paper.
-    """
+    """The options of DoRA."""
 
     name: ClassVar[str] = "dora"
     peft_type: ClassVar[str | None] = "LORA"
     peft_ignored: ClassVar[frozenset[str]] = LoRA.peft_ignored
-    pattern_fields: ClassVar[dict[str, str]] = {"rank": "rank_pattern", "alpha": "alpha_pattern"}
     card: ClassVar[Card] = Card(
         title="DoRA",
         formula="W' = diag(m / ‖W + ΔW‖) (W + ΔW), ΔW of another method",
@@ -42,13 +37,11 @@ class DoRA(Method):
         pooled=lambda shapes, spec: spec.inner.card.pooled(shapes, spec.inner) if spec.inner.card.pooled else 0,
     )
 
-    inner: Method = field(default_factory=LoRA)
-
-    def __post_init__(self) -> None:
-        if not isinstance(self.inner, Method):
-            raise LorakitError(f"dora: inner was given as {self.inner!r}; it is a method's spec, such as LoRA(rank=8).")
-        # What may differ per layer is what may differ for the inner method.
-        object.__setattr__(self, "pattern_fields", self.inner.pattern_fields)
+    inner: Method = option(
+        doc="method whose change gets trained magnitudes; LoRA in the paper",
+        factory=LoRA,
+        shown="a method's spec, such as LoRA(rank=8)",
+    )
 
     @property
     def rank(self) -> int:

@@ -22,18 +22,14 @@ import torch
 from torch import Tensor
 
 from lorakit.core.delta import Card, Pool, Shape
+from lorakit.core.options import option
 from lorakit.errors import LorakitError
 from lorakit.methods.lora import LoRAOptions, TwoFactors
 
 
 @dataclass(frozen=True, kw_only=True)
 class DyLoRA(LoRAOptions):
-    """The options of LoRA, and which ranks are drawn.
-
-    Attributes:
-        smallest: the smallest rank that is drawn; the largest is `rank`.
-        frozen: train only the last of the drawn components, the others before it as they are.
-    """
+    """The options of LoRA, and which ranks are drawn."""
 
     name: ClassVar[str] = "dylora"
     schedule: ClassVar[str | None] = "draw"
@@ -46,14 +42,14 @@ class DyLoRA(LoRAOptions):
         limits="The rank is at most the smaller side of the matrix.",
     )
 
-    smallest: int = 1
-    frozen: bool = False
+    smallest: int = option(1, "smallest rank that is drawn; the largest is rank", minimum=1)
+    frozen: bool = option(False, "train only the last of the drawn components, not those before it")
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not isinstance(self.smallest, int) or not 1 <= self.smallest <= self.rank:
+        if self.smallest > self.rank:
             raise LorakitError(
-                f"dylora: smallest was given as {self.smallest!r}; it is a rank from 1 to rank={self.rank}."
+                f"dylora: smallest was given as {self.smallest}; it is a rank from 1 to rank={self.rank}."
             )
 
     def build(self, shape: Shape, pool: Pool) -> DyLoRADelta:

@@ -17,18 +17,13 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from lorakit.core.delta import Card
-from lorakit.errors import LorakitError
+from lorakit.core.options import option
 from lorakit.methods.adalora import TripletOptions
 
 
 @dataclass(frozen=True, kw_only=True)
 class ElaLoRA(TripletOptions):
-    """The options of ElaLoRA.
-
-    Attributes:
-        moves: triplets that change their layer at the first change; fewer at later ones.
-        candidates: weakest triplets that each layer offers at a change.
-    """
+    """The options of ElaLoRA."""
 
     name: ClassVar[str] = "elalora"
     schedule: ClassVar[str | None] = "exchange"
@@ -41,14 +36,8 @@ class ElaLoRA(TripletOptions):
         limits="The rank is at most the smaller side of the matrix.",
     )
 
-    moves: int = 4
-    candidates: int = 2
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        for option in ("moves", "candidates"):
-            if not isinstance(getattr(self, option), int) or getattr(self, option) < 1:
-                raise LorakitError(f"elalora: {option} was given as {getattr(self, option)!r}; it is at least 1.")
+    moves: int = option(4, "triplets that change their layer at the first change; fewer at later ones", minimum=1)
+    candidates: int = option(2, "weakest triplets that each layer offers at a change", minimum=1)
 
     @classmethod
     def reads(cls, config: dict[str, Any]) -> bool:

@@ -10,7 +10,6 @@ Gao et al. 2024, arXiv 2405.03003.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Any, ClassVar, Self, cast
 
@@ -18,19 +17,13 @@ import torch
 from torch import Tensor, nn
 
 from lorakit.core.delta import Card, Delta, Method, Pool, Shape
+from lorakit.core.options import option
 from lorakit.errors import LorakitError
 
 
 @dataclass(frozen=True, kw_only=True)
 class FourierFT(Method):
-    """The options of FourierFT.
-
-    Attributes:
-        n_frequency: how many entries of the spectrum train.
-        scale: what multiplies the inverse transform; 100 to 300 in the paper.
-        seed: what the places are drawn from.
-        start_zero: start c at zero instead of N(0, 1).
-    """
+    """The options of FourierFT."""
 
     name: ClassVar[str] = "fourierft"
     peft_type: ClassVar[str | None] = "FOURIERFT"
@@ -46,18 +39,18 @@ class FourierFT(Method):
         identity=False,
     )
 
-    n_frequency: int = 1000
-    scale: float = 150.0
-    seed: int = 777
-    start_zero: bool = False
-
-    def __post_init__(self) -> None:
-        if not isinstance(self.n_frequency, int) or isinstance(self.n_frequency, bool) or self.n_frequency < 1:
-            raise LorakitError(
-                f"fourierft: n_frequency was given as {self.n_frequency!r}; it is an integer of at least 1."
-            )
-        if not math.isfinite(self.scale) or self.scale == 0:
-            raise LorakitError(f"fourierft: scale was given as {self.scale!r}; it is a finite number other than 0.")
+    n_frequency: int = option(
+        1000, "how many entries of the spectrum train", minimum=1, peft="n_frequency", pattern="n_frequency_pattern"
+    )
+    scale: float = option(
+        150.0,
+        "factor of the inverse transform; 100 to 300 in the paper",
+        allows=bool,
+        shown="a finite number other than 0",
+        peft="scaling",
+    )
+    seed: int = option(777, "what the places of the trained entries are drawn from", peft="random_loc_seed")
+    start_zero: bool = option(False, "start at zero instead of N(0, 1)", peft="init_weights")
 
     def check(self, shape: Shape, path: str) -> None:
         if self.n_frequency > shape.out * shape.in_:

@@ -20,22 +20,17 @@ import torch
 from torch import Tensor, nn
 
 from lorakit.core.delta import Card, Delta, Method, Pool, Shape
-from lorakit.methods.ranked import check_rank, check_rank_fits
+from lorakit.methods.options import check_rank_fits, rank_option
 
 
 @dataclass(frozen=True, kw_only=True)
 class HiRA(Method):
-    """The options of HiRA.
-
-    Attributes:
-        rank: of the factor that multiplies the weight.
-    """
+    """The options of HiRA."""
 
     name: ClassVar[str] = "hira"
     peft_type: ClassVar[str | None] = "HIRA"
     peft_suffix: ClassVar[str] = r"\.hira_"
     peft_ignored: ClassVar[frozenset[str]] = frozenset({"hira_dropout", "init_weights", "fan_in_fan_out"})
-    pattern_fields: ClassVar[dict[str, str]] = {"rank": "rank_pattern"}
     card: ClassVar[Card] = Card(
         title="HiRA",
         formula="ΔW = W ⊙ (B A)",
@@ -45,10 +40,7 @@ class HiRA(Method):
         limits="The rank is at most the smaller side of the matrix; zeros of W stay zero.",
     )
 
-    rank: int = 32
-
-    def __post_init__(self) -> None:
-        check_rank(self.name, self.rank)
+    rank: int = rank_option(32, "rank of the factor that multiplies the weight")
 
     def check(self, shape: Shape, path: str) -> None:
         check_rank_fits(self.rank, shape, path)

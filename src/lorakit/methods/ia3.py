@@ -15,25 +15,20 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Literal, Self
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lorakit.core.delta import Call, Card, Delta, Form, Method, Pool, Shape
+from lorakit.core.options import option
 from lorakit.errors import LorakitError
 
 
 @dataclass(frozen=True, kw_only=True)
 class IA3(Method):
-    """The options of IA3.
-
-    Attributes:
-        feedforward_modules: endings of the names of layers whose input is scaled, or one regular expression for whole
-            names; an empty list if there are none. It has to be given.
-        side: what is scaled where no name decides: "output" or "input". Set for each layer by `at`.
-    """
+    """The options of IA3."""
 
     name: ClassVar[str] = "ia3"
     peft_type: ClassVar[str | None] = "IA3"
@@ -47,13 +42,22 @@ class IA3(Method):
         use="When adapters must be tiny and many: a few numbers per feature, few-shot.",
     )
 
-    feedforward_modules: tuple[str, ...] | str | None = None
-    side: str = "output"
+    feedforward_modules: tuple[str, ...] | str | None = option(
+        None,
+        "layers whose input is scaled: name endings, or one regular expression over whole names; [] if none; required",
+        shown="a list of names or one string, a regular expression over whole names; [] if none",
+        peft="feedforward_modules",
+        from_peft=lambda value: value or (),
+    )
+    side: Literal["output", "input"] = option(
+        "output", "what is scaled in layers that feedforward_modules does not name"
+    )
 
     def __post_init__(self) -> None:
         given: Any = self.feedforward_modules
-        if self.side not in ("output", "input"):
-            raise LorakitError(f'ia3: side was given as {self.side!r}; it is "output" or "input".')
+        if isinstance(given, Iterable) and not isinstance(given, str):
+            object.__setattr__(self, "feedforward_modules", tuple(given))
+        super().__post_init__()
         if isinstance(given, str):
             try:
                 re.compile(given)
@@ -62,13 +66,6 @@ class IA3(Method):
                     f"ia3: feedforward_modules was given as {given!r}, one string, which is read as a regular expression "
                     f"over whole names and is not one ({problem}). A list of endings would work too."
                 ) from problem
-        elif given is not None:
-            names = tuple(given) if isinstance(given, Iterable) else (given,)
-            if not all(isinstance(name, str) for name in names):
-                raise LorakitError(
-                    f"ia3: feedforward_modules was given as {given!r}; it is a list of names or one string."
-                )
-            object.__setattr__(self, "feedforward_modules", names)
 
     def _scales_input(self, path: str) -> bool:
         given = self.feedforward_modules or ()

@@ -24,23 +24,17 @@ from torch.autograd import Function
 
 from lorakit.core.delta import Card, Delta, LowRank, Method, Pool, Shape
 from lorakit.errors import LorakitError
-from lorakit.methods.ranked import check_rank, check_scale
+from lorakit.methods.options import alpha_option, rank_option
 
 
 @dataclass(frozen=True, kw_only=True)
 class LoHa(Method):
-    """The options of LoHa.
-
-    Attributes:
-        rank: the rank of each of the two products; that of ΔW is up to rank².
-        alpha: the scale's numerator; the scale is alpha / rank.
-    """
+    """The options of LoHa."""
 
     name: ClassVar[str] = "loha"
     peft_type: ClassVar[str | None] = "LOHA"
     peft_suffix: ClassVar[str] = r"\.hada_"
     peft_ignored: ClassVar[frozenset[str]] = frozenset({"rank_dropout", "module_dropout", "init_weights"})
-    pattern_fields: ClassVar[dict[str, str]] = {"rank": "rank_pattern", "alpha": "alpha_pattern"}
     card: ClassVar[Card] = Card(
         title="LoHa",
         formula="ΔW = s (B1 A1) ⊙ (B2 A2), s = alpha / rank",
@@ -50,12 +44,8 @@ class LoHa(Method):
         limits="The rank is at most the smaller side of the matrix.",
     )
 
-    rank: int = 8
-    alpha: float = 8.0
-
-    def __post_init__(self) -> None:
-        check_rank(self.name, self.rank)
-        check_scale(self.name, self.alpha)
+    rank: int = rank_option(8, "rank of each of the two products; that of ΔW is up to rank²")
+    alpha: float = alpha_option(8.0, peft="alpha")
 
     def check(self, shape: Shape, path: str) -> None:
         smaller = min(shape.out, shape.in_)

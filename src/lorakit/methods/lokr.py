@@ -16,15 +16,16 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Literal, Self
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lorakit.core.delta import Call, Card, Delta, Form, Method, Pool, Shape
+from lorakit.core.options import option
 from lorakit.errors import LorakitError
-from lorakit.methods.ranked import check_rank, check_scale
+from lorakit.methods.options import alpha_option, rank_option
 
 
 def split_size(size: int, factor: int = -1) -> tuple[int, int]:
@@ -42,15 +43,7 @@ def split_size(size: int, factor: int = -1) -> tuple[int, int]:
 
 @dataclass(frozen=True, kw_only=True)
 class LoKr(Method):
-    """The options of LoKr.
-
-    Attributes:
-        rank: of D, and of C with decompose_both.
-        alpha: the scale's numerator; the scale is alpha / rank.
-        factor: how large C is along each axis (`split_size`); -1 is as near the square root as the size has divisors.
-        decompose_both: C is a low-rank product too, where that is smaller.
-        scale_rule: "peft": alpha / rank always; "lycoris": 1 where both matrices are whole.
-    """
+    """The options of LoKr."""
 
     name: ClassVar[str] = "lokr"
     peft_type: ClassVar[str | None] = "LOKR"
@@ -58,7 +51,6 @@ class LoKr(Method):
     peft_ignored: ClassVar[frozenset[str]] = frozenset(
         {"rank_dropout", "module_dropout", "rank_dropout_scale", "init_weights"}
     )
-    pattern_fields: ClassVar[dict[str, str]] = {"rank": "rank_pattern", "alpha": "alpha_pattern"}
     card: ClassVar[Card] = Card(
         title="LoKr",
         formula="ΔW = s (C ⊗ D), D = D_a D_b, s = alpha / rank",
@@ -67,22 +59,19 @@ class LoKr(Method):
         use="The smallest files at a high rank; common for diffusion models.",
     )
 
-    rank: int = 8
-    alpha: float = 8.0
-    factor: int = -1
-    decompose_both: bool = False
-    scale_rule: str = "peft"
-
-    def __post_init__(self) -> None:
-        check_rank(self.name, self.rank)
-        check_scale(self.name, self.alpha)
-        if not isinstance(self.factor, int) or isinstance(self.factor, bool) or (self.factor < 1 and self.factor != -1):
-            raise LorakitError(
-                f"lokr: factor was given as {self.factor!r}; it is C's size along each axis, at least 1, or -1 for the most "
-                "balanced sizes."
-            )
-        if self.scale_rule not in ("peft", "lycoris"):
-            raise LorakitError(f'lokr: scale_rule was given as {self.scale_rule!r}; it is "peft" or "lycoris".')
+    rank: int = rank_option(8, "rank of D, and of C with decompose_both")
+    alpha: float = alpha_option(8.0, peft="alpha")
+    factor: int = option(
+        -1,
+        "size of C along each axis; -1 is as near the square root as the size has divisors",
+        allows=lambda factor: factor == -1 or factor >= 1,
+        shown="C's size along each axis, at least 1, or -1 for the most balanced sizes",
+        peft="decompose_factor",
+    )
+    decompose_both: bool = option(False, "C is a low-rank product too, where that is smaller", peft="decompose_both")
+    scale_rule: Literal["peft", "lycoris"] = option(
+        "peft", "peft: the scale is alpha / rank always; lycoris: 1 where C and D are whole"
+    )
 
     def build(self, shape: Shape, pool: Pool) -> LoKrDelta:
         return LoKrDelta(self, shape, pool)

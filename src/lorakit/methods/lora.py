@@ -17,7 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from lorakit.core.delta import Card, LowRank, Method, Pool, Shape
+from lorakit.core.options import option
 from lorakit.errors import LorakitError
+from lorakit.methods.options import alpha_option, check_rank_fits, dropout_option, rank_option
 
 _REFUSED = {
     "lora_bias": "a bias on B is not part of ΔW",
@@ -38,33 +40,19 @@ _SHIFTING = ("pissa", "olora", "corda", "lora_ga", "loftq")
 
 @dataclass(frozen=True, kw_only=True)
 class LoRAOptions(Method):
-    """The options that LoRA and its nearest kin share.
-
-    Attributes:
-        rank: columns of B and rows of A.
-        alpha: the scale's numerator; the scale is alpha / rank. Keep alpha where it was when you change the rank.
-        dropout: probability with which an input of A is zeroed while training.
-        rslora: scale by alpha / √rank, which stays stable at large ranks.
-    """
+    """The options that LoRA and its nearest kin share."""
 
     peft_type: ClassVar[str | None] = "LORA"
     peft_ignored: ClassVar[frozenset[str]] = frozenset(
         {"init_lora_weights", "fan_in_fan_out", "ensure_weight_tying", "eva_config", "corda_config", "lora_ga_config",
          "loftq_config", "megatron_core", "qalora_group_size", "runtime_config"}
     )  # fmt: skip
-    pattern_fields: ClassVar[dict[str, str]] = {"rank": "rank_pattern", "alpha": "alpha_pattern"}
-    rank: int = 16
-    alpha: float = 16.0
-    dropout: float = 0.0
-    rslora: bool = False
-
-    def __post_init__(self) -> None:
-        if not isinstance(self.rank, int) or isinstance(self.rank, bool) or self.rank < 1:
-            raise LorakitError(f"{self.name}: rank was given as {self.rank!r}; it is an integer of at least 1.")
-        if not isinstance(self.alpha, int | float) or not math.isfinite(self.alpha):
-            raise LorakitError(f"{self.name}: alpha was given as {self.alpha!r}; it is a finite number.")
-        if not 0.0 <= self.dropout < 1.0:
-            raise LorakitError(f"{self.name}: dropout was given as {self.dropout!r}; it is at least 0 and below 1.")
+    rank: int = rank_option(16, peft_default=8)
+    alpha: float = alpha_option(
+        16.0, "numerator of the scale, alpha / rank; keep it when you change the rank", peft_default=8
+    )
+    dropout: float = dropout_option()
+    rslora: bool = option(False, "scale by alpha / √rank, which stays stable at large ranks", peft="use_rslora")
 
     @property
     def scale(self) -> float:
@@ -72,12 +60,7 @@ class LoRAOptions(Method):
         return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
 
     def check(self, shape: Shape, path: str) -> None:
-        if self.rank > min(shape.out, shape.in_):
-            raise LorakitError(
-                f"attach: rank {self.rank} is above the size of {path} ({shape.out} × {shape.in_}); a product of this rank "
-                f"cannot say more than rank {min(shape.out, shape.in_)} does. Give it less by "
-                f"rank_pattern={{{path!r}: {min(shape.out, shape.in_)}}}, or leave the layer out."
-            )
+        check_rank_fits(self.rank, shape, path)
 
     def peft_config(self) -> dict[str, Any]:
         return {
@@ -93,9 +76,9 @@ class LoRAOptions(Method):
 
     @classmethod
     def from_peft(cls, config: dict[str, Any]) -> Self:
-        for option, why in _REFUSED.items():
-            if config.get(option):
-                raise LorakitError(f"load: the configuration sets {option}={config[option]!r}: {why}.")
+        for entry, why in _REFUSED.items():
+            if config.get(entry):
+                raise LorakitError(f"load: the configuration sets {entry}={config[entry]!r}: {why}.")
         start = config.get("init_lora_weights", True)
         if isinstance(start, str) and start.partition("_niter")[0] in _SHIFTING:
             raise LorakitError(

@@ -14,16 +14,13 @@ from typing import Any, ClassVar
 from torch import nn
 
 from lorakit.core.delta import Card, Pool, Shape
+from lorakit.core.options import option
 from lorakit.methods.lora import LoRADelta, LoRAOptions
 
 
 @dataclass(frozen=True, kw_only=True)
 class LoRAFA(LoRAOptions):
-    """The options of LoRA; A stays frozen.
-
-    Attributes:
-        corrected: give the optimiser the B-step that is nearest to a step of the whole weight.
-    """
+    """The options of LoRA; A stays frozen."""
 
     name: ClassVar[str] = "lora-fa"
     card: ClassVar[Card] = Card(
@@ -34,7 +31,7 @@ class LoRAFA(LoRAOptions):
         use="When activations fill the memory: nothing as wide as the input is kept.",
     )
 
-    corrected: bool = False
+    corrected: bool = option(False, "give the optimiser the step of B that is nearest to a step of the whole weight")
 
     def build(self, shape: Shape, pool: Pool) -> LoRAFADelta:
         return LoRAFADelta(self, shape, pool)

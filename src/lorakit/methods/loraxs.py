@@ -10,7 +10,6 @@ well above LoRA's (1e-3 to 4e-3). Bałazy et al. 2024, arXiv 2405.17604.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -18,25 +17,16 @@ import torch
 from torch import Tensor, nn
 
 from lorakit.core.delta import Card, LowRank, Method, Pool, Shape
-from lorakit.errors import LorakitError
+from lorakit.core.options import option
+from lorakit.methods.options import alpha_option, check_rank_fits, dropout_option, rank_option
 
 
 @dataclass(frozen=True, kw_only=True)
 class LoRAXS(Method):
-    """The options of LoRA-XS.
-
-    Attributes:
-        rank: how many singular directions; R is (rank, rank).
-        alpha: the scale's numerator; the scale is alpha / rank.
-        dropout: probability with which an input of A is zeroed while training.
-        start: standard deviation of R at the start.
-        iterations: power iterations of a randomised decomposition, as in the paper's code; None decomposes exactly, which
-            takes minutes for a large model.
-    """
+    """The options of LoRA-XS."""
 
     name: ClassVar[str] = "lora-xs"
     peft_suffix: ClassVar[str] = r"\.loraxs_"
-    pattern_fields: ClassVar[dict[str, str]] = {"rank": "rank_pattern", "alpha": "alpha_pattern"}
     card: ClassVar[Card] = Card(
         title="LoRA-XS",
         formula="ΔW = s B R A; B, A the leading singular directions of W, frozen",
@@ -47,31 +37,16 @@ class LoRAXS(Method):
         identity=False,
     )
 
-    rank: int = 64
-    alpha: float = 64.0
-    dropout: float = 0.0
-    start: float = 1e-5
-    iterations: int | None = 10
-
-    def __post_init__(self) -> None:
-        if not isinstance(self.rank, int) or isinstance(self.rank, bool) or self.rank < 1:
-            raise LorakitError(f"lora-xs: rank was given as {self.rank!r}; it is an integer of at least 1.")
-        if not math.isfinite(self.alpha):
-            raise LorakitError(f"lora-xs: alpha was given as {self.alpha!r}; it is a finite number.")
-        if not 0.0 <= self.dropout < 1.0:
-            raise LorakitError(f"lora-xs: dropout was given as {self.dropout!r}; it is at least 0 and below 1.")
-        if not 0.0 <= self.start < math.inf:
-            raise LorakitError(f"lora-xs: start was given as {self.start!r}; it is a standard deviation, 0 or more.")
-        if self.iterations is not None and self.iterations < 0:
-            raise LorakitError(f"lora-xs: iterations was given as {self.iterations!r}; it is 0 or more, or None.")
+    rank: int = rank_option(64, "how many singular directions; R is (rank, rank)")
+    alpha: float = alpha_option(64.0)
+    dropout: float = dropout_option()
+    start: float = option(1e-5, "standard deviation of R at the start", minimum=0)
+    iterations: int | None = option(
+        10, "power iterations of a randomised decomposition; null decomposes exactly, which is slow", minimum=0
+    )
 
     def check(self, shape: Shape, path: str) -> None:
-        most = min(shape.out, shape.in_)
-        if self.rank > most:
-            raise LorakitError(
-                f"attach: rank {self.rank} is above the size of {path} ({shape.out} × {shape.in_}), which has {most} singular "
-                f"directions. Give it less by rank_pattern={{{path!r}: {most}}}, or leave the layer out."
-            )
+        check_rank_fits(self.rank, shape, path)
 
     def build(self, shape: Shape, pool: Pool) -> LoRAXSDelta:
         return LoRAXSDelta(self, shape, pool)

@@ -18,15 +18,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
 from lorakit.core.delta import Call, Card, Delta, LowRank, Method, Pool, Shape
-from lorakit.errors import LorakitError
-
-_KINDS = ("rotation", "sharing")
+from lorakit.core.options import option
+from lorakit.methods.options import check_rank_fits, rank_option
 
 
 def side(shape: Shape, spec: Any) -> int:
@@ -37,16 +36,10 @@ def side(shape: Shape, spec: Any) -> int:
 
 @dataclass(frozen=True, kw_only=True)
 class MoRA(Method):
-    """The options of MoRA.
-
-    Attributes:
-        rank: of the LoRA that has about as many trained values.
-        kind: "rotation" or "sharing".
-    """
+    """The options of MoRA."""
 
     name: ClassVar[str] = "mora"
     peft_suffix: ClassVar[str] = r"\.mora_M$"
-    pattern_fields: ClassVar[dict[str, str]] = {"rank": "rank_pattern"}
     card: ClassVar[Card] = Card(
         title="MoRA",
         formula="ΔW x = g(M f(x)), M square; f, g fixed",
@@ -55,22 +48,17 @@ class MoRA(Method):
         use="When the model has to memorise new facts, where low rank falls behind.",
     )
 
-    rank: int = 8
-    kind: str = "rotation"
-
-    def __post_init__(self) -> None:
-        if not isinstance(self.rank, int) or isinstance(self.rank, bool) or self.rank < 1:
-            raise LorakitError(f"mora: rank was given as {self.rank!r}; it is an integer of at least 1.")
-        if self.kind not in _KINDS:
-            raise LorakitError(f"mora: kind was given as {self.kind!r}; it is one of {', '.join(_KINDS)}.")
+    rank: int = rank_option(8, "rank of the LoRA that has about as many trained values")
+    kind: Literal["rotation", "sharing"] = option(
+        "rotation",
+        "how inputs are compressed: rotation for small ranks, sharing for large ones",
+        peft="mora_type",
+        from_peft=lambda value: "rotation" if value == 6 else "sharing",
+        to_peft=lambda kind: 6 if kind == "rotation" else 1,
+    )
 
     def check(self, shape: Shape, path: str) -> None:
-        if self.rank > min(shape.out, shape.in_):
-            raise LorakitError(
-                f"attach: rank {self.rank} is above the size of {path} ({shape.out} × {shape.in_}), so that M would hold more "
-                f"than the matrix it changes. Give it less by rank_pattern={{{path!r}: {min(shape.out, shape.in_)}}}, or leave "
-                "the layer out."
-            )
+        check_rank_fits(self.rank, shape, path, ", so that M would hold more than the matrix it changes")
 
     def build(self, shape: Shape, pool: Pool) -> Delta:
         return (RotationDelta if self.kind == "rotation" else SharingDelta)(self, shape, pool)

@@ -18,6 +18,7 @@ Qiu et al. 2023, arXiv 2306.07280; OFTv2 (input-side): arXiv 2506.19847.
 from __future__ import annotations
 
 import math
+import operator
 import re
 from dataclasses import dataclass
 from typing import Any, ClassVar, Self, cast
@@ -26,13 +27,15 @@ import torch
 from torch import Tensor, nn
 
 from lorakit.core.delta import Card, Method, Pool, Shape
+from lorakit.core.options import option
 from lorakit.errors import LorakitError
+from lorakit.methods.options import dropout_option
 from lorakit.methods.rotation import (
     Rotation,
     cayley,
-    check_blocks,
     check_divides,
     divisors,
+    settle_blocks,
     turn_blocks,
     turned_size,
 )
@@ -43,18 +46,7 @@ _SINCE = (0, 18)
 
 @dataclass(frozen=True, kw_only=True)
 class OFT(Method):
-    """The options of OFT.
-
-    Attributes:
-        block_size: the size c of a block, 32 where neither this nor `blocks` is given.
-        blocks: the number k of blocks instead.
-        exact: the exact Cayley transform; otherwise its series.
-        terms: how many terms of the series; at least 4.
-        coft: keep every block within `eps` of the identity.
-        eps: that distance.
-        block_share: one block for all.
-        dropout: share of blocks that are the identity in a training step.
-    """
+    """The options of OFT."""
 
     name: ClassVar[str] = "oft"
     peft_type: ClassVar[str | None] = "OFT"
@@ -69,29 +61,45 @@ class OFT(Method):
         limits="The block size divides the number of inputs (of an embedding's features).",
     )
 
-    block_size: int | None = None
-    blocks: int | None = None
-    exact: bool = False
-    terms: int = 5
-    coft: bool = False
-    eps: float = 6e-5
-    block_share: bool = False
-    dropout: float = 0.0
+    block_size: int | None = option(
+        None,
+        "size of a block; 32 where neither this nor blocks is given",
+        minimum=1,
+        peft="oft_block_size",
+        peft_default=0,
+        from_peft=lambda size: size or None,
+        to_peft=lambda size: size or 0,
+    )
+    blocks: int | None = option(
+        None,
+        "number of blocks, instead of their size",
+        minimum=1,
+        peft="r",
+        peft_default=0,
+        from_peft=lambda size: size or None,
+        to_peft=lambda size: size or 0,
+    )
+    exact: bool = option(
+        False,
+        "the exact Cayley transform instead of its series",
+        peft="use_cayley_neumann",
+        peft_default=False,
+        from_peft=operator.not_,
+        to_peft=operator.not_,
+    )
+    terms: int = option(
+        5, "terms of the series", minimum=4, peft="num_cayley_neumann_terms", from_peft=lambda terms: max(terms, 4)
+    )
+    coft: bool = option(False, "keep every block within eps of the identity", peft="coft")
+    eps: float = option(6e-5, "how far from the identity a block may be with coft", above=0, peft="eps")
+    block_share: bool = option(False, "one block for all", peft="block_share")
+    dropout: float = dropout_option("module_dropout", "share of blocks that are the identity in a training step")
 
     def __post_init__(self) -> None:
-        check_blocks(self.name, self.block_size, self.blocks)
-        if self.blocks is None and self.block_size is None:
-            object.__setattr__(self, "block_size", 32)
+        super().__post_init__()
+        settle_blocks(self, 32)
         if self.block_size == 1:
             raise LorakitError("oft: a block of size 1 has nothing to turn; block_size is at least 2.")
-        if not isinstance(self.terms, int) or self.terms < 4:
-            raise LorakitError(
-                f"oft: terms was given as {self.terms!r}; it is an integer of at least 4, or exact=True."
-            )
-        if not self.eps > 0:
-            raise LorakitError(f"oft: eps was given as {self.eps!r}; it is above 0.")
-        if not 0.0 <= self.dropout < 1.0:
-            raise LorakitError(f"oft: dropout was given as {self.dropout!r}; it is at least 0 and below 1.")
 
     def check(self, shape: Shape, path: str) -> None:
         size = turned_size(shape)

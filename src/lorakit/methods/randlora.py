@@ -17,15 +17,15 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Literal, Self
 
 import torch
 from torch import Tensor, nn
 
 from lorakit.core.delta import Card, LowRank, Method, Pool, Shape
+from lorakit.core.options import option
 from lorakit.errors import LorakitError
-
-_BASES = ("dense", "sparse", "very_sparse")
+from lorakit.methods.options import alpha_option, dropout_option, rank_option
 
 
 def _pairs(shape: Shape, rank: int) -> int:
@@ -35,16 +35,7 @@ def _pairs(shape: Shape, rank: int) -> int:
 
 @dataclass(frozen=True, kw_only=True)
 class RandLoRA(Method):
-    """The options of RandLoRA.
-
-    Attributes:
-        rank: of each random pair; smaller means more trained numbers.
-        alpha: the scale's numerator; about 20 times the rank.
-        dropout: probability with which an input is zeroed while training.
-        seed: what the shared bases are drawn from.
-        save_projection: keep the shared bases in the file; without them the seed alone must reproduce them elsewhere.
-        basis: "dense", or ternary with a sixth of +1 and of -1 ("sparse"), or with half of 1/√D of each ("very_sparse").
-    """
+    """The options of RandLoRA."""
 
     name: ClassVar[str] = "randlora"
     peft_type: ClassVar[str | None] = "RANDLORA"
@@ -58,22 +49,22 @@ class RandLoRA(Method):
         use="When low rank is what limits quality; a full-rank change for LoRA's number of trained values.",
     )
 
-    rank: int = 32
-    alpha: float = 640.0
-    dropout: float = 0.0
-    seed: int = 0
-    save_projection: bool = True
-    basis: str = "dense"
-
-    def __post_init__(self) -> None:
-        if not isinstance(self.rank, int) or isinstance(self.rank, bool) or self.rank < 1:
-            raise LorakitError(f"randlora: rank was given as {self.rank!r}; it is an integer of at least 1.")
-        if not math.isfinite(self.alpha):
-            raise LorakitError(f"randlora: alpha was given as {self.alpha!r}; it is a finite number.")
-        if not 0.0 <= self.dropout < 1.0:
-            raise LorakitError(f"randlora: dropout was given as {self.dropout!r}; it is at least 0 and below 1.")
-        if self.basis not in _BASES:
-            raise LorakitError(f"randlora: basis was given as {self.basis!r}; it is one of {', '.join(_BASES)}.")
+    rank: int = rank_option(32, "rank of each random pair; smaller means more trained numbers", pattern=None)
+    alpha: float = alpha_option(
+        640.0, "numerator of the scale, alpha / rank; about 20 times the rank", peft="randlora_alpha", pattern=None
+    )
+    dropout: float = dropout_option("randlora_dropout", "probability with which an input is zeroed in training")
+    seed: int = option(
+        0, "what the shared bases are drawn from", peft="projection_prng_key", from_peft=lambda seed: seed or 0
+    )
+    save_projection: bool = option(
+        True,
+        "keep the shared bases in the file; without it the seed must reproduce them elsewhere",
+        peft="save_projection",
+    )
+    basis: Literal["dense", "sparse", "very_sparse"] = option(
+        "dense", "dense, or ternary with a sixth of +1 and of -1 (sparse) or with half of 1/√D of each (very_sparse)"
+    )
 
     def build(self, shape: Shape, pool: Pool) -> RandLoRADelta:
         return RandLoRADelta(self, shape, pool)

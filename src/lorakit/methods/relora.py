@@ -24,18 +24,15 @@ import torch
 from torch import Tensor
 
 from lorakit.core.delta import Card, Method, Pool, Shape, View
+from lorakit.core.options import option
 from lorakit.errors import LorakitError
 from lorakit.methods.lora import LoRA, LoRAOptions, TwoFactors
+from lorakit.methods.options import steps_option
 
 
 @dataclass(frozen=True, kw_only=True)
 class ReLoRA(LoRAOptions):
-    """The options of LoRA, and when it restarts.
-
-    Attributes:
-        every: steps between two restarts; a count, or a share of the run below 1.
-        rewarm: steps in which the learning rate rises from zero after a restart.
-    """
+    """The options of LoRA, and when it restarts."""
 
     name: ClassVar[str] = "relora"
     schedule: ClassVar[str | None] = "restart"
@@ -48,17 +45,13 @@ class ReLoRA(LoRAOptions):
         limits="The rank is at most the smaller side of the matrix.",
     )
 
-    every: int | float = 0.25
-    rewarm: int = 10
+    every: int | float = steps_option(
+        0.25, "steps between two restarts: a count, or a share of the run below 1", above=0
+    )
+    rewarm: int = option(10, "steps in which the learning rate rises from zero after a restart", minimum=0)
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if isinstance(self.every, bool) or self.every <= 0 or (isinstance(self.every, float) and self.every >= 1):
-            raise LorakitError(
-                f"relora: every was given as {self.every!r}; it is a count of steps, or a share of the run below 1."
-            )
-        if not isinstance(self.rewarm, int) or self.rewarm < 0:
-            raise LorakitError(f"relora: rewarm was given as {self.rewarm!r}; it is a count of steps.")
         if self.dropout:
             raise LorakitError(
                 f"relora: dropout was given as {self.dropout}; it would also act on what earlier stretches have learnt. "

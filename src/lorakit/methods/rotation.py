@@ -11,6 +11,7 @@ lost beside the one that stands on R's diagonal.
 from __future__ import annotations
 
 from abc import abstractmethod
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -30,16 +31,15 @@ def divisors(size: int) -> list[int]:
     return [number for number in range(1, size + 1) if size % number == 0]
 
 
-def check_blocks(method: str, block_size: object, blocks: object) -> None:
-    """LorakitError unless at most one of the two is given, and it is an integer of at least 1."""
-    for option, value in (("block_size", block_size), ("blocks", blocks)):
-        if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
-            raise LorakitError(f"{method}: {option} was given as {value!r}; it is an integer of at least 1.")
-    if block_size is not None and blocks is not None:
+def settle_blocks(spec: Any, size: int) -> None:
+    """`block_size` of a spec is `size` where neither it nor `blocks` is given; LorakitError where both are."""
+    if spec.block_size is not None and spec.blocks is not None:
         raise LorakitError(
-            f"{method}: block_size={block_size} and blocks={blocks} were both given; their product is the layer's size, so "
-            "give one of them."
+            f"{spec.name}: block_size={spec.block_size} and blocks={spec.blocks} were both given; their product is the layer's "
+            "size, so give one of them."
         )
+    if spec.block_size is None and spec.blocks is None:
+        object.__setattr__(spec, "block_size", size)
 
 
 def check_divides(method: str, size: int, unit: int, path: str, what: str) -> None:

@@ -10,26 +10,20 @@ acting beside the layer it costs a dense ΔW per call. Bhardwaj et al. 2024, arX
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Literal, Self
 
 import torch
 from torch import Tensor, nn
 
 from lorakit.core.delta import Card, Delta, Method, Pool, Shape
+from lorakit.core.options import option
 from lorakit.errors import LorakitError
-
-_MASKS = ("random", "magnitude")
+from lorakit.methods.options import rank_option
 
 
 @dataclass(frozen=True, kw_only=True)
 class SHiRA(Method):
-    """The options of SHiRA.
-
-    Attributes:
-        rank: rank · (out + in) entries train; it does not bound the rank of ΔW.
-        mask: where: "random" or "magnitude".
-        seed: what random places are drawn from, the same for all layers of a shape; None draws from torch's own state.
-    """
+    """The options of SHiRA."""
 
     name: ClassVar[str] = "shira"
     peft_type: ClassVar[str | None] = "SHIRA"
@@ -37,7 +31,6 @@ class SHiRA(Method):
     peft_ignored: ClassVar[frozenset[str]] = frozenset(
         {"fan_in_fan_out", "init_weights", "mask_type", "runtime_config"}
     )
-    pattern_fields: ClassVar[dict[str, str]] = {}
     card: ClassVar[Card] = Card(
         title="SHiRA",
         formula="ΔW sparse: trained values at fixed places",
@@ -47,15 +40,15 @@ class SHiRA(Method):
         limits="rank · (out + in) is at most out · in",
     )
 
-    rank: int = 32
-    mask: str = "random"
-    seed: int | None = None
-
-    def __post_init__(self) -> None:
-        if not isinstance(self.rank, int) or isinstance(self.rank, bool) or self.rank < 1:
-            raise LorakitError(f"shira: rank was given as {self.rank!r}; it is an integer of at least 1.")
-        if self.mask not in _MASKS:
-            raise LorakitError(f"shira: mask was given as {self.mask!r}; it is one of {', '.join(_MASKS)}.")
+    rank: int = rank_option(32, "rank · (out + in) entries train; it does not bound the rank of ΔW", pattern=None)
+    mask: Literal["random", "magnitude"] = option(
+        "random", "which entries train: random ones, or the largest of the weight"
+    )
+    seed: int | None = option(
+        None,
+        "what random places are drawn from, the same for all layers of a shape; null draws anew",
+        peft="random_seed",
+    )
 
     def check(self, shape: Shape, path: str) -> None:
         if self.rank * (shape.out + shape.in_) > shape.out * shape.in_:

@@ -19,7 +19,13 @@ import torch
 from torch import Tensor, nn
 
 from lorakit.core.delta import Card, LowRank, Method, Pool, Shape
+from lorakit.core.options import option
 from lorakit.errors import LorakitError
+from lorakit.methods.options import alpha_option, dropout_option, rank_option
+
+
+def _is_trained(letters: str) -> bool:
+    return 0 < len(letters) == len(set(letters)) and set(letters) <= set("ABuv")
 
 
 def _pooled(shapes: list[Shape], spec: Any) -> int:
@@ -31,14 +37,7 @@ def _pooled(shapes: list[Shape], spec: Any) -> int:
 
 @dataclass(frozen=True, kw_only=True)
 class TiedLoRA(Method):
-    """The options of Tied-LoRA.
-
-    Attributes:
-        rank: rows of A and columns of B.
-        alpha: the scale's numerator; the scale is alpha / rank.
-        dropout: probability with which an input of A is zeroed while training.
-        trained: which of A, B, u, v train.
-    """
+    """The options of Tied-LoRA."""
 
     name: ClassVar[str] = "tied-lora"
     peft_suffix: ClassVar[str] = r"\.tied_[uv]$"
@@ -51,22 +50,19 @@ class TiedLoRA(Method):
         use="When a deep model's adapter must be small and A and B should still learn.",
     )
 
-    rank: int = 16
-    alpha: float = 16.0
-    dropout: float = 0.0
-    trained: str = "ABuv"
+    rank: int = rank_option(16, pattern=None)
+    alpha: float = alpha_option(16.0, pattern=None)
+    dropout: float = dropout_option()
+    trained: str = option(
+        "ABuv",
+        "which of A, B, u and v train",
+        allows=_is_trained,
+        shown='one or more of the letters A, B, u, v, as in "ABuv"',
+        peft="trained",
+    )
 
     def __post_init__(self) -> None:
-        if not isinstance(self.rank, int) or isinstance(self.rank, bool) or self.rank < 1:
-            raise LorakitError(f"tied-lora: rank was given as {self.rank!r}; it is an integer of at least 1.")
-        if not math.isfinite(self.alpha):
-            raise LorakitError(f"tied-lora: alpha was given as {self.alpha!r}; it is a finite number.")
-        if not 0.0 <= self.dropout < 1.0:
-            raise LorakitError(f"tied-lora: dropout was given as {self.dropout!r}; it is at least 0 and below 1.")
-        if not self.trained or set(self.trained) - set("ABuv") or len(set(self.trained)) != len(self.trained):
-            raise LorakitError(
-                f'tied-lora: trained was given as {self.trained!r}; it is one or more of the letters A, B, u, v, as in "ABuv".'
-            )
+        super().__post_init__()
         if not set(self.trained) & set("Bv"):
             raise LorakitError(
                 f"tied-lora: trained was given as {self.trained!r}; without B or v there is no trained tensor that could start "

@@ -20,7 +20,9 @@ import torch
 from torch import Tensor, nn
 
 from lorakit.core.delta import Card, LowRank, Method, Pool, Shape
+from lorakit.core.options import option
 from lorakit.errors import LorakitError
+from lorakit.methods.options import dropout_option, rank_option
 
 _LOST, _NEVER = -1e3, -1e4
 """Logits of a selected piece whose weight was stored as 0, and of pieces that were not selected: both give 0 in float64."""
@@ -28,18 +30,7 @@ _LOST, _NEVER = -1e3, -1e4
 
 @dataclass(frozen=True, kw_only=True)
 class VBLoRA(Method):
-    """The options of VB-LoRA.
-
-    Attributes:
-        rank: rows of A and columns of B.
-        num_vectors: h, vectors in the bank.
-        vector_length: b, numbers in each; it divides both sides of every adapted matrix.
-        topk: how many vectors make one piece.
-        dropout: probability with which an input of A is zeroed while training.
-        bank_bound: the bank starts uniform within ± this.
-        logits_std: the logits start normal with this deviation.
-        fixed_selection: the logits do not train (they came from a file that holds the selected ones alone).
-    """
+    """The options of VB-LoRA."""
 
     name: ClassVar[str] = "vb-lora"
     peft_type: ClassVar[str | None] = "VBLORA"
@@ -58,32 +49,28 @@ class VBLoRA(Method):
         identity=False,
     )
 
-    rank: int = 4
-    num_vectors: int = 256
-    vector_length: int = 256
-    topk: int = 2
-    dropout: float = 0.0
-    bank_bound: float = 0.02
-    logits_std: float = 0.1
-    fixed_selection: bool = False
+    rank: int = rank_option(4, pattern=None)
+    num_vectors: int = option(256, "vectors in the shared bank", minimum=1, peft="num_vectors")
+    vector_length: int = option(
+        256, "numbers in each vector; divides both sides of every adapted matrix", minimum=1, peft="vector_length"
+    )
+    topk: int = option(2, "vectors of the bank that make one piece", minimum=1, peft="topk")
+    dropout: float = dropout_option("vblora_dropout")
+    bank_bound: float = option(0.02, "the bank starts uniform within ± this", above=0, peft="init_vector_bank_bound")
+    logits_std: float = option(0.1, "standard deviation of the logits at the start", above=0, peft="init_logits_std")
+    fixed_selection: bool = option(
+        False,
+        "keep the logits as they are: they came from a file of the selected ones alone",
+        peft="save_only_topk_weights",
+        to_peft=lambda value: False,
+    )
 
     def __post_init__(self) -> None:
-        for option in ("rank", "num_vectors", "vector_length", "topk"):
-            value = getattr(self, option)
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise LorakitError(f"vb-lora: {option} was given as {value!r}; it is an integer of at least 1.")
+        super().__post_init__()
         if self.topk > self.num_vectors:
             raise LorakitError(
                 f"vb-lora: topk {self.topk} of num_vectors {self.num_vectors} cannot be selected; topk is at most num_vectors."
             )
-        if not 0.0 <= self.dropout < 1.0:
-            raise LorakitError(f"vb-lora: dropout was given as {self.dropout!r}; it is at least 0 and below 1.")
-        for option in ("bank_bound", "logits_std"):
-            value = getattr(self, option)
-            if not 0.0 < value < math.inf:
-                raise LorakitError(
-                    f"vb-lora: {option} was given as {value!r}; it is above 0, else nothing would train."
-                )
 
     def check(self, shape: Shape, path: str) -> None:
         if shape.out % self.vector_length or shape.in_ % self.vector_length:

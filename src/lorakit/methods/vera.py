@@ -20,20 +20,13 @@ import torch
 from torch import Tensor, nn
 
 from lorakit.core.delta import Card, LowRank, Method, Pool, Shape
-from lorakit.errors import LorakitError
+from lorakit.core.options import option
+from lorakit.methods.options import dropout_option, rank_option
 
 
 @dataclass(frozen=True, kw_only=True)
 class VeRA(Method):
-    """The options of VeRA.
-
-    Attributes:
-        rank: rows of A and columns of B, both shared and frozen.
-        d_initial: where every entry of λ_d starts.
-        dropout: probability with which an input of A is zeroed while training.
-        seed: what the shared pair is drawn from.
-        save_projection: keep the shared pair in the file; without it the seed alone must reproduce it elsewhere.
-    """
+    """The options of VeRA."""
 
     name: ClassVar[str] = "vera"
     peft_type: ClassVar[str | None] = "VERA"
@@ -47,22 +40,23 @@ class VeRA(Method):
         use="When many adapters have to be stored: an adapter is two vectors per matrix.",
     )
 
-    rank: int = 256
-    d_initial: float = 0.1
-    dropout: float = 0.0
-    seed: int = 0
-    save_projection: bool = True
-
-    def __post_init__(self) -> None:
-        if not isinstance(self.rank, int) or isinstance(self.rank, bool) or self.rank < 1:
-            raise LorakitError(f"vera: rank was given as {self.rank!r}; it is an integer of at least 1.")
-        if not math.isfinite(self.d_initial) or self.d_initial == 0:
-            raise LorakitError(
-                f"vera: d_initial was given as {self.d_initial!r}; it is a finite number other than 0, since λ_b is zero at "
-                "the start and with both at zero nothing would ever train."
-            )
-        if not 0.0 <= self.dropout < 1.0:
-            raise LorakitError(f"vera: dropout was given as {self.dropout!r}; it is at least 0 and below 1.")
+    rank: int = rank_option(256, "rows of A and columns of B, both shared by all layers and frozen", pattern=None)
+    d_initial: float = option(
+        0.1,
+        "where every entry of λ_d starts",
+        allows=bool,
+        shown="a number other than 0, since λ_b starts at zero",
+        peft="d_initial",
+    )
+    dropout: float = dropout_option("vera_dropout")
+    seed: int = option(
+        0, "what the shared pair is drawn from", peft="projection_prng_key", from_peft=lambda seed: seed or 0
+    )
+    save_projection: bool = option(
+        True,
+        "keep the shared pair in the file; without it the seed must reproduce it elsewhere",
+        peft="save_projection",
+    )
 
     def build(self, shape: Shape, pool: Pool) -> VeRADelta:
         return VeRADelta(self, shape, pool)

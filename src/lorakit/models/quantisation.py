@@ -20,6 +20,7 @@ import torch
 from torch import nn
 
 from lorakit.core.layout import sites_of
+from lorakit.core.options import check, option
 from lorakit.core.storage import FLOAT, storage_of
 from lorakit.errors import LorakitError, unknown
 
@@ -29,15 +30,16 @@ HEADS = ("lm_head", "embed_out", "score", "classifier", "qa_outputs")
 
 @dataclass(frozen=True, kw_only=True)
 class Quantisation(ABC):
-    """How a float model is held when it is read.
-
-    Attributes:
-        skip: linear layers to leave in floats, by parts of their names; the output head always is.
-    """
+    """How a float model is held when it is read."""
 
     name: ClassVar[str]
     library: ClassVar[str]
-    skip: tuple[str, ...] = ()
+    skip: tuple[str, ...] = option(
+        (), "linear layers to leave in floats, by parts of their names; the output head always is"
+    )
+
+    def __post_init__(self) -> None:
+        check(self, f"quantize: {self.name}")
 
     def config(self, dtype: torch.dtype) -> Any:
         """The `quantization_config` of transformers' `from_pretrained`, for a model computed in `dtype`; None where the
@@ -61,18 +63,12 @@ class Quantisation(ABC):
 
 @dataclass(frozen=True, kw_only=True)
 class NF4(Quantisation):
-    """Sixteen values at the quantiles of a normal distribution.
-
-    Attributes:
-        skip: linear layers to leave in floats, by parts of their names; the output head always is.
-        double: hold the blocks' scales in 8 bits too.
-        compute_dtype: the dtype to multiply in: bf16, fp16 or fp32; auto is the model's.
-    """
+    """Sixteen values at the quantiles of a normal distribution."""
 
     name: ClassVar[str] = "nf4"
     library: ClassVar[str] = "bitsandbytes"
-    double: bool = True
-    compute_dtype: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
+    double: bool = option(True, "quantise the blocks' scales too, to 8 bits")
+    compute_dtype: Literal["auto", "bf16", "fp16", "fp32"] = option("auto", "dtype to multiply in; auto is the model's")
 
     def _config(self, dtype: torch.dtype) -> Any:
         from transformers import BitsAndBytesConfig
@@ -97,16 +93,13 @@ class FP4(NF4):
 
 @dataclass(frozen=True, kw_only=True)
 class Int8(Quantisation):
-    """Rows of signed 8-bit numbers.
-
-    Attributes:
-        skip: linear layers to leave in floats, by parts of their names; the output head always is.
-        threshold: inputs with a larger magnitude are multiplied in 16 bits; 0 makes no exception.
-    """
+    """Rows of signed 8-bit numbers."""
 
     name: ClassVar[str] = "int8"
     library: ClassVar[str] = "bitsandbytes"
-    threshold: float = 6.0
+    threshold: float = option(
+        6.0, "inputs of a larger magnitude are multiplied in 16 bits; 0 makes no exception", minimum=0
+    )
 
     def _config(self, dtype: torch.dtype) -> Any:
         from transformers import BitsAndBytesConfig
@@ -131,22 +124,17 @@ class TorchAOInt8(Quantisation):
 
 @dataclass(frozen=True, kw_only=True)
 class HalfQuadratic(Quantisation):
-    """Groups with a scale and a zero point.
-
-    Attributes:
-        skip: linear layers to leave in floats, by parts of their names; the output head always is.
-        bits: of a number: 8, 4, 3, 2 or 1.
-        group_size: numbers that share a scale.
-    """
+    """Groups with a scale and a zero point."""
 
     name: ClassVar[str] = "hqq"
     library: ClassVar[str] = "hqq"
-    bits: int = 4
-    group_size: int = 64
+    bits: int = option(
+        4, "bits per number: 8, 4, 3, 2 or 1", allows=(8, 4, 3, 2, 1).__contains__, shown="8, 4, 3, 2 or 1"
+    )
+    group_size: int = option(64, "numbers that share a scale", minimum=1)
 
     def _config(self, dtype: torch.dtype) -> None:
-        if self.bits not in (8, 4, 3, 2, 1):
-            raise LorakitError(f"quantize: hqq's bits were given as {self.bits}; they are 8, 4, 3, 2 or 1.")
+        """None: the model is packed afterwards."""
 
     def pack(self, model: nn.Module, dtype: torch.dtype) -> None:
         # transformers 5.23 neither quantises nor reads HQQ; the library does it, layer by layer.

@@ -11,11 +11,11 @@ LoRA too.
 from __future__ import annotations
 
 import dataclasses
-import inspect
 import re
 from collections.abc import Mapping
 from typing import Any
 
+from lorakit.core.options import docs
 from lorakit.errors import LorakitError, unknown
 from lorakit.train.config.document import parse_value
 from lorakit.train.config.schema import NOWHERE, FlagText, Origins, default_of, hints_of, read
@@ -57,16 +57,8 @@ def option_names(spec: type, table: Mapping[str, type], options: Mapping[str, An
 
 
 def option_docs(spec: type) -> dict[str, str]:
-    """The one-line doc of each field, from the `Attributes:` of the class's docstring."""
-    docs: dict[str, str] = {}
-    name = ""
-    for line in (inspect.getdoc(spec) or "").partition("Attributes:")[2].splitlines():
-        if match := re.match(r"^ {4}(\w+): (.+)$", line):
-            name = match[1]
-            docs[name] = match[2].strip()
-        elif name and line.startswith(" " * 8):
-            docs[name] += " " + line.strip()
-    return docs
+    """The one-line doc of each option, from its declaration."""
+    return docs(spec)
 
 
 def read_choice(value: Any, table: Mapping[str, type], kind: str, name: str, origins: Origins = NOWHERE) -> Any:

@@ -14,8 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from lorakit.errors import LorakitError
-from lorakit.methods.adalora import AdaLoRA, TripletOptions, Triplets, share_of
+from lorakit.methods.adalora import AdaLoRA, TripletOptions, Triplets
 from lorakit.methods.elalora import ElaLoRA
+from lorakit.methods.options import share_of
 from lorakit.optim.state import check_movable, move_ranks
 from lorakit.train.schedules.contract import Optimizer, Schedule
 

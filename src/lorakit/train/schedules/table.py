@@ -14,9 +14,10 @@ from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from lorakit.core.delta import Delta, Method
-from lorakit.methods.adalora import Triplets, share_of
+from lorakit.methods.adalora import Triplets
 from lorakit.methods.dylora import DyLoRA, DyLoRADelta
 from lorakit.methods.lora import start_factors
+from lorakit.methods.options import share_of
 from lorakit.methods.relora import ReLoRA, ReLoRADelta
 from lorakit.optim.state import forget
 from lorakit.train.schedules.contract import Optimizer, Schedule
