@@ -97,7 +97,7 @@ def substitutes(layer: LayerContents, blend: Weighted) -> dict[str, Tensor]:
 
     def add(name: str, base: Tensor, added: Tensor, weight: float) -> None:
         own = value_of(layer.base, name)
-        before = result.get(name, own if own is not None and own.requires_grad else base)
+        before = result.get(name, own if isinstance(own, nn.Parameter) and own.requires_grad else base)
         result[name] = before + weight * added.to(torch.promote_types(before.dtype, added.dtype))
 
     for name, weight in blend:
