@@ -143,7 +143,7 @@ def _check_parts(state: ModelState | None, plan: Plan) -> None:
         held = adapted_at(state, path)
         if held is not None and held.deltas and {site.name: site for site in planned.sites} != held.sites:
             raise LorakitError(
-                f"attach: {path} has adapters with other parts already; adapters on one layer must split its rows in the same way."
+                f"attach: {path} has adapters with other parts already; adapters on one layer must split its rows alike."
             )
 
 

@@ -1,7 +1,7 @@
 """What a transformer is made of: its stacks, blocks, attentions and feed-forward parts, found by their shapes and order.
 
-There is no table of architectures. A block is an element of a numbered list that holds an attention; an attention is recognised by
-its name; the last matrix of an attention, and the last outside of it, that give `hidden` numbers are what a sub-layer adds to
+There is no table of architectures. A block is an element of a numbered list that holds an attention; an attention has it in its
+name; the last matrix of an attention, and the last outside of it, that give `hidden` numbers are what a sub-layer adds to
 the stream. What is not found is left out, and an edit that needs it raises.
 """
 
@@ -30,8 +30,8 @@ def transformer_of(model: nn.Module) -> Any:
         if hasattr(module, "config") and hasattr(module, "get_input_embeddings"):
             return module
     raise LorakitError(
-        f"attach: edits need a transformers model, and {type(model).__name__} is none; deltas (LoRA and its kin) work on any torch "
-        "model."
+        f"attach: edits need a transformers model, and {type(model).__name__} is none; deltas (LoRA and its kin) work on any "
+        "torch model."
     )
 
 

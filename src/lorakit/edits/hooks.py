@@ -164,8 +164,8 @@ class EditHooks:
                 method = whole[name]
                 if weight != 1.0:
                     raise LorakitError(
-                        f"use: {name!r} was given the weight {weight:g}. A {method.family} ({method.name}) cannot be blended: its "
-                        "weight must be 0 or 1. Give rows one each by a list; deltas and bottlenecks blend."
+                        f"use: {name!r} was given the weight {weight:g}. A {method.family} ({method.name}) cannot be blended: "
+                        "its weight must be 0 or 1. Give rows one each by a list; deltas and bottlenecks blend."
                     )
                 if method.family in taken:
                     raise LorakitError(

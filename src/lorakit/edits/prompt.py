@@ -116,7 +116,7 @@ class PromptTuning(PromptMethod):
         ids = self.ids if self.start == "text" else torch.randint(0, anatomy.vocabulary, (self.tokens,)).tolist()
         if ids is None:
             raise LorakitError(
-                f"attach: {self.name} starts from a text, for which it needs a tokenizer; give tokenizer=, a hub name or folder."
+                f"attach: {self.name} starts from a text and needs a tokenizer; give tokenizer=, a hub name or folder."
             )
         if not ids:
             raise LorakitError(f"attach: the text {self.text!r} that {self.name} starts from has no token.")
