@@ -96,7 +96,7 @@ def test_a_layer_with_the_face_that_is_not_linear_is_refused() -> None:
             return super().forward(x) ** 2
 
     model = Two(Squares(nn.Linear(128, 64)), nn.Linear(128, 64))
-    with pytest.raises(LorakitError, match=r"Squares has the face of a linear layer and is none"):
+    with pytest.raises(LorakitError, match=r"Squares looks like a linear layer and is none"):
         lk.attach(model, lk.LoRA(rank=2), target_modules=["one"])
     assert not hasattr(model, "_lorakit")
 
@@ -235,7 +235,7 @@ def test_a_principal_start_leaves_less_to_quantise() -> None:
 def test_loftq_without_the_floats_is_refused() -> None:
     model = packed("nf4")
     with pytest.raises(
-        LorakitError, match=r"stored as nf4, and the floats that it was made from are not there.*originals="
+        LorakitError, match=r"stored as nf4, and needs the floats that it was quantised from.*originals="
     ):
         lk.attach(model, lk.LoRA(rank=4), init="loftq", target_modules=BOTH)
     assert not hasattr(model, "_lorakit")

@@ -259,8 +259,8 @@ def test_options_that_cannot_be(make_spec: Any, says: str) -> None:
 def test_places_that_cannot_be() -> None:
     model = make("llama")
     for spec, options, says in (
-        (Bottleneck(), {"layers": [5]}, "layers names block 5, but bottleneck can stand in blocks 0 to 1"),
-        (PrefixTuning(), {"layers": [0]}, "stands in every layer"),
+        (Bottleneck(), {"layers": [5]}, "layers names block 5, but bottleneck can act in blocks 0 to 1"),
+        (PrefixTuning(), {"layers": [0]}, "acts in every layer"),
         (LLaMAAdapter(top=3), {}, "this model has 2 layers"),
         (LLaMAAdapter(top=1), {"layers": [0]}, "both layers and top"),
         (LoReFT(rank=17), {}, "have 16 numbers"),

@@ -18,6 +18,7 @@ from edits.laws import Case
 from edits.test_laws import FIRST
 from lorakit.core import using
 from lorakit.edits import attention, bottleneck, hooks, llamaadapter, loreft, prefix, prompt, prompt_rows, rows
+from lorakit.models.attention import Override
 
 Patch = pytest.MonkeyPatch
 
@@ -65,7 +66,7 @@ def hook_stays(patch: Patch) -> None:
 
 def attention_stays_wrapped(patch: Patch) -> None:
     """The configuration keeps the name of the function made for edits."""
-    patch.setattr(hooks, "unwrap_attention", lambda model: None)
+    patch.setattr(Override, "take_off", lambda self, model: None)
 
 
 def first_row_for_all(patch: Patch) -> None:

@@ -83,12 +83,12 @@ def test_refusals() -> None:
         lk.attach(model, lk.PromptTuning(), target_modules=["q_proj"])
     with pytest.raises(LorakitError, match="gives none"):
         lk.attach(model, lk.PromptTuning(start="text", text="Is it good?"))
-    with pytest.raises(LorakitError, match="edits stand around the calls of a transformers model, and Linear is none"):
+    with pytest.raises(LorakitError, match="edits need a transformers model, and Linear is none"):
         lk.attach(torch.nn.Linear(2, 2), lk.PromptTuning())
     assert not lk.adapters(model)
     lk.attach(model, lk.PromptTuning(tokens=3), name="a")
     lk.attach(model, lk.PromptTuning(tokens=2), name="b")
-    with pytest.raises(LorakitError, match=r"weight 0\.7.*there is no share of a token"), lk.use(model, {"a": 0.7}):
+    with pytest.raises(LorakitError, match=r"weight 0\.7.*cannot be blended"), lk.use(model, {"a": 0.7}):
         pass
     with (
         pytest.raises(LorakitError, match="two of a kind, 'a' and 'b', both a prompt"),

@@ -1,4 +1,4 @@
-"""An adapter: a named set of deltas, or of edits, over a model; what it holds, by names that are stable."""
+"""An adapter: a named set of deltas, or of edits, on a model, and its tensors by names that are stable."""
 
 from __future__ import annotations
 
@@ -162,7 +162,7 @@ class Adapter:
         """Write it as a folder that PEFT, vLLM and lorakit read: `lorakit.save(adapter, folder)` as a method."""
         if Adapter.writer is None:
             raise LorakitError(
-                "save: import lorakit.files first, which knows how an adapter is written; lorakit.save does."
+                "save: Adapter.save is there once lorakit.files is imported; use lorakit.save(adapter, folder)."
             )
         return Adapter.writer(self, folder, base=base, record=record)
 

@@ -124,8 +124,8 @@ def _blocks(layers: int | Sequence[int] | range | None) -> tuple[int, ...] | Non
 
 @contextmanager
 def _uncollected() -> Iterator[None]:
-    """Without the garbage collector: thousands of small objects come and stay, and looking through all that the process
-    holds, as it would every so many of them, takes longer now and then than all the rest (0.3 s against 0.05)."""
+    """Without the garbage collector: thousands of small objects are made and kept, and a collection among them can take longer
+    than all the rest (0.3 s against 0.05)."""
     was = gc.isenabled()
     gc.disable()
     try:
@@ -136,7 +136,7 @@ def _uncollected() -> Iterator[None]:
 
 
 def _check_edit_options(method: EditMethod, targets: Targets, start: Initialiser, batches: Any) -> None:
-    """Options that are about matrices say nothing to an edit, and what says nothing is refused."""
+    """Options about matrices mean nothing to an edit, and are refused."""
     asked = {
         "target_modules": targets.target_modules != "all-linear",
         "exclude_modules": targets.exclude_modules is not None,
@@ -152,7 +152,7 @@ def _check_edit_options(method: EditMethod, targets: Targets, start: Initialiser
     for option, given in asked.items():
         if given:
             raise LorakitError(
-                f"attach: {option} was given, which is about weight matrices, and {method.name} stands around calls; it takes "
+                f"attach: {option} was given, which is about weight matrices, and {method.name} changes none; it takes "
                 f"layers, modules_to_save and its own options: {', '.join(own)}."
             )
 
@@ -179,7 +179,7 @@ def detach(model: nn.Module, name: str | None = None) -> nn.Module:
     for one in gone:
         if adapters_of(state)[one].originals and name is not None and len(adapters_of(state)) > 1:
             raise LorakitError(
-                f"detach: the start of adapter {one!r} replaced the base's weights, and there are others on them now: "
+                f"detach: the start of adapter {one!r} replaced the base's weights, and other adapters were made for these: "
                 f"{', '.join(other for other in adapters_of(state) if other != one)}. Detach these first, or all at once."
             )
     for one, router in state.routers.items():

@@ -291,7 +291,7 @@ class Site:
 
 
 def _is_conv1d(module: nn.Module) -> bool:
-    """transformers' Conv1D, told by its shape of attributes so that transformers need not be imported."""
+    """transformers' Conv1D, recognised by its attributes so that transformers need not be imported."""
     return type(module).__name__ == "Conv1D" and hasattr(module, "nf") and hasattr(module, "nx")
 
 

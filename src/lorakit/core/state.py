@@ -43,11 +43,11 @@ class EditsOnModel(Protocol):
 
 @dataclass
 class Notes:
-    """What is recorded of calls while somebody asks for it (`using.noted`, `using.routes`, `using.counted`).
+    """What is recorded of calls (`using.noted`, `using.routes`, `using.counted`).
 
     Attributes:
-        losses: what adapters add to a training loss; None while nobody asks.
-        weights: what routers decide, (layer or block, weights (…, experts)); None while nobody asks.
+        losses: what adapters add to a training loss; None while it is not recorded.
+        weights: what routers decide, (layer or block, weights (…, experts)); None while it is not recorded.
         counts: how often each token of the present batch counts in `losses`.
     """
 
@@ -56,7 +56,7 @@ class Notes:
     counts: Tensor | None = None
 
     def add_weights(self, where: str, weights: Tensor, leading: torch.Size) -> None:
-        """Record a router's weights for the tokens `leading` of one call, where that is asked for."""
+        """Record a router's weights for the tokens `leading` of one call, where weights are recorded."""
         if self.weights is not None:
             self.weights.append((where, weights.detach().expand(*leading, -1)))
 

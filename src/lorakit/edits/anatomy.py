@@ -1,8 +1,8 @@
 """What a transformer is made of: its stacks, blocks, attentions and feed-forward parts, found by their shapes and order.
 
-There is no table of architectures. A block is an element of a numbered list that holds an attention; an attention is told by
-its name; the last matrix of an attention, and the last outside of it, that give `hidden` numbers are what a sub-layer adds to
-the stream. What is not found is left out, and an edit that needs it says so.
+There is no table of architectures. A block is an element of a numbered list that holds an attention; an attention has it in its
+name; the last matrix of an attention, and the last outside of it, that give `hidden` numbers are what a sub-layer adds to
+the stream. What is not found is left out, and an edit that needs it raises.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def transformer_of(model: nn.Module) -> Any:
         if hasattr(module, "config") and hasattr(module, "get_input_embeddings"):
             return module
     raise LorakitError(
-        f"attach: edits stand around the calls of a transformers model, and {type(model).__name__} is none; deltas work on any "
+        f"attach: edits need a transformers model, and {type(model).__name__} is none; deltas (LoRA and its kin) work on any "
         "torch model."
     )
 
@@ -85,7 +85,7 @@ def anatomy_of(model: nn.Module) -> Anatomy:
 
 
 def _is_causal(model: Any, config: Any) -> bool:
-    """Whether tokens see only those before them; told by the attentions, which say so themselves."""
+    """Whether tokens see only those before them, by the attentions' own `is_causal`."""
     said = [module.is_causal for module in model.modules() if isinstance(getattr(module, "is_causal", None), bool)]
     return any(said) if said else bool(getattr(config, "is_decoder", True))
 
@@ -161,19 +161,3 @@ def keys_and_values(attention: Any, x: Tensor) -> tuple[Tensor, Tensor]:
         f"attach: the keys and values of {type(attention).__name__} were not found among its parts; known are "
         f"{', '.join('/'.join(pair) for pair in _KEYS)} and c_attn."
     )
-
-
-__all__ = ["anatomy_of", "keys_and_values", "stacks_of", "transformer_of"]
-
-
-def configurations(model: nn.Module) -> list[Any]:
-    """Every distinct configuration in a model: its own, its parts', and the sub-configurations of these."""
-    found: dict[int, Any] = {}
-    waiting: list[Any] = [module.config for module in model.modules() if hasattr(module, "config")]
-    while waiting:
-        config = waiting.pop()
-        if id(config) in found or not hasattr(config, "_attn_implementation_internal"):
-            continue
-        found[id(config)] = config
-        waiting += [getattr(config, name, None) for name in getattr(config, "sub_configs", {})]
-    return list(found.values())

@@ -1,9 +1,9 @@
-"""Attention edits: keys and values beside a model's own, through transformers' registry of attention functions.
+"""Attention edits: keys and values beside a model's own, in a function over the model's attention function.
 
-While a model carries an edit of this kind its configuration names a function that is made here over the one it had. It looks
-at the module that calls it: the `AttentionEdits` set on that module add what the routing asks for, and other modules get what
-they had. Keys and values are made at each call and never put into a cache, so a cache holds the user's tokens alone, gradient
-checkpointing may compute a layer twice, and encoders, which have no cache, are no special case.
+While a model carries an edit of this kind, `ATTENTION_EDITS` is over its attention. It looks at the module that calls: the
+`AttentionEdits` set on that module add what the routing asks for, and other modules get what they had. Keys and values are
+made at each call and never put into a cache, so a cache holds the user's tokens alone, gradient checkpointing may compute a
+layer twice, and encoders, which have no cache, are no special case.
 
     joint       softmax(q [P_K; K]ᵀ s) [P_V; V]                         prefix tuning
     apart       softmax(q Kᵀ s) V + gate ⊙ softmax(q P_Kᵀ s) P_V         LLaMA-Adapter
@@ -11,7 +11,6 @@ checkpointing may compute a layer twice, and encoders, which have no cache, are 
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from typing import Any, cast
 
@@ -20,12 +19,12 @@ from torch import Tensor, nn
 
 from lorakit.core.rows import check_rows
 from lorakit.core.state import ModelState
-from lorakit.edits.anatomy import configurations, keys_and_values
+from lorakit.edits.anatomy import keys_and_values
 from lorakit.edits.contract import Anatomy, Attention
 from lorakit.edits.rows import RowChoice, active, choose, weigh
 from lorakit.errors import LorakitError
+from lorakit.models.attention import Override
 
-OVER = "lorakit_edits_over_"
 _EDITS = "lorakit_attention_edits"
 
 
@@ -161,34 +160,9 @@ def with_edits(
     return inner(module, *args, **kwargs) if edits is None else edits.attend(inner, module, args, kwargs, packed)
 
 
-def _over(original: str) -> Callable[..., Any]:
-    def forward(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-
-        eager: Any = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
-        return with_edits(ALL_ATTENTION_FUNCTIONS.get_interface(original, eager), module, args, kwargs)
-
-    return forward
+def _attention(inner: Callable[..., Any], module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    return with_edits(inner, module, args, kwargs)
 
 
-def wrap_attention(model: nn.Module) -> None:
-    """Let every attention of the model be called with the edits that are set on it."""
-    from transformers import AttentionInterface
-    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
-
-    for config in configurations(model):
-        original = config._attn_implementation_internal or "eager"
-        if original.startswith(OVER):
-            continue
-        AttentionInterface.register(OVER + original, _over(original))
-        if original in ALL_MASK_ATTENTION_FUNCTIONS.valid_keys():
-            AttentionMaskInterface.register(OVER + original, ALL_MASK_ATTENTION_FUNCTIONS[original])
-        config._attn_implementation_internal = OVER + original
-
-
-def unwrap_attention(model: nn.Module) -> None:
-    """Give every configuration the attention function back that it had."""
-    for config in configurations(model):
-        name = config._attn_implementation_internal or ""
-        if name.startswith(OVER):
-            config._attn_implementation_internal = name.removeprefix(OVER)
+ATTENTION_EDITS = Override("edits", _attention)
+"""Over the attention function of every model that carries attention edits."""

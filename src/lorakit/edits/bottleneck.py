@@ -66,8 +66,8 @@ class Bottleneck(EditMethod):
             for block in in_blocks(blocks, layers, self.name) if blocks else ():
                 if block.feed_forward is None or (self.placement == "houlsby" and not block.projections):
                     raise LorakitError(
-                        f"attach: {block.path} has no feed-forward part or attention of linear layers that could be told, "
-                        f"beside which a {self.name} stands."
+                        f"attach: {block.path} needs a feed-forward part and attention of linear layers for a {self.name}, and "
+                        "they were not found."
                     )
                 first, last = block.feed_forward
                 if self.placement == "houlsby":

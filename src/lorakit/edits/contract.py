@@ -2,7 +2,7 @@
 
 A delta changes a matrix and can be merged into it; an edit cannot. As a delta's method, an edit is two small classes in one
 file: a frozen spec (`EditMethod`) that is the configuration, and a module (`Edit`) with the trained tensors, one for each
-place. There are three kinds, told by which call they stand around:
+place. There are three kinds, by the call that they stand around:
 
     Prompt      prompt rows (a soft prompt) before a model's input; the output is cut back to the user's own tokens
     Change      something added to a layer's output, token by token: y + f(x, y)
@@ -217,6 +217,6 @@ def in_blocks(blocks: Sequence[Block], layers: Sequence[int] | None, name: str) 
     missing = [number for number in layers if number not in present]
     if missing:
         raise LorakitError(
-            f"attach: layers names block {missing[0]}, but {name} can stand in blocks {min(present)} to {max(present)}."
+            f"attach: layers names block {missing[0]}, but {name} can act in blocks {min(present)} to {max(present)}."
         )
     return [block for block in blocks if block.number in layers]

@@ -21,7 +21,7 @@ from lorakit.core.routing import Routing
 from lorakit.core.rows import first_tensor
 from lorakit.core.state import ModelState, state_of
 from lorakit.edits.anatomy import stacks_of, transformer_of
-from lorakit.edits.attention import AttentionEdits, set_edits, unwrap_attention, wrap_attention
+from lorakit.edits.attention import ATTENTION_EDITS, AttentionEdits, set_edits
 from lorakit.edits.contract import Anatomy, Attention, Change, Edit, EditMethod, Edits, Place, Prompt
 from lorakit.edits.prompt_rows import PromptHooks
 from lorakit.edits.rows import active, weigh
@@ -143,7 +143,7 @@ class EditHooks:
         for path, at in self.attention.items():
             set_edits(self.model.get_submodule(path), at if at.edits else None)
         self.attention = {path: at for path, at in self.attention.items() if at.edits}
-        (wrap_attention if self.attention else unwrap_attention)(transformer_of(self.model))
+        (ATTENTION_EDITS.put_on if self.attention else ATTENTION_EDITS.take_off)(transformer_of(self.model))
         self.changes = {place: hooks for place, hooks in self.changes.items() if hooks.edits}
         self.handles = [handle for hooks in self.changes.values() for handle in hooks.on(self.model)]
         self.handles += self.prompt.on(self.stacks["input"], self.stacks.get("decoder"))
@@ -155,9 +155,7 @@ class EditHooks:
         if not whole:
             return
         if routing.axis:
-            raise LorakitError(
-                f"use: {next(iter(whole))!r} stands in front of a row, and the route is one for each token."
-            )
+            raise LorakitError(f"use: {next(iter(whole))!r} acts on whole rows, and the route is one for each token.")
         for row in [routing.weights] if routing.weights is not None else cast(Tensor, routing.table).tolist():
             taken: dict[str, str] = {}
             for name, weight in zip(routing.names, row, strict=True):
@@ -166,9 +164,8 @@ class EditHooks:
                 method = whole[name]
                 if weight != 1.0:
                     raise LorakitError(
-                        f"use: {name!r} was given the weight {weight:g}. The model's attention reads a {method.family} of "
-                        f"{method.name} as tokens, and there is no share of a token: it acts whole (1) or not at all (0). Give "
-                        "other rows another one by a list; deltas and bottlenecks blend."
+                        f"use: {name!r} was given the weight {weight:g}. A {method.family} ({method.name}) cannot be blended: "
+                        "its weight must be 0 or 1. Give rows one each by a list; deltas and bottlenecks blend."
                     )
                 if method.family in taken:
                     raise LorakitError(

@@ -64,7 +64,7 @@ class LLaMAAdapter(EditMethod):
             raise LorakitError("attach: llama-adapter was given both layers and top; keep one.")
         missing = [block.path for block in blocks if block.attention is None]
         if missing:
-            raise LorakitError(f"attach: the attention of {missing[0]} was not found, beside which {self.name} stands.")
+            raise LorakitError(f"attach: {self.name} acts in the attention of {missing[0]}, which was not found.")
         return [Place(str(block.attention)) for block in blocks]
 
     def build(self, place: Place, anatomy: Anatomy, folded: bool = False) -> GatedTokens:

@@ -68,7 +68,9 @@ class PrefixTuning(EditMethod):
 
     def places(self, anatomy: Anatomy, layers: Sequence[int] | None) -> list[Place]:
         if layers is not None:
-            raise LorakitError(f"attach: {self.name} stands in every layer, as its file does; leave layers out.")
+            raise LorakitError(
+                f"attach: {self.name} acts in every layer, as its file format requires; leave layers out."
+            )
         return attention_places(anatomy, self.name)
 
     def build(self, place: Place, anatomy: Anatomy, folded: bool = False) -> Edit:
@@ -136,7 +138,7 @@ def attention_places(anatomy: Anatomy, name: str) -> list[Place]:
     """The attention of every block that can take keys and values; LorakitError where one was not found."""
     for block in anatomy.key_blocks:
         if block.attention is None:
-            raise LorakitError(f"attach: the attention of {block.path} was not found, beside which {name} stands.")
+            raise LorakitError(f"attach: {name} acts in the attention of {block.path}, which was not found.")
     return [Place(str(block.attention)) for block in anatomy.key_blocks]
 
 

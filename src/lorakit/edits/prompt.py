@@ -1,4 +1,4 @@
-"""Prompt tuning: trained rows in front of the input's embeddings; the model stays as it is.
+"""Prompt tuning: a soft prompt, trained rows before the input's embeddings; the model stays as it is.
 
     input = [P; Emb(x)]        P (tokens, hidden)
 
@@ -28,7 +28,7 @@ PROMPT_KEY = "prompt_embeddings"
 
 
 class PromptMethod(EditMethod):
-    """What all methods that put rows in front of the input have in common."""
+    """What all methods that put prompt rows before the input have in common."""
 
     blends: ClassVar[bool] = False
     family: ClassVar[str] = "prompt"
@@ -40,7 +40,9 @@ class PromptMethod(EditMethod):
 
     def places(self, anatomy: Anatomy, layers: Sequence[int] | None) -> list[Place]:
         if layers is not None:
-            raise LorakitError(f"attach: {self.name} stands in front of the input and has no layers; leave layers out.")
+            raise LorakitError(
+                f"attach: {self.name} adds rows to the model's input and acts in no layer; leave layers out."
+            )
         return [INPUT]
 
     def peft_model(self, anatomy: Anatomy) -> dict[str, Any]:
@@ -114,7 +116,7 @@ class PromptTuning(PromptMethod):
         ids = self.ids if self.start == "text" else torch.randint(0, anatomy.vocabulary, (self.tokens,)).tolist()
         if ids is None:
             raise LorakitError(
-                f"attach: {self.name} starts from a text, and no tokenizer has read it; give tokenizer=, a hub name or folder."
+                f"attach: {self.name} starts from a text and needs a tokenizer; give tokenizer=, a hub name or folder."
             )
         if not ids:
             raise LorakitError(f"attach: the text {self.text!r} that {self.name} starts from has no token.")

@@ -1,4 +1,4 @@
-"""Arrow: route by what the adapters' weights themselves say they are for; nothing is trained.
+"""Arrow: route by the adapters' own weights; nothing is trained.
 
     v_e = the right singular vector of ΔW_e of the largest singular value      z_e = |x · v_e| / temperature
     y = W x + Σ_e w_e ΔW_e x,   w = softmax over the top_k largest z

@@ -119,8 +119,8 @@ def _blocks(paths: Sequence[str]) -> dict[str, list[str]]:
             blocks.setdefault(path.rpartition(".")[0], []).append(path)
     if not blocks:
         raise LorakitError(
-            "attach: mixlora needs layers of feed-forwards, and all that were chosen stand in attention; "
-            'target_modules="mlp" or "all-linear" has them.'
+            "attach: mixlora needs feed-forward layers, and only attention layers were chosen; "
+            'target_modules="mlp" or "all-linear" includes them.'
         )
     for block, inside in blocks.items():
         mingled = (

@@ -58,7 +58,7 @@ class MoLERouter(OverAdapters):
             for name, delta in zip(self.members, deltas, strict=True):
                 if delta is not None and not is_product(delta):
                     raise LorakitError(
-                        f"route: mole reads what each expert adds off its factors, and {name!r} ({delta.spec.name}) is more "
+                        f"route: mole needs experts with low-rank factors, and {name!r} ({delta.spec.name}) is more "
                         "than a product of factors; Arrow, LoRAHub and X-LoRA take any method."
                     )
             self._deltas[index] = tuple(cast("list[LowRank | None]", deltas))

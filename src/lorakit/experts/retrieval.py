@@ -95,7 +95,7 @@ class Retriever(TwoPassRouter):
     def find(self, args: tuple[Any, ...], kwargs: dict[str, Any], memory: dict[str, Any] | None) -> Tensor:
         if kwargs.get("flat_batch") is not None:
             raise LorakitError(
-                "use: retrieval weighs whole rows, and this batch has them packed into one; pad them (train.fast_path: off)."
+                "use: retrieval weighs whole rows, and this batch is packed; turn packing off (train.fast_path: off)."
             )
         if memory is not None and "weights" in memory:
             return cast(Tensor, memory["weights"])

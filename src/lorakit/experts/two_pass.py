@@ -21,7 +21,7 @@ from lorakit.errors import LorakitError
 from lorakit.experts.context import OverAdapters, RouterContext
 
 _ROWS = ("reorder_cache", "crop", "batch_repeat_interleave", "batch_select_indices", "reset")
-"""What a cache is told to do with its rows and tokens; the base's must do the same."""
+"""Methods of a cache that change its rows and tokens; the base's cache must follow."""
 
 
 class TwoPassRouter(OverAdapters):

@@ -1,4 +1,4 @@
-"""What batches of data say about a model's layers: statistics of their inputs, or the gradients of their weights.
+"""Calibration on batches of data, for each of a model's layers: statistics of their inputs, or the gradients of their weights.
 
 Informed starts (`init/`) ask for them, of the base model as it is, without any adapter; and merging by regression
 (`algebra/regression.py`), of the model with one adapter. It runs on the batches in evaluation mode; hooks see the layers'
@@ -41,7 +41,7 @@ Batch = Mapping[str, Any]
 
 
 class CalibrationRequest(Protocol):
-    """What is to be measured, by whom it is asked for; every `Initialiser` is one."""
+    """What is to be measured and for whom; every `Initialiser` is one."""
 
     @property
     def request(self) -> str:
@@ -95,12 +95,12 @@ def calibrate(
     budget: int = BUDGET,
     route: Route | Routing = BASE,
 ) -> Iterator[tuple[str, Any]]:
-    """Measure what is wished for of these matrices, `(name, statistic)` one after another.
+    """Measure what is requested of these matrices, `(name, statistic)` one after another.
 
     Args:
         model: the model that the matrices' layers are in.
         matrices: by name, in the model's order.
-        start: what is wished for, such as an initialiser whose `needs` is "inputs" or "gradients".
+        start: what is requested, such as an initialiser whose `needs` is "inputs" or "gradients".
         batches: arguments for the model, `model(**batch)`; tensors are moved to its device.
         budget: bytes that sums may take at a time.
         route: which adapters act meanwhile; none by default.
@@ -208,7 +208,7 @@ def samples_of(
         kept = [mask.to(x.device) for mask in masks if mask.numel() == x.shape[:-1].numel() and _fits(mask, x)]
         if any(not torch.equal(mask, kept[0]) for mask in kept):
             raise LorakitError(
-                f"{name}: the batch has different masks of the same shape for encoder and decoder, so that it cannot be told "
+                f"{name}: the batch has different masks of the same shape for encoder and decoder, so that it is unclear "
                 "which is for this layer; give batches in which their lengths differ, or without padding."
             )
         samples = list(x.reshape(x.shape[0] if x.ndim > 2 else 1, -1, x.shape[-1]))

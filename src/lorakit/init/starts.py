@@ -1,4 +1,4 @@
-"""How the deltas of a new adapter come to be: built, measured for where their start asks for it, and built.
+"""How the deltas of a new adapter are built, measured on batches where their start needs that, and initialised.
 
 This is where an initialiser, which knows numbers, meets a model, which has layers. Nothing of the model is touched here.
 """
@@ -72,7 +72,7 @@ def build_deltas(
         start: the initial values.
         batches: what to measure on, for starts that need inputs or gradients.
         shifted: the deltas have a start to be taken off, whose tensors are filled in later (from a file).
-        originals: parameter name -> the float weight that a quantised one was made from, for starts that answer the error.
+        originals: parameter name -> the float weight that a quantised one was made from, for starts that correct the error.
 
     Raises:
         LorakitError: the method's factors cannot be set, the start does not fit, or cannot be measured.
@@ -130,13 +130,13 @@ def _statistics(
 
 
 def _check_original(name: str, layer: nn.Module, site: Site, start: Initialiser, original: Tensor | None) -> None:
-    """A start that answers the quantiser's error needs to know what was quantised."""
+    """A start that corrects the quantiser's error needs the floats that were quantised."""
     storage = storage_of(layer, site.weight)
     if storage is not FLOAT and original is None:
         raise LorakitError(
-            f"attach: init={start.name!r} answers the error of quantising {name}, which is stored as "
-            f"{storage.label(layer, site.weight)}, and the floats that it was made from are not there; hand them in as "
-            "attach(..., originals=float_model.state_dict()). lorakit train --quantize does."
+            f"attach: init={start.name!r} corrects the error of quantising {name}, which is stored as "
+            f"{storage.label(layer, site.weight)}, and needs the floats that it was quantised from: "
+            "attach(..., originals=float_model.state_dict()). lorakit train --quantize passes them."
         )
     if storage is not FLOAT and isinstance(site.layout, Rows):
         raise LorakitError(

@@ -1,8 +1,8 @@
-"""How frozen numbers are held: read a weight as floats, write floats back.
+"""How frozen weights are stored: read a weight as floats, write floats back, quantised where it was.
 
 Everything that needs a base weight's values asks here, so that a quantised base is one more storage and no method,
 layout or algebra knows of it. `read` gives the numbers that the layer computes with; `write` returns the error it made
-(zero for floats). A library is told by the class of what it made and imported only then.
+(zero for floats). A quantisation library is recognised by the class of what it made, and imported only then.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from lorakit.errors import LorakitError
 FLOAT = Float()
 
 STORAGES: list[Storage] = [FLOAT, FourBit(), EightBit(), TorchAO(), HQQ(), Frozen()]
-"""The first that holds a tensor has it; the last takes any layer that is called like a linear one."""
+"""Asked in this order; the last takes any layer that is called like a linear one."""
 
 
 def storage_of(layer: nn.Module, tensor: str, path: str = "") -> Storage:
@@ -29,8 +29,8 @@ def storage_of(layer: nn.Module, tensor: str, path: str = "") -> Storage:
             return storage
     found = type(value_of(layer, tensor)).__name__
     raise LorakitError(
-        f"{path or type(layer).__name__}.{tensor} is held as {found} in a {type(layer).__name__}, which no known storage "
-        f"reads. Known: {', '.join(storage.name for storage in STORAGES)}."
+        f"{path or type(layer).__name__}.{tensor} is a {found} in a {type(layer).__name__}, which no known storage reads. "
+        f"Known: {', '.join(storage.name for storage in STORAGES)}."
     )
 
 

@@ -1,4 +1,4 @@
-"""Any frozen linear layer whose numbers are nobody's to read: its weight is what it makes of the unit vectors.
+"""Any other packed linear layer: its weight is recovered by passing unit vectors through it.
 
 GPTQ, AWQ, AQLM, EETQ and eight-bit floats with scales each pack a weight for a kernel of their own. All of them are
 called like a linear layer and have its sizes, which is enough: `f(x) = W x + b`, so the columns of W are `f(e) - f(0)`.
@@ -23,7 +23,7 @@ COLUMNS = 512
 
 
 class Frozen(Storage):
-    """Layers that are read by their products alone."""
+    """Packed layers of libraries whose format is not known here."""
 
     name = "packed"
 
@@ -34,7 +34,7 @@ class Frozen(Storage):
         return tensor == "weight" and has_linear_face(layer) and not plain
 
     def label(self, layer: nn.Module, tensor: str) -> str:
-        """The library and class, and the bits where the layer says them."""
+        """The library and class, and the bits where the layer names them."""
         bits = getattr(layer, "bits", getattr(layer, "w_bit", getattr(layer, "nbits_per_codebook", None)))
         name = f"{type(layer).__module__.partition('.')[0]} {type(layer).__name__}"
         return f"{name} {bits}-bit" if isinstance(bits, int) else name
@@ -57,15 +57,15 @@ class Frozen(Storage):
         raise LorakitError(f"write: {self.refusal(layer, tensor)}")
 
     def refusal(self, layer: nn.Module, tensor: str) -> str:
-        return f"{self.label(layer, tensor)} is read by its products, and lorakit does not know how its library packs numbers"
+        return f"{self.label(layer, tensor)} can be read but not written: lorakit does not know how its library packs weights"
 
     def snapshot(self, layer: nn.Module, tensor: str) -> Snapshot:
         return Snapshot(lambda: self.read(layer, tensor), lambda: None)
 
     def rounded(self, layer: nn.Module, tensor: str, values: Tensor) -> Tensor:
         raise LorakitError(
-            f"init: {self.label(layer, tensor)} quantises by data or a search of its own, so that a start cannot ask what it "
-            "would make of a weight; use a start that leaves the base as it is."
+            f"init: {self.label(layer, tensor)} quantises by data or a search of its own, so that a start cannot try what a "
+            "weight becomes; use a start that leaves the base as it is."
         )
 
     def nbytes(self, layer: nn.Module, tensor: str) -> int:
@@ -80,7 +80,7 @@ def _tensors(layer: nn.Module) -> Iterator[Tensor]:
 
 
 def _dtype(layer: nn.Module) -> torch.dtype:
-    """What to ask it in: the dtype that it computes in if it says so, else that of its scales, else float32."""
+    """The dtype to call it in: the one that it computes in if it names one, else that of its scales, else float32."""
     for name in ("compute_dtype", "torch_dtype", "dtype"):
         if getattr(layer, name, None) in FLOATS:
             return cast(torch.dtype, getattr(layer, name))
@@ -102,8 +102,8 @@ def _called(layer: nn.Module, x: Tensor) -> Tensor:
     if not isinstance(y, Tensor) or y.shape[-1] != layer.out_features:
         found = tuple(y.shape) if isinstance(y, Tensor) else type(y).__name__
         raise LorakitError(
-            f"read: {type(layer).__name__} has out_features {layer.out_features} and gives {found}; it is no linear layer that "
-            "lorakit knows."
+            f"read: {type(layer).__name__} has out_features {layer.out_features} and returns {found}; it is no linear "
+            "layer that lorakit knows."
         )
     return y
 
@@ -119,7 +119,7 @@ def _check(layer: nn.Module, W: Tensor, bias: Tensor) -> None:
     error = float((y.detach().double() - expected).abs().max()) / scale
     if error > 0.05:
         raise LorakitError(
-            f"read: {type(layer).__name__} has the face of a linear layer and is none: its output is off `W x + b` by "
+            f"read: {type(layer).__name__} looks like a linear layer and is none: its output is off `W x + b` by "
             f"{error:.0%} of the largest possible. It cannot be adapted; leave it out of target_modules."
         )
     if not y.requires_grad:
