@@ -297,7 +297,10 @@ def test_what_is_refused() -> None:
         (lambda: lk.MixLoRA(experts=2, top_k=3), "at most the 2 experts"),
         (lambda: lk.MixLoRA(mix="token"), "mix was given as 'token'"),
         (lambda: lk.MixLoRA(inner="lora"), "method's spec"),
-        (lambda: lk.attach(models.llama(), lk.MixLoRA(), target_modules="attention"), "all that were chosen stand in"),
+        (
+            lambda: lk.attach(models.llama(), lk.MixLoRA(), target_modules="attention"),
+            "only attention layers were chosen",
+        ),
         (lambda: lk.attach(models.llama(), lk.MixLoRA(inner=lk.LoRA(rank=2)), target_modules=["up_proj"]), "no second"),
         (lambda: lk.attach(models.bert(), lk.MixLoRA(inner=lk.LoRA(rank=2))), "modules of their own"),
         (lambda: lk.attach(models.llama(), lk.MixLoRA(inner=lk.LoRA(rank=2)), init="pissa"), "cannot be set|no"),

@@ -21,7 +21,7 @@ from lorakit.algebra import merge, merged
 from lorakit.core import mixed, uniform
 from lorakit.core.layer import Adapted
 from lorakit.core.storage import bitsandbytes as bnb_storage
-from lorakit.core.storage import storage_of
+from lorakit.core.storage import contract, storage_of
 from lorakit.methods import METHODS, LoRA
 
 LORA = SPECS["lora"][0]
@@ -273,7 +273,7 @@ def stored_twice(patch: pytest.MonkeyPatch) -> None:
 
 def error_untold(patch: pytest.MonkeyPatch) -> None:
     """Every merge says that it made no error."""
-    patch.setattr(bnb_storage, "relative_error", lambda stored, values: 0.0)
+    patch.setattr(contract, "relative_error", lambda stored, values: 0.0)
 
 
 def not_put_back(patch: pytest.MonkeyPatch) -> None:

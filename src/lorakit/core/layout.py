@@ -54,13 +54,13 @@ class Layout(ABC):
         """`linear` by a function of inputs with features last, or None where the layer does not meet its inputs so."""
         return None
 
-    @abstractmethod
     def down(self, layer: nn.Module, x: Tensor, A: Tensor) -> Tensor:
         """The input side of a low-rank product: (..., rank), features last (grouped layers: (..., groups, rank))."""
+        return self.linear(layer, x, A)
 
-    @abstractmethod
     def up(self, layer: nn.Module, h: Tensor, B: Tensor) -> Tensor:
         """The output side: what `down` gave, times Bᵀ, in the layer's output shape."""
+        return F.linear(h, B)
 
     def features(self, v: Tensor, y: Tensor) -> Tensor:
         """A vector over output features, (out,), shaped to broadcast against the layer's output `y`."""
@@ -100,12 +100,6 @@ class Linear(Layout):
 
     def through(self, x: Tensor, f: Callable[[Tensor], Tensor]) -> Tensor | None:
         return f(x)
-
-    def down(self, layer: nn.Module, x: Tensor, A: Tensor) -> Tensor:
-        return F.linear(x, A)
-
-    def up(self, layer: nn.Module, h: Tensor, B: Tensor) -> Tensor:
-        return F.linear(h, B)
 
 
 @dataclass(frozen=True)
@@ -201,20 +195,10 @@ class Embedding(Layout):
     def weight(self, M: Tensor, like: Tensor) -> Tensor:
         return M.T
 
-    def _rows(self, layer: nn.Module, ids: Tensor, table: Tensor) -> Tensor:
-        embedding = cast(nn.Embedding, layer)
-        rows = F.embedding(ids, table, embedding.padding_idx)
+    def linear(self, layer: nn.Module, x: Tensor, M: Tensor) -> Tensor:
+        rows = F.embedding(x, M.T, cast(nn.Embedding, layer).padding_idx)
         scale = getattr(layer, "embed_scale", None)  # transformers' scaled word embeddings (Gemma, BART)
         return rows if scale is None else rows * torch.as_tensor(scale).to(rows.dtype)
-
-    def linear(self, layer: nn.Module, x: Tensor, M: Tensor) -> Tensor:
-        return self._rows(layer, x, M.T)
-
-    def down(self, layer: nn.Module, x: Tensor, A: Tensor) -> Tensor:
-        return self._rows(layer, x, A.T)
-
-    def up(self, layer: nn.Module, h: Tensor, B: Tensor) -> Tensor:
-        return F.linear(h, B)
 
 
 @dataclass(frozen=True)

@@ -220,3 +220,11 @@ def in_blocks(blocks: Sequence[Block], layers: Sequence[int] | None, name: str) 
             f"attach: layers names block {missing[0]}, but {name} can act in blocks {min(present)} to {max(present)}."
         )
     return [block for block in blocks if block.number in layers]
+
+
+def attention_places(blocks: Sequence[Block], name: str) -> list[Place]:
+    """The attention of each of these blocks; LorakitError where one was not found."""
+    for block in blocks:
+        if block.attention is None:
+            raise LorakitError(f"attach: {name} acts in the attention of {block.path}, which was not found.")
+    return [Place(str(block.attention)) for block in blocks]

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from lorakit.core.delta import Card
 from lorakit.core.options import option
-from lorakit.edits.contract import Anatomy, Attention, EditMethod, Place, in_blocks
+from lorakit.edits.contract import Anatomy, Attention, EditMethod, Place, attention_places, in_blocks
 from lorakit.errors import LorakitError
 
 PEFT_MODELS = ("llama", "mistral")
@@ -62,10 +62,7 @@ class LLaMAAdapter(EditMethod):
             blocks = blocks[-top:]
         elif self.top is not None:
             raise LorakitError("attach: llama-adapter was given both layers and top; keep one.")
-        missing = [block.path for block in blocks if block.attention is None]
-        if missing:
-            raise LorakitError(f"attach: {self.name} acts in the attention of {missing[0]}, which was not found.")
-        return [Place(str(block.attention)) for block in blocks]
+        return attention_places(blocks, self.name)
 
     def build(self, place: Place, anatomy: Anatomy, folded: bool = False) -> GatedTokens:
         if folded and self.gate == "layer" and anatomy.model_type not in PEFT_MODELS:

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from lorakit.core.delta import Card
 from lorakit.core.options import option
-from lorakit.edits.contract import Anatomy, Attention, Edit, EditMethod, Place
+from lorakit.edits.contract import Anatomy, Attention, Edit, EditMethod, Place, attention_places
 from lorakit.edits.prompt import PROMPT_KEY
 from lorakit.errors import LorakitError
 
@@ -71,7 +71,7 @@ class PrefixTuning(EditMethod):
             raise LorakitError(
                 f"attach: {self.name} acts in every layer, as its file format requires; leave layers out."
             )
-        return attention_places(anatomy, self.name)
+        return attention_places(anatomy.key_blocks, self.name)
 
     def build(self, place: Place, anatomy: Anatomy, folded: bool = False) -> Edit:
         raise NotImplementedError("the layers of a prefix are built together")
@@ -132,14 +132,6 @@ class PrefixTuning(EditMethod):
             source = step * number % len(paths)
             read[f"{path}.K"], read[f"{path}.V"] = split[2 * source], split[2 * source + 1]
         return read
-
-
-def attention_places(anatomy: Anatomy, name: str) -> list[Place]:
-    """The attention of every block that can take keys and values; LorakitError where one was not found."""
-    for block in anatomy.key_blocks:
-        if block.attention is None:
-            raise LorakitError(f"attach: {name} acts in the attention of {block.path}, which was not found.")
-    return [Place(str(block.attention)) for block in anatomy.key_blocks]
 
 
 class PrefixRows(Attention):

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from lorakit.adapter.adapter import Adapter, adapters_of
+from lorakit.adapter.attachment import detach
 from lorakit.adapter.targets import Targets
 from lorakit.core.delta import Pool
 from lorakit.core.state import state_of
@@ -46,7 +47,7 @@ def route(
     try:
         over(adapter).fit(context_of(adapter), batches)
     except BaseException:
-        _remove(adapter)
+        detach(model, adapter.name)
         raise
     for member in over(adapter).members:
         adapters_of(state_of(model))[member].requires_grad_(False)
@@ -94,10 +95,3 @@ def over(adapter: Adapter) -> OverAdapters:
 def context_of(adapter: Adapter) -> RouterContext:
     """Where a router stands."""
     return RouterContext(adapter.name, adapter.model, state_of(adapter.model), over(adapter).members)
-
-
-def _remove(adapter: Adapter) -> None:
-    state = state_of(adapter.model)
-    for handle in adapter.handles:
-        handle.remove()
-    del adapters_of(state)[adapter.name], state.routers[adapter.name]

@@ -138,9 +138,8 @@ def _blocks(paths: Sequence[str]) -> dict[str, list[str]]:
 class Experts(Delta):
     """Several deltas of one matrix, and where the present call's weights for them come from."""
 
-    experts: nn.ModuleList
-
-    def _hold(self, made: Sequence[Delta]) -> None:
+    def __init__(self, spec: MixLoRA, shape: Shape, pool: Pool, made: Sequence[Delta]) -> None:
+        super().__init__(spec, shape, pool)
         self.experts = nn.ModuleList(made)
         self.dropout = made[0].dropout
         for delta in made:
@@ -187,10 +186,6 @@ class Experts(Delta):
 class Mixture(Experts, LowRank):
     """Experts with factors: side by side, and the token's weights are the gate of their one product."""
 
-    def __init__(self, spec: MixLoRA, shape: Shape, pool: Pool, made: Sequence[Delta]) -> None:
-        super().__init__(spec, shape, pool)
-        self._hold(made)
-
     def factors(self) -> tuple[Tensor, Tensor]:
         pairs = [cast(LowRank, delta).factors() for delta in self.experts]
         return torch.cat([B for B, _ in pairs], dim=1), torch.cat([A for _, A in pairs], dim=0)
@@ -204,10 +199,6 @@ class Mixture(Experts, LowRank):
 
 class Blend(Experts):
     """Experts of any other method: each one's change times its weight."""
-
-    def __init__(self, spec: MixLoRA, shape: Shape, pool: Pool, made: Sequence[Delta]) -> None:
-        super().__init__(spec, shape, pool)
-        self._hold(made)
 
     def act(self, call: Call) -> Tensor:
         weights = self.weights()

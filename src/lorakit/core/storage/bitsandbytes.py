@@ -21,7 +21,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from lorakit.core.storage.contract import Snapshot, Storage, comes_from, owner, relative_error, value_of
+from lorakit.core.storage.contract import Storage, comes_from, owner, size_of, value_of
 
 
 class FourBit(Storage):
@@ -36,22 +36,18 @@ class FourBit(Storage):
     def label(self, layer: nn.Module, tensor: str) -> str:
         return str(value_of(layer, tensor).quant_type)
 
-    def read(self, layer: nn.Module, tensor: str) -> Tensor:
-        return _floats(value_of(layer, tensor))
+    def floats(self, weight: Any) -> Tensor:
+        return _floats(weight)
 
-    def write(self, layer: nn.Module, tensor: str, values: Tensor, fresh: bool = False) -> float:
+    def packed(self, like: Any, values: Tensor) -> Any:
+        return _packed(like, values)
+
+    def place(self, layer: nn.Module, tensor: str, weight: Any) -> None:
         module, name = owner(layer, tensor)
-        made = _packed(getattr(module, name), values)
-        _place(module, name, made)
-        return relative_error(_floats(made), values)
-
-    def snapshot(self, layer: nn.Module, tensor: str) -> Snapshot:
-        module, name = owner(layer, tensor)
-        before = getattr(module, name)
-        return Snapshot(lambda: _floats(before), lambda: _place(module, name, before))
-
-    def rounded(self, layer: nn.Module, tensor: str, values: Tensor) -> Tensor:
-        return _floats(_packed(value_of(layer, tensor), values)).float()
+        setattr(module, name, weight)
+        if hasattr(module, "quant_state"):  # the layer keeps a second reference
+            weight.module = module
+            cast(Any, module).quant_state = weight.quant_state
 
     def nbytes(self, layer: nn.Module, tensor: str) -> int:
         weight = value_of(layer, tensor)
@@ -59,7 +55,7 @@ class FourBit(Storage):
         inner = getattr(state, "state2", None)
         tensors = [weight, state.absmax, state.code]
         tensors += [inner.absmax, inner.code, state.offset] if inner is not None else []
-        return sum(one.numel() * one.element_size() for one in tensors)
+        return size_of(tensors)
 
     def settle(self, layer: nn.Module) -> None:
         for module in layer.modules():
@@ -101,13 +97,6 @@ def _packed(like: Any, values: Tensor) -> Any:
     return made.to(like.device)  # this is where the library quantises
 
 
-def _place(module: nn.Module, name: str, weight: Any) -> None:
-    setattr(module, name, weight)
-    if hasattr(module, "quant_state"):  # the layer keeps a second reference
-        weight.module = module
-        cast(Any, module).quant_state = weight.quant_state
-
-
 def _unpacked(data: Tensor, state: Any) -> tuple[Tensor, Any]:
     """Codes and state in the ordinary order from the one of the processor's inference kernel, which has rounded the scales
     to bfloat16 and turned them."""
@@ -130,32 +119,28 @@ class EightBit(Storage):
         value = value_of(layer, tensor)
         return comes_from(value, "bitsandbytes") and hasattr(value, "SCB") and value.dtype == torch.int8
 
-    def read(self, layer: nn.Module, tensor: str) -> Tensor:
+    def present(self, layer: nn.Module, tensor: str) -> Any:
         module, name = owner(layer, tensor)
-        return _from_rows(getattr(module, name), getattr(module, "state", None))
+        return getattr(module, name), getattr(module, "state", None)
 
-    def write(self, layer: nn.Module, tensor: str, values: Tensor, fresh: bool = False) -> float:
+    def floats(self, weight: Any) -> Tensor:
+        codes, state = weight
+        scales = codes.SCB if codes.SCB is not None else state.SCB
+        return cast(Tensor, codes.data.float() * (scales.float()[:, None] / 127))  # the original dtype is not kept
+
+    def packed(self, like: Any, values: Tensor) -> Any:
+        codes, state = like[0], copy.copy(like[1])
+        kind: Any = type(codes)
+        made = kind(values.detach().float().cpu(), requires_grad=False, has_fp16_weights=False).to(codes.device)
+        if state is not None:
+            state.CB, state.SCB = made.CB, made.SCB
+            made.CB = made.SCB = None
+        return made, state
+
+    def place(self, layer: nn.Module, tensor: str, weight: Any) -> None:
         module, name = owner(layer, tensor)
-        made = _to_rows(getattr(module, name), values)
-        state = copy.copy(cast(Any, module).state)
-        state.CB, state.SCB = made.CB, made.SCB
-        setattr(module, name, made)
-        module.state = state
-        made.CB = made.SCB = None
-        return relative_error(_from_rows(made, state), values)
-
-    def snapshot(self, layer: nn.Module, tensor: str) -> Snapshot:
-        module, name = owner(layer, tensor)
-        before, state = getattr(module, name), cast(Any, module).state
-
-        def restore() -> None:
-            setattr(module, name, before)
-            module.state = state
-
-        return Snapshot(lambda: _from_rows(before, state), restore)
-
-    def rounded(self, layer: nn.Module, tensor: str, values: Tensor) -> Tensor:
-        return _from_rows(_to_rows(value_of(layer, tensor), values), None)
+        setattr(module, name, weight[0])
+        module.state = weight[1]
 
     def nbytes(self, layer: nn.Module, tensor: str) -> int:
         codes = value_of(layer, tensor)
@@ -178,15 +163,3 @@ class Once(logging.Filter):
         first = str(record.msg) not in self.seen
         self.seen.add(str(record.msg))
         return first
-
-
-def _from_rows(weight: Any, state: Any) -> Tensor:
-    """The weight in float32: its original dtype is not kept by the library."""
-    scales = weight.SCB if weight.SCB is not None else state.SCB
-    return cast(Tensor, weight.data.float() * (scales.float()[:, None] / 127))
-
-
-def _to_rows(like: Any, values: Tensor) -> Any:
-    kind: Any = type(like)
-    made = kind(values.detach().float().cpu(), requires_grad=False, has_fp16_weights=False)
-    return made.to(like.device)

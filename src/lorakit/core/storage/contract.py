@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -28,7 +28,11 @@ class Snapshot:
 
 
 class Storage(ABC):
-    """How one kind of layer holds its weight. Has no state; the layer is handed to each call."""
+    """How one kind of layer stores its weight. Has no state; the layer is handed to each call.
+
+    A storage says what objects a weight consists of (`present`), which floats they stand for (`floats`), how floats become
+    such objects (`packed`) and where they go in a layer (`place`); reading, writing and snapshots follow.
+    """
 
     name: str
 
@@ -36,26 +40,47 @@ class Storage(ABC):
     def holds(self, layer: nn.Module, tensor: str) -> bool:
         """Whether this storage reads the named tensor of this layer."""
 
-    @abstractmethod
-    def read(self, layer: nn.Module, tensor: str) -> Tensor:
-        """The weight as floats in its stored shape (the very tensor where it is float already). Never modify it."""
+    def present(self, layer: nn.Module, tensor: str) -> Any:
+        """The very objects that the weight consists of now; by default the one that stands under the name."""
+        return value_of(layer, tensor)
 
     @abstractmethod
-    def write(self, layer: nn.Module, tensor: str, values: Tensor, fresh: bool = False) -> float:
-        """Store `values` (in the stored shape); returns the relative Frobenius error that storing made beyond the float
-        dtype's rounding. With `fresh` the layer gets new tensor objects and the present ones stay as they are."""
+    def floats(self, weight: Any) -> Tensor:
+        """What these objects stand for, as floats in the stored shape (the very tensor where it is float already)."""
 
     @abstractmethod
-    def snapshot(self, layer: nn.Module, tensor: str) -> Snapshot:
-        """The present weight, to be read and put back after a `write` with `fresh`."""
+    def packed(self, like: Any, values: Tensor) -> Any:
+        """New objects for `values` (in the stored shape), quantised in the very way in which `like` is."""
 
-    @abstractmethod
-    def rounded(self, layer: nn.Module, tensor: str, values: Tensor) -> Tensor:
-        """What `read` would give after `write(values)`, in float32 or better; the layer stays as it is."""
+    def place(self, layer: nn.Module, tensor: str, weight: Any) -> None:
+        """Put objects into the layer in place of the present ones."""
+        module, name = owner(layer, tensor)
+        setattr(module, name, weight)
 
     @abstractmethod
     def nbytes(self, layer: nn.Module, tensor: str) -> int:
         """Bytes that the weight takes, its scales and code books included."""
+
+    def read(self, layer: nn.Module, tensor: str) -> Tensor:
+        """The weight as floats in its stored shape (the very tensor where it is float already). Never modify it."""
+        return self.floats(self.present(layer, tensor))
+
+    def write(self, layer: nn.Module, tensor: str, values: Tensor, fresh: bool = False) -> float:
+        """Store `values` (in the stored shape); returns the relative Frobenius error that storing made beyond the float
+        dtype's rounding. With `fresh` the layer gets new tensor objects and the present ones stay as they are."""
+        made = self.packed(self.present(layer, tensor), values)
+        self.place(layer, tensor, made)
+        return relative_error(self.floats(made), values)
+
+    def snapshot(self, layer: nn.Module, tensor: str) -> Snapshot:
+        """The present weight, to be read and put back after a `write` with `fresh`."""
+        before = self.present(layer, tensor)
+        return Snapshot(lambda: self.floats(before), lambda: self.place(layer, tensor, before))
+
+    def rounded(self, layer: nn.Module, tensor: str, values: Tensor) -> Tensor:
+        """What `read` would give after `write(values)`, in float32 or better; the layer stays as it is."""
+        stored = self.floats(self.packed(self.present(layer, tensor), values))
+        return stored.to(torch.promote_types(stored.dtype, torch.float32))
 
     def label(self, layer: nn.Module, tensor: str) -> str:
         """The number format of this layer's weight, for people and files: "float", "nf4", "int8"."""
@@ -94,6 +119,11 @@ def relative_error(stored: Tensor, values: Tensor) -> float:
     return error / size if size else error
 
 
+def size_of(tensors: Iterable[Tensor]) -> int:
+    """Bytes of these tensors together."""
+    return sum(one.numel() * one.element_size() for one in tensors)
+
+
 class Float(Storage):
     """Plain floating-point tensors."""
 
@@ -103,34 +133,19 @@ class Float(Storage):
         value = value_of(layer, tensor)
         return type(value) in (nn.Parameter, Tensor) and value.dtype in FLOATS
 
-    def read(self, layer: nn.Module, tensor: str) -> Tensor:
-        return cast(Tensor, value_of(layer, tensor)).detach()
+    def floats(self, weight: Tensor) -> Tensor:
+        return weight.detach()
+
+    def packed(self, like: Tensor, values: Tensor) -> Tensor:
+        copy = like.detach().clone().copy_(values.detach())
+        return type(like)(copy, requires_grad=like.requires_grad) if isinstance(like, nn.Parameter) else copy
 
     def write(self, layer: nn.Module, tensor: str, values: Tensor, fresh: bool = False) -> float:
-        module, name = owner(layer, tensor)
-        before = cast(Tensor, getattr(module, name))
         if fresh:
-            copy = before.detach().clone()
-            setattr(module, name, _like(before, copy))
-        with torch.no_grad():
-            cast(Tensor, getattr(module, name)).copy_(values)
+            self.place(layer, tensor, self.packed(self.present(layer, tensor), values))
+        else:  # in place, so that ties and optimisers keep the object
+            self.read(layer, tensor).copy_(values.detach())
         return 0.0
 
-    def snapshot(self, layer: nn.Module, tensor: str) -> Snapshot:
-        module, name = owner(layer, tensor)
-        before = cast(Tensor, getattr(module, name))
-        return Snapshot(before.detach, lambda: setattr(module, name, before))
-
-    def rounded(self, layer: nn.Module, tensor: str, values: Tensor) -> Tensor:
-        stored = values.to(self.read(layer, tensor).dtype)
-        return stored.to(torch.promote_types(stored.dtype, torch.float32))
-
     def nbytes(self, layer: nn.Module, tensor: str) -> int:
-        value = self.read(layer, tensor)
-        return value.numel() * value.element_size()
-
-
-def _like(before: Tensor, copy: Tensor) -> Tensor:
-    if isinstance(before, nn.Parameter):
-        return type(before)(copy, requires_grad=before.requires_grad)
-    return copy
+        return size_of([self.read(layer, tensor)])

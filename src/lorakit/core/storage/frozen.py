@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from lorakit.core.layout import has_linear_face
-from lorakit.core.storage.contract import FLOATS, Snapshot, Storage
+from lorakit.core.storage.contract import FLOATS, Storage, size_of
 from lorakit.errors import LorakitError
 
 COLUMNS = 512
@@ -39,7 +39,8 @@ class Frozen(Storage):
         name = f"{type(layer).__module__.partition('.')[0]} {type(layer).__name__}"
         return f"{name} {bits}-bit" if isinstance(bits, int) else name
 
-    def read(self, layer: nn.Module, tensor: str) -> Tensor:
+    def floats(self, weight: Any) -> Tensor:
+        layer: nn.Module = weight
         dtype, device = _dtype(layer), _device(layer)
         width = cast(int, layer.in_features)
         with torch.no_grad():
@@ -53,25 +54,27 @@ class Frozen(Storage):
         _check(layer, W, zero)
         return W
 
+    def present(self, layer: nn.Module, tensor: str) -> Any:
+        return layer
+
+    def packed(self, like: Any, values: Tensor) -> Any:
+        raise LorakitError(
+            f"init: {self.label(like, 'weight')} quantises by data or a search of its own, so that a start cannot try what a "
+            "weight becomes; use a start that leaves the base as it is."
+        )
+
     def write(self, layer: nn.Module, tensor: str, values: Tensor, fresh: bool = False) -> float:
         raise LorakitError(f"write: {self.refusal(layer, tensor)}")
+
+    def place(self, layer: nn.Module, tensor: str, weight: Any) -> None:
+        """Nothing was written, so nothing is put back."""
 
     def refusal(self, layer: nn.Module, tensor: str) -> str:
         return f"{self.label(layer, tensor)} can be read but not written: lorakit does not know how its library packs weights"
 
-    def snapshot(self, layer: nn.Module, tensor: str) -> Snapshot:
-        return Snapshot(lambda: self.read(layer, tensor), lambda: None)
-
-    def rounded(self, layer: nn.Module, tensor: str, values: Tensor) -> Tensor:
-        raise LorakitError(
-            f"init: {self.label(layer, tensor)} quantises by data or a search of its own, so that a start cannot try what a "
-            "weight becomes; use a start that leaves the base as it is."
-        )
-
     def nbytes(self, layer: nn.Module, tensor: str) -> int:
-        held = [*layer.parameters(), *layer.buffers()]
         bias = getattr(layer, "bias", None)
-        return sum(one.numel() * one.element_size() for one in held if one is not bias)
+        return size_of(one for one in _tensors(layer) if one is not bias)
 
 
 def _tensors(layer: nn.Module) -> Iterator[Tensor]:

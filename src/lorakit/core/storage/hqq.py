@@ -12,7 +12,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from lorakit.core.storage.contract import Snapshot, Storage, comes_from, relative_error
+from lorakit.core.storage.contract import Storage, comes_from, size_of
 
 
 class HQQ(Storage):
@@ -26,55 +26,39 @@ class HQQ(Storage):
     def label(self, layer: nn.Module, tensor: str) -> str:
         return f"hqq {cast(Any, layer).meta['nbits']}-bit"
 
+    def present(self, layer: nn.Module, tensor: str) -> Any:
+        own: Any = layer
+        return own.W_q, own.meta, own.compute_dtype
+
+    def floats(self, weight: Any) -> Tensor:
+        from hqq.core.quantize import Quantizer
+
+        return cast(Tensor, Quantizer.dequantize(*weight[:2])).detach()
+
     def read(self, layer: nn.Module, tensor: str) -> Tensor:
         return cast(Tensor, cast(Any, layer).dequantize()).detach()
 
-    def write(self, layer: nn.Module, tensor: str, values: Tensor, fresh: bool = False) -> float:
+    def packed(self, like: Any, values: Tensor) -> Any:
+        from hqq.core.quantize import Quantizer
+
+        old, meta, dtype = like
+        codes, found = Quantizer.quantize(
+            values.detach().float(),
+            nbits=meta["nbits"],
+            group_size=meta["group_size"],
+            axis=meta["axis"],
+            round_zero=meta["nbits"] == 4,
+            compute_dtype=dtype,
+            device=str(old.device),
+        )
+        for key in ("scale", "zero"):
+            found[key] = found[key].to(dtype or torch.float32)
+        return nn.Parameter(codes, requires_grad=False), {**meta, **found}, dtype
+
+    def place(self, layer: nn.Module, tensor: str, weight: Any) -> None:
         own: Any = layer
-        codes, meta = _codes(own, values)
-        own.W_q = nn.Parameter(codes, requires_grad=False)
-        own.meta = {**own.meta, **meta}
-        return relative_error(self.read(layer, tensor), values)
-
-    def snapshot(self, layer: nn.Module, tensor: str) -> Snapshot:
-        own: Any = layer
-        codes, meta = own.W_q, own.meta
-
-        def restore() -> None:
-            own.W_q, own.meta = codes, meta
-
-        return Snapshot(lambda: _floats(codes, meta), restore)
-
-    def rounded(self, layer: nn.Module, tensor: str, values: Tensor) -> Tensor:
-        codes, meta = _codes(layer, values)
-        return _floats(codes, {**cast(Any, layer).meta, **meta}).float()
+        own.W_q, own.meta, _ = weight
 
     def nbytes(self, layer: nn.Module, tensor: str) -> int:
         own: Any = layer
-        held = [own.W_q, *(value for value in own.meta.values() if isinstance(value, Tensor))]
-        return sum(one.numel() * one.element_size() for one in held)
-
-
-def _floats(codes: Any, meta: dict[str, Any]) -> Tensor:
-    from hqq.core.quantize import Quantizer
-
-    return cast(Tensor, Quantizer.dequantize(codes, meta)).detach()
-
-
-def _codes(layer: Any, values: Tensor) -> tuple[Tensor, dict[str, Any]]:
-    from hqq.core.quantize import Quantizer
-
-    meta = layer.meta
-    codes, found = Quantizer.quantize(
-        values.detach().float(),
-        nbits=meta["nbits"],
-        group_size=meta["group_size"],
-        axis=meta["axis"],
-        round_zero=meta["nbits"] == 4,
-        compute_dtype=layer.compute_dtype,
-        device=str(layer.W_q.device),
-    )
-    dtype = layer.compute_dtype or torch.float32
-    for key in ("scale", "zero"):
-        found[key] = found[key].to(dtype)
-    return codes, found
+        return size_of([own.W_q, *(value for value in own.meta.values() if isinstance(value, Tensor))])

@@ -12,7 +12,7 @@ from typing import Any, cast
 
 from torch import Tensor, nn
 
-from lorakit.core.storage.contract import Snapshot, Storage, comes_from, owner, relative_error, value_of
+from lorakit.core.storage.contract import Storage, comes_from, size_of, value_of
 
 
 class TorchAO(Storage):
@@ -27,22 +27,11 @@ class TorchAO(Storage):
     def label(self, layer: nn.Module, tensor: str) -> str:
         return f"torchao {type(value_of(layer, tensor)).__name__.removesuffix('Tensor').lower()}"
 
-    def read(self, layer: nn.Module, tensor: str) -> Tensor:
-        return cast(Tensor, value_of(layer, tensor).dequantize()).detach()
+    def floats(self, weight: Any) -> Tensor:
+        return cast(Tensor, weight.dequantize()).detach()
 
-    def write(self, layer: nn.Module, tensor: str, values: Tensor, fresh: bool = False) -> float:
-        module, name = owner(layer, tensor)
-        made = _made(getattr(module, name), values)
-        setattr(module, name, nn.Parameter(made, requires_grad=False))
-        return relative_error(made.dequantize(), values)
-
-    def snapshot(self, layer: nn.Module, tensor: str) -> Snapshot:
-        module, name = owner(layer, tensor)
-        before = getattr(module, name)
-        return Snapshot(lambda: before.dequantize().detach(), lambda: setattr(module, name, before))
-
-    def rounded(self, layer: nn.Module, tensor: str, values: Tensor) -> Tensor:
-        return cast(Tensor, _made(value_of(layer, tensor), values).dequantize()).float()
+    def packed(self, like: Any, values: Tensor) -> Any:
+        return nn.Parameter(_made(like, values), requires_grad=False)
 
     def refusal(self, layer: nn.Module, tensor: str) -> str:
         kind = type(value_of(layer, tensor)).__name__
@@ -55,7 +44,7 @@ class TorchAO(Storage):
     def nbytes(self, layer: nn.Module, tensor: str) -> int:
         value = value_of(layer, tensor)
         inner, _ = value.__tensor_flatten__()
-        return sum(getattr(value, name).numel() * getattr(value, name).element_size() for name in inner)
+        return size_of(getattr(value, name) for name in inner)
 
 
 def _made(like: Any, values: Tensor) -> Any:
