@@ -1,4 +1,4 @@
-"""The one error that users see, and how it says a name was not known.
+"""The one error that users see, and words that messages share.
 
 Every message answers three questions: what was asked, what was found, what would work. The command line prints the
 message alone; a traceback is for bugs.
@@ -12,6 +12,11 @@ from collections.abc import Iterable
 
 class LorakitError(ValueError):
     """Something asked of lorakit cannot be done; the message says what was asked, found, and what would work."""
+
+
+def plural(count: int, one: str, many: str | None = None) -> str:
+    """A count with its noun: "1 row", "2,000 rows"; `many` for nouns that take more than an s."""
+    return f"{count:,} {one if count == 1 else many or one + 's'}"
 
 
 def unknown(kind: str, asked: str, known: Iterable[str], where: str | None = None) -> LorakitError:

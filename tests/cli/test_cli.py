@@ -114,7 +114,7 @@ def test_training_prints_before_and_after(config: Path, lorakit: Run, tmp_path: 
     result = lorakit("train", str(config), f"--train.output={tmp_path / 'a'}")
     for shown in ("before", "after", "accuracy", "perplexity", "curves.png"):
         assert shown in result.stdout, shown
-    for told in ("data: ", "adapter: LoRA", "training path: flat rows", "step 20/120", "float32 weights"):
+    for told in ("data: ", "adapter: LoRA", "fast path: no padding", "step 20/120", "weights as float32"):
         assert told in result.stderr, told
 
 

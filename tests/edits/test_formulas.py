@@ -13,7 +13,8 @@ from edits.laws import Case, assert_close
 from edits.models import inputs, make
 from lorakit.edits import Bottleneck, LLaMAAdapter, LoReFT, PrefixTuning, PTuning
 from lorakit.errors import LorakitError
-from lorakit.train.trainer import FLAT, PADDED, choose_path
+from lorakit.train.step.loss import PACKED, PADDED
+from lorakit.train.step.support import choose_path
 from training.tiny import llama as tiny_llama
 from training.tiny import rows
 
@@ -212,11 +213,11 @@ def test_flat_rows_are_the_padded_batch(spec: Any) -> None:
     with torch.no_grad():
         for parameter in adapter.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.2)
-    assert choose_path(model) is FLAT
+    assert choose_path(model) is PACKED
     examples, found = rows(4, prefix=18), []
-    for path in (FLAT, PADDED):
+    for path in (PACKED, PADDED):
         with path.opened(model):
-            path.loss(model, examples, 7.0, 0.0)[0].backward()
+            path.loss(model, examples, num_items=7.0)[0].backward()
         found.append([p.grad.clone() for p in adapter.parameters() if p.grad is not None])
         model.zero_grad()
     for one, other in zip(*found, strict=True):
@@ -230,10 +231,10 @@ def test_what_cannot_be_flat_is_padded_and_says_so(spec: Any, caplog: pytest.Log
     lk.attach(model, spec)
     with caplog.at_level("INFO", logger="lorakit"):
         assert choose_path(model) is PADDED
-    assert f"padded rows, because {spec.name} does not go with flat rows: {spec.needs_padding}" in caplog.text
+    assert f"padded batches ({spec.name} does not support packing: {spec.needs_padding})" in caplog.text
     if spec.name == "prefix-tuning":
-        with FLAT.opened(model), pytest.raises(LorakitError, match="use the padded path"):
-            FLAT.loss(model, rows(2), 1.0, 0.0)
+        with PACKED.opened(model), pytest.raises(LorakitError, match="use the padded path"):
+            PACKED.loss(model, rows(2), num_items=1.0)
 
 
 @pytest.mark.parametrize(

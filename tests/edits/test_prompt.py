@@ -12,8 +12,9 @@ import torch
 import lorakit as lk
 from edits.models import inputs, make
 from lorakit.errors import LorakitError
+from lorakit.train.step.loss import PACKED, PADDED
 from lorakit.train.step.packing import pack
-from lorakit.train.trainer import FLAT, PADDED, choose_path
+from lorakit.train.step.support import choose_path
 from training.tiny import llama as tiny_llama
 from training.tiny import rows
 
@@ -118,12 +119,12 @@ def test_a_flat_row_of_training_is_the_padded_batch() -> None:
     """One prompt above everything, computed once: the same loss and the same gradient."""
     model = tiny_llama(torch.float64)
     adapter = lk.attach(model, lk.PromptTuning(tokens=4))
-    assert choose_path(model) is FLAT
+    assert choose_path(model) is PACKED
     examples = rows(5, prefix=18)
     found = []
-    for path in (FLAT, PADDED):
+    for path in (PACKED, PADDED):
         with path.opened(model):
-            loss, _, _ = path.loss(model, examples, 7.0, 0.0)
+            loss, _ = path.loss(model, examples, num_items=7.0)
             loss.backward()
         P = next(adapter.parameters())
         found.append((loss.detach(), P.grad))

@@ -223,7 +223,8 @@ def test_saved_with_its_experts_and_loaded_to_the_bit(spec: Any, tmp_path: Path)
 def test_a_training_run(method: str, tmp_path: Path) -> None:
     """The Trainer over a mixture and over routers: the loss falls, the experts behind a router stay, a resumed run agrees."""
     from lorakit.train.config.run import load_config
-    from lorakit.train.trainer import LoraTrainer, choose_path
+    from lorakit.train.step.support import choose_path
+    from lorakit.train.trainer import LoraTrainer
 
     model = tiny.llama()
     flags = ["model=x", "data.train=x", f"train.output={tmp_path}/out", "train.max_steps=12", "train.batch_size=4"]

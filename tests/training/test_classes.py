@@ -19,8 +19,8 @@ from lorakit.errors import LorakitError
 from lorakit.train import train
 from lorakit.train.config.run import DataOptions, TrainConfig, TrainOptions
 from lorakit.train.data.classification import LabelledExample
-from lorakit.train.step.attention import flat_attention
-from lorakit.train.step.classes import FLAT, PADDED, choose_class_path, encoder_support, flat_logits
+from lorakit.train.step.attention import packed_attention
+from lorakit.train.step.classes import PACKED, PADDED, choose_class_path, encoder_support, packed_logits
 
 WORDS = "[PAD] [CLS] [SEP] [UNK] good fine great bad poor awful the a film was and".split()  # noqa: SIM905
 SMALL: dict[str, Any] = {
@@ -69,8 +69,8 @@ def test_flat_row_gives_each_text_its_own_logits(kind: str) -> None:
     examples = texts()
     with torch.no_grad():
         alone = torch.cat([model(input_ids=torch.tensor([one.input_ids])).logits for one in examples])
-        with flat_attention(model):
-            flat = flat_logits(model, [one.input_ids for one in examples], support)
+        with packed_attention(model):
+            flat = packed_logits(model, [one.input_ids for one in examples], support)
     torch.testing.assert_close(flat, alone, rtol=1e-6, atol=1e-6)  # layer norms of some models compute in float32
 
 
@@ -82,11 +82,11 @@ def test_both_paths_give_the_same_gradients(kind: str) -> None:
         for parameter in adapter.parameters():
             parameter.normal_(0, 0.2)
     found = []
-    for path in (PADDED, FLAT):
+    for path in (PADDED, PACKED):
         with path.opened(model):
-            loss, right, count = path.loss(model, texts(), 5.0, 0.1)
+            loss, stats = path.loss(model, texts(), num_items=5.0, label_smoothing=0.1)
             loss.backward()
-        found.append((loss.item(), float(right), count, [p.grad.clone() for p in adapter.parameters()]))
+        found.append((loss.item(), float(stats.right), stats.targets, [p.grad.clone() for p in adapter.parameters()]))
         for parameter in adapter.parameters():
             parameter.grad = None
     assert found[0][0] == pytest.approx(found[1][0], rel=1e-6)
@@ -149,8 +149,8 @@ def test_dropout_in_attention_is_that_of_the_padded_path() -> None:
         plain = torch.stack(
             [torch.cat([model(input_ids=torch.tensor([row])).logits for row in rows]) for _ in range(300)]
         )
-        with flat_attention(model):
-            flat = torch.stack([flat_logits(model, rows, support) for _ in range(300)])
+        with packed_attention(model):
+            flat = torch.stack([packed_logits(model, rows, support) for _ in range(300)])
     error = ((plain.var(0) + flat.var(0)) / 300).sqrt()
     assert float(((plain.mean(0) - flat.mean(0)) / error).abs().max()) < 5
     assert float(((plain - still).std() / (flat - still).std()).log().abs()) < 0.2
@@ -227,7 +227,7 @@ def test_a_run_learns_classes_and_its_adapter_loads(bert_folder: Path, tmp_path:
     assert result.before.accuracy < 0.8
     assert result.after.accuracy == 1.0
     assert result.after.token_accuracy is None
-    assert result.record.path == "texts in a flat row"
+    assert result.record.path == "no padding"
     assert result.record.classes == ["blame", "praise"]
     card = (tmp_path / "out" / "README.md").read_text()
     assert "AutoModelForSequenceClassification" in card
@@ -246,7 +246,7 @@ def test_both_paths_train_to_the_same_adapter(bert_folder: Path, tmp_path: Path)
     config = configuration(bert_folder, tmp_path, max_steps=4)
     flat = train(config.replace(train__output=str(tmp_path / "flat")))
     padded = train(config.replace(train__output=str(tmp_path / "padded"), train__fast_path="off"))
-    assert padded.record.path == "padded texts"
+    assert padded.record.path == "off: padded batches"
     for one, other in zip(flat.adapter.parameters(), padded.adapter.parameters(), strict=True):
         torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-5)
 

@@ -373,8 +373,8 @@ def test_what_is_cut_and_dropped_is_counted() -> None:
     assert report.tokens == whole[0] + 20
     assert report.longest == 20
     told = "\n".join(report.lines())
-    assert f"2 rows exceeded 20 tokens and lost {report.tokens_cut}" in told
-    assert "1 rows were dropped: within 20 tokens there is nothing to learn" in told
+    assert f"2 rows truncated to 20 tokens: {report.tokens_cut} tokens lost" in told
+    assert "1 row dropped: no labelled token within 20 tokens" in told
     with pytest.raises(LorakitError, match="no example is left"):
         prepare(rows_of(dict(long_rows().rows[2].fields)), tokenizer, options(max_length=20))
 
@@ -424,8 +424,8 @@ def test_the_shared_prefix() -> None:
 def test_control_tokens_in_the_text_are_told() -> None:
     row = {"prompt": "a<|im_end|>b", "completion": "yes"}
     report = prepare(rows_of(row, {"prompt": "a", "completion": "b"}), byte_pairs(CHAT), options()).report
-    assert report.control == 1
-    assert any("control token" in line for line in report.lines())
+    assert report.special == 1
+    assert any("special tokens as text" in line for line in report.lines())
 
 
 # Files ---------------------------------------------------------------------------------------------------
@@ -467,7 +467,7 @@ def test_bad_lines_are_named_and_raise_or_are_counted(tmp_path: Path) -> None:
     made = prepare(load_rows(path), tokenizer, options(on_bad_row="skip"))
     assert (made.report.rows, made.report.examples, len(made.report.bad)) == (9, 2, 7)
     assert f'{path}, line 6: "completion" is empty' in [str(one) for one in made.report.bad]
-    assert any(line.startswith("7 rows were skipped") for line in made.report.lines())
+    assert any(line.startswith("7 rows skipped") for line in made.report.lines())
 
 
 @pytest.mark.parametrize(
@@ -652,7 +652,7 @@ def test_formats_are_told_by_columns() -> None:
     del row["text"]
     tokenizer = byte_pairs(CHAT)
     assert learned(tokenizer, prepare(rows_of(row), tokenizer, renamed).examples[0]) == ["yes<|im_end|>\n"]
-    with pytest.raises(LorakitError, match=r'"prompt" is to be "qestion", but the columns are question, answer'):
+    with pytest.raises(LorakitError, match=r'"prompt" is mapped to "qestion", but the columns are question, answer'):
         prepare(rows_of(row), tokenizer, options(columns={"prompt": "qestion"}))
 
 

@@ -70,7 +70,7 @@ def test_loss_is_the_mean_over_labelled_tokens_whatever_the_batches(name: str, b
         logs, right, tokens = logs - log, right + hits, tokens + len(one.input_ids) - first
     model.train()
     measured = evaluate_loss(model, examples, batch_size=batch_size)
-    assert measured.tokens == tokens
+    assert measured.targets == tokens
     assert measured.mean == pytest.approx(logs / tokens, rel=1e-6)
     assert measured.perplexity == pytest.approx(math.exp(logs / tokens), rel=1e-6)
     assert measured.token_accuracy == pytest.approx(right / tokens)
@@ -195,9 +195,10 @@ def test_answers_are_compared_without_white_space_and_if_asked_without_case() ->
 
 
 def test_a_prompt_is_shown_without_what_all_prompts_share() -> None:
-    assert strip_shared(["Judge: good film.\nA:", "Judge: a bore.\nA:"]) == ["good film", "a bore"]
+    assert strip_shared(["Judge: good film.\nA:", "Judge: a bore.\nA:"]) == ["good film.", "a bore."]
     assert strip_shared(["same", "same"]) == ["same", "same"]
-    assert strip_shared(["aXa", "aa"]) == ["X", ""]
+    assert strip_shared(["a X a", "a a"]) == ["X", ""]
+    assert strip_shared(["Who wrote Hamlet? (29)", "Who wrote Emma? (19)"]) == ["Hamlet? (29)", "Emma? (19)"]
 
 
 def question(ids: list[int], answer: str, place: str = "rows.jsonl, line 1") -> Question:

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 import transformers as tf
-from tests.training.test_flat import MODELS, build, gradients, make_examples, oracle
+from tests.training.test_packed import MODELS, build, gradients, make_examples, oracle
 from torch import Tensor
 
 from lorakit.native import replacement

@@ -6,19 +6,19 @@ from typing import Any
 
 import pytest
 import torch
-from tests.training.test_flat import build
+from tests.training.test_packed import build
 from tests.training.tiny import Row, llama
 from torch import Tensor, nn
 
 import lorakit as lk
 from lorakit.train.step import last_block
-from lorakit.train.step.attention import flat_attention
+from lorakit.train.step.attention import packed_attention
 from lorakit.train.step.loss import causal_loss
 from lorakit.train.step.memory import recomputing
-from lorakit.train.step.packing import FlatBatch, pack
+from lorakit.train.step.packing import PackedBatch, pack
 
 
-def batch() -> FlatBatch:
+def batch() -> PackedBatch:
     """Five rows behind a shared beginning, each with one label or two, more than one at the same place."""
     beginning = list(range(20))
     rows = [[*beginning, 30 + i, 40 + i, 50] for i in range(4)] + [[*beginning, 9]]
@@ -47,7 +47,7 @@ def rows_through(model: Any, memory: str = "fast") -> tuple[int, Tensor, dict[st
     model.zero_grad()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(type(mlp), "forward", watched)
-        with recomputing(model, memory), flat_attention(model):
+        with recomputing(model, memory), packed_attention(model):
             loss, _ = causal_loss(model, batch())
             count = seen[-1]
             loss.backward()
@@ -100,7 +100,7 @@ def test_evaluation_and_many_labels_compute_every_row() -> None:
     assert rows_through(model)[0] == batch().tokens
     model.train()
     rows = [Row(list(range(18)), list(range(18)))]
-    with flat_attention(model):
+    with packed_attention(model):
         packed = pack(rows)
         assert last_block.asked_rows(model.model, packed, lambda *_: pytest.fail("tried")) is packed
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 import lorakit as lk
 from lorakit.errors import LorakitError
 from lorakit.train.step import fusion
-from lorakit.train.step.attention import flat_attention
+from lorakit.train.step.attention import packed_attention
 from lorakit.train.step.fusion import fused
 from lorakit.train.step.loss import causal_loss
 from lorakit.train.step.memory import recomputing
@@ -47,7 +47,7 @@ def forward(model: nn.Module) -> Tensor:
 
 def gradients(memory: str) -> dict[str, Tensor]:
     model, adapter = adapted()
-    with fused(model), recomputing(model, memory), flat_attention(model):
+    with fused(model), recomputing(model, memory), packed_attention(model):
         forward(model).backward()
     return {name: parameter.grad for name, parameter in adapter.named_parameters()}
 
@@ -70,7 +70,7 @@ def test_what_is_kept(memory: str, kept: bool) -> None:
         seen.append(weakref.ref(arguments[0]))
 
     block = model.model.layers[0]
-    with fused(model), recomputing(model, memory), flat_attention(model):
+    with fused(model), recomputing(model, memory), packed_attention(model):
         for part in (block.self_attn.q_proj, block.mlp.gate_proj, block.mlp.down_proj):
             part.register_forward_pre_hook(note)
         loss = forward(model)
@@ -83,7 +83,7 @@ def test_what_is_kept(memory: str, kept: bool) -> None:
 def test_an_input_that_was_written_to() -> None:
     model, _ = adapted()
     inputs: list[Tensor] = []
-    with fused(model), recomputing(model, "balanced"), flat_attention(model):
+    with fused(model), recomputing(model, "balanced"), packed_attention(model):
         model.model.layers[0].post_attention_layernorm.register_forward_pre_hook(
             lambda module, arguments: inputs.append(arguments[0])
         )
@@ -99,12 +99,12 @@ def test_a_model_without_such_parts_computes_blocks_again(caplog: pytest.LogCapt
     model = tf.GPT2LMHeadModel(config)
     with caplog.at_level(logging.INFO, "lorakit"), fused(model), recomputing(model, "balanced"):
         pass
-    assert "every second block is computed again" in caplog.text
+    assert "every second block is recomputed" in caplog.text
 
 
 def test_the_log_says_what_compiling_took() -> None:
     model, _ = adapted(torch.float32)
-    with fused(model) as report, flat_attention(model):
+    with fused(model) as report, packed_attention(model):
         forward(model).backward()
     assert report.compiled > 0
-    assert f"{report.norms} norms, {report.gates} gates; {report.compiled} small functions" in report.line()
+    assert f"{report.norms} norms, {report.gates} gates; torch.compile made {report.compiled} kernel" in report.line()

@@ -10,7 +10,8 @@ import pytest
 from rich.console import Console
 from transformers import TrainerControl, TrainerState
 
-from lorakit.train.progress import MetricsFile, Pace, ProgressCallback, evaluation_line, in_words
+from lorakit.train.progress import MetricsFile, Pace, ProgressCallback, evaluation_line
+from lorakit.train.report import duration
 
 
 def test_the_pace_forgets_the_first_step_as_soon_as_there_is_another() -> None:
@@ -34,7 +35,7 @@ def test_the_pace_is_that_of_the_last_steps() -> None:
 
 @pytest.mark.parametrize(("seconds", "words"), [(8.4, "8 s"), (200, "3 min 20 s"), (7500, "2 h 05 min")])
 def test_times_are_as_coarse_as_a_person_wants_them(seconds: float, words: str) -> None:
-    assert in_words(seconds) == words
+    assert duration(seconds) == words
 
 
 def test_without_a_terminal_there_is_a_line_for_each_event() -> None:

@@ -12,7 +12,7 @@ import pytest
 
 from lorakit.train import report
 from lorakit.train.evaluate import Answer, Evaluation
-from lorakit.train.report import Curves, RunRecord, draw_curves, json_lines, model_card, write_report
+from lorakit.train.report import RunRecord, draw_curves, json_lines, model_card, series_of, write_report
 
 RECORD = RunRecord(
     name="reviews",
@@ -23,7 +23,7 @@ RECORD = RunRecord(
     parameters=4_884_480,
     base_parameters=134_515_008,
     dtype="bfloat16",
-    path="flat rows with shared prefixes",
+    path="no padding, shared prefixes computed once",
     train_rows=2000,
     eval_rows=500,
     data=["examples/reviews.jsonl: 2,000 rows, none truncated"],
@@ -39,6 +39,7 @@ RECORD = RunRecord(
     after=Evaluation(rows=500, loss=0.25, perplexity=1.28, accuracy=0.88),
     samples=[Answer("A|b `c`\nd", "good", "bad", right=False)],
     findings=["step 9: the loss jumped to 5.0"],
+    prompt="Review: a film\nAnswer:",
 )
 
 HISTORY = [
@@ -56,19 +57,20 @@ def test_the_card_says_what_the_run_was() -> None:
         "all-linear",
         "4,884,480",
         "3.63%",
-        "2,000 rows to train, 500 held out",
+        "2,000 rows, 500 held out",
         "none truncated",
         "74.4%",
         "88.0%",
         "0.0005",
         "torch 2.13.0",
         "the loss jumped",
-        "Intended use",
+        "How to use it",
         "Limits",
         'adapter = lk.load(model, "path/to/this/folder")',
         "PeftModel.from_pretrained",
         "curves.png",
         "expected `good`",
+        "A prompt from its training data:\n\n~~~\nReview: a film\nAnswer:\n~~~",
     ):
         assert fact in card, fact
     header, _, _ = card.removeprefix("---\n").partition("\n---")
@@ -79,10 +81,10 @@ def test_the_card_says_what_the_run_was() -> None:
 
 def test_the_card_of_a_run_without_evaluation_claims_no_result() -> None:
     card = model_card(dataclasses.replace(RECORD, before=None, after=None, eval_rows=0, findings=(), stopped="NaN"))
-    assert "Nothing was measured" in card
-    assert "nothing is known about how well it does" in card
+    assert "Not evaluated" in card
+    assert "its quality is unknown" in card
     assert "The run was stopped before its end: NaN" in card
-    assert "saw nothing unusual" in card
+    assert "No NaNs, spikes or overfitting were detected." in card
 
 
 def test_a_folder_gets_its_four_files_and_keeps_the_others(tmp_path: Path) -> None:
@@ -119,16 +121,16 @@ def test_a_write_that_fails_leaves_the_old_file(tmp_path: Path, monkeypatch: pyt
 
 
 def test_curves_are_read_from_the_events_that_hold_them() -> None:
-    curves = Curves.of(HISTORY)
-    assert curves.loss[0] == (1, 2.0)
-    assert len(curves.loss) == len(curves.learning_rate) == len(curves.token_accuracy) == 29
-    assert curves.eval_loss == [(15, 0.3)], "a loss that is not a number cannot be drawn"
-    assert curves.eval_token_accuracy == [(15, 0.8)]
+    curves = series_of(HISTORY)
+    assert curves["loss"][0] == (1, 2.0)
+    assert len(curves["loss"]) == len(curves.learning_rate) == len(curves.token_accuracy) == 29
+    assert curves["eval_loss"] == [(15, 0.3)], "a loss that is not a number cannot be drawn"
+    assert curves["eval_token_accuracy"] == [(15, 0.8)]
 
 
 @pytest.mark.parametrize("history", [[], HISTORY[:1], HISTORY[:5], HISTORY])
 def test_any_history_can_be_drawn(history: list[dict[str, float]]) -> None:
-    assert draw_curves(Curves.of(history), "title").startswith(b"\x89PNG")
+    assert draw_curves(series_of(history), "title").startswith(b"\x89PNG")
 
 
 def test_the_record_is_plain_json() -> None:

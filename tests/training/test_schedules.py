@@ -13,11 +13,12 @@ from transformers import TrainerCallback
 
 import lorakit as lk
 from lorakit.errors import LorakitError
-from lorakit.train import checkpoint
+from lorakit.train import run_checkpoint as checkpoint
 from lorakit.train.config.run import DataOptions, TrainConfig, TrainOptions
 from lorakit.train.schedules.ranking import Budget, Exchange, Importance, orthogonal_to
 from lorakit.train.schedules.table import Draw, Restart, schedule_for
-from lorakit.train.trainer import LoraTrainer, choose_path
+from lorakit.train.step.support import choose_path
+from lorakit.train.trainer import LoraTrainer
 from training.tiny import InterruptAt, InterruptionError, llama, rows
 
 WIDTHS = (8, 10, 7, 9)

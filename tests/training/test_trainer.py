@@ -19,9 +19,10 @@ from transformers import TrainerCallback
 
 import lorakit as lk
 from lorakit.errors import LorakitError
-from lorakit.train import checkpoint
+from lorakit.train import run_checkpoint as checkpoint
 from lorakit.train.config.run import DataOptions, TrainConfig, TrainOptions
-from lorakit.train.trainer import LoraTrainer, choose_path, make_optimizer, training_arguments
+from lorakit.train.step.support import choose_path
+from lorakit.train.trainer import LoraTrainer, make_optimizer, training_arguments
 from training.tiny import InterruptAt, InterruptionError, Row, llama, rows
 
 PADDED = pytest.param("off", marks=pytest.mark.slow)
@@ -248,7 +249,7 @@ def test_a_damaged_checkpoint_is_refused_with_the_reason(
         (folder / name).write_bytes(content[:middle] if damage == "truncated" else changed)
     trainer = make(config)
     untouched = tensors(trainer)
-    words = {"truncated": "bytes and was written with", "changed": "hash differs", "missing": "is missing"}[damage]
+    words = {"truncated": "bytes and should have", "changed": "hash differs", "missing": "is missing"}[damage]
     with pytest.raises(LorakitError, match=f"checkpoint-4 is damaged: {name}.*{words}"):
         trainer.train_from(resume=True)
     assert_bit_equal(tensors(trainer), untouched)
@@ -262,8 +263,8 @@ def test_a_checkpoint_cut_off_by_a_kill_is_passed_over_and_said_so(
     trainer = make(config)
     with caplog.at_level(logging.INFO, logger="lorakit.train"):
         trainer.train_from(resume=True)
-    assert "checkpoint-4 was not finished" in caplog.text
-    assert "going on from" in caplog.text
+    assert "checkpoint-4, which was not finished" in caplog.text
+    assert "resuming from" in caplog.text
     assert "checkpoint-2" in caplog.text
     assert trainer.state.global_step == 18
     cut_off = folder.with_name("checkpoint-99")
@@ -324,7 +325,7 @@ def test_a_fresh_run_does_not_throw_an_interrupted_one_away(interrupted: tuple[T
 
 
 def test_resume_without_any_checkpoint_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(LorakitError, match="found no complete one"):
+    with pytest.raises(LorakitError, match="found no complete checkpoint"):
         make(configure(tmp_path)).train_from(resume=True)
     with pytest.raises(LorakitError, match="there is no checkpoint"):
         make(configure(tmp_path)).train_from(resume=str(tmp_path / "nowhere"))
@@ -366,7 +367,9 @@ def test_a_step_that_is_not_finite_changes_nothing_and_several_stop_the_run(tmp_
         def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
             if state.global_step == 4:
                 self.before = tensors(trainer)
-                trainer.path = type(trainer.path)("broken", lambda *a: (good(*a)[0] * math.nan, *good(*a)[1:]))
+                trainer.path = type(trainer.path)(
+                    "broken", lambda *a, **k: (good(*a, **k)[0] * math.nan, good(*a, **k)[1])
+                )
 
     callback = Break()
     trainer = make(configure(tmp_path, epochs=3, weight_decay=0.5), callback)

@@ -13,11 +13,11 @@ import transformers as tf
 from torch import Tensor
 
 from lorakit.train.step import attention, tree
-from lorakit.train.step.attention import flat_attention
-from lorakit.train.step.blocks import FlatAttention, plan_attention
+from lorakit.train.step.attention import packed_attention
+from lorakit.train.step.batched_attention import PackedAttention, plan_attention
 from lorakit.train.step.loss import causal_loss, padded_loss
-from lorakit.train.step.packing import FlatBatch, pack
-from lorakit.train.step.support import flat_support
+from lorakit.train.step.packing import PackedBatch, pack
+from lorakit.train.step.support import packing_support
 from lorakit.train.step.tree import TreeAttention
 
 HERE = torch.randn(2, 16)
@@ -29,7 +29,7 @@ class Example:
     labels: list[int]
 
 
-def batch(beginning: int, lengths: list[int]) -> FlatBatch:
+def batch(beginning: int, lengths: list[int]) -> PackedBatch:
     """Examples of so many tokens of their own behind a shared beginning, half of which hangs below a second one."""
     shared, nested = [1] * beginning, [2] * 20
     rows = [[*shared, *(nested if i % 2 else []), *range(100 * i, 100 * i + n)] for i, n in enumerate(lengths, 3)]
@@ -58,7 +58,7 @@ def test_outputs_and_gradients(
 
     plan = plan_attention(packed, *heads, width, window)
     expected = differentiate(
-        lambda q, k, v: FlatAttention.apply(q, k, v, None, plan, 0.2, None, window),  # type: ignore[no-untyped-call]
+        lambda q, k, v: PackedAttention.apply(q, k, v, None, plan, 0.2, None, window),  # type: ignore[no-untyped-call]
         [one.double() for one in given],
         grad.double(),
         packed.used,
@@ -147,11 +147,11 @@ def test_a_model_goes_that_way(kind: str, monkeypatch: pytest.MonkeyPatch) -> No
     calls: list[str] = []
     call = tree.LIBRARY.call
     monkeypatch.setattr(tree.LIBRARY, "call", lambda name, *rest: calls.append(name) or call(name, *rest))
-    assert flat_support(model) is None  # the trainer takes the flat path
+    assert packing_support(model) is None  # the trainer takes the flat path
     assert "attend" in calls
     rows = [[*range(1, 31), *range(40, 40 + n)] for n in (3, 30, 11)]
     examples = [Example(row, [-100] * 30 + row[30:]) for row in rows]
-    with flat_attention(model):
+    with packed_attention(model):
         loss, _ = causal_loss(model, pack(examples))
         loss.backward()
     assert calls[-4:] == ["attend"] * 2 + ["attend_backward"] * 2
@@ -176,7 +176,7 @@ def test_long_rows_where_the_processor_multiplies_tiles(monkeypatch: pytest.Monk
     found = []
     for tiles in (True, False):
         monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda tiles=tiles: tiles)
-        found.append(attention.flat_attention_forward(layer, q, q, q, None, flat_batch=packed)[0][:, : packed.used])
+        found.append(attention.packed_attention_forward(layer, q, q, q, None, packed_batch=packed)[0][:, : packed.used])
     assert len(calls) == 1
     assert torch.allclose(found[0], found[1], atol=1e-5)
 
@@ -190,7 +190,7 @@ def test_without_a_compiler(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogC
             assert not tree.suits(batch(20, [3]), HERE)
             assert not tree.suits(batch(20, [3]), HERE)
         assert [record.getMessage() for record in caplog.records] == [
-            "attention: by batched products, no C++ compiler was found (g++, clang++)"
+            "attention runs in PyTorch, not in C++: no C++ compiler was found (g++, clang++)"
         ]
     finally:
         forget()

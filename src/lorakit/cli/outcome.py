@@ -65,9 +65,9 @@ def on_base(verb: str, base: str | None, folders: Sequence[Path], always: bool =
 
 def batches_of(tokenizer: Any, data: str, rows: int, size: int = 8) -> list[dict[str, Any]]:
     """The first rows of a file, or of what else a run trains on, as batches with labels."""
-    from lorakit.train.calibration import pad
     from lorakit.train.config.options import DataOptions
     from lorakit.train.data.examples import load_splits, prepare
+    from lorakit.train.step.packing import pad
 
     options = DataOptions(train=data, limit=rows)
     found, _ = load_splits(options)

@@ -188,7 +188,7 @@ class _StackCall:
 
     def add_prompts(self) -> tuple[int, Tensor | None]:
         """Put the prompts into the arguments; returns the columns that were added, and where each row's own tokens start."""
-        columns, packed = self.columns, self.given.get("flat_batch")
+        columns, packed = self.columns, self.given.get("packed_batch")
         if packed is not None:
             return self._add_to_packed(packed), None
         if self.cached:
@@ -217,7 +217,7 @@ class _StackCall:
                 "a padding-free batch takes one prompt for all rows, and no prefix; use the padded path (train.fast_path: off)."
             )
         if self.columns.width:
-            self.given["flat_batch"] = packed.under(self.columns.width)
+            self.given["packed_batch"] = packed.under(self.columns.width)
             self._set_positions()
             self._add_rows()
         return self.columns.width

@@ -93,7 +93,7 @@ class Retriever(TwoPassRouter):
         return centred @ cast(Tensor, self.centroids).to(embeddings).T
 
     def find(self, args: tuple[Any, ...], kwargs: dict[str, Any], memory: dict[str, Any] | None) -> Tensor:
-        if kwargs.get("flat_batch") is not None:
+        if kwargs.get("packed_batch") is not None:
             raise LorakitError(
                 "use: retrieval weighs whole rows, and this batch is packed; turn packing off (train.fast_path: off)."
             )

@@ -1,12 +1,11 @@
 """Training from a GGUF file: read once into plain floats, kept as safetensors, no longer "quantised".
 
 transformers reads GGUF into ordinary float weights, yet three things stand between that and training:
-- the model is flagged as quantised, so that `save_pretrained` and the Trainer refuse it
-  (`clear_quantised_flags`);
-- the tokenizer is built for the architecture, without regard to the pre-tokenizer that the file names, so
-  that some texts come out in other tokens than the model was trained on (`read_tokenizer`);
-- it is slow, most of it in Python over the token list: 14 s for a 135M model, of which under 1 s from
-  safetensors. The result is therefore kept in a cache folder named by the file's content (`load`).
+- the model is flagged as quantised, so that `save_pretrained` and the Trainer refuse it (`clear_quantised_flags`);
+- the tokenizer is built for the architecture, without regard to the pre-tokenizer that the file names, so that some texts
+  come out in other tokens than the model was trained on (`read_tokenizer`);
+- it is slow, most of it in Python over the token list: 14 s for a 135M model, of which under 1 s from safetensors. The
+  result is therefore kept in a cache folder named by the file's content (`load`).
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ from typing import Any
 import torch
 import transformers
 
-from lorakit.errors import LorakitError
+from lorakit.errors import LorakitError, plural
 
 logger = logging.getLogger(__name__)
 
@@ -87,18 +86,18 @@ def load(
         seconds = time.perf_counter() - started
         size = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
         kept = size <= CACHE_LIMIT and keep(model, words, folder)
-        logger.info("read %s in %.0f s; %s", path.name, seconds, f"kept as {folder}" if kept else "not kept")
+        where = f"cached as {folder}" if kept else "not cached"
+        logger.info("converted %s in %.0f s; %s", path.name, seconds, where)
         if not kept:
             if class_name != "AutoModelForCausalLM" or options:
                 raise LorakitError(
-                    f'load model: "{path}" as {class_name} with {options or "no options"} is built from the '
-                    f"cached floats, and {size / 2**30:.1f} GiB could not be kept in {folder.parent}. What "
-                    "works: set LORAKIT_CACHE to a folder with room, or save the causal model with "
-                    "save_pretrained and load that."
+                    f'load model: "{path}" as {class_name} with {options or "no options"} is built from a cached copy, and its '
+                    f"{size / 2**30:.1f} GiB could not be kept in {folder.parent}. What works: set LORAKIT_CACHE to a folder "
+                    "with room, or save the causal model with save_pretrained and load that."
                 )
             return model, words
     else:
-        logger.info("%s: floats from %s", path.name, folder)
+        logger.info("using the cached %s copy of the GGUF: %s", str(dtype).removeprefix("torch."), folder)
     model = getattr(transformers, class_name).from_pretrained(folder, dtype=dtype, **options)
     return model, transformers.AutoTokenizer.from_pretrained(folder) if with_tokenizer else None
 
@@ -118,7 +117,7 @@ def keep(model: Any, tokenizer: Any, folder: Path) -> bool:
         folder.parent.mkdir(parents=True, exist_ok=True)
         draft = Path(tempfile.mkdtemp(prefix=".draft-", dir=folder.parent))
     except OSError as error:
-        logger.warning("the model is not kept, so the next start is slow again: %s", error)
+        logger.warning("the converted model could not be cached, so the next start is slow again: %s", error)
         return False
     try:
         model.save_pretrained(draft)
@@ -128,7 +127,7 @@ def keep(model: Any, tokenizer: Any, folder: Path) -> bool:
     except OSError as error:
         if (folder / "config.json").exists():
             return True  # another process was first; its content is the same
-        logger.warning("the model is not kept, so the next start is slow again: %s", error)
+        logger.warning("the converted model could not be cached, so the next start is slow again: %s", error)
         return False
     finally:
         shutil.rmtree(draft, ignore_errors=True)
@@ -143,17 +142,15 @@ def refusing_what_transformers_cannot_read(path: Path) -> Iterator[None]:
     except (ValueError, LookupError, TypeError, OSError, EOFError, NotImplementedError, struct.error) as error:
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise LorakitError(
-            f'load model: "{path}" was asked for; transformers {transformers.__version__} cannot read it: '
-            f"{reason}. What works: a whole GGUF file (version 2 or 3) of an architecture that transformers "
-            "knows, or the model's safetensors folder."
+            f'load model: transformers {transformers.__version__} cannot read it: "{path}": {reason}. What works: a whole GGUF '
+            "file (version 2 or 3) of an architecture that transformers knows, or the model's safetensors folder."
         ) from error
 
 
 def read_model(path: Path, dtype: torch.dtype) -> Any:
     """The causal model of a GGUF file as plain floats that can be trained and saved."""
     options: dict[str, Any] = {}
-    # Without this, newer versions keep the blocks packed where a kernel for them is installed; older ones
-    # lack it.
+    # Without this, newer versions keep the blocks packed where a kernel for them is installed; older ones lack it.
     if hasattr(transformers, "GgufConfig"):
         options["quantization_config"] = transformers.GgufConfig(dequantize=True)
     with refusing_what_transformers_cannot_read(path):
@@ -176,8 +173,8 @@ def clear_quantised_flags(model: Any) -> None:
     packed = [name for name, parameter in model.named_parameters() if not parameter.is_floating_point()]
     if packed:
         raise LorakitError(
-            f"load model: {len(packed)} weights are still packed ({packed[0]}, ...), so they cannot be "
-            "trained around as floats. What works: transformers.GgufConfig(dequantize=True)."
+            f"load model: {plural(len(packed), 'weight')} still packed ({packed[0]}, ...): not a float model. What works: "
+            "transformers.GgufConfig(dequantize=True)."
         )
     for name in ("hf_quantizer", "quantization_method"):
         if hasattr(model, name):

@@ -1,8 +1,7 @@
 """The model hub, with or without a network.
 
-transformers retries for half a minute when there is no network, and asks it for some files even when told to
-use local ones only. So the hub is asked once whether it answers; if not, the cached copy is used as the local
-folder that it is.
+transformers retries for half a minute when there is no network, and asks it for some files even when told to use local ones
+only. So the hub is asked once whether it answers; if not, the cached copy is used as the local folder that it is.
 """
 
 from __future__ import annotations
@@ -51,15 +50,15 @@ def reach_hub(name: str, revision: str | None = None) -> bool:
         huggingface_hub.HfApi().model_info(name, revision=revision, timeout=10)
     except GatedRepoError as error:
         raise LorakitError(
-            f'load model: "{name}" is closed on the hub. Ask for access on https://huggingface.co/{name}, '
+            f'load model: "{name}" is gated on the hub. Ask for access on https://huggingface.co/{name}, '
             "then run `hf auth login`."
         ) from error
     except RevisionNotFoundError as error:
         raise LorakitError(f'load model: "{name}" has no revision "{revision}" on the hub.') from error
     except RepositoryNotFoundError as error:
         raise LorakitError(
-            f'load model: "{name}" is neither a file or folder here (from {Path.cwd()}) nor a model on the '
-            "hub that this user can see. Check the spelling, or run `hf auth login` if it is private."
+            f'load model: "{name}" is neither a file or folder here (from {Path.cwd()}) nor a model on the hub that this user '
+            "can see. Check the spelling, or run `hf auth login` if it is private."
         ) from error
     except HFValidationError as error:
         raise LorakitError(
@@ -67,7 +66,7 @@ def reach_hub(name: str, revision: str | None = None) -> bool:
         ) from error
     except Exception as error:
         # Whatever a network does: refused, timed out, no such name, a proxy's answer, offline mode.
-        logger.info("the hub does not answer (%s); using the copy in the cache", first_line(error))
+        logger.info("the hub does not answer (%s); using the cached copy", first_line(error))
         return False
     return True
 
@@ -89,10 +88,9 @@ def not_cached(name: str, cache_dir: str | Path | None = None) -> LorakitError:
     kept = Path(cache_dir or huggingface_hub.constants.HF_HUB_CACHE)
     cached = sorted(entry.name.removeprefix("models--").replace("--", "/") for entry in kept.glob("models--*"))
     return LorakitError(
-        f'load model: "{name}" was asked for; the hub cannot be reached (no network, or HF_HUB_OFFLINE is '
-        f"set) and the cache {kept} does not hold it whole. In the cache: "
-        f"{', '.join(cached) or 'no model'}. What works: connect once (`hf download {name}`), copy the "
-        "cache from a machine that has it and set HF_HOME, or give a local folder or a .gguf file."
+        f"load model: the hub cannot be reached (no network, or HF_HUB_OFFLINE is set) and the cache {kept} does not hold "
+        f'"{name}" whole. In the cache: {", ".join(cached) or "no model"}. What works: connect once (`hf download {name}`), '
+        "copy the cache from a machine that has it and set HF_HOME, or give a local folder or a .gguf file."
     )
 
 

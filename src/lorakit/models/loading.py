@@ -70,9 +70,8 @@ def processor_flags() -> frozenset[str]:
 def choose_dtype(device: str | torch.device | None = None) -> tuple[torch.dtype, str]:
     """The number format to hold and multiply the base weights in, and the reason in words.
 
-    bfloat16 where the hardware multiplies it, since it halves memory and is several times faster there;
-    float32 elsewhere, where bfloat16 would be emulated and slower. float16 is never chosen: its range needs
-    loss scaling.
+    bfloat16 where the hardware multiplies it, since it halves memory and is several times faster there; float32 elsewhere,
+    where bfloat16 would be emulated and slower. float16 is never chosen: its range needs loss scaling.
 
     Args:
         device: where the model will run; None means a CUDA device if there is one, else the processor.
@@ -99,13 +98,13 @@ def choose_dtype(device: str | torch.device | None = None) -> tuple[torch.dtype,
 def resolve_dtype(dtype: str | torch.dtype, device: str | torch.device | None = None) -> tuple[torch.dtype, str]:
     """A dtype from "auto", a name of `DTYPES`, or a dtype, with the reason for it in words."""
     if isinstance(dtype, torch.dtype):
-        return dtype, "asked for"
+        return dtype, "requested"
     if dtype == "auto":
         return choose_dtype(device)
     name = dtype.removeprefix("torch.")
     if name not in DTYPES:
         raise unknown("dtype", dtype, ["auto", *DTYPES])
-    return DTYPES[name], "asked for"
+    return DTYPES[name], "requested"
 
 
 def load_model(
@@ -122,39 +121,38 @@ def load_model(
     """Load a base model in evaluation mode, and its tokenizer with a padding token.
 
     Args:
-        name_or_path: a hub name ("HuggingFaceTB/SmolLM2-135M-Instruct"), a folder written by
-            `save_pretrained`, a `.gguf` file, or a folder that holds one. A folder or file wins over a hub
-            name that reads the same.
+        name_or_path: a hub name ("HuggingFaceTB/SmolLM2-135M-Instruct"), a folder written by `save_pretrained`, a `.gguf`
+            file, or a folder that holds one. A folder or file wins over a hub name that reads the same.
         dtype: "auto" (see `choose_dtype`), a name of `DTYPES`, or a torch dtype.
         gguf_file: which file of the folder or hub repository, where there are several.
         task: a name of `TASKS`.
         device: where to put the model; None leaves it where transformers puts it.
         tokenizer: a folder or hub name to take the tokenizer from, when the model's own place has none.
-        quantize: hold the linear layers in few bits: a format's name ("nf4", "int8", ...) or its spec. A checkpoint that is
+        quantize: quantise the linear layers: a format's name ("nf4", "int8", ...) or its spec. A checkpoint that is
             quantised already is recognised by itself.
         options: passed on to transformers' `from_pretrained`.
 
     Returns:
-        The model, of transformers' own class, and its tokenizer. `model.config._name_or_path` is the place as
-        given, so that an adapter's record names what the user knows.
+        The model, of transformers' own class, and its tokenizer. `model.config._name_or_path` is the place as given, so
+        that an adapter's record names what the user knows.
 
     Raises:
-        LorakitError: the place does not exist, cannot be reached, holds an adapter instead of a model, or
-            holds several GGUF files and none was named; an unknown task, dtype or quantisation, or one whose library is
+        LorakitError: the place does not exist, cannot be reached, holds an adapter instead of a model, or holds several
+            GGUF files and none was named; an unknown task, dtype or quantisation, or one whose library is
         missing; a model that is to be quantised and is already.
     """
     if task not in TASKS:
         raise unknown("task", task, TASKS)
     chosen, reason = resolve_dtype(dtype, device)
     place = find_local(name_or_path)
-    logger.info("%s weights: %s", str(chosen).removeprefix("torch."), reason)
+    logger.info("loading weights as %s (%s)", str(chosen).removeprefix("torch."), reason)
     source = str(name_or_path)
     if place is None and gguf_file is not None:
         place = hub.download_gguf(source, gguf_file)
     elif place is not None and place.is_dir():
         place = place / gguf_file if gguf_file is not None else gguf.only_file_of(place) or place
     if place is not None and not place.exists():
-        raise LorakitError(f'load model: "{place}" was asked for; no such file is there.')
+        raise LorakitError(f'load model: no such file: "{place}".')
 
     few = quantisation(quantize)
     told = None if few is None else few.config(chosen)
@@ -178,7 +176,7 @@ def load_model(
         few.pack(model, chosen)
     held = holding(model)
     if held.packed:
-        logger.info("quantised base: %s, %s in all", held.words(), megabytes(held.nbytes))
+        logger.info("quantised base: %s, %s in total", held.words(), megabytes(held.nbytes))
     return model.eval(), words
 
 
@@ -188,12 +186,9 @@ def megabytes(count: int) -> str:
 
 
 def _check_quantised(where: str, few: Quantisation | None, options: dict[str, Any]) -> None:
-    """A checkpoint that is in few bits already is not quantised once more, and needs its library."""
-    known = ("revision", "cache_dir", "token", "trust_remote_code")
+    """Refuses to quantise a checkpoint that is quantised already; the log says in what."""
     try:
-        config = transformers.AutoConfig.from_pretrained(
-            where, **{key: options[key] for key in known if key in options}
-        )
+        config = transformers.AutoConfig.from_pretrained(where, **_of_the_place(options))
     except (OSError, ValueError):
         return  # what is wrong with the place is said by the loading itself
     method = existing(config)
@@ -201,8 +196,8 @@ def _check_quantised(where: str, few: Quantisation | None, options: dict[str, An
         return
     if few is not None:
         raise LorakitError(
-            f'load model: quantize={few.name} was asked for, and "{where}" is quantised already ({method}). Leave quantize '
-            "away, or start from the float model."
+            f'load model: quantize={few.name}, but "{where}" is quantised already ({method}). Leave quantize out, or start '
+            "from the float model."
         )
     logger.info("%s is quantised already: %s", where, method)
 
@@ -218,25 +213,24 @@ def find_local(name_or_path: str | Path) -> Path | None:
     path = Path(text).expanduser()
     if not path.exists():
         if isinstance(name_or_path, Path) or text.startswith(("/", ".", "~")) or text.count("/") > 1:
-            raise LorakitError(f'load model: "{text}" was asked for; no such file or folder (from {Path.cwd()}).')
+            raise LorakitError(f'load model: no such file or folder: "{text}" (from {Path.cwd()}).')
         if path.suffix == ".gguf":
             raise LorakitError(
-                f'load model: "{text}" was asked for; no such file (from {Path.cwd()}). For a GGUF file in '
-                'a hub repository, give the repository as name_or_path ("owner/name") and the file as '
-                "gguf_file."
+                f'load model: no such file: "{text}" (from {Path.cwd()}). For a GGUF file in a hub repository, give the '
+                'repository as name_or_path ("owner/name") and the file as gguf_file.'
             )
         return None
     if path.is_file() and path.suffix != ".gguf":
         raise LorakitError(
-            f'load model: "{text}" is a file that is not GGUF. What works: a .gguf file, the folder that '
-            "holds config.json and *.safetensors, or a hub name."
+            f'load model: "{text}" is a file that is not GGUF. What works: a .gguf file, the folder with config.json and '
+            "*.safetensors, or a hub name."
         )
     if path.is_dir() and not (path / "config.json").exists() and not list(path.glob("*.gguf")):
         found = ", ".join(sorted(entry.name for entry in path.iterdir())[:8]) or "nothing"
         if (path / "adapter_config.json").exists():
             raise LorakitError(
-                f'load model: "{text}" holds an adapter (adapter_config.json), not a base model. Load the '
-                "base first, then the adapter on it with lorakit.load(model, folder)."
+                f'load model: "{text}" holds an adapter (adapter_config.json), not a base model. Load the base first, then '
+                "the adapter on it with lorakit.load(model, folder)."
             )
         raise LorakitError(
             f'load model: the folder "{text}" holds neither config.json nor a .gguf file; it holds: {found}.'
@@ -250,22 +244,19 @@ def from_pretrained(class_name: str, where: str, **options: Any) -> Any:
         return getattr(transformers, class_name).from_pretrained(where, **options)
     except ImportError as error:
         raise LorakitError(
-            f'load model: "{where}" needs a library that is not here; transformers says: {hub.first_line(error)}'
+            f'load model: "{where}" needs a library that is not installed; transformers says: {hub.first_line(error)}'
         ) from error
     except OSError as error:
         raise LorakitError(
-            f'load model: "{where}" was asked for; transformers says: {hub.first_line(error)} What works: a '
-            "folder written by save_pretrained (config.json and whole *.safetensors), a hub name, or a "
-            ".gguf file."
+            f'load model: "{where}" cannot be loaded; transformers says: {hub.first_line(error)} What works: a folder written '
+            "by save_pretrained (config.json and whole *.safetensors), a hub name, or a .gguf file."
         ) from error
 
 
 def load_tokenizer(where: str, options: dict[str, Any]) -> Any:
     """The tokenizer of a hub name or folder."""
-    known = ("revision", "cache_dir", "token", "trust_remote_code")
-    passed = {key: options[key] for key in known if key in options}
     try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(where, **passed)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(where, **_of_the_place(options))
     except (OSError, ValueError) as error:
         raise no_tokenizer(where, hub.first_line(error)) from error
     # Where a folder has no tokenizer files, transformers makes an empty one of the model's kind and is silent.
@@ -274,11 +265,16 @@ def load_tokenizer(where: str, options: dict[str, Any]) -> Any:
     return tokenizer
 
 
+def _of_the_place(options: dict[str, Any]) -> dict[str, Any]:
+    """Those of a model's options that say where its files are, for its configuration and tokenizer."""
+    return {key: options[key] for key in ("revision", "cache_dir", "token", "trust_remote_code") if key in options}
+
+
 def no_tokenizer(where: str, reason: str) -> LorakitError:
     """The error for a place without a tokenizer."""
     return LorakitError(
-        f'load tokenizer: "{where}" holds no tokenizer that transformers can read ({reason}). What works: write '
-        "one there with tokenizer.save_pretrained(folder), or name another place with tokenizer=."
+        f'load tokenizer: "{where}" holds no tokenizer that transformers can read ({reason}). What works: write one there with '
+        "tokenizer.save_pretrained(folder), or name another place with tokenizer=."
     )
 
 
@@ -287,18 +283,17 @@ def settle_padding(model: Any, tokenizer: Any) -> None:
     if tokenizer.pad_token_id is None:
         if tokenizer.eos_token_id is None:
             raise LorakitError(
-                f'load tokenizer: "{tokenizer.name_or_path}" has neither a padding nor an end token; set '
-                "tokenizer.pad_token and save it with tokenizer.save_pretrained(folder)."
+                f'load tokenizer: "{tokenizer.name_or_path}" has neither a padding nor an end token; set tokenizer.pad_token '
+                "and save it with tokenizer.save_pretrained(folder)."
             )
         tokenizer.pad_token = tokenizer.eos_token
-        logger.info("no padding token: %s, the end token, pads (padding carries no loss)", tokenizer.eos_token)
+        logger.info("the tokenizer has no padding token: padding with %s (no loss on padding)", tokenizer.eos_token)
     if getattr(model.config, "pad_token_id", None) is None:
         model.config.pad_token_id = tokenizer.pad_token_id
     rows = model.get_input_embeddings().weight.shape[0]
     if len(tokenizer) > rows:
         logger.warning(
-            "the tokenizer knows %d tokens and the embedding has %d rows: a text with one of the last %d "
-            "cannot be read",
+            "the tokenizer has %d tokens and the embedding %d rows: a text with one of the last %d cannot be read",
             len(tokenizer),
             rows,
             len(tokenizer) - rows,

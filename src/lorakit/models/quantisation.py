@@ -1,4 +1,4 @@
-"""A float model held in few bits from the moment it is read: the formats by name, and what transformers is told.
+"""Quantising a float model as it is loaded: the formats by name, and what transformers is told.
 
     nf4, fp4       bitsandbytes: 4 bits in blocks of 64, scales in 8 bits too (4.127 bits a weight in all)
     int8           bitsandbytes: 8 bits, a scale per row
@@ -22,7 +22,7 @@ from torch import nn
 from lorakit.core.layout import sites_of
 from lorakit.core.options import check, option
 from lorakit.core.storage import FLOAT, storage_of
-from lorakit.errors import LorakitError, unknown
+from lorakit.errors import LorakitError, plural, unknown
 
 HEADS = ("lm_head", "embed_out", "score", "classifier", "qa_outputs")
 """What output heads are called: transformers leaves them alone by itself only where nothing else is to be skipped."""
@@ -30,7 +30,7 @@ HEADS = ("lm_head", "embed_out", "score", "classifier", "qa_outputs")
 
 @dataclass(frozen=True, kw_only=True)
 class Quantisation(ABC):
-    """How a float model is held when it is read."""
+    """How a float model is quantised when it is loaded."""
 
     name: ClassVar[str]
     library: ClassVar[str]
@@ -46,8 +46,8 @@ class Quantisation(ABC):
         model is packed afterwards (`pack`)."""
         if importlib.util.find_spec(self.library) is None:
             raise LorakitError(
-                f"quantize: {self.name} is held by the package {self.library}, which is not installed here. "
-                f"`pip install {self.library}`, or take a format whose package is there: {', '.join(available()) or 'none'}."
+                f"quantize: {self.name} needs the package {self.library}, which is not installed: pip install {self.library}, "
+                f"or use a format whose package is installed: {', '.join(available()) or 'none'}."
             )
         return self._config(dtype)
 
@@ -185,7 +185,7 @@ class Holding:
 
     def words(self) -> str:
         """The packed layers for people: "210 layers in nf4"; empty where all are floats."""
-        return ", ".join(f"{count} layers in {label}" for label, count in self.packed.items())
+        return ", ".join(f"{plural(count, 'layer')} in {label}" for label, count in self.packed.items())
 
 
 def holding(model: nn.Module) -> Holding:

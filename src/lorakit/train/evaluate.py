@@ -13,7 +13,6 @@ counts with the sum of its tokens' log-probabilities.
 
 from __future__ import annotations
 
-import math
 import re
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -21,11 +20,13 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from lorakit.core.using import use
-from lorakit.errors import LorakitError
-from lorakit.train.scoring import evaluating, score_choices
+from lorakit.errors import LorakitError, plural
+from lorakit.models.evaluating import evaluating
+from lorakit.train.scoring import score_choices
+from lorakit.train.step.loss import LossStats, padded_loss
+from lorakit.train.step.packing import mask_of, pad_rows
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -35,37 +36,8 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class LossSums:
-    """Sums over labelled tokens, so that batches and processes simply add: `loss` is the summed negative
-    log-likelihood in nats, `correct` how many likeliest tokens were the label, `tokens` how many labels."""
-
-    loss: float = 0.0
-    correct: float = 0.0
-    tokens: int = 0
-
-    def __add__(self, other: LossSums) -> LossSums:
-        return LossSums(self.loss + other.loss, self.correct + other.correct, self.tokens + other.tokens)
-
-    @property
-    def mean(self) -> float:
-        """Mean loss per labelled token."""
-        return self.loss / self.tokens if self.tokens else math.nan
-
-    @property
-    def perplexity(self) -> float:
-        """e to the mean loss: infinite rather than an overflow for a hopeless model."""
-        return math.exp(self.mean) if self.mean < 700 else math.inf
-
-    @property
-    def token_accuracy(self) -> float:
-        """Share of labelled tokens that were the likeliest."""
-        return self.correct / self.tokens if self.tokens else math.nan
-
-
-@dataclass(frozen=True)
 class Answer:
-    """One held-out row asked: what was asked (without what all prompts share), expected, given, and if
-    right."""
+    """One held-out row asked: what was asked (without what all prompts share), expected, given, and if right."""
 
     prompt: str
     expected: str
@@ -77,8 +49,7 @@ class Answer:
 class Evaluation:
     """What was measured on one set of rows. What was not asked for is None.
 
-    `loss` in nats per labelled token; `accuracy`, `exact_match` and `token_accuracy` are shares between 0 and
-    1.
+    `loss` in nats per labelled token; `accuracy`, `exact_match` and `token_accuracy` are shares between 0 and 1.
     """
 
     rows: int
@@ -105,31 +76,23 @@ def evaluate_loss(
     examples: Sequence[Example],
     *,
     batch_size: int = 16,
-    loss_of: Callable[[nn.Module, Sequence[Example]], LossSums] | None = None,
-) -> LossSums:
+    loss_of: Callable[..., tuple[Tensor, LossStats]] = padded_loss,
+) -> LossStats:
     """Loss, perplexity and token accuracy over `examples`, in batches of similar length.
 
-    `loss_of` computes one batch; by default the padded path. Raises LorakitError when no example has a label.
+    `loss_of` computes one batch, as a `LossPath` does. Raises LorakitError when no example has a label.
     """
     by_length = sorted(examples, key=lambda example: len(example.input_ids))
-    total = LossSums()
+    total = LossStats()
     with evaluating(model):
         for start in range(0, len(by_length), batch_size):
-            batch = by_length[start : start + batch_size]
-            total += (loss_of or _padded_sums)(model, batch)
-    if total.tokens == 0:
+            total += loss_of(model, by_length[start : start + batch_size])[1]
+    if total.targets == 0:
         raise LorakitError(
-            f"evaluate: asked for the loss of {len(examples)} rows; none of them has a labelled token; "
-            "check that the rows hold a completion and that truncation leaves it in"
+            f"evaluate: of {plural(len(examples), 'row')} none of them has a labelled token; check that the rows have a "
+            "completion and that truncation keeps it"
         )
     return total
-
-
-def _padded_sums(model: nn.Module, examples: Sequence[Example]) -> LossSums:
-    from lorakit.train.step.loss import padded_loss
-
-    _, stats = padded_loss(model, examples)
-    return LossSums(float(stats.total), float(stats.right), stats.targets)
 
 
 # -- own answers -----------------------------------------------------------------------------------
@@ -154,12 +117,8 @@ def generate_answers(
     with evaluating(model):
         for start in range(0, len(order), batch_size):
             rows = order[start : start + batch_size]
-            longest = max(len(prompts[i]) for i in rows)
-            ids = torch.zeros(len(rows), longest, dtype=torch.long)
-            mask = torch.zeros_like(ids)
-            for row, index in enumerate(rows):
-                ids[row, longest - len(prompts[index]) :] = torch.tensor(list(prompts[index]))
-                mask[row, longest - len(prompts[index]) :] = 1
+            asked = [prompts[i] for i in rows]
+            ids, mask = pad_rows(asked, left=True), mask_of(asked, left=True)
             written = model.generate(
                 input_ids=ids.to(model.device),
                 attention_mask=mask.to(model.device),
@@ -173,7 +132,7 @@ def generate_answers(
                 eos_token_id=stops or None,
                 pad_token_id=stops[0] if stops else 0,
             )
-            for index, row in zip(rows, written[:, longest:].tolist(), strict=True):
+            for index, row in zip(rows, written[:, ids.shape[1] :].tolist(), strict=True):
                 end = next((place for place, token in enumerate(row) if token in stops), len(row))
                 answers[index] = str(tokenizer.decode(row[:end], skip_special_tokens=True))
     return answers
@@ -210,7 +169,7 @@ def measure(
     options: EvaluateOptions | None = None,
     choices: Sequence[Sequence[int]] = (),
     batch_size: int = 32,
-    loss_of: Callable[[nn.Module, Sequence[Example]], LossSums] | None = None,
+    loss_of: Callable[..., tuple[Tensor, LossStats]] = padded_loss,
 ) -> Evaluation:
     """Everything that `options` asks for, on the route that is in use.
 
@@ -290,35 +249,26 @@ def _answers(questions: Sequence[Question], given: Sequence[str], options: Evalu
 
 
 def normalise(text: str, ignore_case: bool = True) -> str:
-    """An answer as it is compared: white space around and between words does not count, nor case if so
-    asked."""
+    """An answer as it is compared: white space around and between words does not count, nor case if so asked."""
     text = " ".join(text.split())
     return text.casefold() if ignore_case else text
 
 
 def strip_shared(texts: Sequence[str]) -> list[str]:
-    """Texts without the beginning and the end that all of them share: of prompts, what is asked in each."""
+    """Texts without the words that all of them begin and end with: of prompts, what is asked in each."""
     if len(set(texts)) < 2:
         return list(texts)
-    shortest = min(map(len, texts))
-    start = next((i for i in range(shortest) if len({text[i] for text in texts}) > 1), shortest)
+    split = [re.findall(r"\s+|\S+", text) for text in texts]
+    shortest = min(map(len, split))
+    start = next((i for i in range(shortest) if len({words[i] for words in split}) > 1), shortest)
     left = shortest - start
-    end = next((i for i in range(left) if len({text[-1 - i] for text in texts}) > 1), left)
-    return [text[start : len(text) - end].strip() for text in texts]
+    end = next((i for i in range(left) if len({words[-1 - i] for words in split}) > 1), left)
+    return ["".join(words[start : len(words) - end]).strip() for words in split]
 
 
 def _share(right: Iterable[bool]) -> float:
     known = list(right)
     return sum(known) / len(known)
-
-
-def compare(model: nn.Module, adapter: str, measure: Callable[[], Evaluation]) -> tuple[Evaluation, Evaluation]:
-    """`measure()` with the base model, then with `adapter`: (before, after). The route in use is restored."""
-    with use(model, None):
-        before = measure()
-    with use(model, adapter):
-        after = measure()
-    return before, after
 
 
 def tabulate(evaluations: dict[str, Evaluation], title: str = "Evaluation") -> Table:

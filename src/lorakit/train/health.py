@@ -1,14 +1,12 @@
 """A health watch over a run: it says in words what it sees, and what was done about it.
 
-A run that goes wrong usually shows it in numbers nobody reads: a loss that is not a number, a jump, a
-training loss that sinks while the evaluation loss climbs, a layer whose adapter never got a gradient.
-`HealthWatch` is fed those numbers and answers with findings in plain words. It knows neither torch nor the
-Trainer, so a test can feed it by hand; `HealthCallback` is the thin wire between it and a running Trainer.
+A run that goes wrong usually shows it in numbers nobody reads: a loss that is not a number, a jump, a training loss that
+sinks while the evaluation loss climbs, a layer whose adapter never got a gradient. `HealthWatch` judges those numbers. It
+knows neither torch nor the Trainer, so a test can feed it by hand; `HealthCallback` connects it to a running Trainer.
 
-What the watch *does* is deliberately little. A step whose loss or gradient is not finite is skipped whole
-(the parameters and the optimiser's moments keep their values), and after a few of those in a row the run is
-stopped, because the same data and the same weights would fail the same way again. Everything else is said,
-not acted upon.
+A step whose loss or gradient is not finite is skipped whole (the parameters and the optimiser's moments keep their values),
+and after a few of those in a row the run is stopped, because the same data and the same weights would fail the same way
+again. Everything else is reported, not acted upon.
 """
 
 from __future__ import annotations
@@ -23,7 +21,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback, TrainerControl, TrainerState
 
 log = logging.getLogger("lorakit.train")
 
@@ -33,8 +31,7 @@ Action = Literal["told", "skipped", "stopped"]
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing the watch saw: at which optimiser step, what kind, what was done, and the sentence for a
-    person."""
+    """One thing the watch saw: at which optimiser step, what kind, what was done, and the sentence for a person."""
 
     step: int
     kind: Kind
@@ -50,14 +47,13 @@ class HealthLimits:
     """When the watch speaks up.
 
     `stop_after`: how many steps in a row may be skipped before the run is stopped.
-    `window`: how many recent losses the running median is taken over; nothing is judged before half of them
-    are in.
+    `window`: how many recent losses the running median is taken over; nothing is judged before half of them are in.
     `spike`: a loss this many times the running median (and far outside its usual scatter) is a spike.
     `low_loss`: a running median below this asks whether the rows are being memorised.
     `gap`: the evaluation loss must be this share above its best before a widening gap is reported.
-    `gradient_steps`: after how many steps every tensor of the adapter must have had a gradient once. Not one:
-    half of a low-rank pair starts at zero, so the other half has no gradient at the first step, nor during a
-    warm-up that begins at a learning rate of zero.
+    `gradient_steps`: after how many steps every tensor of the adapter must have had a gradient once. Not one: half of a
+    low-rank pair starts at zero, so the other half has no gradient at the first step, nor during a warm-up that begins at a
+    learning rate of zero.
     """
 
     stop_after: int = 5
@@ -69,8 +65,7 @@ class HealthLimits:
 
 
 class HealthWatch:
-    """Judges the numbers of a run. Feed it once per optimiser step; every method returns what is new to
-    say."""
+    """Judges the numbers of a run. Feed it once per optimiser step; every method returns what is new to say."""
 
     def __init__(self, limits: HealthLimits | None = None) -> None:
         self.limits = limits or HealthLimits()
@@ -79,76 +74,65 @@ class HealthWatch:
         self.skipped_in_a_row = 0
         self._losses: deque[float] = deque(maxlen=self.limits.window)
         self._evaluations: list[tuple[float, float]] = []
-        self._low_told = False
-        self._gap_told = False
-        self._in_spike = False
+        self._present: set[Kind] = set()  # what is the case now, and was told when it began
         self._pending: set[str] | None = None
         self._gradients_told = False
 
     def step(self, step: int, loss: float, gradient_norm: float) -> list[Finding]:
         """Judge one optimiser step before it is taken.
 
-        `loss` is the mean training loss of the step, `gradient_norm` the norm of the adapter's whole
-        gradient. The caller must not take the step when a finding's action is "skipped" or "stopped".
+        `loss` is the mean training loss of the step, `gradient_norm` the norm of the adapter's whole gradient. The caller
+        must not take the step when a finding's action is "skipped" or "stopped".
         """
         if not (math.isfinite(loss) and math.isfinite(gradient_norm)):
-            return self._keep([self._not_finite(step, loss, gradient_norm)])
+            return [self._not_finite(step, loss, gradient_norm)]
         self.skipped_in_a_row = 0
-        new = [finding for finding in (self._spike(step, loss),) if finding is not None]
+        new = self._spike(step, loss)
         self._losses.append(loss)
-        low = self._low_loss(step)
-        return self._keep(new if low is None else [*new, low])
+        return [*new, *self._low_loss(step)]
 
     def evaluation(self, step: int, loss: float) -> list[Finding]:
         """Judge an evaluation loss against the training loss of the same stretch of the run."""
         if not math.isfinite(loss):
-            return self._keep([Finding(step, "not_finite", "told", _eval_not_finite(loss))])
+            text = f"the evaluation loss is {_number(loss)}: on some held-out row the model gives no probabilities"
+            return [self._found(step, "not_finite", text)]
         if not self._losses:
             return []
         # The window is long for spikes; for the gap only what was trained since the last evaluations counts.
         training = median(list(self._losses)[-max(5, self.limits.window // 4) :])
         self._evaluations.append((training, loss))
-        if len(self._evaluations) < 3:
-            return []
         gaps = [evaluated - trained for trained, evaluated in self._evaluations[-3:]]
         best = min(evaluated for _, evaluated in self._evaluations)
-        widening = gaps[0] < gaps[1] < gaps[2] and loss > best * (1 + self.limits.gap)
-        if not widening:
-            self._gap_told = False
-            return []
-        if self._gap_told:
-            return []
-        self._gap_told = True
-        text = (
-            f"the gap between training and evaluation loss is widening: training {training:.3f}, evaluation "
-            f"{loss:.3f} (its best was {best:.3f}). The adapter is learning the training rows by heart: "
-            "stop here, keep the best checkpoint (load_best_model_at_end), or use fewer epochs, more rows, "
-            "dropout or a smaller rank"
+        widening = len(gaps) == 3 and gaps[0] < gaps[1] < gaps[2] and loss > best * (1 + self.limits.gap)
+        return self._once(
+            step,
+            "gap",
+            widening,
+            f"overfitting: training loss {training:.3f}, evaluation loss {loss:.3f} (its best was {best:.3f}), and the gap is "
+            "widening. Stop here, keep the best checkpoint (train.keep_best), or use fewer epochs, more rows, dropout or a "
+            "smaller rank",
         )
-        return self._keep([Finding(step, "gap", "told", text)])
 
     def gradients(self, step: int, norms: Mapping[str, float]) -> list[Finding]:
-        """Note which tensors of the adapter (by name) had a gradient at this step; after `gradient_steps`,
-        name those that never did. `norms` are gradient norms; a tensor without a gradient has norm 0."""
+        """Note which tensors of the adapter (by name) had a gradient at this step; after `gradient_steps`, name those that
+        never did. `norms` are gradient norms; a tensor without a gradient has norm 0."""
         if self._gradients_told:
             return []
-        if self._pending is None:
-            self._pending = set(norms)
+        self._pending = set(norms) if self._pending is None else self._pending
         self._pending -= {name for name, norm in norms.items() if norm > 0}
         if step < self.limits.gradient_steps:
             return []
         self._gradients_told = True
         if not self._pending:
             return []
-        names = sorted(self._pending)
-        layers = sorted({_layer_of(name) for name in names})
+        layers = sorted({name.rpartition(".")[0] or name for name in self._pending})
         shown = ", ".join(layers[:6]) + (f" and {len(layers) - 6} more" if len(layers) > 6 else "")
         text = (
-            f"{len(names)} of the adapter's {len(norms)} tensors received no gradient in {step} steps, in "
-            f"{shown}. These layers do not take part in the loss (a layer never called, or cut off by a "
-            "detach or a no_grad): leave them out of target_modules, or find what cuts them off"
+            f"{len(self._pending)} of the adapter's {len(norms)} tensors received no gradient in {step} steps, in {shown}. "
+            "These layers do not take part in the loss (a layer never called, or cut off by a detach or a no_grad): leave "
+            "them out of target_modules, or find what cuts them off"
         )
-        return self._keep([Finding(step, "no_gradient", "told", text)])
+        return [self._found(step, "no_gradient", text)]
 
     @property
     def watches_gradients(self) -> bool:
@@ -160,62 +144,62 @@ class HealthWatch:
     def _not_finite(self, step: int, loss: float, gradient_norm: float) -> Finding:
         self.skipped += 1
         self.skipped_in_a_row += 1
-        seen = (
-            f"the loss is {_number(loss)}" if not math.isfinite(loss) else f"the gradient is {_number(gradient_norm)}"
+        what, number = ("gradient", gradient_norm) if math.isfinite(loss) else ("loss", loss)
+        seen = f"the {what} is {_number(number)}"
+        if self.skipped_in_a_row < self.limits.stop_after:
+            text = f"{seen}: the step was skipped, the parameters are unchanged ({self.skipped} skipped so far)"
+            return self._found(step, "not_finite", text, "skipped")
+        text = (
+            f"{seen}; this is the {_ordinal(self.skipped_in_a_row)} such step in a row, so the run is stopped. The adapter "
+            "is as it was before them. Try a lower learning rate or fp32, and look at the rows of these batches"
         )
-        if self.skipped_in_a_row >= self.limits.stop_after:
-            text = (
-                f"{seen}; this is the {_ordinal(self.skipped_in_a_row)} such step in a row, so the run is "
-                "stopped. The adapter is as it was before them. A lower learning rate, fp32 instead of "
-                "bf16 or fp16, or a look at the rows of these batches is what usually helps"
-            )
-            return Finding(step, "not_finite", "stopped", text)
-        text = f"{seen}: the step was skipped, the parameters are unchanged ({self.skipped} skipped so far)"
-        return Finding(step, "not_finite", "skipped", text)
+        return self._found(step, "not_finite", text, "stopped")
 
-    def _spike(self, step: int, loss: float) -> Finding | None:
+    def _spike(self, step: int, loss: float) -> list[Finding]:
         if len(self._losses) < self.limits.window // 2:
-            return None
+            return []
         usual = median(self._losses)
         scatter = 1.4826 * median(abs(value - usual) for value in self._losses)
-        # Small batches of short answers scatter widely by nature: both the factor and the scatter must be
-        # exceeded.
-        spiked = loss > self.limits.spike * usual and loss > usual + 6 * scatter
-        if not spiked:
-            self._in_spike = False
-            return None
-        if self._in_spike:
-            return None
-        self._in_spike = True
-        text = (
-            f"the loss jumped to {loss:.3f}, {loss / max(usual, 1e-12):.1f} times its running median "
-            f"{usual:.3f}. The step was taken. If it does not come back within some steps, lower the "
-            "learning rate or lengthen the warm-up"
+        # Small batches of short answers scatter widely by nature: both the factor and the scatter must be exceeded.
+        return self._once(
+            step,
+            "spike",
+            loss > self.limits.spike * usual and loss > usual + 6 * scatter,
+            f"the loss jumped to {loss:.3f}, {loss / max(usual, 1e-12):.1f} times its running median {usual:.3f}. The step "
+            "was taken. If it does not come back within some steps, lower the learning rate or lengthen the warm-up",
         )
-        return Finding(step, "spike", "told", text)
 
-    def _low_loss(self, step: int) -> Finding | None:
-        if self._low_told or len(self._losses) < self.limits.window // 2:
-            return None
-        usual = median(list(self._losses)[-(self.limits.window // 2) :])
-        if usual >= self.limits.low_loss:
-            return None
-        self._low_told = True
-        text = (
-            f"the training loss is {usual:.3f}, below {self.limits.low_loss}: the adapter may be memorising "
-            "its rows. The evaluation loss decides: if it no longer falls, stop earlier or use more rows. "
-            "With answers of one or two words a low loss is normal"
+    def _low_loss(self, step: int) -> list[Finding]:
+        half = self.limits.window // 2
+        if "low_loss" in self._present or len(self._losses) < half:
+            return []
+        usual = median(list(self._losses)[-half:])
+        return self._once(
+            step,
+            "low_loss",
+            usual < self.limits.low_loss,
+            f"the training loss is {usual:.3f}, below {self.limits.low_loss}: the adapter may be memorising its rows. If the "
+            "evaluation loss no longer falls, stop earlier or use more rows. With answers of one or two words a low loss is "
+            "normal",
         )
-        return Finding(step, "low_loss", "told", text)
 
-    def _keep(self, new: list[Finding]) -> list[Finding]:
-        self.findings.extend(new)
-        return new
+    def _once(self, step: int, kind: Kind, present: bool, text: str) -> list[Finding]:
+        """The finding of something that is told when it begins, and not again while it lasts."""
+        if not present:
+            self._present.discard(kind)
+        elif kind not in self._present:
+            self._present.add(kind)
+            return [self._found(step, kind, text)]
+        return []
+
+    def _found(self, step: int, kind: Kind, text: str, action: Action = "told") -> Finding:
+        self.findings.append(Finding(step, kind, action, text))
+        return self.findings[-1]
 
 
 class HealthCallback(TrainerCallback):
-    """Wires a `HealthWatch` to a running Trainer: reads the gradient before each optimiser step, and lets the
-    step pass, skips it (by taking the gradients away) or stops the run.
+    """Connects a `HealthWatch` to a running Trainer: reads the gradient before each optimiser step, and lets the step pass,
+    skips it (by taking the gradients away) or stops the run.
 
     The Trainer tells it the loss of every micro-batch through `add_loss`.
     """
@@ -227,19 +211,13 @@ class HealthCallback(TrainerCallback):
         self._losses: list[Tensor] = []
 
     def add_loss(self, loss: Tensor) -> None:
-        """Note one micro-batch's share of the step's loss (a detached scalar); the shares of a step add
-        up."""
+        """Note one micro-batch's share of the step's loss (a detached scalar); the shares of a step add up."""
         self._losses.append(loss)
 
-    def on_step_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
-    ) -> TrainerControl:
+    def on_step_begin(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self._losses.clear()
-        return control
 
-    def on_pre_optimizer_step(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
-    ) -> TrainerControl:
+    def on_pre_optimizer_step(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         step = state.global_step + 1
         loss = float(torch.stack(self._losses).sum()) if self._losses else 0.0
         gradients = {name: p.grad for name, p in self._parameters.items() if p.grad is not None}
@@ -247,7 +225,7 @@ class HealthCallback(TrainerCallback):
         found = self.watch.step(step, loss, float(torch.linalg.vector_norm(norms)))
         if any(finding.action != "told" for finding in found):
             for parameter in self._parameters.values():
-                parameter.grad = None  # an optimiser passes over a tensor without a gradient: no decay, no moment
+                parameter.grad = None  # an optimiser skips a tensor without a gradient: no decay, no moment
         elif self.watch.watches_gradients:
             known = dict(zip(gradients, norms.tolist(), strict=False))
             found += self.watch.gradients(step, {name: known.get(name, 0.0) for name in self._parameters})
@@ -256,38 +234,25 @@ class HealthCallback(TrainerCallback):
             if finding.action == "stopped":
                 self.stopped = str(finding)
                 control.should_training_stop = True
-        return control
 
     def on_evaluate(
         self,
-        args: TrainingArguments,
+        args: Any,
         state: TrainerState,
         control: TrainerControl,
         metrics: Mapping[str, float] | None = None,
         **_: Any,
-    ) -> TrainerControl:
+    ) -> None:
         if metrics is not None and "eval_loss" in metrics:
             self._say(self.watch.evaluation(state.global_step, float(metrics["eval_loss"])))
-        return control
 
     def _say(self, found: Iterable[Finding]) -> None:
         for finding in found:
             log.warning("health: %s", finding)
 
 
-def _layer_of(name: str) -> str:
-    """The layer a tensor of the adapter belongs to: its name without the tensor's own last part."""
-    return name.rpartition(".")[0] or name
-
-
 def _number(value: float) -> str:
-    if math.isnan(value):
-        return "not a number"
-    return "infinite" if math.isinf(value) else f"{value:.4g}"
-
-
-def _eval_not_finite(loss: float) -> str:
-    return f"the evaluation loss is {_number(loss)}: on some held-out row the model gives no probabilities"
+    return "not a number" if math.isnan(value) else "infinite"
 
 
 def _ordinal(count: int) -> str:

@@ -1,9 +1,7 @@
-"""What a person sees while a run goes: a bar with loss, tokens per second and time left, or plain lines in a
-log.
+"""What a person sees while a run goes: a bar with loss, tokens per second and time left, or plain lines in a log.
 
-The bar is Rich's, at the bottom of a terminal; where the output is a file or a pipe, one line per log event
-is printed instead. `MetricsFile` keeps `metrics.jsonl` up to date while the run goes, so that a run that dies
-leaves what it measured.
+The bar is Rich's, at the bottom of a terminal; where the output is a file or a pipe, one line per log event is printed
+instead. `MetricsFile` keeps `metrics.jsonl` up to date while the run goes, so that a run that dies leaves what it measured.
 """
 
 from __future__ import annotations
@@ -15,9 +13,9 @@ from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback, TrainerControl, TrainerState
 
-from lorakit.train.report import json_lines, write_whole
+from lorakit.train.report import duration, json_lines, write_whole
 
 
 class Pace:
@@ -57,7 +55,7 @@ class ProgressCallback(TrainerCallback):
         self._task: TaskID | None = None
         self._pace = Pace()
 
-    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+    def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self._pace.mark(state.global_step, state.num_input_tokens_seen)
         if self.console.is_terminal:
             self._bar = Progress(
@@ -70,34 +68,24 @@ class ProgressCallback(TrainerCallback):
             self._task = self._bar.add_task("training", total=state.max_steps, completed=state.global_step, numbers="")
             self._bar.start()
 
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+    def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self._pace.mark(state.global_step, state.num_input_tokens_seen)
         if self._bar is not None and self._task is not None:
             self._bar.update(self._task, completed=state.global_step, numbers=self._numbers(state))
 
     def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, float] | None = None,
-        **_: Any,
+        self, args: Any, state: TrainerState, control: TrainerControl, logs: dict[str, float] | None = None, **_: Any
     ) -> None:
         logs = logs or {}
-        if "loss" in logs:
-            self.loss = logs["loss"]
-        if self._bar is not None:
-            if "eval_loss" in logs:
-                self._bar.console.print(evaluation_line(state.global_step, logs))
-        elif state.is_world_process_zero:
-            if "loss" in logs:
-                accuracy = f", token accuracy {100 * logs['token_accuracy']:.0f}%" if "token_accuracy" in logs else ""
-                numbers = self._numbers(state)
-                self.console.print(f"step {state.global_step}/{state.max_steps}: {numbers}{accuracy}", highlight=False)
-            elif "eval_loss" in logs:
-                self.console.print(evaluation_line(state.global_step, logs), highlight=False)
+        self.loss = logs.get("loss", self.loss)
+        if "eval_loss" in logs and (self._bar is not None or state.is_world_process_zero):
+            self.console.print(evaluation_line(state.global_step, logs), highlight=False)
+        elif "loss" in logs and self._bar is None and state.is_world_process_zero:
+            accuracy = f", token accuracy {100 * logs['token_accuracy']:.0f}%" if "token_accuracy" in logs else ""
+            line = f"step {state.global_step}/{state.max_steps}: {self._numbers(state)}{accuracy}"
+            self.console.print(line, highlight=False)
 
-    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+    def on_train_end(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self.close()
 
     def close(self) -> None:
@@ -111,23 +99,22 @@ class ProgressCallback(TrainerCallback):
         parts = [
             f"loss {self.loss:.3f}" if self.loss is not None else "",
             f"{self._pace.tokens_per_second:,.0f} tokens/s",
-            f"{in_words(left)} left" if left is not None else "",
+            f"{duration(left)} left" if left is not None else "",
         ]
         return ", ".join(part for part in parts if part)
 
 
 class MetricsFile(TrainerCallback):
-    """Keeps `metrics.jsonl` equal to the log history while a run goes; a resumed run begins with what it
-    resumed."""
+    """Keeps `metrics.jsonl` equal to the log history while a run goes; a resumed run begins with what it resumed."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
 
-    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+    def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         if state.is_world_process_zero:
             write_whole(self.path, json_lines(state.log_history).encode())
 
-    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+    def on_log(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         if state.is_world_process_zero and self.path.exists():
             with self.path.open("a") as file:
                 file.write(json_lines(state.log_history[-1:]))
@@ -141,13 +128,3 @@ def evaluation_line(step: int, logs: dict[str, float]) -> str:
     if "eval_token_accuracy" in logs:
         parts.append(f"token accuracy {100 * logs['eval_token_accuracy']:.1f}%")
     return ", ".join(parts)
-
-
-def in_words(seconds: float) -> str:
-    """A time to wait, as coarse as a person wants it: "8 s", "3 min 20 s", "2 h 05 min"."""
-    whole = round(seconds)
-    if whole < 60:
-        return f"{whole} s"
-    if whole < 3600:
-        return f"{whole // 60} min {whole % 60:02d} s"
-    return f"{whole // 3600} h {whole % 3600 // 60:02d} min"

@@ -1,7 +1,6 @@
-"""What a finished run leaves beside the adapter: model card, exact configuration, metrics as JSON lines,
-curves.
+"""What a finished run leaves beside the adapter: model card, exact configuration, metrics as JSON lines, curves.
 
-    README.md       the model card: what it is, on what it was trained, results, use, limits, how to load it
+    README.md       the model card: how to use it, how it was trained, results, limits
     train.yaml      the configuration that makes this run again, defaults and overrides included
     metrics.jsonl   one line per log event, in order of steps
     curves.png      loss, token accuracy and learning rate over the steps
@@ -17,10 +16,11 @@ import math
 import os
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lorakit.errors import plural
 from lorakit.train.evaluate import Answer, Evaluation, written
 
 CARD, CONFIG, METRICS, CURVES = "README.md", "train.yaml", "metrics.jsonl", "curves.png"
@@ -28,8 +28,8 @@ CARD, CONFIG, METRICS, CURVES = "README.md", "train.yaml", "metrics.jsonl", "cur
 
 @dataclass(frozen=True)
 class RunRecord:
-    """The facts of a run that its report tells. Counts are whole runs', across resumes; `seconds` this
-    session's. `classes` are a classifier's, by their index."""
+    """The facts of a run for its report. Counts are the whole run's, across resumes; `seconds` this session's. `classes` are a
+    classifier's, by their index; `prompt` is what an answer follows in the first training row, as text."""
 
     name: str
     base: str
@@ -61,39 +61,38 @@ class RunRecord:
     classes: Sequence[str] = ()
     base_bytes: int = 0
     quantize: str | None = None
+    prompt: str = ""
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values, for the training record inside `lorakit.json`."""
-        plain = {key: value for key, value in vars(self).items() if key not in ("before", "after", "samples")}
-        plain["method_options"], plain["versions"] = dict(self.method_options), dict(self.versions)
-        plain["data"], plain["findings"] = list(self.data), list(self.findings)
-        plain["classes"] = list(self.classes)
-        for key in ("before", "after"):
-            evaluation = getattr(self, key)
-            plain[key] = None if evaluation is None else {"rows": evaluation.rows, **evaluation.numbers()}
+        plain: dict[str, Any] = {}
+        for key, value in vars(self).items():
+            if isinstance(value, Evaluation):
+                value = {"rows": value.rows, **value.numbers()}
+            elif isinstance(value, Mapping):
+                value = dict(value)
+            elif isinstance(value, Sequence) and not isinstance(value, str):
+                value = list(value)
+            plain[key] = value
+        del plain["samples"], plain["prompt"]
         return plain
 
 
-@dataclass(frozen=True)
-class Curves:
-    """The series of a log history, each a list of (step, value)."""
+Series = dict[str, list[tuple[int, float]]]
 
-    loss: list[tuple[int, float]] = field(default_factory=list)
-    eval_loss: list[tuple[int, float]] = field(default_factory=list)
-    token_accuracy: list[tuple[int, float]] = field(default_factory=list)
-    eval_token_accuracy: list[tuple[int, float]] = field(default_factory=list)
-    learning_rate: list[tuple[int, float]] = field(default_factory=list)
+SERIES = ("loss", "eval_loss", "token_accuracy", "eval_token_accuracy", "learning_rate")
+"""What is drawn of a log history."""
 
-    @classmethod
-    def of(cls, history: Iterable[Mapping[str, Any]]) -> Curves:
-        """Read the series out of log events; numbers that are not finite cannot be drawn and are left out."""
-        curves = cls()
-        for event in history:
-            for name, series in vars(curves).items():
-                value = event.get(name)
-                if isinstance(value, int | float) and math.isfinite(value):
-                    series.append((int(event.get("step", 0)), float(value)))
-        return curves
+
+def series_of(history: Iterable[Mapping[str, Any]]) -> Series:
+    """The series of a log history as (step, value); numbers that are not finite cannot be drawn and are left out."""
+    series: Series = {name: [] for name in SERIES}
+    for event in history:
+        for name in SERIES:
+            value = event.get(name)
+            if isinstance(value, int | float) and math.isfinite(value):
+                series[name].append((int(event.get("step", 0)), float(value)))
+    return series
 
 
 def write_report(
@@ -112,7 +111,12 @@ def write_report(
     }
     paths = [write_whole(folder / name, text.encode()) for name, text in texts.items()]
     if history:
-        paths.append(write_whole(folder / CURVES, draw_curves(Curves.of(history), title=_title(record))))
+        paths.append(
+            write_whole(
+                folder / CURVES,
+                draw_curves(series_of(history), title=f"{record.name}: {record.method} on {record.base}"),
+            )
+        )
     return paths
 
 
@@ -142,7 +146,7 @@ def json_lines(history: Iterable[Mapping[str, Any]]) -> str:
 # -- the picture -----------------------------------------------------------------------------------
 
 
-def draw_curves(curves: Curves, title: str = "") -> bytes:
+def draw_curves(series: Series, title: str = "") -> bytes:
     """The picture of a run as PNG bytes: panels over a common axis of steps, only those that have data."""
     import matplotlib
 
@@ -152,16 +156,17 @@ def draw_curves(curves: Curves, title: str = "") -> bytes:
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator, PercentFormatter
 
-    panels: list[tuple[str, list[tuple[list[tuple[int, float]], str, str]]]] = [
-        ("loss", [(curves.loss, "training", _BLUE), (curves.eval_loss, "evaluation", _ORANGE)]),
-        (
-            "token accuracy",
-            [(curves.token_accuracy, "training", _BLUE), (curves.eval_token_accuracy, "evaluation", _ORANGE)],
-        ),
-        ("learning rate", [(curves.learning_rate, "learning rate", _GREY)]),
-    ]
-    panels = [(name, drawn) for name, series in panels if (drawn := [one for one in series if one[0]])]
-    heights = [1.0 if name == "learning rate" else 2.2 if name == "loss" else 1.8 for name, _ in panels]
+    panels = []
+    for name, height, label in (
+        ("loss", 2.2, "training"),
+        ("token_accuracy", 1.8, "training"),
+        ("learning_rate", 1.0, ""),
+    ):
+        own, evaluated = series[name], series.get(f"eval_{name}", [])
+        drawn = [(own, label, _BLUE if label else _GREY), (evaluated, "evaluation", _ORANGE)]
+        if own or evaluated:
+            panels.append((name, height, [one for one in drawn if one[0]]))
+    heights = [height for _, height, _ in panels]
     # A Figure of its own, not pyplot's: no global state, safe in any thread, nothing to close.
     figure = Figure(figsize=(8, 1.0 + 1.35 * sum(heights)), dpi=130, layout="constrained")
     if not panels:
@@ -169,22 +174,21 @@ def draw_curves(curves: Curves, title: str = "") -> bytes:
     axes: Any = (
         figure.subplots(len(panels), 1, sharex=True, height_ratios=heights, squeeze=False)[:, 0] if panels else []
     )
-    for axis, (name, series) in zip(axes, panels, strict=True):
-        for points, label, colour in series:
+    for axis, (name, _, drawn) in zip(axes, panels, strict=True):
+        for points, label, colour in drawn:
             _draw_series(axis, points, label, colour)
-        axis.set_ylabel(name)
+        axis.set_ylabel(name.replace("_", " "))
         axis.grid(visible=True, color="#e6e6e6", linewidth=0.8)
         axis.spines[["top", "right"]].set_visible(False)
         axis.margins(x=0.01)
         axis.xaxis.set_major_locator(MaxNLocator(integer=True))
-        if name == "loss":
-            axis.set_ylim(bottom=0)
-        elif name == "token accuracy":
+        if name == "token_accuracy":
             axis.yaxis.set_major_formatter(PercentFormatter(xmax=1.0, decimals=0))
         else:
             axis.set_ylim(bottom=0)
+        if name == "learning_rate":
             axis.ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
-        if len(series) > 1 or name == "loss":
+        if len(drawn) > 1 or name == "loss":
             axis.legend(frameon=False, loc="best")
     if panels:
         axes[-1].set_xlabel("optimiser step")
@@ -212,8 +216,7 @@ def _draw_series(axis: Any, points: list[tuple[int, float]], label: str, colour:
 
 
 def _running_mean(values: list[float]) -> list[float]:
-    """Mean over a window of about a tenth of the run around each step: centred, so that a steep fall is not
-    late."""
+    """Mean over a window of about a tenth of the run around each step: centred, so that a steep fall is not late."""
     half = max(2, len(values) // 20)
     windows = (values[max(0, i - half) : i + half + 1] for i in range(len(values)))
     return [sum(window) / len(window) for window in windows]
@@ -222,57 +225,71 @@ def _running_mean(values: list[float]) -> list[float]:
 # -- the model card --------------------------------------------------------------------------------
 
 
+CARD_TEXT = """---
+base_model: {base}
+library_name: peft
+tags: [lora, lorakit]
+---
+
+# {name}
+
+{stopped}A {method} adapter for `{model}`: {parameters:,} parameters, {share:.2f}% of the base model's {base_parameters:,}.
+
+## How to use it
+
+{loading}
+
+{prompt}The adapter can be used on its own, combined with others, or merged into the base model.
+
+## Training
+
+{facts}
+
+Data: {train_rows}, {eval_rows:,} held out.
+{data}
+
+{findings}
+
+## Results
+
+{results}
+{curves}
+## Limits
+
+- {evaluated}
+- It keeps the knowledge, gaps and biases of its base model and adds those of its training rows.
+- It fits this base model only; lorakit refuses to load it on another version of the base.
+- Its licence is that of the base model and of the training data; this card grants none.
+
+The exact configuration is in [`{config}`]({config}), every logged number in [`{metrics}`]({metrics}).
+"""
+
+
 def model_card(record: RunRecord, *, curves: bool = True) -> str:
     """The model card as Markdown, with the header that model hubs read."""
-    lines = [
-        "---",
-        f"base_model: {json.dumps(record.base)}",
-        "library_name: peft",
-        "tags: [lora, lorakit]",
-        "---",
-        "",
-        f"# {record.name}",
-        "",
-        f"A {record.method} adapter for `{record.base}`: {record.parameters:,} parameters, "
-        f"{100 * record.parameters / max(record.base_parameters, 1):.2f}% of the base model's "
-        f"{record.base_parameters:,}.",
-        "",
-    ]
-    if record.stopped:
-        lines += [f"**The run was stopped before its end: {record.stopped}.**", ""]
-    lines += ["## What it is", "", *_table(_facts(record)), "", "## Training data", ""]
-    lines += [
-        f"{record.train_rows:,} rows to train, {record.eval_rows:,} held out.",
-        *[f"- {line}" for line in record.data],
-    ]
-    lines += ["", "## Results", "", *_results(record), ""]
-    if curves:
-        lines += [f"![loss, token accuracy and learning rate over the steps]({CURVES})", ""]
-    lines += _findings(record)
-    lines += [
-        "## Intended use",
-        "",
-        f"For the task that its training rows show, on top of `{record.base}`, with prompts written the way "
-        "those rows write them. The adapter may be used on its own, mixed with others, or merged into the "
-        "base.",
-        "",
-        "## Limits",
-        "",
-        "- It was measured on the held-out rows above and on nothing else: other texts, languages and "
-        "phrasings are untried."
-        if record.eval_rows
-        else "- It was not measured on held-out rows: nothing is known about how well it does.",
-        "- It keeps the knowledge, gaps and biases of its base model and adds those of its training rows.",
-        "- It fits this base model only. Another version of the base gives other answers; lorakit refuses "
-        "to load it there.",
-        "- Its licence is that of the base model and of the training data; this card grants none.",
-        "",
-        *_loading(record),
-        "",
-        f"The exact configuration is in [`{CONFIG}`]({CONFIG}), every logged number in [`{METRICS}`]({METRICS}).",
-        "",
-    ]
-    return "\n".join(lines)
+    evaluated = "It was evaluated on the held-out rows above only; other texts, languages and phrasings are untested."
+    return CARD_TEXT.format(
+        base=json.dumps(record.base),
+        name=record.name,
+        stopped=f"**The run was stopped before its end: {record.stopped}.**\n\n" if record.stopped else "",
+        method=record.method,
+        model=record.base,
+        parameters=record.parameters,
+        share=100 * record.parameters / max(record.base_parameters, 1),
+        base_parameters=record.base_parameters,
+        loading=_loading(record),
+        prompt=f"A prompt from its training data:\n\n{_fenced(record.prompt)}\n\n" if record.prompt else "",
+        facts="\n".join(["| | |", "|---|---|", *(f"| {name} | {_cell(value)} |" for name, value in _facts(record))]),
+        train_rows=plural(record.train_rows, "row"),
+        eval_rows=record.eval_rows,
+        data="\n".join(f"- {line}" for line in record.data),
+        findings="\n".join(f"- {one}" for one in record.findings) or "No NaNs, spikes or overfitting were detected.",
+        results="\n".join(_results(record)),
+        curves=f"\n![loss, token accuracy and learning rate over the steps]({CURVES})\n" if curves else "",
+        evaluated=evaluated if record.eval_rows else "It was not evaluated on held-out rows: its quality is unknown.",
+        config=CONFIG,
+        metrics=METRICS,
+    )
 
 
 def _facts(record: RunRecord) -> list[tuple[str, str]]:
@@ -282,16 +299,16 @@ def _facts(record: RunRecord) -> list[tuple[str, str]]:
         *options,
         ("targets", f"`{record.targets}`"),
         ("base", f"`{record.base}`" + (f" ({record.base_revision})" if record.base_revision else "")),
-        ("steps", f"{record.steps:,} of batch {record.batch_size}, {record.epochs:.2f} epochs"),
+        ("steps", f"{record.steps:,} with batch size {record.batch_size}, {record.epochs:.2f} epochs"),
         ("learning rate", f"{record.learning_rate:g}"),
         ("precision", f"base in {record.dtype}, adapter in float32"),
-        *([("base takes", f"{record.base_bytes / 1e6:,.1f} MB")] if record.base_bytes else []),
-        ("training path", record.path),
+        *([("base model memory", f"{record.base_bytes / 1e6:,.1f} MB")] if record.base_bytes else []),
+        ("fast path", record.path),
         ("seed", str(record.seed)),
         ("tokens", f"{record.tokens:,}"),
         (
             "time",
-            f"{_duration(record.seconds)} ({record.tokens / max(record.seconds, 1e-9):,.0f} tokens per second)",
+            f"{duration(record.seconds)} ({record.tokens / max(record.seconds, 1e-9):,.0f} tokens per second)",
         ),
         ("versions", ", ".join(f"{name} {version}" for name, version in record.versions.items())),
         *([("checkpoint", record.checkpoint)] if record.checkpoint else []),
@@ -301,7 +318,7 @@ def _facts(record: RunRecord) -> list[tuple[str, str]]:
 def _results(record: RunRecord) -> list[str]:
     measured = {name: one for name, one in (("before", record.before), ("after", record.after)) if one is not None}
     if not measured:
-        return ["Nothing was measured: the run had no evaluation rows."]
+        return ["Not evaluated: the run had no held-out rows."]
     names = list(dict.fromkeys(name for evaluation in measured.values() for name in evaluation.numbers()))
     head = f"| on {next(iter(measured.values())).rows:,} held-out rows | " + " | ".join(
         {"before": "base model", "after": "with the adapter"}[name] for name in measured
@@ -319,33 +336,17 @@ def _results(record: RunRecord) -> list[str]:
     return rows
 
 
-def _findings(record: RunRecord) -> list[str]:
-    if not record.findings:
-        return ["The health watch saw nothing unusual during the run.", ""]
-    return ["## What the health watch saw", "", *[f"- {finding}" for finding in record.findings], ""]
-
-
-def _loading(record: RunRecord) -> list[str]:
+def _loading(record: RunRecord) -> str:
     model, head = "AutoModelForCausalLM", ""
     if record.classes:
         model, head = "AutoModelForSequenceClassification", f", num_labels={len(record.classes)}"
-    named = [f"The classes, by their index: {', '.join(f'`{_inline(name)}`' for name in record.classes)}.", ""]
     imported, loaded = f"from transformers import {model}", f'model = {model}.from_pretrained("{record.base}"{head})'
-    if record.quantize is not None:  # trained on the base held so, and exact on that alone
-        imported, loaded = (
-            "from lorakit.models.loading import load_model",
-            f'model, tokenizer = load_model("{record.base}", quantize="{record.quantize}")',
-        )
-    elif record.base.endswith(".gguf"):
-        # transformers flags what it reads from such a file as quantised, and needs the folder and the file apart.
-        imported, loaded = (
-            "from lorakit.models.loading import load_model",
-            f'model, tokenizer = load_model("{record.base}")',
-        )
-    return [
-        "## How to load it",
-        "",
-        *(named if record.classes else []),
+    if record.quantize is not None or record.base.endswith(".gguf"):
+        # A quantised base is exact on that alone; transformers flags what it reads from a GGUF file as quantised.
+        quantize = "" if record.quantize is None else f', quantize="{record.quantize}"'
+        imported = "from lorakit.models.loading import load_model"
+        loaded = f'model, tokenizer = load_model("{record.base}"{quantize})'
+    lines = [
         "```python",
         "import lorakit as lk",
         imported,
@@ -359,14 +360,19 @@ def _loading(record: RunRecord) -> list[str]:
         'model = PeftModel.from_pretrained(model, "path/to/this/folder")',
         "```",
     ]
+    if record.classes:
+        lines += ["", f"The classes, by their index: {', '.join(f'`{_inline(name)}`' for name in record.classes)}."]
+    return "\n".join(lines)
 
 
-def _table(facts: Sequence[tuple[str, str]]) -> list[str]:
-    return ["| | |", "|---|---|", *[f"| {name} | {_cell(value)} |" for name, value in facts]]
-
-
-def _title(record: RunRecord) -> str:
-    return f"{record.name}: {record.method} on {record.base}"
+def _fenced(text: str, longest: int = 2000) -> str:
+    """Text as a block of Markdown; a long one without its middle."""
+    half = longest // 2
+    return (
+        "~~~\n"
+        + (text if len(text) <= longest else f"{text[:half]}\n…\n{text[-half:]}").replace("~~~", "~ ~")
+        + "\n~~~"
+    )
 
 
 def _cell(text: str) -> str:
@@ -375,8 +381,8 @@ def _cell(text: str) -> str:
 
 def _inline(text: str, longest: int = 160) -> str:
     """Text in one line of Markdown: no line breaks, no back-ticks that would end its code span."""
-    flat = " ".join(text.split()).replace("`", "'")
-    return flat if len(flat) <= longest else f"…{flat[-longest + 1 :]}"
+    line = " ".join(text.split()).replace("`", "'")
+    return line if len(line) <= longest else f"…{line[-longest + 1 :]}"
 
 
 def _plain(value: Any) -> str:
@@ -385,12 +391,13 @@ def _plain(value: Any) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
+    """A time as coarse as a person wants it: "8 s", "3 min 20 s", "2 h 05 min"."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     if hours:
-        return f"{hours} h {minutes} min"
-    return f"{minutes} min {rest} s" if minutes else f"{seconds:.1f} s"
+        return f"{hours} h {minutes:02d} min"
+    return f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"
 
 
 def _finite(value: Any) -> Any:

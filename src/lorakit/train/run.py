@@ -1,10 +1,9 @@
 """One training run from a configuration to an adapter folder: `train(config)`.
 
-In order: the rows are read (a misspelt column should not wait for a model), the base is loaded, the rows
-become tokens, the adapter goes on, the base is measured, the adapter is trained and measured, and the folder
-is written: the adapter, its model card, the exact configuration, the metrics and the curves. What a person
-would want to know on the way (which number format and why, which training path and why, what became of the
-rows) is logged in words.
+In order: the rows are read (a misspelt column should not wait for a model), the base is loaded, the rows become tokens, the
+adapter goes on, the base is measured, the adapter is trained and measured, and the folder
+is written: the adapter, its model card, the exact configuration, the metrics and the curves. What a person would want to
+know on the way (which number format and why, which training path and why, what became of the rows) is logged in words.
 """
 
 from __future__ import annotations
@@ -27,27 +26,29 @@ from rich.console import Console
 from lorakit.adapter.attachment import attach
 from lorakit.core.using import use
 from lorakit.edits.contract import EditMethod
-from lorakit.errors import LorakitError
+from lorakit.errors import LorakitError, plural
 from lorakit.experts import RouterSpec
 from lorakit.experts.attachment import route
 from lorakit.files.interchange import heads_for
 from lorakit.files.store import load
+from lorakit.models.evaluating import evaluating
 from lorakit.models.loading import load_model
 from lorakit.models.quantisation import Holding, holding
-from lorakit.train import checkpoint
-from lorakit.train.calibration import calibration_batches
+from lorakit.train import run_checkpoint as checkpoint
 from lorakit.train.config.run import TrainConfig, to_tree, to_yaml
-from lorakit.train.data.classification import PreparedLabels, class_names, prepare_labels
+from lorakit.train.data.calibration_batches import calibration_batches
+from lorakit.train.data.classification import LabelledExample, PreparedLabels, class_names, prepare_labels
 from lorakit.train.data.examples import Example, Prepared, Question, choice_ids, load_splits, prepare, questions
 from lorakit.train.evaluate import Answer, Evaluation, measure, written
 from lorakit.train.report import RunRecord, write_report
-from lorakit.train.scoring import evaluating
+from lorakit.train.step.loss import LossPath, prompt_length
 from lorakit.train.step.memory import recomputing
-from lorakit.train.trainer import LoraTrainer, LossPath, choose_path
+from lorakit.train.step.support import choose_path
+from lorakit.train.trainer import LoraTrainer
 
 if TYPE_CHECKING:
     from lorakit.adapter.adapter import Adapter
-    from lorakit.train.data.rows import Rows
+    from lorakit.train.data.reading import Rows
 
 log = logging.getLogger("lorakit.train")
 
@@ -102,20 +103,13 @@ def train(config: TrainConfig, *, console: Console | None = None) -> TrainResult
     options = config.train
     if options.precision == "fp16":
         raise LorakitError(
-            "train.precision is fp16, whose small range needs its loss scaled, which lorakit does not do; "
-            "use bf16 where the hardware has it, else fp32 (auto chooses)"
+            "train.precision: fp16 training is not supported (no loss scaling). Use bf16 or fp32; auto chooses."
         )
     train_rows, held_rows = load_splits(config.data)
     device = "cuda" if torch.cuda.is_available() else None
     model, tokenizer = load_base(config, train_rows, device=device)
     classes = class_list(model) if config.task == "seq-cls" else None
-    prepared: Prepared | PreparedLabels
-    if classes is None:
-        prepared = prepare(train_rows, tokenizer, config.data)
-    else:
-        prepared = prepare_labels(train_rows, tokenizer, config.data, classes)
-    for line in prepared.report.lines():
-        log.info("data: %s", line)
+    prepared = _prepared("data", train_rows, tokenizer, config, classes)
     held = hold(held_rows, tokenizer, config, classes) if held_rows is not None else None
 
     base = holding(model)
@@ -123,9 +117,8 @@ def train(config: TrainConfig, *, console: Console | None = None) -> TrainResult
     examples: Sequence[Any] = prepared.examples
     batches = calibration_batches(examples, config.init, options.seed)
     if batches is not None:
-        log.info(
-            "init %s measures the %s of every layer on %d batches", config.init.name, config.init.needs, len(batches)
-        )
+        needs = (config.init.name, config.init.needs, plural(len(batches), "batch", "batches"))
+        log.info("init %s measures the %s of every layer on %s", *needs)
     if isinstance(config.method, RouterSpec):
         adapter = _routed(config, model)
     else:
@@ -153,14 +146,14 @@ def train(config: TrainConfig, *, console: Console | None = None) -> TrainResult
         seconds = time.perf_counter() - start
         with use(model, adapter.name):
             after = examine(model, tokenizer, held, config, path) if held else None
-    record = _record(config, adapter, base, prepared, held, trainer, before, after, seconds)
+    record = _record(config, adapter, tokenizer, base, prepared, held, trainer, before, after, seconds)
     history = list(trainer.state.log_history)
     if trainer.is_world_process_zero():
         adapter.save(options.output, base=config.model, record=record.as_dict())
         write_report(options.output, record, to_yaml(config), history)
         if record.stopped is None:
             checkpoint.finish(Path(options.output))
-        log.info("the adapter is in %s", options.output)
+        log.info("adapter saved to %s", options.output)
     return TrainResult(Path(options.output), record, adapter, model, tokenizer, history)
 
 
@@ -198,10 +191,10 @@ def float_weights(config: TrainConfig, model: Any) -> dict[str, Any] | None:
         return None
     if config.quantize is None:
         raise LorakitError(
-            f"init {config.init.name} answers the error of quantising, and {config.model} comes quantised, without the floats "
-            "that it was made from. Give the float model and quantize."
+            f"init {config.init.name} corrects the quantisation error and needs the float weights, but {config.model} is "
+            "already quantised. Use the float model, and quantise it with quantize."
         )
-    log.info("init %s reads the float weights of %s once more", config.init.name, config.model)
+    log.info("init %s: loading the float weights of %s", config.init.name, config.model)
     floats, _ = load_model(config.model, dtype=config.train.precision, task=config.task)
     return dict(floats.named_parameters())
 
@@ -232,8 +225,8 @@ def attach_arguments(config: TrainConfig, model: Any) -> dict[str, Any]:
         heads = [name for name in heads_for("SEQ_CLS") if isinstance(getattr(model, name, None), torch.nn.Module)]
         if not heads:
             raise LorakitError(
-                f"train: {type(model).__name__} has no head named {' or '.join(heads_for('SEQ_CLS'))}, which starts at random "
-                "and must be trained; name it in modules_to_save"
+                f"train: {type(model).__name__} has no classification head named {' or '.join(heads_for('SEQ_CLS'))}; name the "
+                "head in modules_to_save, since it starts at random and must be trained"
             )
         arguments["modules_to_save"] = heads
     return arguments
@@ -241,21 +234,26 @@ def attach_arguments(config: TrainConfig, model: Any) -> dict[str, Any]:
 
 def hold(rows: Rows, tokenizer: Any, config: TrainConfig, classes: Sequence[str] | None = None) -> Held:
     """Evaluation rows made ready for what the configuration measures on them; `classes` are those of a classifier."""
-    if classes is not None:
-        labelled = prepare_labels(rows, tokenizer, config.data, classes)
-        for line in labelled.report.lines():
-            log.info("evaluation data: %s", line)
-        texts: Sequence[Any] = labelled.examples
-        return Held(texts)
-    prepared = prepare(rows, tokenizer, config.data)
-    for line in prepared.report.lines():
-        log.info("evaluation data: %s", line)
+    examples: Sequence[Any] = _prepared("evaluation data", rows, tokenizer, config, classes).examples
     options = config.evaluate
-    if options.answers == "none":
-        return Held(prepared.examples)
+    if classes is not None or options.answers == "none":
+        return Held(examples)
     asked = questions(rows, tokenizer, config.data)
     choices = choice_ids(options.choices, rows, tokenizer, config.data) if options.answers == "score" else ()
-    return Held(prepared.examples, asked, choices)
+    return Held(examples, asked, choices)
+
+
+def _prepared(
+    what: str, rows: Rows, tokenizer: Any, config: TrainConfig, classes: Sequence[str] | None
+) -> Prepared | PreparedLabels:
+    """Rows as examples for the task of a run; what became of them is logged."""
+    if classes is None:
+        prepared: Prepared | PreparedLabels = prepare(rows, tokenizer, config.data)
+    else:
+        prepared = prepare_labels(rows, tokenizer, config.data, classes)
+    for line in prepared.report.lines():
+        log.info("%s: %s", what, line)
+    return prepared
 
 
 def examine(model: Any, tokenizer: Any, held: Held, config: TrainConfig, path: LossPath) -> Evaluation:
@@ -269,7 +267,7 @@ def examine(model: Any, tokenizer: Any, held: Held, config: TrainConfig, path: L
             options=config.evaluate,
             choices=held.choices,
             batch_size=config.train.evaluation_batch_size,
-            loss_of=path.sums,
+            loss_of=path.loss,
         )
     if config.task == "seq-cls":  # one label a text: its "tokens" are texts
         return dataclasses.replace(found, accuracy=found.token_accuracy, token_accuracy=None, perplexity=None)
@@ -290,7 +288,7 @@ def describe(adapter: Adapter, base_parameters: int) -> str:
         f"{name} {value}" for name, value in _options(adapter.method).items() if value not in (None, False, ())
     )
     places = len(adapter.edits)
-    where = f"at {places} place{'s' if places > 1 else ''}" if places else f"on {len(adapter.layers)} layers"
+    where = f"at {plural(places, 'place')}" if places else f"on {plural(len(adapter.layers), 'layer')}"
     count = adapter.num_parameters()
     return (
         f"{type(adapter.method).__name__} ({options}) {where}, {count:,} parameters, "
@@ -314,14 +312,14 @@ def _routed(config: TrainConfig, model: Any) -> Adapter:
     adapter = route(model, config.method, names, name=config.name)
     if not adapter.num_parameters(trainable=True):
         raise LorakitError(
-            f"train: {config.method.name} has nothing to train; lk.route(model, lk.{type(config.method).__name__}(...), "
-            "names) makes one, and save keeps it"
+            f"train: {config.method.name} has no trainable parameters; make the router with "
+            f"lk.route(model, lk.{type(config.method).__name__}(...), names), and save it"
         )
     return adapter
 
 
 def _fuse(model: Any, stack: contextlib.ExitStack) -> None:
-    """Compile the model's small functions for the time of the run, where there is a compiler."""
+    """Fuse the model's elementwise operations for the time of the run, where there is a compiler."""
     from lorakit.train.step.fusion import fused
 
     with use(model, None):  # a fused module must give what the base's gives; a mixture around it is not part of it
@@ -335,6 +333,7 @@ def _fuse(model: Any, stack: contextlib.ExitStack) -> None:
 def _record(
     config: TrainConfig,
     adapter: Adapter,
+    tokenizer: Any,
     base: Holding,
     prepared: Prepared | PreparedLabels,
     held: Held | None,
@@ -355,6 +354,7 @@ def _record(
         name=Path(options.output).name,
         base=config.model,
         classes=class_list(trainer.bare) if config.task == "seq-cls" else (),
+        prompt=_shown_prompt(tokenizer, prepared.examples[0]),
         method=type(config.method).__name__,
         method_options=_options(config.method),
         targets=describe_targets(config),
@@ -385,9 +385,16 @@ def _record(
     )
 
 
+def _shown_prompt(tokenizer: Any, example: Any) -> str:
+    """What the first answer of an example follows, as text; of a classifier the whole text; empty where all is learned."""
+    if isinstance(example, LabelledExample):
+        return str(tokenizer.decode(example.input_ids, skip_special_tokens=True))
+    length = prompt_length(example.labels)
+    return str(tokenizer.decode(example.input_ids[:length])) if length > 1 else ""
+
+
 def _samples(answers: Sequence[Answer], count: int) -> list[Answer]:
-    """A few answers: one that is wrong among them, if there is any, since a page of right ones says
-    little."""
+    """A few answers: one that is wrong among them, if there is any, since a page of right ones says little."""
     wrong = [answer for answer in answers if not answer.right][: min(1, count)]
     right = [answer for answer in answers if answer.right][: count - len(wrong)]
     return [*right, *wrong]

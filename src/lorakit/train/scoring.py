@@ -1,10 +1,10 @@
 """How likely is each of a few given answers: a classification that is asked in words.
 
-Scoring is where a naive loop wastes most: every choice drags its whole prompt along, and every prompt the same
-instruction. `score_choices` computes what all prompts begin with once, lays the choices side by side behind their prompt
-with an attention mask that keeps them from seeing each other, and asks for logits only where an answer begins or goes on.
-A model that cannot be run so (no position ids, a window shorter than the text) is scored row by row, which is slower and
-the same; the first prompts are scored both ways to be sure.
+A naive loop computes every prompt once per choice, and the instruction that all prompts share once per prompt.
+`score_choices` computes the shared prefix once, lays the choices side by side behind their prompt with an attention mask that
+keeps them from seeing each other, and asks for logits only at the answers' tokens. A model that cannot be run so (no position
+ids, a window shorter than the text) is scored row by row, which is slower and the same; the first prompts are scored both
+ways to be sure.
 """
 
 from __future__ import annotations
@@ -12,8 +12,7 @@ from __future__ import annotations
 import copy
 import inspect
 import logging
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -21,7 +20,9 @@ from torch import Tensor, nn
 
 from lorakit.core.using import whole_rows
 from lorakit.errors import LorakitError
+from lorakit.models.evaluating import evaluating
 from lorakit.train.step.loss import Head, decoder_of, prompts_known, read_head
+from lorakit.train.step.packing import mask_of, pad_rows
 
 log = logging.getLogger("lorakit.train")
 
@@ -110,15 +111,14 @@ def _score_pairs(reader: Reader, prompts: Sequence[Sequence[int]], choices: Sequ
     columns = []
     for choice in choices:
         lengths = torch.tensor([len(prompt) for prompt in prompts])
-        width = int(lengths.max()) + len(choice)
-        ids = torch.zeros(len(prompts), width, dtype=torch.long)
-        mask = torch.zeros(len(prompts), width, dtype=torch.long)
-        for row, prompt in enumerate(prompts):
-            ids[row, : len(prompt) + len(choice)] = torch.tensor([*prompt, *choice])
-            mask[row, : len(prompt) + len(choice)] = 1
+        pairs = [[*prompt, *choice] for prompt in prompts]
         places = (lengths[:, None] - 1 + torch.arange(len(choice))).to(device)
         rows = torch.arange(len(prompts), device=device)[:, None]
-        inputs = {"input_ids": ids.to(device), "attention_mask": mask.to(device), "use_cache": False}
+        inputs = {
+            "input_ids": pad_rows(pairs).to(device),
+            "attention_mask": mask_of(pairs).to(device),
+            "use_cache": False,
+        }
         answer = torch.tensor(choice, device=device).expand(len(prompts), -1)
         with prompts_known(reader.model, lengths.tolist()):
             logits = reader.logits(rows, places, **inputs)
@@ -217,22 +217,9 @@ def _shares_exactly(reader: Reader, prompts: Sequence[Sequence[int]], choices: S
 
 
 def _common_prefix(prompts: Sequence[Sequence[int]]) -> int:
-    """How many tokens all prompts begin with, leaving each at least one of its own: its last predicts the
-    answer."""
+    """How many tokens all prompts begin with, leaving each at least one of its own: its last predicts the answer."""
     if len(prompts) < 2:
         return 0
     first, last = min(list(prompt[:-1]) for prompt in prompts), max(list(prompt[:-1]) for prompt in prompts)
     pairs = enumerate(zip(first, last, strict=False))
     return next((place for place, (one, other) in pairs if one != other), min(len(first), len(last)))
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """The model in evaluation mode without gradients; afterwards in the mode it was in."""
-    training = model.training
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        model.train(training)

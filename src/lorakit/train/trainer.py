@@ -1,12 +1,11 @@
 """One training run: from a configuration to an adapter folder, on the Hugging Face Trainer.
 
-`train(config)` is the whole run: load the base, read the rows, attach, train, evaluate before and after,
-save, report. `LoraTrainer` is the part that steps: a `transformers.Trainer`, so that Accelerate, schedulers,
-checkpoints, early stopping and trackers come with it, with what a low-rank run does differently:
+`train(config)` is the whole run: load the base, read the rows, attach, train, evaluate before and after, save, report.
+`LoraTrainer` is the part that steps: a `transformers.Trainer`, so that Accelerate, schedulers, checkpoints, early stopping
+and trackers come with it, with what a low-rank run does differently:
 
-- the loss: flat rows without padding where the model allows it, else padded rows; either way the sum over
-labelled tokens, divided by their number in the whole accumulated batch, so that splitting a batch changes
-nothing;
+- the loss: packed batches without padding where the model supports them, else padded ones; either way the sum over labelled
+  tokens, divided by their number in the whole accumulated batch, so that splitting a batch changes nothing;
 - evaluation by the same path, over all labelled tokens rather than a mean of batch means;
 - checkpoints that hold the adapter alone, and go on bit for bit;
 - several processes share a small sum of the adapter's gradients; the model itself is never wrapped.
@@ -17,8 +16,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,81 +26,23 @@ from rich.console import Console
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from lorakit.core.using import noted, whole_rows
+from lorakit.core.using import noted
 from lorakit.errors import LorakitError
 from lorakit.optim import build_optimizer, correct_gradients, corrections_of, parameter_groups
-from lorakit.train import checkpoint
+from lorakit.train import run_checkpoint as checkpoint
 from lorakit.train.config.run import TrainConfig, to_tree
-from lorakit.train.evaluate import LossSums, evaluate_loss
+from lorakit.train.data.tokenise import IGNORED
+from lorakit.train.evaluate import evaluate_loss
 from lorakit.train.health import HealthCallback, HealthWatch
 from lorakit.train.progress import MetricsFile, ProgressCallback
 from lorakit.train.schedules.table import ScheduleCallback, schedule_for
-from lorakit.train.step.attention import edits_obstacle, flat_attention
-from lorakit.train.step.loss import causal_loss, padded_loss
-from lorakit.train.step.packing import pack
-from lorakit.train.step.support import flat_support
+from lorakit.train.step.loss import PADDED, LossPath, LossStats
 
 if TYPE_CHECKING:
     from lorakit.adapter.adapter import Adapter
     from lorakit.train.data.examples import Example
 
 log = logging.getLogger("lorakit.train")
-
-
-@dataclass(frozen=True)
-class LossPath:
-    """How the loss of a batch is computed.
-
-    `name` is for the log. `loss(model, examples, num_items, label_smoothing)` gives the loss summed over
-    labelled tokens divided by `num_items`, how many likeliest tokens were right, and how many labelled tokens
-    there were. `opened(model)` is held open around forward and backward.
-    """
-
-    name: str
-    loss: Callable[[nn.Module, Sequence[Example], float, float], tuple[Tensor, Tensor, int]]
-    opened: Callable[[nn.Module], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext
-
-    def sums(self, model: nn.Module, examples: Sequence[Example]) -> LossSums:
-        """The sums of one batch, for evaluation; no label is smoothed."""
-        loss, correct, tokens = self.loss(model, examples, 1.0, 0.0)
-        return LossSums(float(loss), float(correct), tokens)
-
-
-def choose_path(model: nn.Module, fast_path: str = "auto") -> LossPath:
-    """The flat path where the model supports it and it is not turned off, else the padded one; the log says
-    why."""
-    reason = "train.fast_path is off" if fast_path == "off" else edits_obstacle(model) or _whole_rows(model)
-    reason = reason or flat_support(model)
-    if reason is not None:
-        log.info("training path: padded rows, because %s", reason)
-        return PADDED
-    log.info("training path: flat rows without padding, shared beginnings once, logits only where labels are")
-    return FLAT
-
-
-def _whole_rows(model: nn.Module) -> str | None:
-    """Why rows must not be packed into one, where a router weighs them whole."""
-    whole = whole_rows(model)
-    return None if whole is None else f"router {whole!r} weighs whole rows"
-
-
-def _padded(
-    model: nn.Module, examples: Sequence[Example], num_items: float, label_smoothing: float
-) -> tuple[Tensor, Tensor, int]:
-    loss, stats = padded_loss(model, examples, num_items=num_items, label_smoothing=label_smoothing)
-    return loss, stats.right, stats.targets
-
-
-def _flat(
-    model: nn.Module, examples: Sequence[Example], num_items: float, label_smoothing: float
-) -> tuple[Tensor, Tensor, int]:
-    batch = pack(examples).to(next(model.parameters()).device)
-    loss, stats = causal_loss(model, batch, num_items=num_items, label_smoothing=label_smoothing)
-    return loss, stats.right, stats.targets
-
-
-PADDED = LossPath("padded rows", _padded)
-FLAT = LossPath("flat rows, shared beginnings once", _flat, flat_attention)
 
 
 class LoraTrainer(transformers.Trainer):
@@ -164,17 +104,15 @@ class LoraTrainer(transformers.Trainer):
         self.model_accepts_loss_kwargs = True
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:
             raise LorakitError(
-                "train: asked for FSDP or DeepSpeed, which shard the model; the adapter's checkpoints need "
-                "it whole. Several processes with a copy of the model each (accelerate launch --multi_gpu) "
-                "do work"
+                "train: FSDP and DeepSpeed are not supported, since they shard the model. "
+                "Use data parallelism, one copy of the model per process (accelerate launch --multi_gpu)"
             )
 
     # -- one step ----------------------------------------------------------------------------------
 
     def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
         """Forward and backward of one micro-batch. `inputs` is a list of examples."""
-        # The bare model: a wrapper for several processes would have to see every forward, and the flat path
-        # has its own.
+        # The bare model: a wrapper for several processes would have to see every forward, and the packed path has its own.
         with self.path.opened(self.bare):
             loss: Tensor = super().training_step(self.bare, inputs, num_items_in_batch)
         if self.args.world_size > 1:
@@ -193,18 +131,20 @@ class LoraTrainer(transformers.Trainer):
     def compute_loss(
         self, model: nn.Module, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Tensor:
-        """The loss of one micro-batch as its share of the whole accumulated batch's mean over labelled
-        tokens."""
+        """The loss of one micro-batch as its share of the whole accumulated batch's mean over labelled tokens."""
         if return_outputs:
-            raise LorakitError("compute_loss: asked for outputs too; the logits are never there as a whole")
+            raise LorakitError(
+                "compute_loss: return_outputs is not supported; the logits are never computed as a whole"
+            )
         items = float(num_items_in_batch) if num_items_in_batch is not None else float(_count_labels(inputs))
         with noted(self.bare) as extra:
-            loss, correct, tokens = self.path.loss(model, inputs, max(items, 1.0), self.args.label_smoothing_factor)
+            smoothing = self.args.label_smoothing_factor
+            loss, stats = self.path.loss(model, inputs, num_items=max(items, 1.0), label_smoothing=smoothing)
         for own in extra:  # by this micro-batch's share of the batch, as the loss itself
-            loss = loss + own() * (tokens / max(items, 1.0))
+            loss = loss + own() * (stats.targets / max(items, 1.0))
         # Kept on its device: reading it would wait for the step.
-        self._right = self._right.to(correct.device) + correct.detach()
-        self._labels += tokens
+        self._right = self._right.to(stats.right.device) + stats.right.detach()
+        self._labels += stats.targets
         self.state.num_input_tokens_seen += sum(len(example.input_ids) for example in inputs) * self.args.world_size
         return loss
 
@@ -260,25 +200,25 @@ class LoraTrainer(transformers.Trainer):
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
-    def loss_sums(self, examples: Sequence[Example]) -> LossSums:
+    def loss_sums(self, examples: Sequence[Example]) -> LossStats:
         """The sums of `evaluate` over examples, each process doing its share."""
         world, rank = self.args.world_size, self.args.process_index
         mine = list(examples)[rank::world]
         with self.path.opened(self.bare):
-            sums = evaluate_loss(
-                self.bare, mine, batch_size=self.args.per_device_eval_batch_size, loss_of=self.path.sums
-            )
+            batch_size = self.args.per_device_eval_batch_size
+            sums = evaluate_loss(self.bare, mine, batch_size=batch_size, loss_of=self.path.loss)
         if world > 1:
-            total = torch.tensor([sums.loss, sums.correct, sums.tokens], dtype=torch.float64, device=self.args.device)
-            torch.distributed.all_reduce(total)
-            sums = LossSums(float(total[0]), float(total[1]), int(total[2]))
+            every = (
+                torch.stack([sums.total, sums.right, torch.tensor(float(sums.targets))]).double().to(self.args.device)
+            )
+            torch.distributed.all_reduce(every)
+            sums = LossStats(int(every[2]), every[1], every[0])
         return sums
 
     # -- checkpoints --------------------------------------------------------------------------------
 
     def train_from(self, resume: bool | str = False) -> Any:
-        """Train, from the start or from a checkpoint (`True`: the newest), and show no bar afterwards either
-        way.
+        """Train, from the start or from a checkpoint (`True`: the newest), and show no bar afterwards either way.
 
         Raises LorakitError for a checkpoint that is damaged, incomplete, or of another run.
         """
@@ -287,7 +227,7 @@ class LoraTrainer(transformers.Trainer):
             folder = checkpoint.find_checkpoint(self.output, resume)
             manifest = checkpoint.check_checkpoint(folder, config=to_tree(self.lora_config), data=self._data)
             self._earlier_findings = manifest["findings"]
-            log.info("going on from %s", folder)
+            log.info("resuming from %s", folder)
         elif self.is_world_process_zero():
             checkpoint.begin(self.output)
         self._since = time.perf_counter()
@@ -338,7 +278,7 @@ class LoraTrainer(transformers.Trainer):
         self.adapter.load_state_dict(state)
 
     def _load_best_model(self) -> None:
-        log.info("the best checkpoint: %s", Path(str(self.state.best_model_checkpoint)).name)
+        log.info("best checkpoint: %s", Path(str(self.state.best_model_checkpoint)).name)
         self._load_from_checkpoint(str(self.state.best_model_checkpoint))
 
 
@@ -357,9 +297,8 @@ def training_arguments(config: TrainConfig, *, evaluates: bool) -> transformers.
             save_steps and options.eval_steps and save_steps % options.eval_steps
         ):
             raise LorakitError(
-                "train.keep_best needs a checkpoint where it evaluates; found train.eval_steps "
-                f"{options.eval_steps} and train.save_steps {save_steps}. Make save_steps a multiple of "
-                "eval_steps, or give neither"
+                f"train.keep_best needs a checkpoint where it evaluates; found train.eval_steps {options.eval_steps} and "
+                f"train.save_steps {save_steps}. Make save_steps a multiple of eval_steps, or give neither"
             )
     wants_best = options.keep_best or options.early_stopping_patience is not None
     return transformers.TrainingArguments(
@@ -430,4 +369,4 @@ def _as_list(examples: list[Any]) -> Any:
 
 def _count_labels(examples: Sequence[Example]) -> int:
     """Labelled tokens that are predicted: the first token of a row never is."""
-    return sum(label != -100 for example in examples for label in example.labels[1:])
+    return sum(label != IGNORED for example in examples for label in example.labels[1:])

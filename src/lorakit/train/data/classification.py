@@ -11,7 +11,7 @@ from lorakit.errors import LorakitError
 from lorakit.train.config.options import DataOptions
 from lorakit.train.data.examples import Report, length_limit
 from lorakit.train.data.formats import refuse_bad_rows, renamed, say_missing
-from lorakit.train.data.rows import BadRow, Row, Rows
+from lorakit.train.data.reading import BadRow, Row, Rows
 from lorakit.train.data.tokenise import IGNORED
 
 
@@ -24,8 +24,7 @@ class LabelledExample:
 
     @property
     def labels(self) -> list[int]:
-        """The class as the one label of the row, behind a first token that has none, for whatever counts or hashes
-        labels."""
+        """The class as the one label of the row, behind a first token that has none, for whatever counts or hashes labels."""
         return [IGNORED, self.label]
 
 
@@ -119,21 +118,9 @@ def prepare_labels(
             truncated, cut = truncated + 1, cut + len(ids) - limit
             ids = tokenizer(text, truncation=True, max_length=limit)["input_ids"]
         kept.append(LabelledExample(list(ids), index[label]))
-    report = Report(
-        source=rows.source,
-        format="classification",
-        template="none",
-        rows=len(rows) + len(rows.bad),
-        examples=len(kept),
-        tokens=sum(len(example.input_ids) for example in kept),
-        label_tokens=len(kept),
-        longest=max((len(example.input_ids) for example in kept), default=0),
-        max_length=limit,
-        truncated=truncated,
-        tokens_cut=cut,
-        too_long=too_long,
-        bad=(*rows.bad, *bad),
-    )
+    facts = {"max_length": limit, "truncated": truncated, "tokens_cut": cut, "too_long": too_long}
+    skipped = (*rows.bad, *bad)
+    report = Report.of(rows, kept, len(kept), skipped, format="classification", template="none", **facts)
     if not kept:
         raise LorakitError(f"prepare_labels: no example is left of {rows.source}. " + "; ".join(report.lines()))
     return PreparedLabels(kept, tuple(names), report)

@@ -20,10 +20,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from lorakit.errors import LorakitError
+from lorakit.errors import LorakitError, plural
 from lorakit.train.config.options import DataOptions
-from lorakit.train.data.formats import RowReader, detect_format, refuse_bad_rows, sort_out
-from lorakit.train.data.rows import BadRow, Row, Rows, load_rows
+from lorakit.train.data.formats import RowReader, detect_format, refuse_bad_rows, sort_out, usable
+from lorakit.train.data.reading import BadRow, Row, Rows, load_rows
 from lorakit.train.data.templates import ChatTemplate, Conversation, TextTemplate, UnusableRow, text_of
 from lorakit.train.data.tokenise import IGNORED, Ends, Labeller, Tokenised, cut, split
 
@@ -74,7 +74,7 @@ class Report:
         without_labels: rows dropped because cutting left nothing to learn.
         bad: rows that could not be used, and were skipped.
         apart: rows whose prompt and completion had to be tokenised apart.
-        control: rows whose text spells a control token, which the tokenizer reads as one.
+        special: rows whose text spells a special token, which the tokenizer reads as one.
         shared_prefix: tokens with which all examples begin.
     """
 
@@ -94,25 +94,50 @@ class Report:
     without_labels: int = 0
     bad: tuple[BadRow, ...] = ()
     apart: int = 0
-    control: int = 0
+    special: int = 0
     shared_prefix: int = 0
 
     def lines(self) -> list[str]:
         """The report for people: one line of facts, and one for everything that was not used as it stood."""
         told = [
-            f"{self.source}: {self.rows:,} rows ({self.format}) made {self.examples:,} examples, {self.tokens:,} "
-            f"tokens, {self.label_tokens:,} with loss, the longest {self.longest:,}; template: {self.template}"
+            f"{self.source}: {plural(self.rows, 'row')} ({self.format}), {plural(self.examples, 'example')}, {self.tokens:,} "
+            f"tokens ({self.label_tokens:,} with loss), longest {self.longest:,}; template: {self.template}"
         ]
         notes = [
-            (self.truncated, f"rows exceeded {self.max_length} tokens and lost {self.tokens_cut:,} (data.max_length)"),
-            (self.split, f"further examples come from texts longer than {self.max_length} tokens"),
-            (self.too_long, f"rows exceeded {self.max_length} tokens and were dropped"),
-            (self.without_labels, f"rows were dropped: within {self.max_length} tokens there is nothing to learn"),
-            (len(self.bad), f"rows were skipped, the first: {self.bad[0] if self.bad else ''}"),
-            (self.apart, "rows have a prompt that would merge with its completion; they are tokenised apart"),
-            (self.control, "rows spell out a control token, which is read as one and may end a turn early"),
+            (
+                self.truncated,
+                "row",
+                f"truncated to {self.max_length} tokens: {self.tokens_cut:,} tokens lost",
+            ),
+            (self.split, "example", f"added by splitting texts longer than {self.max_length} tokens"),
+            (self.too_long, "row", f"dropped: longer than {self.max_length} tokens"),
+            (self.without_labels, "row", f"dropped: no labelled token within {self.max_length} tokens"),
+            (len(self.bad), "row", f"skipped, the first: {self.bad[0] if self.bad else ''}"),
+            (self.apart, "row", "tokenised apart: the end of the prompt would merge with the completion"),
+            (
+                self.special,
+                "row",
+                "with special tokens as text (<|im_end|>, say): the model will treat them as real turn ends",
+            ),
         ]
-        return told + [f"{count:,} {words}" for count, words in notes if count]
+        return told + [f"{plural(count, noun)} {words}" for count, noun, words in notes if count]
+
+    @classmethod
+    def of(
+        cls, rows: Rows, examples: Sequence[Any], label_tokens: int, bad: tuple[BadRow, ...], **facts: Any
+    ) -> Report:
+        """The report of examples made of rows."""
+        lengths = [len(example.input_ids) for example in examples]
+        return cls(
+            source=rows.source,
+            rows=len(rows) + len(rows.bad),
+            examples=len(examples),
+            tokens=sum(lengths),
+            label_tokens=label_tokens,
+            longest=max(lengths, default=0),
+            bad=bad,
+            **facts,
+        )
 
 
 @dataclass(frozen=True)
@@ -213,18 +238,15 @@ def prepare(rows: Rows, tokenizer: Any, options: DataOptions) -> Prepared:
                 counts["without_labels"] += 1
             else:
                 examples.append(Example(piece_ids, piece_labels))
-    report = Report(
-        source=rows.source,
+    report = Report.of(
+        rows,
+        examples,
+        sum(len(example.labels) - example.labels.count(IGNORED) for example in examples),
+        bad,
         format=maker.reader.format,
         template=maker.reader.words,
-        rows=len(rows) + len(rows.bad),
-        examples=len(examples),
-        tokens=sum(len(example.input_ids) for example in examples),
-        label_tokens=sum(len(example.labels) - example.labels.count(IGNORED) for example in examples),
-        longest=max((len(example.input_ids) for example in examples), default=0),
         max_length=limit,
-        bad=bad,
-        control=maker.reader.count_control_tokens(),
+        special=maker.reader.count_special_tokens(),
         shared_prefix=shared_prefix_length([example.input_ids for example in examples]),
         **counts,
     )
@@ -312,18 +334,16 @@ class _Maker:
             assert isinstance(template, ChatTemplate)
             conversations, bad = self.reader.conversations()
             if self.reader.format == "messages" and template.marks and not self.labeller.learn_all:
-                marked, more = sort_out(conversations, [self._marked(template, c) for _, c in conversations])
+
+                def mark(conversation: Conversation) -> Tokenised:
+                    return self.labeller.label_marked(*template.marked(conversation))
+
+                marked, more = sort_out(conversations, [usable(mark, c) for _, c in conversations])
                 return marked, bad + more
             rendered, more = sort_out(conversations, template.render([c for _, c in conversations]))
             bad += more
         tokenised, more = sort_out(rendered, self.labeller.label([one for _, one in rendered]))
         return tokenised, bad + more
-
-    def _marked(self, template: ChatTemplate, conversation: Conversation) -> Tokenised | UnusableRow:
-        try:
-            return self.labeller.label_marked(*template.marked(conversation))
-        except UnusableRow as reason:
-            return reason
 
     def asked(self) -> tuple[list[Question], list[BadRow]]:
         """Every row as a question."""

@@ -7,12 +7,12 @@ that stops everything.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
 from lorakit.errors import LorakitError
 from lorakit.train.config.options import DataOptions
-from lorakit.train.data.rows import BadRow, Row, Rows
+from lorakit.train.data.reading import BadRow, Row, Rows
 from lorakit.train.data.templates import (
     Conversation,
     Joined,
@@ -83,7 +83,9 @@ def renamed(rows: Rows, options: DataOptions) -> list[tuple[Row, Mapping[str, An
     columns = rows.columns
     for ours, theirs in options.columns.items():
         if rows.rows and theirs not in columns:
-            raise LorakitError(f'data.columns: "{ours}" is to be "{theirs}", but the columns are {", ".join(columns)}')
+            raise LorakitError(
+                f'data.columns: "{ours}" is mapped to "{theirs}", but the columns are {", ".join(columns)}'
+            )
     away = set(options.columns.values()) - set(options.columns)
     kept_rows: list[tuple[Row, Mapping[str, Any]]] = []
     for row in rows.rows:
@@ -148,14 +150,14 @@ class RowReader:
 
     def texts(self) -> tuple[list[tuple[Row, Rendered]], list[BadRow]]:
         """The text of every row that needs no chat template, and the unusable rows."""
-        rendered: list[tuple[Row, Rendered]] = []
-        bad: list[BadRow] = []
-        for row, values in self.fields:
-            try:
-                rendered.append((row, self._text(values)))
-            except UnusableRow as reason:
-                bad.append(BadRow(row.where, str(reason)))
-        return rendered, bad
+        return self._each(self._text)
+
+    def conversations(self) -> tuple[list[tuple[Row, Conversation]], list[BadRow]]:
+        """The messages of every row for a chat template, and the unusable rows."""
+        return self._each(self._conversation)
+
+    def _each(self, make: Callable[[Mapping[str, Any]], Kept]) -> tuple[list[tuple[Row, Kept]], list[BadRow]]:
+        return sort_out(self.fields, [usable(make, values) for _, values in self.fields])
 
     def _text(self, values: Mapping[str, Any]) -> Rendered:
         if self.format == "text":
@@ -176,17 +178,6 @@ class RowReader:
             if not isinstance(values.get(name), str) or (name == "completion" and not values[name].strip()):
                 raise UnusableRow(say_missing(name, values))
         return self.template.render(values["prompt"], values["completion"])
-
-    def conversations(self) -> tuple[list[tuple[Row, Conversation]], list[BadRow]]:
-        """The messages of every row for a chat template, and the unusable rows."""
-        found: list[tuple[Row, Conversation]] = []
-        bad: list[BadRow] = []
-        for row, values in self.fields:
-            try:
-                found.append((row, self._conversation(values)))
-            except UnusableRow as reason:
-                bad.append(BadRow(row.where, str(reason)))
-        return found, bad
 
     def _conversation(self, values: Mapping[str, Any]) -> Conversation:
         if self.format == "messages":
@@ -230,8 +221,8 @@ class RowReader:
         last = max((i for i, message in enumerate(messages) if message["role"] == "assistant"), default=0)
         return {**values, "messages": [*messages[:last], {**messages[last], "content": answer}]}
 
-    def count_control_tokens(self) -> int:
-        """Rows whose own text spells a control token."""
+    def count_special_tokens(self) -> int:
+        """Rows whose own text spells a special token."""
         if self.format == "text" or not self.template.is_chat:
             return 0
         names = sorted({str(token) for token in self.tokenizer.all_special_tokens if str(token).strip()})
@@ -254,6 +245,14 @@ def texts_in(value: Any) -> Iterable[str]:
     elif isinstance(value, list):
         for item in value:
             yield from texts_in(item)
+
+
+def usable(make: Callable[..., Kept], *given: Any) -> Kept | UnusableRow:
+    """What `make` makes of what is given, or the reason why it cannot."""
+    try:
+        return make(*given)
+    except UnusableRow as reason:
+        return reason
 
 
 def sort_out(

@@ -55,8 +55,7 @@ class Rendered:
 
     Attributes:
         text: the whole of it.
-        spans: (start, end) character positions that carry loss, in order; each start ends what a model is prompted
-            with.
+        spans: (start, end) character positions that carry loss, in order; each start ends what a model is prompted with.
     """
 
     text: str

@@ -30,7 +30,7 @@ class Tokenised:
 
 @dataclass
 class Ends:
-    """Which tokens end a turn: control tokens, of which the tokenizer's end of text is one."""
+    """Which tokens end a turn: special tokens, of which the tokenizer's end of text is one."""
 
     tokenizer: Any
     ids: frozenset[int] = field(init=False)
@@ -42,7 +42,7 @@ class Ends:
         self.ids = frozenset(named | set(self.tokenizer.all_special_ids))
 
     def is_blank(self, token: int) -> bool:
-        """Whether a token is white space, and no control token."""
+        """Whether a token is white space, and no special token."""
         return token not in self.ids and not self.tokenizer.decode([token]).strip()
 
     def closes(self, ids: Sequence[int]) -> bool:
@@ -55,12 +55,12 @@ class Ends:
         return False
 
     def without_end(self, ids: list[int]) -> list[int]:
-        """The tokens before the first control token."""
+        """The tokens before the first special token."""
         end = next((position for position, token in enumerate(ids) if token in self.ids), len(ids))
         return ids[:end]
 
     def with_end(self, ids: list[int]) -> list[int]:
-        """The tokens up to the first control token, and that one."""
+        """The tokens up to the first special token, and that one."""
         return ids[: len(self.without_end(ids)) + 1]
 
 
@@ -184,7 +184,7 @@ class Labeller:
                 return one
             raise LorakitError(
                 "prepare: the tokenizer has no end-of-text token and the template writes none, so the model would never "
-                "learn to stop; set tokenizer.eos_token, or end data.template with a control token"
+                "learn to stop; set tokenizer.eos_token, or end data.template with a special token"
             )
         return Tokenised([*one.ids, end], [*one.labels, end], one.apart)
 

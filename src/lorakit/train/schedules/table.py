@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback, TrainerControl, TrainerState
 
 from lorakit.core.delta import Delta, Method
 from lorakit.methods.adalora import Triplets
@@ -155,23 +155,23 @@ class ScheduleCallback(TrainerCallback):
     def __init__(self, schedule: Schedule[Any, Any]) -> None:
         self.schedule = schedule
 
-    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+    def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self.schedule.begin(state.max_steps)
 
     def on_step_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, optimizer: Any = None, **_: Any
+        self, args: Any, state: TrainerState, control: TrainerControl, optimizer: Any = None, **_: Any
     ) -> None:
         self.schedule.before_forward(state.global_step + 1, optimizer)
 
     def on_pre_optimizer_step(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, optimizer: Any = None, **_: Any
+        self, args: Any, state: TrainerState, control: TrainerControl, optimizer: Any = None, **_: Any
     ) -> None:
         self.schedule.before_update(state.global_step + 1, optimizer)
 
     def on_optimizer_step(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, optimizer: Any = None, **_: Any
+        self, args: Any, state: TrainerState, control: TrainerControl, optimizer: Any = None, **_: Any
     ) -> None:
         self.schedule.after_update(state.global_step + 1, optimizer)
 
-    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+    def on_train_end(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self.schedule.end()

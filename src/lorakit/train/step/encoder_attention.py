@@ -1,4 +1,4 @@
-"""An encoder's attention over a flat row of whole texts. Padding exists in here alone, and matmuls suit it: texts are short."""
+"""An encoder's attention over a packed batch of whole texts. Padding exists in here alone: texts are short."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lorakit.train.step.packing import TextBatch
+from lorakit.train.step.packing import PackedTexts
 
 
 class _Move(torch.autograd.Function):
@@ -51,7 +51,7 @@ class _Drop(torch.autograd.Function):
 
 
 def attend_both_ways(
-    batch: TextBatch,
+    batch: PackedTexts,
     module: torch.nn.Module,
     heads: tuple[Tensor, Tensor, Tensor],
     dropout: float,
@@ -63,12 +63,14 @@ def attend_both_ways(
     Raises ValueError for a causal layer, a bias on positions, or key heads that several query heads share.
     """
     if getattr(module, "is_causal", False) or given.get("is_causal"):
-        raise ValueError("flat attention: this layer is causal, but the row holds texts for an encoder")
+        raise ValueError("packed attention: this layer is causal, but the batch holds texts for an encoder")
     if given.get("position_bias") is not None or heads[1].shape[1] != heads[0].shape[1]:
-        raise ValueError("flat attention: a bias or shared key heads in an encoder; use the padded path")
+        raise ValueError(
+            "packed attention: an encoder with position bias or shared key heads; use train.fast_path: off"
+        )
     _, count, tokens, d = heads[0].shape
     if tokens != batch.tokens:
-        raise ValueError(f"flat attention: {tokens} queries are not one row of {batch.tokens} tokens")
+        raise ValueError(f"packed attention: {tokens} queries are not one row of {batch.tokens} tokens")
     texts, _, longest = batch.hidden.shape
     if count not in batch.plans:
         text, step = batch.place // longest, batch.place % longest

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import shutil
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -24,7 +23,7 @@ import torch.fx.experimental._config
 from torch import Tensor, nn
 
 from lorakit.core.kernel import gain_backward, small_functions
-from lorakit.errors import LorakitError
+from lorakit.errors import LorakitError, plural
 from lorakit.native import elementwise
 from lorakit.native.elementwise import GATES, norm_rows, norm_rows_backward, rotate, rotate_back, wide
 from lorakit.native.replacement import Gated, Norm, Replaced, replace
@@ -50,10 +49,10 @@ class FusionReport:
         from torch._inductor.runtime.cache_dir_utils import cache_dir
 
         if self.reason is not None:
-            return f"small functions are not fused: {self.reason}"
+            return f"kernel fusion is off: {self.reason}"
         return (
-            f"fused: {self.norms} norms, {self.gates} gates; {self.compiled} small functions compiled or read from the cache "
-            f"in {self.compile_seconds:.1f} s ({cache_dir()})"
+            f"kernel fusion: {plural(self.norms, 'norm')}, {plural(self.gates, 'gate')}; torch.compile made "
+            f"{plural(self.compiled, 'kernel')} in {self.compile_seconds:.1f} s (cache: {cache_dir()})"
         )
 
 
@@ -91,7 +90,7 @@ def call(function: Callable[..., Any], *tensors: Tensor | None, **constants: Any
     except Exception as error:  # whatever a compiler may raise, the plain function is still right
         _plain[key] = function
         report.failed.append(function.__name__)
-        logger.warning("fusion: %s does not compile (%s); it runs unfused", function.__name__, error)
+        logger.warning("kernel fusion: %s does not compile (%s); it runs unfused", function.__name__, error)
         return function(*tensors, **constants)
     _met.add(shape)
     report.compiled += 1
@@ -111,23 +110,20 @@ def _bind(function: Callable[..., Any], constants: dict[str, Any]) -> Callable[.
 def find_obstacle(device: torch.device) -> str | None:
     """Why nothing can be compiled here, or None."""
     if device.type == "cpu":
-        from torch._inductor import config, exc
+        from torch._inductor.cpp_builder import get_cpp_compiler
+        from torch._inductor.exc import InvalidCxxCompiler
 
-        names = config.cpp.cxx if isinstance(config.cpp.cxx, (tuple, list)) else (config.cpp.cxx,)
-        if not any(name and shutil.which(name) for name in names):
-            try:
-                from torch._inductor.cpp_builder import get_cpp_compiler
-
-                get_cpp_compiler()
-            except (exc.InvalidCxxCompiler, RuntimeError, OSError):
-                return "no C++ compiler was found"
+        try:
+            get_cpp_compiler()
+        except (InvalidCxxCompiler, RuntimeError, OSError):
+            return "no C++ compiler was found"
     elif device.type == "cuda":
         import importlib.util
 
         if importlib.util.find_spec("triton") is None:
             return "triton is not installed"
     else:
-        return f"not tried on {device.type} devices"
+        return f"it is not supported on {device.type} devices"
     return None
 
 
@@ -261,7 +257,7 @@ def _recorded(function: type[torch.autograd.Function], *arguments: Any) -> Tenso
 
 @contextlib.contextmanager
 def fused(model: nn.Module) -> Iterator[FusionReport]:
-    """Inside, the small functions of `model` run fused; on leaving, everything is as it was.
+    """Inside, the elementwise operations of `model` run fused; on leaving, everything is as it was.
 
     A module is patched only if the fused function gives what the module itself gives on a small random input. Where
     nothing can be compiled nothing is patched, and one line of the log says why.

@@ -1,10 +1,10 @@
-"""The last block of a decoder, for the rows that are asked about: what it makes of the others, nobody reads.
+"""The last block of a decoder, only at labelled tokens: nothing reads its output at the others.
 
-Keys and values of every row are needed there, and the sums that attention makes of them; the gated layers, three quarters
-of a block, need the rows alone whose next token has a label. Where few have one (answers of a word to long questions) that
-saves three quarters of a block, forward and backward.
+Keys and values of every row are needed there, and the sums that attention makes of them; the feed-forward part, three quarters
+of a block, is needed only at the rows whose next token has a label. Where few have one (answers of a word to long questions)
+that saves three quarters of a block, forward and backward.
 
-`opened(decoder)` gives the last block a second way through, taken where a batch says which rows are asked (`asked`). It is
+`opened(decoder)` gives the last block a shorter forward, taken where a batch says which rows are asked for (`asked`). It is
 for blocks of the usual parts, and only where trying shows that those rows come out the same; a block that is watched by
 hooks, or routed by rows or tokens, computes every row.
 """
@@ -21,7 +21,8 @@ import torch
 from torch import Tensor, nn
 
 from lorakit.core.layer import Adapted
-from lorakit.train.step.packing import FlatBatch
+from lorakit.models.evaluating import evaluating
+from lorakit.train.step.packing import PackedBatch
 
 PARTS = {"input_layernorm", "self_attn", "post_attention_layernorm", "mlp"}
 """The parts of a block that is read as: norm, attention, add, norm, gated layers, add."""
@@ -35,7 +36,7 @@ MULTIPLE = 16
 _verdicts: weakref.WeakKeyDictionary[nn.Module, bool] = weakref.WeakKeyDictionary()
 
 
-def asked_rows(decoder: Any, batch: FlatBatch, try_out: Callable[[nn.Module, FlatBatch], Tensor]) -> FlatBatch:
+def asked_rows(decoder: Any, batch: PackedBatch, try_out: Callable[[nn.Module, PackedBatch], Tensor]) -> PackedBatch:
     """`batch` for this decoder: where its last block can leave rows out and that is worth it, `asked` says which remain and
     `hidden_index` counts among them; else it stays as it is.
 
@@ -54,16 +55,11 @@ def asked_rows(decoder: Any, batch: FlatBatch, try_out: Callable[[nn.Module, Fla
 
 
 def _agree(
-    decoder: nn.Module, batch: FlatBatch, cut: FlatBatch, try_out: Callable[[nn.Module, FlatBatch], Tensor]
+    decoder: nn.Module, batch: PackedBatch, cut: PackedBatch, try_out: Callable[[nn.Module, PackedBatch], Tensor]
 ) -> bool:
-    training = decoder.training
-    decoder.eval()  # dropout would tell the two apart
-    try:
-        with torch.no_grad():
-            whole = try_out(decoder, batch).index_select(0, batch.hidden_index)
-            found = try_out(decoder, cut)
-    finally:
-        decoder.train(training)
+    with evaluating(decoder):  # dropout would tell the two apart
+        whole = try_out(decoder, batch).index_select(0, batch.hidden_index)
+        found = try_out(decoder, cut)
     if len(found) == batch.tokens:  # the block was not asked, or did not listen
         return False
     found = found.index_select(0, cut.hidden_index)
@@ -95,7 +91,7 @@ def _alone(decoder: nn.Module, block: nn.Module) -> bool:
 
 @contextlib.contextmanager
 def opened(decoder: Any) -> Iterator[None]:
-    """Inside, the last block of `decoder` takes the short way for batches that say which rows are asked. Keep it open around
+    """Inside, the last block of `decoder` computes only the rows that a batch asks for. Keep it open around
     backward too: activation checkpointing runs the block again there."""
     block = _block(decoder)
     if block is None or "forward" in vars(block):
@@ -104,7 +100,7 @@ def opened(decoder: Any) -> Iterator[None]:
     original = block.forward
 
     def forward(self: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
-        asked = getattr(kwargs.get("flat_batch"), "asked", None)
+        asked = getattr(kwargs.get("packed_batch"), "asked", None)
         if asked is None or args:
             return original(hidden_states, *args, **kwargs)
         attended, _ = self.self_attn(hidden_states=self.input_layernorm(hidden_states), **kwargs)

@@ -1,10 +1,10 @@
-"""Loss where labels are: no logits for tokens nobody asks about, and never all logits at once.
+"""The loss: logits only at labelled tokens, and never all of them at once.
 
 Hidden states are gathered at the targets, multiplied by the head in chunks, and the gradient of a chunk is formed
 while its logits are there, so the backward pass only scales what was kept: one row per target. Softcapping, logit
 scales, head bias, label smoothing and per-target weights are part of it; the count of right tokens comes for free. A
 head that is more than a linear layer (an adapted one) is called as a module, chunk by chunk, and recomputed in the
-backward pass. `causal_loss` is the whole step on a flat row, `padded_loss` the plain one on a padded batch.
+backward pass. `causal_loss` is the whole step on a packed batch, `padded_loss` the plain one on a padded batch.
 """
 
 from __future__ import annotations
@@ -12,8 +12,9 @@ from __future__ import annotations
 import contextlib
 import itertools
 import logging
-from collections.abc import Sequence
-from dataclasses import dataclass
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -24,10 +25,11 @@ from lorakit.core.storage import FLOAT, storage_of
 from lorakit.core.using import counted, use
 from lorakit.edits.hooks import prompts
 from lorakit.errors import LorakitError
+from lorakit.train.data.tokenise import IGNORED
 from lorakit.train.step import fusion
-from lorakit.train.step.attention import flat_attention, flat_hidden, is_flat
+from lorakit.train.step.attention import is_packed, packed_attention, packed_hidden
 from lorakit.train.step.last_block import asked_rows
-from lorakit.train.step.packing import IGNORED, FlatBatch, TokenisedExample
+from lorakit.train.step.packing import PackedBatch, TokenisedExample, pack, pad
 
 logger = logging.getLogger(__name__)
 
@@ -37,18 +39,47 @@ CHUNK_LOGITS = 1 << 24
 
 @dataclass(frozen=True)
 class LossStats:
-    """What a step saw. `right` counts targets whose most likely token was the label; `total` is the summed loss."""
+    """Sums over targets (labelled tokens), so that batches and processes simply add: how many there are, of how many the label
+    was the likeliest token, and the loss in nats."""
 
-    targets: int
-    right: Tensor
-    total: Tensor
-    computed_tokens: int
-    unshared_tokens: int
+    targets: int = 0
+    right: Tensor = field(default_factory=lambda: torch.zeros(()))
+    total: Tensor = field(default_factory=lambda: torch.zeros(()))
+
+    def __add__(self, other: LossStats) -> LossStats:
+        def added(one: Tensor, two: Tensor) -> Tensor:
+            return one.cpu().double() + two.cpu().double()
+
+        targets = self.targets + other.targets
+        return LossStats(targets, added(self.right, other.right), added(self.total, other.total))
 
     @property
-    def accuracy(self) -> float:
-        """Share of right tokens (waits for the device)."""
-        return float(self.right) / max(1, self.targets)
+    def mean(self) -> float:
+        """Mean loss per target."""
+        return float(self.total) / self.targets if self.targets else math.nan
+
+    @property
+    def perplexity(self) -> float:
+        """e to the mean loss: infinite rather than an overflow for a hopeless model."""
+        return math.exp(self.mean) if self.mean < 700 else math.inf
+
+    @property
+    def token_accuracy(self) -> float:
+        """Share of targets that were the likeliest token."""
+        return float(self.right) / self.targets if self.targets else math.nan
+
+
+@dataclass(frozen=True)
+class LossPath:
+    """How the loss of a batch of examples is computed.
+
+    `loss(model, examples, num_items=..., label_smoothing=...)` gives the summed loss divided by `num_items` (None: by its
+    own targets) and its stats. `opened(model)` is held open around forward and backward. `name` is for logs and the model card.
+    """
+
+    name: str
+    loss: Callable[..., tuple[Tensor, LossStats]]
+    opened: Callable[[nn.Module], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext
 
 
 @dataclass(frozen=True)
@@ -82,8 +113,10 @@ def read_head(model: Any) -> Head:
         raise LorakitError(f"loss: {type(model).__name__} has no output embeddings; a causal language model has")
     storage = storage_of(module, "weight") if isinstance(getattr(module, "weight", None), Tensor) else FLOAT
     if storage is not FLOAT:
-        held = storage.label(module, "weight")
-        raise LorakitError(f"loss: the output head of {type(model).__name__} is held as {held}; logits need its floats")
+        raise LorakitError(
+            f"loss: the output head of {type(model).__name__} is quantised ({storage.label(module, 'weight')}); logits "
+            "need its float weights"
+        )
     config = model.config.get_text_config()
     scale = 1.0
     if getattr(config, "logit_scale", None):
@@ -255,33 +288,33 @@ def target_loss(
 
 
 def causal_loss(
-    model: Any, packed: FlatBatch, *, num_items: Tensor | float | None = None, label_smoothing: float = 0.0
+    model: Any, packed: PackedBatch, *, num_items: Tensor | float | None = None, label_smoothing: float = 0.0
 ) -> tuple[Tensor, LossStats]:
     """Mean loss over the labels of a packed batch, and its stats.
 
     The sum is divided by `num_items` (all labels of an accumulated step) or by the labels of this batch. The model's
-    flat attention is switched on for the call if it is not already; with gradient checkpointing it must be open around
+    packed attention is switched on for the call if it is not already; with gradient checkpointing it must be open around
     backward too, so then LorakitError is raised.
     """
     head = read_head(model)
     decoder = decoder_of(model)
-    if is_flat(model):
+    if is_packed(model):
         if model.training and torch.is_grad_enabled():
-            packed = asked_rows(decoder, packed, flat_hidden)
+            packed = asked_rows(decoder, packed, packed_hidden)
         with counted(model, packed.counts):
-            hidden = flat_hidden(decoder, packed)
+            hidden = packed_hidden(decoder, packed)
     else:
         if model.training and any(getattr(part, "gradient_checkpointing", False) for part in model.modules()):
             raise LorakitError(
                 "causal_loss: gradient checkpointing runs layers again in backward, when this call has put the model's "
-                "own attention back; open `with flat_attention(model):` around forward and backward"
+                "own attention back; open `with packed_attention(model):` around forward and backward"
             )
-        with flat_attention(model), counted(model, packed.counts):
-            hidden = flat_hidden(decoder, packed)
+        with packed_attention(model), counted(model, packed.counts):
+            hidden = packed_hidden(decoder, packed)
     rows = hidden.index_select(0, packed.hidden_index)
     total, right = target_loss(head, rows, packed.targets, packed.weights, label_smoothing=label_smoothing)
     divisor = packed.num_targets if num_items is None else num_items
-    stats = LossStats(packed.num_targets, right, total.detach(), packed.tokens, packed.unshared_tokens)
+    stats = LossStats(packed.num_targets, right, total.detach())
     return total / _at_least_one(divisor), stats
 
 
@@ -293,30 +326,38 @@ def padded_loss(
     label_smoothing: float = 0.0,
 ) -> tuple[Tensor, LossStats]:
     """The same on a right-padded batch, through the model's own forward and logits: slower, and right for any causal
-    model. The flat path is tested against it."""
+    model. The padding-free path is tested against it."""
     device = next(model.parameters()).device
-    longest = max(len(example.input_ids) for example in examples)
-    input_ids = torch.zeros(len(examples), longest, dtype=torch.long)
-    labels = torch.full((len(examples), longest), IGNORED)
-    mask = torch.zeros(len(examples), longest, dtype=torch.long)
-    for row, example in enumerate(examples):
-        length = len(example.input_ids)
-        input_ids[row, :length] = torch.tensor(list(example.input_ids))
-        labels[row, :length] = torch.tensor(list(example.labels))
-        mask[row, :length] = 1
-    input_ids, labels, mask = input_ids.to(device), labels.to(device), mask.to(device)
+    batch = {name: tensor.to(device) for name, tensor in pad(examples).items()}
+    labels = batch.pop("labels")[:, 1:]
     with prompts_known(model, [prompt_length(example.labels) for example in examples]):
-        logits = model(input_ids=input_ids, attention_mask=mask, use_cache=False).logits[:, :-1]
-    labels = labels[:, 1:]
+        logits = model(**batch, use_cache=False).logits[:, :-1]
     chosen = labels != IGNORED
-    rows, targets = logits[chosen], labels[chosen]
-    wide = rows.to(torch.promote_types(rows.dtype, torch.float32))
-    total = nn.functional.cross_entropy(wide, targets, reduction="sum", label_smoothing=label_smoothing)
-    count = len(targets)
-    right = (rows.detach().argmax(-1) == targets).sum().float()
-    real = sum(len(example.input_ids) for example in examples)
-    stats = LossStats(count, right, total.detach(), input_ids.numel(), real)
-    return total / _at_least_one(count if num_items is None else num_items), stats
+    return class_loss(logits[chosen], labels[chosen], num_items=num_items, label_smoothing=label_smoothing)
+
+
+def class_loss(
+    logits: Tensor, labels: Tensor, *, num_items: Tensor | float | None = None, label_smoothing: float = 0.0
+) -> tuple[Tensor, LossStats]:
+    """Cross entropy of logits `[targets, classes]`, summed and divided by `num_items`, and its stats."""
+    wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    total = nn.functional.cross_entropy(wide, labels, reduction="sum", label_smoothing=label_smoothing)
+    stats = LossStats(len(labels), (logits.detach().argmax(-1) == labels).sum().float(), total.detach())
+    return total / _at_least_one(stats.targets if num_items is None else num_items), stats
+
+
+def packed_loss(
+    model: Any, examples: Sequence[TokenisedExample], *, num_items: float | None = None, label_smoothing: float = 0.0
+) -> tuple[Tensor, LossStats]:
+    """`causal_loss` of examples that are packed first."""
+    batch = pack(examples).to(next(model.parameters()).device)
+    return causal_loss(model, batch, num_items=num_items, label_smoothing=label_smoothing)
+
+
+PADDED = LossPath("off: padded batches", padded_loss)
+PACKED = LossPath(
+    "no padding, shared prefixes computed once, logits only at labelled tokens", packed_loss, packed_attention
+)
 
 
 def base_alone(model: nn.Module) -> contextlib.AbstractContextManager[None]:

@@ -1,12 +1,12 @@
-"""How much of the forward pass is kept for the backward pass: `train.memory`.
+"""Gradient checkpointing: how many activations are kept for the backward pass (`train.memory`), and which are recomputed.
 
-    fast      everything that the backward pass reads
-    balanced  no outcome of a norm, of a gated activation or of attention's softmax: each is one cheap pass over tensors that
-              are kept anyway. No matmul of a layer runs twice.
-    small     the input of every block; its forward runs again
+    fast      everything is kept
+    balanced  the outputs of norms, gated activations and attention's softmax are recomputed: cheap elementwise operations on
+              tensors that are kept anyway. No matmul of a layer runs twice.
+    small     only the input of every block is kept; its forward runs again (full gradient checkpointing)
 
-`balanced` needs the norms and gates that `fusion.fused` has put into the model: the tensors they give say themselves how
-they come again, and the graph keeps that in their place. Where nothing is fused, every second block runs again instead.
+`balanced` needs the norms and gates that `fusion.fused` has put into the model: the tensors they give carry their
+recomputation, which the graph keeps in their place. Where nothing is fused, every second block runs again instead.
 """
 
 from __future__ import annotations
@@ -20,22 +20,22 @@ import torch
 from torch import Tensor, nn
 
 from lorakit.errors import LorakitError
-from lorakit.train.step import blocks, fusion
+from lorakit.train.step import batched_attention, fusion
 
 log = logging.getLogger("lorakit.train")
 
 
 @contextlib.contextmanager
 def recomputing(model: nn.Module, memory: str) -> Iterator[None]:
-    """Keep as much as `memory` says, around forward and backward.
+    """Keep the activations that `memory` says, around forward and backward.
 
-    Raises LorakitError for a model that has no blocks that can be computed again, where blocks are asked for.
+    Raises LorakitError for a model that does not support gradient checkpointing, where that is needed.
     """
     if memory == "fast":
         yield
     elif memory == "balanced" and fusion.recomputable_parts():
-        log.info("memory: balanced, so norms, gated activations and softmax are computed again in the backward pass")
-        with blocks.keeping(0), fusion.recording(), torch.autograd.graph.saved_tensors_hooks(_pack, _unpack):
+        log.info("gradient checkpointing: norms, gated activations and softmax are recomputed (train.memory: balanced)")
+        with batched_attention.keeping(0), fusion.recording(), torch.autograd.graph.saved_tensors_hooks(_pack, _unpack):
             yield
     else:
         with _blocks(model, memory):
@@ -56,11 +56,10 @@ def _blocks(model: nn.Module, memory: str) -> Iterator[None]:
     """Whole blocks run again: each, or every second one."""
     if not getattr(model, "supports_gradient_checkpointing", False):
         raise LorakitError(
-            f"train.memory is {memory}, which recomputes blocks; {type(model).__name__} has none that can "
-            "be. Use memory: fast with a smaller batch_size and more gradient_accumulation"
+            f"train.memory: {memory} needs gradient checkpointing, which {type(model).__name__} does not support. "
+            "Use memory: fast with a smaller batch_size and more gradient_accumulation"
         )
-    # Not re-entrant: a re-entrant one looks for a gradient at the block's input, and a frozen embedding gives
-    # none.
+    # Not re-entrant: a re-entrant one looks for a gradient at the block's input, and a frozen embedding gives none.
     how = {"use_reentrant": False}
     enable: Any = getattr(model, "activation_checkpointing_enable", None)
     if enable is not None:
@@ -70,7 +69,7 @@ def _blocks(model: nn.Module, memory: str) -> Iterator[None]:
         enable, disable = model.gradient_checkpointing_enable, model.gradient_checkpointing_disable
         enable(how)
     which = "every second block" if memory == "balanced" else "every block"
-    log.info("memory: %s, so %s is computed again in the backward pass", memory, which)
+    log.info("gradient checkpointing: %s is recomputed in the backward pass (train.memory: %s)", which, memory)
     try:
         yield
     finally:

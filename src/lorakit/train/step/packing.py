@@ -1,7 +1,7 @@
-"""One flat row out of a batch: no padding, and every shared beginning only once.
+"""Packing: a batch of examples as one row of tokens without padding, in which shared prefixes stand once; and padded batches.
 
 A batch of examples becomes `input_ids [1, tokens]`, so the linear layers of a model see real tokens only. Examples
-that begin with the same tokens (a system prompt, an instruction, few-shot examples) hang on one common run: causal
+that begin with the same tokens (a system prompt, an instruction, few-shot examples) share one run: causal
 attention never looks ahead, so the hidden states of that run are the same in each of them and one copy is exact. The
 runs form a trie; a `Segment` is one of its nodes, and a token attends to the segments above its own.
 
@@ -19,8 +19,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-IGNORED = -100
-"""The label of a token that carries no loss, as in Hugging Face models."""
+from lorakit.train.data.tokenise import IGNORED
 
 MINIMUM_SHARED = 16
 """A shared run shorter than this costs more in one more attention block than it saves in linear layers."""
@@ -44,7 +43,7 @@ class TokenisedExample(Protocol):
 
 @dataclass(frozen=True)
 class Segment:
-    """One run of tokens in the flat row: `start`, `length`, first position, and the segment above it (or -1)."""
+    """One run of tokens in the packed row: `start`, `length`, first position, and the segment above it (or -1)."""
 
     start: int
     length: int
@@ -53,13 +52,14 @@ class Segment:
 
 
 @dataclass(frozen=True)
-class FlatBatch:
+class PackedBatch:
     """A packed batch.
 
     `input_ids` and `position_ids` are `[1, tokens]`; `hidden_index`, `targets` (int64) and `weights` (fp32) are
     `[targets]`: the hidden state at `hidden_index[i]` predicts `targets[i]`, which counts `weights[i]` times. Of the
     row only the first `used` tokens are real; `counts` `[1, tokens]` says how many examples hold each token, 0 for the
-    rest. `unshared_tokens` is what the examples hold together, `num_targets` the number of labels in them. `asked` are the
+    rest. `unshared_tokens` is what the examples hold together, `num_targets` the number of labels in them,
+    `places` the packed row of each token of each example. `asked` are the
     rows that the last block gives, in this order, and then `hidden_index` counts among them; None is every row. `plans` is
     where attention keeps what it works out once per batch, `windows` which sliding windows layers gave it (None: all is seen).
     """
@@ -74,20 +74,21 @@ class FlatBatch:
     used: int
     unshared_tokens: int
     num_targets: int
+    places: tuple[list[int], ...] = ()
     asked: Tensor | None = None
     plans: dict[Any, Any] = field(default_factory=dict, compare=False, repr=False)
     windows: set[int | None] = field(default_factory=set, compare=False, repr=False)
 
     @property
     def tokens(self) -> int:
-        """Length of the flat row, fill included."""
+        """Length of the packed row, fill included."""
         return int(self.input_ids.shape[1])
 
-    def asking(self, rows: Tensor, hidden_index: Tensor) -> FlatBatch:
+    def asking(self, rows: Tensor, hidden_index: Tensor) -> PackedBatch:
         """The same batch, of which the last block gives `rows` alone; `hidden_index` counts among these."""
         return replace(self, asked=rows, hidden_index=hidden_index)
 
-    def to(self, device: torch.device | str) -> FlatBatch:
+    def to(self, device: torch.device | str) -> PackedBatch:
         """The same batch on another device."""
         moved = {
             name: getattr(self, name).to(device)
@@ -95,7 +96,7 @@ class FlatBatch:
         }
         return replace(self, **moved, plans={})
 
-    def under(self, rows: int) -> FlatBatch:
+    def under(self, rows: int) -> PackedBatch:
         """The batch with so many rows above everything, which no example holds: a trained prompt, computed once for all.
 
         The rows are the caller's to put in front of the embeddings, and to count in positions; `hidden_index` counts without
@@ -114,8 +115,8 @@ def pack(
     share_prefix: bool = True,
     minimum_shared: int = MINIMUM_SHARED,
     row_multiple: int = ROW_MULTIPLE,
-) -> FlatBatch:
-    """Pack examples into one flat row.
+) -> PackedBatch:
+    """Pack examples into one row.
 
     `share_prefix=False` keeps every example whole. A run is shared if it has at least `minimum_shared` tokens; nested
     runs are found too. The order of examples does not matter to the result of training and is not kept. Empty examples
@@ -147,8 +148,8 @@ def pack(
 
     counts: dict[tuple[int, int], int] = {}
     num_targets = 0
-    for member in members:
-        row_of = trie.rows_of(member)
+    places = {member: trie.rows_of(member) for member in members}
+    for member, row_of in places.items():
         for position, label in enumerate(examples[member].labels):
             if position and label != IGNORED:
                 key = (row_of[position - 1], label)
@@ -165,7 +166,7 @@ def pack(
     input_ids += [input_ids[-1]] * fill
     position_ids += [0] * fill
     pairs = sorted(counts)
-    return FlatBatch(
+    return PackedBatch(
         input_ids=torch.tensor([input_ids]),
         position_ids=torch.tensor([position_ids]),
         hidden_index=torch.tensor([row for row, _ in pairs], dtype=torch.long),
@@ -176,11 +177,31 @@ def pack(
         used=used,
         unshared_tokens=sum(map(len, rows)),
         num_targets=num_targets,
+        places=tuple(places.values()),
     )
 
 
+def pad_rows(rows: Sequence[Sequence[int]], value: int = 0, left: bool = False) -> Tensor:
+    """Rows of token ids as one tensor `[rows, longest]`, filled up with `value`: on the right, or on the left."""
+    longest = max(map(len, rows))
+    fills = ([value] * (longest - len(row)) for row in rows)
+    return torch.tensor([[*fill, *row] if left else [*row, *fill] for row, fill in zip(rows, fills, strict=True)])
+
+
+def mask_of(rows: Sequence[Sequence[int]], left: bool = False) -> Tensor:
+    """The attention mask of `pad_rows`: 1 at tokens, 0 at padding."""
+    return pad_rows([[1] * len(row) for row in rows], left=left)
+
+
+def pad(examples: Sequence[TokenisedExample]) -> dict[str, Tensor]:
+    """Examples as one right-padded batch: input_ids, attention_mask and labels, each `[examples, longest]`."""
+    ids = [example.input_ids for example in examples]
+    labels = pad_rows([example.labels for example in examples], IGNORED)
+    return {"input_ids": pad_rows(ids), "attention_mask": mask_of(ids), "labels": labels}
+
+
 @dataclass(frozen=True)
-class TextBatch:
+class PackedTexts:
     """Whole texts one after another, for an encoder: nothing is shared, since every token looks both ways.
 
     `input_ids` and `position_ids` are `[1, tokens]`. Padded to `[texts, longest]`, token t of the row stands at `place[t]`;
@@ -197,7 +218,7 @@ class TextBatch:
 
     @property
     def tokens(self) -> int:
-        """Length of the flat row, fill included."""
+        """Length of the packed row, fill included."""
         return int(self.input_ids.shape[1])
 
 
@@ -206,8 +227,8 @@ def pack_texts(
     device: torch.device | str = "cpu",
     first_position: int = 0,
     row_multiple: int = ROW_MULTIPLE,
-) -> TextBatch:
-    """Texts as one flat row. `first_position` is the position of a text's first token, 0 for most encoders.
+) -> PackedTexts:
+    """Texts as one packed row. `first_position` is the position of a text's first token, 0 for most encoders.
 
     Raises ValueError for a text without tokens, which has no first token to read a class from.
     """
@@ -219,7 +240,7 @@ def pack_texts(
     lengths = torch.tensor([len(row) for row in filled])
     step = torch.arange(longest)
     real = step[None] < lengths[:, None]
-    return TextBatch(
+    return PackedTexts(
         input_ids=torch.tensor([[token for row in filled for token in row]], device=device),
         position_ids=(step.expand(len(filled), -1)[real] + first_position)[None].to(device),
         place=real.view(-1).nonzero()[:, 0].to(device),
@@ -270,7 +291,7 @@ class _Trie:
             self.grow(branch, begin, depth, parent)
 
     def rows_of(self, member: int) -> list[int]:
-        """The flat row of each token of an example, in the example's own order."""
+        """The packed row of each token of an example, in the example's own order."""
         result: list[int] = []
         for node in self.runs_of[member]:
             segment = self.segments[node]

@@ -1,21 +1,41 @@
-"""May a model take flat rows? It is tried, once per model object, and nothing is taken on trust."""
+"""Does a model support the padding-free path? It is tried, once per model object, and nothing is taken on trust."""
 
 from __future__ import annotations
 
 import logging
 import weakref
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from lorakit.core.using import whole_rows
 from lorakit.errors import LorakitError
-from lorakit.train.step.attention import flat_attention, flat_hidden
-from lorakit.train.step.loss import base_alone, decoder_of, read_head
-from lorakit.train.step.packing import FlatBatch, pack
+from lorakit.models.evaluating import evaluating
+from lorakit.train.step.attention import edits_obstacle, packed_attention, packed_hidden
+from lorakit.train.step.loss import PACKED, PADDED, LossPath, base_alone, decoder_of, read_head
+from lorakit.train.step.packing import pack
 
-logger = logging.getLogger(__name__)
+log = logging.getLogger("lorakit.train")
+
+
+def choose_path(model: nn.Module, fast_path: str = "auto") -> LossPath:
+    """The padding-free path where the model supports it and it is not turned off, else padded batches; the log says why."""
+    whole = whole_rows(model)
+    reason = edits_obstacle(model) or (None if whole is None else f"router {whole!r} weighs whole rows")
+    return choose(fast_path, PACKED, PADDED, lambda: reason or packing_support(model))
+
+
+def choose(fast_path: str, packed: LossPath, padded: LossPath, obstacle: Callable[[], str | None]) -> LossPath:
+    """`packed`, or `padded` where the fast path is off or there is an obstacle; the log says which and why."""
+    reason = "train.fast_path is off" if fast_path == "off" else obstacle()
+    if reason is None:
+        log.info("fast path: %s", packed.name)
+        return packed
+    log.info("padded batches (%s)", reason)
+    return padded
 
 
 @dataclass(frozen=True)
@@ -27,26 +47,24 @@ class _Probe:
 _verdicts: weakref.WeakKeyDictionary[nn.Module, str | None] = weakref.WeakKeyDictionary()
 
 
-def flat_support(model: Any) -> str | None:
-    """Why a model cannot take flat rows, or None if it can. Asked once per model object.
+def packing_support(model: Any) -> str | None:
+    """Why a model cannot take packed batches, or None if it can. Tried once per model object.
 
-    Nothing is taken on trust: three short examples, two of them with a common beginning, go through the model packed
+    Nothing is taken on trust: three short examples, two of them with a common prefix, go through the model packed
     and one by one, and logits must agree to what the model's precision allows.
     """
     if model not in _verdicts:
         with base_alone(model):
             _verdicts[model] = _find_reason(model)
-        if _verdicts[model] is not None:
-            logger.info("flat rows: %s takes padded batches, %s", type(model).__name__, _verdicts[model])
     return _verdicts[model]
 
 
 def _find_reason(model: Any) -> str | None:
     config = getattr(model, "config", None)
     if config is None or not hasattr(model, "get_output_embeddings"):
-        return "it is not a transformers model"
+        return f"{type(model).__name__} is not a transformers model"
     if getattr(config, "is_encoder_decoder", False):
-        return "it is an encoder-decoder"
+        return "encoder-decoder models are not supported"
     try:
         head, decoder = read_head(model), decoder_of(model)
     except LorakitError as error:
@@ -60,36 +78,50 @@ def _find_reason(model: Any) -> str | None:
     generator = torch.Generator().manual_seed(7)
     tokens = torch.randint(0, vocabulary, (40,), generator=generator).tolist()
     rows = [tokens[:12] + tokens[20:27], tokens[:12] + tokens[27:31], tokens[31:40]]
-    training = model.training
-    device = next(model.parameters()).device
     try:
-        model.eval()
-        with torch.no_grad():
-            alone = [model(input_ids=torch.tensor([row], device=device), use_cache=False).logits[0] for row in rows]
-            packed = pack([_Probe(row, row) for row in rows], minimum_shared=4, row_multiple=8).to(device)
-            with flat_attention(model):
-                hidden = flat_hidden(decoder, packed)
+        with evaluating(model):
+            alone = logits_alone(model, rows, use_cache=False)
+            packed = pack([_Probe(row, row) for row in rows], minimum_shared=4, row_multiple=8).to(alone[0].device)
+            with packed_attention(model):
+                hidden = packed_hidden(decoder, packed)
             logits = head.shape(head.module(hidden))
     except Exception as error:  # an architecture may fail in any way; each of them means the padded path
-        return f"its forward refuses a flat row ({type(error).__name__}: {str(error)[:200]})"
-    finally:
-        model.train(training)
-    dtype = next(model.parameters()).dtype
-    layers = int(getattr(text, "num_hidden_layers", 1))
-    # Roundings of different orders of summation, one per layer, add up like a random walk.
-    bound = 16 * torch.finfo(dtype).eps * max(1.0, layers**0.5)
-    if dtype == torch.float64:
-        bound = 1e-5  # norms and angles are computed in fp32 by most models
-    places = _places(packed, rows)
-    for expected, place in zip(alone, places, strict=True):
-        found = logits[torch.tensor(place, device=device)].double()
-        gap = (found - expected.double()).norm() / expected.double().norm().clamp_min(1e-30)
-        if not bool(gap <= bound):
-            return f"a flat row gives other logits than each example alone (off by {float(gap):.1e})"
+        return refusal(error)
+    for expected, place in zip(alone, packed.places, strict=True):
+        reason = difference(model, logits[torch.tensor(place, device=logits.device)], expected)
+        if reason is not None:
+            return reason
     seen, stated = packed.windows, _stated_windows(text)
     if seen != stated:
-        return f"its attention is given the sliding windows {seen}, its configuration states {stated}"
+        return f"the model's attention uses sliding windows {seen}, its configuration states {stated}"
     return None
+
+
+def logits_alone(model: Any, rows: Sequence[Sequence[int]], **options: Any) -> list[Tensor]:
+    """The model's own logits of each row of tokens by itself."""
+    device = next(model.parameters()).device
+    return [model(input_ids=torch.tensor([row], device=device), **options).logits[0] for row in rows]
+
+
+def refusal(error: Exception) -> str:
+    """The reason of a model whose forward fails on a packed batch."""
+    return f"the model's forward does not take packed batches ({type(error).__name__}: {str(error)[:200]})"
+
+
+def difference(model: Any, found: Tensor, expected: Tensor, least: float = 0.0) -> str | None:
+    """The reason of a model that gives other logits in a packed batch, or None where they agree to what its dtype
+    allows, or to `least`."""
+    dtype, config = next(model.parameters()).dtype, model.config.get_text_config()
+    # Roundings of different orders of summation, one per layer, add up like a random walk.
+    bound = 16 * torch.finfo(dtype).eps * max(1.0, float(getattr(config, "num_hidden_layers", 1)) ** 0.5)
+    if dtype == torch.float64:
+        bound = 1e-5  # norms and angles are computed in fp32 by most models
+    gap = float((found.double() - expected.double()).norm() / expected.double().norm().clamp_min(1e-30))
+    return (
+        None
+        if gap <= max(bound, least)
+        else f"a packed batch gives other logits than each example alone (off by {gap:.1e})"
+    )
 
 
 def _stated_windows(text: Any) -> set[int | None]:
@@ -108,27 +140,7 @@ def _find_stated_reason(model: Any, text: Any) -> str | None:
     kinds = set(getattr(text, "layer_types", None) or ())
     odd = kinds - {"full_attention", "sliding_attention"}
     if odd:
-        return f"it has layers of kind {', '.join(sorted(odd))}"
+        return f"layers of kind {', '.join(sorted(odd))} are not supported"
     if getattr(text, "attention_dropout", 0.0) or getattr(text, "attn_pdrop", 0.0):
-        return "it has attention dropout; set it to 0 in the model's configuration"
+        return "attention dropout is not supported; set it to 0 in the model's configuration"
     return None
-
-
-def _places(packed: FlatBatch, rows: list[list[int]]) -> list[list[int]]:
-    """Flat rows of each probe's tokens, found by following segments with its tokens."""
-    flat = packed.input_ids[0].tolist()
-    result = []
-    for row in rows:
-        place: list[int] = []
-        parent = -1
-        while len(place) < len(row):
-            for node, segment in enumerate(packed.segments):
-                run = flat[segment.start : segment.start + segment.length]
-                if segment.parent == parent and run == row[len(place) : len(place) + segment.length]:
-                    place += range(segment.start, segment.start + segment.length)
-                    parent = node
-                    break
-            else:
-                raise AssertionError("a probe must lie in its own batch")
-        result.append(place)
-    return result

@@ -1,4 +1,4 @@
-// Attention over a flat row whose runs of tokens form a tree, forward and backward, on a processor: what blocks.py does with
+// Attention over a packed batch whose runs of tokens form a tree, forward and backward, on a processor: what batched_attention.py does with
 // batched products, which the tests hold it to, in one pass over each run and without the copies. Numbers are added up in
 // float32. Compiled at first use for this machine.
 //

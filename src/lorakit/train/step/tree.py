@@ -1,7 +1,7 @@
-"""Attention over a flat row on a processor, in one compiled pass over the tree of its runs (`tree.cpp`), forward and backward.
+"""Attention over a packed batch on a processor, in C++ over the tree of its runs (`tree.cpp`), forward and backward.
 
-It takes the place of the batched products of blocks.py where a compiler is there and nothing is special about the scores: those
-copy each run's queries, keys and values into padded lanes and back, and take forty calls a layer. Sums are in float32.
+It takes the place of batched_attention.py where there is a compiler and nothing is special about the scores: that one copies
+each run's queries, keys and values into padded lanes and back, and takes forty calls a layer. Sums are in float32.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from lorakit.native import INTEGER, POINTER, REAL, TYPES, Library
-from lorakit.train.step.packing import FlatBatch
+from lorakit.train.step.packing import PackedBatch
 
 log = logging.getLogger("lorakit.train")
 
@@ -36,19 +36,19 @@ LIBRARY = Library(
 @functools.cache
 def _available() -> bool:
     if LIBRARY.obstacle is not None:
-        log.info("attention: by batched products, %s", LIBRARY.obstacle)
+        log.info("attention runs in PyTorch, not in C++: %s", LIBRARY.obstacle)
     return LIBRARY.obstacle is None
 
 
-def suits(batch: FlatBatch, q: Tensor) -> bool:
-    """Can the compiled pass take these queries `[..., head_dim]`?"""
+def suits(batch: PackedBatch, q: Tensor) -> bool:
+    """Can the C++ take these queries `[..., head_dim]`?"""
     if q.device.type != "cpu" or q.dtype not in TYPES or q.shape[-1] % MULTIPLE:
         return False
     return _available() and runs_of(batch) is not None
 
 
-def runs_of(batch: FlatBatch) -> Tensor | None:
-    """The tree as the compiled pass reads it: start, length, position and parent of each run, int64 `[runs, 4]`; None where a
+def runs_of(batch: PackedBatch) -> Tensor | None:
+    """The tree as the C++ reads it: start, length, position and parent of each run, int64 `[runs, 4]`; None where a
     run's position is not the number of tokens above it."""
     if "tree" not in batch.plans:
         segments = batch.segments
@@ -68,7 +68,7 @@ class TreeAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, q: Tensor, k: Tensor, v: Tensor, batch: FlatBatch, scale: float, window: int | None
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, batch: PackedBatch, scale: float, window: int | None
     ) -> Tensor:
         runs = runs_of(batch)
         assert runs is not None  # `suits` has looked

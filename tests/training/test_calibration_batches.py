@@ -9,8 +9,9 @@ import torch
 
 import lorakit as lk
 from lorakit.errors import LorakitError
-from lorakit.train.calibration import calibration_batches, pad
 from lorakit.train.config.run import TrainConfig, load_config, to_yaml
+from lorakit.train.data.calibration_batches import calibration_batches
+from lorakit.train.step.packing import pad
 from training.tiny import llama, rows
 
 

@@ -10,10 +10,9 @@ import random
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor
 
-from lorakit.train.data.tokenise import IGNORED
+from lorakit.train.step.packing import pad
 
 if TYPE_CHECKING:
     from lorakit.init import Initialiser
@@ -45,18 +44,3 @@ def calibration_batches(
     ]
     draw.shuffle(batches)  # a start that stops early must not have seen the short ones alone
     return batches
-
-
-def pad(examples: Sequence[Example]) -> dict[str, Tensor]:
-    """Examples as one right-padded batch: input_ids, attention_mask and labels, each (examples, longest)."""
-    longest = max(len(example.input_ids) for example in examples)
-
-    def filled(rows: list[list[int]], value: int) -> Tensor:
-        return torch.tensor([row + [value] * (longest - len(row)) for row in rows])
-
-    ids = [list(example.input_ids) for example in examples]
-    return {
-        "input_ids": filled(ids, 0),
-        "attention_mask": filled([[1] * len(row) for row in ids], 0),
-        "labels": filled([list(example.labels) for example in examples], IGNORED),
-    }

@@ -1,12 +1,11 @@
-"""Attention over a flat row by batched products: in plain PyTorch, for every device, dtype, softcap, window and sink.
+"""Attention over a packed batch by batched products: in plain PyTorch, for every device, dtype, softcap, window and sink.
 
-A batch is cut into blocks. A block is a few runs of tokens (its lanes, padded to one length) that hang on the
-same path of ancestors. Scores against the path are one matmul for all lanes together, since its keys are the
-same for all of them; scores inside the lanes are a batched matmul; one softmax joins the two. Long runs are cut
-into pieces that hang on each other, so that what causality hides is never computed and nothing of size tokens x
-tokens exists. Query heads that share a key head are folded into the rows of the matmul. The backward pass
-forms the probabilities again from the log of their sum; only q, k, v, the output and that sum are kept, and small
-probabilities.
+A batch is cut into blocks. A block is a few runs of tokens (its lanes, padded to one length) that hang on the same path of
+ancestors. Scores against the path are one matmul for all lanes together, since its keys are the same for all of them;
+scores inside the lanes are a batched matmul; one softmax joins the two. Long runs are cut into pieces that hang on each
+other, so that what causality hides is never computed and nothing of size tokens x tokens exists. Query heads that share a
+key head are folded into the rows of the matmul. The backward pass forms the probabilities again from the log of their sum;
+only q, k, v, the output and that sum are kept, and small probabilities.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ import torch
 from torch import Tensor
 
 from lorakit.train.step import fusion
-from lorakit.train.step.packing import FlatBatch, Segment
+from lorakit.train.step.packing import PackedBatch, Segment
 
 PIECE = 256
 """Longest run computed at once; longer ones are cut. The fastest of 128, 256 and 512 at rows of 1,536."""
@@ -76,7 +75,7 @@ class Plan:
     used: int
 
 
-def plan_attention(batch: FlatBatch, query_heads: int, key_heads: int, head_dim: int, window: int | None) -> Plan:
+def plan_attention(batch: PackedBatch, query_heads: int, key_heads: int, head_dim: int, window: int | None) -> Plan:
     """Work out the blocks of a batch once; the batch keeps them for its other layers."""
     key = (query_heads, key_heads, head_dim, window)
     plan: Plan | None = batch.plans.get(key)
@@ -85,7 +84,7 @@ def plan_attention(batch: FlatBatch, query_heads: int, key_heads: int, head_dim:
     return plan
 
 
-def _build_plan(batch: FlatBatch, query_heads: int, key_heads: int, head_dim: int, window: int | None) -> Plan:
+def _build_plan(batch: PackedBatch, query_heads: int, key_heads: int, head_dim: int, window: int | None) -> Plan:
     device = batch.input_ids.device
     fold = query_heads // key_heads
     groups: dict[int, list[Segment]] = {}
@@ -180,7 +179,7 @@ def _lanes(members: list[Segment]) -> list[list[Segment]]:
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# The softmax over path and lane, and its derivative. Small functions: compiled where that pays.
+# The softmax over path and lane, and its derivative: elementwise operations, fused by torch.compile.
 
 
 def _hidden_path(scores: Tensor, window: int) -> Tensor:
@@ -267,7 +266,7 @@ def softmax_joined_backward(
     return p.to(scores.dtype), inner.to(scores.dtype)
 
 
-class FlatAttention(torch.autograd.Function):
+class PackedAttention(torch.autograd.Function):
     """q `[tokens, query_heads, head_dim]`, k and v `[tokens, key_heads, head_dim]` -> output like q."""
 
     @staticmethod

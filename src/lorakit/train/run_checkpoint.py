@@ -23,7 +23,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lorakit.errors import LorakitError
+from lorakit.errors import LorakitError, plural
 from lorakit.train.report import write_whole
 
 if TYPE_CHECKING:
@@ -55,8 +55,7 @@ FREE = {
 """Options that may differ between a checkpoint and the run that goes on from it: they move no parameter."""
 
 LENGTH = {"train.epochs", "train.max_steps"}
-"""Options that may differ too, since a run may be made longer; the learning rate then follows the new
-length."""
+"""Options that may differ too, since a run may be made longer; the learning rate then follows the new length."""
 
 
 def digest_examples(examples: Iterable[Example]) -> str:
@@ -99,9 +98,9 @@ def find_checkpoint(output: Path, resume: bool | str) -> Path:
     for folder in reversed(checkpoints_in(output)):
         if (folder / MANIFEST).exists():
             return folder
-        log.warning("resume: %s was not finished when its run ended (it has no %s); passing it over", folder, MANIFEST)
+        log.warning("resume: skipping %s, which was not finished when its run ended (it has no %s)", folder, MANIFEST)
     raise LorakitError(
-        f"resume: asked to go on from the newest checkpoint in {output / FOLDER}; found no complete one. "
+        f"resume: found no complete checkpoint in {output / FOLDER}. "
         "Start without train.resume, or name a checkpoint folder"
     )
 
@@ -109,16 +108,15 @@ def find_checkpoint(output: Path, resume: bool | str) -> Path:
 def check_checkpoint(folder: Path, *, config: Mapping[str, Any], data: str) -> dict[str, Any]:
     """Read a checkpoint's manifest and make sure that going on from it is the same run; returns the manifest.
 
-    Raises LorakitError for a checkpoint that is incomplete, damaged, of another configuration or of other
-    rows.
+    Raises LorakitError for a checkpoint that is incomplete, damaged, of another configuration or of other rows.
     """
     try:
         manifest: dict[str, Any] = json.loads((folder / MANIFEST).read_text())
         files, saved = manifest["files"], manifest["config"]
     except FileNotFoundError:
         raise LorakitError(
-            f"resume: {folder} has no {MANIFEST}, so it was not finished or is no checkpoint of lorakit; "
-            "use an earlier one, or start anew"
+            f"resume: {folder} has no {MANIFEST}, so it was not finished or is no checkpoint of lorakit; use an earlier "
+            "one, or start without train.resume"
         ) from None
     except (ValueError, KeyError, TypeError) as error:
         raise LorakitError(f"resume: {folder / MANIFEST} cannot be read ({error}); use an earlier checkpoint") from None
@@ -127,17 +125,19 @@ def check_checkpoint(folder: Path, *, config: Mapping[str, Any], data: str) -> d
         if not path.is_file():
             problem = "is missing"
         elif path.stat().st_size != facts["size"]:
-            problem = f"has {path.stat().st_size:,} bytes and was written with {facts['size']:,}"
+            problem = f"has {path.stat().st_size:,} bytes and should have {facts['size']:,}"
         elif _digest(path) != facts["sha256"]:
-            problem = "has another content than was written (its hash differs)"
+            problem = "has other content than was written (its hash differs)"
         else:
             continue
-        raise LorakitError(f"resume: {folder} is damaged: {name} {problem}; use an earlier checkpoint, or start anew")
+        raise LorakitError(
+            f"resume: {folder} is damaged: {name} {problem}; use an earlier checkpoint, or start without train.resume"
+        )
     _check_config(folder, saved, config)
     if manifest["data"] != data:
         raise LorakitError(
-            f"resume: {folder} was trained on other rows than the data holds now (the options are the same, "
-            "the tokens are not); bring the data of that run back, or start anew"
+            f"resume: {folder} was trained on other rows (the options are the same, the tokens are not); restore the data of "
+            "that run, or start without train.resume"
         )
     return manifest
 
@@ -154,36 +154,28 @@ def _check_config(folder: Path, saved: Mapping[str, Any], now: Mapping[str, Any]
         shown = "; ".join(f"{name} was {before.get(name)!r}, is {after.get(name)!r}" for name in refused[:5])
         more = f" and {len(refused) - 5} more" if len(refused) > 5 else ""
         raise LorakitError(
-            f"resume: {folder} is of another configuration: {shown}{more}. Set these back, or start anew "
-            "without train.resume"
+            f"resume: {folder} has another configuration: {shown}{more}. Restore these, or start without train.resume"
         )
     for name in differing:
-        log.warning(
-            "resume: %s was %s, is %s: the learning rate follows the new length from here on",
-            name,
-            before.get(name),
-            after.get(name),
-        )
+        changed = (name, before.get(name), after.get(name))
+        log.warning("resume: %s was %s, is %s: the learning rate schedule follows the new length", *changed)
 
 
 def begin(output: Path) -> None:
-    """Make room for a fresh run: checkpoints of a finished one are removed, those of an unfinished one
-    refused.
+    """Make room for a fresh run: checkpoints of a finished one are removed, those of an unfinished one refused.
 
-    Raises LorakitError when an earlier run in the same folder was interrupted: its work is not thrown away
-    unasked.
+    Raises LorakitError when an earlier run in the same folder was interrupted: its work is not thrown away unasked.
     """
     earlier = checkpoints_in(output)
     if earlier and not (output / FOLDER / FINISHED).exists():
         raise LorakitError(
-            f"train: {output} holds an unfinished run ({len(earlier)} checkpoints, the newest "
-            f"{earlier[-1].name}). Go on with it by train.resume, choose another train.output, or delete "
-            f"{output / FOLDER}"
+            f"train: {output} holds an unfinished run ({plural(len(earlier), 'checkpoint')}, the newest {earlier[-1].name}). "
+            f"Continue with --train.resume true, choose another train.output, or delete {output / FOLDER}"
         )
     for folder in earlier:
         shutil.rmtree(folder)
     if earlier:
-        log.info("starting anew: %d checkpoints of the earlier, finished run in %s removed", len(earlier), output)
+        log.info("overwriting the finished run in %s: removed its %s", output, plural(len(earlier), "checkpoint"))
     (output / FOLDER / FINISHED).unlink(missing_ok=True)
 
 

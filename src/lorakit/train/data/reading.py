@@ -13,14 +13,12 @@ import json
 import random
 import re
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from lorakit.errors import LorakitError
-
-SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
 
 SPLITS = ("train", "validation", "valid", "dev", "test", "eval", "evaluation", "held_out")
 
@@ -94,19 +92,14 @@ def load_rows(source: str | Path | Sequence[str | Path], *, split: str = "train"
         parts = [load_rows(one, split=split, subset=subset) for one in source]
         if not parts:
             raise LorakitError("load_rows: no source was given; name a file, a folder or a dataset")
-        return Rows(
-            tuple(row for part in parts for row in part.rows),
-            tuple(row for part in parts for row in part.bad),
-            ", ".join(part.source for part in parts),
-            parts[0].label_names,
-        )
+        return _joined(parts, ", ".join(part.source for part in parts))
     path = Path(source)
     if path.is_file():
         found = _read_file(path)
     elif path.is_dir():
         found = _read_folder(path, split)
-    elif path.suffix.lower() in SUFFIXES or not re.fullmatch(r"[\w.\-]+(/[\w.\-]+)?", str(source)):
-        near = sorted(p.name for p in path.parent.iterdir() if p.suffix in SUFFIXES) if path.parent.is_dir() else []
+    elif path.suffix.lower() in READERS or not re.fullmatch(r"[\w.\-]+(/[\w.\-]+)?", str(source)):
+        near = sorted(p.name for p in path.parent.iterdir() if p.suffix in READERS) if path.parent.is_dir() else []
         holds = f"; {path.parent} holds {', '.join(near[:8])}" if near else ""
         raise LorakitError(f"load_rows: there is no file or folder {path}{holds}")
     else:
@@ -117,28 +110,18 @@ def load_rows(source: str | Path | Sequence[str | Path], *, split: str = "train"
 
 
 def _read_file(path: Path) -> Rows:
-    readers = {
-        ".jsonl": _read_json_lines,
-        ".ndjson": _read_json_lines,
-        ".json": _read_json,
-        ".csv": _read_table,
-        ".tsv": _read_table,
-        ".parquet": _read_parquet,
-    }
-    reader = readers.get(path.suffix.lower())
+    reader = READERS.get(path.suffix.lower())
     if reader is None:
-        raise LorakitError(f"load_rows: {path} is not of a known kind; known are {', '.join(SUFFIXES)}")
-    rows: list[Row] = []
-    bad: list[BadRow] = []
+        raise LorakitError(f"load_rows: {path} is not of a known kind; known are {', '.join(READERS)}")
     try:
-        for row in reader(path):
-            if isinstance(row, Row):
-                rows.append(row)
-            else:
-                bad.append(row)
+        found = list(reader(path))
     except OSError as error:
         raise LorakitError(f"load_rows: {path} cannot be read: {error}") from error
-    return Rows(tuple(rows), tuple(bad), str(path))
+    rows, bad = (
+        tuple(one for one in found if isinstance(one, Row)),
+        tuple(one for one in found if isinstance(one, BadRow)),
+    )
+    return Rows(rows, bad, str(path))
 
 
 def _row(value: Any, where: str) -> Row | BadRow:
@@ -248,21 +231,35 @@ def _read_parquet(path: Path) -> Iterator[Row | BadRow]:
         yield Row(fields, f"{path}, row {number}")
 
 
+READERS: dict[str, Callable[[Path], Iterator[Row | BadRow]]] = {
+    ".jsonl": _read_json_lines,
+    ".ndjson": _read_json_lines,
+    ".json": _read_json,
+    ".csv": _read_table,
+    ".tsv": _read_table,
+    ".parquet": _read_parquet,
+}
+"""Kinds of files by their suffix."""
+
+
 def _read_folder(path: Path, split: str) -> Rows:
     if (path / "dataset_info.json").is_file() or (path / "dataset_dict.json").is_file():
         return _saved_dataset(path, split)
-    files = sorted(p for p in path.iterdir() if p.is_file() and p.suffix.lower() in SUFFIXES)
+    files = sorted(p for p in path.iterdir() if p.is_file() and p.suffix.lower() in READERS)
     if not files:
-        raise LorakitError(f"load_rows: {path} holds no data files; known are {', '.join(SUFFIXES)}")
+        raise LorakitError(f"load_rows: {path} holds no data files; known are {', '.join(READERS)}")
     named = {p: _split_of(p.stem) for p in files}
     if any(named.values()):  # files named after splits are never mixed: train.jsonl beside test.jsonl
         files = [p for p in files if named[p] == split]
         if not files:
             found = ", ".join(p.name for p in named)
             raise LorakitError(f'load_rows: {path} has no file of the split "{split}"; it holds {found}')
-    parts = [_read_file(p) for p in files]
-    rows = tuple(row for part in parts for row in part.rows)
-    return Rows(rows, tuple(row for part in parts for row in part.bad), str(path))
+    return _joined([_read_file(p) for p in files], str(path))
+
+
+def _joined(parts: Sequence[Rows], source: str) -> Rows:
+    rows, bad = (tuple(row for part in parts for row in getattr(part, kind)) for kind in ("rows", "bad"))
+    return Rows(rows, bad, source, parts[0].label_names)
 
 
 def _split_of(stem: str) -> str | None:
@@ -299,12 +296,11 @@ def _read_dataset(name: str, split: str, subset: str | None) -> Rows:
         offline = isinstance(error, ConnectionError | TimeoutError) or "offline" in first.lower()
         if offline or "couldn't reach" in first.lower() or "connection" in first.lower():
             raise LorakitError(
-                f'load_rows: "{name}" is no file or folder here, and the hub cannot be reached to look for a dataset of '
-                f"this name ({first}). Check the path, or download the dataset first and give its folder."
+                f'load_rows: "{name}" is no file or folder here, and the hub cannot be reached ({first}). Check the path, or '
+                "download the dataset first and give its folder."
             ) from error
         raise LorakitError(
-            f'load_rows: the dataset "{name}" (split "{split}") cannot be loaded: {first}. '
-            "If a local file is meant, check its path."
+            f'load_rows: the dataset "{name}" (split "{split}") cannot be loaded: {first}. Is it a local file? Check its path.'
         ) from error
     return _from_dataset(loaded, split, name)
 

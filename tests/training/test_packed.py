@@ -13,12 +13,13 @@ import transformers as tf
 from torch import Tensor, nn
 
 from lorakit.errors import LorakitError
-from lorakit.train.step import attention, blocks, support
-from lorakit.train.step.attention import flat_attention, flat_hidden, is_flat
-from lorakit.train.step.blocks import FlatAttention, plan_attention
-from lorakit.train.step.loss import causal_loss, padded_loss
-from lorakit.train.step.packing import IGNORED, FlatBatch, pack
-from lorakit.train.step.support import flat_support
+from lorakit.train.data.tokenise import IGNORED
+from lorakit.train.step import attention, batched_attention, support
+from lorakit.train.step.attention import is_packed, packed_attention, packed_hidden
+from lorakit.train.step.batched_attention import PackedAttention, plan_attention
+from lorakit.train.step.loss import PADDED, causal_loss, padded_loss
+from lorakit.train.step.packing import PackedBatch, pack
+from lorakit.train.step.support import packing_support
 
 VOCABULARY = 101
 
@@ -147,7 +148,7 @@ def assert_same(found: dict[str, Tensor], expected: dict[str, Tensor], bound: fl
 @pytest.fixture(params=[256, 8])
 def piece(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[int]:
     """Runs whole, and runs cut into pieces."""
-    monkeypatch.setattr(blocks, "PIECE", request.param)
+    monkeypatch.setattr(batched_attention, "PIECE", request.param)
     return request.param
 
 
@@ -158,7 +159,7 @@ def test_loss_and_gradients(name: str, share: bool, labels_in_prefix: bool, piec
     model, examples = build(name), make_examples(labels_in_prefix)
     packed = pack(examples, share_prefix=share, minimum_shared=8)
     assert (packed.used < packed.unshared_tokens) == share
-    with flat_attention(model):
+    with packed_attention(model):
         value, stats = causal_loss(model, packed)
         found = gradients(model, value)
     expected_value = oracle(model, examples)
@@ -177,7 +178,7 @@ def test_long_rows(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(attention, "LONG", 7)
     monkeypatch.setattr(attention, "_attend_long", lambda *args: calls.append(1) or original(*args))
     model, examples = build(name), make_examples(True)
-    with flat_attention(model):
+    with packed_attention(model):
         found = gradients(model, causal_loss(model, pack(examples, share_prefix=False))[0])
     assert len(calls) == {"llama": 2, "gpt2": 2}.get(name, 0)
     assert_same(found, gradients(model, oracle(model, examples)), 1e-5 if name in SINGLE else 1e-11)
@@ -201,8 +202,8 @@ def test_padded_path_is_the_same(name: str, smoothing: float) -> None:
 def test_every_hidden_state() -> None:
     model, examples = build("llama"), make_examples(True)
     packed = pack(examples, minimum_shared=8)
-    with flat_attention(model), torch.no_grad():
-        hidden = flat_hidden(model.model, packed)
+    with packed_attention(model), torch.no_grad():
+        hidden = packed_hidden(model.model, packed)
     rows = [example.input_ids for example in examples]
     for row, place in zip(rows, support._places(packed, rows), strict=True):
         alone = model.model(input_ids=torch.tensor([row])).last_hidden_state[0]
@@ -213,7 +214,7 @@ def test_every_hidden_state() -> None:
 def test_gradient_checkpointing(reentrant: bool) -> None:
     model, packed = build("llama"), pack(make_examples(), minimum_shared=8)
     model.train()
-    with flat_attention(model):
+    with packed_attention(model):
         expected = gradients(model, causal_loss(model, packed)[0])
         model.enable_input_require_grads()
         enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
@@ -262,7 +263,7 @@ def dense(
     return torch.einsum("hqk,khd->qhd", p, v)
 
 
-def visibility(packed: FlatBatch, window: int | None) -> Tensor:
+def visibility(packed: PackedBatch, window: int | None) -> Tensor:
     """Which token sees which, straight from the definition: one's own segment and those above, back to the window."""
     segment_of = [node for node, segment in enumerate(packed.segments) for _ in range(segment.length)]
     position = packed.position_ids[0].tolist()
@@ -297,7 +298,7 @@ def test_attention(heads: tuple[int, int], window: int | None, softcap: float | 
     weight = draw(packed.tokens, heads[0], 5).detach()
     weight[packed.used :] = 0
     plan = plan_attention(packed, *heads, 5, window)
-    found = FlatAttention.apply(q, k, v, sink, plan, 0.4, softcap, window)
+    found = PackedAttention.apply(q, k, v, sink, plan, 0.4, softcap, window)
     expected = dense(q, k, v, visibility(packed, window), 0.4, softcap, sink)
     torch.testing.assert_close(found[: packed.used], expected[: packed.used], rtol=1e-12, atol=1e-13)
     wanted = [q, k, v] + ([sink] if sink is not None else [])
@@ -354,9 +355,9 @@ def test_no_labels_at_all_is_a_loss_of_zero() -> None:
 def test_supported(name: str, dtype: torch.dtype) -> None:
     torch.manual_seed(5)
     model = MODELS[name]().to(dtype)
-    assert flat_support(model) is None
+    assert packing_support(model) is None
     assert model.training
-    assert not is_flat(model)
+    assert not is_packed(model)
 
 
 def hide_the_window() -> Any:
@@ -398,18 +399,17 @@ REFUSED: dict[str, tuple[Any, str]] = {
 
 
 @pytest.mark.parametrize("name", list(REFUSED))
-def test_refused(name: str, caplog: pytest.LogCaptureFixture) -> None:
+def test_refused(name: str, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
     make, words = REFUSED[name]
     torch.manual_seed(5)
     model = make()
-    with caplog.at_level("INFO", logger="lorakit.train.step.support"):
-        reason = flat_support(model)
+    reason = packing_support(model)
     assert reason
     assert words in reason
-    assert "padded batches" in caplog.text
-    caplog.clear()
-    assert flat_support(model) == reason
-    assert not caplog.text, "asked once"
+    monkeypatch.setattr(support, "_find_reason", None)  # tried once
+    with caplog.at_level("INFO", logger="lorakit.train"):
+        assert support.choose_path(model) is PADDED
+    assert f"padded batches ({reason})" in caplog.text
 
 
 def test_other_calls_go_on_as_before() -> None:
@@ -418,14 +418,14 @@ def test_other_calls_go_on_as_before() -> None:
     mask[1, 20:] = 0
     before = model.config._attn_implementation
     expected = model(input_ids=row, attention_mask=mask).logits
-    with flat_attention(model):
-        assert is_flat(model)
+    with packed_attention(model):
+        assert is_packed(model)
         assert torch.equal(model(input_ids=row, attention_mask=mask).logits, expected)
         causal_loss(model, pack(make_examples()))
         assert model.generate(row[:1], max_new_tokens=3, do_sample=False).shape == (1, 33)
     assert model.config._attn_implementation == before
-    assert not is_flat(model)
+    assert not is_packed(model)
     assert torch.equal(model(input_ids=row, attention_mask=mask).logits, expected)
-    with pytest.raises(RuntimeError, match="planted"), flat_attention(model):
+    with pytest.raises(RuntimeError, match="planted"), packed_attention(model):
         raise RuntimeError("planted")
     assert model.config._attn_implementation == before
