@@ -26,7 +26,7 @@ from lorakit.cli import app
 from lorakit.serve.engine.engine import LocalEngine
 from lorakit.serve.engine.scheduler import Limits
 from lorakit.serve.http.front import Front
-from lorakit.serve.http.load import choose
+from lorakit.serve.load import choose
 
 RANKS = {"a": 4, "b": 8, "c": 3}
 SMALL = {"batch": 8, "step_tokens": 64, "queue": 64, "cache_bytes": 4 << 20, "adapter_bytes": 4 << 20, "context": None}

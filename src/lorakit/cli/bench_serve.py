@@ -16,7 +16,7 @@ from lorakit.cli.screen import err, out
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from lorakit.serve.http.load import Outcome
+    from lorakit.serve.load import Outcome
 
 HELP = "Drive load against a running `lorakit serve` (or any server of OpenAI's API) and say how fast it is."
 
@@ -44,7 +44,7 @@ def bench_serve(
     """One load after the other; ends with 1 where a request failed."""
     from rich.progress import Progress
 
-    from lorakit.serve.http.load import POPULARITIES, Load, drive
+    from lorakit.serve.load import POPULARITIES, Load, drive
 
     load = Load(url.rstrip("/").removesuffix("/v1"), key, requests, concurrent, prompt, answer, seed)
     outcomes: list[Outcome] = []

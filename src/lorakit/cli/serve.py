@@ -101,7 +101,7 @@ def serve(
         err.print(f"no --keys: {reach} may use this server{admin}.", style="bold yellow", markup=False)
 
     def started(url: str) -> None:
-        from lorakit.serve.http.journal import log_to
+        from lorakit.serve.http.logs import log_to
 
         err.print(f"serving on {url}/v1 after {time.monotonic() - began:.1f} s (SIGTERM ends it)", markup=False)
         log_to(sys.stdout)

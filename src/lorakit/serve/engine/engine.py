@@ -22,8 +22,8 @@ from lorakit.serve.engine.scheduler import Job, Limits, Scheduler, Share
 from lorakit.serve.model import native
 from lorakit.serve.model.batch import Batch, Mixture, Run, assemble, mix
 from lorakit.serve.model.cache import Cache, page_bytes
-from lorakit.serve.model.packed import Formless, Lowering
-from lorakit.serve.model.serving_model import Served
+from lorakit.serve.model.packed import AdapterReader, Formless
+from lorakit.serve.model.serving_model import ServingModel
 from lorakit.serve.request import (
     Failed,
     Finish,
@@ -83,17 +83,17 @@ class LocalEngine:
             raise LorakitError(
                 f"serve: batch={limits.batch} requests do not fit into steps of {limits.step_tokens} tokens; raise step_tokens."
             )
-        lowerings = [Lowering(model, formless, *stand_in) for _ in range(readers)]
-        self.served = Served(model, compiled, pack)
-        for lowering in lowerings:
-            lowering.unfit = frozenset(self.served.unfit)
-        size = page_bytes(self.served.shapes, self.served.dtype)
+        adapter_readers = [AdapterReader(model, formless, *stand_in) for _ in range(readers)]
+        self.model = ServingModel(model, compiled, pack)
+        for reader in adapter_readers:
+            reader.unfit = frozenset(self.model.unfit)
+        size = page_bytes(self.model.shapes, self.model.dtype)
         pages = limits.cache_bytes // size
         if pages < 2:
             raise LorakitError(f"serve: cache_bytes={limits.cache_bytes} holds not two pages of {size} bytes.")
-        self.cache = Cache(self.served.shapes, pages, self.served.dtype, self.served.device, reuse)
+        self.cache = Cache(self.model.shapes, pages, self.model.dtype, self.model.device, reuse)
         self.scheduler = Scheduler(limits, self.cache)
-        self.pool = Pool(lowerings, None if store is None else Path(store), limits.adapter_bytes, self._wake)
+        self.pool = Pool(adapter_readers, None if store is None else Path(store), limits.adapter_bytes, self._wake)
         self._lock = threading.Condition()
         self._arrivals: deque[tuple[Ticket, Chooser, list[tuple[Lease, float]]]] = deque()
         self._thread: threading.Thread | None = None
@@ -154,7 +154,7 @@ class LocalEngine:
         with self._lock:
             self._fail_all(Failed("the engine was stopped before this request had ended."))
         self.pool.stop()
-        self.served.close()
+        self.model.close()
 
     def submit(self, request: Request) -> Ticket:
         """Accept a request, or raise Overloaded, UnknownAdapter, TooLong or Refused."""
@@ -210,8 +210,8 @@ class LocalEngine:
             )
         if not all(0 <= token < self._vocabulary for token in request.prompt):
             raise Refused(f"the prompt holds a token id outside of 0 to {self._vocabulary - 1}.")
-        ends = frozenset(request.sampling.stop_ids)
-        if not request.sampling.ignore_end:
+        ends = frozenset(request.sampling.stop_token_ids)
+        if not request.sampling.ignore_eos:
             ends |= self._ends
         ticket, chooser = Ticket(request), Chooser(request.sampling, request.prompt, ends)
         with self._lock:
@@ -265,7 +265,7 @@ class LocalEngine:
             shares = self.scheduler.plan()
         if not shares:
             return False
-        logits = self.served.forward(self._batch(shares), self.cache)
+        logits = self.model.forward(self._batch(shares), self.cache)
         ending = [share for share in shares if share.ends]
         choices = choose(logits, [share.job.chooser for share in ending]) if ending else []
         with self._lock:
@@ -303,7 +303,7 @@ class LocalEngine:
         if self._place(first) is False:
             reason = (
                 f"the adapters of request {first.ticket.request.id} find no room: the {self.pool.budget} bytes for adapters "
-                "are taken by pinned ones. Unpin some, or raise adapter_bytes."
+                "are taken by pinned ones. The operator can unpin some, or give adapters more memory (--memory)."
             )
             self._end(first, Refused(reason))
 
@@ -317,7 +317,7 @@ class LocalEngine:
             self._end(job, refusal)
             return None
         if placed:
-            job.blend = [(lease.version.lowered, weight) for lease, weight in job.leases if lease.version is not None]
+            job.blend = [(lease.version.adapter, weight) for lease, weight in job.leases if lease.version is not None]
         return placed
 
     def _batch(self, shares: Sequence[Share]) -> Batch:
@@ -334,7 +334,7 @@ class LocalEngine:
             )
             for share in shares
         ]
-        return assemble(runs, self.served.device, self._mixture[1])
+        return assemble(runs, self.model.device, self._mixture[1])
 
     def _deliver(self, shares: Sequence[Share], choices: dict[Job, Choice]) -> None:
         self._steps += 1

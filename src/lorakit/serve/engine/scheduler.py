@@ -25,7 +25,7 @@ from dataclasses import dataclass, field
 from lorakit.serve.engine.pool import Lease
 from lorakit.serve.engine.sampling import Chooser
 from lorakit.serve.model.cache import PAGE, Cache, next_key, page_count, root_key
-from lorakit.serve.model.packed import Lowered
+from lorakit.serve.model.packed import PackedAdapter
 from lorakit.serve.request import Overloaded, Ticket
 
 PROMPT_PRICE, ANSWER_PRICE = 1.0, 2.0
@@ -77,7 +77,7 @@ class Job:
     tokens: list[int]
     computed: int = 0
     pages: list[int] = field(default_factory=list)
-    blend: list[tuple[Lowered, float]] | None = None
+    blend: list[tuple[PackedAdapter, float]] | None = None
     root: bytes = b""
     keys: list[bytes] = field(default_factory=list)
     passed: int = 0

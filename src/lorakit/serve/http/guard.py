@@ -13,6 +13,7 @@ import time
 import uuid
 from typing import Any
 
+from fastapi.security import HTTPBearer
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -21,6 +22,9 @@ from lorakit.serve.http.front import Front
 from lorakit.serve.http.tenants import Tenant
 
 log = logging.getLogger("lorakit.serve")
+
+KEY = HTTPBearer(auto_error=False, description="A key made by `lorakit keys`; it is checked before anything is read.")
+"""Says in the API's description that an endpoint needs a key; the check itself is `Guard.tenant`."""
 
 PUBLIC = frozenset({"/health", "/ready", "/openapi.json"})
 """Paths that say nothing of any tenant and need no key."""

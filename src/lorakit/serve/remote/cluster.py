@@ -20,20 +20,9 @@ from pathlib import Path
 from typing import Any
 
 from lorakit.errors import LorakitError
-from lorakit.serve.remote.engine import RemoteEngine
 from lorakit.serve.remote.folders import Folders
-from lorakit.serve.request import (
-    AdapterInfo,
-    Failed,
-    Overloaded,
-    Refused,
-    Request,
-    Stats,
-    Ticket,
-    Token,
-    TooLong,
-    UnknownAdapter,
-)
+from lorakit.serve.remote.remote_engine import RemoteEngine
+from lorakit.serve.request import AdapterInfo, Failed, Request, Stats, Ticket, Token, arrivals
 
 try:
     ray: Any = importlib.import_module("ray")
@@ -46,23 +35,6 @@ except ModuleNotFoundError as missing:
 NAME = "lorakit"
 ATTEMPTS = 4
 """Replicas that a request may lose before it is given up."""
-
-_REFUSALS: dict[str, type[LorakitError]] = {
-    one.__name__: one for one in (Refused, UnknownAdapter, TooLong, Overloaded, Failed)
-}
-Packed = tuple[str, str, float]
-
-
-def pack(refusal: LorakitError) -> Packed:
-    """An error as plain data, since exceptions change on their way between processes."""
-    name = type(refusal).__name__
-    return name if name in _REFUSALS else "Refused", str(refusal), getattr(refusal, "retry_after", 0.0)
-
-
-def unpack(packed: Packed) -> LorakitError:
-    """The error again."""
-    name, message, seconds = packed
-    return Overloaded(message, seconds) if name == "Overloaded" else _REFUSALS[name](message)
 
 
 class Replica:
@@ -78,33 +50,21 @@ class Replica:
         self.engine.start()
 
     @serve.multiplexed(max_num_models_per_replica=256)  # type: ignore[untyped-decorator]
-    async def hold(self, adapter: str) -> str:
+    async def has_adapter(self, adapter: str) -> str:
         """Tells the router that this replica has had this adapter; the engine's pool reads and keeps it."""
         return adapter
 
     async def generate(self, request: Request) -> AsyncIterator[tuple[Any, ...]]:
         """The steps of an answer, as many together as there are at the moment; an error as data."""
-        loop, arrived = asyncio.get_running_loop(), asyncio.Event()
-
-        def wake() -> None:
-            with suppress(RuntimeError):
-                loop.call_soon_threadsafe(arrived.set)
-
         ticket: Ticket | None = None
         try:
             for name in request.blend:
-                await self.hold(name)
+                await self.has_adapter(name)
             ticket = self.engine.submit(request)
-            ticket.listen(wake)
-            while True:
-                await arrived.wait()
-                arrived.clear()
-                while tokens := ticket.take():
-                    yield "steps", tokens, ticket.usage.cached
-                    if tokens[-1].finish is not None:
-                        return
+            async for _, tokens in arrivals([ticket]):
+                yield "steps", tokens, ticket.usage.cached
         except LorakitError as refusal:
-            yield "refused", pack(refusal)
+            yield "refused", refusal  # raised here it would change its type on its way between processes
         finally:
             if ticket is not None:
                 ticket.cancel()
@@ -119,7 +79,7 @@ class Replica:
             self.engine.adapters.scan()
             return "done", getattr(self.engine.adapters, verb)(name)
         except LorakitError as refusal:
-            return "refused", pack(refusal)
+            return "refused", refusal
 
     def check_health(self) -> None:
         """Ray replaces a replica that raises here."""
@@ -220,7 +180,7 @@ class ClusterEngine(RemoteEngine):
         """Read an adapter in one replica, the one that its requests will prefer."""
         kind, value = self._handle.options(multiplexed_model_id=name).command.remote("load", name).result()
         if kind == "refused":
-            raise unpack(value)
+            raise value
         return value, folder
 
     async def _answer(self, ticket: Ticket) -> None:
@@ -244,14 +204,14 @@ class ClusterEngine(RemoteEngine):
 
     async def _stream(self, ticket: Ticket, request: Request, tokens: list[int]) -> None:
         """Pass one replica's steps on."""
-        held = next(iter(request.blend), None)
-        options = {"stream": True} | ({"multiplexed_model_id": held} if held is not None else {})
+        adapter = next(iter(request.blend), None)
+        options = {"stream": True} | ({"multiplexed_model_id": adapter} if adapter is not None else {})
         stream = self._handle.options(**options).generate.remote(request)
         ended = False
         try:
             async for kind, *rest in stream:
                 if kind == "refused":
-                    raise unpack(rest[0])
+                    raise rest[0]
                 steps: Sequence[Token]
                 steps, ticket.usage.cached = rest
                 if ticket.usage.started is None:

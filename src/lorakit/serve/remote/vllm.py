@@ -15,16 +15,16 @@ import contextlib
 import logging
 import tempfile
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from lorakit.algebra.resizing import resize_folder
 from lorakit.errors import LorakitError
 from lorakit.files import store as adapter_store
-from lorakit.serve.remote.engine import RemoteEngine
 from lorakit.serve.remote.folders import Folder, Folders
-from lorakit.serve.request import AdapterInfo, Finish, Refused, Request, Ticket, Token
+from lorakit.serve.remote.remote_engine import RemoteEngine
+from lorakit.serve.request import AdapterInfo, Finish, Refused, Request, Sampling, Ticket, Token
 
 log = logging.getLogger("lorakit.serve")
 
@@ -153,7 +153,7 @@ class VllmEngine(RemoteEngine):
     def _pin(self, folder: Folder, pinned: bool) -> None:
         if not pinned:
             raise Refused("vLLM cannot unpin an adapter; unload it.")
-        name = folder.info.name
+        name = folder.name
         number = self._lora(name).lora_int_id
 
         async def pin() -> None:
@@ -213,25 +213,9 @@ class VllmEngine(RemoteEngine):
             ticket.put(Token(token, logprob, top, reason if place == len(ids) - 1 else None))
 
     def _sampling(self, request: Request) -> Any:
-        how = request.sampling
-        return self._interface.sampling(
-            max_tokens=how.max_tokens,
-            min_tokens=how.min_tokens,
-            temperature=how.temperature,
-            top_p=how.top_p,
-            top_k=how.top_k,
-            min_p=how.min_p,
-            seed=how.seed,
-            stop_token_ids=list(how.stop_ids),
-            ignore_eos=how.ignore_end,
-            presence_penalty=how.presence_penalty,
-            frequency_penalty=how.frequency_penalty,
-            repetition_penalty=how.repetition_penalty,
-            logprobs=how.logprobs,
-            logit_bias=dict(how.bias) or None,
-            detokenize=False,
-            output_kind=self._interface.delta,
-        )
+        how = {one.name: getattr(request.sampling, one.name) for one in fields(Sampling)}
+        how |= {"stop_token_ids": list(request.sampling.stop_token_ids), "logit_bias": dict(how["logit_bias"]) or None}
+        return self._interface.sampling(**how, detokenize=False, output_kind=self._interface.delta)
 
 
 def obstacle(config: Mapping[str, Any]) -> str:

@@ -1,4 +1,4 @@
-"""An engine that is elsewhere, behind the contract: tickets here, tokens from there, in an event loop of its own thread."""
+"""An engine in another process, behind the contract: tickets here, tokens from there, in an event loop of its own thread."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import time
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Coroutine
-from typing import Any
+from typing import Any, Literal
 
 from lorakit.errors import LorakitError
 from lorakit.serve.remote.folders import Folders
@@ -77,7 +77,7 @@ class RemoteEngine(ABC):
         """Accept a request."""
         try:
             if self._state != "ready":
-                raise Overloaded("the engine is not ready, or ending.", 5.0)
+                raise Overloaded("the engine is starting or shutting down.", 5.0)
             total = len(request.prompt) + request.sampling.max_tokens
             if total > self._context:
                 raise TooLong(f"prompt and answer have {total} tokens; this model reads {self._context}.")
@@ -93,8 +93,7 @@ class RemoteEngine(ABC):
             self._refused["overloaded" if isinstance(refusal, Overloaded) else "refused"] += 1
             raise
         ticket = Ticket(request)
-        for name in request.blend:
-            self.folders.count(name, requests=1, using=1)
+        self.folders.count(request.blend, requests=1, using=1)
         self._loop.call_soon_threadsafe(self._begin, ticket)
         return ticket
 
@@ -140,25 +139,23 @@ class RemoteEngine(ABC):
 
     async def _through(self, ticket: Ticket) -> None:
         """One answer from its beginning to its end, whatever that is; no ticket is left without one."""
-        kind = "error"
+        kind: Finish | Literal["error", "done"] = "error"
         try:
             await self._answer(ticket)
             kind = "done"
         except asyncio.CancelledError:
-            reason: Finish = "cancelled" if ticket.cancelled else "timeout"
             if self._state == "stopped":
                 ticket.fail(Failed("the engine was stopped before this request had ended."))
             else:
-                kind = reason
-                ticket.put(Token(None, finish=reason))
+                kind = "cancelled" if ticket.cancelled else "timeout"
+                ticket.put(Token(None, finish=kind))
         except LorakitError as problem:
             ticket.fail(problem)
         except Exception as problem:
             ticket.fail(Failed(f"the engine failed at this request: {type(problem).__name__}: {problem}"))
         finally:
             ticket.fail(Failed("the engine ended this request without a reason."))  # does nothing where it has ended
-            for name in ticket.request.blend:
-                self.folders.count(name, using=-1)
+            self.folders.count(ticket.request.blend, using=-1)
             self._live.pop(ticket, None)
             with self._lock:
                 self._finished[kind] += 1
