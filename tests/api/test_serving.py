@@ -104,7 +104,7 @@ def test_admin_and_metrics_of_the_real_engine(real: Served) -> None:
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["serve", "x", "--adapters", "/nowhere"], "no folder"),
+        (["serve", "x", "--adapters", "/nowhere"], "not a folder"),
         (["serve", "x", "--keys", "/nowhere/keys.yaml"], "lorakit keys"),
         (["serve", "x", "--engine", "vlm"], "did you mean"),
         (["serve", "x", "--memory", "much"], "such as 2G"),
@@ -200,7 +200,7 @@ def test_lorakit_serve_from_start_to_sigterm(base: Path, store: Path, tmp_path: 
         assert got[-1].choices[0].finish_reason == "length"
         log, rest = process.communicate(timeout=60)
         assert process.returncode == 0, rest
-        assert "ended" in rest
+        assert "stopped" in rest
         lines = [json.loads(line) for line in log.splitlines()]
         assert [line["tenant"] for line in lines if line.get("path") == "/v1/completions"] == ["acme"]
     finally:
