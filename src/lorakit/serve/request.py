@@ -65,7 +65,7 @@ class Sampling:
         seed: makes the draws repeatable, whatever else is in the batch; None draws anew.
         stop_token_ids: token ids that end the answer, as the model's own end-of-text ids do.
         min_tokens: no such id is chosen before this many tokens.
-        ignore_eos: go on after the model's own end-of-text ids (for measurements).
+        ignore_eos: continue after the model's own end-of-text ids (for measurements).
         logit_bias: token -> number added to its logit.
         presence_penalty: taken once off the logit of every token that was generated.
         frequency_penalty: taken off the logit of a generated token as often as it was.
@@ -97,10 +97,12 @@ class Sampling:
         for name, (low, high) in {**self.RANGES, "min_tokens": (0, self.max_tokens)}.items():
             value = getattr(self, name)
             if not (value is None or low <= value <= high):  # also refuses nan
-                raise Refused(f"{name} was given as {value}; it lies between {low} and {high}.")
+                raise Refused(f"{name} was given as {value}; expected a number from {low} to {high}.")
         for token, number in self.logit_bias.items():
             if not -1000 <= number <= 1000:
-                raise Refused(f"logit_bias of token {token} was given as {number}; it lies between -1000 and 1000.")
+                raise Refused(
+                    f"logit_bias of token {token} was given as {number}; expected a number from -1000 to 1000."
+                )
 
 
 @dataclass(frozen=True)

@@ -64,7 +64,7 @@ class AdapterStore(ABC, Generic[E]):
         make: an entry for a folder that has been found.
 
     Raises:
-        Refused: `folder` is no folder.
+        Refused: `folder` is not a folder.
     """
 
     def __init__(self, folder: Path | None, make: Callable[[str, Path], E]) -> None:

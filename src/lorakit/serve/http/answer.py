@@ -275,7 +275,7 @@ async def respond(front: Front, shape: Shape, order: Order, receive: Receive, no
         return Response(whole.model_dump_json(), media_type="application/json")
     except Fault:
         if watch.left:
-            raise Fault(499, "the client left before its answer was there.", "client_left") from None
+            raise Fault(499, "the client disconnected before its answer was complete.", "client_left") from None
         raise
     finally:
         if not streams:

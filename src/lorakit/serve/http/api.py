@@ -137,7 +137,7 @@ async def _invalid(request: Request, error: Exception) -> Response:
         case "missing":
             message, code = f'"{param or "the body"}" is missing.', "missing_parameter"
         case "json_invalid":
-            message, code, param = "the body is no JSON.", "invalid_json", ""
+            message, code, param = "the body is not valid JSON.", "invalid_json", ""
         case "value_error":
             message, code = str(first["ctx"]["error"]), "invalid_value"
         case _:
@@ -226,7 +226,7 @@ async def model(request: Request, model: str) -> Model:
     for found in _models(request):
         if found.id == model:
             return found
-    raise Fault(404, f'no model "{model}" is here for this key.', "model_not_found", "model")
+    raise Fault(404, f'this key has no model "{model}".', "model_not_found", "model")
 
 
 @public.get("/health")

@@ -124,7 +124,7 @@ class Generation(Strict):
     n: int | None = Field(default=None, ge=1, le=128)
     stop: Stop | Annotated[list[Stop], Field(max_length=16)] | None = None
     stop_token_ids: list[Annotated[int, Field(ge=0)]] | None = Field(default=None, max_length=64)
-    ignore_eos: bool | None = Field(default=None, description="Go on after the model's end-of-text tokens.")
+    ignore_eos: bool | None = Field(default=None, description="Continue after the model's end-of-text tokens.")
     seed: int | None = Field(default=None, ge=-(2**63), le=2**63 - 1)
     presence_penalty: float | None = Field(default=None, ge=-2, le=2)
     frequency_penalty: float | None = Field(default=None, ge=-2, le=2)

@@ -126,7 +126,7 @@ class Front:
     def _absent(self, name: str, tenant: Tenant, param: str) -> Fault:
         known = [*([self.name] if tenant.base else []), *self.allowed(tenant)]
         shown = ", ".join(known[:20]) + (f" and {len(known) - 20} more" if len(known) > 20 else "")
-        return Fault(404, f'no model "{name}" is here for this key. There are: {shown}.', "model_not_found", param)
+        return Fault(404, f'this key has no model "{name}"; its models: {shown}.', "model_not_found", param)
 
     # -- submitting --------------------------------------------------------------------------------------------------------
     def submit(

@@ -53,7 +53,7 @@ def digest(key: str) -> str:
 def _hash(text: str) -> str:
     if not text.startswith("sha256:") or len(text) != len(digest("")):
         raise ValueError(
-            "holds a text that is no hash. The file keeps sha256:… of a key, never a key; `lorakit keys` makes a key and "
+            "holds a text that is not a hash. The file keeps sha256:… of a key, never a key; `lorakit keys` makes a key and "
             "writes its hash"
         )
     return text
@@ -335,7 +335,7 @@ def _tenant(entry: Any, file: Path, admin: bool = False) -> Tenant:
         first = problem.errors()[0]
         name = first["loc"][0]
         if name == "keys":  # which may be keys, by mistake: not shown
-            said = str(first["ctx"]["error"]) if "error" in first.get("ctx", {}) else "is no list of texts"
+            said = str(first["ctx"]["error"]) if "error" in first.get("ctx", {}) else "is not a list of texts"
         else:
             said = f"is {entry[name]!r}; {_WANTED.get(first['type'], first['msg'].replace('Input', 'it'))}"
         raise LorakitError(f"keys: {name} of {where} {said}.") from None

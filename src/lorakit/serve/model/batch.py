@@ -96,7 +96,7 @@ class Batch:
 
     @functools.cached_property
     def addresses(self) -> tuple[int, ...]:
-        """What the attention of `native.cpp` is told of a step, the same for every layer."""
+        """A step's arguments of the attention in `native.cpp`, the same for every layer."""
         table, tiles = self.table, self.tiles
         return (
             *(table.data_ptr(), table.shape[1], self.row.data_ptr(), self.place.data_ptr(), self.row.shape[0]),

@@ -1,7 +1,7 @@
 """Blocks of the usual form as one function.
 
 A block of a small model is thirty calls of modules and views, which take as long as a fifth of its numbers. The form is
-`h = x + o(attention(norm(x)))`, `h + down(act(gate(n)) * up(n))` with `n = norm(h)`, of parts that are in service already:
+`h = x + o(attention(norm(x)))`, `h + down(act(gate(n)) * up(n))` with `n = norm(h)`, of parts that are replaced already:
 linear layers (`linear_layers.py`), a norm and a gate of `fused.py`. The logits of the trial must stay the same to the bit, or
 the blocks stay as they are (`serving_model.py`).
 """
@@ -105,7 +105,7 @@ def fuse(model: nn.Module, present: Present) -> Callable[[], None] | None:
 
 
 def _block(module: nn.Module, present: Present) -> Block | None:
-    """A block for a module that is of the form by its parts' names and what is in service of them."""
+    """A block for a module that is of the form, by its parts' names and their forwards."""
     if {name for name, _ in module.named_children()} != PARTS:
         return None
     attention: Any = module.self_attn

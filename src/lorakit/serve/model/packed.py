@@ -221,9 +221,9 @@ class AdapterReader:
         except LorakitError:
             if self.formless == "refuse":
                 raise Refused(
-                    f"adapter {name!r}: {delta.spec.name} has no form `gain · y + bias + B A x` that a batch can share. "
-                    "The operator can serve it with formless dense (exact, as large as the base) or formless svd (a low-rank "
-                    "stand-in at a stated error); `lorakit extract` makes a LoRA of it."
+                    f"adapter {name!r}: {delta.spec.name} cannot be written as `gain · y + bias + B A x`, which a batch can "
+                    "share. The operator can serve it with formless dense (exact, as large as the base) or formless svd (a "
+                    "low-rank stand-in at a stated error); `lorakit extract` makes a LoRA of it."
                 ) from None
         change = delta.dense(W).detach()
         shift = delta.shift(bias)

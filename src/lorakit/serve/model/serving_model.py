@@ -1,4 +1,4 @@
-"""The base model in service: the very modules of transformers, with the engine's attention and adapters at its linear layers.
+"""The serving model: transformers' own modules, with the engine's attention and each token's adapters at its linear layers.
 
 Nothing of a model's own code is written again. Its attention goes through the registry (`attention.py`). Its linear layers
 get a forward that adds each token's adapters and, in bfloat16 on a processor, reads weights that were packed once
@@ -29,7 +29,7 @@ log = logging.getLogger("lorakit")
 
 
 class ServingModel:
-    """A model in service. `close` gives it back as it was.
+    """A base model that serves. `close` gives it back as it was.
 
     Attributes:
         shapes: what each attention layer keeps of a token.
@@ -114,7 +114,7 @@ class ServingModel:
         seen = self.present.seen
         if not seen or sorted(seen) != list(range(len(seen))):
             raise Refused(
-                f"{type(self.model).__name__} has no attention layers that say their number (layer_idx), so its keys and "
+                f"{type(self.model).__name__} has no attention layers with a number (layer_idx), so its keys and "
                 "values cannot be kept in the engine's pages."
             )
         self.shapes: Sequence[LayerShape] = [seen[layer] for layer in range(len(seen))]
@@ -160,7 +160,7 @@ class ServingModel:
             if not difference <= allowed:
                 raise Refused(
                     f"{type(self.model).__name__} cannot be served in batches: packed into one row its logits differ by "
-                    f"{difference:.2g} of the largest (allowed: {allowed}), so its layers mix tokens in a way that the "
-                    "engine does not know."
+                    f"{difference:.2g} of the largest (allowed: {allowed}), so its layers mix tokens "
+                    "in an unsupported way."
                 )
         return torch.cat([*found[0], *found[1]])

@@ -1,7 +1,7 @@
 """Replicas of an engine on Ray Serve, behind the same contract: the front stays one, what generates is many.
 
 A request goes to a replica that holds its adapter, if one does and has room (Ray's multiplexed routing), else to the less busy
-of two. Where a replica dies, its requests go on elsewhere: what has been generated becomes part of the prompt, which is the
+of two. Where a replica dies, its requests continue on another: what has been generated becomes part of the prompt, which is the
 same answer for greedy and for unseeded sampling without penalties; other requests that had begun fail, and say so.
 
 Tenants, quotas and names are the front's, so that they hold for the cluster as a whole. The replicas see the same store
@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import importlib
+import logging
 import os
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import suppress
@@ -31,6 +32,8 @@ except ModuleNotFoundError as missing:
     raise LorakitError(
         f'serve: --cluster needs Ray ({missing.name} is not installed): pip install "lorakit[cluster]".'
     ) from missing
+
+log = logging.getLogger("lorakit.serve")
 
 NAME = "lorakit"
 ATTEMPTS = 4
@@ -166,12 +169,6 @@ class ClusterEngine(RemoteEngine):
             if self._began_ray:
                 ray.shutdown()
 
-    async def _open(self) -> None:
-        pass
-
-    async def _close(self) -> None:
-        pass
-
     def stats(self) -> Stats:
         """What passed through the front."""
         return replace(super().stats(), adapters={"on disk": len(self.folders.names())})
@@ -189,7 +186,7 @@ class ClusterEngine(RemoteEngine):
             request = continued(ticket.request, tokens, attempt)
             if request is None:
                 raise Failed(
-                    f"the replica was lost after {len(tokens)} tokens, and this request cannot go on elsewhere: it is seeded "
+                    f"the replica was lost after {len(tokens)} tokens, and another cannot continue this request: it is seeded "
                     "or has penalties. Ask again."
                 )
             try:
@@ -198,9 +195,9 @@ class ClusterEngine(RemoteEngine):
             except LorakitError:
                 raise
             except Exception as lost:  # whatever Ray says of a replica that is gone
-                last = lost
+                log.warning("serve: request %s lost its replica: %s: %s", request.id, type(lost).__name__, lost)
                 await asyncio.sleep(0.2 * attempt)
-        raise Failed(f"{ATTEMPTS} replicas were lost at this request; the last: {type(last).__name__}: {last}")
+        raise Failed(f"{ATTEMPTS} replicas were lost at this request; the server's log says how.")
 
     async def _stream(self, ticket: Ticket, request: Request, tokens: list[int]) -> None:
         """Pass one replica's steps on."""
@@ -230,7 +227,7 @@ class ClusterEngine(RemoteEngine):
 
 
 def continued(request: Request, tokens: Sequence[int], attempt: int) -> Request | None:
-    """The request that goes on after these tokens of its answer; None where that would be another answer."""
+    """The request that continues after these tokens of its answer; None where that would give another answer."""
     how = request.sampling
     if not tokens:
         return replace(request, id=f"{request.id}-{attempt}") if attempt else request

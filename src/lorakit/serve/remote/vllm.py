@@ -111,37 +111,30 @@ class VllmEngine(RemoteEngine):
 
     # -- adapters --------------------------------------------------------------------------------------------------------
     def _prepare(self, name: str, folder: Path) -> tuple[AdapterInfo, Path]:
+        """What is known of an adapter, and the folder for vLLM: written again where its rank is above vLLM's limit."""
         config = adapter_store.read_config(folder)
-        reason = obstacle(config)
-        largest = max([int(config.get("r") or 0), *(config.get("rank_pattern") or {}).values()])
-        size = (folder / adapter_store.TENSORS).stat().st_size if (folder / adapter_store.TENSORS).is_file() else 0
-        method = str(config.get("peft_type", "")).lower()
-        if not reason and largest <= self.rank:
-            if not size:
-                raise LorakitError(f"adapter {name!r} has no {adapter_store.TENSORS}.")
-            return AdapterInfo(name, "resident", method=method, how="form", rank=largest, bytes=size), folder
-        if reason:
+        if reason := obstacle(config):
             raise LorakitError(
                 f"adapter {name!r}: vLLM takes plain LoRA, and {reason}. What works: `lorakit extract` writes a LoRA of what "
                 "it adds; --engine lorakit serves it as it is."
             )
-        return self._cut(name, folder, largest)
-
-    def _cut(self, name: str, folder: Path, rank: int) -> tuple[AdapterInfo, Path]:
-        """The folder written again at the rank that vLLM was started for."""
-        target = Path(self._made.name) / name
-        cut = resize_folder(folder, target, rank=self.rank)
-        log.warning(
-            "adapter %s has rank %d and vLLM was started for %d: it is served cut to that, %.2g of it missing",
-            name,
-            rank,
-            self.rank,
-            cut.error,
-        )
-        size = (target / adapter_store.TENSORS).stat().st_size
-        return AdapterInfo(
-            name, "resident", method="lora", how="svd", error=cut.error, rank=self.rank, bytes=size
-        ), target
+        rank, how, error = max([int(config.get("r") or 0), *(config.get("rank_pattern") or {}).values()]), "form", 0.0
+        tensors = folder / adapter_store.TENSORS
+        if not tensors.is_file() or not tensors.stat().st_size:
+            raise LorakitError(f"adapter {name!r} has no {adapter_store.TENSORS}.")
+        if rank > self.rank:
+            source, folder = folder, Path(self._made.name) / name
+            error, how = resize_folder(source, folder, rank=self.rank).error, "svd"
+            log.warning(
+                "adapter %s has rank %d, above vLLM's limit of %d; it is served at that rank with a relative error of %.2g",
+                name,
+                rank,
+                self.rank,
+                error,
+            )
+            rank = self.rank
+        size = (folder / adapter_store.TENSORS).stat().st_size
+        return AdapterInfo(name, "resident", method="lora", how=how, error=error, rank=rank, bytes=size), folder
 
     def _lora(self, name: str) -> Any:
         """vLLM's request for an adapter. Every version has a number of its own: its caches go by that."""
