@@ -157,7 +157,7 @@ def lorakit_side(job: dict[str, Any]) -> dict[str, Any]:
     numbers = iter(range(10**9))
 
     def ask(engine: LocalEngine, names: Sequence[str | None], count: int) -> int:
-        sampling = Sampling(max_tokens=count, temperature=0, ignore_end=True)
+        sampling = Sampling(max_tokens=count, temperature=0, ignore_eos=True)
         tickets = [
             engine.submit(
                 Request(

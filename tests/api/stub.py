@@ -183,7 +183,7 @@ class StubEngine:
         token = left.pop(0)
         wanted = ticket.request.sampling.logprobs
         top = tuple((66 + rank, -1.0 - rank) for rank in range(wanted or 0))
-        ends = token == END or token in ticket.request.sampling.stop_ids
+        ends = token == END or token in ticket.request.sampling.stop_token_ids
         finish = "stop" if ends else "length" if not left else None
         ticket.put(Token(token, None if wanted is None else -0.5, top, finish))
         return finish is not None

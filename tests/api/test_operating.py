@@ -25,7 +25,7 @@ from api.conftest import Served, running
 from api.stub import StubEngine
 from lorakit.serve.http.api import application, build
 from lorakit.serve.http.front import Front
-from lorakit.serve.http.journal import JsonLines
+from lorakit.serve.http.logs import JsonLines
 from lorakit.serve.http.metrics import Metrics
 
 Serve = Callable[..., Served]

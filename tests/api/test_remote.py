@@ -105,7 +105,7 @@ def request(name: str | None = None, **how: Any) -> Request:
 def test_vllm_is_asked_with_the_adapter_and_the_sampling(vllm: tuple[VllmEngine, Llm]) -> None:
     engine, llm = vllm
     engine.start()
-    base = engine.submit(request(logprobs=1, stop_ids=(5,), seed=4))
+    base = engine.submit(request(logprobs=1, stop_token_ids=(5,), seed=4))
     assert base.tokens(10) == [66, 67, 66]
     assert base.result()[0].top == ((66, -0.1),)
     assert base.usage.cached == 1
@@ -120,7 +120,7 @@ def test_vllm_is_asked_with_the_adapter_and_the_sampling(vllm: tuple[VllmEngine,
     assert llm.asked[0]["lora_request"] is None
     adapted = engine.submit(request("plain"))
     assert adapted.tokens(10) == [67, 68, 67]
-    assert Path(llm.asked[1]["lora_request"].lora_path) == engine.folders.store / "plain"  # type: ignore[operator]
+    assert Path(llm.asked[1]["lora_request"].lora_path) == engine.folders.folder / "plain"  # type: ignore[operator]
     engine.adapters.reload("plain")
     assert engine.submit(request("plain")).tokens(10) == [68, 69, 68], "another version has another number"
     engine.adapters.pin("plain")

@@ -26,7 +26,7 @@ from lorakit.cli import app
 from lorakit.serve.engine.engine import LocalEngine
 from lorakit.serve.engine.scheduler import Limits
 from lorakit.serve.http.front import Front
-from lorakit.serve.http.load import choose
+from lorakit.serve.load import choose
 
 RANKS = {"a": 4, "b": 8, "c": 3}
 SMALL = {"batch": 8, "step_tokens": 64, "queue": 64, "cache_bytes": 4 << 20, "adapter_bytes": 4 << 20, "context": None}
@@ -104,7 +104,7 @@ def test_admin_and_metrics_of_the_real_engine(real: Served) -> None:
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["serve", "x", "--adapters", "/nowhere"], "no folder"),
+        (["serve", "x", "--adapters", "/nowhere"], "not a folder"),
         (["serve", "x", "--keys", "/nowhere/keys.yaml"], "lorakit keys"),
         (["serve", "x", "--engine", "vlm"], "did you mean"),
         (["serve", "x", "--memory", "much"], "such as 2G"),
@@ -200,7 +200,7 @@ def test_lorakit_serve_from_start_to_sigterm(base: Path, store: Path, tmp_path: 
         assert got[-1].choices[0].finish_reason == "length"
         log, rest = process.communicate(timeout=60)
         assert process.returncode == 0, rest
-        assert "ended" in rest
+        assert "stopped" in rest
         lines = [json.loads(line) for line in log.splitlines()]
         assert [line["tenant"] for line in lines if line.get("path") == "/v1/completions"] == ["acme"]
     finally:

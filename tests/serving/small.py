@@ -102,7 +102,7 @@ class Oracle:
 
 def greedy(number: object, prompt: Sequence[int], blend: Mapping[str, float], count: int, **options: Any) -> Request:
     """A request for exactly `count` greedy tokens."""
-    sampling = Sampling(max_tokens=count, temperature=0, ignore_end=True)
+    sampling = Sampling(max_tokens=count, temperature=0, ignore_eos=True)
     return Request(str(number), tuple(prompt), blend, sampling=sampling, **options)
 
 

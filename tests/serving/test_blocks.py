@@ -11,7 +11,7 @@ from lorakit.serve.model import native
 from lorakit.serve.model.batch import Run, assemble
 from lorakit.serve.model.blocks import Block
 from lorakit.serve.model.cache import Cache
-from lorakit.serve.model.serving_model import Served
+from lorakit.serve.model.serving_model import ServingModel
 from serving.small import model, prompt
 
 pytestmark = pytest.mark.skipif(
@@ -32,7 +32,7 @@ def blocks(base: Any) -> list[str]:
 def test_blocks_of_the_form_are_found_and_given_back(kind: str, count: int) -> None:
     base = model(kind).bfloat16()
     before = base(torch.tensor([prompt(1, 9)])).logits
-    served = Served(base)
+    served = ServingModel(base)
     assert len(blocks(base)) == count
     assert torch.equal(base(torch.tensor([prompt(1, 9)])).logits, before), "outside of a step the model is what it was"
     served.close()
@@ -42,7 +42,7 @@ def test_blocks_of_the_form_are_found_and_given_back(kind: str, count: int) -> N
 
 def test_a_step_gives_the_same_bits_with_and_without() -> None:
     base = model().bfloat16()
-    served = Served(base)
+    served = ServingModel(base)
     runs = [Run(prompt(n, count), 0, [2 * n, 2 * n + 1]) for n, count in enumerate((5, 1, 20))]
     found = []
     for _ in range(2):
@@ -60,6 +60,6 @@ def test_a_block_that_does_something_else_stays_as_it_is(monkeypatch: pytest.Mon
     kind = type(base.model.layers[0])
     usual = kind.forward
     monkeypatch.setattr(kind, "forward", lambda self, *args, **kwargs: 2 * usual(self, *args, **kwargs))
-    served = Served(base)
+    served = ServingModel(base)
     assert blocks(base) == []
     served.close()

@@ -19,8 +19,8 @@ from lorakit.serve.model import native
 from lorakit.serve.model.attention import Present, attend
 from lorakit.serve.model.batch import LONG, TOGETHER, Run, assemble, mix
 from lorakit.serve.model.cache import Cache, LayerShape, page_count
-from lorakit.serve.model.linear_layers import Port, Shelf, join
-from lorakit.serve.model.packed import Lowered, Piece
+from lorakit.serve.model.linear_layers import LinearForward, WeightBuffer, join
+from lorakit.serve.model.packed import LayerTensors, PackedAdapter
 from lorakit.serve.model.product import adapt, change_of
 from lorakit.serve.request import Refused
 from serving.small import model
@@ -80,18 +80,20 @@ def test_attention(dtype: torch.dtype, options: dict[str, Any], heads: int, key_
     assert torch.equal(caches[0].keys[0].nan_to_num(), caches[1].keys[0].nan_to_num())
 
 
-def lowered(
+def packed(
     in_: int, out: int, dtype: torch.dtype, rank: int, gain: bool = False, bias: bool = False, dense: bool = False
-) -> Lowered:
+) -> PackedAdapter:
     """An adapter over one layer of these sizes, with random numbers."""
     A = None if dense or not rank else torch.randn(rank, in_).to(dtype) / 8
     B = torch.randn(in_ if dense else rank, out).to(dtype) / 8 if rank or dense else None
-    piece = Piece(A, B, torch.randn(out).to(dtype) if gain else None, torch.randn(out).to(dtype) if bias else None)
+    piece = LayerTensors(
+        A, B, torch.randn(out).to(dtype) if gain else None, torch.randn(out).to(dtype) if bias else None
+    )
     parts = torch.zeros(1, 5, dtype=torch.int64)
     for column, tensor in piece.tensors():
         parts[0, column] = tensor.data_ptr()
     parts[0, 4] = 0 if B is None else B.shape[0]
-    return Lowered("", "", torch.zeros(0), parts, {0: piece}, "", "form", 0.0, rank)
+    return PackedAdapter("", "", torch.zeros(0), parts, {0: piece}, "", "form", 0.0, rank)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -100,7 +102,7 @@ def test_product(dtype: torch.dtype, in_: int, out: int) -> None:
     """Runs of every kind of piece, a blend, the base, and one long enough for matmuls."""
     torch.manual_seed(0)
 
-    made = functools.partial(lowered, in_, out, dtype)
+    made = functools.partial(packed, in_, out, dtype)
     a, b, c, d, e = (
         made(5),
         made(8, gain=True, bias=True),
@@ -119,7 +121,7 @@ def test_product(dtype: torch.dtype, in_: int, out: int) -> None:
     for (first, count), blend in zip(batch.spans, blends, strict=True):
         part = slice(first, first + count)
         for one, weight in blend:
-            piece = one.pieces[0]
+            piece = one.layers[0]
             own = x[part].double()
             change = torch.zeros(count, out, dtype=torch.float64)
             if piece.B is not None:
@@ -145,19 +147,19 @@ def test_layers_with_their_adapters(in_: int, outs: tuple[int, ...]) -> None:
     torch.manual_seed(0)
     dtype, present = torch.bfloat16, Present()
     layers = [nn.Linear(in_, out, bias=number != 1).to(dtype) for number, out in enumerate(outs)]
-    shelf = Shelf()
-    ports = [Port(layer, number, present, shelf) for number, layer in enumerate(layers)]
+    buffer = WeightBuffer()
+    forwards = [LinearForward(layer, number, present, buffer) for number, layer in enumerate(layers)]
     x = torch.randn(1, 5, in_).to(dtype)
-    for port, layer in zip(ports, layers, strict=True):
-        assert torch.equal(port(x), layer(x)), "outside of a step the layer is what it was"
-    join(ports)
-    assert {port.group for port in ports} == {ports[0].group}
+    for forward, layer in zip(forwards, layers, strict=True):
+        assert torch.equal(forward(x), layer(x)), "outside of a step the layer is what it was"
+    join(forwards)
+    assert {forward.group for forward in forwards} == {forwards[0].group}
 
-    def everywhere(rank: int, **kinds: bool) -> Lowered:
-        own = [lowered(in_, out, dtype, rank, **kinds) for out in outs]
+    def everywhere(rank: int, **kinds: bool) -> PackedAdapter:
+        own = [packed(in_, out, dtype, rank, **kinds) for out in outs]
         own[-1].parts.zero_()  # the last layer has none of it
         parts = torch.cat([one.parts for one in own])
-        return dataclasses.replace(own[0], parts=parts, pieces={n: one.pieces[0] for n, one in enumerate(own[:-1])})
+        return dataclasses.replace(own[0], parts=parts, layers={n: one.layers[0] for n, one in enumerate(own[:-1])})
 
     a, b, c, d = everywhere(5), everywhere(16), everywhere(4, gain=True, bias=True), everywhere(0, dense=True)
     blends = [[(a, 1.0)], [(b, 2.0)], [], [(a, 1.0)], [(a, 0.5), (b, -0.7)], [(c, 1.0)], [(d, 1.0)], [(a, 1.0)]]
@@ -168,8 +170,8 @@ def test_layers_with_their_adapters(in_: int, outs: tuple[int, ...]) -> None:
         assert sorted(order.tolist()) == [t for t, run in enumerate(batch.row.tolist()) if run != 2]
         assert all(0 < size <= TOGETHER for size in begins.diff().tolist())
         x = torch.randn(1, sum(counts), in_).to(dtype)
-        for number, (port, layer) in enumerate(zip(ports, layers, strict=True)):
-            found = port(x)
+        for number, (forward, layer) in enumerate(zip(forwards, layers, strict=True)):
+            found = forward(x)
             base = nn.functional.linear(
                 x[0].double(), layer.weight.double(), None if layer.bias is None else layer.bias.double()
             )
@@ -177,16 +179,16 @@ def test_layers_with_their_adapters(in_: int, outs: tuple[int, ...]) -> None:
             for (first, count), blend in zip(batch.spans, blends, strict=True):
                 part = slice(first, first + count)
                 for adapter, weight in blend:
-                    if number in adapter.pieces:
-                        change = change_of(_wide(adapter.pieces[number]), x[0, part].double(), base[part])
+                    if number in adapter.layers:
+                        change = change_of(_wide(adapter.layers[number]), x[0, part].double(), base[part])
                         expected[part] += weight * change
             # To the roundings of bfloat16: the output, and A x, which is rounded as PEFT rounds it.
             assert torch.allclose(found[0].double(), expected, rtol=2**-6, atol=2**-5), number
         present.batch = None
 
 
-def _wide(piece: Piece) -> Piece:
-    return Piece(*(None if t is None else t.double() for t in (piece.A, piece.B, piece.gain, piece.bias)))
+def _wide(piece: LayerTensors) -> LayerTensors:
+    return LayerTensors(*(None if t is None else t.double() for t in (piece.A, piece.B, piece.gain, piece.bias)))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -216,18 +218,18 @@ def test_the_first_of_the_greatest(dtype: torch.dtype) -> None:
 
 
 def test_packed_weights_lie_together_and_apart_from_each_other() -> None:
-    shelf = Shelf()
-    first, second = shelf.take(3, 11), shelf.take(5, 7)
+    buffer = WeightBuffer()
+    first, second = buffer.take(3, 11), buffer.take(5, 7)
     assert first.untyped_storage().data_ptr() == second.untyped_storage().data_ptr()
     assert second.data_ptr() == first.data_ptr() + 2 * 64, "33 numbers, up to the next cache line"
-    large = shelf.take(Shelf.BLOCK + 1)
-    assert large.shape == (Shelf.BLOCK + 1,)
+    large = buffer.take(WeightBuffer.BLOCK + 1)
+    assert large.shape == (WeightBuffer.BLOCK + 1,)
     assert large.untyped_storage().data_ptr() != first.untyped_storage().data_ptr()
 
 
 def forget() -> None:
     native.LOOPS.forget()
-    native._told.cache_clear()
+    native._reported.cache_clear()
 
 
 def test_why_the_loops_are_off(monkeypatch: pytest.MonkeyPatch) -> None:

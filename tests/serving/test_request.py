@@ -81,7 +81,7 @@ def test_waiting_has_a_limit() -> None:
         ({"top_p": 0.0}, "top_p"),
         ({"top_k": -1}, "top_k"),
         ({"min_tokens": 9, "max_tokens": 8}, "min_tokens"),
-        ({"bias": {3: float("inf")}}, "bias of token 3"),
+        ({"logit_bias": {3: float("inf")}}, "logit_bias of token 3"),
         ({"logprobs": 1000}, "logprobs"),
     ],
 )

@@ -37,7 +37,7 @@ def test_penalties_and_biases() -> None:
     assert draws(1, temperature=0, frequency_penalty=0.4, answer=[1]) == {1}
     assert draws(1, temperature=0, frequency_penalty=0.4, answer=[1, 1, 1]) == {2}
     assert draws(1, temperature=0, repetition_penalty=2.0, answer=[1]) == {2}
-    assert draws(1, temperature=0, bias={4: 9.0}) == {4}
+    assert draws(1, temperature=0, logit_bias={4: 9.0}) == {4}
     assert draws(1, temperature=0, min_tokens=1, ends=frozenset({1})) == {2}
     assert draws(1, temperature=0, min_tokens=1, ends=frozenset({1}), answer=[0]) == {1}
 
@@ -53,11 +53,11 @@ def test_log_probabilities() -> None:
 def test_a_seed_repeats_whatever_the_batch() -> None:
     engine = LocalEngine(model(), None, Limits(batch=8, cache_bytes=2**20))
     engine.start()
-    sampling = Sampling(max_tokens=10, temperature=1.5, seed=11, ignore_end=True)
+    sampling = Sampling(max_tokens=10, temperature=1.5, seed=11, ignore_eos=True)
     alone = engine.submit(Request("alone", tuple(prompt(1, 8)), sampling=sampling)).tokens(60)
     others = [engine.submit(greedy(n, prompt(n, 5 + n), {}, 12)) for n in range(4)]
     again = engine.submit(Request("again", tuple(prompt(1, 8)), sampling=sampling)).tokens(60)
-    other = Sampling(max_tokens=10, temperature=1.5, seed=12, ignore_end=True)
+    other = Sampling(max_tokens=10, temperature=1.5, seed=12, ignore_eos=True)
     assert again == alone
     assert engine.submit(Request("other", tuple(prompt(1, 8)), sampling=other)).tokens(60) != alone
     for ticket in others:

@@ -154,7 +154,7 @@ def test_draining_finishes_what_was_accepted() -> None:
 def test_a_failing_forward_ends_its_requests_and_no_others(monkeypatch: pytest.MonkeyPatch) -> None:
     base = model()
     engine = LocalEngine(base, None, Limits(batch=1, cache_bytes=2**20))
-    forward = engine.served.forward
+    forward = engine.model.forward
     calls = []
 
     def failing(*args: object) -> object:
@@ -163,7 +163,7 @@ def test_a_failing_forward_ends_its_requests_and_no_others(monkeypatch: pytest.M
             raise RuntimeError("planted")
         return forward(*args)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(engine.served, "forward", failing)
+    monkeypatch.setattr(engine.model, "forward", failing)
     first = engine.submit(greedy("first", prompt(1, 6), {}, 5))
     second = engine.submit(greedy("second", prompt(2, 6), {}, 5))
     engine.start()
@@ -179,7 +179,7 @@ def test_end_tokens_and_stop_ids() -> None:
     expected = Oracle(base, Path()).answer(prompt(3, 6), {}, 12)
     engine = LocalEngine(base, None, Limits(batch=2, cache_bytes=2**20))
     end = expected[3]
-    sampling = Sampling(max_tokens=12, temperature=0, stop_ids=(end,))
+    sampling = Sampling(max_tokens=12, temperature=0, stop_token_ids=(end,))
     ticket = engine.submit(Request("1", tuple(prompt(3, 6)), sampling=sampling))
     drive(engine, [ticket])
     assert ticket.tokens() == expected[: expected.index(end) + 1]

@@ -16,9 +16,9 @@ from lorakit.cli.screen import err, out
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from lorakit.serve.http.load import Outcome
+    from lorakit.serve.load import Outcome
 
-HELP = "Drive load against a running `lorakit serve` (or any server of OpenAI's API) and say how fast it is."
+HELP = "Measure a running `lorakit serve` (or any server with OpenAI's API) under load: throughput and latency."
 
 COLUMNS = {
     "popularity": "popularity", "distinct": "models", "errors": "errors", "tokens_per_second": "tokens/s",
@@ -30,21 +30,23 @@ def bench_serve(
     url: Annotated[str, typer.Argument(help="The server.")] = "http://127.0.0.1:8000",
     popularity: Annotated[
         list[str] | None,
-        typer.Option("--popularity", "-p", help="base, distinct, uniform, zipf, identical; several; default all."),
+        typer.Option(
+            "--popularity", "-p", help="base, distinct, uniform, zipf or identical; may be repeated; default: all."
+        ),
     ] = None,
-    requests: Annotated[int, typer.Option(min=1, help="Requests of each load.")] = 64,
-    concurrent: Annotated[int, typer.Option(min=1, help="At once.")] = 32,
-    prompt: Annotated[int, typer.Option(min=1, help="Tokens of a prompt.")] = 64,
-    answer: Annotated[int, typer.Option(min=1, help="Tokens of an answer.")] = 64,
+    requests: Annotated[int, typer.Option(min=1, help="Requests per popularity.")] = 64,
+    concurrent: Annotated[int, typer.Option(min=1, help="Requests at once.")] = 32,
+    prompt: Annotated[int, typer.Option(min=1, help="Prompt tokens.")] = 64,
+    answer: Annotated[int, typer.Option(min=1, help="Answer tokens.")] = 64,
     key: Annotated[str, typer.Option(envvar="LORAKIT_KEY", help="An API key.")] = "",
     seed: Annotated[int, typer.Option(help="Seed of prompts and adapters.")] = 0,
-    picture: Annotated[Path | None, typer.Option(help="Also draw the outcome into this PNG file.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the rows as JSON instead.")] = False,
+    picture: Annotated[Path | None, typer.Option(help="Also save a picture as this PNG file.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
 ) -> None:
     """One load after the other; ends with 1 where a request failed."""
     from rich.progress import Progress
 
-    from lorakit.serve.http.load import POPULARITIES, Load, drive
+    from lorakit.serve.load import POPULARITIES, Load, drive
 
     load = Load(url.rstrip("/").removesuffix("/v1"), key, requests, concurrent, prompt, answer, seed)
     outcomes: list[Outcome] = []

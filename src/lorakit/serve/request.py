@@ -10,8 +10,10 @@ import asyncio
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import Literal, Protocol, runtime_checkable
+from math import inf
+from typing import Annotated, Any, ClassVar, Literal, Protocol, get_type_hints, runtime_checkable
 
 from lorakit.errors import LorakitError
 
@@ -41,7 +43,7 @@ class TooLong(Refused):
 class Overloaded(LorakitError):  # noqa: N818 - named by what is wrong
     """The queue is full or the engine is draining; the same request may succeed in `retry_after` seconds (HTTP 429)."""
 
-    def __init__(self, reason: str, retry_after: float) -> None:
+    def __init__(self, reason: str, retry_after: float = 1.0) -> None:  # the default is for unpickling
         super().__init__(reason)
         self.retry_after = retry_after
 
@@ -52,7 +54,7 @@ class Failed(LorakitError):  # noqa: N818 - named by what is wrong
 
 @dataclass(frozen=True)
 class Sampling:
-    """How tokens are chosen, and when to stop.
+    """How tokens are chosen, and when to stop; the names are OpenAI's and vLLM's.
 
     Attributes:
         max_tokens: generated tokens at most.
@@ -61,14 +63,14 @@ class Sampling:
         top_k: only this many of the most probable tokens are drawn from; 0 is all.
         min_p: only tokens at least this share as probable as the most probable one are drawn from.
         seed: makes the draws repeatable, whatever else is in the batch; None draws anew.
-        stop_ids: token ids that end the answer, besides the model's own end-of-text ids.
+        stop_token_ids: token ids that end the answer, as the model's own end-of-text ids do.
         min_tokens: no such id is chosen before this many tokens.
-        ignore_end: go on after the model's own end-of-text ids (for measurements).
-        bias: token -> number added to its logit.
+        ignore_eos: continue after the model's own end-of-text ids (for measurements).
+        logit_bias: token -> number added to its logit.
         presence_penalty: taken once off the logit of every token that was generated.
         frequency_penalty: taken off the logit of a generated token as often as it was.
         repetition_penalty: divides positive and multiplies negative logits of tokens of prompt and answer; 1 is none.
-        logprobs: how many of the most probable tokens to report beside each chosen one; None reports no probabilities.
+        logprobs: how many of the most probable tokens to report with each chosen one; None reports no probabilities.
     """
 
     max_tokens: int = 256
@@ -77,34 +79,30 @@ class Sampling:
     top_k: int = 0
     min_p: float = 0.0
     seed: int | None = None
-    stop_ids: tuple[int, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
     min_tokens: int = 0
-    ignore_end: bool = False
-    bias: Mapping[int, float] = field(default_factory=dict)
+    ignore_eos: bool = False
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
     repetition_penalty: float = 1.0
     logprobs: int | None = None
 
+    RANGES: ClassVar[Mapping[str, tuple[float, float]]] = {
+        "max_tokens": (1, inf), "temperature": (0, 100), "top_p": (1e-6, 1), "top_k": (0, inf), "min_p": (0, 1),
+        "presence_penalty": (-2, 2), "frequency_penalty": (-2, 2), "repetition_penalty": (0.01, 100), "logprobs": (0, 100),
+    }  # fmt: skip
+
     def __post_init__(self) -> None:
-        ranges: tuple[tuple[str, float, float, float], ...] = (
-            ("max_tokens", self.max_tokens, 1, float("inf")),
-            ("temperature", self.temperature, 0, 100),
-            ("top_p", self.top_p, 1e-6, 1),
-            ("top_k", self.top_k, 0, float("inf")),
-            ("min_p", self.min_p, 0, 1),
-            ("min_tokens", self.min_tokens, 0, self.max_tokens),
-            ("presence_penalty", self.presence_penalty, -2, 2),
-            ("frequency_penalty", self.frequency_penalty, -2, 2),
-            ("repetition_penalty", self.repetition_penalty, 0.01, 100),
-            ("logprobs", self.logprobs or 0, 0, 100),
-        )
-        for name, value, low, high in ranges:
-            if not low <= value <= high:  # also refuses nan
-                raise Refused(f"{name} was given as {value}; it lies between {low} and {high}.")
-        for token, number in self.bias.items():
+        for name, (low, high) in {**self.RANGES, "min_tokens": (0, self.max_tokens)}.items():
+            value = getattr(self, name)
+            if not (value is None or low <= value <= high):  # also refuses nan
+                raise Refused(f"{name} was given as {value}; expected a number from {low} to {high}.")
+        for token, number in self.logit_bias.items():
             if not -1000 <= number <= 1000:
-                raise Refused(f"bias of token {token} was given as {number}; it lies between -1000 and 1000.")
+                raise Refused(
+                    f"logit_bias of token {token} was given as {number}; expected a number from -1000 to 1000."
+                )
 
 
 @dataclass(frozen=True)
@@ -201,7 +199,6 @@ class Ticket:
         self._failure: BaseException | None = None
         self._ended = False
         self._changed = threading.Condition()
-        self._callbacks: list[Callable[[], None]] = []
         self._listeners: list[Callable[[], None]] = []
 
     # -- the engine's side ---------------------------------------------------------------------------------------------
@@ -218,7 +215,7 @@ class Ticket:
             if step.finish is not None:
                 self.usage.total, self._ended = elapsed, True
             self._steps.append(step)
-            self._tell()
+            self._wake()
 
     def fail(self, failure: BaseException) -> None:
         """End with an error, which is raised where the ticket is read, after the steps that came before it."""
@@ -227,15 +224,12 @@ class Ticket:
                 return
             self._failure, self._ended = failure, True
             self.usage.total = time.monotonic() - self.submitted
-            self._tell()
+            self._wake()
 
-    def _tell(self) -> None:
+    def _wake(self) -> None:
         self._changed.notify_all()
         for listener in self._listeners:
             listener()
-        callbacks, self._callbacks = self._callbacks, []
-        for callback in callbacks:
-            callback()
 
     # -- the client's side ---------------------------------------------------------------------------------------------
     def cancel(self) -> None:
@@ -263,45 +257,18 @@ class Ticket:
         """Whether the last step (or a failure) is there, read or not."""
         return self._ended
 
-    def _next(self) -> Token | None:
-        """The next unread step; None where there is none yet. Raises what ended it, StopIteration after the last."""
-        if self._read < len(self._steps):
-            self._read += 1
-            return self._steps[self._read - 1]
-        if self._failure is not None:
-            raise self._failure
-        if self._ended:
-            raise StopIteration
-        return None
-
     def __iter__(self) -> Iterator[Token]:
         while True:
             with self._changed:
-                try:
-                    while (step := self._next()) is None:
-                        self._changed.wait()
-                except StopIteration:
-                    return
-            yield step
+                self._changed.wait_for(lambda: self._ended or self._read < len(self._steps))
+                steps = self.take()
+            if not steps:
+                return
+            yield from steps
 
     async def __aiter__(self) -> AsyncIterator[Token]:
-        loop = asyncio.get_running_loop()
-        while True:
-            waked = asyncio.Event()
-
-            def wake(event: asyncio.Event = waked) -> None:
-                loop.call_soon_threadsafe(event.set)
-
-            with self._changed:
-                try:
-                    step = self._next()
-                except StopIteration:
-                    return
-                if step is None:
-                    self._callbacks.append(wake)
-            if step is None:
-                await waked.wait()
-            else:
+        async for _, steps in arrivals([self]):
+            for step in steps:
                 yield step
 
     def result(self, timeout: float | None = None) -> list[Token]:
@@ -318,94 +285,107 @@ class Ticket:
         return [step.id for step in self.result(timeout) if step.id is not None]
 
 
+async def arrivals(
+    tickets: Sequence[Ticket], unended: set[int] | None = None
+) -> AsyncIterator[tuple[int, list[Token]]]:
+    """The steps of several tickets as they come, as many together as there are, each time with the ticket's place.
+
+    Whoever reads may take a place out of `unended`, and its ticket is read no further. Raises a ticket's failure after the
+    steps that came before it.
+    """
+    loop, arrived = asyncio.get_running_loop(), asyncio.Event()
+
+    def wake() -> None:  # in the engine's thread, which may outlive the loop
+        with suppress(RuntimeError):
+            loop.call_soon_threadsafe(arrived.set)
+
+    for ticket in tickets:
+        ticket.listen(wake)
+    unended = set(range(len(tickets))) if unended is None else unended
+    while unended:
+        await arrived.wait()
+        arrived.clear()
+        for place in sorted(unended):
+            # until nothing is left: a failure is raised after the steps before it
+            while place in unended and (steps := tickets[place].take()):
+                if steps[-1].finish is not None:
+                    unended.discard(place)
+                yield place, steps
+
+
 @dataclass(frozen=True)
-class AdapterInfo:
-    """One adapter of the store as the engine sees it.
+class About:
+    """What a number of `AdapterInfo` or `Stats` means, for the API's description and for metrics.
 
     Attributes:
-        name: what requests call it.
-        state: where it is.
-        reason: why it is refused, or "".
-        pinned: stays in memory once it is there.
-        method: "lora", "dora", … ("" until it has been read).
-        how: how its method is served: "form" (exactly), "svd" (a low-rank stand-in), with the error in `error`.
-        error: relative Frobenius error of the stand-in, the largest over its layers; 0 for "form".
-        rank: the largest rank of its layers; 0 until it has been read.
-        bytes: memory that it takes while resident; 0 elsewhere.
-        content: hash of its files as they were read; "" until then.
-        using: requests that run or wait with it now.
-        requests: requests ever submitted for it.
-        hits: of these, how many found it in memory.
-        loads: times that it was read.
-        evictions: times that it was dropped to make room.
+        text: in one line.
+        kind: "counter" (it only grows) or "gauge"; "" for what is no metric.
+        label: for a number per key, what the keys are.
     """
 
-    name: str
-    state: State
-    reason: str = ""
-    pinned: bool = False
-    method: str = ""
-    how: str = ""
-    error: float = 0.0
-    rank: int = 0
-    bytes: int = 0
-    content: str = ""
-    using: int = 0
-    requests: int = 0
-    hits: int = 0
-    loads: int = 0
-    evictions: int = 0
+    text: str
+    kind: Literal["", "counter", "gauge"] = ""
+    label: str = ""
+
+
+@dataclass(frozen=True)
+class AdapterInfo:
+    """One adapter of the store as the engine sees it."""
+
+    name: Annotated[str, About("what requests call it")]
+    state: Annotated[State, About("where it is")]
+    reason: Annotated[str, About("why it is refused")] = ""
+    pinned: Annotated[bool, About("stays in memory once it is there")] = False
+    method: Annotated[str, About('"lora", "dora", …; "" until it has been read')] = ""
+    how: Annotated[str, About('"form" (exactly), "dense" (exactly, as ΔW), "svd" (a low-rank stand-in)')] = ""
+    error: Annotated[float, About("relative Frobenius error of a stand-in, the largest over its layers")] = 0.0
+    rank: Annotated[int, About("the largest rank of its layers; 0 until it has been read")] = 0
+    bytes: Annotated[int, About("memory that it takes", "gauge")] = 0
+    content: Annotated[str, About('hash of its files as they were read; "" until then')] = ""
+    using: Annotated[int, About("requests that run or wait with it now")] = 0
+    requests: Annotated[int, About("requests ever submitted for it")] = 0
+    hits: Annotated[int, About("requests that found it in memory", "counter")] = 0
+    loads: Annotated[int, About("times that it was read", "counter")] = 0
+    evictions: Annotated[int, About("times that it was dropped to make room", "counter")] = 0
+
+
+def empty() -> Any:
+    """A field that begins as an empty mapping."""
+    return field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Stats:
-    """Counters and levels of an engine at one moment (counters only grow; bytes are memory).
+    """Counters and levels of an engine at one moment."""
 
-    Attributes:
-        running: requests in the batch.
-        waiting: requests in the queue.
-        loading: of these, how many wait for their adapter.
-        limit: requests that the queue holds before it answers `Overloaded`.
-        steps: forwards run.
-        prompt_tokens: prompt tokens computed.
-        cached_tokens: prompt tokens taken from the prefix cache.
-        generated_tokens: tokens generated.
-        finished: why requests ended -> how many; "error" counts failures.
-        refused: requests turned away at submission: "overloaded", "unknown", "refused" -> how many.
-        cache_bytes: key and value memory in use by requests.
-        cache_limit: all key and value memory.
-        adapter_bytes: memory of resident adapters.
-        adapter_limit: their budget.
-        adapters: state -> how many adapters.
-        hits: submissions whose adapters were all in memory.
-        misses: submissions that had to wait for one.
-        loads: adapters read from disk.
-        evictions: adapters dropped to make room.
-        counters: payer -> virtual tokens, the least of the active ones being 0.
-        failure: what ended the engine's loop, or "".
-    """
+    running: Annotated[int, About("requests in the batch", "gauge")] = 0
+    waiting: Annotated[int, About("requests in the queue", "gauge")] = 0
+    loading: Annotated[int, About("requests in the queue that wait for their adapter", "gauge")] = 0
+    limit: Annotated[int, About("requests that the queue holds before it answers `Overloaded`", "gauge")] = 0
+    steps: Annotated[int, About("forwards of the model", "counter")] = 0
+    prompt_tokens: Annotated[int, About("prompt tokens computed", "counter")] = 0
+    cached_tokens: Annotated[int, About("prompt tokens taken from the prefix cache", "counter")] = 0
+    generated_tokens: Annotated[int, About("tokens generated", "counter")] = 0
+    finished: Annotated[Mapping[str, int], About('ended answers; "error" is a failure', "counter", "why")] = empty()
+    refused: Annotated[Mapping[str, int], About("answers refused at submission", "counter", "why")] = empty()
+    cache_bytes: Annotated[int, About("key and value memory in use by requests", "gauge")] = 0
+    cache_limit: Annotated[int, About("key and value memory in all", "gauge")] = 0
+    adapter_bytes: Annotated[int, About("memory of resident adapters", "gauge")] = 0
+    adapter_limit: Annotated[int, About("the budget of resident adapters", "gauge")] = 0
+    adapters: Annotated[Mapping[str, int], About("adapters of the store", "gauge", "state")] = empty()
+    hits: Annotated[int, About("submissions whose adapters were all in memory", "counter")] = 0
+    misses: Annotated[int, About("submissions that had to wait for an adapter", "counter")] = 0
+    loads: Annotated[int, About("adapters read from disk", "counter")] = 0
+    evictions: Annotated[int, About("adapters dropped to make room", "counter")] = 0
+    counters: Annotated[Mapping[str, float], About("virtual tokens of each payer, the least active one having 0")] = (
+        empty()
+    )
+    failure: Annotated[str, About("what ended the engine's loop")] = ""
 
-    running: int = 0
-    waiting: int = 0
-    loading: int = 0
-    limit: int = 0
-    steps: int = 0
-    prompt_tokens: int = 0
-    cached_tokens: int = 0
-    generated_tokens: int = 0
-    finished: Mapping[str, int] = field(default_factory=dict)
-    refused: Mapping[str, int] = field(default_factory=dict)
-    cache_bytes: int = 0
-    cache_limit: int = 0
-    adapter_bytes: int = 0
-    adapter_limit: int = 0
-    adapters: Mapping[str, int] = field(default_factory=dict)
-    hits: int = 0
-    misses: int = 0
-    loads: int = 0
-    evictions: int = 0
-    counters: Mapping[str, float] = field(default_factory=dict)
-    failure: str = ""
+
+def abouts(kind: type) -> dict[str, About]:
+    """What every field of `AdapterInfo` or `Stats` means."""
+    return {name: hint.__metadata__[0] for name, hint in get_type_hints(kind, include_extras=True).items()}
 
 
 @runtime_checkable

@@ -1,6 +1,6 @@
 """The engine: many requests, each with its own adapters, through one base model, a token at a time.
 
-`LocalEngine.step` is the heart. Everything that takes long beside a forward (reading adapters, writing to clients) happens in
+`LocalEngine.step` is the heart. Everything else that takes long (reading adapters, writing to clients) happens in
 other threads. A forward that fails ends the requests that were in it, with the reason, and no others.
 """
 
@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -19,11 +19,12 @@ from lorakit.errors import LorakitError
 from lorakit.serve.engine.pool import Lease, Pool
 from lorakit.serve.engine.sampling import Choice, Chooser, choose
 from lorakit.serve.engine.scheduler import Job, Limits, Scheduler, Share
+from lorakit.serve.lifecycle import Lifecycle
 from lorakit.serve.model import native
 from lorakit.serve.model.batch import Batch, Mixture, Run, assemble, mix
 from lorakit.serve.model.cache import Cache, page_bytes
-from lorakit.serve.model.packed import Formless, Lowering
-from lorakit.serve.model.serving_model import Served
+from lorakit.serve.model.packed import AdapterReader, Formless
+from lorakit.serve.model.serving_model import ServingModel
 from lorakit.serve.request import (
     Failed,
     Finish,
@@ -34,7 +35,6 @@ from lorakit.serve.request import (
     Ticket,
     Token,
     TooLong,
-    UnknownAdapter,
 )
 
 log = logging.getLogger("lorakit")
@@ -46,7 +46,7 @@ ATTEMPTS = 3
 """Forwards that may fail one after the other before the engine gives up."""
 
 
-class LocalEngine:
+class LocalEngine(Lifecycle):
     """An engine over a model in this process; `Engine` of the contract.
 
     Args:
@@ -77,37 +77,33 @@ class LocalEngine:
         pack: bool = True,
         reuse: bool = True,
     ) -> None:
-        limits = limits or Limits()
-        self.limits = limits
+        super().__init__()
+        self.limits = limits = limits or Limits()
         if not 0 < limits.batch <= limits.step_tokens:
             raise LorakitError(
                 f"serve: batch={limits.batch} requests do not fit into steps of {limits.step_tokens} tokens; raise step_tokens."
             )
-        lowerings = [Lowering(model, formless, *stand_in) for _ in range(readers)]
-        self.served = Served(model, compiled, pack)
-        for lowering in lowerings:
-            lowering.unfit = frozenset(self.served.unfit)
-        size = page_bytes(self.served.shapes, self.served.dtype)
+        adapter_readers = [AdapterReader(model, formless, *stand_in) for _ in range(readers)]
+        self.model = ServingModel(model, compiled, pack)
+        for reader in adapter_readers:
+            reader.unfit = frozenset(self.model.unfit)
+        size = page_bytes(self.model.shapes, self.model.dtype)
         pages = limits.cache_bytes // size
         if pages < 2:
             raise LorakitError(f"serve: cache_bytes={limits.cache_bytes} holds not two pages of {size} bytes.")
-        self.cache = Cache(self.served.shapes, pages, self.served.dtype, self.served.device, reuse)
+        self.cache = Cache(self.model.shapes, pages, self.model.dtype, self.model.device, reuse)
         self.scheduler = Scheduler(limits, self.cache)
-        self.pool = Pool(lowerings, None if store is None else Path(store), limits.adapter_bytes, self._wake)
-        self._lock = threading.Condition()
-        self._arrivals: deque[tuple[Ticket, Chooser, list[tuple[Lease, float]]]] = deque()
+        self.pool = Pool(adapter_readers, None if store is None else Path(store), limits.adapter_bytes, self._wake)
+        self._arrivals: deque[Job] = deque()
         self._thread: threading.Thread | None = None
-        self._state = "new"
         self._failure = ""
         self._ids: set[str] = set()
         self._ends = _end_tokens(model)
         self._vocabulary = int(model.get_input_embeddings().num_embeddings)  # type: ignore[operator]
         self._context = min(limits.context or _context(model), self.cache.pages * 16)
         self._steps = self._prompt_tokens = self._cached_tokens = self._generated_tokens = 0
-        self._finished: Counter[str] = Counter()
-        self._turned_away: Counter[str] = Counter()
         self._rate = 0.0
-        self._news = False
+        self._woken = False
         self._mixture: tuple[list[Job], Mixture | None] = ([], None)
 
     # -- the contract's side -------------------------------------------------------------------------------------------
@@ -116,31 +112,22 @@ class LocalEngine:
         """The adapters that requests may name."""
         return self.pool
 
-    @property
-    def context(self) -> int:
-        """Tokens of prompt and answer together that one request may have."""
-        return self._context
-
     def start(self) -> None:
         """Begin to serve."""
         if self._state != "new":
             raise LorakitError("serve: this engine was started before; make a new one.")
-        self._state = "running"
+        self._state = "ready"
         native.let_go()  # the engine's own thread computes from now on
         self.pool.start()
         self._thread = threading.Thread(target=self._serve, name="lorakit-engine", daemon=True)
         self._thread.start()
 
     def ready(self) -> bool:
-        """Whether `submit` would be answered."""
-        return self._state == "running" and not self._failure
+        """Whether requests are taken."""
+        return super().ready() and not self._failure
 
-    def drain(self, timeout: float | None = None) -> bool:
-        """Accept nothing more; wait until every accepted request has ended."""
-        with self._lock:
-            if self._state == "running":
-                self._state = "draining"
-            return self._lock.wait_for(lambda: not self._ids or self._state == "stopped", timeout)
+    def _unended(self) -> bool:
+        return bool(self._ids)
 
     def stop(self) -> None:
         """End now."""
@@ -154,17 +141,7 @@ class LocalEngine:
         with self._lock:
             self._fail_all(Failed("the engine was stopped before this request had ended."))
         self.pool.stop()
-        self.served.close()
-
-    def submit(self, request: Request) -> Ticket:
-        """Accept a request, or raise Overloaded, UnknownAdapter, TooLong or Refused."""
-        try:
-            return self._submit(request)
-        except LorakitError as refusal:
-            kind = {Overloaded: "overloaded", UnknownAdapter: "unknown"}.get(type(refusal), "refused")
-            with self._lock:
-                self._turned_away[kind] += 1
-            raise
+        self.model.close()
 
     def stats(self) -> Stats:
         """A snapshot of the counters."""
@@ -183,7 +160,7 @@ class LocalEngine:
                 cached_tokens=self._cached_tokens,
                 generated_tokens=self._generated_tokens,
                 finished=dict(self._finished),
-                refused=dict(self._turned_away),
+                refused=dict(self._refused),
                 cache_bytes=self.cache.used * self.cache.page_bytes,
                 cache_limit=self.cache.pages * self.cache.page_bytes,
                 adapter_bytes=pool.bytes,
@@ -197,7 +174,7 @@ class LocalEngine:
                 failure=self._failure,
             )
 
-    def _submit(self, request: Request) -> Ticket:
+    def _accept(self, request: Request) -> Ticket:
         if self._failure:
             raise Overloaded(f"the engine has failed: {self._failure}", retry_after=60.0)
         if self._state in ("draining", "stopped"):
@@ -210,14 +187,14 @@ class LocalEngine:
             )
         if not all(0 <= token < self._vocabulary for token in request.prompt):
             raise Refused(f"the prompt holds a token id outside of 0 to {self._vocabulary - 1}.")
-        ends = frozenset(request.sampling.stop_ids)
-        if not request.sampling.ignore_end:
+        ends = frozenset(request.sampling.stop_token_ids)
+        if not request.sampling.ignore_eos:
             ends |= self._ends
-        ticket, chooser = Ticket(request), Chooser(request.sampling, request.prompt, ends)
+        ticket = Ticket(request)
         with self._lock:
             if request.id in self._ids:
                 raise Refused(f"a request with the id {request.id!r} is under way already.")
-            own = sum(waiting.request.payer == request.payer for waiting, _, _ in self._arrivals)
+            own = sum(job.payer == request.payer for job in self._arrivals)
             self.scheduler.check(request.payer, len(self._arrivals), own, self._rate)
             leases: list[tuple[Lease, float]] = []
             try:
@@ -228,8 +205,8 @@ class LocalEngine:
                     self.pool.release(lease)
                 raise
             self._ids.add(request.id)
-            self._arrivals.append((ticket, chooser, leases))
-            self._news = True
+            self._arrivals.append(Job(ticket, Chooser(request.sampling, request.prompt, ends), leases))
+            self._woken = True
             self._lock.notify_all()
         return ticket
 
@@ -237,11 +214,11 @@ class LocalEngine:
     def _serve(self) -> None:
         failures = 0
         while self._state != "stopped":
-            self._news = False
+            self._woken = False
             try:
                 if not self.step():
                     with self._lock:
-                        if not self._news and self._state != "stopped":
+                        if not self._woken and self._state != "stopped":
                             # With requests that only wait for an adapter, deadlines are looked at now and then.
                             self._lock.wait(0.02 if self._ids else None)
                 failures = 0
@@ -250,7 +227,7 @@ class LocalEngine:
                 log.exception("serve: a step failed")
                 with self._lock:
                     for job in list(self.scheduler.running):
-                        self._end(job, Failed(f"the forward failed: {type(problem).__name__}: {problem}"))
+                        self._end(job, Failed(f"the forward failed: {str(problem) or type(problem).__name__}"))
                     if failures >= ATTEMPTS:
                         self._failure = f"{failures} steps failed one after the other, the last with: {problem}"
                         self._fail_all(Failed(self._failure))
@@ -265,7 +242,7 @@ class LocalEngine:
             shares = self.scheduler.plan()
         if not shares:
             return False
-        logits = self.served.forward(self._batch(shares), self.cache)
+        logits = self.model.forward(self._batch(shares), self.cache)
         ending = [share for share in shares if share.ends]
         choices = choose(logits, [share.job.chooser for share in ending]) if ending else []
         with self._lock:
@@ -277,13 +254,13 @@ class LocalEngine:
     def _wake(self) -> None:
         """An adapter has come, or turned out to be unusable."""
         with self._lock:
-            self._news = True
+            self._woken = True
             self._lock.notify_all()
 
     def _look_after(self) -> None:
         """Queue what has arrived, end what was cancelled or is overdue, admit what can be."""
         while self._arrivals:
-            self.scheduler.add(*self._arrivals.popleft())
+            self.scheduler.add(self._arrivals.popleft())
         now = time.monotonic()
         everybody = not self.scheduler.running or self._steps % 8 == 0  # the queue may be long
         for job in list(self.scheduler.jobs() if everybody else self.scheduler.running):
@@ -303,7 +280,7 @@ class LocalEngine:
         if self._place(first) is False:
             reason = (
                 f"the adapters of request {first.ticket.request.id} find no room: the {self.pool.budget} bytes for adapters "
-                "are taken by pinned ones. Unpin some, or raise adapter_bytes."
+                "are taken by pinned ones. The operator can unpin some, or give adapters more memory (--memory)."
             )
             self._end(first, Refused(reason))
 
@@ -317,7 +294,7 @@ class LocalEngine:
             self._end(job, refusal)
             return None
         if placed:
-            job.blend = [(lease.version.lowered, weight) for lease, weight in job.leases if lease.version is not None]
+            job.blend = [(lease.version.adapter, weight) for lease, weight in job.leases if lease.version is not None]
         return placed
 
     def _batch(self, shares: Sequence[Share]) -> Batch:
@@ -334,7 +311,7 @@ class LocalEngine:
             )
             for share in shares
         ]
-        return assemble(runs, self.served.device, self._mixture[1])
+        return assemble(runs, self.model.device, self._mixture[1])
 
     def _deliver(self, shares: Sequence[Share], choices: dict[Job, Choice]) -> None:
         self._steps += 1
@@ -364,30 +341,23 @@ class LocalEngine:
         """Let a job go: its pages, its adapters, its id; and tell its client."""
         self.scheduler.remove(job)
         self._cached_tokens += job.ticket.usage.cached
-        self._close(job.ticket, job.leases, outcome)
-
-    def _close(
-        self, ticket: Ticket, leases: Sequence[tuple[Lease, float]], outcome: Token | Finish | LorakitError
-    ) -> None:
-        for lease, _ in leases:
+        for lease, _ in job.leases:
             self.pool.release(lease)
         self._mixture = [], None
-        self._ids.discard(ticket.request.id)
+        self._ids.discard(job.ticket.request.id)
         if isinstance(outcome, LorakitError):
             self._finished["error"] += 1
-            ticket.fail(outcome)
+            job.ticket.fail(outcome)
         else:
             step = outcome if isinstance(outcome, Token) else Token(None, finish=outcome)
             self._finished[str(step.finish)] += 1
-            ticket.put(step)
+            job.ticket.put(step)
         self._lock.notify_all()
 
     def _fail_all(self, failure: Failed) -> None:
-        for job in list(self.scheduler.jobs()):
+        for job in [*self.scheduler.jobs(), *self._arrivals]:
             self._end(job, failure)
-        while self._arrivals:
-            ticket, _, leases = self._arrivals.popleft()
-            self._close(ticket, leases, failure)
+        self._arrivals.clear()
 
 
 def _end_tokens(model: nn.Module) -> frozenset[int]:

@@ -42,7 +42,7 @@ class Chooser:
         self.plain = (
             s.temperature == 0
             and s.logprobs is None
-            and not s.bias
+            and not s.logit_bias
             and s.presence_penalty == s.frequency_penalty == 0
             and s.repetition_penalty == 1
             and not s.min_tokens
@@ -100,7 +100,7 @@ def _penalised(logits: Tensor, chooser: Chooser) -> Tensor:
     if (s.presence_penalty or s.frequency_penalty) and chooser.answer:
         ids, counts = torch.tensor(chooser.answer, device=logits.device).unique(return_counts=True)
         logits[ids] -= s.presence_penalty + s.frequency_penalty * counts
-    for token, number in s.bias.items():
+    for token, number in s.logit_bias.items():
         if 0 <= token < logits.shape[0]:
             logits[token] += number
     if len(chooser.answer) < s.min_tokens:

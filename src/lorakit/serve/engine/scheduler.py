@@ -25,7 +25,7 @@ from dataclasses import dataclass, field
 from lorakit.serve.engine.pool import Lease
 from lorakit.serve.engine.sampling import Chooser
 from lorakit.serve.model.cache import PAGE, Cache, next_key, page_count, root_key
-from lorakit.serve.model.packed import Lowered
+from lorakit.serve.model.packed import PackedAdapter
 from lorakit.serve.request import Overloaded, Ticket
 
 PROMPT_PRICE, ANSWER_PRICE = 1.0, 2.0
@@ -64,6 +64,7 @@ class Job:
         chooser: how its tokens are chosen; holds the answer so far.
         leases: its adapters and their weights.
         tokens: prompt and answer.
+        number: its place among all that were ever queued.
         computed: how many of these have keys and values in `pages`.
         blend: the adapters as they were when it was first admitted; it ends with what it began with.
         keys: of its full pages, as far as they are published.
@@ -73,14 +74,17 @@ class Job:
     ticket: Ticket
     chooser: Chooser
     leases: Sequence[tuple[Lease, float]]
-    number: int
-    tokens: list[int]
+    tokens: list[int] = field(init=False)
+    number: int = -1
     computed: int = 0
     pages: list[int] = field(default_factory=list)
-    blend: list[tuple[Lowered, float]] | None = None
+    blend: list[tuple[PackedAdapter, float]] | None = None
     root: bytes = b""
     keys: list[bytes] = field(default_factory=list)
     passed: int = 0
+
+    def __post_init__(self) -> None:
+        self.tokens = list(self.ticket.request.prompt)
 
     @property
     def payer(self) -> str:
@@ -148,14 +152,13 @@ class Scheduler:
             retry_after=round(min(max(ahead / max(rate, 1.0), 1.0), 60.0), 1),
         )
 
-    def add(self, ticket: Ticket, chooser: Chooser, leases: Sequence[tuple[Lease, float]]) -> Job:
+    def add(self, job: Job) -> None:
         """Put an accepted request at the end of its payer's queue."""
-        job = Job(ticket, chooser, leases, next(self._numbers), list(ticket.request.prompt))
+        job.number = next(self._numbers)
         if job.payer not in self.active():
             least = min((self.counters[payer] for payer in self.active()), default=0.0)
             self.counters[job.payer] = max(self.counters.get(job.payer, 0.0), least)
         self.waiting.setdefault(job.payer, deque()).append(job)
-        return job
 
     def active(self) -> set[str]:
         """Payers with anything waiting or running."""

@@ -2,105 +2,84 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable
-from typing import Annotated, Any
+from typing import Annotated
 
 from fastapi import APIRouter, Depends, Path
-from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 from starlette.requests import Request
 
 from lorakit.errors import LorakitError
+from lorakit.serve.http.bodies import AdapterList, TenantList, errors
 from lorakit.serve.http.faults import Fault
-from lorakit.serve.http.front import Front
-from lorakit.serve.http.schema import Adapter, AdapterList, ErrorAnswer, TenantList
+from lorakit.serve.http.front import Front, front_of
+from lorakit.serve.http.guard import KEY
 from lorakit.serve.request import AdapterInfo
 
-_ERRORS: dict[int | str, dict[str, Any]] = {
-    400: {"model": ErrorAnswer, "description": "The adapter cannot be used; the reason says why."},
-    401: {"model": ErrorAnswer},
-    403: {"model": ErrorAnswer, "description": "The admin key is needed."},
-    404: {"model": ErrorAnswer, "description": "The store holds no such adapter."},
-    429: {"model": ErrorAnswer, "description": "There is no room for it now."},
-}
-router = APIRouter(prefix="/admin", responses=_ERRORS)
+router = APIRouter(
+    prefix="/admin",
+    dependencies=[Depends(KEY)],
+    responses=errors(
+        e400="The adapter cannot be used; the reason says why.",
+        e401="No key, or a wrong one.",
+        e403="The admin key is needed.",
+        e404="The store holds no such adapter.",
+        e429="There is no room for it now.",
+    ),
+)
 
-Key = Annotated[HTTPAuthorizationCredentials | None, Depends(HTTPBearer(auto_error=False))]
 Name = Annotated[str, Path(max_length=200, description="An adapter of the store.")]
 
-
-def _front(request: Request) -> Front:
-    front: Front = request.app.state.front
-    return front
-
-
-def _shown(info: AdapterInfo) -> Adapter:
-    return Adapter(**dataclasses.asdict(info))
-
-
-def _act(request: Request, name: str, verb: str) -> Adapter:
-    """Do something with an adapter of the store. In a thread: reading one may take a while."""
-    request.state.note["adapter"] = name
-    adapters = _front(request).engine.adapters
-    if name not in adapters.names() and name not in adapters.scan():
-        raise Fault(404, f'the store holds no adapter "{name}".', "model_not_found", "name")
-    act: Callable[[str], AdapterInfo] = getattr(adapters, verb)
-    return _shown(act(name))
+ACTIONS = {
+    "load": "Read an adapter into memory; answers when it is there.",
+    "unload": "Let an adapter go when the requests that run with it have ended.",
+    "pin": "Read an adapter into memory and keep it there.",
+    "unpin": "Let a pinned adapter be dropped again when room is needed.",
+    "reload": "Read an adapter's files again; running requests end with what they began with.",
+}
 
 
 @router.get("/adapters")
-def listed(request: Request, key: Key) -> AdapterList:
+def listed(request: Request) -> AdapterList:
     """Every adapter of the store: its state, rank, memory and use."""
-    return AdapterList(adapters=[_shown(info) for info in _front(request).engine.adapters.all()])
+    return AdapterList(adapters=list(front_of(request).engine.adapters.all()))
 
 
 @router.post("/adapters/scan")
-def scan(request: Request, key: Key) -> AdapterList:
+def scan(request: Request) -> AdapterList:
     """Look for new folders in the store."""
-    _front(request).engine.adapters.scan()
-    return listed(request, key)
+    front_of(request).engine.adapters.scan()
+    return listed(request)
 
 
 @router.get("/adapters/{name}")
-def one(request: Request, name: Name, key: Key) -> Adapter:
+def one(request: Request, name: Name) -> AdapterInfo:
     """One adapter."""
-    return _shown(_front(request).engine.adapters.info(name))
+    return front_of(request).engine.adapters.info(name)
 
 
-@router.post("/adapters/{name}/load")
-def load(request: Request, name: Name, key: Key) -> Adapter:
-    """Read an adapter into memory; answers when it is there."""
-    return _act(request, name, "load")
+def _action(verb: str) -> Callable[[Request, str], AdapterInfo]:
+    """An endpoint that does something with an adapter of the store. In a thread: reading one may take a while."""
+
+    def act(request: Request, name: Name) -> AdapterInfo:
+        request.state.note["adapter"] = name
+        adapters = front_of(request).engine.adapters
+        if name not in adapters.names() and name not in adapters.scan():
+            raise Fault(404, f'the store holds no adapter "{name}".', "model_not_found", "name")
+        found: AdapterInfo = getattr(adapters, verb)(name)
+        return found
+
+    return act
 
 
-@router.post("/adapters/{name}/unload")
-def unload(request: Request, name: Name, key: Key) -> Adapter:
-    """Let an adapter go when the requests that run with it have ended."""
-    return _act(request, name, "unload")
-
-
-@router.post("/adapters/{name}/pin")
-def pin(request: Request, name: Name, key: Key) -> Adapter:
-    """Read an adapter into memory and keep it there."""
-    return _act(request, name, "pin")
-
-
-@router.post("/adapters/{name}/unpin")
-def unpin(request: Request, name: Name, key: Key) -> Adapter:
-    """Let a pinned adapter be dropped again when room is needed."""
-    return _act(request, name, "unpin")
-
-
-@router.post("/adapters/{name}/reload")
-def reload(request: Request, name: Name, key: Key) -> Adapter:
-    """Read an adapter's files again; running requests end with what they began with."""
-    return _act(request, name, "reload")
+for _verb, _about in ACTIONS.items():
+    router.post(f"/adapters/{{name}}/{_verb}", name=_verb, description=_about)(_action(_verb))
 
 
 @router.post("/keys/reload")
-def reload_keys(request: Request, key: Key) -> TenantList:
+def reload_keys(request: Request) -> TenantList:
     """Read the file of keys again."""
+    front: Front = front_of(request)
     try:
-        return TenantList(tenants=_front(request).tenants.reload())
+        return TenantList(tenants=front.tenants.reload())
     except LorakitError as problem:
-        raise Fault(400, str(problem), "keys_unreadable") from problem
+        raise Fault(400, front.tenants.without_path(str(problem)), "keys_unreadable") from problem

@@ -5,18 +5,18 @@ from __future__ import annotations
 import asyncio
 import json
 import time
-from collections.abc import AsyncIterator, Iterable, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from pydantic import BaseModel
 from starlette.responses import Response
-from starlette.types import Message as AsgiMessage
 from starlette.types import Receive, Scope, Send
 
-from lorakit.serve.http.faults import Fault, fault_of
-from lorakit.serve.http.front import Front, Order, unfinished
-from lorakit.serve.http.schema import (
+from lorakit.serve.http.bodies import (
+    Answer,
     AnswerMessage,
     ChatAnswer,
     ChatChoice,
@@ -31,8 +31,10 @@ from lorakit.serve.http.schema import (
     TopLogprob,
     Usage,
 )
-from lorakit.serve.http.text import Writer
-from lorakit.serve.request import Ticket, Token
+from lorakit.serve.http.faults import Fault, fault_of
+from lorakit.serve.http.front import Front, Order, unfinished
+from lorakit.serve.http.text import Detokenizer
+from lorakit.serve.request import Ticket, Token, arrivals
 
 Reason = Literal["stop", "length"]
 
@@ -49,38 +51,24 @@ class Step:
     reason: Reason | None = None
 
 
-async def steps_of(tickets: Sequence[Ticket], writers: Sequence[Writer]) -> AsyncIterator[tuple[int, Step]]:
+async def steps_of(tickets: Sequence[Ticket], writers: Sequence[Detokenizer]) -> AsyncIterator[tuple[int, Step]]:
     """The steps of several tickets as they come, each with the ticket's place. A stop string cancels its ticket.
 
     Raises:
         Fault: a ticket ended without its answer being finished.
     """
-    loop = asyncio.get_running_loop()
-    arrived = asyncio.Event()
-
-    def wake() -> None:  # called by the engine's thread, which outlives no loop gladly
-        with suppress(RuntimeError):
-            loop.call_soon_threadsafe(arrived.set)
-
-    for ticket in tickets:
-        ticket.listen(wake)
     unended = set(range(len(tickets)))
-    while unended:
-        await arrived.wait()
-        arrived.clear()
-        for place in sorted(unended):
-            # until nothing is left: a failure is raised after the steps before it
-            while place in unended and (tokens := tickets[place].take()):
-                for token in tokens:
-                    step = written(token, writers[place])
-                    yield place, step
-                    if step.reason is not None:
-                        unended.discard(place)
-                        tickets[place].cancel()
-                        break
+    async for place, tokens in arrivals(tickets, unended):
+        for token in tokens:
+            step = written(token, writers[place])
+            yield place, step
+            if step.reason is not None:
+                unended.discard(place)
+                tickets[place].cancel()
+                break
 
 
-def written(token: Token, writer: Writer) -> Step:
+def written(token: Token, writer: Detokenizer) -> Step:
     """A token as a step. The text of a token that ends an answer is no part of it."""
     if token.finish not in (None, "stop", "length"):
         raise unfinished(token.finish)
@@ -94,137 +82,152 @@ def written(token: Token, writer: Writer) -> Step:
 
 
 class Watch:
-    """Cancels the tickets of an order as soon as its client has left."""
+    """Cancels the tickets of an order as soon as its client has left; `close` ends the order and notes it for the log."""
 
-    def __init__(self, receive: Receive, order: Order) -> None:
-        self.order, self.left = order, False
+    def __init__(self, receive: Receive, order: Order, note: dict[str, Any]) -> None:
+        self.order, self.note, self.left = order, note, False
         self._task = asyncio.create_task(self._wait(receive))
 
     async def _wait(self, receive: Receive) -> None:
-        while True:
-            message: AsgiMessage = await receive()
-            if message["type"] == "http.disconnect":
-                self.left = True
-                self.order.cancel()
-                return
+        while (await receive())["type"] != "http.disconnect":
+            pass
+        self.left = True
+        self.order.cancel()
 
-    async def stop(self) -> None:
-        """Watch no more."""
+    async def close(self) -> None:
+        """The answer is there, or nobody waits for it any more."""
         self._task.cancel()
         with suppress(asyncio.CancelledError):
             await self._task
+        self.order.close()
+        self.note |= self.order.note()
 
 
 # -- the two shapes ------------------------------------------------------------------------------------------------------------
 
 
-class Chat:
+class Shape(ABC):
+    """One of the two kinds of completion: how its answers and the chunks of its streams look."""
+
+    whole: Callable[..., Answer]
+    chunk_object: str
+
+    def __init__(self, front: Front, asked: ChatRequest | CompletionRequest) -> None:
+        self.front, self.asked = front, asked
+
+    @abstractmethod
+    def opening(self, index: int) -> dict[str, Any] | None:
+        """What the first chunk of a choice adds, before any token."""
+
+    @abstractmethod
+    def content(self, step: Step) -> dict[str, Any]:
+        """What a chunk's choice says of a step's text."""
+
+    @abstractmethod
+    def choice(self, steps: Sequence[Step], *, index: int, **rest: Any) -> BaseModel:
+        """All steps of an answer as a choice."""
+
+    @abstractmethod
+    def probabilities(self, index: int, steps: Iterable[Step]) -> BaseModel:
+        """The probabilities of these steps."""
+
+    def _logprobs(self, index: int, steps: Iterable[Step]) -> BaseModel | None:
+        return None if self.asked.reported is None else self.probabilities(index, steps)
+
+    def chunk(self, index: int, content: dict[str, Any], step: Step | None = None) -> dict[str, Any]:
+        """A choice of a chunk."""
+        logprobs = self._logprobs(index, [step]) if step is not None else None
+        shown = logprobs.model_dump() if logprobs is not None else None
+        return {"index": index, **content, "logprobs": shown, "finish_reason": step.reason if step else None}
+
+    def answer(self, head: dict[str, Any], answers: Sequence[Sequence[Step]], usage: Usage) -> Answer:
+        """Everything at once."""
+        choices = [
+            self.choice(
+                steps,
+                index=index,
+                logprobs=self._logprobs(index, steps),
+                finish_reason=steps[-1].reason or "stop",
+            )
+            for index, steps in enumerate(answers)
+        ]
+        return self.whole(**head, choices=choices, usage=usage)
+
+
+class Chat(Shape):
     """/v1/chat/completions."""
 
-    whole_object, chunk_object = "chat.completion", "chat.completion.chunk"
-
-    def __init__(self, front: Front, asked: ChatRequest) -> None:
-        self.front, self.asked = front, asked
+    whole, chunk_object = ChatAnswer, "chat.completion.chunk"
 
     def opening(self, index: int) -> dict[str, Any] | None:
-        """The first chunk of a choice: who speaks."""
-        return {"index": index, "delta": {"role": "assistant", "content": ""}, "logprobs": None, "finish_reason": None}
+        """Who speaks."""
+        return {"delta": {"role": "assistant", "content": ""}}
 
-    def piece(self, index: int, step: Step) -> dict[str, Any]:
-        """A step as a chunk's choice."""
-        delta = {"content": step.text} if step.text or step.reason is None else {}
-        logprobs = self._logprobs([step])
-        shown = logprobs.model_dump() if logprobs is not None else None
-        return {"index": index, "delta": delta, "logprobs": shown, "finish_reason": step.reason}
+    def content(self, step: Step) -> dict[str, Any]:
+        """The text, where the step has any."""
+        return {"delta": {"content": step.text} if step.text or step.reason is None else {}}
 
-    def answer(self, head: dict[str, Any], answers: Sequence[Sequence[Step]], usage: Usage) -> ChatAnswer:
-        """Everything at once."""
-        choices = [
-            ChatChoice(
-                index=index,
-                message=AnswerMessage(content="".join(step.text for step in steps)),
-                logprobs=self._logprobs(steps),
-                finish_reason=steps[-1].reason or "stop",
+    def choice(self, steps: Sequence[Step], *, index: int, **rest: Any) -> ChatChoice:
+        """The answer as a message."""
+        message = AnswerMessage(content="".join(step.text for step in steps))
+        return ChatChoice(index=index, message=message, **rest)
+
+    def probabilities(self, index: int, steps: Iterable[Step]) -> ChatLogprobs:
+        """Token by token."""
+        content = [
+            TokenLogprob(
+                **self._named(token.id, token.logprob),
+                top_logprobs=[TopLogprob(**self._named(one, logprob)) for one, logprob in token.top],
             )
-            for index, steps in enumerate(answers)
+            for token in (step.token for step in steps)
+            if token.id is not None and token.logprob is not None
         ]
-        return ChatAnswer(**head, choices=choices, usage=usage)
-
-    def _logprobs(self, steps: Iterable[Step]) -> ChatLogprobs | None:
-        if self.asked.reported is None:
-            return None
-        content = []
-        for token in (step.token for step in steps):
-            if token.id is None or token.logprob is None:
-                continue
-            text, raw = self.front.pieces(token.id)
-            top = [self._top(one, logprob) for one, logprob in token.top]
-            content.append(TokenLogprob(token=text, bytes=raw, logprob=token.logprob, top_logprobs=top))
         return ChatLogprobs(content=content)
 
-    def _top(self, token: int, logprob: float) -> TopLogprob:
-        text, raw = self.front.pieces(token)
-        return TopLogprob(token=text, bytes=raw, logprob=logprob)
+    def _named(self, token: int, logprob: float) -> dict[str, Any]:
+        text, raw = self.front.token_texts(token)
+        return {"token": text, "bytes": raw, "logprob": logprob}
 
 
-class Completion:
+class Completion(Shape):
     """/v1/completions."""
 
-    whole_object = chunk_object = "text_completion"
+    whole, chunk_object = CompletionAnswer, "text_completion"
+    asked: CompletionRequest
 
-    def __init__(self, front: Front, asked: CompletionRequest, prompts: Sequence[Sequence[int]]) -> None:
-        self.front, self.asked = front, asked
-        self.echoes = [""] * len(prompts)
-        if asked.echo:
-            self.echoes = [
-                given if isinstance(given, str) else front.tokenizer.decode(given) for given in asked.prompts
-            ]
-        self._written = [0] * (len(prompts) * asked.choices)
+    def __init__(self, front: Front, asked: CompletionRequest) -> None:
+        super().__init__(front, asked)
+        decode = front.tokenizer.decode
+        self.echoes = [given if isinstance(given, str) else decode(given) for given in asked.prompts if asked.echo]
+        self._written = [0] * (len(asked.prompts) * asked.choices)
 
     def _echo(self, index: int) -> str:
-        return self.echoes[index // self.asked.choices]
+        return self.echoes[index // self.asked.choices] if self.echoes else ""
 
     def opening(self, index: int) -> dict[str, Any] | None:
-        """The first chunk of a choice: the prompt, where it is to be echoed."""
-        echo = self._echo(index)
-        return {"index": index, "text": echo, "logprobs": None, "finish_reason": None} if echo else None
+        """The prompt, where it is to be echoed."""
+        return {"text": echo} if (echo := self._echo(index)) else None
 
-    def piece(self, index: int, step: Step) -> dict[str, Any]:
-        """A step as a chunk's choice."""
-        logprobs = self._logprobs([step], index)
-        shown = logprobs.model_dump() if logprobs is not None else None
-        return {"index": index, "text": step.text, "logprobs": shown, "finish_reason": step.reason}
+    def content(self, step: Step) -> dict[str, Any]:
+        """The text."""
+        return {"text": step.text}
 
-    def answer(self, head: dict[str, Any], answers: Sequence[Sequence[Step]], usage: Usage) -> CompletionAnswer:
-        """Everything at once."""
-        choices = [
-            CompletionChoice(
-                index=index,
-                text=self._echo(index) + "".join(step.text for step in steps),
-                logprobs=self._logprobs(steps, index),
-                finish_reason=steps[-1].reason or "stop",
-            )
-            for index, steps in enumerate(answers)
-        ]
-        return CompletionAnswer(**head, choices=choices, usage=usage)
+    def choice(self, steps: Sequence[Step], *, index: int, **rest: Any) -> CompletionChoice:
+        """The answer as a text."""
+        return CompletionChoice(index=index, text=self._echo(index) + "".join(step.text for step in steps), **rest)
 
-    def _logprobs(self, steps: Iterable[Step], index: int) -> CompletionLogprobs | None:
-        if self.asked.logprobs is None:
-            return None
+    def probabilities(self, index: int, steps: Iterable[Step]) -> CompletionLogprobs:
+        """In parallel lists."""
         found = CompletionLogprobs(tokens=[], token_logprobs=[], top_logprobs=[], text_offset=[])
+        name = self.front.token_texts
         for step in steps:
-            token = step.token
-            if token.id is not None:
-                found.tokens.append(self.front.pieces(token.id)[0])
-                found.token_logprobs.append(token.logprob)
-                assert found.top_logprobs is not None
-                found.top_logprobs.append({self.front.pieces(one)[0]: logprob for one, logprob in token.top})
+            if step.token.id is not None:
+                found.tokens.append(name(step.token.id)[0])
+                found.token_logprobs.append(step.token.logprob)
+                found.top_logprobs.append({name(one)[0]: logprob for one, logprob in step.token.top})
                 found.text_offset.append(self._written[index])
             self._written[index] += len(step.text)
         return found
-
-
-Shape = Chat | Completion
 
 
 # -- answering -----------------------------------------------------------------------------------------------------------------
@@ -255,15 +258,15 @@ async def respond(front: Front, shape: Shape, order: Order, receive: Receive, no
         "system_fingerprint": front.fingerprint(order.blend),
     }
     lazy = not asked.stream and asked.reported is None
-    writers = [Writer(front.tokenizer, asked.stops, lazy) for _ in order.tickets]
-    watch = Watch(receive, order)
+    writers = [Detokenizer(front.tokenizer, asked.stops, lazy) for _ in order.tickets]
+    watch = Watch(receive, order, note)
     steps = steps_of(order.tickets, writers)
     streams = False
     try:
         if asked.stream:
             first = await anext(steps)
             streams = True
-            return EventStream(_events(shape, order, head, first, steps), order, watch, front.bounds.stall, note)
+            return EventStream(_events(shape, order, head, first, steps), watch, front.bounds.stall)
         answers: list[list[Step]] = [[] for _ in order.tickets]
         async for place, step in steps:
             answers[place].append(step)
@@ -272,13 +275,11 @@ async def respond(front: Front, shape: Shape, order: Order, receive: Receive, no
         return Response(whole.model_dump_json(), media_type="application/json")
     except Fault:
         if watch.left:
-            raise Fault(499, "the client left before its answer was there.", "client_left") from None
+            raise Fault(499, "the client disconnected before its answer was complete.", "client_left") from None
         raise
     finally:
         if not streams:
-            await watch.stop()
-            order.close()
-            note |= order.note()
+            await watch.close()
 
 
 async def _events(
@@ -289,20 +290,16 @@ async def _events(
     wants_usage = bool(asked.stream_options and asked.stream_options.include_usage)
     head = {**head, "object": shape.chunk_object} | ({"usage": None} if wants_usage else {})
     for index in range(len(order.tickets)):
-        choice = shape.opening(index)
-        if choice is not None:
-            yield {**head, "choices": [choice]}
-
-    async def every() -> AsyncIterator[tuple[int, Step]]:
-        yield first
-        async for one in steps:
-            yield one
-
+        if (opening := shape.opening(index)) is not None:
+            yield {**head, "choices": [shape.chunk(index, opening)]}
     generated = 0
-    async for index, step in every():
+    following: tuple[int, Step] | None = first
+    while following is not None:
+        index, step = following
         generated += step.token.id is not None
         if step.text or step.reason or (asked.reported is not None and step.token.id is not None):
-            yield {**head, "choices": [shape.piece(index, step)]}
+            yield {**head, "choices": [shape.chunk(index, shape.content(step), step)]}
+        following = await anext(steps, None)
     if wants_usage:
         yield {**head, "choices": [], "usage": usage_of(order, asked.choices, generated).model_dump()}
 
@@ -312,12 +309,10 @@ class EventStream(Response):
 
     media_type = "text/event-stream"
 
-    def __init__(
-        self, events: AsyncIterator[dict[str, Any]], order: Order, watch: Watch, stall: float, note: dict[str, Any]
-    ) -> None:
+    def __init__(self, events: AsyncIterator[dict[str, Any]], watch: Watch, stall: float) -> None:
         super().__init__(headers={"Cache-Control": "no-store", "X-Accel-Buffering": "no"})
         del self.headers["content-length"]
-        self.events, self.order, self.watch, self.stall, self.note = events, order, watch, stall, note
+        self.events, self.watch, self.stall = events, watch, stall
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send everything."""
@@ -327,33 +322,27 @@ class EventStream(Response):
             await send({"type": "http.response.body", "body": b""})
         finally:
             await self.events.aclose()  # type: ignore[attr-defined]
-            await self.watch.stop()
-            self.order.close()
-            self.note |= self.order.note()
+            await self.watch.close()
 
     async def _pass_on(self, send: Send) -> None:
+        note = self.watch.note
         try:
             async for event in self.events:
-                await self._send(send, event)
-            await self._send(send, None)
+                await self._send(send, json.dumps(event, ensure_ascii=False, separators=(",", ":")))
+            await self._send(send, "[DONE]")
         except TimeoutError:
-            self.note["ended"] = "the client left its stream unread"
+            note["ended"] = "the client left its stream unread"
             raise Fault(408, f"the stream was left unread for {self.stall:.0f} s.", "stalled") from None
         except Exception as error:
             if self.watch.left:
-                self.note["ended"] = "the client left"
+                note["ended"] = "the client left"
                 return
             fault = fault_of(error)
-            self.note["ended"] = fault.code
+            note["ended"] = fault.code
             if fault.code == "internal":
-                self.note["error"] = repr(error)
-            await self._send(send, fault.body())
+                note["error"] = repr(error)
+            await self._send(send, json.dumps(fault.body(), ensure_ascii=False))
 
-    async def _send(self, send: Send, event: dict[str, Any] | None) -> None:
-        text = "data: [DONE]\n\n" if event is None else f"data: {_json(event)}\n\n"
-        message = {"type": "http.response.body", "body": text.encode(), "more_body": True}
+    async def _send(self, send: Send, data: str) -> None:
+        message = {"type": "http.response.body", "body": f"data: {data}\n\n".encode(), "more_body": True}
         await asyncio.wait_for(send(message), self.stall)
-
-
-def _json(value: Any) -> str:
-    return json.dumps(value, ensure_ascii=False, separators=(",", ":"))

@@ -5,11 +5,10 @@ from __future__ import annotations
 import re
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
-from typing import Annotated, Any
+from typing import Any
 
 from fastapi import APIRouter, Depends, FastAPI
 from fastapi.exceptions import RequestValidationError
-from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
@@ -20,43 +19,39 @@ from lorakit import __version__
 from lorakit.errors import LorakitError
 from lorakit.serve.http.admin import router as admin
 from lorakit.serve.http.answer import Chat, Completion, Shape, respond
-from lorakit.serve.http.faults import Fault, fault_of
-from lorakit.serve.http.front import Front, new_key
-from lorakit.serve.http.guard import Guard
-from lorakit.serve.http.prompt import encode_messages, encode_prompt
-from lorakit.serve.http.schema import (
+from lorakit.serve.http.bodies import (
     ChatAnswer,
     ChatRequest,
     CompletionAnswer,
     CompletionRequest,
-    ErrorAnswer,
     Generation,
     Health,
     Model,
     Models,
+    errors,
 )
-from lorakit.serve.http.tenants import ANYONE, Tenant
+from lorakit.serve.http.faults import Fault, fault_of
+from lorakit.serve.http.front import Front, front_of, new_key, tenant_of
+from lorakit.serve.http.guard import KEY, Guard
+from lorakit.serve.http.tenants import Tenant
+from lorakit.serve.http.text import encode_messages, encode_prompt
 
-router = APIRouter()
+_UNKNOWN_KEY = errors(e401="No key, or a wrong one.")
+_ERRORS = _UNKNOWN_KEY | errors(
+    e400="A parameter is wrong or not supported; `param` names it.",
+    e404="No such model for this key.",
+    e413="The body is too long.",
+    e429="A quota or the queue is full; `Retry-After` says when to try again.",
+    e503="The server is not ready or is shutting down.",
+)
+public = APIRouter()
+router = APIRouter(dependencies=[Depends(KEY)])
 
 _LONG = 20_000
 """Prompts of more characters are read into tokens in another thread, so that nobody waits for them."""
 
 _BRANCH = re.compile(r"str|int|constrained-\w+|list\[.*|function-.*|\[key\]")
 """How pydantic names the kinds that a value may be of; no word of the client's."""
-
-_bearer = HTTPBearer(auto_error=False, description="A key made by `lorakit keys`; the guard has checked it.")
-Key = Annotated[HTTPAuthorizationCredentials | None, Depends(_bearer)]
-"""Says in the API's description that a key is needed; it is checked before anything is read (`guard.py`)."""
-
-_ERRORS: dict[int | str, dict[str, Any]] = {
-    400: {"model": ErrorAnswer, "description": "A parameter is wrong or not supported; `param` names it."},
-    401: {"model": ErrorAnswer, "description": "No key, or a wrong one."},
-    404: {"model": ErrorAnswer, "description": "No such model for this key."},
-    413: {"model": ErrorAnswer, "description": "The body is too long."},
-    429: {"model": ErrorAnswer, "description": "A quota or the queue is full; `Retry-After` says when to try again."},
-    503: {"model": ErrorAnswer, "description": "The server is not ready or is shutting down."},
-}
 
 
 def build(front: Front, lifespan: Callable[[Any], Any] | None = None) -> ASGIApp:
@@ -75,8 +70,8 @@ def application(front: Front, lifespan: Callable[[Any], Any] | None = None) -> F
         lifespan=lifespan or _nothing,
     )
     app.state.front = front
-    app.include_router(router)
-    app.include_router(admin)
+    for part in (public, router, admin):
+        app.include_router(part)
     app.add_exception_handler(RequestValidationError, _invalid)
     app.add_exception_handler(HTTPException, _http)
     app.add_exception_handler(LorakitError, _fault)
@@ -142,7 +137,7 @@ async def _invalid(request: Request, error: Exception) -> Response:
         case "missing":
             message, code = f'"{param or "the body"}" is missing.', "missing_parameter"
         case "json_invalid":
-            message, code, param = "the body is no JSON.", "invalid_json", ""
+            message, code, param = "the body is not valid JSON.", "invalid_json", ""
         case "value_error":
             message, code = str(first["ctx"]["error"]), "invalid_value"
         case _:
@@ -151,17 +146,6 @@ async def _invalid(request: Request, error: Exception) -> Response:
 
 
 # -- generation --------------------------------------------------------------------------------------------------------------
-
-
-def front_of(request: Request) -> Front:
-    """What this application serves."""
-    front: Front = request.app.state.front
-    return front
-
-
-def tenant_of(request: Request) -> Tenant:
-    """Who asks, as the guard has found."""
-    return getattr(request.state, "tenant", None) or ANYONE
 
 
 async def _blend(front: Front, asked: Generation, tenant: Tenant) -> dict[str, float]:
@@ -186,7 +170,7 @@ async def _generate(
     sampling = front.sampling(asked, prompts)
     front.metrics.tenant.labels(front.metrics.label("tenant", tenant.name)).inc()
     order = front.submit(asked, tenant, blend, prompts, sampling, new_key(kind))
-    shape: Shape = Chat(front, asked) if isinstance(asked, ChatRequest) else Completion(front, asked, prompts)
+    shape: Shape = Chat(front, asked) if isinstance(asked, ChatRequest) else Completion(front, asked)
     return await respond(front, shape, order, request.receive, note)
 
 
@@ -198,7 +182,7 @@ _STREAM = {"text/event-stream": {"schema": {"type": "string"}}}
     response_model=None,
     responses={**_ERRORS, 200: {"model": ChatAnswer, "content": _STREAM}},
 )
-async def chat_completions(request: Request, asked: ChatRequest, key: Key) -> Response:
+async def chat_completions(request: Request, asked: ChatRequest) -> Response:
     """Answer a conversation, whole or as a stream of events."""
 
     def read(front: Front) -> list[list[int]]:
@@ -212,7 +196,7 @@ async def chat_completions(request: Request, asked: ChatRequest, key: Key) -> Re
     response_model=None,
     responses={**_ERRORS, 200: {"model": CompletionAnswer, "content": _STREAM}},
 )
-async def completions(request: Request, asked: CompletionRequest, key: Key) -> Response:
+async def completions(request: Request, asked: CompletionRequest) -> Response:
     """Continue texts or token ids, whole or as a stream of events."""
 
     def read(front: Front) -> list[list[int]]:
@@ -230,28 +214,28 @@ def _models(request: Request) -> list[Model]:
     return base + [Model(id=name, created=front.created, parent=front.name) for name in front.allowed(tenant)]
 
 
-@router.get("/v1/models", responses={401: _ERRORS[401]})
-async def models(request: Request, key: Key) -> Models:
+@router.get("/v1/models", responses=_UNKNOWN_KEY)
+async def models(request: Request) -> Models:
     """The base model and the adapters that this key may use."""
     return Models(data=_models(request))
 
 
-@router.get("/v1/models/{model}", responses={401: _ERRORS[401], 404: _ERRORS[404]})
-async def model(request: Request, model: str, key: Key) -> Model:
+@router.get("/v1/models/{model}", responses=_UNKNOWN_KEY | errors(e404="No such model for this key."))
+async def model(request: Request, model: str) -> Model:
     """One of them."""
     for found in _models(request):
         if found.id == model:
             return found
-    raise Fault(404, f'no model "{model}" is here for this key.', "model_not_found", "model")
+    raise Fault(404, f'this key has no model "{model}".', "model_not_found", "model")
 
 
-@router.get("/health")
+@public.get("/health")
 async def health() -> Health:
     """Whether the process answers."""
     return Health(status="ok")
 
 
-@router.get("/ready", response_model=Health, responses={503: {"model": Health}})
+@public.get("/ready", response_model=Health, responses={503: {"model": Health}})
 async def ready(request: Request) -> Response:
     """Whether requests are taken; a load balancer sends none here while this is 503."""
     is_ready = front_of(request).engine.ready()
@@ -259,6 +243,6 @@ async def ready(request: Request) -> Response:
 
 
 @router.get("/metrics", response_class=Response, responses={200: {"content": {"text/plain": {}}}})
-def metrics(request: Request, key: Key) -> Response:
+def metrics(request: Request) -> Response:
     """Counters in Prometheus' format."""
     return Response(front_of(request).metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")

@@ -75,4 +75,4 @@ def fault_of(error: BaseException) -> Fault:
             return Fault(500, str(error), "engine_failed")
         case LorakitError():
             return Fault(400, str(error), "refused")
-    return Fault(500, "the server failed at this request; its log has the details under this request id.", "internal")
+    return Fault(500, "internal error; the server's log has the details under this request id.", "internal")

@@ -1,19 +1,21 @@
-"""What all endpoints share: the engine, the tokenizer, the tenants, the limits; and the way of a request through them."""
+"""What all endpoints share: the engine, the tokenizer, the tenants, the limits; and the way of a request to the engine."""
 
 from __future__ import annotations
 
 import time
 import uuid
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
+from starlette.requests import HTTPConnection
+
 from lorakit.errors import LorakitError
+from lorakit.serve.http.bodies import ChatRequest, CompletionRequest, Generation
 from lorakit.serve.http.faults import Fault
 from lorakit.serve.http.metrics import Metrics
-from lorakit.serve.http.prompt import Pieces
-from lorakit.serve.http.schema import ChatRequest, CompletionRequest, Generation
-from lorakit.serve.http.tenants import Tenant, Tenants
+from lorakit.serve.http.tenants import ANYONE, Tenant, Tenants
+from lorakit.serve.http.text import TokenTexts
 from lorakit.serve.request import Engine, Request, Sampling, Ticket, UnknownAdapter
 
 
@@ -72,7 +74,7 @@ class Front:
     """Seconds between two looks at the store for a name that is not known."""
 
     def __post_init__(self) -> None:
-        self.pieces = Pieces(self.tokenizer)
+        self.token_texts = TokenTexts(self.tokenizer)
         self.metrics.watch(self.engine)
 
     # -- names -----------------------------------------------------------------------------------------------------------
@@ -124,7 +126,7 @@ class Front:
     def _absent(self, name: str, tenant: Tenant, param: str) -> Fault:
         known = [*([self.name] if tenant.base else []), *self.allowed(tenant)]
         shown = ", ".join(known[:20]) + (f" and {len(known) - 20} more" if len(known) > 20 else "")
-        return Fault(404, f'no model "{name}" is here for this key. There are: {shown}.', "model_not_found", param)
+        return Fault(404, f'this key has no model "{name}"; its models: {shown}.', "model_not_found", param)
 
     # -- submitting --------------------------------------------------------------------------------------------------------
     def submit(
@@ -144,23 +146,22 @@ class Front:
         answers = len(prompts) * asked.choices
         ledger = self.tenants.ledger(tenant)
         ledger.enter(tenant, answers, sum(map(len, prompts)) * asked.choices, self.clock())
-        order = Order(self, tenant, dict(blend), key)
+        order = Order(self, tenant, dict(blend), key, answers)
         try:
-            for row, (prompt, how) in enumerate(zip(prompts, sampling, strict=True)):
-                for choice in range(asked.choices):
-                    drawn = how if how.seed is None else replace(how, seed=(how.seed + choice) % 2**63)
-                    request = Request(
-                        id=f"{key}-{row * asked.choices + choice}",
-                        prompt=tuple(prompt),
-                        blend=blend,
-                        tenant="" if self.tenants.open else tenant.name,
-                        weight=tenant.weight,
-                        deadline=self.bounds.seconds,
-                        sampling=drawn,
-                    )
-                    order.tickets.append(self.engine.submit(request))
+            for number in range(answers):
+                row, choice = divmod(number, asked.choices)
+                how = sampling[row]
+                request = Request(
+                    id=f"{key}-{number}",
+                    prompt=tuple(prompts[row]),
+                    blend=blend,
+                    tenant="" if self.tenants.open else tenant.name,
+                    weight=tenant.weight,
+                    deadline=self.bounds.seconds,
+                    sampling=how if how.seed is None else replace(how, seed=(how.seed + choice) % 2**63),
+                )
+                order.tickets.append(self.engine.submit(request))
         except BaseException:
-            order.missing = answers - len(order.tickets)
             order.close()
             raise
         return order
@@ -171,26 +172,32 @@ class Front:
         Raises:
             Fault: too many answers, a prompt or an answer that does not fit.
         """
-        bounds, window = self.bounds, self.engine.context
-        if len(prompts) * asked.choices > bounds.answers:
+        bounds, answers = self.bounds, len(prompts) * asked.choices
+        if answers > bounds.answers:
             raise Fault(
                 400,
-                f"{len(prompts)} prompts with n={asked.choices} ask for {len(prompts) * asked.choices} answers; "
-                f"{bounds.answers} in one request are the most.",
+                f"{len(prompts)} prompts with n={asked.choices} ask for {answers} answers; {bounds.answers} in one request "
+                "are the most.",
                 "too_many_answers",
                 "n",
             )
-        limit = asked.limit
-        if limit is not None and bounds.output is not None and limit > bounds.output:
+        if asked.limit is not None and bounds.output is not None and asked.limit > bounds.output:
             raise Fault(
                 400,
-                f"max_tokens was given as {limit}; this server gives {bounds.output} at most.",
+                f"max_tokens was given as {asked.limit}; this server gives {bounds.output} at most.",
                 "max_tokens_exceeded",
                 "max_tokens",
             )
-        bias = {int(token): number for token, number in (asked.logit_bias or {}).items()}
-        for param, tokens in (("logit_bias", bias), ("stop_token_ids", asked.stop_token_ids or ())):
-            for token in tokens:
+        given: dict[str, Any] = {one.name: getattr(asked, one.name, None) for one in fields(Sampling)}
+        given |= {
+            "logit_bias": {int(token): number for token, number in (asked.logit_bias or {}).items()},
+            "stop_token_ids": tuple(asked.stop_token_ids or ()),
+            "top_k": max(0, asked.top_k or 0),
+            "seed": None if asked.seed is None else asked.seed % 2**63,
+            "logprobs": asked.reported,
+        }
+        for param in ("logit_bias", "stop_token_ids"):
+            for token in given[param]:
                 if token >= len(self.tokenizer):
                     raise Fault(
                         400,
@@ -198,47 +205,35 @@ class Front:
                         "unknown_token",
                         param,
                     )
-        found = []
-        for prompt in prompts:
-            if not prompt:
-                raise Fault(400, "the prompt is empty; it needs one token at least.", "empty_prompt", "prompt")
-            most = min(window - 1, bounds.prompt or window)
-            if len(prompt) > most:
-                raise Fault(
-                    400,
-                    f"the prompt has {len(prompt):,} tokens; {most:,} are the most (the model reads {window:,}, its answer "
-                    "included).",
-                    "context_length_exceeded",
-                    "prompt",
-                )
-            room = window - len(prompt)
-            if limit is not None and limit > room:
-                raise Fault(
-                    400,
-                    f"the prompt has {len(prompt):,} tokens and max_tokens asks for {limit:,} more; this model reads "
-                    f"{window:,}, its answer included.",
-                    "context_length_exceeded",
-                    "max_tokens",
-                )
-            found.append(
-                Sampling(
-                    max_tokens=limit or min(room, bounds.output or room),
-                    temperature=1.0 if asked.temperature is None else asked.temperature,
-                    top_p=1.0 if asked.top_p is None else asked.top_p,
-                    top_k=max(0, asked.top_k or 0),
-                    min_p=asked.min_p or 0.0,
-                    min_tokens=asked.min_tokens or 0,
-                    bias=bias,
-                    seed=None if asked.seed is None else asked.seed % 2**63,
-                    stop_ids=tuple(asked.stop_token_ids or ()),
-                    ignore_end=bool(asked.ignore_eos),
-                    presence_penalty=asked.presence_penalty or 0.0,
-                    frequency_penalty=asked.frequency_penalty or 0.0,
-                    repetition_penalty=asked.repetition_penalty or 1.0,
-                    logprobs=asked.reported,
-                )
+        given = {name: value for name, value in given.items() if value is not None}
+        return [Sampling(**given | {"max_tokens": self._room(len(prompt), asked.limit)}) for prompt in prompts]
+
+    def _room(self, prompt: int, limit: int | None) -> int:
+        """Tokens of the answer at most, to a prompt of this many.
+
+        Raises:
+            Fault: the prompt, or `limit` tokens more, do not fit into the model.
+        """
+        window, bounds = self.engine.context, self.bounds
+        most, room = min(window - 1, bounds.prompt or window), window - prompt
+        if not prompt:
+            raise Fault(400, "the prompt is empty; it needs one token at least.", "empty_prompt", "prompt")
+        if prompt > most:
+            raise Fault(
+                400,
+                f"the prompt has {prompt:,} tokens; {most:,} are the most (the model reads {window:,}, its answer included).",
+                "context_length_exceeded",
+                "prompt",
             )
-        return found
+        if limit is not None and limit > room:
+            raise Fault(
+                400,
+                f"the prompt has {prompt:,} tokens and max_tokens asks for {limit:,} more; this model reads {window:,}, its "
+                "answer included.",
+                "context_length_exceeded",
+                "max_tokens",
+            )
+        return limit or min(room, bounds.output or room)
 
     def fingerprint(self, blend: Mapping[str, float]) -> str:
         """Which weights answered: the content of the adapters, as far as it has been read."""
@@ -259,8 +254,8 @@ class Order:
     tenant: Tenant
     blend: dict[str, float]
     key: str
+    answers: int
     tickets: list[Ticket] = field(default_factory=list)
-    missing: int = 0
     closed: bool = False
 
     def cancel(self) -> None:
@@ -276,8 +271,7 @@ class Order:
         self.closed = True
         self.cancel()
         generated = sum(ticket.usage.generated for ticket in self.tickets)
-        ledger = self.front.tenants.ledger(self.tenant)
-        ledger.leave(self.tenant, len(self.tickets) + self.missing, generated, self.front.clock())
+        self.front.tenants.ledger(self.tenant).leave(self.tenant, self.answers, generated, self.front.clock())
         self.front.metrics.finished(self.blend, self.tickets)
 
     def note(self) -> dict[str, Any]:
@@ -292,6 +286,17 @@ class Order:
             "generated_tokens": sum(one.generated for one in usages),
             "first_token_seconds": round(min(firsts), 4) if firsts else None,
         }
+
+
+def front_of(request: HTTPConnection) -> Front:
+    """What the application of this request serves."""
+    front: Front = request.app.state.front
+    return front
+
+
+def tenant_of(request: HTTPConnection) -> Tenant:
+    """Who asks, as the guard has found."""
+    return getattr(request.state, "tenant", None) or ANYONE
 
 
 def new_key(kind: str) -> str:

@@ -1,7 +1,7 @@
 """What every request passes before anything reads it: its id, its host, its key, the size and the pace of its body.
 
 Plain ASGI, outside the application: a client without a key cannot make the server parse anything, and a body that is too
-long or too slow is given up where it comes in. What happened is logged and counted here as well, once for each request.
+long or too slow is refused before it is read to the end. What happened is logged and counted here as well, once for each request.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import time
 import uuid
 from typing import Any
 
+from fastapi.security import HTTPBearer
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -21,6 +22,9 @@ from lorakit.serve.http.front import Front
 from lorakit.serve.http.tenants import Tenant
 
 log = logging.getLogger("lorakit.serve")
+
+KEY = HTTPBearer(auto_error=False, description="A key made by `lorakit keys`; it is checked before anything is read.")
+"""Says in the API's description that an endpoint needs a key; the check itself is `Guard.tenant`."""
 
 PUBLIC = frozenset({"/health", "/ready", "/openapi.json"})
 """Paths that say nothing of any tenant and need no key."""
@@ -83,7 +87,7 @@ class Guard:
         hosts = self.front.hosts
         host = re.sub(r":\d+$", "", headers.get("host", "")).lower()
         if hosts and host not in hosts:
-            raise Fault(421, f'this server does not go by the name "{host}".', "wrong_host", headers=_CLOSE)
+            raise Fault(421, f'this server does not answer to the host name "{host}".', "wrong_host", headers=_CLOSE)
 
 
 class _Passage:
@@ -143,7 +147,7 @@ class _Passage:
                 while True:
                     message = await self.receive()
                     if message["type"] == "http.disconnect":
-                        raise Fault(499, "the client left before its request was there.", "client_left")
+                        raise Fault(499, "the client disconnected before its request was complete.", "client_left")
                     part, more = message.get("body", b""), message.get("more_body")
                     size += len(part)
                     if size <= most:
@@ -153,11 +157,13 @@ class _Passage:
                     if not more:
                         return b"".join(parts)
         except TimeoutError:
-            raise Fault(408, f"the body had not come after {seconds:.0f} s.", "slow_body", headers=_CLOSE) from None
+            raise Fault(
+                408, f"the request body did not arrive within {seconds:.0f} s.", "slow_body", headers=_CLOSE
+            ) from None
 
     def _too_long(self, most: int) -> Fault:
         return Fault(
-            413, f"a request body may have {most:,} bytes; this one has more.", "body_too_large", headers=_CLOSE
+            413, f"the request body is larger than the limit of {most:,} bytes.", "body_too_large", headers=_CLOSE
         )
 
     def _record(self) -> None:

@@ -7,21 +7,16 @@ series, so that no counter ever falls.
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Iterable, Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from lorakit.errors import LorakitError
-from lorakit.serve.request import Engine, Ticket
-
-if TYPE_CHECKING:
-    from collections.abc import Collection
-
-log = logging.getLogger("lorakit.serve")
+from lorakit.serve.request import About, AdapterInfo, Engine, Stats, Ticket, abouts
 
 OTHER = "other"
 LATENCIES = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 25.0, 60.0, 150.0, 600.0)
@@ -96,31 +91,10 @@ class Metrics:
         return generate_latest(self.registry)
 
 
-COUNTERS: dict[str, str] = {
-    "steps": "forwards of the model",
-    "prompt_tokens": "prompt tokens computed",
-    "cached_tokens": "prompt tokens taken from the prefix cache",
-    "generated_tokens": "tokens generated",
-    "hits": "submissions whose adapters were all in memory",
-    "misses": "submissions that had to wait for an adapter",
-    "loads": "adapters read from disk",
-    "evictions": "adapters dropped to make room",
-}
-GAUGES: dict[str, str] = {
-    "running": "requests in the batch",
-    "waiting": "requests in the queue",
-    "loading": "requests in the queue that wait for their adapter",
-    "limit": "requests that the queue holds",
-    "cache_bytes": "key and value memory in use",
-    "cache_limit": "key and value memory in all",
-    "adapter_bytes": "memory of resident adapters",
-    "adapter_limit": "the budget of resident adapters",
-}
-MAPPED: dict[str, tuple[str, str, bool]] = {
-    "finished": ("why", "answers that ended", True),
-    "refused": ("why", "answers refused at submission", True),
-    "adapters": ("state", "adapters of the store", False),
-}
+def family(prefix: str, name: str, about: About, labels: Sequence[str] = ()) -> CounterMetricFamily | GaugeMetricFamily:
+    """An empty metric for a number of the engine's."""
+    kind: Any = CounterMetricFamily if about.kind == "counter" else GaugeMetricFamily
+    return kind(f"lorakit_{prefix}_{name}", about.text, labels=labels)  # type: ignore[no-any-return]
 
 
 class _EngineCounters(Collector):
@@ -135,34 +109,25 @@ class _EngineCounters(Collector):
 
     def collect(self) -> Iterator[Metric]:
         """One snapshot."""
-        stats: Any = self.engine.stats()
-        for name, about in COUNTERS.items():
-            yield CounterMetricFamily(f"lorakit_engine_{name}", about, value=getattr(stats, name))
-        for name, about in GAUGES.items():
-            yield GaugeMetricFamily(f"lorakit_engine_{name}", about, value=getattr(stats, name))
-        for name, (label, about, counts) in MAPPED.items():
-            kind: Any = CounterMetricFamily if counts else GaugeMetricFamily
-            family = kind(f"lorakit_engine_{name}", about, labels=[label])
-            for key, value in getattr(stats, name).items():
-                family.add_metric([key], value)
-            yield family
+        stats = self.engine.stats()
+        for name, about in metrics_of(Stats).items():
+            found = family("engine", name, about, [about.label] if about.label else [])
+            value = getattr(stats, name)
+            for label, number in value.items() if about.label else [("", value)]:
+                found.add_metric([label] if about.label else [], number)
+            yield found
         yield GaugeMetricFamily("lorakit_engine_ready", "1 where requests are taken", value=float(self.engine.ready()))
-        yield from self._adapters()
-
-    def _adapters(self) -> Iterator[Metric]:
-        families: dict[str, CounterMetricFamily | GaugeMetricFamily] = {
-            "hits": CounterMetricFamily("lorakit_adapter_hits", "answers that found it in memory", labels=["adapter"]),
-            "loads": CounterMetricFamily("lorakit_adapter_loads", "times that it was read", labels=["adapter"]),
-            "evictions": CounterMetricFamily(
-                "lorakit_adapter_evictions", "times that it was dropped", labels=["adapter"]
-            ),
-            "bytes": GaugeMetricFamily("lorakit_adapter_bytes", "memory that it takes", labels=["adapter"]),
+        families = {
+            name: family("adapter", name, about, ["adapter"]) for name, about in metrics_of(AdapterInfo).items()
         }
         for name in sorted(self.shown):
-            try:
+            with suppress(LorakitError):  # it has left the store, or it is the base
                 info = self.engine.adapters.info(name)
-            except LorakitError:
-                continue  # it has left the store, or it is the base
-            for field, family in families.items():
-                family.add_metric([name], getattr(info, field))
+                for field, one in families.items():
+                    one.add_metric([name], getattr(info, field))
         yield from families.values()
+
+
+def metrics_of(kind: type) -> dict[str, About]:
+    """The numbers of `Stats` or `AdapterInfo` that are metrics."""
+    return {name: about for name, about in abouts(kind).items() if about.kind}

@@ -113,7 +113,7 @@ def run(
         asyncio.run(serve())
     except SystemExit:
         raise LorakitError(
-            f"serve: {host}:{port} cannot be listened on; the line above says why. Another --port is one way."
+            f"serve: cannot listen on {host}:{port} (the line above says why); another --port may work."
         ) from None
     finally:
         for one, handler in previous.items():

@@ -24,11 +24,13 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import yaml
+from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic.dataclasses import dataclass
 
 from lorakit.errors import LorakitError, unknown
 from lorakit.serve.http.faults import Fault, later
@@ -48,7 +50,30 @@ def digest(key: str) -> str:
     return "sha256:" + hashlib.sha256(key.encode("utf-8", "surrogatepass")).hexdigest()
 
 
-@dataclass(frozen=True)
+def _hash(text: str) -> str:
+    if not text.startswith("sha256:") or len(text) != len(digest("")):
+        raise ValueError(
+            "holds a text that is not a hash. The file keeps sha256:… of a key, never a key; `lorakit keys` makes a key and "
+            "writes its hash"
+        )
+    return text
+
+
+def _listed(value: Any) -> Any:
+    """One text as a list of one, a list as a tuple."""
+    return (value,) if isinstance(value, str) else tuple(value) if isinstance(value, list) else value
+
+
+def _whole(value: Any) -> Any:
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+Texts = Annotated[tuple[str, ...], BeforeValidator(_listed)]
+Hashes = Annotated[tuple[Annotated[str, AfterValidator(_hash)], ...], BeforeValidator(_listed)]
+Count = Annotated[int, BeforeValidator(_whole), Field(ge=0)]
+
+
+@dataclass(frozen=True, config=ConfigDict(strict=True))
 class Tenant:
     """One customer.
 
@@ -64,14 +89,14 @@ class Tenant:
         admin: may use the admin endpoints.
     """
 
-    name: str
-    keys: tuple[str, ...] = ()
-    adapters: tuple[str, ...] = ("*",)
+    name: Annotated[str, Field(min_length=1)]
+    keys: Hashes = ()
+    adapters: Texts = ("*",)
     base: bool = True
-    requests_per_minute: int = 0
-    tokens_per_minute: int = 0
-    concurrent: int = 0
-    weight: float = 1.0
+    requests_per_minute: Count = 0
+    tokens_per_minute: Count = 0
+    concurrent: Count = 0
+    weight: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.0
     admin: bool = False
 
     def may_use(self, adapter: str) -> bool:
@@ -209,6 +234,10 @@ class Tenants:
         self.tenants, self._stamp = tenants, stamp
         return list(tenants)
 
+    def without_path(self, text: str) -> str:
+        """A message for others than the operator: the file by its name alone."""
+        return text if self.file is None else text.replace(str(self.file), self.file.name)
+
     def find(self, key: str | None) -> Tenant | None:
         """The tenant of a key, or None. Takes the same time whichever key it is, right or wrong."""
         self._look()
@@ -249,7 +278,8 @@ class Tenants:
                 log.error("%s The keys from before stay in force.", problem)
 
 
-_NUMBERS = {"requests_per_minute": int, "tokens_per_minute": int, "concurrent": int, "weight": float}
+KNOWN = [one.name for one in fields(Tenant) if one.name != "admin"]
+"""What the file may say of a tenant."""
 
 
 def read_tenants(file: Path) -> dict[str, Tenant]:
@@ -265,20 +295,16 @@ def read_tenants(file: Path) -> dict[str, Tenant]:
     listed = data.get("tenants") or []
     if not isinstance(listed, list):
         raise LorakitError(f"keys: tenants in {file} is a {type(listed).__name__}; it is a list of tenants.")
+    found = [_tenant({"name": "admin", "keys": data["admin"]}, file, admin=True)] if data.get("admin") else []
     tenants: dict[str, Tenant] = {}
-    if data.get("admin"):
-        tenants["admin"] = Tenant("admin", _strings(data["admin"], f"admin in {file}", hashes=True), admin=True)
-    for entry in listed:
-        tenant = _tenant(entry, file)
+    owners: dict[str, str] = {}
+    for tenant in [*found, *(_tenant(entry, file) for entry in listed)]:
         if tenant.name in tenants:
             raise LorakitError(f'keys: {file} has two tenants named "{tenant.name}".')
         tenants[tenant.name] = tenant
-    seen: dict[str, str] = {}
-    for tenant in tenants.values():
         for key in tenant.keys:
-            if key in seen:
-                raise LorakitError(f'keys: in {file} "{seen[key]}" and "{tenant.name}" have the same key.')
-            seen[key] = tenant.name
+            if (owner := owners.setdefault(key, tenant.name)) != tenant.name:
+                raise LorakitError(f'keys: in {file} "{owner}" and "{tenant.name}" have the same key.')
     return tenants
 
 
@@ -296,66 +322,56 @@ def _read(file: Path) -> dict[str, Any]:
     return data
 
 
-def _tenant(entry: Any, file: Path) -> Tenant:
-    known = [one.name for one in fields(Tenant) if one.name != "admin"]
+def _tenant(entry: Any, file: Path, admin: bool = False) -> Tenant:
     if not isinstance(entry, Mapping) or not isinstance(entry.get("name"), str) or not entry["name"]:
         raise LorakitError(f"keys: a tenant in {file} has no name: {entry!r}.")
     where = f'tenant "{entry["name"]}" in {file}'
-    values: dict[str, Any] = {}
-    for name, value in entry.items():
-        if name not in known:
-            raise unknown("entry", str(name), known, where)
-        if name in ("keys", "adapters"):
-            value = _strings(value, f"{name} of {where}", hashes=name == "keys")
-        elif name in _NUMBERS:
-            kind = _NUMBERS[name]
-            right = isinstance(value, int | float) and not isinstance(value, bool) and kind(value) == value
-            if not right or value < 0 or (name == "weight" and not 0 < value < float("inf")):
-                raise LorakitError(
-                    f"keys: {name} of {where} is {value!r}; it is a number of 0 or more (weight: above 0)."
-                )
-            value = kind(value)
-        elif name == "base" and not isinstance(value, bool):
-            raise LorakitError(f"keys: base of {where} is {value!r}; it is true or false.")
-        values[name] = value
-    return Tenant(**values)
+    for name in entry:
+        if name not in KNOWN:
+            raise unknown("entry", str(name), KNOWN, where)
+    try:
+        return Tenant(**entry, admin=admin)
+    except ValidationError as problem:
+        first = problem.errors()[0]
+        name = first["loc"][0]
+        if name == "keys":  # which may be keys, by mistake: not shown
+            said = str(first["ctx"]["error"]) if "error" in first.get("ctx", {}) else "is not a list of texts"
+        else:
+            said = f"is {entry[name]!r}; {_WANTED.get(first['type'], first['msg'].replace('Input', 'it'))}"
+        raise LorakitError(f"keys: {name} of {where} {said}.") from None
 
 
-def _strings(value: Any, what: str, hashes: bool) -> tuple[str, ...]:
-    listed = [value] if isinstance(value, str) else value
-    if not isinstance(listed, list) or not all(isinstance(one, str) for one in listed):
-        raise LorakitError(f"keys: {what} is {value!r}; it is a list of texts.")
-    for one in listed:
-        if hashes and (not one.startswith("sha256:") or len(one) != len(digest(""))):
-            raise LorakitError(
-                f"keys: {what} holds a text that is no hash. The file keeps sha256:… of a key, never a key; "
-                "`lorakit keys` makes a key and writes its hash."
-            )
-    return tuple(listed)
+_WANTED = {
+    "bool_type": "it is true or false",
+    "tuple_type": "it is a list of texts",
+    "string_type": "it is a list of texts",
+}
+"""Where pydantic's own words speak of Python."""
 
 
 def add_key(file: Path, tenant: Tenant) -> str:
     """Make a key for a tenant (or for the admin), write its hash into the file, and return the key.
 
     A tenant that is there gets one key more and keeps the rest of what the file says of it.
+
+    Raises:
+        LorakitError: the file is not understood, and so not written over.
     """
     data = _read(file) if file.exists() else {}
+    if file.exists():
+        read_tenants(file)
     key = make_key()
     if tenant.admin:
-        data["admin"] = [*_strings(data.get("admin") or [], f"admin in {file}", hashes=True), digest(key)]
+        data["admin"] = [*_listed(data.get("admin") or []), digest(key)]
     else:
-        if file.exists():
-            read_tenants(file)  # a file that is not understood is not written over
-        entries = data.setdefault("tenants", []) or []
-        data["tenants"] = entries
-        entry = next((one for one in entries if one.get("name") == tenant.name), None)
+        entries = data["tenants"] = data.get("tenants") or []
+        entry = next((one for one in entries if one["name"] == tenant.name), None)
         if entry is None:
-            plain = {one.name: getattr(tenant, one.name) for one in fields(tenant) if one.name != "admin"}
-            defaults = {one.name: one.default for one in fields(tenant)}
-            entry = {name: value for name, value in plain.items() if name == "name" or value != defaults[name]}
+            given = {one.name: getattr(tenant, one.name) for one in fields(Tenant) if one.name in KNOWN}
+            entry = {name: value for name, value in given.items() if name == "name" or value != getattr(ANYONE, name)}
             entry = {name: list(value) if isinstance(value, tuple) else value for name, value in entry.items()}
             entries.append(entry)
-        entry["keys"] = [*(entry.get("keys") or []), digest(key)]
+        entry["keys"] = [*_listed(entry.get("keys") or []), digest(key)]
     write = json.dumps(data, indent=2) if file.suffix == ".json" else yaml.safe_dump(data, sort_keys=False)
     _replace(file, write)
     return key

@@ -1,6 +1,6 @@
-"""Attention of an unmodified model in service: it reads and writes the engine's pages, and each token sees its own request.
+"""Attention of the serving model: it reads and writes the engine's pages, and each token sees its own request.
 
-transformers calls attention by a registered name. A served model's configuration names ours; ours looks at the present batch:
+transformers calls attention by a registered name. A serving model's configuration names ours; ours looks at the present batch:
 with one, it writes the new keys and values into their pages and attends over them; without one, it calls what the model had
 before, so that the model can still be used otherwise. Scale, softcap, sliding window and sinks arrive as arguments and are
 honoured. A mask of the model's own, a bias, or dropout are not: such models are refused when the engine probes them.
@@ -24,7 +24,7 @@ from lorakit.serve.request import Refused
 
 @dataclass(frozen=True)
 class Asked:
-    """What a layer's attention does beside the usual."""
+    """What a layer asks of attention in addition to q, k and v."""
 
     scale: float
     softcap: float
@@ -45,7 +45,7 @@ class Present:
         batch: the step, or None outside of one.
         cache: the pages, once the layers are known.
         seen: layer -> its shape, filled while the engine looks at the model for the first time.
-        asked: layer -> what its attention was asked for beside q, k and v in the last step.
+        asked: layer -> what its attention was asked for in the last step.
         compiled: whether the loops of `native.cpp` are used.
     """
 

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lorakit.serve.model.packed import Lowered
+from lorakit.serve.model.packed import PackedAdapter
 
 TILE = 4
 """Tokens of one row whose attention is computed together; `native.cpp` is written for this number."""
@@ -43,7 +43,7 @@ class Run:
     tokens: Sequence[int]
     start: int
     pages: Sequence[int]
-    blend: Sequence[tuple[Lowered, float]] = ()
+    blend: Sequence[tuple[PackedAdapter, float]] = ()
     wanted: int = 1
 
 
@@ -53,14 +53,14 @@ class Mixture:
 
     Attributes:
         entries: (run, adapter, weight), runs ascending.
-        parts: (layers, entries, 5): what each adapter says about each layer, as addresses; see `lowered.Lowered.parts`.
+        parts: (layers, entries, 5): what each adapter says about each layer, as addresses; see `PackedAdapter.parts`.
         starts: (runs + 1,): where each run's entries begin.
         weights: (entries,).
         kinds: (runs,): the same number for runs with the same adapters and weights, -1 for the base alone.
         touched: layer -> whether any of the adapters changes it.
     """
 
-    entries: list[tuple[int, Lowered, float]]
+    entries: list[tuple[int, PackedAdapter, float]]
     parts: Tensor
     starts: Tensor
     weights: Tensor
@@ -96,7 +96,7 @@ class Batch:
 
     @functools.cached_property
     def addresses(self) -> tuple[int, ...]:
-        """What the attention of `native.cpp` is told of a step, the same for every layer."""
+        """A step's arguments of the attention in `native.cpp`, the same for every layer."""
         table, tiles = self.table, self.tiles
         return (
             *(table.data_ptr(), table.shape[1], self.row.data_ptr(), self.place.data_ptr(), self.row.shape[0]),
@@ -140,7 +140,7 @@ class Batch:
         return dataclasses.replace(self, row=row, spans=spans)
 
 
-def mix(blends: Sequence[Sequence[tuple[Lowered, float]]]) -> Mixture | None:
+def mix(blends: Sequence[Sequence[tuple[PackedAdapter, float]]]) -> Mixture | None:
     """The adapters of a step from each run's."""
     entries = [(run, adapter, weight) for run, blend in enumerate(blends) for adapter, weight in blend]
     if not entries:

@@ -1,9 +1,9 @@
 """Blocks of the usual form as one function.
 
 A block of a small model is thirty calls of modules and views, which take as long as a fifth of its numbers. The form is
-`h = x + o(attention(norm(x)))`, `h + down(act(gate(n)) * up(n))` with `n = norm(h)`, of parts that are in service already:
-packed layers (`ports.py`), a norm and a gate of `fused.py`. Nothing is computed otherwise: the logits of the trial must
-stay the same to the bit, or the blocks stay as they are (`served.py`).
+`h = x + o(attention(norm(x)))`, `h + down(act(gate(n)) * up(n))` with `n = norm(h)`, of parts that are replaced already:
+linear layers (`linear_layers.py`), a norm and a gate of `fused.py`. The logits of the trial must stay the same to the bit, or
+the blocks stay as they are (`serving_model.py`).
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from lorakit.native import elementwise
 from lorakit.serve.model import native
 from lorakit.serve.model.attention import Present
 from lorakit.serve.model.fused import Gate, Norm
-from lorakit.serve.model.linear_layers import Group, Port
+from lorakit.serve.model.linear_layers import Group, LinearForward
 
 PARTS = {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"}
 
@@ -105,7 +105,7 @@ def fuse(model: nn.Module, present: Present) -> Callable[[], None] | None:
 
 
 def _block(module: nn.Module, present: Present) -> Block | None:
-    """A block for a module that is of the form by its parts' names and what is in service of them."""
+    """A block for a module that is of the form, by its parts' names and their forwards."""
     if {name for name, _ in module.named_children()} != PARTS:
         return None
     attention: Any = module.self_attn
@@ -128,8 +128,8 @@ def _block(module: nn.Module, present: Present) -> Block | None:
 
 def _group(layers: list[nn.Module]) -> Group | None:
     """The group that is these layers, in this order."""
-    ports = [vars(layer).get("forward") for layer in layers]
-    group = ports[0].group if isinstance(ports[0], Port) else None
-    if group is None or group.numbers != [port.number if isinstance(port, Port) else -1 for port in ports]:
+    forwards = [vars(layer).get("forward") for layer in layers]
+    linear = [forward for forward in forwards if isinstance(forward, LinearForward)]
+    if len(linear) < len(layers) or (group := linear[0].group) is None:
         return None
-    return group
+    return group if group.numbers == [forward.number for forward in linear] else None

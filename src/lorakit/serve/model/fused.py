@@ -1,4 +1,4 @@
-"""Elementwise operations of a served model (RMSNorm, rotary positions, gated activations) in C++.
+"""Elementwise operations of the serving model (RMSNorm, rotary positions, gated activations) in C++.
 
 A step of a small model spends as much time between its matmuls as in them: RMSNorm alone is seven passes of PyTorch over
 the tokens. `native/replacement.py` finds the parts and tries them; outside of a step every one computes as it did.
@@ -17,7 +17,7 @@ from lorakit.native import elementwise, replacement
 from lorakit.serve.model.attention import Present
 
 THREAD = threading.local()
-"""`serving` is true in the thread that runs a step just now: a rotary function is shared with models that are not served."""
+"""`serving` is true in the thread that runs a step just now: a rotary function is shared with models that do not serve."""
 
 
 @dataclass

@@ -1,4 +1,4 @@
-"""The linear layers of a model in service: each token's product with the weight, and with its own adapters.
+"""The linear layers of the serving model: each token's product with the weight, and with its own adapters.
 
 In bfloat16, weights are kept a second time in the order in which the loops read them (`linear.cpp`), and layers that read the
 same input (q, k and v; gate and up) are computed by one call: the first of them that the model calls computes all, the
@@ -25,8 +25,8 @@ PANEL = 48
 """Outputs that lie together in a packed weight; `linear.cpp` is written for this number."""
 
 
-class Shelf:
-    """Memory for packed weights, in blocks of at least 64 MB: a page of 2 MB holds no weight that is smaller by itself.
+class WeightBuffer:
+    """Memory for packed weights, in blocks of at least 64 MB, since Linux gives pages of 2 MB to large blocks only.
 
     What is left at the end of a block is never written, so that the system never gives memory for it.
     """
@@ -47,11 +47,11 @@ class Shelf:
         return found
 
 
-def packed(weight: Tensor, shelf: Shelf) -> Tensor:
+def pack_weight(weight: Tensor, buffer: WeightBuffer) -> Tensor:
     """A bfloat16 weight (out, in) in panels: (panels, in / 2, PANEL, 2), what is missing in the last one being zero."""
     out, width = weight.shape
     panels = -(-out // PANEL)
-    result = shelf.take(panels, width // 2, PANEL, 2)
+    result = buffer.take(panels, width // 2, PANEL, 2)
     whole = out // PANEL
     parts = weight.view(out, width // 2, 2)
     result[:whole] = parts[: whole * PANEL].view(whole, PANEL, width // 2, 2).transpose(1, 2)
@@ -61,18 +61,18 @@ def packed(weight: Tensor, shelf: Shelf) -> Tensor:
     return result
 
 
-class Port:
-    """The forward of one linear layer in service.
+class LinearForward:
+    """The forward of one linear layer of the serving model.
 
     Attributes:
-        number: the layer's number among the served ones.
+        number: the layer's place in `linear_layers` of the model.
         tokens: how many tokens it saw in the last forward.
         input: what it was given in the last forward outside of a step.
         panels: its weight as `linear.cpp` reads it, or None.
         group: the layers that are computed together with it.
     """
 
-    def __init__(self, module: nn.Module, number: int, present: Present, shelf: Shelf | None) -> None:
+    def __init__(self, module: nn.Module, number: int, present: Present, buffer: WeightBuffer | None) -> None:
         self.number, self.present, self.tokens = number, present, 0
         self.original: Callable[[Tensor], Tensor] = module.forward
         self.input: Tensor | None = None
@@ -82,7 +82,7 @@ class Port:
         self.group: Group | None = None
         weight = cast(Tensor, module.weight)
         if not (
-            shelf is not None
+            buffer is not None
             and type(module).forward is nn.Linear.forward
             and type(weight) is nn.Parameter
             and weight.dtype == torch.bfloat16
@@ -90,7 +90,7 @@ class Port:
             return
         self.out, self.width = weight.shape
         if native.find("linear", weight.dtype) is not None and self.width % 2 == 0:
-            self.panels = packed(weight.detach(), shelf)
+            self.panels = pack_weight(weight.detach(), buffer)
         elif torch.ops.mkldnn._is_mkldnn_bf16_supported():
             self.ordered = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), None)
 
@@ -122,21 +122,13 @@ class _Layer(ctypes.Structure):
 class Group:
     """Packed layers that read the same input, computed by the first that is asked for."""
 
-    def __init__(self, ports: list[Port]) -> None:
-        self.numbers, self.outs = [port.number for port in ports], [port.out for port in ports]
+    def __init__(self, layers: list[LinearForward]) -> None:
+        self.numbers, self.outs = [layer.number for layer in layers], [layer.out for layer in layers]
         self.width = sum(self.outs)
-        self.held = [tensor for port in ports for tensor in (port.panels, port.bias)]
-        self.layers = (_Layer * len(ports))(
-            *(
-                _Layer(
-                    cast(Tensor, port.panels).data_ptr(),
-                    0 if port.bias is None else port.bias.data_ptr(),
-                    port.width,
-                    port.out,
-                    port.number,
-                )
-                for port in ports
-            )
+        self.tensors = [(layer.panels, layer.bias) for layer in layers]  # must live as long as their addresses
+        addresses = ([0 if tensor is None else tensor.data_ptr() for tensor in pair] for pair in self.tensors)
+        self.layers = (_Layer * len(layers))(
+            *(_Layer(*own, one.width, one.out, one.number) for own, one in zip(addresses, layers, strict=True))
         )
         self.address = ctypes.addressof(self.layers)
         function = native.find("linear", torch.bfloat16)
@@ -171,32 +163,28 @@ class Group:
         mixture = batch.mixture
         if mixture is not None and any(mixture.touched[number] for number in self.numbers):
             order, begins = batch.tiles_of_adapters
+            # fmt: off
             adapters = (
-                mixture.parts.data_ptr(),
-                mixture.parts.shape[1],
-                batch.row.data_ptr(),
-                mixture.starts.data_ptr(),
-                mixture.weights.data_ptr(),
-                order.data_ptr(),
-                begins.data_ptr(),
-                begins.shape[0] - 1,
+                mixture.parts.data_ptr(), mixture.parts.shape[1], batch.row.data_ptr(), mixture.starts.data_ptr(),
+                mixture.weights.data_ptr(), order.data_ptr(), begins.data_ptr(), begins.shape[0] - 1,
             )
+            # fmt: on
         else:
             adapters = (0, 0, 0, 0, 0, 0, 0, 0)
         self.function(self.address, len(self.outs), x.data_ptr(), x.stride(0), tokens, block.data_ptr(), *adapters)
         return block
 
 
-def join(ports: Iterable[Port]) -> None:
+def join(layers: Iterable[LinearForward]) -> None:
     """Make groups of the packed layers that were given the very same input in the last forward outside of a step."""
-    groups: dict[int, list[Port]] = {}
-    for port in ports:
-        if port.panels is not None:
-            alone = port.input is None  # an expert that saw nothing
-            groups.setdefault(-port.number - 1 if alone else id(port.input), []).append(port)
+    groups: dict[int, list[LinearForward]] = {}
+    for forward in layers:
+        if forward.panels is not None:
+            alone = forward.input is None  # an expert that saw nothing
+            groups.setdefault(-forward.number - 1 if alone else id(forward.input), []).append(forward)
     for members in groups.values():
         group = Group(members)
-        for port in members:
-            port.group = group
-    for port in ports:
-        port.input = None
+        for forward in members:
+            forward.group = group
+    for forward in layers:
+        forward.input = None

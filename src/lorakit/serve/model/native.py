@@ -44,7 +44,7 @@ LINEAR = Library(
 
 
 @functools.cache
-def _told(library: Library) -> str | None:
+def _reported(library: Library) -> str | None:
     """Why a library cannot be had, or None; the log says it once."""
     if library.obstacle is not None:
         log.info("serve: the compiled loops are off, %s", library.obstacle)
@@ -55,7 +55,7 @@ def find(name: str, dtype: torch.dtype) -> Callable[..., None] | None:
     """The compiled function of this name for numbers of this type, or None; `linear` is there only where the processor
     multiplies bfloat16."""
     library = LINEAR if name == "linear" else LOOPS
-    return library.find(name, dtype) if _told(library) is None else None
+    return library.find(name, dtype) if _reported(library) is None else None
 
 
 def obstacle(model: torch.nn.Module) -> str | None:
@@ -65,7 +65,7 @@ def obstacle(model: torch.nn.Module) -> str | None:
         return f"the model is on {first.device}"
     if first.dtype not in TYPES:
         return f"its numbers are {first.dtype}"
-    return _told(LOOPS)
+    return _reported(LOOPS)
 
 
 def alone() -> None:

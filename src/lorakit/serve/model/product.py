@@ -1,8 +1,8 @@
 """The adapters' product in a step: `y += Σ weight (gain · y + bias + B A x)`, each token with its own adapters.
 
-It is the one gated product of `kernel.py` with the gate "whose token is this", executed in the way that suits the shape: as
-compiled loops that read each token's own factors where they lie (no gather, no padding to the largest rank), or, for
-long runs of one adapter and where nothing is compiled, as two matmuls per run.
+It is the gated product of `core/kernel.py`, whose gate is 1 for a token's own adapters and 0 for all others. Compiled loops
+read each token's factors where they lie (no gather, no padding to the largest rank); long runs of one adapter, and all
+runs where nothing is compiled, are two matmuls each.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lorakit.serve.model import native
 from lorakit.serve.model.batch import Batch, Mixture
-from lorakit.serve.model.packed import Piece
+from lorakit.serve.model.packed import LayerTensors
 
 
 def adapt(batch: Batch, layer: int, x: Tensor, y: Tensor, compiled: bool) -> None:
@@ -46,25 +46,23 @@ def _by_matmuls(batch: Batch, mixture: Mixture, layer: int, x: Tensor, y: Tensor
     """Two matmuls for every entry of these runs."""
     changes: dict[int, Tensor] = {}
     for run, adapter, weight in mixture.entries:
-        piece = adapter.pieces.get(layer)
+        tensors = adapter.layers.get(layer)
         first, count = batch.spans[run]
-        if run in runs and piece is not None and count:
+        if run in runs and tensors is not None and count:
             part = slice(first, first + count)
-            change = change_of(piece, x[part], y[part]) * weight
+            change = change_of(tensors, x[part], y[part]) * weight
             changes[run] = changes[run] + change if run in changes else change
     for run, change in changes.items():
         first, count = batch.spans[run]
         y[first : first + count] += change.to(y.dtype)
 
 
-def change_of(piece: Piece, x: Tensor, y: Tensor) -> Tensor:
+def change_of(tensors: LayerTensors, x: Tensor, y: Tensor) -> Tensor:
     """`gain · y + bias + B A x` for tokens x (tokens, in) whose base output is y (tokens, out)."""
+    A, B, gain, bias = (None if tensor is None else tensor.to(x.device) for tensor in tensors)
     total = torch.zeros((), dtype=y.dtype, device=y.device)
-    if piece.B is not None:
-        B, A = piece.B.to(x.device), None if piece.A is None else piece.A.to(x.device)
+    if B is not None:
         total = total + (x if A is None else x @ A.T) @ B
-    if piece.gain is not None:
-        total = total + piece.gain.to(y.device) * y
-    if piece.bias is not None:
-        total = total + piece.bias.to(y.device)
-    return total
+    if gain is not None:
+        total = total + gain * y
+    return total if bias is None else total + bias

@@ -1,10 +1,10 @@
-"""The base model in service: the very modules of transformers, with the engine's attention and adapters at its linear layers.
+"""The serving model: transformers' own modules, with the engine's attention and each token's adapters at its linear layers.
 
-Nothing of a model's own code is written again. Its attention goes through the registry (`attention.py`), its linear layers get
-a forward that adds each token's adapters and, in bfloat16 on a processor, reads weights that were packed once (`ports.py`), its
-norms, rotary positions and gated activations run as compiled loops where these give what the modules give (`fused.py`), and
-blocks of the usual form as one function (`blocks.py`). Whether all that is right for a model is found out by trying, before
-the first request.
+Nothing of a model's own code is written again. Its attention goes through the registry (`attention.py`). Its linear layers
+get a forward that adds each token's adapters and, in bfloat16 on a processor, reads weights that were packed once
+(`linear_layers.py`). Its norms, rotary positions and gated activations run as compiled loops where these give what the
+modules give (`fused.py`), blocks of the usual form as one function (`blocks.py`). Whether all that is right for a model is
+found out by trying, before the first request.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ from lorakit.serve.model import blocks, fused, native
 from lorakit.serve.model.attention import Present, serve_attention
 from lorakit.serve.model.batch import Batch, Run, assemble
 from lorakit.serve.model.cache import Cache, LayerShape, page_count
-from lorakit.serve.model.linear_layers import Port, Shelf, join
-from lorakit.serve.model.packed import served_layers
+from lorakit.serve.model.linear_layers import LinearForward, WeightBuffer, join
+from lorakit.serve.model.packed import linear_layers
 from lorakit.serve.request import Refused
 
 log = logging.getLogger("lorakit")
 
 
-class Served:
-    """A model in service. `close` gives it back as it was.
+class ServingModel:
+    """A base model that serves. `close` gives it back as it was.
 
     Attributes:
         shapes: what each attention layer keeps of a token.
@@ -49,17 +49,17 @@ class Served:
         self._undo: list[Callable[[], None]] = []
         model.eval()
         self._undo.append(serve_attention(model, self.present))
-        self.ports: dict[str, Port] = {}
+        self.layers: dict[str, LinearForward] = {}
         self.unfit: set[str] = set()
         try:
             with torch.inference_mode():
                 expected = self._trial_of_the_model()
-                shelf = Shelf() if pack and obstacle is None else None
-                for number, (path, module) in enumerate(served_layers(model).items()):
-                    self._put_port(path, module, number, shelf)
+                buffer = WeightBuffer() if pack and obstacle is None else None
+                for number, (path, module) in enumerate(linear_layers(model).items()):
+                    self._replace_forward(path, module, number, buffer)
                 for prompt in self._prompts()[:1]:  # who reads the same as whom
                     model(input_ids=torch.tensor([prompt], device=self.device), use_cache=False)
-                join(self.ports.values())
+                join(self.layers.values())
                 if obstacle is None:
                     self._undo.append(fused.fuse(model, self.present))
                 logits = self._trial(expected)
@@ -73,9 +73,9 @@ class Served:
         if obstacle is not None:
             log.info("serve: without compiled loops: %s", obstacle)
 
-    def _put_port(self, path: str, module: nn.Module, number: int, shelf: Shelf | None) -> None:
-        port = self.ports[path] = Port(module, number, self.present, shelf)
-        module.forward = port
+    def _replace_forward(self, path: str, module: nn.Module, number: int, buffer: WeightBuffer | None) -> None:
+        forward = self.layers[path] = LinearForward(module, number, self.present, buffer)
+        module.forward = forward
         self._undo.append(lambda: module.__dict__.pop("forward", None))
 
     def close(self) -> None:
@@ -114,14 +114,14 @@ class Served:
         seen = self.present.seen
         if not seen or sorted(seen) != list(range(len(seen))):
             raise Refused(
-                f"{type(self.model).__name__} has no attention layers that say their number (layer_idx), so its keys and "
+                f"{type(self.model).__name__} has no attention layers with a number (layer_idx), so its keys and "
                 "values cannot be kept in the engine's pages."
             )
         self.shapes: Sequence[LayerShape] = [seen[layer] for layer in range(len(seen))]
         return results
 
     def _gives(self, logits: Tensor, expected: Sequence[Tensor]) -> bool:
-        """Whether the trial gives these very logits; what the ports see of it says nothing, since blocks pass them by."""
+        """Whether the trial gives these very logits; what the layers see of it says nothing, since blocks pass them by."""
         unfit = set(self.unfit)
         try:
             return torch.equal(logits, self._trial(expected))
@@ -151,7 +151,7 @@ class Served:
                 found[0].append(logits[: b - a])
                 found[1].append(logits[b - a :])
                 total = b - a + d - c
-                self.unfit |= {path for path, port in self.ports.items() if port.tokens != total}
+                self.unfit |= {path for path, forward in self.layers.items() if forward.tokens != total}
         except (Refused, TypeError, ValueError, RuntimeError) as problem:
             raise Refused(f"{type(self.model).__name__} cannot be served in batches: {problem}") from problem
         allowed = 1e-3 if self.dtype in (torch.float32, torch.float64) else 0.1
@@ -160,7 +160,7 @@ class Served:
             if not difference <= allowed:
                 raise Refused(
                     f"{type(self.model).__name__} cannot be served in batches: packed into one row its logits differ by "
-                    f"{difference:.2g} of the largest (allowed: {allowed}), so its layers mix tokens in a way that the "
-                    "engine does not know."
+                    f"{difference:.2g} of the largest (allowed: {allowed}), so its layers mix tokens "
+                    "in an unsupported way."
                 )
         return torch.cat([*found[0], *found[1]])

@@ -1,7 +1,7 @@
 """Replicas of an engine on Ray Serve, behind the same contract: the front stays one, what generates is many.
 
 A request goes to a replica that holds its adapter, if one does and has room (Ray's multiplexed routing), else to the less busy
-of two. Where a replica dies, its requests go on elsewhere: what has been generated becomes part of the prompt, which is the
+of two. Where a replica dies, its requests continue on another: what has been generated becomes part of the prompt, which is the
 same answer for greedy and for unseeded sampling without penalties; other requests that had begun fail, and say so.
 
 Tenants, quotas and names are the front's, so that they hold for the cluster as a whole. The replicas see the same store
@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import importlib
+import logging
 import os
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import suppress
@@ -20,20 +21,9 @@ from pathlib import Path
 from typing import Any
 
 from lorakit.errors import LorakitError
-from lorakit.serve.remote.engine import RemoteEngine
 from lorakit.serve.remote.folders import Folders
-from lorakit.serve.request import (
-    AdapterInfo,
-    Failed,
-    Overloaded,
-    Refused,
-    Request,
-    Stats,
-    Ticket,
-    Token,
-    TooLong,
-    UnknownAdapter,
-)
+from lorakit.serve.remote.remote_engine import RemoteEngine
+from lorakit.serve.request import AdapterInfo, Failed, Request, Stats, Ticket, Token, arrivals
 
 try:
     ray: Any = importlib.import_module("ray")
@@ -43,26 +33,11 @@ except ModuleNotFoundError as missing:
         f'serve: --cluster needs Ray ({missing.name} is not installed): pip install "lorakit[cluster]".'
     ) from missing
 
+log = logging.getLogger("lorakit.serve")
+
 NAME = "lorakit"
 ATTEMPTS = 4
 """Replicas that a request may lose before it is given up."""
-
-_REFUSALS: dict[str, type[LorakitError]] = {
-    one.__name__: one for one in (Refused, UnknownAdapter, TooLong, Overloaded, Failed)
-}
-Packed = tuple[str, str, float]
-
-
-def pack(refusal: LorakitError) -> Packed:
-    """An error as plain data, since exceptions change on their way between processes."""
-    name = type(refusal).__name__
-    return name if name in _REFUSALS else "Refused", str(refusal), getattr(refusal, "retry_after", 0.0)
-
-
-def unpack(packed: Packed) -> LorakitError:
-    """The error again."""
-    name, message, seconds = packed
-    return Overloaded(message, seconds) if name == "Overloaded" else _REFUSALS[name](message)
 
 
 class Replica:
@@ -78,33 +53,21 @@ class Replica:
         self.engine.start()
 
     @serve.multiplexed(max_num_models_per_replica=256)  # type: ignore[untyped-decorator]
-    async def hold(self, adapter: str) -> str:
+    async def has_adapter(self, adapter: str) -> str:
         """Tells the router that this replica has had this adapter; the engine's pool reads and keeps it."""
         return adapter
 
     async def generate(self, request: Request) -> AsyncIterator[tuple[Any, ...]]:
         """The steps of an answer, as many together as there are at the moment; an error as data."""
-        loop, arrived = asyncio.get_running_loop(), asyncio.Event()
-
-        def wake() -> None:
-            with suppress(RuntimeError):
-                loop.call_soon_threadsafe(arrived.set)
-
         ticket: Ticket | None = None
         try:
             for name in request.blend:
-                await self.hold(name)
+                await self.has_adapter(name)
             ticket = self.engine.submit(request)
-            ticket.listen(wake)
-            while True:
-                await arrived.wait()
-                arrived.clear()
-                while tokens := ticket.take():
-                    yield "steps", tokens, ticket.usage.cached
-                    if tokens[-1].finish is not None:
-                        return
+            async for _, tokens in arrivals([ticket]):
+                yield "steps", tokens, ticket.usage.cached
         except LorakitError as refusal:
-            yield "refused", pack(refusal)
+            yield "refused", refusal  # raised here it would change its type on its way between processes
         finally:
             if ticket is not None:
                 ticket.cancel()
@@ -119,7 +82,7 @@ class Replica:
             self.engine.adapters.scan()
             return "done", getattr(self.engine.adapters, verb)(name)
         except LorakitError as refusal:
-            return "refused", pack(refusal)
+            return "refused", refusal
 
     def check_health(self) -> None:
         """Ray replaces a replica that raises here."""
@@ -206,12 +169,6 @@ class ClusterEngine(RemoteEngine):
             if self._began_ray:
                 ray.shutdown()
 
-    async def _open(self) -> None:
-        pass
-
-    async def _close(self) -> None:
-        pass
-
     def stats(self) -> Stats:
         """What passed through the front."""
         return replace(super().stats(), adapters={"on disk": len(self.folders.names())})
@@ -220,7 +177,7 @@ class ClusterEngine(RemoteEngine):
         """Read an adapter in one replica, the one that its requests will prefer."""
         kind, value = self._handle.options(multiplexed_model_id=name).command.remote("load", name).result()
         if kind == "refused":
-            raise unpack(value)
+            raise value
         return value, folder
 
     async def _answer(self, ticket: Ticket) -> None:
@@ -229,7 +186,7 @@ class ClusterEngine(RemoteEngine):
             request = continued(ticket.request, tokens, attempt)
             if request is None:
                 raise Failed(
-                    f"the replica was lost after {len(tokens)} tokens, and this request cannot go on elsewhere: it is seeded "
+                    f"the replica was lost after {len(tokens)} tokens, and another cannot continue this request: it is seeded "
                     "or has penalties. Ask again."
                 )
             try:
@@ -238,20 +195,20 @@ class ClusterEngine(RemoteEngine):
             except LorakitError:
                 raise
             except Exception as lost:  # whatever Ray says of a replica that is gone
-                last = lost
+                log.warning("serve: request %s lost its replica: %s: %s", request.id, type(lost).__name__, lost)
                 await asyncio.sleep(0.2 * attempt)
-        raise Failed(f"{ATTEMPTS} replicas were lost at this request; the last: {type(last).__name__}: {last}")
+        raise Failed(f"{ATTEMPTS} replicas were lost at this request; the server's log says how.")
 
     async def _stream(self, ticket: Ticket, request: Request, tokens: list[int]) -> None:
         """Pass one replica's steps on."""
-        held = next(iter(request.blend), None)
-        options = {"stream": True} | ({"multiplexed_model_id": held} if held is not None else {})
+        adapter = next(iter(request.blend), None)
+        options = {"stream": True} | ({"multiplexed_model_id": adapter} if adapter is not None else {})
         stream = self._handle.options(**options).generate.remote(request)
         ended = False
         try:
             async for kind, *rest in stream:
                 if kind == "refused":
-                    raise unpack(rest[0])
+                    raise rest[0]
                 steps: Sequence[Token]
                 steps, ticket.usage.cached = rest
                 if ticket.usage.started is None:
@@ -270,7 +227,7 @@ class ClusterEngine(RemoteEngine):
 
 
 def continued(request: Request, tokens: Sequence[int], attempt: int) -> Request | None:
-    """The request that goes on after these tokens of its answer; None where that would be another answer."""
+    """The request that continues after these tokens of its answer; None where that would give another answer."""
     how = request.sampling
     if not tokens:
         return replace(request, id=f"{request.id}-{attempt}") if attempt else request

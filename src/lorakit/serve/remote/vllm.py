@@ -15,16 +15,16 @@ import contextlib
 import logging
 import tempfile
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from lorakit.algebra.resizing import resize_folder
 from lorakit.errors import LorakitError
 from lorakit.files import store as adapter_store
-from lorakit.serve.remote.engine import RemoteEngine
 from lorakit.serve.remote.folders import Folder, Folders
-from lorakit.serve.request import AdapterInfo, Finish, Refused, Request, Ticket, Token
+from lorakit.serve.remote.remote_engine import RemoteEngine
+from lorakit.serve.request import AdapterInfo, Finish, Refused, Request, Sampling, Ticket, Token
 
 log = logging.getLogger("lorakit.serve")
 
@@ -111,37 +111,30 @@ class VllmEngine(RemoteEngine):
 
     # -- adapters --------------------------------------------------------------------------------------------------------
     def _prepare(self, name: str, folder: Path) -> tuple[AdapterInfo, Path]:
+        """What is known of an adapter, and the folder for vLLM: written again where its rank is above vLLM's limit."""
         config = adapter_store.read_config(folder)
-        reason = obstacle(config)
-        largest = max([int(config.get("r") or 0), *(config.get("rank_pattern") or {}).values()])
-        size = (folder / adapter_store.TENSORS).stat().st_size if (folder / adapter_store.TENSORS).is_file() else 0
-        method = str(config.get("peft_type", "")).lower()
-        if not reason and largest <= self.rank:
-            if not size:
-                raise LorakitError(f"adapter {name!r} has no {adapter_store.TENSORS}.")
-            return AdapterInfo(name, "resident", method=method, how="form", rank=largest, bytes=size), folder
-        if reason:
+        if reason := obstacle(config):
             raise LorakitError(
                 f"adapter {name!r}: vLLM takes plain LoRA, and {reason}. What works: `lorakit extract` writes a LoRA of what "
                 "it adds; --engine lorakit serves it as it is."
             )
-        return self._cut(name, folder, largest)
-
-    def _cut(self, name: str, folder: Path, rank: int) -> tuple[AdapterInfo, Path]:
-        """The folder written again at the rank that vLLM was started for."""
-        target = Path(self._made.name) / name
-        cut = resize_folder(folder, target, rank=self.rank)
-        log.warning(
-            "adapter %s has rank %d and vLLM was started for %d: it is served cut to that, %.2g of it missing",
-            name,
-            rank,
-            self.rank,
-            cut.error,
-        )
-        size = (target / adapter_store.TENSORS).stat().st_size
-        return AdapterInfo(
-            name, "resident", method="lora", how="svd", error=cut.error, rank=self.rank, bytes=size
-        ), target
+        rank, how, error = max([int(config.get("r") or 0), *(config.get("rank_pattern") or {}).values()]), "form", 0.0
+        tensors = folder / adapter_store.TENSORS
+        if not tensors.is_file() or not tensors.stat().st_size:
+            raise LorakitError(f"adapter {name!r} has no {adapter_store.TENSORS}.")
+        if rank > self.rank:
+            source, folder = folder, Path(self._made.name) / name
+            error, how = resize_folder(source, folder, rank=self.rank).error, "svd"
+            log.warning(
+                "adapter %s has rank %d, above vLLM's limit of %d; it is served at that rank with a relative error of %.2g",
+                name,
+                rank,
+                self.rank,
+                error,
+            )
+            rank = self.rank
+        size = (folder / adapter_store.TENSORS).stat().st_size
+        return AdapterInfo(name, "resident", method="lora", how=how, error=error, rank=rank, bytes=size), folder
 
     def _lora(self, name: str) -> Any:
         """vLLM's request for an adapter. Every version has a number of its own: its caches go by that."""
@@ -153,7 +146,7 @@ class VllmEngine(RemoteEngine):
     def _pin(self, folder: Folder, pinned: bool) -> None:
         if not pinned:
             raise Refused("vLLM cannot unpin an adapter; unload it.")
-        name = folder.info.name
+        name = folder.name
         number = self._lora(name).lora_int_id
 
         async def pin() -> None:
@@ -213,25 +206,9 @@ class VllmEngine(RemoteEngine):
             ticket.put(Token(token, logprob, top, reason if place == len(ids) - 1 else None))
 
     def _sampling(self, request: Request) -> Any:
-        how = request.sampling
-        return self._interface.sampling(
-            max_tokens=how.max_tokens,
-            min_tokens=how.min_tokens,
-            temperature=how.temperature,
-            top_p=how.top_p,
-            top_k=how.top_k,
-            min_p=how.min_p,
-            seed=how.seed,
-            stop_token_ids=list(how.stop_ids),
-            ignore_eos=how.ignore_end,
-            presence_penalty=how.presence_penalty,
-            frequency_penalty=how.frequency_penalty,
-            repetition_penalty=how.repetition_penalty,
-            logprobs=how.logprobs,
-            logit_bias=dict(how.bias) or None,
-            detokenize=False,
-            output_kind=self._interface.delta,
-        )
+        how = {one.name: getattr(request.sampling, one.name) for one in fields(Sampling)}
+        how |= {"stop_token_ids": list(request.sampling.stop_token_ids), "logit_bias": dict(how["logit_bias"]) or None}
+        return self._interface.sampling(**how, detokenize=False, output_kind=self._interface.delta)
 
 
 def obstacle(config: Mapping[str, Any]) -> str:

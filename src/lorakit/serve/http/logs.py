@@ -10,7 +10,7 @@ from typing import Any, TextIO
 
 
 class JsonLines(logging.Formatter):
-    """A log record as a line of JSON. What was passed as `extra={"data": {...}}` stands beside the message."""
+    """A log record as a line of JSON. What was passed as `extra={"data": {...}}` is added to the line."""
 
     def format(self, record: logging.LogRecord) -> str:
         """One line."""

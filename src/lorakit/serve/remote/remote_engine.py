@@ -1,21 +1,25 @@
-"""An engine that is elsewhere, behind the contract: tickets here, tokens from there, in an event loop of its own thread."""
+"""An engine in another process, behind the contract: tickets here, tokens from there, in an event loop of its own thread."""
 
 from __future__ import annotations
 
 import asyncio
+import logging
 import threading
 import time
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections import Counter
 from collections.abc import Coroutine
-from typing import Any
+from typing import Any, Literal
 
 from lorakit.errors import LorakitError
+from lorakit.serve.lifecycle import Lifecycle
 from lorakit.serve.remote.folders import Folders
 from lorakit.serve.request import Failed, Finish, Overloaded, Request, Stats, Ticket, Token, TooLong
 
+log = logging.getLogger("lorakit.serve")
 
-class RemoteEngine(ABC):
+
+class RemoteEngine(Lifecycle):
     """What a vLLM engine and a cluster share.
 
     Args:
@@ -28,39 +32,31 @@ class RemoteEngine(ABC):
     """Seconds between two looks at which clients have left and which deadlines have passed."""
 
     def __init__(self, folders: Folders, context: int, limit: int) -> None:
+        super().__init__()
         self.folders, self._context, self.limit = folders, context, limit
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="lorakit-remote", daemon=True)
         self._live: dict[Ticket, asyncio.Task[None]] = {}
-        self._lock = threading.Condition()
-        self._state = "new"
-        self._finished: Counter[str] = Counter()
-        self._refused: Counter[str] = Counter()
         self._prompt_tokens = self._generated_tokens = self._pending = 0
 
     # -- for subclasses --------------------------------------------------------------------------------------------------
-    @abstractmethod
     async def _open(self) -> None:
         """Connect, in the loop."""
+        return
 
     @abstractmethod
     async def _answer(self, ticket: Ticket) -> None:
         """Put every step of an answer into its ticket, the last with its reason. A cancelled task has to stop the work."""
 
-    @abstractmethod
     async def _close(self) -> None:
         """Disconnect, in the loop."""
+        return
 
     # -- the contract ----------------------------------------------------------------------------------------------------
     @property
     def adapters(self) -> Folders:
         """The adapters that requests may name."""
         return self.folders
-
-    @property
-    def context(self) -> int:
-        """Tokens of prompt and answer together that one request may have."""
-        return self._context
 
     def start(self) -> None:
         """Connect; returns when requests can be submitted."""
@@ -69,41 +65,25 @@ class RemoteEngine(ABC):
         self._loop.call_soon_threadsafe(self._look)
         self._state = "ready"
 
-    def ready(self) -> bool:
-        """Whether requests are taken."""
-        return self._state == "ready"
-
-    def submit(self, request: Request) -> Ticket:
-        """Accept a request."""
-        try:
-            if self._state != "ready":
-                raise Overloaded("the engine is not ready, or ending.", 5.0)
-            total = len(request.prompt) + request.sampling.max_tokens
-            if total > self._context:
-                raise TooLong(f"prompt and answer have {total} tokens; this model reads {self._context}.")
-            for name in request.blend:
-                self.folders.info(name)
-            with self._lock:
-                if self._pending >= self.limit:
-                    raise Overloaded(
-                        f"{self._pending} requests are waiting or running; {self.limit} are the most.", 2.0
-                    )
-                self._pending += 1
-        except LorakitError as refusal:
-            self._refused["overloaded" if isinstance(refusal, Overloaded) else "refused"] += 1
-            raise
-        ticket = Ticket(request)
+    def _accept(self, request: Request) -> Ticket:
+        if not self.ready():
+            raise Overloaded("the engine is starting or shutting down.", 5.0)
+        total = len(request.prompt) + request.sampling.max_tokens
+        if total > self._context:
+            raise TooLong(f"prompt and answer have {total} tokens; this model reads {self._context}.")
         for name in request.blend:
-            self.folders.count(name, requests=1, using=1)
+            self.folders.info(name)
+        with self._lock:
+            if self._pending >= self.limit:
+                raise Overloaded(f"{self._pending} requests are waiting or running; {self.limit} are the most.", 2.0)
+            self._pending += 1
+        ticket = Ticket(request)
+        self.folders.count(request.blend, requests=1, using=1)
         self._loop.call_soon_threadsafe(self._begin, ticket)
         return ticket
 
-    def drain(self, timeout: float | None = None) -> bool:
-        """Accept nothing more and wait for what runs."""
-        with self._lock:
-            if self._state == "ready":
-                self._state = "draining"
-            return self._lock.wait_for(lambda: not self._pending, timeout)
+    def _unended(self) -> bool:
+        return self._pending > 0
 
     def stop(self) -> None:
         """End now."""
@@ -140,25 +120,24 @@ class RemoteEngine(ABC):
 
     async def _through(self, ticket: Ticket) -> None:
         """One answer from its beginning to its end, whatever that is; no ticket is left without one."""
-        kind = "error"
+        kind: Finish | Literal["error", "done"] = "error"
         try:
             await self._answer(ticket)
             kind = "done"
         except asyncio.CancelledError:
-            reason: Finish = "cancelled" if ticket.cancelled else "timeout"
             if self._state == "stopped":
                 ticket.fail(Failed("the engine was stopped before this request had ended."))
             else:
-                kind = reason
-                ticket.put(Token(None, finish=reason))
+                kind = "cancelled" if ticket.cancelled else "timeout"
+                ticket.put(Token(None, finish=kind))
         except LorakitError as problem:
             ticket.fail(problem)
         except Exception as problem:
-            ticket.fail(Failed(f"the engine failed at this request: {type(problem).__name__}: {problem}"))
+            log.exception("serve: request %s failed", ticket.request.id)
+            ticket.fail(Failed(f"the engine failed at this request: {str(problem) or type(problem).__name__}"))
         finally:
             ticket.fail(Failed("the engine ended this request without a reason."))  # does nothing where it has ended
-            for name in ticket.request.blend:
-                self.folders.count(name, using=-1)
+            self.folders.count(ticket.request.blend, using=-1)
             self._live.pop(ticket, None)
             with self._lock:
                 self._finished[kind] += 1

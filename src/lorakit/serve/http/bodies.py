@@ -1,4 +1,4 @@
-"""What the HTTP API takes and gives: OpenAI's shapes, and `adapters` for a blend.
+"""The bodies of requests and answers: OpenAI's shapes, and `adapters` for a blend.
 
 A parameter that would change the answer and is not supported is refused by name; one that changes nothing about it
 (`user`, `metadata`, …) is accepted, since OpenAI's clients send them. So are the values of an unsupported parameter that
@@ -10,6 +10,8 @@ from __future__ import annotations
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints, model_validator
+
+from lorakit.serve.request import AdapterInfo
 
 INERT = frozenset(
     {"user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "prompt_cache_retention",
@@ -122,7 +124,7 @@ class Generation(Strict):
     n: int | None = Field(default=None, ge=1, le=128)
     stop: Stop | Annotated[list[Stop], Field(max_length=16)] | None = None
     stop_token_ids: list[Annotated[int, Field(ge=0)]] | None = Field(default=None, max_length=64)
-    ignore_eos: bool | None = Field(default=None, description="Go on after the model's end-of-text tokens.")
+    ignore_eos: bool | None = Field(default=None, description="Continue after the model's end-of-text tokens.")
     seed: int | None = Field(default=None, ge=-(2**63), le=2**63 - 1)
     presence_penalty: float | None = Field(default=None, ge=-2, le=2)
     frequency_penalty: float | None = Field(default=None, ge=-2, le=2)
@@ -187,7 +189,7 @@ class ChatRequest(Generation):
 
     @property
     def reported(self) -> int | None:
-        """How many probable tokens to report beside each; None: no probabilities."""
+        """How many probable tokens to report with each; None: no probabilities."""
         return (self.top_logprobs or 0) if self.logprobs else None
 
 
@@ -224,7 +226,7 @@ class CompletionRequest(Generation):
 
     @property
     def reported(self) -> int | None:
-        """How many probable tokens to report beside each; None: no probabilities."""
+        """How many probable tokens to report with each; None: no probabilities."""
         return self.logprobs
 
 
@@ -267,6 +269,15 @@ class ChatLogprobs(BaseModel):
     refusal: None = None
 
 
+class CompletionLogprobs(BaseModel):
+    """Probabilities in the older shape: parallel lists."""
+
+    tokens: list[str]
+    token_logprobs: list[float | None]
+    top_logprobs: list[dict[str, float]]
+    text_offset: list[int]
+
+
 class AnswerMessage(BaseModel):
     """The answer."""
 
@@ -275,55 +286,49 @@ class AnswerMessage(BaseModel):
     refusal: None = None
 
 
-class ChatChoice(BaseModel):
-    """One of n answers."""
-
-    index: int
-    message: AnswerMessage
-    logprobs: ChatLogprobs | None
-    finish_reason: Literal["stop", "length"]
-
-
-class ChatAnswer(BaseModel):
-    """What /v1/chat/completions answers."""
-
-    id: str
-    object: Literal["chat.completion"] = "chat.completion"
-    created: int
-    model: str
-    choices: list[ChatChoice]
-    usage: Usage
-    system_fingerprint: str
-
-
-class CompletionLogprobs(BaseModel):
-    """Probabilities in the older shape: parallel lists."""
-
-    tokens: list[str]
-    token_logprobs: list[float | None]
-    top_logprobs: list[dict[str, float]] | None
-    text_offset: list[int]
-
-
-class CompletionChoice(BaseModel):
+class Choice(BaseModel):
     """One of n answers to one of the prompts."""
 
     index: int
-    text: str
-    logprobs: CompletionLogprobs | None
     finish_reason: Literal["stop", "length"]
 
 
-class CompletionAnswer(BaseModel):
-    """What /v1/completions answers."""
+class ChatChoice(Choice):
+    """An answer as a message."""
+
+    message: AnswerMessage
+    logprobs: ChatLogprobs | None
+
+
+class CompletionChoice(Choice):
+    """An answer as a text."""
+
+    text: str
+    logprobs: CompletionLogprobs | None
+
+
+class Answer(BaseModel):
+    """What both kinds of completion answer."""
 
     id: str
-    object: Literal["text_completion"] = "text_completion"
     created: int
     model: str
-    choices: list[CompletionChoice]
-    usage: Usage
     system_fingerprint: str
+    usage: Usage
+
+
+class ChatAnswer(Answer):
+    """What /v1/chat/completions answers."""
+
+    object: Literal["chat.completion"] = "chat.completion"
+    choices: list[ChatChoice]
+
+
+class CompletionAnswer(Answer):
+    """What /v1/completions answers."""
+
+    object: Literal["text_completion"] = "text_completion"
+    choices: list[CompletionChoice]
 
 
 class Model(BaseModel):
@@ -358,30 +363,10 @@ class ErrorAnswer(BaseModel):
     error: ErrorBody
 
 
-class Adapter(BaseModel):
-    """One adapter, as the operator sees it."""
-
-    name: str
-    state: str
-    reason: str
-    pinned: bool
-    method: str
-    how: str
-    error: float
-    rank: int
-    bytes: int
-    content: str
-    using: int
-    requests: int
-    hits: int
-    loads: int
-    evictions: int
-
-
 class AdapterList(BaseModel):
     """What /admin/adapters answers."""
 
-    adapters: list[Adapter]
+    adapters: list[AdapterInfo]
 
 
 class TenantList(BaseModel):
@@ -394,3 +379,8 @@ class Health(BaseModel):
     """What /health and /ready answer."""
 
     status: str
+
+
+def errors(**described: str) -> dict[int | str, dict[str, Any]]:
+    """The errors of an endpoint for the API's description: `e404="no such model"`."""
+    return {int(name[1:]): {"model": ErrorAnswer, "description": text} for name, text in described.items()}

@@ -60,6 +60,11 @@ class Sample:
     tokens: int = 0
     error: str = ""
 
+    @property
+    def token_time(self) -> float:
+        """Seconds between two tokens of the answer, on average."""
+        return (self.total - self.first) / max(1, self.tokens - 1)
+
 
 @dataclass(frozen=True)
 class Outcome:
@@ -84,10 +89,11 @@ class Outcome:
         """Generated tokens of all answers over the time from the first request to the last answer."""
         return sum(one.tokens for one in self.good) / self.seconds
 
-    def quantile(self, share: float, of: Callable[[Sample], float]) -> float:
-        """The value that this share of the answers stays within."""
-        values = sorted(of(one) for one in self.good)
-        return values[min(len(values) - 1, int(share * len(values)))] if values else math.nan
+    @staticmethod
+    def quantile(share: float, seconds: Sequence[float]) -> float:
+        """The milliseconds that this share of the answers stays within."""
+        place = min(len(seconds) - 1, int(share * len(seconds)))
+        return round(1000 * sorted(seconds)[place], 1) if seconds else math.nan
 
     def row(self) -> dict[str, float | int | str]:
         """The outcome in numbers, for tables and files; times in milliseconds."""
@@ -97,16 +103,11 @@ class Outcome:
             "errors": len(self.samples) - len(self.good),
             "distinct": self.distinct,
             "tokens_per_second": round(self.tokens_per_second, 1),
-            "first_p50_ms": round(1000 * self.quantile(0.5, lambda one: one.first), 1),
-            "first_p95_ms": round(1000 * self.quantile(0.95, lambda one: one.first), 1),
-            "token_p50_ms": round(1000 * self.quantile(0.5, token_time), 1),
-            "total_p95_ms": round(1000 * self.quantile(0.95, lambda one: one.total), 1),
+            "first_p50_ms": self.quantile(0.5, [one.first for one in self.good]),
+            "first_p95_ms": self.quantile(0.95, [one.first for one in self.good]),
+            "token_p50_ms": self.quantile(0.5, [one.token_time for one in self.good]),
+            "total_p95_ms": self.quantile(0.95, [one.total for one in self.good]),
         }
-
-
-def token_time(one: Sample) -> float:
-    """Seconds between two tokens of an answer, on average."""
-    return (one.total - one.first) / max(1, one.tokens - 1)
 
 
 def choose(popularity: str, adapters: Sequence[str], count: int, rng: random.Random) -> list[str]:
@@ -118,7 +119,7 @@ def choose(popularity: str, adapters: Sequence[str], count: int, rng: random.Ran
     if popularity == "base":
         return ["base"] * count
     if popularity not in POPULARITIES:
-        raise LorakitError(f'bench-serve: there is no popularity "{popularity}". There are: {", ".join(POPULARITIES)}.')
+        raise LorakitError(f'bench-serve: there is no popularity "{popularity}". Known: {", ".join(POPULARITIES)}.')
     if not adapters:
         raise LorakitError(f'bench-serve: the server has no adapters, which "{popularity}" needs; "base" does not.')
     match popularity:
@@ -195,7 +196,7 @@ async def adapters_of(load: Load) -> list[str]:
 async def events(load: Load, path: str, body: object | None) -> AsyncIterator[dict[str, Any]]:
     """The JSON objects of an answer: those of its events, or the one that it is.
 
-    Plain HTTP/1.1 over asyncio's streams: what generates a load should cost next to nothing beside the server.
+    Plain HTTP/1.1 over asyncio's streams: the load generator should cost next to nothing compared with the server.
     """
     place = urlsplit(load.url)
     reader, writer = await asyncio.open_connection(place.hostname, place.port or 80)
