@@ -262,7 +262,7 @@ class TrainConfig(Section, frozen=True):
         if self.adapters and not routes:
             yield f"method is {method}, which routes none; adapters are for routers"
         if classifies and layout not in ("auto", "classification"):
-            yield f"data.format is {layout} while task is seq-cls, which needs rows of text and label; use classification or auto"
+            yield f"data.format is {layout} while task is seq-cls, for rows of text and label; use classification or auto"
         if layout == "classification" and not classifies:
             yield "data.format is classification, which needs task: seq-cls"
         if classifies and answers != "none":
