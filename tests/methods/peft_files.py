@@ -67,10 +67,10 @@ def from_peft(config: Any, folder: Path, transposed: bool = False) -> tuple[nn.M
     return model, adapter
 
 
-def to_peft(spec: Method, folder: Path, transposed: bool = False) -> list[str]:
-    """Scramble here, save, load in PEFT and compare. Returns what PEFT warned of."""
+def to_peft(spec: Method, folder: Path, transposed: bool = False, **options: Any) -> list[str]:
+    """Scramble here, save, load in PEFT and compare; `options` are `attach`'s. Returns what PEFT warned of."""
     model = Net(transposed).eval()
-    adapter = lk.attach(model, spec, name="one", target_modules=TARGETS)
+    adapter = lk.attach(model, spec, name="one", target_modules=TARGETS, **options)
     scramble(p for p in adapter.parameters() if p.requires_grad)
     adapter.save(folder)
     with warnings.catch_warnings(record=True) as caught:

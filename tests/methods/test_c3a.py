@@ -58,10 +58,15 @@ def test_peft(tmp_path: Path):
     assert to_peft(lk.C3A(block_size=2), tmp_path / "ours") == []
 
 
+def test_block_size_may_differ_per_layer(tmp_path: Path):
+    config = peft.C3AConfig(block_size=4, target_modules=TARGETS, block_size_pattern={"second": 2})
+    _, adapter = from_peft(config, tmp_path / "theirs")
+    assert [delta.spec.block_size for _, _, delta in adapter.deltas()] == [4, 2, 4]
+    assert to_peft(lk.C3A(block_size=2), tmp_path / "ours", patterns={"block_size": {"third": 8}}) == []
+
+
 def test_refusals():
     with pytest.raises(
         LorakitError, match=r"block_size 8 does not divide both sides of first \(12 × 8\).*1, 2, 4 would"
     ):
         lk.attach(Net(), lk.C3A(block_size=8), target_modules=TARGETS)
-    with pytest.raises(LorakitError, match="block_size_pattern"):
-        lk.C3A.from_peft({"block_size_pattern": {"first": 3}})

@@ -43,11 +43,28 @@ def test_peft(transposed: bool, tmp_path: Path):
     assert to_peft(lk.FourierFT(n_frequency=20, seed=6), tmp_path / "ours", transposed) == []
 
 
+def test_n_frequency_may_differ_per_layer(tmp_path: Path):
+    """In Python, in PEFT's files both ways, and in lorakit.json."""
+    pattern = {"second": 30, "third": 10}
+    config = peft.FourierFTConfig(n_frequency=20, target_modules=TARGETS, n_frequency_pattern=pattern)
+    _, adapter = from_peft(config, tmp_path / "theirs")
+    assert [delta.c.numel() for _, _, delta in adapter.deltas()] == [20, 30, 10]
+    patterns = {"n_frequency": pattern}
+    assert to_peft(lk.FourierFT(n_frequency=20), tmp_path / "ours", patterns=patterns) == []
+    again = lk.load(Net(), tmp_path / "ours", name="again")
+    assert again.targets.patterns == patterns
+    assert [delta.c.numel() for _, _, delta in again.deltas()] == [20, 30, 10]
+
+
 def test_refusals():
+    with pytest.raises(LorakitError, match=r"rank_pattern was given, but fourierft has no rank .* layer: n_frequency"):
+        lk.attach(Net(), lk.FourierFT(n_frequency=7), target_modules=TARGETS, rank_pattern={"first": 2})
+    with pytest.raises(LorakitError, match="n_frequency was given as 0; it is an integer of at least 1"):
+        lk.attach(Net(), lk.FourierFT(), target_modules=TARGETS, patterns={"n_frequency": {"first": 0}})
+    with pytest.raises(LorakitError, match="matches none of the 3 adapted layers"):
+        lk.attach(Net(), lk.FourierFT(), target_modules=TARGETS, patterns={"n_frequency": {"fist": 3}})
     with pytest.raises(LorakitError, match=r"n_frequency 97 is above the 96 places .* first \(12 × 8\)"):
         lk.attach(Net(), lk.FourierFT(n_frequency=97), target_modules=TARGETS)
-    with pytest.raises(LorakitError, match="n_frequency_pattern"):
-        lk.FourierFT.from_peft({"n_frequency_pattern": {"first": 3}})
     with pytest.raises(LorakitError, match="random_loc_seed"):
         lk.FourierFT.from_peft({"random_loc_seed": None})
     with pytest.raises(LorakitError, match="scale"):

@@ -41,6 +41,7 @@ def attach(
     layers_pattern: str | Iterable[str] | None = None,
     rank_pattern: Mapping[str, int] | None = None,
     alpha_pattern: Mapping[str, float] | None = None,
+    patterns: Mapping[str, Mapping[str, Any]] | None = None,
     modules_to_save: Iterable[str] | None = None,
     bias: str = "none",
     init: str | Initialiser = "default",
@@ -60,6 +61,7 @@ def attach(
         layers: only inside these numbered blocks; an edit knows its places by itself otherwise.
         layers_pattern: the name(s) of the list that `layers` counts in.
         rank_pattern, alpha_pattern: {pattern: value} for layers whose name the pattern ends.
+        patterns: the same for every option that may differ per layer: {"n_frequency": {pattern: value}}.
         modules_to_save: modules trained whole, beside their frozen original.
         bias: "none", "lora_only" or "all".
         init: initial values, a name or an Initialiser; "default" is the method's own.
@@ -76,8 +78,7 @@ def attach(
         exclude_modules=_tuple(exclude_modules, "exclude_modules"),
         layers=_blocks(layers),
         layers_pattern=None if lists is None else tuple(lists),
-        rank_pattern=dict(rank_pattern or {}),
-        alpha_pattern=dict(alpha_pattern or {}),
+        patterns=_patterns({"rank": rank_pattern, "alpha": alpha_pattern}, patterns or {}),
         modules_to_save=tuple(modules_to_save or ()),
         bias=bias,
         parts={layer: dict(own) for layer, own in (parts or {}).items()},
@@ -113,6 +114,16 @@ def _tuple(value: Any, option: str) -> Any:
     raise LorakitError(f"attach: {option} was given as {value!r}; it is a list of names or one string.")
 
 
+def _patterns(
+    named: Mapping[str, Mapping[str, Any] | None], patterns: Mapping[str, Mapping[str, Any]]
+) -> dict[str, Mapping[str, Any]]:
+    """Option -> {pattern: value}, from the keywords and `patterns`; LorakitError where both have one."""
+    given = {option: values for option, values in named.items() if values}
+    for option in sorted(set(given) & set(patterns)):
+        raise LorakitError(f"attach: {option}_pattern and patterns[{option!r}] were both given; keep one.")
+    return {**given, **patterns}
+
+
 def _blocks(layers: int | Sequence[int] | range | None) -> tuple[int, ...] | None:
     if layers is None:
         return None
@@ -141,8 +152,7 @@ def _check_edit_options(method: EditMethod, targets: Targets, start: Initialiser
         "target_modules": targets.target_modules != "all-linear",
         "exclude_modules": targets.exclude_modules is not None,
         "layers_pattern": targets.layers_pattern is not None,
-        "rank_pattern": bool(targets.rank_pattern),
-        "alpha_pattern": bool(targets.alpha_pattern),
+        **{f"{option}_pattern": True for option in targets.patterns},
         "bias": targets.bias == "lora_only",
         "parts": bool(targets.parts),
         "init": not isinstance(start, Default),

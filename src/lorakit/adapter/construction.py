@@ -67,11 +67,7 @@ def build(
     _check_storage(modules, plan, saved)
     built = build_deltas(model, plan, start, batches, shifted, originals)
     if built.patterns:
-        targets = dataclasses.replace(
-            targets,
-            rank_pattern=built.patterns.get("rank", targets.rank_pattern),
-            alpha_pattern=built.patterns.get("alpha", targets.alpha_pattern),
-        )
+        targets = dataclasses.replace(targets, patterns={**targets.patterns, **built.patterns})
     adapter = Adapter(name, model, method, targets, built.pool, saved=tuple(saved))
     made: list[tuple[str, list[Site], dict[str, Delta], Replacement | None]] = []
     for path, planned in built.plan.items():

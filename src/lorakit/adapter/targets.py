@@ -36,7 +36,8 @@ class Targets:
         exclude_modules: suffixes, or one regular expression; wins over target_modules.
         layers: only modules inside these numbered blocks.
         layers_pattern: the name of the list that `layers` counts in, where a model has several.
-        rank_pattern, alpha_pattern: name pattern -> another rank or alpha for matching layers; the first match counts.
+        patterns: option of the method -> {name pattern: its value in matching layers}; the first match counts. Which options
+            may differ per layer is `Method.pattern_fields`.
         modules_to_save: suffixes of modules that are trained and saved whole.
         bias: "none"; "lora_only": biases of adapted layers train; "all": every bias of the model.
         parts: layer suffix -> part name -> row range(s): every part of a fused layer gets its own delta.
@@ -46,8 +47,7 @@ class Targets:
     exclude_modules: str | tuple[str, ...] | None = None
     layers: tuple[int, ...] | None = None
     layers_pattern: tuple[str, ...] | None = None
-    rank_pattern: Mapping[str, int] = field(default_factory=dict)
-    alpha_pattern: Mapping[str, float] = field(default_factory=dict)
+    patterns: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     modules_to_save: tuple[str, ...] = ()
     bias: str = "none"
     parts: Parts = field(default_factory=dict)
@@ -55,20 +55,20 @@ class Targets:
     def __post_init__(self) -> None:
         if self.bias not in ("none", "all", "lora_only"):
             raise LorakitError(f'attach: bias was given as {self.bias!r}; it is "none", "all" or "lora_only".')
-
-    def patterns(self) -> dict[str, Mapping[str, Any]]:
-        """Method field -> {pattern: value}, for the fields that may differ per layer."""
-        return {"rank": self.rank_pattern, "alpha": self.alpha_pattern}
+        given = {option: dict(values) for option, values in self.patterns.items() if values}
+        object.__setattr__(self, "patterns", given)
 
     def spec_for(self, method: Method, path: str, site: Site) -> Method:
-        """The method's spec with the rank and alpha that these patterns give to one matrix of the layer at `path`: by its
-        own name, or by the layer's where it is no part of a fused one."""
+        """The method's spec with the options that these patterns give to one matrix of the layer at `path`: by its own
+        name, or by the layer's where it is no part of a fused one."""
         changes = {}
-        for option, patterns in self.patterns().items():
-            if not patterns:
-                continue
+        for option, patterns in self.patterns.items():
             if option not in method.pattern_fields:
-                raise LorakitError(f"attach: {option}_pattern was given, but {method.name} has no {option} per layer.")
+                able = ", ".join(method.pattern_fields) or "none"
+                raise LorakitError(
+                    f"attach: {option}_pattern was given, but {method.name} has no {option} per layer. Options of it that may "
+                    f"differ per layer: {able}."
+                )
             value = value_for(patterns, site.place(path))
             if value is None and not isinstance(site.layout, Rows):
                 value = value_for(patterns, path)
@@ -78,26 +78,29 @@ class Targets:
         return spec.replace(**changes) if changes else spec
 
     def as_data(self) -> dict[str, Any]:
-        """Plain data; patterns as pairs, since the first match counts and JSON objects are sorted in files."""
+        """Plain data; patterns as `<option>_pattern` with pairs, since the first match counts and JSON objects are sorted in
+        files."""
         own = dataclasses.asdict(self)
-        for name in ("rank_pattern", "alpha_pattern"):
-            own[name] = [[pattern, value] for pattern, value in own[name].items()]
-        return own
+        patterns = {"rank": {}, "alpha": {}, **own.pop("patterns")}
+        return {
+            **own,
+            **{f"{option}_pattern": [list(pair) for pair in one.items()] for option, one in patterns.items()},
+        }
 
     @classmethod
     def from_data(cls, data: Mapping[str, Any], where: Path) -> Targets:
         """What `as_data` has written, read from the file `where`."""
-        values = dict(data)
+        written = {key for key in data if key.endswith("_pattern") and key != "layers_pattern"}
+        values = {key: data[key] for key in data if key not in written}
+        values["patterns"] = {key.removesuffix("_pattern"): dict(data[key]) for key in written}
         known = {field.name for field in dataclasses.fields(cls)}
         if set(values) != known:
             raise LorakitError(
-                f"load: {where} describes targets by {sorted(values)}; this version knows {sorted(known)}. Without "
+                f"load: {where} describes targets by {sorted(data)}; this version knows {sorted(known)}. Without "
                 f"{where.name} the folder reads as PEFT's."
             )
         for key, value in values.items():
-            if key.endswith("_pattern") and key != "layers_pattern":
-                values[key] = dict(value)
-            elif isinstance(value, list):
+            if isinstance(value, list):
                 values[key] = tuple(value)
         values["parts"] = {
             layer: {part: _ranges(given) for part, given in parts.items()} for layer, parts in values["parts"].items()
@@ -164,15 +167,12 @@ def select(model: nn.Module, targets: Targets) -> list[str]:
             f"attach: target_modules={targets.target_modules!r} leaves no layer after exclude_modules, layers and "
             f"modules_to_save. Layers here: {describe_layers(model)}."
         )
-    for option, patterns in (
-        ("rank_pattern", targets.rank_pattern),
-        ("alpha_pattern", targets.alpha_pattern),
-    ):
+    for option, patterns in targets.patterns.items():
         for pattern in patterns:
-            _compile(pattern, option)
+            _compile(pattern, f"{option}_pattern")
             if not any(value_for({pattern: 1}, name) for name in [*chosen, *_part_names(chosen, targets.parts)]):
                 raise LorakitError(
-                    f"attach: {option} has the pattern {pattern!r}, which matches none of the {len(chosen)} adapted layers "
+                    f"attach: {option}_pattern has the pattern {pattern!r}, which matches none of the {len(chosen)} adapted layers "
                     f"(the first is {chosen[0] if chosen else '-'}). A pattern matches the end of a layer's name."
                 )
     for suffix in targets.parts:

@@ -243,7 +243,7 @@ def _filled(
     """The adapter on the model, or on its skeleton, with its tensors."""
     spec, patterns = method_for(cuts)
     bias = "lora_only" if biases else "none"
-    targets = Targets(target_modules=tuple(paths), modules_to_save=tuple(whole), bias=bias, **patterns)
+    targets = Targets(target_modules=tuple(paths), modules_to_save=tuple(whole), bias=bias, patterns=patterns)
     adapter = build(model, spec, targets, name, checked=False, paths=paths)
     for path, site, delta in adapter.deltas():
         place = site.place(path)

@@ -70,10 +70,10 @@ def method_for(cuts: Mapping[str, Cut]) -> tuple[Method, dict[str, Any]]:
     """The spec that holds these changes, and the patterns that give each place the rank that it has."""
     ranks = {place: cut.change.rank for place, cut in cuts.items()}
     if any(rank is None for rank in ranks.values()):
-        return Full(), {"rank_pattern": {}, "alpha_pattern": {}}
+        return Full(), {}
     common, exact = as_patterns({place: rank for place, rank in ranks.items() if rank is not None})
     alphas = {place: float(rank) for place, rank in exact.items()}
-    return LoRA(rank=common, alpha=float(common)), {"rank_pattern": exact, "alpha_pattern": alphas}
+    return LoRA(rank=common, alpha=float(common)), {"rank": exact, "alpha": alphas}
 
 
 # -- on a model ------------------------------------------------------------------------------------------------------------
@@ -100,7 +100,7 @@ def beside(given: Sequence[Live], name: str, cuts: Mapping[str, Cut], replaced: 
         modules_to_save=tuple(dict.fromkeys(path for adapter in adapters for path in adapter.saved)),
         bias="all" if "all" in asked else "lora_only" if adapted_biases else "none",
         parts={layer: parts for adapter in adapters for layer, parts in adapter.targets.parts.items()},
-        **patterns,
+        patterns=patterns,
     )
     paths = [path for path, _ in walk(model) if path in wanted]
     result = build(model, spec, targets, name, checked=False, paths=paths)
@@ -152,12 +152,13 @@ def in_folder(
         if target.resolve() == one.bundle.folder.resolve():
             raise LorakitError(f"{verb}: {output} is one of the adapters itself; choose another folder to write.")
     spec, patterns = method_for(cuts)
+    named = {f"{option}_pattern": patterns.get(option, {}) for option in ("rank", "alpha")}
     tensors, whole = dict(others), isinstance(spec, Full)
     for place, cut in cuts.items():
         tensors.update(_packed(given, place, cut.change, whole))
     first = given[0].bundle
     config = {key: value for key, value in first.config.items() if key in COMMON}
-    config |= {**spec.peft_config(), **patterns, "peft_type": "FULL" if whole else "LORA"}
+    config |= {**spec.peft_config(), **named, "peft_type": "FULL" if whole else "LORA"}
     config["target_modules"] = _union(given, "target_modules", cuts)
     for option in ("exclude_modules", "layers_to_transform", "layers_pattern"):
         if config["target_modules"] != first.config.get("target_modules"):
@@ -166,7 +167,7 @@ def in_folder(
     config["modules_to_save"] = list(saved) or None
     own = dict(first.own)
     if own or whole:
-        own = _own(given, own, spec, config, patterns, set(cuts), record)
+        own = _own(given, own, spec, config, named, set(cuts), record)
     tensors = {key: tensor.contiguous() for key, tensor in tensors.items()}
     replace_folder(target, lambda fresh: write_bundle(fresh, config, tensors, own or None), CONTENT)
     return made(cuts, folder=target)
@@ -215,7 +216,11 @@ def _own(
     record: Mapping[str, Any],
 ) -> dict[str, Any]:
     """lorakit.json of the result; empty where PEFT's two files alone say it."""
-    targets = dict(own.get("targets", {}))
+    targets = {
+        key: value
+        for key, value in own.get("targets", {}).items()
+        if key == "layers_pattern" or not key.endswith("_pattern")
+    }
     if targets.get("parts") and not isinstance(spec, Full):
         return {}  # parts of a fused layer are one pair in the file, and after this no longer apart: a plain LoRA of it
     if not targets:

@@ -74,9 +74,9 @@ def _layers(content: Content) -> tuple[dict[str, Layer], list[str]]:
     for name, words in grouped(kept, lambda key: _cut(key, content.where)).items():
         where = f"{content.where}: {name}"
         changes: dict[str, Any] = {}
-        for option, pattern in (("rank", "rank_pattern"), ("alpha", "alpha_pattern")):
+        for option, pattern in method.pattern_fields.items():
             value = value_for(patterns.get(pattern) or {}, name)
-            if value is not None and option in method.pattern_fields:
+            if value is not None:
                 changes[option] = value
         layers[name] = assemble(method.replace(**changes) if changes else method, words, where)
     return layers, copies
@@ -174,8 +174,7 @@ def _folder(component: str, layers: dict[str, Layer], base: str | None) -> Conte
     if method.peft_type is None or _lone_dora(method):
         targets = Targets(
             target_modules=tuple(sorted(layers)),
-            rank_pattern=patterns.get("rank_pattern", {}),
-            alpha_pattern=patterns.get("alpha_pattern", {}),
+            patterns={name: patterns[option] for name, option in first.pattern_fields.items()},
         )
         own = own_data(method.to_dict(), targets.as_data(), {"name": base, "fingerprint": None})
     return Content(component, tensors, {}, config, own)

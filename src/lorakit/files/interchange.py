@@ -12,6 +12,7 @@ import functools
 import math
 import re
 from collections.abc import Collection, Mapping
+from types import MappingProxyType
 from typing import Any, cast
 
 import torch
@@ -267,8 +268,10 @@ def stored(adapter: Adapter) -> tuple[Any, Targets]:
     patterns: dict[str, Any] = {}
     for field in method.pattern_fields:
         values = {where: getattr(spec, field) for where, spec in found.items()}
-        common[field], patterns[f"{field}_pattern"] = as_patterns(values)
-    return method.replace(**common), dataclasses.replace(adapter.targets, **patterns)
+        common[field], patterns[field] = as_patterns(values)
+    return method.replace(**common), dataclasses.replace(
+        adapter.targets, patterns={**adapter.targets.patterns, **patterns}
+    )
 
 
 def shifted(adapter: Adapter) -> bool:
@@ -372,11 +375,17 @@ def config_of(adapter: Adapter, base: str | None = None) -> dict[str, Any]:
 # -- the configuration, read -------------------------------------------------------------------------------------------------
 
 
-def targets_from(config: Mapping[str, Any], model: nn.Module, tensors: Collection[str] = ()) -> Targets:
+def targets_from(
+    config: Mapping[str, Any],
+    model: nn.Module,
+    tensors: Collection[str] = (),
+    fields: Mapping[str, str] = MappingProxyType({"rank": "rank_pattern", "alpha": "alpha_pattern"}),
+) -> Targets:
     """What PEFT's configuration asks for.
 
     Heads that PEFT names for a task on its own need not exist. PEFT takes modules_to_save for mere ends of names ("norm"
-    for "layernorm" too); such modules count where the file, whose names are `tensors`, has them.
+    for "layernorm" too); such modules count where the file, whose names are `tensors`, has them. `fields` are the method's
+    `pattern_fields`.
     """
 
     def names(value: Any) -> Any:
@@ -401,8 +410,7 @@ def targets_from(config: Mapping[str, Any], model: nn.Module, tensors: Collectio
         exclude_modules=names(config.get("exclude_modules")) or None,
         layers=None if layers is None or layers == [] else (layers,) if isinstance(layers, int) else tuple(layers),
         layers_pattern=(lists,) if isinstance(lists, str) else None if lists is None else tuple(lists),
-        rank_pattern=config.get("rank_pattern") or {},
-        alpha_pattern=config.get("alpha_pattern") or {},
+        patterns={option: config.get(name) or {} for option, name in fields.items()},
         modules_to_save=tuple(saved),
         bias="lora_only" if bias.endswith("_only") else bias,  # "oft_only" and the like: each method has its own word
     )

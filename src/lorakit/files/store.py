@@ -22,6 +22,7 @@ from lorakit.adapter.adapter import Adapter, adapters
 from lorakit.adapter.attachment import detach
 from lorakit.adapter.construction import build, build_edits
 from lorakit.adapter.targets import Targets, select
+from lorakit.core.options import patterns_of
 from lorakit.core.using import activate
 from lorakit.core.walking import exactly, value_for
 from lorakit.edits.contract import EditMethod
@@ -243,7 +244,7 @@ def _put(model: nn.Module, bundle: Bundle, name: str, complain: Complain) -> Ada
         return _put_edits(model, method, bundle, tensors, name, plain, complain)
     tensors = method.from_file(tensors)
     config = {**bundle.config, **method_class.peft_patterns(bundle.config)}
-    targets = _targets(bundle, config, model, tensors)
+    targets = _targets(bundle, config, model, tensors, method.pattern_fields)
     found = _layers_in(tensors, plain, method, bundle.folder)
     halves = bool(bundle.own.get("shifted"))  # what is trained, and the start that is taken off it
     _check_targets(model, config, [plain[path] for path in found], complain)
@@ -263,7 +264,7 @@ def _put_edits(
     plain: Mapping[str, str],
     complain: Complain,
 ) -> Adapter:
-    targets = _targets(bundle, bundle.config, model, tensors)
+    targets = _targets(bundle, bundle.config, model, tensors, {})
     adapter = build_edits(model, method, targets, name, folded=True)
     _check_base(adapter, bundle, complain)
     paths = [plain[place.path] for place in adapter.edits]
@@ -318,7 +319,7 @@ def _method(method_class: type[Any], bundle: Bundle, complain: Complain) -> Any:
     if bundle.own:
         return spec_from_dict(bundle.own["method"], str(bundle.folder / OWN))
     read = method_class.from_peft(bundle.config)
-    known = COMMON | set(read.peft_config()) | method_class.peft_ignored
+    known = COMMON | set(read.peft_config()) | method_class.peft_ignored | set(patterns_of(method_class).values())
     for key, value in bundle.config.items():
         if key not in known and value not in (None, False, {}, [], ""):
             complain(
@@ -328,11 +329,17 @@ def _method(method_class: type[Any], bundle: Bundle, complain: Complain) -> Any:
     return read
 
 
-def _targets(bundle: Bundle, config: Mapping[str, Any], model: nn.Module, tensors: Mapping[str, Tensor]) -> Targets:
+def _targets(
+    bundle: Bundle,
+    config: Mapping[str, Any],
+    model: nn.Module,
+    tensors: Mapping[str, Tensor],
+    fields: Mapping[str, str],
+) -> Targets:
     """What was asked for when the adapter was made, as lorakit.json says it, or else PEFT's configuration."""
     if bundle.own:
         return Targets.from_data(bundle.own["targets"], bundle.folder / OWN)
-    return targets_from(config, model, tensors)
+    return targets_from(config, model, tensors, fields)
 
 
 def _layers_in(tensors: Iterable[str], plain: Mapping[str, str], method: Any, folder: Path) -> list[str]:
@@ -363,11 +370,11 @@ def _resolved(targets: Targets, paths: list[str], plain: Mapping[str, str]) -> T
         return resolved
     actual = {name: path for path, name in plain.items()}
     exact: dict[str, Any] = {}
-    for option, patterns in targets.patterns().items():
-        values = {path: value_for(patterns, plain[path]) for path in paths} if patterns else {}
-        exact[f"{option}_pattern"] = {exactly(path): value for path, value in values.items() if value is not None}
+    for option, patterns in targets.patterns.items():
+        values = {path: value_for(patterns, plain[path]) for path in paths}
+        exact[option] = {exactly(path): value for path, value in values.items() if value is not None}
     saved = tuple(actual.get(name, name) for name in targets.modules_to_save)
-    return dataclasses.replace(resolved, modules_to_save=saved, **exact)
+    return dataclasses.replace(resolved, modules_to_save=saved, patterns=exact)
 
 
 def _check_targets(model: nn.Module, config: Mapping[str, Any], found: list[str], complain: Complain) -> None:

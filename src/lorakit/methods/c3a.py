@@ -71,15 +71,10 @@ class C3A(Method):
 
     def peft_config(self) -> dict[str, Any]:
         start = True if self.start_zero else "xavier_uniform"
-        return {"block_size": self.block_size, "block_size_pattern": {}, "init_weights": start}
+        return {"block_size": self.block_size, "init_weights": start}
 
     @classmethod
     def from_peft(cls, config: dict[str, Any]) -> Self:
-        if config.get("block_size_pattern"):
-            raise LorakitError(
-                f"load: the configuration sets block_size_pattern={config['block_size_pattern']!r}; lorakit has one "
-                "block_size for all layers of an adapter."
-            )
         return cls(block_size=config.get("block_size", 256), start_zero=config.get("init_weights") is True)
 
 

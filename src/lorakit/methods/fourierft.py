@@ -67,18 +67,12 @@ class FourierFT(Method):
             "n_frequency": self.n_frequency,
             "scaling": self.scale,
             "random_loc_seed": self.seed,
-            "n_frequency_pattern": {},
             "init_weights": self.start_zero,
             "fan_in_fan_out": False,
         }
 
     @classmethod
     def from_peft(cls, config: dict[str, Any]) -> Self:
-        if config.get("n_frequency_pattern"):
-            raise LorakitError(
-                f"load: the configuration sets n_frequency_pattern={config['n_frequency_pattern']!r}; lorakit has one "
-                "n_frequency for all layers of an adapter."
-            )
         if config.get("random_loc_seed", 777) is None:
             raise LorakitError(
                 "load: the configuration has random_loc_seed=null, and the places of the frequencies are in no file."
