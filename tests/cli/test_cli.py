@@ -36,27 +36,74 @@ def test_every_verb_has_help(lorakit: Run, verb: str) -> None:
     assert "Usage" in result.output
 
 
-def test_the_verbs_files_do_not_import_torch() -> None:
-    """Importing them is what `lorakit --help` waits for."""
-    code = (
-        "import sys, types, importlib.util as u\n"
-        "spec = u.find_spec('lorakit'); package = types.ModuleType('lorakit')\n"
-        "package.__path__ = spec.submodule_search_locations; sys.modules['lorakit'] = package\n"
-        "import lorakit.cli\n"
-        "heavy = {'torch', 'transformers', 'datasets', 'matplotlib'} & set(sys.modules)\n"
-        "assert not heavy, heavy\n"
+@pytest.mark.parametrize(
+    ("arguments", "code", "heavy"),
+    [
+        (["--help"], 0, {"torch", "transformers", "datasets", "matplotlib"}),
+        (["train", "--help"], 0, {"torch", "transformers", "datasets", "matplotlib"}),
+        (["train", "--schema"], 0, {"transformers", "datasets", "matplotlib"}),
+        (["train", "--rank", "many"], 2, {"transformers", "datasets", "matplotlib"}),
+    ],
+)
+def test_help_and_mistakes_do_not_wait_for_heavy_imports(arguments: list[str], code: int, heavy: set[str]) -> None:
+    """What names a method has to import the methods, and they torch."""
+    program = (
+        "import sys\n"
+        "from lorakit.cli import main\n"
+        f"sys.argv = ['lorakit', *{arguments}]\n"
+        "try: main()\n"
+        f"except SystemExit as end: assert end.code == {code}, end.code\n"
+        f"assert not {heavy} & set(sys.modules), {heavy} & set(sys.modules)\n"
     )
-    subprocess.run([sys.executable, "-c", code], check=True)
+    subprocess.run([sys.executable, "-c", program], check=True, stdout=subprocess.DEVNULL)
 
 
-def test_train_help_shows_every_option_with_its_default(lorakit: Run) -> None:
-    from lorakit.train.config.run import config_fields
+@pytest.mark.parametrize("columns", [80, 120])
+def test_train_help_shows_every_option_within_the_terminal(
+    lorakit: Run, monkeypatch: pytest.MonkeyPatch, columns: int
+) -> None:
+    from lorakit.train.config.fields import choice_fields, config_fields, run_fields
 
+    monkeypatch.setenv("COLUMNS", str(columns))
     result = lorakit("train", "--help")
     assert result.exit_code == 0
-    for option in config_fields():
-        assert option.flag in result.output, option.flag
+    assert max(map(len, result.output.splitlines())) <= columns
+    own = {option.flag for option in run_fields()}
+    assert own <= set(result.output.split())
     assert "0.0002" in result.output
+    for words in ("gradient checkpointing", "packing", "device", "quantise", "resume"):
+        assert words in result.output, words
+    others = {option.flag for option in config_fields()} - own
+    assert not others & set(result.output.split()), "the options of a method come with that method"
+    for named in (["--method", "dora"], ["method=dora"], ["--method.inner", "lora-fa", "--method=dora"]):
+        shown = lorakit("train", *named, "--help").output
+        assert max(map(len, shown.splitlines())) <= columns
+        assert {option.flag for option in choice_fields("method", "dora")} <= set(shown.split())
+        assert "--tokens" not in shown.split()
+
+
+def test_train_help_shows_the_options_of_the_files_method(lorakit: Run, tmp_path: Path) -> None:
+    (tmp_path / "run.yaml").write_text("method: prompt-tuning\n")
+    shown = lorakit("train", str(tmp_path / "run.yaml"), "--help").output.split()
+    assert "--tokens" in shown
+    assert "--rank" not in shown
+
+
+def test_methods_shows_one_method_whole(lorakit: Run) -> None:
+    from lorakit.core.options import options_of
+    from lorakit.files.table import TABLE
+
+    for name, spec in TABLE.items():
+        data = json.loads(lorakit("methods", name, "--json").stdout)
+        assert data["formula"] == spec.card.formula
+        assert {option["name"] for option in data["options"]} >= set(options_of(spec))
+        assert all(option["doc"] for option in data["options"]), name
+    shown = lorakit("methods", "fourierft").stdout
+    for words in ("2405.03003", "--n-frequency", "an integer of at least 1", "default 1000", "parameters", "limits"):
+        assert words in shown, words
+    wrong = lorakit("methods", "fouriertf")
+    assert wrong.exit_code == 2
+    assert 'did you mean "fourierft"' in wrong.stderr
 
 
 def test_train_leaves_an_adapter_that_peft_loads_and_a_report(base: Path, adapter: Path) -> None:

@@ -4,14 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from click.testing import Result
+from jsonschema import Draft202012Validator, ValidationError
 
 from conftest import MODEL
+from lorakit.core.options import options_of
 from lorakit.edits import EDITS, PromptTuning
+from lorakit.errors import LorakitError
+from lorakit.experts import ROUTERS
+from lorakit.files.table import TABLE
 from lorakit.methods import LoRA
-from lorakit.train.config.run import load_config
+from lorakit.train.config.choices import METHOD
+from lorakit.train.config.document import dump, parse_document
+from lorakit.train.config.run import TrainConfig, load_config, to_tree
+from lorakit.train.config.schema import json_schema
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 RECIPES = sorted(EXAMPLES.glob("*.yaml"))
@@ -29,6 +38,53 @@ def test_a_recipe_is_accepted_and_so_is_another_method_in_it(recipe: Path) -> No
     assert type(load_config(recipe, ["--method", "lora"]).method) is LoRA
     for name, method in EDITS.items() if isinstance(own.method, LoRA) else ():
         assert type(load_config(recipe, ["--method", name]).method) is method
+
+
+@pytest.fixture(scope="module")
+def schema() -> dict[str, Any]:
+    return json_schema()
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda recipe: recipe.name)
+def test_the_schema_takes_a_recipe_and_no_misspelt_key(recipe: Path, schema: dict[str, Any], tmp_path: Path) -> None:
+    Draft202012Validator.check_schema(schema)
+    validator = Draft202012Validator(schema)
+    tree, _ = parse_document(recipe.read_text(), recipe.name)
+    validator.validate(tree)
+    for wrong in (
+        {**tree, "raank": 8},
+        {**tree, "train": {**tree["train"], "max_stepz": 3}},
+        {**tree, "train": {**tree["train"], "epochs": 0}},
+        {**tree, "method": {"name": "lora", "raank": 8}},
+        {**tree, "method": "lorra"},
+        {**tree, "init": {"name": "pissa", "std": 0.1}},
+    ):
+        with pytest.raises(ValidationError):
+            validator.validate(wrong)
+        (tmp_path / "run.yaml").write_text(dump(wrong))
+        with pytest.raises(LorakitError):
+            load_config(tmp_path / "run.yaml")
+
+
+def test_the_schema_takes_what_a_run_stores_and_an_option_only_with_its_method(schema: dict[str, Any]) -> None:
+    validator = Draft202012Validator(schema)
+    small: dict[str, Any] = {"model": "m", "data": {"train": "rows.jsonl"}}
+    for name, spec in TABLE.items():
+        chosen = {**small, "method": name, **({"adapters": ["a", "b"]} if name in ROUTERS else {})}
+        stored = to_tree(TrainConfig(**chosen))
+        validator.validate(stored)
+        for option in options_of(spec):
+            validator.validate({**chosen, option: stored["method"][option]})
+        owner = METHOD.reachable(spec)
+        for option in ("rank", "tokens"):
+            assert validator.is_valid({**chosen, option: 4}) == (option in owner), (name, option)
+    for given in (
+        {"method": "dora", "inner": "lokr", "factor": 4},
+        {"rank_pattern": {"q_proj": 4}},
+        {"quantize": None},
+    ):
+        validator.validate({**small, **given})
+    assert not validator.is_valid({**small, "rank_pattern": {"q_proj": "four"}})
 
 
 @pytest.mark.model

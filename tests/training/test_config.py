@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pydantic import ValidationError
 
 import lorakit.train.config.choices as choices
 from lorakit.core.options import option
@@ -17,6 +18,7 @@ from lorakit.experts import ROUTERS
 from lorakit.init import Default, Normal
 from lorakit.methods import DoRA, LoRA, LoRAFA
 from lorakit.models.quantisation import FP4, Int8
+from lorakit.train.config.fields import choice_fields
 from lorakit.train.config.run import (
     DataOptions,
     EvaluateOptions,
@@ -26,7 +28,6 @@ from lorakit.train.config.run import (
     load_config,
     to_yaml,
 )
-from lorakit.train.config.schema import default_of
 
 SMALL = "model: m\ndata: {train: rows.jsonl}\n"
 
@@ -115,7 +116,7 @@ def test_switches_lists_and_mappings_as_flags(tmp_path: Path) -> None:
     assert config.train.keep_best is False
     assert config.target_modules == ("q_proj", "v_proj")
     assert config.layers == (0, 2)
-    assert config.rank_pattern == {"k_proj": 2, "model.layers.0.q_proj": 4}
+    assert config.patterns == {"rank": {"k_proj": 2, "model.layers.0.q_proj": 4}}
     assert config.train.report_to == ("tensorboard",)
     assert config.train.optimizer_options == {"betas": [0.9, 0.95]}
     assert config.data.limit is None
@@ -147,11 +148,15 @@ REFUSED = [
     ),
     ("lora_alpha: 8\n", [], r'"lora_alpha".*lorakit calls it "alpha"'),
     ("max_steps: 8\n", [], r'"max_steps".*lorakit calls it "train\.max_steps"'),
-    ("train: {max_steps: ten}\n", [], r"train\.max_steps: expected an integer or null, found 'ten' .*line 3"),
-    ("train: {max_steps: 1.5}\n", [], r"train\.max_steps: expected an integer or null, found 1\.5"),
-    ("train: {batch_size: true}\n", [], r"train\.batch_size: expected an integer, found true"),
-    ("train: {batch_size: 010}\n", [], r"train\.batch_size: expected an integer, found '010'"),
-    ("train: {learning_rate: .nan}\n", [], r"train\.learning_rate: expected a number, found nan"),
+    (
+        "train: {max_steps: ten}\n",
+        [],
+        r"train\.max_steps: expected an integer of at least 1, or null, found 'ten' .*line 3",
+    ),
+    ("train: {max_steps: 1.5}\n", [], r"train\.max_steps: expected an integer of at least 1, or null, found 1\.5"),
+    ("train: {batch_size: true}\n", [], r"train\.batch_size: expected an integer of at least 1, found true"),
+    ("train: {batch_size: 010}\n", [], r"train\.batch_size: expected an integer of at least 1, found '010'"),
+    ("train: {learning_rate: .nan}\n", [], r"train\.learning_rate: expected a number above 0, found nan"),
     ("data: {template: 3}\n", [], "is given twice"),
     ("name: 3\n", [], r"name: expected text, found 3"),
     ("train: 3\n", [], r"train: expected a section with options, found 3"),
@@ -159,7 +164,7 @@ REFUSED = [
     (
         "",
         ["--train.max-steps", "ten"],
-        r"train\.max_steps: expected an integer or null, found 'ten' \(--train\.max-steps\)",
+        r"train\.max_steps: expected an integer of at least 1, or null, found 'ten' \(--train\.max-steps\)",
     ),
     ("", ["--train.max-steps"], r"--train\.max-steps: expected a value"),
     ("", ["--train.epochs", "--rank"], r"--train\.epochs: expected a value after it, found --rank"),
@@ -170,11 +175,15 @@ REFUSED = [
     (
         "train: {label_smoothing: 1}\n",
         [],
-        r"label_smoothing: expected a number at least 0 and below 1, found 1",
+        r"label_smoothing: expected a number of at least 0 and below 1, found 1",
     ),
-    ("", ["--train.batch-size", "0"], r"train\.batch_size: expected a number at least 1, found 0"),
-    ("rank: 0\n", [], r"rank was given as 0.*line 3"),
-    ("", ["--dropout", "1.0"], r"dropout was given as 1\.0.*--dropout"),
+    ("", ["--train.batch-size", "0"], r"train\.batch_size: expected an integer of at least 1, found 0"),
+    ("rank: 0\n", [], r"method\.rank: expected an integer of at least 1, found 0 .*line 3"),
+    (
+        "",
+        ["--dropout", "1.0"],
+        r"method\.dropout: expected a number of at least 0 and below 1, found 1\.0 \(--dropout\)",
+    ),
     (
         "train: {precision: bf-16}\n",
         [],
@@ -220,15 +229,15 @@ def test_a_missing_option_says_how_to_give_it(tmp_path: Path) -> None:
 
 
 def test_python_is_checked_as_files_are() -> None:
-    with pytest.raises(LorakitError, match=r"train\.batch_size: expected a number at least 1, found 0"):
+    with pytest.raises(LorakitError, match=r"train\.batch_size: expected an integer of at least 1, found 0"):
         TrainOptions(batch_size=0)
-    with pytest.raises(LorakitError, match=r"train\.batch_size: expected an integer, found '8'"):
+    with pytest.raises(LorakitError, match=r"train\.batch_size: expected an integer of at least 1, found '8'"):
         TrainOptions(batch_size="8")  # type: ignore[arg-type]
     with pytest.raises(LorakitError, match="at least two"):
         EvaluateOptions(answers="score", choices=("one",))
     config = TrainConfig(model="m", data=DataOptions(train="a"), target_modules=["q", "v"])  # type: ignore[arg-type]
     assert config.target_modules == ("q", "v")
-    with pytest.raises(dataclasses.FrozenInstanceError):
+    with pytest.raises(ValidationError, match="frozen"):
         config.model = "n"  # type: ignore[misc]
     assert config.replace(train__max_steps=3, name="b").train.max_steps == 3
     with pytest.raises(LorakitError, match=r"train\.max_steps"):
@@ -353,13 +362,8 @@ class Holder:
 def table(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     rows = {"lora": LoRA, "plain": Plain, "around": Around, "narrow": Narrow, "thick": Thick, "holder": Holder}
     inits = {"default": Default, "pissa": Narrow}
-    monkeypatch.setattr(choices, "methods", lambda: rows)
-    monkeypatch.setattr(choices, "initialisers", lambda: inits)
-    monkeypatch.setattr("lorakit.train.config.options.methods", lambda: rows)
-    monkeypatch.setattr("lorakit.train.config.options.initialisers", lambda: inits)
-    monkeypatch.setattr("lorakit.train.config.overrides.methods", lambda: rows)
-    monkeypatch.setattr("lorakit.train.config.overrides.initialisers", lambda: inits)
-    monkeypatch.setattr("lorakit.train.config.fields.methods", lambda: rows)
+    monkeypatch.setattr("lorakit.files.table.TABLE", rows)
+    monkeypatch.setattr("lorakit.init.INITIALISERS", inits)
     return rows
 
 
@@ -377,7 +381,10 @@ def test_a_new_row_of_the_table_is_known_to_files_and_flags(table: dict[str, Any
     assert loaded(tmp_path, SMALL, "--init", "pissa", "--init.gain", "3").init == Narrow(gain=3.0)
     narrow = loaded(tmp_path, SMALL + "method: {name: holder, inner: narrow}\n", "--gain", "2").method
     assert narrow == Holder(inner=Narrow(gain=2.0))
-    assert choices.option_docs(Plain) == {"rank": "how wide it is", "kind": "which"}
+    assert {field.name: field.doc for field in choice_fields("method", "plain")} == {
+        "rank": "how wide it is",
+        "kind": "which",
+    }
 
 
 def test_every_method_and_its_options_make_flags(tmp_path: Path) -> None:
@@ -387,13 +394,13 @@ def test_every_method_and_its_options_make_flags(tmp_path: Path) -> None:
         config = loaded(tmp_path, SMALL, *chosen)
         assert type(config.method) is spec
         assert loaded(tmp_path, to_yaml(config)) == config
-        owners = choices.option_names(spec, table)
+        owners = choices.METHOD.reachable(spec)
         flags = []
         for field in config_fields():
             if field.section != "method" or field.name not in owners:
                 continue
-            own = next(one for one in dataclasses.fields(owners[field.name]) if one.name == field.name)
-            if default_of(own) == field.default:  # methods may have options of one name with defaults of their own
+            own = next(one for one in choice_fields("method", name) if one.name == field.name)
+            if own.default == field.default:  # methods may have options of one name with defaults of their own
                 flags.append(f"{field.flag}={field.default_text}")
         assert loaded(tmp_path, SMALL, *chosen, *flags) == config
     assert loaded(tmp_path, SMALL, "--method", "dora", "--rank", "2").method == DoRA(inner=LoRA(rank=2))
@@ -403,7 +410,7 @@ def test_every_method_and_its_options_make_flags(tmp_path: Path) -> None:
 
 
 def test_an_option_of_another_method_is_refused(table: dict[str, Any], tmp_path: Path) -> None:
-    message = r'"rank" is no option of narrow \(%s\); it is one of lora, plain, around'
+    message = r"narrow has no rank; rank belongs to lora, plain, around\. Options of narrow: gain\. \(%s\)"
     with pytest.raises(LorakitError, match=message % ".*line 3"):
         loaded(tmp_path, SMALL + "rank: 8\nmethod: narrow\n")
     with pytest.raises(LorakitError, match=message % "--rank"):

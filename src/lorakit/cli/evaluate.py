@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from lorakit.cli.screen import err, out, show_log
+from lorakit.cli.screen import err, log_to, out, show_log
 
 HELP = (
     "Measure an adapter against its base. WHAT is an adapter folder that lorakit trained (its own "
@@ -30,13 +31,9 @@ def evaluate(
     as_json: Annotated[bool, typer.Option("--json", help="Print the numbers as JSON instead.")] = False,
 ) -> None:
     """Measure, and print a table with a column for the base and for each adapter."""
-    show_log(err)
-    import lorakit as lk
+    log_to(err)
     from lorakit.errors import LorakitError
     from lorakit.train.config.run import load_config
-    from lorakit.train.data.examples import load_splits
-    from lorakit.train.evaluate import Evaluation, tabulate
-    from lorakit.train.run import class_list, examine, hold, load_base, path_for
 
     file, adapters = what, list(adapter or ())
     if what.is_dir():
@@ -46,7 +43,13 @@ def evaluate(
                 f"eval: {what} has no train.yaml, so nothing says on which rows to measure it; "
                 f"use lorakit eval CONFIG.yaml --adapter {what}"
             )
-    config = load_config(file, context.args)
+    config = load_config(file, context.args)  # first, so that a mistake in it is told before transformers is imported
+    show_log(err)
+    import lorakit as lk
+    from lorakit.train.data.examples import load_splits
+    from lorakit.train.evaluate import Evaluation, tabulate
+    from lorakit.train.run import class_list, examine, hold, load_base, path_for
+
     train_rows, rows = load_splits(config.data)
     if rows is None:
         raise LorakitError(
@@ -58,7 +61,7 @@ def evaluate(
     path = path_for(config, model)
     measured: dict[str, Evaluation] = {}
     if base:
-        with lk.use(model, None) if loaded else _nothing():
+        with lk.use(model, None) if loaded else contextlib.nullcontext():
             measured["base"] = examine(model, tokenizer, held, config, path)
     for name in loaded:
         with lk.use(model, name):
@@ -72,9 +75,3 @@ def evaluate(
     for answer in last.answers[:samples] if last else ():
         mark = "right" if answer.right else f"expected {answer.expected}"
         out.print(f"{answer.prompt}\n  → {answer.given} ({mark})", markup=False)
-
-
-def _nothing() -> Any:
-    import contextlib
-
-    return contextlib.nullcontext()

@@ -4,7 +4,10 @@ clean."""
 from __future__ import annotations
 
 import logging
+import shutil
 import sys
+import textwrap
+from collections.abc import Iterable, Sequence
 
 from rich.console import Console
 from rich.text import Text
@@ -37,13 +40,35 @@ class ScreenHandler(logging.Handler):
         self.console.print(Text(record.getMessage(), style=style))
 
 
-def show_log(console: Console, level: int = logging.INFO) -> None:
-    """Send lorakit's log to the screen, and keep other libraries to their errors."""
+def log_to(console: Console, level: int = logging.INFO) -> None:
+    """Send lorakit's log to the screen."""
     logger = logging.getLogger("lorakit")
     logger.handlers = [ScreenHandler(console)]
     logger.setLevel(level)
     logger.propagate = False
+
+
+def show_log(console: Console, level: int = logging.INFO) -> None:
+    """Send lorakit's log to the screen, and keep other libraries to their errors. Imports transformers, which takes seconds."""
+    log_to(console, level)
     from transformers.utils import logging as other
 
     other.set_verbosity_error()  # type: ignore[no-untyped-call]
     other.disable_progress_bar()  # type: ignore[no-untyped-call]
+
+
+def width() -> int:
+    """The columns to wrap at: those of the terminal, or COLUMNS; a pipe gets long lines, which are easier to search."""
+    return min(shutil.get_terminal_size((160, 24)).columns, 160)
+
+
+def two_columns(rows: Iterable[Sequence[str]], columns: int) -> str:
+    """Pairs of a short text and a long one as lines of at most `columns`, the long ones wrapped beside the short."""
+    pairs = list(rows)
+    left = max((len(short) for short, _ in pairs), default=0) + 4
+    lines = []
+    for short, long in pairs:
+        body = textwrap.wrap(long, max(columns - left, 24), break_on_hyphens=False) or [""]
+        lines.append(f"  {short}".ljust(left) + body[0])
+        lines += [" " * left + line for line in body[1:]]
+    return "\n".join(line.rstrip() for line in lines)

@@ -2,20 +2,33 @@
 
 from __future__ import annotations
 
+import json
 import sys
+import textwrap
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from lorakit.cli.screen import err, out, show_log
+from lorakit.cli.screen import err, log_to, out, show_log, two_columns, width
 
 if TYPE_CHECKING:
-    from rich.console import RenderableType
+    from rich.text import Text
 
     from lorakit.train.run import TrainResult
 
 HELP = "Train an adapter: lorakit train CONFIG.yaml [--rank 8] [--train.max-steps 20] [--set NAME=VALUE] ..."
+
+ABOUT = (
+    "A run is described by a YAML file, by flags, or by both; flags win. Every option below is a key of the file and a "
+    "flag, - and _ alike: --train.max-steps 20, --train.max_steps=20, --set train.max_steps=20, "
+    "--no-data.completion-only-loss."
+)
+SEE_ALSO = (
+    ("lorakit train --method dora --help", "the options of a method too (rank, alpha, dropout, ...)"),
+    ("lorakit methods [dora]", "all methods, or all about one"),
+    ("lorakit train --schema", "the JSON schema of the file, for editors"),
+)
 
 # The flags are the options of the run, known only when they are asked for: they are taken as they stand.
 CONTEXT: dict[str, Any] = {"allow_extra_args": True, "ignore_unknown_options": True}
@@ -26,16 +39,24 @@ def train(
 ) -> None:
     """Carry out the run that the arguments describe."""
     arguments = arguments or []
+    if "--schema" in arguments:
+        from lorakit.train.config.schema import json_schema
+
+        print(json.dumps(json_schema(), indent=2, ensure_ascii=False))
+        return
     if not arguments or {"--help", "-h"} & set(arguments):
-        out.print(usage())
+        out.print(usage([word for word in arguments if word not in ("--help", "-h")]))
         raise typer.Exit(0 if arguments else 2)
     file, overrides = split_arguments(arguments)
-    show_log(err)
+    log_to(err)
     from lorakit.train.config.run import load_config
+
+    config = load_config(file, overrides)  # first, so that a mistake in it is told before transformers is imported
+    show_log(err)
     from lorakit.train.run import end_processes
     from lorakit.train.run import train as run
 
-    result = run(load_config(file, overrides), console=err)
+    result = run(config, console=err)
     show_result(result)
     end_processes()
     if result.stopped is not None:
@@ -44,10 +65,9 @@ def train(
 
 def split_arguments(arguments: list[str]) -> tuple[str | None, list[str]]:
     """The configuration file, if the first argument is one, and the flags."""
-    first = arguments[0]
-    if first.startswith("-") or "=" in first:
+    if not arguments or arguments[0].startswith("-") or "=" in arguments[0]:
         return None, arguments
-    return first, arguments[1:]
+    return arguments[0], arguments[1:]
 
 
 def show_result(result: TrainResult) -> None:
@@ -66,34 +86,23 @@ def show_result(result: TrainResult) -> None:
     out.print(f"adapter: {result.folder}" + (f", curves: {picture}" if picture.exists() else ""), markup=False)
 
 
-def usage() -> RenderableType:
-    """The help: how to call it, and every option with its default and one line."""
-    from rich.console import Group
-    from rich.table import Table
+def usage(arguments: list[str]) -> Text:
+    """The help: how to call it, every option of a run, and those of the method that the file or the flags name."""
     from rich.text import Text
 
-    from lorakit.train.config.run import config_fields
+    from lorakit.train.config.fields import ConfigField, choice_fields, run_fields
+    from lorakit.train.config.run import chosen_method
 
-    parts: list[RenderableType] = [
-        Text(f"Usage: {Path(sys.argv[0]).name} train [CONFIG.yaml] [--OPTION VALUE]...\n"),
-        Text(
-            "A run is described by a YAML file, by flags, or by both; flags win. Every option of the file "
-            "is a flag of the same dotted name, - and _ alike: --train.max-steps 20, --rank=8, --set "
-            "rank=8, --no-data.completion-only-loss.\n"
-        ),
-    ]
-    sections: dict[str, list[Any]] = {}
-    for option in config_fields():
-        sections.setdefault(option.section, []).append(option)
-    titles = {"": "the run", "method": "options of methods"}
-    for section, options in sections.items():
-        table = Table(title=titles.get(section, section), title_justify="left", title_style="bold", box=None)
-        table.add_column("flag", no_wrap=True, header_style="dim")
-        table.add_column("default", overflow="fold", header_style="dim")
-        table.add_column("", ratio=1)
-        for option in options:
-            default = "required" if option.is_required else option.default_text
-            doc = option.doc + (f" [{' | '.join(option.choices)}]" if option.choices else "")
-            table.add_row(Text(option.flag), Text(default), Text(doc))
-        parts += [table, Text("")]
-    return Group(*parts)
+    columns = width()
+    text = Text(f"Usage: {Path(sys.argv[0]).name} train [CONFIG.yaml] [--OPTION VALUE]...\n\n")
+    text.append(textwrap.fill(ABOUT, columns) + "\n\n" + two_columns(SEE_ALSO, columns) + "\n")
+    groups: dict[str, list[ConfigField]] = {}
+    for option in run_fields():
+        groups.setdefault(option.heading, []).append(option)
+    method = chosen_method(*split_arguments(arguments)) if arguments else ""
+    if method:
+        groups[f"Options of the method {method}"] = list(choice_fields("method", method))
+    for heading, options in groups.items():
+        text.append(f"\n{heading}\n", style="bold")
+        text.append(two_columns([(option.flag, option.told()) for option in options], columns) + "\n")
+    return text

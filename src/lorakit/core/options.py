@@ -96,7 +96,9 @@ class Declared:
         """What it takes: "an integer of at least 1"."""
         if self.option.shown:
             return self.option.shown
-        bounds = f" of {self.option.bounds}" if self.option.bounds else ""
+        bounds = self.option.bounds
+        if bounds:
+            bounds = f" of {bounds}" if bounds.startswith("at") else f" {bounds}"
         parts = typing.get_args(self.type)
         if typing.get_origin(self.type) in (Union, types.UnionType) and type(None) in parts:
             return " or ".join(describe(part) for part in parts if part is not type(None)) + f"{bounds}, or None"

@@ -16,7 +16,7 @@ from lorakit.core.delta import Delta, Method, Pool, Shape, Spec
 from lorakit.core.layout import sites_of
 from lorakit.core.walking import walk
 from lorakit.edits import EDITS
-from lorakit.edits.contract import Anatomy, Block
+from lorakit.edits.contract import Anatomy, Block, EditMethod
 from lorakit.errors import LorakitError
 from lorakit.methods import METHODS
 
@@ -107,15 +107,25 @@ SAMPLE = Anatomy(
 
 def edits_catalogue(anatomy: Anatomy = SAMPLE) -> list[EditEntry]:
     """Every edit of the table, with its cost on a model of this anatomy."""
-    entries = []
-    for edit in EDITS.values():
-        parameters, reason = None, ""
-        try:
-            parameters = edit.card.parameters(anatomy, edit())
-        except LorakitError as problem:
-            reason = str(problem)
-        entries.append(EditEntry(**_said(edit), parameters=parameters, reason=reason, flat=edit.needs_padding is None))
-    return entries
+    return [_edit_entry(edit, anatomy) for edit in EDITS.values()]
+
+
+def _edit_entry(edit: type[EditMethod], anatomy: Anatomy) -> EditEntry:
+    parameters, reason = None, ""
+    try:
+        parameters = edit.card.parameters(anatomy, edit())
+    except LorakitError as problem:
+        reason = str(problem)
+    return EditEntry(**_said(edit), parameters=parameters, reason=reason, flat=edit.needs_padding is None)
+
+
+def entry_of(spec: type[Spec], shapes: Sequence[Shape], anatomy: Anatomy = SAMPLE) -> Entry:
+    """One method, edit, mixture or router. What a mixture or a router costs depends on what it holds and is not counted."""
+    if METHODS.get(spec.name) is spec:
+        return _method_entry(METHODS[spec.name], shapes)
+    if EDITS.get(spec.name) is spec:
+        return _edit_entry(EDITS[spec.name], anatomy)
+    return Entry(**_said(spec), parameters=None, reason="")
 
 
 def _said(spec: type[Spec]) -> dict[str, Any]:

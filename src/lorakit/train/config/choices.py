@@ -1,95 +1,187 @@
-"""Options that name one thing of a table: the method, with its own options, and how it starts.
+"""Options that name one thing of a table and hold its options: the method, how it starts, how the base is quantised.
 
-`method: lora`, `method: {name: lora, rank: 8}` and `rank: 8` beside `method: lora` all make the same spec,
-`LoRA(rank=8)`, which is what the configuration then holds. The options of a method are the fields of its spec
-class, read here by their types, so that a new row in a table of `lorakit.experts.SPECS` is known to files and flags
-without a change here. A spec that holds another one (a magnitude over a LoRA) is a mapping in a mapping; an
-option written one level too far out goes to the outermost spec that has it, so `rank: 8` reaches the inner
-LoRA too.
+`method: {name: lora, rank: 8}` and `rank: 8` beside `method: lora` make the same spec, `LoRA(rank=8)`, which is what the
+configuration then holds. The options are those that the spec's class declares, so that a new row of a table is known to files
+and flags without a change here. A spec that holds another one (a magnitude over a LoRA) is a mapping in a mapping; an option
+written one level too far out goes to the outermost spec that has it, so `rank: 8` reaches the inner LoRA too.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
-from lorakit.core.options import docs
+from pydantic import GetCoreSchemaHandler, GetJsonSchemaHandler
+from pydantic_core import CoreSchema, core_schema
+
+from lorakit.core.options import Declared, options_of
 from lorakit.errors import LorakitError, unknown
 from lorakit.train.config.document import parse_value
-from lorakit.train.config.schema import NOWHERE, FlagText, Origins, default_of, hints_of, read
+from lorakit.train.config.section import PLACE, FlagText, mismatch, readings, rule, shown, unfit
 
 
-def methods() -> dict[str, type]:
+def methods() -> Mapping[str, type]:
     """The method table: name -> spec class."""
     from lorakit.files.table import TABLE
 
-    return dict(TABLE)
+    return TABLE
 
 
-def initialisers() -> dict[str, type]:
+def initialisers() -> Mapping[str, type]:
     """The table of initialisers: name -> class."""
     from lorakit.init import INITIALISERS
 
-    return dict(INITIALISERS)
+    return INITIALISERS
 
 
-def quantisations() -> dict[str, type]:
-    """The table of formats that a base can be held in: name -> class."""
+def quantisations() -> Mapping[str, type]:
+    """The table of formats that a base can be quantised to: name -> class."""
     from lorakit.models.quantisation import FORMATS
 
-    return dict(FORMATS)
+    return FORMATS
 
 
-def option_names(spec: type, table: Mapping[str, type], options: Mapping[str, Any] | None = None) -> dict[str, type]:
-    """Every option that can be written for a spec: name -> the class that has it, the outermost one.
+@dataclass(frozen=True)
+class Choice:
+    """The annotation of a field that holds a spec of a table.
 
-    `options` may already name the specs that this one holds; else they are the default ones.
+    Attributes:
+        kind: what is chosen, for messages: "method".
+        table: the specs that exist, by name; asked when a value is read, since importing them imports torch.
+        shown: how the type is named to people.
+        optional: whether it may be null.
     """
-    names: dict[str, type] = {}
-    for field in dataclasses.fields(spec):
-        names.setdefault(field.name, spec)
-    for inner in inner_classes(spec, table, options).values():
-        for name, owner in option_names(inner, table).items():
-            names.setdefault(name, owner)
-    return names
 
+    kind: str
+    table: Callable[[], Mapping[str, type]]
+    shown: str = "a method"
+    optional: bool = False
 
-def option_docs(spec: type) -> dict[str, str]:
-    """The one-line doc of each option, from its declaration."""
-    return docs(spec)
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        written = core_schema.plain_serializer_function_ser_schema(self.write)
+        return core_schema.no_info_plain_validator_function(self.read, serialization=written)
 
+    def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
+        return {}  # `schema.py` fills in the alternatives
 
-def read_choice(value: Any, table: Mapping[str, type], kind: str, name: str, origins: Origins = NOWHERE) -> Any:
-    """A spec from a name, a mapping with `name` and options, or a spec already made.
+    # -- what there is ------------------------------------------------------------------------------------------------
+    def name_of(self, spec: Any) -> str:
+        """The name of a spec in the table; the table's first where it has none."""
+        table = self.table()
+        return next((name for name, cls in table.items() if type(spec) is cls), next(iter(table)))
 
-    Args:
-        value: what was written.
-        table: the specs that exist.
-        kind: what is being chosen, for messages: "method".
-        name: the dotted name of the option.
-        origins: where it was written.
+    def inner(self, spec: type) -> dict[str, Choice]:
+        """The options of a spec that hold another one, each with the choice that it is."""
+        found = {}
+        for name, declared in options_of(spec).items():
+            hint = declared.type if isinstance(declared.type, type) else ()
+            table = {key: cls for key, cls in self.table().items() if issubclass(cls, hint)}
+            if table:
+                found[name] = dataclasses.replace(self, table=table.copy, optional=False)
+        return found
 
-    Raises:
-        LorakitError: no such name, or no such option of it, or a value out of range.
-    """
-    if isinstance(value, tuple(table.values())):
-        return value
-    value = _opened(value)
-    if isinstance(value, str):
-        value = {"name": str(value)}
-    if not isinstance(value, Mapping) or not isinstance(value.get("name"), str):
-        found = value if not isinstance(value, Mapping) else "a mapping without `name`"
-        raise LorakitError(
-            f"{name}: expected the name of a known {kind}, or a mapping with `name` and its options, found {found}"
-            f"{origins.suffix(name)}. Known: {', '.join(table)}."
-        )
-    chosen = str(value["name"])
-    if chosen not in table:
-        raise unknown(kind, chosen, table, where=origins.of(f"{name}.name") or None)
-    options = {key: item for key, item in value.items() if key != "name"}
-    return _make(table[chosen], chosen, options, table, kind, name, origins)
+    def reachable(self, spec: type, options: Mapping[str, Any] | None = None) -> dict[str, Declared]:
+        """Every option that can be written for a spec: its own, then those of the specs that it holds.
+
+        `options` may already name the specs that this one holds; else they are the default ones.
+        """
+        own = options_of(spec)
+        names = dict(own)
+        for name, choice in self.inner(spec).items():
+            inner = choice.class_of((options or {}).get(name), own[name].default)
+            names = {**choice.reachable(inner), **names}
+        return {**own, **names}
+
+    def class_of(self, written: Any, default: Any) -> type:
+        """The class of a spec that is written as a name, a mapping or itself; else that of the default, else the first."""
+        name = written.get("name") if isinstance(written, Mapping) else written
+        table = self.table()
+        classes = [table.get(name) if isinstance(name, str) else type(written), type(default)]
+        return next((cls for cls in classes if cls in table.values()), None) or next(iter(table.values()))
+
+    def patterns(self, spec: Any) -> dict[str, Declared]:
+        """The options of a spec and of those it holds that may differ per layer."""
+        held = {key: getattr(spec, key) for key in self.inner(type(spec))}
+        return {name: one for name, one in self.reachable(type(spec), held).items() if one.option.pattern}
+
+    # -- plain values to specs and back -------------------------------------------------------------------------------
+    def read(self, value: Any, path: tuple[str, ...] = ()) -> Any:
+        """A spec from a name, a mapping with `name` and options, or a spec already made.
+
+        Args:
+            value: what was written.
+            path: where this choice is inside the outermost one: ("inner",).
+
+        Raises:
+            PydanticCustomError: no such name, or no such option of it, or a value that does not fit.
+        """
+        table = self.table()
+        if type(value) in table.values():
+            return value
+        value = _opened(value)
+        name = value.get("name") if isinstance(value, Mapping) else value
+        if self.optional and (name is None or name in ("none", "null")):
+            return None
+        if not isinstance(name, str):
+            expected = f"the name of a known {self.kind}, or a mapping with `name` and its options"
+            found = "a mapping without `name`" if isinstance(value, Mapping) else shown(value)
+            raise mismatch(expected, found, f". Known: {', '.join(table)}", *path)
+        if name not in table:
+            raise rule(str(unknown(self.kind, name, table, PLACE)), *path, "name")
+        options = {key: _opened(item) for key, item in value.items() if key != "name"} if name is not value else {}
+        spec = table[name]
+        self._refuse_others(str(name), options, path)
+        own, inner, values = options_of(spec), self.inner(spec), self._passed_on(spec, options, path)
+        for key, item in values.items():
+            at = (*path, key)
+            values[key] = inner[key].read(item, at) if key in inner else read_declared(own[key], item, *at)
+        if missing := [key for key, one in own.items() if one.default is dataclasses.MISSING and key not in values]:
+            raise rule(f"{name} needs {', '.join(missing)}", *path)
+        try:
+            return spec(**values)
+        except LorakitError as error:
+            blamed = [key for key in options if re.search(rf"\b{re.escape(key)}\b", str(error))]
+            raise rule(str(error), *path, *blamed[:1]) from None
+
+    def write(self, spec: Any) -> Any:
+        """The plain form of a spec, all its options written out; the name alone where there are none."""
+        if spec is None:
+            return None
+        plain: dict[str, Any] = {"name": self.name_of(spec)}
+        inner = self.inner(type(spec))
+        for key in options_of(type(spec)):
+            value = getattr(spec, key)
+            plain[key] = inner[key].write(value) if key in inner else list(value) if isinstance(value, tuple) else value
+        return plain if len(plain) > 1 else plain["name"]
+
+    def _refuse_others(self, name: str, options: Mapping[str, Any], path: tuple[str, ...]) -> None:
+        """Raises for an option that the spec of this name does not have."""
+        table = self.table()
+        known = self.reachable(table[name], options)
+        for key in [key for key in options if key not in known]:
+            owners = [other for other, cls in table.items() if key in self.reachable(cls)]
+            refusal = str(unknown(f"option of {name}", key, known, PLACE))
+            if owners:
+                listed = ", ".join(known) or "none"
+                refusal = f"{name} has no {key}; {key} belongs to {', '.join(owners)}. Options of {name}: {listed}."
+            raise rule(refusal, *path, key)
+
+    def _passed_on(self, spec: type, options: Mapping[str, Any], path: tuple[str, ...]) -> dict[str, Any]:
+        """The options, with those of an inner spec moved into it."""
+        own, values = options_of(spec), dict(options)
+        for key, choice in self.inner(spec).items():
+            known = choice.reachable(choice.class_of(options.get(key), own[key].default))
+            passed = {name: values.pop(name) for name in options if name not in own and name in known}
+            written = values.get(key, choice.name_of(own[key].default))
+            written = {"name": written} if isinstance(written, str) else written
+            if passed and isinstance(written, Mapping):
+                if twice := sorted(set(written) & set(passed)):
+                    raise rule(f"{twice[0]} is given twice, once inside {key}; keep one", *path, twice[0])
+                values[key] = {**written, **passed}
+        return values
 
 
 def _opened(value: Any) -> Any:
@@ -97,129 +189,24 @@ def _opened(value: Any) -> Any:
     return parse_value(value) if isinstance(value, FlagText) and value.lstrip().startswith("{") else value
 
 
-def _make(
-    spec: type,
-    chosen: str,
-    options: Mapping[str, Any],
-    table: Mapping[str, type],
-    kind: str,
-    name: str,
-    origins: Origins,
-) -> Any:
-    options = {key: _opened(item) for key, item in options.items()}
-    inner = inner_classes(spec, table, options)
-    own = {field.name: field for field in dataclasses.fields(spec)}
-    reachable = option_names(spec, table, options)
-    for key in options:
-        if key not in reachable:
-            place = origins.of(f"{name}.{key}")
-            elsewhere = [other for other, cls in table.items() if key in option_names(cls, table)]
-            if elsewhere:
-                raise LorakitError(
-                    f'"{key}" is no option of {chosen}{f" ({place})" if place else ""}; it is one of '
-                    f"{', '.join(elsewhere)}. Options of {chosen}: {', '.join(reachable)}."
-                )
-            raise unknown(f"option of {chosen}", key, reachable, where=place or None)
-    values: dict[str, Any] = {}
-    passed_on = {key: item for key, item in options.items() if key not in own}
-    hints = hints_of(spec)
-    for key, field in own.items():
-        dotted = f"{name}.{key}"
-        if key not in inner:
-            if key in options:
-                values[key] = read(options[key], hints[key], dotted, origins)
-            continue
-        wanted = {n: item for n, item in passed_on.items() if n in option_names(inner[key], table)}
-        if key in options or wanted:
-            written = options.get(key, _name_of(default_of(field), table))
-            if isinstance(written, str):
-                written = {"name": str(written)}
-            if isinstance(written, Mapping) and (twice := sorted(set(written) & set(wanted))):
-                raise LorakitError(
-                    f"{dotted}.{twice[0]} is also given as {name}.{twice[0]}; keep one{origins.suffix(name)}"
-                )
-            inner_table = {n: cls for n, cls in table.items() if issubclass(cls, _bound(hints[key]))}
-            merged = {**written, **wanted} if isinstance(written, Mapping) else written
-            values[key] = read_choice(merged, inner_table, kind, dotted, origins)
-    try:
-        return spec(**values)
-    except TypeError:
-        needed = [key for key, field in own.items() if key not in values and default_of(field) is dataclasses.MISSING]
-        if not needed:
-            raise
-        raise LorakitError(f"{chosen} needs {', '.join(needed)}{origins.suffix(name)}") from None
-    except LorakitError as error:
-        blamed = next((key for key in options if re.search(rf"\b{re.escape(key)}\b", str(error))), "")
-        raise LorakitError(f"{error}{origins.suffix(f'{name}.{blamed}' if blamed else name)}") from None
+def read_declared(declared: Declared, value: Any, *path: str) -> Any:
+    """A value as its option takes it; `path` is the name to blame."""
+    for reading in readings(value):
+        if declared.takes(reading):
+            return float(reading) if declared.type is float else reading
+    raise unfit(declared, value, *path)
 
 
-def _bound(hint: Any) -> type:
-    return hint if isinstance(hint, type) else object
+def read_pattern(declared: Declared, values: Any) -> dict[str, Any]:
+    """The values of one option by layer, each read as the option is."""
+    values, path = _opened(values), ("patterns", declared.name)
+    if not isinstance(values, Mapping):
+        raise mismatch("a mapping from names of layers to values", shown(values), "", *path)
+    return {layer: read_declared(declared, value, *path, layer) for layer, value in values.items()}
 
 
-def inner_classes(spec: type, table: Mapping[str, type], options: Mapping[str, Any] | None = None) -> dict[str, type]:
-    """The fields of a spec that hold another spec: field -> its class, as `options` name it or as the default is."""
-    found: dict[str, type] = {}
-    hints = hints_of(spec)
-    for field in dataclasses.fields(spec):
-        hint = hints[field.name]
-        if not isinstance(hint, type) or not any(issubclass(cls, hint) for cls in table.values()):
-            continue
-        written = (options or {}).get(field.name)
-        name = written.get("name") if isinstance(written, Mapping) else written
-        default = default_of(field)
-        if isinstance(name, str) and name in table:
-            found[field.name] = table[name]
-        elif isinstance(default, hint):
-            found[field.name] = type(default)
-        else:
-            found[field.name] = next(c for c in table.values() if issubclass(c, hint) and c is not spec)
-    return found
-
-
-def _name_of(spec: Any, table: Mapping[str, type]) -> str:
-    return next((name for name, cls in table.items() if type(spec) is cls), next(iter(table)))
-
-
-def write_choice(spec: Any, table: Mapping[str, type]) -> Any:
-    """The plain form of a spec, all its options written out; the name alone where there are none."""
-    plain: dict[str, Any] = {"name": _name_of(spec, table)}
-    for field in dataclasses.fields(spec):
-        value = getattr(spec, field.name)
-        if type(value) in table.values():
-            value = write_choice(value, table)
-        plain[field.name] = list(value) if isinstance(value, tuple) else value
-    return plain if len(plain) > 1 else plain["name"]
-
-
-def read_method(value: Any, name: str, origins: Origins) -> Any:
-    """The spec of the `method` option."""
-    return read_choice(value, methods(), "method", name, origins)
-
-
-def write_method(value: Any) -> Any:
-    """The plain form of the `method` option."""
-    return write_choice(value, methods())
-
-
-def read_init(value: Any, name: str, origins: Origins) -> Any:
-    """The initialiser of the `init` option."""
-    return read_choice(value, initialisers(), "init", name, origins)
-
-
-def write_init(value: Any) -> Any:
-    """The plain form of the `init` option."""
-    return write_choice(value, initialisers())
-
-
-def read_quantize(value: Any, name: str, origins: Origins) -> Any:
-    """The format of the `quantize` option; None where the base stays as it is."""
-    chosen = value.get("name") if isinstance(value, Mapping) and set(value) == {"name"} else value
-    if chosen is None or (isinstance(chosen, str) and chosen in ("none", "null")):
-        return None
-    return read_choice(value, quantisations(), "quantisation", name, origins)
-
-
-def write_quantize(value: Any) -> Any:
-    """The plain form of the `quantize` option."""
-    return None if value is None else write_choice(value, quantisations())
+METHOD = Choice("method", methods)
+INIT = Choice("init", initialisers, "an initialiser")
+QUANTISATION = Choice("quantisation", quantisations, "a format or null", optional=True)
+CHOICES = {"method": METHOD, "init": INIT, "quantize": QUANTISATION}
+"""The options of a run that are choices, by name."""

@@ -1,16 +1,17 @@
-"""The options of a run as data: what a command line makes flags of, and documentation its tables."""
+"""The options of a run and of methods as rows: what `--help` and the documentation show of each."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
-from lorakit.train.config.choices import inner_classes, methods, option_docs, option_names, write_method
+from lorakit.core.options import Declared
+from lorakit.train.config.choices import CHOICES, Choice
 from lorakit.train.config.document import dump
+from lorakit.train.config.flags import Names
 from lorakit.train.config.options import TrainConfig
-from lorakit.train.config.schema import default_of, describe, hints_of, iterate, plain
 
 
 @dataclass(frozen=True)
@@ -20,20 +21,24 @@ class ConfigField:
     Attributes:
         name: dotted, as in the file: "train.max_steps"; the flag is `flag`.
         section: "", "data", "train", "evaluate", or "method" for the options of methods.
-        kind: the type in words.
-        default: the default; `dataclasses.MISSING` where the option is required.
+        heading: what it is shown under; of a method's option, the methods that have it.
+        kind: the type and range in words.
+        default: the default, plain; `dataclasses.MISSING` where the option is required.
         doc: one line.
         is_switch: whether the bare flag means true (and `--no-...` false).
         choices: the allowed words, if they are limited.
+        pattern: the name by which it may differ per layer; empty where it may not.
     """
 
     name: str
     section: str
+    heading: str
     kind: str
     default: Any
     doc: str
-    is_switch: bool = False
-    choices: tuple[str, ...] = ()
+    is_switch: bool
+    choices: tuple[str, ...]
+    pattern: str
 
     @property
     def flag(self) -> str:
@@ -48,40 +53,61 @@ class ConfigField:
     @property
     def default_text(self) -> str:
         """The default as YAML would write it; empty when required."""
-        return "" if self.is_required else dump({"x": plain(self.default)})[3:].strip()
+        return "" if self.is_required else dump({"x": self.default})[3:].strip()
+
+    def as_data(self) -> dict[str, Any]:
+        """Plain data; an option that is required has no default."""
+        data = dataclasses.asdict(self)
+        return {key: value for key, value in data.items() if key != "default" or not self.is_required}
+
+    def told(self, whole: bool = False) -> str:
+        """Its documentation in one line with its default; `whole`: with its type and range in any case."""
+        is_unsaid = any(word not in self.doc for word in self.choices)
+        notes = [self.kind] if whole or is_unsaid else []
+        if self.is_required:
+            notes.append("required")
+        elif self.default_text not in ("[]", "{}") and (whole or self.default_text != "null" or "null" in self.doc):
+            notes.append(f"default {self.default_text}")
+        if self.pattern:
+            notes.append(f"per layer: --{self.pattern.replace('_', '-')}")
+        return f"{self.doc} ({'; '.join(notes)})" if notes else self.doc
+
+
+def run_fields() -> Iterator[ConfigField]:
+    """The options of a run, without those of its method."""
+    for name, heading, declared in TrainConfig.options():
+        yield _field(name, name.rpartition(".")[0], heading, declared, CHOICES.get(name))
+
+
+def choice_fields(kind: str, name: str) -> Iterator[ConfigField]:
+    """The options of one method, start or format (`kind` is "method", ...), those of the specs that it holds among them."""
+    choice = CHOICES[kind]
+    spec = choice.table()[name]
+    for option, declared in choice.reachable(spec).items():
+        yield _field(option, kind, name, declared, choice.inner(spec).get(option))
 
 
 def config_fields() -> Iterator[ConfigField]:
     """Every option of a run, with those of all methods under their short names (`rank`, not `method.rank`)."""
-    yield from _fields()
-    table = methods()
-    taken = {name for name, _, _ in iterate(TrainConfig)}
-    owners: dict[str, list[tuple[str, type]]] = {}
-    for method, spec in table.items():
-        for name, owner in option_names(spec, table).items():
-            if name not in taken:
-                owners.setdefault(name, []).append((method, owner))
-    for name, users in owners.items():
-        spec = users[0][1]
-        field = next(field for field in dataclasses.fields(spec) if field.name == name)
-        hint, default = hints_of(spec)[name], default_of(field)
-        kind = describe(hint)
-        if name in inner_classes(spec, table):
-            kind, default = "a method", write_method(default)
-        doc = option_docs(spec).get(name, "").rstrip(".")
-        doc = f"{doc} ({', '.join(method for method, _ in users)})".strip()
-        yield ConfigField(name, "method", kind, default, doc, hint is bool, _choices(hint))
+    yield from run_fields()
+    for name, owners in Names().of_methods.items():
+        first, declared = owners[0]
+        inner = CHOICES["method"].inner(CHOICES["method"].table()[first])
+        yield _field(name, "method", ", ".join(method for method, _ in owners), declared, inner.get(name))
 
 
-def _fields() -> Iterator[ConfigField]:
-    for name, field, hint in iterate(TrainConfig):
-        default = default_of(field)
-        if default is not dataclasses.MISSING and field.metadata["writer"]:
-            default = field.metadata["writer"](default)
-        kind = field.metadata["shown"] or describe(hint)
-        section = name.rpartition(".")[0]
-        yield ConfigField(name, section, kind, default, field.metadata["doc"], hint is bool, _choices(hint))
-
-
-def _choices(hint: Any) -> tuple[str, ...]:
-    return tuple(hint.__args__) if getattr(hint, "__origin__", None) is Literal else ()
+def _field(name: str, section: str, heading: str, declared: Declared, choice: Choice | None) -> ConfigField:
+    default, option = declared.default, declared.option
+    if choice and not (default is None or isinstance(default, str)):
+        default = choice.name_of(default)
+    return ConfigField(
+        name,
+        section,
+        heading,
+        choice.shown if choice else declared.words.replace("None", "null"),
+        list(default) if isinstance(default, tuple) else default,
+        option.doc,
+        declared.type is bool,
+        declared.choices,
+        f"{declared.name}_pattern" if option.pattern else "",
+    )

@@ -17,7 +17,7 @@ since nothing predicts it.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from lorakit.errors import LorakitError, plural
@@ -280,7 +280,7 @@ def choice_ids(choices: Sequence[str], rows: Rows, tokenizer: Any, options: Data
     """
     if not choices or not all(choice.strip() for choice in choices) or len(set(choices)) < len(choices):
         raise LorakitError(f"evaluate.choices: expected different answers, none empty, found {list(choices)}")
-    plain = replace(options, on_bad_row="skip")
+    plain = options.replace(on_bad_row="skip")
     tried: list[list[list[int]]] = []
     for row in rows.rows[:3]:
         maker = _Maker(rows.take([row], ()), tokenizer, plain)
