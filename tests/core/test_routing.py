@@ -71,7 +71,7 @@ def test_wrong_routes_are_named_and_change_nothing(route: Any, said: str) -> Non
 
 
 def test_a_model_without_adapters_says_so() -> None:
-    with pytest.raises(LorakitError, match=r"no adapter; add one with lk\.attach or lk\.load"):
+    with pytest.raises(LorakitError, match=r"no adapter; add one with lk\.attach"):
         lk.activate(models.llama(), "sql")
 
 

@@ -247,7 +247,7 @@ def test_what_is_refused() -> None:
         (lambda: lk.route(model, Given(), []), "different adapters"),
         (lambda: lk.route(model, Given(), ["lora", "lora"]), "different adapters"),
         (lambda: lk.route(model, lk.LoRA(), names), "no router's spec"),
-        (lambda: lk.route(model, Given(), names, name="lora"), "cannot be the router's name"),
+        (lambda: lk.route(model, Given(), names, name="lora"), "an adapter 'lora' is on this model already"),
         (lambda: lk.route(model, Given(), names, batches=[1]), "measures nothing"),
         (lambda: lk.route(model, Given(), ["whole"]), "replaces tensors of model.norm"),
         (lambda: lk.attach(model, lk.Arrow(), name="arrow"), "lk.route"),

@@ -451,7 +451,7 @@ PLANTED: tuple[tuple[laws.Law, Plant, Case], ...] = (
     (laws.gradients_agree, _scaled(4), case("linear")),
     (laws.unfrozen_base_gets_its_gradient, fuses_an_unfrozen_weight, case("linear")),
     (laws.unfrozen_base_gets_its_gradient, fuses_an_unfrozen_weight, case("transposed")),
-    (laws.unfrozen_base_gets_its_gradient, fuses_an_unfrozen_weight, case("linear", Affine())),
+    (laws.unfrozen_base_gets_its_gradient, fuses_an_unfrozen_weight, case("linear", Dense())),
     (laws.unfrozen_base_gets_its_gradient, substitutes_a_constant, case("attention")),
 )
 

@@ -96,19 +96,12 @@ class Adapter:
     def roles(self) -> dict[str, str]:
         """Parameter name -> what it is: the paper's letter ("A", "B"), "bias", "saved", "pool", "router"."""
         roles: dict[str, str] = {}
-        for path, site, delta in self.deltas():
-            prefix = site.place(path)
-            own = delta.roles()
-            for name, _ in delta.named_parameters():
+        for prefix, module in self.modules():
+            own = module.roles() if isinstance(module, Delta) else {}
+            shared = "pool" if module is self.pool else "router" if module is self.router else ""
+            for name, _ in module.named_parameters():
                 letter = name.rpartition(".")[2]
-                roles[f"{prefix}.{name}"] = own.get(letter, letter)
-        for place, edit in self.edits.items():
-            for name, _ in edit.named_parameters():
-                roles[f"{place.path or self.method.family}.{name}"] = name.rpartition(".")[2]
-        for name, _ in self.pool.named_parameters():
-            roles[f"pool.{name}"] = "pool"
-        for name, _ in self.router.named_parameters() if self.router is not None else ():
-            roles[f"router.{name}"] = "router"
+                roles[f"{prefix}.{name}"] = shared or own.get(letter, letter)
         whole = set(self.saved)
         for path, replacement in self.replacements():
             for name in replacement.names:

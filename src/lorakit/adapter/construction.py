@@ -53,7 +53,8 @@ def build(
     """
     start = start or Default()
     state = found_state(model)
-    _check_name(name, state)
+    check_name(name, state)
+    _check_unmerged(state)
     if paths is None:
         paths = select(model, targets) if targets.target_modules else []
     if checked:
@@ -119,17 +120,22 @@ def _planned(path: str, module: nn.Module, method: Method, targets: Targets, che
 # -- what is refused -------------------------------------------------------------------------------------------------------
 
 
-def _check_name(name: str, state: ModelState | None) -> None:
+def check_name(name: str, state: ModelState | None, verb: str = "attach") -> None:
+    """LorakitError unless this is a name, and no adapter's on the model."""
     if not isinstance(name, str) or not name or "." in name or "/" in name:
-        raise LorakitError(f"attach: an adapter's name is a non-empty string without '.' and '/'; {name!r} was given.")
+        raise LorakitError(f"{verb}: an adapter's name is a non-empty string without '.' and '/'; {name!r} was given.")
+    if state is not None and name in adapters_of(state):
+        raise LorakitError(
+            f"{verb}: an adapter {name!r} is on this model already. Give another name=, or lk.detach(model, {name!r}) first."
+        )
+
+
+def _check_unmerged(state: ModelState | None) -> None:
+    """A new adapter starts from the base's weights, which are not there while another is merged."""
     if state is not None and state.merged:
         raise LorakitError(
             f"attach: adapter {sorted(state.merged)[0]!r} is merged into the weights just now, so a new one would start from "
             "weights that are not the base's; leave `merged` first."
-        )
-    if state is not None and name in adapters_of(state):
-        raise LorakitError(
-            f"attach: an adapter {name!r} is on this model already. Give another name=, or lk.detach(model, {name!r}) first."
         )
 
 
@@ -276,7 +282,7 @@ def build_edits(model: nn.Module, method: EditMethod, targets: Targets, name: st
 
     `folded`: its tensors come from a file, and so does what an encoder of prompts had made of them.
     """
-    _check_name(name, found_state(model))
+    check_name(name, found_state(model))
     anatomy = anatomy_of(model)
     source = getattr(method, "tokenizer", None) or getattr(model, "name_or_path", None)
     known = method if folded else method.with_tokenizer(_Reader(source))

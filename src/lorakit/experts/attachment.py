@@ -13,6 +13,7 @@ from torch import nn
 
 from lorakit.adapter.adapter import Adapter, adapters_of
 from lorakit.adapter.attachment import detach
+from lorakit.adapter.construction import check_name
 from lorakit.adapter.targets import Targets
 from lorakit.core.delta import Pool
 from lorakit.core.state import state_of
@@ -67,11 +68,7 @@ def build_router(model: nn.Module, spec: RouterSpec, adapters: Iterable[str], na
             raise unknown("adapter", str(member), adapters_of(state))
     if len(members) < 1 or len(set(members)) != len(members):
         raise LorakitError(f"route: a router needs different adapters; it was given {list(members)!r}.")
-    if not isinstance(name, str) or not name or "." in name or "/" in name or name in adapters_of(state):
-        raise LorakitError(
-            f"route: {name!r} cannot be the router's name: it is a non-empty string without '.' and '/' that no adapter on "
-            f"this model has ({', '.join(adapters_of(state))}). Give name=."
-        )
+    check_name(name, state, "route")
     context = RouterContext(name, model, state, members)
     context.check()
     router = spec.router(context)

@@ -40,20 +40,14 @@ def balance(probabilities: Tensor, kept: Tensor, counts: Tensor | None = None) -
     experts = probabilities.shape[-1]
     P = probabilities.reshape(-1, experts)
     chosen = kept.reshape(-1, experts).to(P.dtype)
-    c = P.new_ones(len(P)) if counts is None else counts.reshape(-1).to(P.dtype)
-    total = c.sum().clamp_min(torch.finfo(P.dtype).tiny)
-    f = (c @ chosen) / (c @ chosen.sum(-1)).clamp_min(torch.finfo(P.dtype).tiny)
-    return experts * (f * ((c @ P) / total)).sum()
+    f = _mean(chosen, counts) / _mean(chosen.sum(-1), counts).clamp_min(torch.finfo(P.dtype).tiny)
+    return experts * (f * _mean(P, counts)).sum()
 
 
 def z_loss(logits: Tensor, counts: Tensor | None = None) -> Tensor:
     """The router z-loss: the mean of `(log Σ_e exp z_e)²`, which keeps logits small. Zoph et al. 2022, arXiv 2202.08906,
     equation 5. Arguments as in `balance`."""
-    square = logits.logsumexp(dim=-1).square().reshape(-1)
-    if counts is None:
-        return square.mean()
-    c = counts.reshape(-1).to(square.dtype)
-    return (c * square).sum() / c.sum().clamp_min(torch.finfo(square.dtype).tiny)
+    return _mean(logits.logsumexp(dim=-1).square().reshape(-1), counts)
 
 
 def share_loss(weights: Tensor, counts: Tensor | None = None) -> Tensor:
@@ -62,8 +56,11 @@ def share_loss(weights: Tensor, counts: Tensor | None = None) -> Tensor:
     It is `E log E` where the shares are uniform, its least value. Wu et al. 2024, arXiv 2404.13628, section 3.3, whose
     mean is over the gates of all blocks; here each gate is balanced by itself.
     """
-    experts = weights.shape[-1]
-    q = weights.reshape(-1, experts)
-    c = q.new_ones(len(q)) if counts is None else counts.reshape(-1).to(q.dtype)
-    q = (c @ q) / c.sum().clamp_min(torch.finfo(q.dtype).tiny)
+    q = _mean(weights.reshape(-1, weights.shape[-1]), counts)
     return -q.clamp_min(torch.finfo(q.dtype).tiny).log().sum()
+
+
+def _mean(values: Tensor, counts: Tensor | None) -> Tensor:
+    """The mean of values (tokens, …) over tokens, each counted so often; zero where none counts."""
+    c = values.new_ones(len(values)) if counts is None else counts.reshape(-1).to(values.dtype)
+    return (c @ values) / c.sum().clamp_min(torch.finfo(values.dtype).tiny)
