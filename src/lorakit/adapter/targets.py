@@ -172,8 +172,8 @@ def select(model: nn.Module, targets: Targets) -> list[str]:
             _compile(pattern, f"{option}_pattern")
             if not any(value_for({pattern: 1}, name) for name in [*chosen, *_part_names(chosen, targets.parts)]):
                 raise LorakitError(
-                    f"attach: {option}_pattern has the pattern {pattern!r}, which matches none of the {len(chosen)} adapted layers "
-                    f"(the first is {chosen[0] if chosen else '-'}). A pattern matches the end of a layer's name."
+                    f"attach: {option}_pattern has the pattern {pattern!r}, which matches none of the {len(chosen)} adapted "
+                    f"layers (the first is {chosen[0] if chosen else '-'}). A pattern matches the end of a layer's name."
                 )
     for suffix in targets.parts:
         if not any(has_suffix(path, suffix) for path in chosen):
