@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import lorakit as lk
 from init.models import llama, mixed, mixed_batches, start_of, texts, train
-from lorakit.core.delta import Offset
+from lorakit.core.offset import Offset
 from lorakit.errors import LorakitError
 from lorakit.files.store import TENSORS
 from lorakit.init import EVA, INITIALISERS, CorDA, Initialiser, LoftQ, LoRAGA, PiSSA

@@ -115,9 +115,8 @@ def change_of(adapter: Adapter, path: str, site: Site, delta: Delta) -> Change:
     """What one delta adds to its matrix."""
     with torch.no_grad():
         if isinstance(delta, LowRank):
-            B, A = delta.factors()
-            gate = delta.gate()
-            return Change.of((B if gate is None else B * gate).double() * delta.scale, A)
+            B, A = delta.gated()
+            return Change.of(B.double() * delta.scale, A)
         return Change.of(delta.dense(matrix_of(adapter, path, site)))
 
 

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from lorakit.core.options import check, patterns_of
+from lorakit.core.options import check, options_of, patterns_of
 from lorakit.errors import LorakitError, unknown
 
 
@@ -158,18 +158,20 @@ class Spec(ABC):
         return None, []
 
     def replace(self, **changes: Any) -> Self:
-        """A copy with some fields changed; an unknown field is refused. A combinator passes its inner method's on."""
-        own = [field.name for field in dataclasses.fields(self)]  # type: ignore[arg-type]
-        inner = getattr(self, "inner", None)
-        for name in [name for name in changes if name not in own]:
-            if not isinstance(inner, Spec):
-                raise unknown(f"option of {self.name}", name, own)
-            inner = changes["inner"] = inner.replace(**{name: changes.pop(name)})
+        """A copy with some options changed; an unknown one is refused."""
+        for name in changes:
+            if name not in self.option_names():
+                raise unknown(f"option of {self.name}", name, self.option_names())
         return dataclasses.replace(self, **changes)  # type: ignore[type-var]
+
+    @classmethod
+    def option_names(cls) -> tuple[str, ...]:
+        """The names of its options."""
+        return tuple(options_of(cls))
 
     def to_dict(self) -> dict[str, Any]:
         """The spec as plain data: the method's name and its options."""
-        options = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}  # type: ignore[arg-type]
+        options = {name: getattr(self, name) for name in self.option_names()}
         plain = {key: value.to_dict() if isinstance(value, Spec) else value for key, value in options.items()}
         return {"name": self.name, **plain}
 
@@ -201,9 +203,12 @@ class Method(Spec):
 
     @property
     def pattern_fields(self) -> Mapping[str, str]:
-        """Options that may differ per layer: name -> PEFT's name of the pattern; a combinator has its inner method's."""
-        inner = getattr(self, "inner", None)
-        return inner.pattern_fields if isinstance(inner, Method) else patterns_of(type(self))
+        """Options that may differ per layer: name -> PEFT's name of the pattern; a combinator has its inner method's.
+
+        Each has its own `<name>_pattern` in a run's configuration and among the flags, all of which `attach` takes as
+        `patterns`: {name: {layer pattern: value}}.
+        """
+        return patterns_of(type(self))
 
     @abstractmethod
     def build(self, shape: Shape, pool: Pool) -> Delta:
@@ -214,15 +219,14 @@ class Method(Spec):
 
     def check_layers(self, paths: Sequence[str]) -> None:
         """Raise LorakitError where this spec names layers that are none of the adapted ones."""
-        inner = getattr(self, "inner", None)
-        if isinstance(inner, Method):
-            inner.check_layers(paths)
 
     def at(self, path: str) -> Method:
         """The spec for the layer of this name: this one, unless the method treats some layers otherwise than others."""
-        inner = getattr(self, "inner", None)
-        own = inner.at(path) if isinstance(inner, Method) else inner
-        return self if own is inner else self.replace(inner=own)
+        return self
+
+    def resized(self, rank: int) -> Self:
+        """This spec at another rank, with its scale as it is."""
+        return self.replace(rank=rank)
 
     # -- PEFT's files -------------------------------------------------------------------------------------------------
     def peft_layers(self, specs: Mapping[str, Any]) -> dict[str, Any]:
@@ -292,14 +296,12 @@ class Delta(nn.Module, ABC):
 
     def low_rank(self) -> LowRank | None:
         """The low-rank part whose factors an initialiser may set: the delta itself, or a combinator's inner one."""
-        inner = getattr(self, "inner", None)
-        return inner.low_rank() if isinstance(inner, Delta) else self if isinstance(self, LowRank) else None
+        return None
 
     def roles(self) -> dict[str, str]:
         """Attribute -> what an optimiser should treat it as ("B": starts at zero, and LoRA+ moves it faster), where that is
         not the attribute's own name."""
-        inner = getattr(self, "inner", None)
-        return inner.roles() if isinstance(inner, Delta) else {}
+        return {}
 
     def frozen(self) -> list[nn.Parameter]:
         """Parameters that the method itself never trains (LoRA-FA's A)."""
@@ -365,6 +367,15 @@ class LowRank(Delta):
         """The diagonal in rank space, (rank,), or None where it is constant 1."""
         return None
 
+    def gated(self) -> tuple[Tensor, Tensor]:
+        """`(B diag(gate), A)`, whose product is ΔW / scale."""
+        B, A = self.factors()
+        gate = self.gate()
+        return (B if gate is None else B * gate), A
+
+    def low_rank(self) -> LowRank | None:
+        return self
+
     def pairs(self) -> list[tuple[Tensor, Tensor]]:
         """The tensors that a file keeps in place of `factors`: pairs (B, A) whose products add up to ΔW / (gate · scale)."""
         return [self.factors()]
@@ -381,9 +392,8 @@ class LowRank(Delta):
         return None
 
     def dense(self, W: Tensor) -> Tensor:
-        B, A = self.factors()
-        gate = self.gate()
-        return self.scale * ((B if gate is None else B * gate) @ A)
+        B, A = self.gated()
+        return self.scale * (B @ A)
 
     def act(self, call: Call) -> Tensor:
         B, A = self.factors()
@@ -394,92 +404,5 @@ class LowRank(Delta):
         return call.whole(B, A, self.gate(), self.scale, self.dropout if self.training else 0.0)
 
     def form(self, W: Tensor, b: Tensor | None) -> Form:
-        B, A = self.factors()
-        gate = self.gate()
-        return Form(B=(B if gate is None else B * gate) * self.scale, A=A)
-
-
-class Offset(LowRank):
-    """A low-rank delta that starts elsewhere than at zero, less that start: `ΔW = s (B diag(g) A - B₀ A₀)`.
-
-    Starts that are read off the weights (PiSSA and its kin) would otherwise have to be subtracted from the base, which
-    then is no longer the model that other adapters, files and users know. Here the base stays as it is; the same function
-    is trained, and what comes out is an exact plain low-rank change of twice the rank.
-
-    It is computed as `B diag(g) (A - A₀) + (B diag(g) - B₀) A₀`, which is the same and exactly zero at the start: both
-    differences are taken in the master's precision, so that steps far below A's rounding in bfloat16 are not lost.
-    """
-
-    def __init__(self, inner: LowRank) -> None:
-        super().__init__(inner.spec, inner.shape, inner.pool)
-        self.inner = inner
-        self.dropout = inner.dropout
-        B, A = inner.factors()
-        gate = inner.gate()
-        self.start = inner.scale
-        self.register_buffer("minus_B0", -(B if gate is None else B * gate).detach().clone())
-        self.register_buffer("A0", A.detach().clone())
-
-    @property
-    def scale(self) -> float:  # type: ignore[override]
-        return self.inner.scale
-
-    def factors(self) -> tuple[Tensor, Tensor]:
-        B, A = self.inner.factors()
-        minus_B0, A0 = cast(Tensor, self.minus_B0), cast(Tensor, self.A0)
-        if self.start != self.inner.scale:  # DyLoRA's scale moves with the rank it draws
-            minus_B0 = minus_B0 * (self.start / self.inner.scale)
-        if A.shape != A0.shape:  # the method has changed its rank since: the two products side by side
-            return torch.cat([B, minus_B0], dim=1), torch.cat([A, A0])
-        gate = self.inner.gate()
-        return torch.cat([B, (B if gate is None else B * gate) + minus_B0], dim=1), torch.cat([A - A0, A0])
-
-    def gate(self) -> Tensor | None:
-        gate = self.inner.gate()
-        return None if gate is None else torch.cat([gate, gate.new_ones(cast(Tensor, self.A0).shape[0])])
-
-    def pairs(self) -> list[tuple[Tensor, Tensor]]:
-        return [*self.inner.pairs(), (cast(Tensor, self.minus_B0), cast(Tensor, self.A0))]
-
-    def set_factors(self, B: Tensor, A: Tensor) -> None:
-        self.inner.set_factors(B, A)
-
-    def begin(self, W: Tensor) -> None:
-        self.inner.begin(W)
-
-    def frozen(self) -> list[nn.Parameter]:
-        return self.inner.frozen()
-
-    def peft_views(self, kind: str) -> dict[str, View]:
-        A0, minus_B0 = cast(Tensor, self.A0), cast(Tensor, self.minus_B0)
-        views = {}
-        for key, view in self.inner.peft_views(kind).items():
-            if "_A" in key:
-                views[key] = View((*view.tensors, A0), view.axes, dim=0)
-            elif "_B" in key:
-                views[key] = View((*view.tensors, minus_B0), view.axes, dim=1)
-            elif self.inner.gate() is not None and view.tensors[0].ndim == 1:  # a gate, which the start does not have
-                views[key] = View((*view.tensors, A0.new_ones(A0.shape[0])), view.axes, dim=0)
-            else:
-                raise LorakitError(
-                    f"save: {self.spec.name} from a shifted start is of twice the rank, and its format has no place for {key} "
-                    "there. lorakit.resize(adapter, energy=1.0) makes a plain LoRA of it."
-                )
-        return views
-
-    def peft_spec(self) -> Method:
-        spec = cast(Any, self.inner.peft_spec())
-        rank = spec.rank + cast(Tensor, self.A0).shape[0]
-        grown = (rank / spec.rank) ** (0.5 if getattr(spec, "rslora", False) else 1.0)
-        return cast(Method, spec.replace(rank=rank, alpha=spec.alpha * grown))
-
-
-def offset(delta: Delta) -> Delta:
-    """The delta with its low-rank part less what that part is now; within a combinator, the part inside it."""
-    inner = getattr(delta, "inner", None)
-    if isinstance(inner, Delta):
-        delta.inner = offset(inner)
-        return delta
-    if not isinstance(delta, LowRank):
-        raise LorakitError(f"{delta.spec.name} has no low-rank factors, so it has no start to take off.")
-    return Offset(delta)
+        B, A = self.gated()
+        return Form(B=B * self.scale, A=A)

@@ -20,6 +20,7 @@ from lorakit.core.delta import Call, Card, Delta, LowRank
 from lorakit.core.layer import Adapted
 from lorakit.core.layout import Site
 from lorakit.core.options import option
+from lorakit.core.spectrum import spectrum
 from lorakit.experts.context import OverAdapters, RouterContext, RouterSpec
 from lorakit.experts.gates import softmax_over, top_mask
 
@@ -71,9 +72,7 @@ def _direction(layer: Adapted, site: Site, delta: Delta | None) -> Tensor:
         return torch.zeros(site.layout.shape.in_)
     with torch.no_grad():
         if isinstance(delta, LowRank) and type(delta).dense is LowRank.dense:
-            B, A = delta.factors()
-            gate = delta.gate()
-            v = top_right(B if gate is None else B * gate, A)
+            v = top_right(*delta.gated())
         else:
             change = delta.dense(site.layout.matrix(layer.stored(site)))
             v = torch.linalg.svd(change.double(), full_matrices=False).Vh[0] * bool(change.any())
@@ -81,9 +80,6 @@ def _direction(layer: Adapted, site: Site, delta: Delta | None) -> Tensor:
 
 
 def top_right(B: Tensor, A: Tensor) -> Tensor:
-    """The top right singular vector of B A, (in,), in float64, from two thin decompositions and one of rank × rank."""
-    Q, R = torch.linalg.qr(A.double().T)
-    core = torch.linalg.qr(B.double()).R @ R.T
-    if not core.any():
-        return torch.zeros_like(Q[:, 0])
-    return cast(Tensor, Q @ torch.linalg.svd(core).Vh[0])
+    """The top right singular vector of B A, (in,), in float64; zeros where the product is."""
+    found = spectrum(B, A)
+    return found.Vh[0] * bool(found.values.any())

@@ -25,6 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from lorakit.core.combinator import Combinator, inner_option
 from lorakit.core.delta import Call, Card, Delta, LowRank, Method, Pool, Shape, View
 from lorakit.core.hooks import CallHooks
 from lorakit.core.layer import Adapted
@@ -41,7 +42,7 @@ from lorakit.methods import LoRA
 
 
 @dataclass(frozen=True, kw_only=True)
-class MixLoRA(Method):
+class MixLoRA(Combinator):
     """The options of MixLoRA."""
 
     name: ClassVar[str] = "mixlora"
@@ -55,11 +56,7 @@ class MixLoRA(Method):
     )
     experts: int = option(8, "changes per matrix of a feed-forward", minimum=1)
     top_k: int = option(2, "experts per token", minimum=1)
-    inner: Method = option(
-        doc="method of every expert, and of the layers outside feed-forwards",
-        factory=LoRA,
-        shown="a method's spec, such as LoRA(rank=8)",
-    )
+    inner: Method = inner_option(LoRA, "method of every expert, and of the layers outside feed-forwards")
     balance: float = option(0.01, "coefficient of the load-balance loss")
     z: float = option(0.0, "coefficient of the router z-loss")
     mix: Literal["block", "layer"] = option(
@@ -74,19 +71,12 @@ class MixLoRA(Method):
             )
         object.__setattr__(self, "peft_suffix", rf"(\.experts\.\d+)?{self.inner.peft_suffix}")
 
-    @property
-    def pattern_fields(self) -> Mapping[str, str]:
-        return {}  # its file has no place for them
-
     def at(self, path: str) -> Method:
-        return self.inner.at(path) if in_attention(path) else self.replace(inner=self.inner.at(path))
+        return self.inner.at(path) if in_attention(path) else super().at(path)
 
     def build(self, shape: Shape, pool: Pool) -> Delta:
         made = [self.inner.build(shape, pool) for _ in range(self.experts)]
         return Mixture(self, shape, pool, made) if all(map(is_product, made)) else Blend(self, shape, pool, made)
-
-    def check(self, shape: Shape, path: str) -> None:
-        self.inner.check(shape, path)
 
     def check_layers(self, paths: Sequence[str]) -> None:
         _blocks(paths)

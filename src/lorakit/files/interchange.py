@@ -20,9 +20,10 @@ from torch import Tensor, nn
 
 from lorakit.adapter.adapter import Adapter
 from lorakit.adapter.targets import Targets
-from lorakit.core.delta import LowRank, Method, Offset, View
+from lorakit.core.delta import LowRank, Method, View
 from lorakit.core.layer import Adapted
 from lorakit.core.layout import Rows, Site
+from lorakit.core.offset import Offset
 from lorakit.core.routing import Router
 from lorakit.core.walking import as_patterns, exactly, has_suffix, value_for, walk
 from lorakit.edits.contract import EditMethod
@@ -292,10 +293,7 @@ def _fused_spec(parts: list[tuple[Site, LowRank]]) -> Method:
     """The spec of a fused layer's parts taken as one low-rank pair, with the first part's scale."""
     first = parts[0][1]
     rank = sum(delta.factors()[1].shape[0] for _, delta in parts)
-    spec: Any = first.peft_spec()
-    root = getattr(spec, "rslora", False)
-    ratio = (rank / spec.rank) ** 0.5 if root else rank / spec.rank
-    return cast(Method, spec.replace(rank=rank, alpha=spec.alpha * ratio))
+    return first.peft_spec().resized(rank)
 
 
 def unwrapped(model: nn.Module) -> nn.Module:

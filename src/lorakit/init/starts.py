@@ -14,8 +14,9 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from lorakit.core.delta import Delta, LowRank, Method, Pool, Shape, offset
+from lorakit.core.delta import Delta, LowRank, Method, Pool, Shape
 from lorakit.core.layout import Rows, Site
+from lorakit.core.offset import offset
 from lorakit.core.storage import FLOAT, Snapshot, storage_of
 from lorakit.core.walking import exactly
 from lorakit.errors import LorakitError
@@ -263,14 +264,11 @@ def redistribute(plan: Plan, ranks: Mapping[str, int]) -> tuple[Plan, dict[str, 
                 )
             if rank == 0:
                 continue
-            changes: dict[str, Any] = {"rank": rank}
-            if "alpha" in spec.pattern_fields:
-                share = rank / spec.rank
-                changes["alpha"] = spec.alpha * (share**0.5 if getattr(spec, "rslora", False) else share)
-            specs[site.name] = spec.replace(**changes)
-            specs[site.name].check(site.layout.shape, name)
-            for option, value in changes.items():
-                patterns[option][exactly(name)] = value
+            own = specs[site.name] = spec.resized(rank)
+            own.check(site.layout.shape, name)
+            for option in patterns:
+                if option in own.pattern_fields:
+                    patterns[option][exactly(name)] = getattr(own, option)
         if specs:
             result[path] = PlannedLayer(planned.layer, planned.sites, specs)
     if not result:

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from lorakit.core.delta import Card, LowRank, Method, Pool, Shape, View
 from lorakit.core.options import option
 from lorakit.methods.lora import LoRA
-from lorakit.methods.options import alpha_option, check_rank_fits, dropout_option, rank_option, steps_option
+from lorakit.methods.options import Scaled, alpha_option, check_rank_fits, dropout_option, rank_option, steps_option
 
 _PEFT_EPSILON = 1e-5
 
@@ -39,7 +39,7 @@ def _count(steps: int | float) -> int:
 
 
 @dataclass(frozen=True, kw_only=True)
-class TripletOptions(Method):
+class TripletOptions(Scaled):
     """The options that AdaLoRA and ElaLoRA share."""
 
     peft_type: ClassVar[str | None] = "ADALORA"
@@ -72,15 +72,6 @@ class TripletOptions(Method):
     orthogonality: float = option(
         0.1, "weight of the penalty that keeps P and Q orthonormal", minimum=0, peft="orth_reg_weight", peft_default=0.5
     )
-
-    @property
-    def scale(self) -> float:
-        """The constant s that multiplies P diag(λ) Q."""
-        return self.alpha / self.rank
-
-    def resized(self, rank: int) -> Self:
-        """The spec of a layer that has another number of triplets by now: the scale stays."""
-        return self if rank == self.rank else self.replace(rank=rank, alpha=self.scale * rank)
 
     def check(self, shape: Shape, path: str) -> None:
         check_rank_fits(self.rank, shape, path)

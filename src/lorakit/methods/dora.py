@@ -10,18 +10,18 @@ over V: with ΔW = B A, ‖V_j‖² = ‖W_j‖² + 2 B_j · (A Wᵀ)_j + B_j (A
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar, Self, cast
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
 
-from lorakit.core.delta import Call, Card, Delta, Form, LowRank, Method, Pool, Shape, View
-from lorakit.core.options import option
+from lorakit.core.combinator import Combinator, Combined, inner_option
+from lorakit.core.delta import Call, Card, Form, LowRank, Method, Pool, Shape, View
 from lorakit.methods.lora import LoRA
 
 
 @dataclass(frozen=True, kw_only=True)
-class DoRA(Method):
+class DoRA(Combinator):
     """The options of DoRA."""
 
     name: ClassVar[str] = "dora"
@@ -37,32 +37,10 @@ class DoRA(Method):
         pooled=lambda shapes, spec: spec.inner.card.pooled(shapes, spec.inner) if spec.inner.card.pooled else 0,
     )
 
-    inner: Method = option(
-        doc="method whose change gets trained magnitudes; LoRA in the paper",
-        factory=LoRA,
-        shown="a method's spec, such as LoRA(rank=8)",
-    )
-
-    @property
-    def rank(self) -> int:
-        """The inner method's rank."""
-        return cast(int, cast(Any, self.inner).rank)
-
-    @property
-    def alpha(self) -> float:
-        """The inner method's alpha."""
-        return cast(float, cast(Any, self.inner).alpha)
-
-    @property
-    def rslora(self) -> bool:
-        """Whether the inner method scales by 1/√rank."""
-        return bool(getattr(self.inner, "rslora", False))
+    inner: Method = inner_option(LoRA, "method whose change gets trained magnitudes; LoRA in the paper")
 
     def build(self, shape: Shape, pool: Pool) -> DoRADelta:
         return DoRADelta(self, shape, pool)
-
-    def check(self, shape: Shape, path: str) -> None:
-        self.inner.check(shape, path)
 
     def peft_config(self) -> dict[str, Any]:
         if not isinstance(self.inner, LoRA):  # PEFT has no such thing; the file is lorakit's own and says so
@@ -78,7 +56,7 @@ class DoRA(Method):
         return cls(inner=LoRA.from_peft({**config, "use_dora": False}))
 
 
-class DoRADelta(Delta):
+class DoRADelta(Combined):
     """An inner delta and the magnitudes `m` (out,), which are set when the weight is known."""
 
     def __init__(self, spec: DoRA, shape: Shape, pool: Pool) -> None:
@@ -89,7 +67,7 @@ class DoRADelta(Delta):
         self._known: Known | None = None
 
     def begin(self, W: Tensor) -> None:
-        self.inner.begin(W)
+        super().begin(W)
         self._known = Known(W)
         with torch.no_grad():
             self.m.copy_(self.norm(W))
@@ -102,9 +80,8 @@ class DoRADelta(Delta):
                 dense = W.to(precise) + self.inner.dense(W)
                 length: Tensor = torch.linalg.vector_norm(dense, dim=1)
                 return length
-            B, A = self.inner.factors()
-            gate = self.inner.gate()
-            B = ((B if gate is None else B * gate) * self.inner.scale).to(precise)
+            B, A = self.inner.gated()
+            B = (B * self.inner.scale).to(precise)
             # W meets A in W's own dtype: ΔW is small beside W, so the rounding of this term is far below that of W's.
             cross = (B * (W @ A.to(W.dtype).T)).sum(1)
             A = A.to(precise)
@@ -130,9 +107,6 @@ class DoRADelta(Delta):
 
     def shift(self, b: Tensor | None) -> Tensor | None:
         return self.inner.shift(b)  # a magnitude is a row of W's, not the bias's
-
-    def frozen(self) -> list[nn.Parameter]:
-        return self.inner.frozen()
 
     def form(self, W: Tensor, b: Tensor | None) -> Form:
         inner, gain = self.inner.form(W, b), self._gain(W)

@@ -14,7 +14,6 @@ rank.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Any, ClassVar, cast
 
@@ -81,7 +80,7 @@ class DyLoRADelta(TwoFactors):
 
     def _scale_at(self, b: int) -> float:
         spec = cast(DyLoRA, self.spec)
-        return spec.alpha / (math.sqrt(b) if spec.rslora else b)
+        return spec.alpha / spec.divisor(b)
 
     def factors(self) -> tuple[Tensor, Tensor]:
         b = self.b

@@ -22,13 +22,13 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import Function
 
-from lorakit.core.delta import Card, Delta, LowRank, Method, Pool, Shape
+from lorakit.core.delta import Card, Delta, LowRank, Pool, Shape
 from lorakit.errors import LorakitError
-from lorakit.methods.options import alpha_option, rank_option
+from lorakit.methods.options import Scaled, alpha_option, rank_option
 
 
 @dataclass(frozen=True, kw_only=True)
-class LoHa(Method):
+class LoHa(Scaled):
     """The options of LoHa."""
 
     name: ClassVar[str] = "loha"
@@ -78,7 +78,7 @@ class LoHaDelta(LowRank):
 
     def __init__(self, spec: LoHa, shape: Shape, pool: Pool) -> None:
         super().__init__(spec, shape, pool)
-        self.scale = spec.alpha / spec.rank
+        self.scale = spec.scale
         self.B1 = nn.Parameter(torch.empty(shape.out, spec.rank))
         self.A1 = nn.Parameter(torch.empty(spec.rank, shape.in_))
         self.B2 = nn.Parameter(torch.empty(shape.out, spec.rank))

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from lorakit.core.delta import Call, Card, Delta, Form, Method, Pool, Shape
 from lorakit.core.options import option
 from lorakit.errors import LorakitError
-from lorakit.methods.options import alpha_option, rank_option
+from lorakit.methods.options import Scaled, alpha_option, rank_option
 
 
 def split_size(size: int, factor: int = -1) -> tuple[int, int]:
@@ -42,7 +42,7 @@ def split_size(size: int, factor: int = -1) -> tuple[int, int]:
 
 
 @dataclass(frozen=True, kw_only=True)
-class LoKr(Method):
+class LoKr(Scaled):
     """The options of LoKr."""
 
     name: ClassVar[str] = "lokr"
@@ -129,7 +129,7 @@ class LoKrDelta(Delta):
                 nn.init.kaiming_uniform_(factor, a=math.sqrt(5))
             setattr(self, name, factor)
         whole = "C" in self.names and "D" in self.names
-        self.scale = 1.0 if whole and spec.scale_rule == "lycoris" else spec.alpha / spec.rank
+        self.scale = 1.0 if whole and spec.scale_rule == "lycoris" else spec.scale
 
     def _matrices(self, letter: str) -> list[Tensor]:
         """C or D as the one or two matrices whose product it is."""

@@ -16,10 +16,10 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor, nn
 
-from lorakit.core.delta import Card, LowRank, Method, Pool, Shape
+from lorakit.core.delta import Card, LowRank, Pool, Shape
 from lorakit.core.options import option
 from lorakit.errors import LorakitError
-from lorakit.methods.options import alpha_option, check_rank_fits, dropout_option, rank_option
+from lorakit.methods.options import Scaled, alpha_option, check_rank_fits, dropout_option, rank_option
 
 _REFUSED = {
     "lora_bias": "a bias on B is not part of ΔW",
@@ -39,7 +39,7 @@ _SHIFTING = ("pissa", "olora", "corda", "lora_ga", "loftq")
 
 
 @dataclass(frozen=True, kw_only=True)
-class LoRAOptions(Method):
+class LoRAOptions(Scaled):
     """The options that LoRA and its nearest kin share."""
 
     peft_type: ClassVar[str | None] = "LORA"
@@ -54,10 +54,8 @@ class LoRAOptions(Method):
     dropout: float = dropout_option()
     rslora: bool = option(False, "scale by alpha / √rank, which stays stable at large ranks", peft="use_rslora")
 
-    @property
-    def scale(self) -> float:
-        """The constant s that multiplies B A."""
-        return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
+    def divisor(self, rank: int) -> float:
+        return math.sqrt(rank) if self.rslora else rank
 
     def check(self, shape: Shape, path: str) -> None:
         check_rank_fits(self.rank, shape, path)

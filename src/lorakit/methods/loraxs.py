@@ -16,13 +16,13 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from lorakit.core.delta import Card, LowRank, Method, Pool, Shape
+from lorakit.core.delta import Card, LowRank, Pool, Shape
 from lorakit.core.options import option
-from lorakit.methods.options import alpha_option, check_rank_fits, dropout_option, rank_option
+from lorakit.methods.options import Scaled, alpha_option, check_rank_fits, dropout_option, rank_option
 
 
 @dataclass(frozen=True, kw_only=True)
-class LoRAXS(Method):
+class LoRAXS(Scaled):
     """The options of LoRA-XS."""
 
     name: ClassVar[str] = "lora-xs"
@@ -62,7 +62,7 @@ class LoRAXSDelta(LowRank):
 
     def __init__(self, spec: LoRAXS, shape: Shape, pool: Pool) -> None:
         super().__init__(spec, shape, pool)
-        self.scale, self.dropout = spec.alpha / spec.rank, spec.dropout
+        self.scale, self.dropout = spec.scale, spec.dropout
         self.R = nn.Parameter(torch.randn(spec.rank, spec.rank) * spec.start)
         self.register_buffer("A", torch.zeros(spec.rank, shape.in_))
         self.register_buffer("B", torch.zeros(shape.out, spec.rank))

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, Self
 
-from lorakit.core.delta import Shape
+from lorakit.core.delta import Method, Shape
 from lorakit.core.options import option
 from lorakit.errors import LorakitError
 
@@ -25,6 +25,25 @@ def dropout_option(
 ) -> Any:
     """Dropout, none by default."""
     return option(0.0, doc, minimum=0, below=1, peft=peft)
+
+
+class Scaled(Method):
+    """A method with a rank and a scale that is alpha over it."""
+
+    rank: int
+    alpha: float
+
+    def divisor(self, rank: int) -> float:
+        """What alpha is divided by at a rank."""
+        return rank
+
+    @property
+    def scale(self) -> float:
+        """The constant s of its formula."""
+        return self.alpha / self.divisor(self.rank)
+
+    def resized(self, rank: int) -> Self:
+        return self.replace(rank=rank, alpha=self.alpha * self.divisor(rank) / self.divisor(self.rank))
 
 
 def steps_option(default: int | float, doc: str, **declared: Any) -> Any:

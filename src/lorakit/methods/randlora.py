@@ -22,10 +22,10 @@ from typing import Any, ClassVar, Literal, Self
 import torch
 from torch import Tensor, nn
 
-from lorakit.core.delta import Card, LowRank, Method, Pool, Shape
+from lorakit.core.delta import Card, LowRank, Pool, Shape
 from lorakit.core.options import option
 from lorakit.errors import LorakitError
-from lorakit.methods.options import alpha_option, dropout_option, rank_option
+from lorakit.methods.options import Scaled, alpha_option, dropout_option, rank_option
 
 
 def _pairs(shape: Shape, rank: int) -> int:
@@ -34,7 +34,7 @@ def _pairs(shape: Shape, rank: int) -> int:
 
 
 @dataclass(frozen=True, kw_only=True)
-class RandLoRA(Method):
+class RandLoRA(Scaled):
     """The options of RandLoRA."""
 
     name: ClassVar[str] = "randlora"
@@ -117,7 +117,7 @@ class RandLoRADelta(LowRank):
 
     def __init__(self, spec: RandLoRA, shape: Shape, pool: Pool) -> None:
         super().__init__(spec, shape, pool)
-        self.scale, self.dropout = spec.alpha / spec.rank, spec.dropout
+        self.scale, self.dropout = spec.scale, spec.dropout
         self.count, self.side = _pairs(shape, spec.rank), min(shape.out, shape.in_)
         self.lambda_ = nn.Parameter(torch.zeros(spec.rank, self.count))
         self.gamma = nn.Parameter(torch.full((self.count, self.side), 1 / max(self.count, self.side)))

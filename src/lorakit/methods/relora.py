@@ -25,6 +25,7 @@ from torch import Tensor
 
 from lorakit.core.delta import Card, Method, Pool, Shape, View
 from lorakit.core.options import option
+from lorakit.core.spectrum import spectrum
 from lorakit.errors import LorakitError
 from lorakit.methods.lora import LoRA, LoRAOptions, TwoFactors
 from lorakit.methods.options import steps_option
@@ -94,8 +95,8 @@ class ReLoRADelta(TwoFactors):
             kept_B, kept_A = (factor.detach().clone() for factor in self.factors())
             smaller = min(self.shape.out, self.shape.in_)
             if kept_A.shape[0] > smaller:
-                kept_B, kept_A = _thin(kept_B, kept_A, smaller)
-            self.B_kept, self.A_kept = kept_B, kept_A
+                kept_B, kept_A = spectrum(kept_B, kept_A).cut(smaller)
+            self.B_kept, self.A_kept = kept_B.to(self.B), kept_A.to(self.A)
             self.B.copy_(B)
             self.A.copy_(A)
 
@@ -115,14 +116,4 @@ class ReLoRADelta(TwoFactors):
         spec, kept = cast(ReLoRA, self.spec), self.kept()[1].shape[0]
         if not kept:
             return spec
-        rank = spec.rank + kept
-        grown = (rank / spec.rank) ** (0.5 if spec.rslora else 1.0)
-        return LoRA(rank=rank, alpha=spec.alpha * grown, rslora=spec.rslora)
-
-
-def _thin(B: Tensor, A: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """Factors of the same product at a rank that it does not exceed."""
-    left, right = torch.linalg.qr(B.double()), torch.linalg.qr(A.double().T)
-    U, S, Vh = torch.linalg.svd(left.R @ right.R.T, full_matrices=False)
-    root = S[:rank].sqrt()
-    return ((left.Q @ U[:, :rank]) * root).to(B), (root[:, None] * (Vh[:rank] @ right.Q.T)).to(A)
+        return LoRA(rank=spec.rank, alpha=spec.alpha, rslora=spec.rslora).resized(spec.rank + kept)

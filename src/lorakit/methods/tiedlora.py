@@ -18,10 +18,10 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from lorakit.core.delta import Card, LowRank, Method, Pool, Shape
+from lorakit.core.delta import Card, LowRank, Pool, Shape
 from lorakit.core.options import option
 from lorakit.errors import LorakitError
-from lorakit.methods.options import alpha_option, dropout_option, rank_option
+from lorakit.methods.options import Scaled, alpha_option, dropout_option, rank_option
 
 
 def _is_trained(letters: str) -> bool:
@@ -36,7 +36,7 @@ def _pooled(shapes: list[Shape], spec: Any) -> int:
 
 
 @dataclass(frozen=True, kw_only=True)
-class TiedLoRA(Method):
+class TiedLoRA(Scaled):
     """The options of Tied-LoRA."""
 
     name: ClassVar[str] = "tied-lora"
@@ -88,7 +88,7 @@ class TiedLoRADelta(LowRank):
 
     def __init__(self, spec: TiedLoRA, shape: Shape, pool: Pool) -> None:
         super().__init__(spec, shape, pool)
-        self.scale, self.dropout = spec.alpha / spec.rank, spec.dropout
+        self.scale, self.dropout = spec.scale, spec.dropout
         self.u = nn.Parameter(torch.ones(spec.rank))
         self.v = nn.Parameter(torch.ones(shape.out) if "B" in spec.trained else torch.zeros(shape.out))
         self.tied()

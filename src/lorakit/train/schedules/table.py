@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState
 
-from lorakit.core.delta import Delta, Method
+from lorakit.core.combinator import Combinator
+from lorakit.core.delta import Delta
 from lorakit.methods.adalora import Triplets
 from lorakit.methods.dylora import DyLoRA, DyLoRADelta
 from lorakit.methods.lora import start_factors
@@ -135,9 +136,9 @@ SCHEDULES: dict[str, tuple[type[Schedule[Any, Any]], type[Delta]]] = {
 def schedule_for(adapter: Adapter, seed: int = 0) -> Schedule[Any, Any] | None:
     """The schedule that an adapter's method asks for, over all its deltas of that kind; None where it asks for none."""
     spec: Any = adapter.method
-    while isinstance(spec, Method) and spec.schedule is None:
-        spec = getattr(spec, "inner", None)
-    if not isinstance(spec, Method):
+    while isinstance(spec, Combinator) and spec.schedule is None:
+        spec = spec.inner
+    if spec.schedule is None:
         return None
     kind, wanted = SCHEDULES[str(spec.schedule)]
     deltas = {
