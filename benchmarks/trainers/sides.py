@@ -425,7 +425,7 @@ def write_newspaper(job: Job) -> dict[str, Any]:
 def score(job: Job) -> dict[str, Any]:
     """The share of right answers of each finished adapter, all by lorakit's evaluator on the same base."""
     import lorakit as lk
-    from lorakit.train.data.examples import load_rows
+    from lorakit.train.data.reading import load_rows
     from lorakit.train.run import class_list, examine, hold, load_base, path_for
 
     config = configuration(job)
