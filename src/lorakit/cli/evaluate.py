@@ -36,7 +36,7 @@ def evaluate(
     from lorakit.train.config.run import load_config
     from lorakit.train.data.examples import load_splits
     from lorakit.train.evaluate import Evaluation, tabulate
-    from lorakit.train.run import class_list, examine, hold, load_base, path_for
+    from lorakit.train.run import class_list, evaluation_set, examine, load_base, path_for
 
     file, adapters = what, list(adapter or ())
     if what.is_dir():
@@ -53,7 +53,7 @@ def evaluate(
             f"eval: {file} names no rows to evaluate on; give --data.evaluation FILE or --data.evaluation-size N"
         )
     model, tokenizer = load_base(config, train_rows)
-    held = hold(rows, tokenizer, config, class_list(model) if config.task == "seq-cls" else None)
+    held = evaluation_set(rows, tokenizer, config, class_list(model) if config.task == "seq-cls" else None)
     loaded = [lk.load(model, folder).name for folder in adapters]
     path = path_for(config, model)
     measured: dict[str, Evaluation] = {}
