@@ -50,7 +50,7 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
     from lorakit.algebra import merge
     from lorakit.train.config.run import load_config
     from lorakit.train.data.examples import load_splits
-    from lorakit.train.run import examine, hold, path_for, train
+    from lorakit.train.run import evaluation_set, examine, path_for, train
     from trainers.sides import with_clock
 
     clock, before = with_clock(), memory()
@@ -73,7 +73,7 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
         merge(result.model, result.adapter.name, dtype=torch.bfloat16)
         held_rows = load_splits(config.data)[1]
         assert held_rows is not None
-        held = hold(held_rows, result.tokenizer, config)
+        held = evaluation_set(held_rows, result.tokenizer, config)
         copy = examine(result.model, result.tokenizer, held, config, path_for(config, result.model))
         found |= {"copy_accuracy": copy.accuracy, "copy_loss": copy.loss}
     return found

@@ -19,7 +19,7 @@ import lorakit as lk
 from lorakit.models.loading import load_model
 from lorakit.train import TrainConfig, load_config, train
 from lorakit.train.data.examples import load_splits
-from lorakit.train.run import TrainResult, examine, hold, path_for
+from lorakit.train.run import TrainResult, evaluation_set, examine, path_for
 from trainers import machine
 
 HALF = ("LoRA", "DyLoRA")
@@ -75,7 +75,7 @@ def untrained(job: dict[str, Any]) -> dict[str, Any]:
     _, rows = load_splits(config.data)
     assert rows is not None
     with torch.no_grad():
-        found = examine(model, tokenizer, hold(rows, tokenizer, config), config, path_for(config, model))
+        found = examine(model, tokenizer, evaluation_set(rows, tokenizer, config), config, path_for(config, model))
     return {"accuracy": found.accuracy, "loss": found.loss}
 
 
@@ -128,7 +128,7 @@ def at_half(done: TrainResult, config: Any) -> float:
     lk.resize(done.adapter, rank=method.rank // 2, own=own, name="half")
     _, held_rows = load_splits(config.data)
     assert held_rows is not None
-    held = hold(held_rows, done.tokenizer, config)
+    held = evaluation_set(held_rows, done.tokenizer, config)
     with torch.no_grad(), lk.use(done.model, "half"):
         accuracy = examine(done.model, done.tokenizer, held, config, path_for(config, done.model)).accuracy
     assert accuracy is not None

@@ -425,8 +425,8 @@ def write_newspaper(job: Job) -> dict[str, Any]:
 def score(job: Job) -> dict[str, Any]:
     """The share of right answers of each finished adapter, all by lorakit's evaluator on the same base."""
     import lorakit as lk
-    from lorakit.train.data.examples import load_rows
-    from lorakit.train.run import class_list, examine, hold, load_base, path_for
+    from lorakit.train.data.reading import load_rows
+    from lorakit.train.run import class_list, evaluation_set, examine, load_base, path_for
 
     config = configuration(job)
     classes = None
@@ -435,7 +435,7 @@ def score(job: Job) -> dict[str, Any]:
     model, tokenizer = load_base(config, load_rows(job["rows"]))
     if "task" in job:
         classes = class_list(model)
-    held = hold(load_rows(job["held_out"]), tokenizer, config, classes)
+    held = evaluation_set(load_rows(job["held_out"]), tokenizer, config, classes)
     path = path_for(config, model)
     found: dict[str, Any] = {}
     for name, folder in job["adapters"].items():

@@ -1,4 +1,4 @@
-"""Classifiers of texts: the flat row against each text alone, the padded path, and a whole run."""
+"""Classifiers of texts: packed texts against each text alone, the padded path, and a whole run."""
 
 from __future__ import annotations
 

@@ -15,20 +15,18 @@ from lorakit.errors import LorakitError
 from lorakit.train.config.options import DataOptions
 from lorakit.train.data.classification import prepare_labels
 from lorakit.train.data.examples import (
-    IGNORED,
     Example,
     Prepared,
-    Row,
-    Rows,
     choice_ids,
-    detect_format,
-    load_rows,
     load_splits,
     prepare,
     questions,
     shared_prefix_length,
 )
+from lorakit.train.data.formats import detect_format
+from lorakit.train.data.reading import Row, Rows, load_rows
 from lorakit.train.data.templates import choose_template
+from lorakit.train.data.tokenise import IGNORED
 
 CHAT = (
     "{% if messages[0]['role'] != 'system' %}<|im_start|>system\nBe kind.<|im_end|>\n{% endif %}"

@@ -205,7 +205,7 @@ def test_every_hidden_state() -> None:
     with packed_attention(model), torch.no_grad():
         hidden = packed_hidden(model.model, packed)
     rows = [example.input_ids for example in examples]
-    for row, place in zip(rows, support._places(packed, rows), strict=True):
+    for row, place in zip(rows, packed.places, strict=True):
         alone = model.model(input_ids=torch.tensor([row])).last_hidden_state[0]
         torch.testing.assert_close(hidden[place], alone, rtol=1e-12, atol=1e-12)
 

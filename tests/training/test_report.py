@@ -123,7 +123,7 @@ def test_a_write_that_fails_leaves_the_old_file(tmp_path: Path, monkeypatch: pyt
 def test_curves_are_read_from_the_events_that_hold_them() -> None:
     curves = series_of(HISTORY)
     assert curves["loss"][0] == (1, 2.0)
-    assert len(curves["loss"]) == len(curves.learning_rate) == len(curves.token_accuracy) == 29
+    assert len(curves["loss"]) == len(curves["learning_rate"]) == len(curves["token_accuracy"]) == 29
     assert curves["eval_loss"] == [(15, 0.3)], "a loss that is not a number cannot be drawn"
     assert curves["eval_token_accuracy"] == [(15, 0.8)]
 

@@ -48,7 +48,7 @@ def evaluate(
     import lorakit as lk
     from lorakit.train.data.examples import load_splits
     from lorakit.train.evaluate import Evaluation, tabulate
-    from lorakit.train.run import class_list, examine, hold, load_base, path_for
+    from lorakit.train.run import class_list, evaluation_set, examine, load_base, path_for
 
     train_rows, rows = load_splits(config.data)
     if rows is None:
@@ -56,7 +56,7 @@ def evaluate(
             f"eval: {file} names no rows to evaluate on; give --data.evaluation FILE or --data.evaluation-size N"
         )
     model, tokenizer = load_base(config, train_rows)
-    held = hold(rows, tokenizer, config, class_list(model) if config.task == "seq-cls" else None)
+    held = evaluation_set(rows, tokenizer, config, class_list(model) if config.task == "seq-cls" else None)
     loaded = [lk.load(model, folder).name for folder in adapters]
     path = path_for(config, model)
     measured: dict[str, Evaluation] = {}

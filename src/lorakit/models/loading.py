@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import platform
+import re
 import subprocess
 from functools import cache
 from pathlib import Path
@@ -35,15 +36,11 @@ TASKS: dict[str, str] = {
 """What the model is asked to do, and the transformers class for it (another head on the same body)."""
 
 DTYPES: dict[str, torch.dtype] = {
-    "bfloat16": torch.bfloat16,
-    "bf16": torch.bfloat16,
-    "float16": torch.float16,
-    "fp16": torch.float16,
-    "float32": torch.float32,
-    "fp32": torch.float32,
-    "float64": torch.float64,
-    "fp64": torch.float64,
+    name: getattr(torch, f"{kind}{bits}")
+    for kind, short, bits in (("bfloat", "bf", 16), ("float", "fp", 16), ("float", "fp", 32), ("float", "fp", 64))
+    for name in (f"{kind}{bits}", f"{short}{bits}")
 }
+"""Number formats by name, long ("bfloat16") and short ("bf16")."""
 
 # The names by which Linux lists a processor's bf16 multiply: two of x86, one of Arm.
 BF16_FLAGS = ("avx512_bf16", "amx_bf16", "bf16")
@@ -59,12 +56,8 @@ def processor_flags() -> frozenset[str]:
     listing = Path("/proc/cpuinfo")
     if not listing.exists():
         return frozenset()
-    flags: set[str] = set()
-    for line in listing.read_text(errors="replace").splitlines():
-        key, _, value = line.partition(":")
-        if key.strip() in ("flags", "Features"):
-            flags.update(value.split())
-    return frozenset(flags)
+    found = re.findall(r"^(?:flags|Features)\s*:(.*)$", listing.read_text(errors="replace"), re.MULTILINE)
+    return frozenset(flag for line in found for flag in line.split())
 
 
 def choose_dtype(device: str | torch.device | None = None) -> tuple[torch.dtype, str]:

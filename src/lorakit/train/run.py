@@ -82,7 +82,7 @@ class TrainResult:
 
 
 @dataclass(frozen=True)
-class Held:
+class EvaluationSet:
     """What a model is measured on: examples for the loss (of a classifier, labelled texts), questions and choices for the
     answers."""
 
@@ -110,7 +110,7 @@ def train(config: TrainConfig, *, console: Console | None = None) -> TrainResult
     model, tokenizer = load_base(config, train_rows, device=device)
     classes = class_list(model) if config.task == "seq-cls" else None
     prepared = _prepared("data", train_rows, tokenizer, config, classes)
-    held = hold(held_rows, tokenizer, config, classes) if held_rows is not None else None
+    held = evaluation_set(held_rows, tokenizer, config, classes) if held_rows is not None else None
 
     base = holding(model)
     transformers.set_seed(options.seed)
@@ -232,15 +232,17 @@ def attach_arguments(config: TrainConfig, model: Any) -> dict[str, Any]:
     return arguments
 
 
-def hold(rows: Rows, tokenizer: Any, config: TrainConfig, classes: Sequence[str] | None = None) -> Held:
+def evaluation_set(
+    rows: Rows, tokenizer: Any, config: TrainConfig, classes: Sequence[str] | None = None
+) -> EvaluationSet:
     """Evaluation rows made ready for what the configuration measures on them; `classes` are those of a classifier."""
     examples: Sequence[Any] = _prepared("evaluation data", rows, tokenizer, config, classes).examples
     options = config.evaluate
     if classes is not None or options.answers == "none":
-        return Held(examples)
+        return EvaluationSet(examples)
     asked = questions(rows, tokenizer, config.data)
     choices = choice_ids(options.choices, rows, tokenizer, config.data) if options.answers == "score" else ()
-    return Held(examples, asked, choices)
+    return EvaluationSet(examples, asked, choices)
 
 
 def _prepared(
@@ -256,7 +258,7 @@ def _prepared(
     return prepared
 
 
-def examine(model: Any, tokenizer: Any, held: Held, config: TrainConfig, path: LossPath) -> Evaluation:
+def examine(model: Any, tokenizer: Any, held: EvaluationSet, config: TrainConfig, path: LossPath) -> Evaluation:
     """Measure the route in use on the held-out rows, by the loss path of the run."""
     with path.opened(model), evaluating(model):
         found = measure(
@@ -296,7 +298,9 @@ def describe(adapter: Adapter, base_parameters: int) -> str:
     )
 
 
-def _measure_base(model: Any, tokenizer: Any, held: Held, config: TrainConfig, path: LossPath) -> Evaluation | None:
+def _measure_base(
+    model: Any, tokenizer: Any, held: EvaluationSet, config: TrainConfig, path: LossPath
+) -> Evaluation | None:
     if not config.evaluate.before_and_after:
         return None
     with use(model, None):
@@ -336,7 +340,7 @@ def _record(
     tokenizer: Any,
     base: Holding,
     prepared: Prepared | PreparedLabels,
-    held: Held | None,
+    held: EvaluationSet | None,
     trainer: LoraTrainer,
     before: Evaluation | None,
     after: Evaluation | None,

@@ -22,29 +22,10 @@ from typing import Any
 
 from lorakit.errors import LorakitError, plural
 from lorakit.train.config.options import DataOptions
-from lorakit.train.data.formats import RowReader, detect_format, refuse_bad_rows, sort_out, usable
+from lorakit.train.data.formats import RowReader, refuse_bad_rows, sort_out, usable
 from lorakit.train.data.reading import BadRow, Row, Rows, load_rows
 from lorakit.train.data.templates import ChatTemplate, Conversation, TextTemplate, UnusableRow, text_of
 from lorakit.train.data.tokenise import IGNORED, Ends, Labeller, Tokenised, cut, split
-
-__all__ = [
-    "IGNORED",
-    "BadRow",
-    "Example",
-    "Prepared",
-    "Question",
-    "Report",
-    "Row",
-    "Rows",
-    "choice_ids",
-    "detect_format",
-    "length_limit",
-    "load_rows",
-    "load_splits",
-    "prepare",
-    "questions",
-    "shared_prefix_length",
-]
 
 
 @dataclass(frozen=True)

@@ -14,11 +14,10 @@ from __future__ import annotations
 import json
 import logging
 import re
-from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from lorakit.errors import LorakitError
 
@@ -62,24 +61,12 @@ class Rendered:
     spans: tuple[tuple[int, int], ...]
 
 
-class Template(ABC):
-    """How rows are written as text."""
-
-    is_chat = False
-
-    @property
-    @abstractmethod
-    def words(self) -> str:
-        """The template in words, for the report."""
-
-
 @dataclass(frozen=True)
-class Joined(Template):
+class Joined:
     """Prompt and completion one after the other, with nothing between."""
 
-    @property
-    def words(self) -> str:
-        return "none (prompt and completion joined as they are)"
+    is_chat: ClassVar[bool] = False
+    words: ClassVar[str] = "none (prompt and completion joined as they are)"
 
     def render(self, prompt: str, completion: str) -> Rendered:
         """The text of one row."""
@@ -90,7 +77,7 @@ _PLACEHOLDER = re.compile(r"\{([A-Za-z_]\w*)\}")
 
 
 @dataclass(frozen=True)
-class TextTemplate(Template):
+class TextTemplate:
     """Text with placeholders such as {prompt}, ending in the one that the model should write.
 
     What stands before the completion gets no loss; what follows it (a closing mark) does, as the model must write it.
@@ -98,6 +85,7 @@ class TextTemplate(Template):
 
     text: str
     origin: str = "data.template"
+    is_chat: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         names = self.placeholders
@@ -119,6 +107,7 @@ class TextTemplate(Template):
 
     @property
     def words(self) -> str:
+        """The template in words, for the report."""
         return f"{self.origin}, text with {_braced(dict.fromkeys(self.placeholders))}"
 
     def render(self, fields: Mapping[str, Any]) -> Rendered:
@@ -139,17 +128,18 @@ def _braced(names: Iterable[str]) -> str:
 
 
 @dataclass(frozen=True)
-class ChatTemplate(Template):
+class ChatTemplate:
     """A Jinja chat template: the tokenizer's own (`jinja` None), or one from the configuration."""
 
     tokenizer: Any
     jinja: str | None = None
     origin: str = "the model's chat template"
 
-    is_chat = True
+    is_chat: ClassVar[bool] = True
 
     @property
     def words(self) -> str:
+        """The template in words, for the report."""
         return self.origin + (", which marks what the assistant says" if self.marks else "")
 
     @property
@@ -255,6 +245,9 @@ def _diverges(whole: str, part: str, what: str) -> str:
         f"{whole[same : same + 30]!r}), so where the answer begins is not certain. Use rows with one answer each, or a "
         "template with {% generation %} marks (data.template)"
     )
+
+
+Template = ChatTemplate | TextTemplate | Joined
 
 
 def choose_template(given: str | None, tokenizer: Any) -> Template:

@@ -90,10 +90,7 @@ class PackedBatch:
 
     def to(self, device: torch.device | str) -> PackedBatch:
         """The same batch on another device."""
-        moved = {
-            name: getattr(self, name).to(device)
-            for name in ("input_ids", "position_ids", "hidden_index", "targets", "weights", "counts")
-        }
+        moved: Any = {name: one.to(device) for name, one in vars(self).items() if isinstance(one, Tensor)}
         return replace(self, **moved, plans={})
 
     def under(self, rows: int) -> PackedBatch:
@@ -156,12 +153,10 @@ def pack(
                 counts[key] = counts.get(key, 0) + 1
                 num_targets += 1
 
-    held = torch.zeros(used + -used % row_multiple)
-    for member in members:
-        for node in trie.runs_of[member]:
-            segment = trie.segments[node]
-            held[segment.start : segment.start + segment.length] += 1
     fill = -used % row_multiple
+    held = torch.zeros(used + fill)
+    for row_of in places.values():
+        held[row_of] += 1
     # The fill repeats a real token: it is computed, read by nobody, and gets no gradient.
     input_ids += [input_ids[-1]] * fill
     position_ids += [0] * fill
