@@ -16,7 +16,7 @@ from lorakit.native import elementwise
 from lorakit.serve.engine.engine import LocalEngine
 from lorakit.serve.engine.scheduler import Limits
 from lorakit.serve.model import native
-from lorakit.serve.model.attention import Present, attend
+from lorakit.serve.model.attention import ForwardContext, attend
 from lorakit.serve.model.batch import LONG, TOGETHER, Run, assemble, mix
 from lorakit.serve.model.cache import Cache, LayerShape, page_count
 from lorakit.serve.model.linear_layers import LinearForward, WeightBuffer, join
@@ -72,7 +72,7 @@ def test_attention(dtype: torch.dtype, options: dict[str, Any], heads: int, key_
             for h, w in ((heads, d), (key_heads, d), (key_heads, dv))
         )
         found, expected = (
-            attend(Present(batch, cache, compiled=compiled), Layer(), q, k, v, **options)
+            attend(ForwardContext(batch, cache, compiled=compiled), Layer(), q, k, v, **options)
             for cache, compiled in zip(caches, (True, False), strict=True)
         )
         assert torch.isfinite(expected).all()
@@ -145,10 +145,10 @@ def test_layers_with_their_adapters(in_: int, outs: tuple[int, ...]) -> None:
     """Layers that read one input, in one call: what each gives alone, and its adapters, of every kind and in tiles of any
     size, added to the rounded output."""
     torch.manual_seed(0)
-    dtype, present = torch.bfloat16, Present()
+    dtype, context = torch.bfloat16, ForwardContext()
     layers = [nn.Linear(in_, out, bias=number != 1).to(dtype) for number, out in enumerate(outs)]
     buffer = WeightBuffer()
-    forwards = [LinearForward(layer, number, present, buffer) for number, layer in enumerate(layers)]
+    forwards = [LinearForward(layer, number, context, buffer) for number, layer in enumerate(layers)]
     x = torch.randn(1, 5, in_).to(dtype)
     for forward, layer in zip(forwards, layers, strict=True):
         assert torch.equal(forward(x), layer(x)), "outside of a step the layer is what it was"
@@ -165,7 +165,7 @@ def test_layers_with_their_adapters(in_: int, outs: tuple[int, ...]) -> None:
     blends = [[(a, 1.0)], [(b, 2.0)], [], [(a, 1.0)], [(a, 0.5), (b, -0.7)], [(c, 1.0)], [(d, 1.0)], [(a, 1.0)]]
     for counts in ([1] * 8, [3, 9, 2, 1, 4, 2, 2, 13], [1, 6, 1, 1, 7, 1, 1, 5]):
         runs = [Run([0] * n, 0, [0] * page_count(n), blend) for n, blend in zip(counts, blends, strict=True)]
-        present.batch = batch = assemble(runs, torch.device("cpu"), mix(blends))
+        context.batch = batch = assemble(runs, torch.device("cpu"), mix(blends))
         order, begins = batch.tiles_of_adapters
         assert sorted(order.tolist()) == [t for t, run in enumerate(batch.row.tolist()) if run != 2]
         assert all(0 < size <= TOGETHER for size in begins.diff().tolist())
@@ -184,7 +184,7 @@ def test_layers_with_their_adapters(in_: int, outs: tuple[int, ...]) -> None:
                         expected[part] += weight * change
             # To the roundings of bfloat16: the output, and A x, which is rounded as PEFT rounds it.
             assert torch.allclose(found[0].double(), expected, rtol=2**-6, atol=2**-5), number
-        present.batch = None
+        context.batch = None
 
 
 def _wide(piece: LayerTensors) -> LayerTensors:

@@ -22,7 +22,7 @@ from lorakit.serve.engine.scheduler import Job, Limits, Scheduler, Share
 from lorakit.serve.lifecycle import Lifecycle
 from lorakit.serve.model import native
 from lorakit.serve.model.batch import Batch, Mixture, Run, assemble, mix
-from lorakit.serve.model.cache import Cache, page_bytes
+from lorakit.serve.model.cache import PAGE, Cache, page_bytes
 from lorakit.serve.model.packed import AdapterReader, Formless
 from lorakit.serve.model.serving_model import ServingModel
 from lorakit.serve.request import (
@@ -90,7 +90,10 @@ class LocalEngine(Lifecycle):
         size = page_bytes(self.model.shapes, self.model.dtype)
         pages = limits.cache_bytes // size
         if pages < 2:
-            raise LorakitError(f"serve: cache_bytes={limits.cache_bytes} holds not two pages of {size} bytes.")
+            raise LorakitError(
+                f"serve: {limits.cache_bytes} bytes for the key-value cache cannot hold two pages of {size} bytes; raise "
+                "cache_bytes (--cache)."
+            )
         self.cache = Cache(self.model.shapes, pages, self.model.dtype, self.model.device, reuse)
         self.scheduler = Scheduler(limits, self.cache)
         self.pool = Pool(adapter_readers, None if store is None else Path(store), limits.adapter_bytes, self._wake)
@@ -100,7 +103,7 @@ class LocalEngine(Lifecycle):
         self._ids: set[str] = set()
         self._ends = _end_tokens(model)
         self._vocabulary = int(model.get_input_embeddings().num_embeddings)  # type: ignore[operator]
-        self._context = min(limits.context or _context(model), self.cache.pages * 16)
+        self._context = min(limits.context or _context(model), self.cache.pages * PAGE)
         self._steps = self._prompt_tokens = self._cached_tokens = self._generated_tokens = 0
         self._rate = 0.0
         self._woken = False
@@ -258,7 +261,7 @@ class LocalEngine(Lifecycle):
             self._lock.notify_all()
 
     def _look_after(self) -> None:
-        """Queue what has arrived, end what was cancelled or is overdue, admit what can be."""
+        """Queue what has arrived; end what was cancelled or is overdue."""
         while self._arrivals:
             self.scheduler.add(self._arrivals.popleft())
         now = time.monotonic()

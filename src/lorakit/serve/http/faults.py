@@ -58,6 +58,11 @@ def later(seconds: float) -> dict[str, str]:
     return {"Retry-After": str(max(1, math.ceil(seconds)))}
 
 
+def too_long(text: str, param: str) -> Fault:
+    """A prompt, or a prompt and its answer, that the model cannot read."""
+    return Fault(400, text, "context_length_exceeded", param)
+
+
 def fault_of(error: BaseException) -> Fault:
     """Any error as an answer. What is not the client's to mend says nothing about the inside of the server."""
     match error:

@@ -12,7 +12,7 @@ from starlette.requests import HTTPConnection
 
 from lorakit.errors import LorakitError
 from lorakit.serve.http.bodies import ChatRequest, CompletionRequest, Generation
-from lorakit.serve.http.faults import Fault
+from lorakit.serve.http.faults import Fault, too_long
 from lorakit.serve.http.metrics import Metrics
 from lorakit.serve.http.tenants import ANYONE, Tenant, Tenants
 from lorakit.serve.http.text import TokenTexts
@@ -219,18 +219,14 @@ class Front:
         if not prompt:
             raise Fault(400, "the prompt is empty; it needs one token at least.", "empty_prompt", "prompt")
         if prompt > most:
-            raise Fault(
-                400,
+            raise too_long(
                 f"the prompt has {prompt:,} tokens; {most:,} are the most (the model reads {window:,}, its answer included).",
-                "context_length_exceeded",
                 "prompt",
             )
         if limit is not None and limit > room:
-            raise Fault(
-                400,
+            raise too_long(
                 f"the prompt has {prompt:,} tokens and max_tokens asks for {limit:,} more; this model reads {window:,}, its "
                 "answer included.",
-                "context_length_exceeded",
                 "max_tokens",
             )
         return limit or min(room, bounds.output or room)

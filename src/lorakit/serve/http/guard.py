@@ -1,8 +1,7 @@
 """What every request passes before anything reads it: its id, its host, its key, the size and the pace of its body.
 
 Plain ASGI, outside the application: a client without a key cannot make the server parse anything, and a body that is too
-long or too slow is refused before it is read to the end. What happened is logged and counted here as well, once for each
-request.
+long or too slow is refused before it is read to the end. What happened is logged and counted here, once for each request.
 """
 
 from __future__ import annotations

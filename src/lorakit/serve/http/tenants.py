@@ -128,6 +128,10 @@ class Bucket:
         return max(0.0, (min(amount, self.per_minute) - self.level) * 60 / self.per_minute)
 
 
+def _exceeded(text: str, seconds: float) -> Fault:
+    return Fault(429, text, "quota_exceeded", headers=later(seconds))
+
+
 class Ledger:
     """What one tenant has used. It outlives a reload of the file."""
 
@@ -140,30 +144,21 @@ class Ledger:
         """Count a request that begins, or raise the Fault that says which quota it exceeds and when to try again."""
         asked = {"requests_per_minute": 1, "tokens_per_minute": prompt_tokens}
         with self._lock:
-            if tenant.concurrent and answers > tenant.concurrent:
-                raise Fault(
-                    400,
-                    f"{answers} answers were asked for at once; this key may have {tenant.concurrent}.",
-                    "quota_exceeded",
-                    "n",
-                )
-            if tenant.concurrent and self.running + answers > tenant.concurrent:
-                raise Fault(
-                    429,
-                    f"{self.running} answers are being made for this key, and {answers} more were asked for; "
-                    f"{tenant.concurrent} at once is its limit.",
-                    "quota_exceeded",
-                    headers=later(1),
+            most = tenant.concurrent
+            if most and answers > most:
+                text = f"{answers} answers were asked for at once; this key may have {most}."
+                raise Fault(400, text, "quota_exceeded", "n")
+            if most and self.running + answers > most:
+                raise _exceeded(
+                    f"{self.running} answers are being made for this key, and {answers} more were asked for; {most} at once is "
+                    "its limit.",
+                    1,
                 )
             for name, amount in asked.items():
                 bucket = self._bucket(tenant, name, now)
                 if bucket is not None and (wait := bucket.wait(amount, now)) > 0:
-                    raise Fault(
-                        429,
-                        f"this key's limit of {bucket.per_minute} {name.replace('_', ' ')} is used up for {wait:.0f} s.",
-                        "quota_exceeded",
-                        headers=later(wait),
-                    )
+                    limit = f"{bucket.per_minute} {name.replace('_', ' ')}"
+                    raise _exceeded(f"this key's limit of {limit} is used up for {wait:.0f} s.", wait)
             for name, amount in asked.items():
                 self._take(tenant, name, amount, now)
             self.running += answers

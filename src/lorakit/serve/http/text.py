@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from lorakit.serve.http.bodies import Message
-from lorakit.serve.http.faults import Fault
+from lorakit.serve.http.faults import Fault, too_long
 
 _PARTIAL = "\N{REPLACEMENT CHARACTER}"
 CHARACTERS = 64
@@ -59,10 +59,8 @@ def encode_prompt(tokenizer: Any, prompt: str | list[int], window: int) -> list[
 def check_length(characters: int, window: int) -> None:
     """Refuse a text that cannot fit before time is spent on it."""
     if characters > CHARACTERS * window:
-        raise Fault(
-            400,
+        raise too_long(
             f"the prompt has {characters:,} characters; this model reads {window:,} tokens, its answer included.",
-            "context_length_exceeded",
             "messages",
         )
 

@@ -1,8 +1,8 @@
 """Attention of the serving model: it reads and writes the engine's pages, and each token sees its own request.
 
-transformers calls attention by a registered name. A serving model's configuration names ours; ours looks at the present batch:
-with one, it writes the new keys and values into their pages and attends over them; without one, it calls what the model had
-before, so that the model can still be used otherwise. Scale, softcap, sliding window and sinks arrive as arguments and are
+transformers calls attention by a registered name. A serving model's configuration names ours. Within a step ours writes the
+new keys and values into their pages and attends over them; outside of one it calls what the model had before, so that the
+model can still be used otherwise. Scale, softcap, sliding window and sinks arrive as arguments and are
 honoured. A mask of the model's own, a bias, or dropout are not: such models are refused when the engine probes them.
 """
 
@@ -38,7 +38,7 @@ class Asked:
 
 
 @dataclass
-class Present:
+class ForwardContext:
     """What the engine's thread tells the layers of its model: the batch of this step.
 
     Attributes:
@@ -56,25 +56,25 @@ class Present:
     compiled: bool = True
 
 
-def serve_attention(model: nn.Module, present: Present) -> Callable[[], None]:
-    """Turn the attention of a model to a `Present`; returns what gives the model its own back.
+def serve_attention(model: nn.Module, context: ForwardContext) -> Callable[[], None]:
+    """Let the attention of a model follow a `ForwardContext`; returns what gives the model its own back.
 
     Raises:
         Refused: the model has no attention that transformers' registry names.
     """
 
     def attention(inner: Any, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *a: Any, **k: Any) -> Any:
-        if present.batch is not None and present.cache is not None:
-            return attend(present, module, query, key, value, *a, **k), None
+        if context.batch is not None and context.cache is not None:
+            return attend(context, module, query, key, value, *a, **k), None
         index = getattr(module, "layer_idx", None)
         if isinstance(index, int):
-            present.seen[index] = LayerShape(key.shape[1], key.shape[3], value.shape[3])
+            context.seen[index] = LayerShape(key.shape[1], key.shape[3], value.shape[3])
         return inner(module, query, key, value, *a, **k)
 
     def mask(inner: Any, *args: Any, **kwargs: Any) -> Any:
-        return inner(*args, **kwargs) if present.batch is None else None
+        return inner(*args, **kwargs) if context.batch is None else None
 
-    override = Override(f"serve_{id(present):x}", attention, mask)
+    override = Override(f"serve_{id(context):x}", attention, mask)
     if not override.put_on(model):
         raise Refused(
             f"{type(model).__name__} takes no attention from transformers' registry, so its keys and values cannot be kept "
@@ -84,7 +84,7 @@ def serve_attention(model: nn.Module, present: Present) -> Callable[[], None]:
 
 
 def attend(
-    present: Present,
+    context: ForwardContext,
     module: nn.Module,
     query: Tensor,
     key: Tensor,
@@ -97,7 +97,7 @@ def attend(
     s_aux: Tensor | None = None,
     **kwargs: Any,
 ) -> Tensor:
-    """One layer's attention over the present batch.
+    """One layer's attention over the batch of the step.
 
     Args:
         query: (1, heads, tokens, key width); key, value: (1, key heads, tokens, width).
@@ -111,7 +111,7 @@ def attend(
     Raises:
         Refused: the layer asks for something that this attention would do otherwise.
     """
-    batch, cache = present.batch, present.cache
+    batch, cache = context.batch, context.cache
     assert batch is not None
     assert cache is not None
     if attention_mask is not None or kwargs.get("position_bias") is not None or dropout:
@@ -126,8 +126,8 @@ def attend(
     _, key_heads, _, dv = value.shape
     scale = d**-0.5 if scaling is None else float(scaling)
     sinks = None if s_aux is None else s_aux.float().contiguous()
-    asked = present.asked[layer] = Asked(scale, softcap or 0.0, sliding_window or 0, sinks)
-    if present.compiled and (function := native.find("attend", query.dtype)) is not None:
+    asked = context.asked[layer] = Asked(scale, softcap or 0.0, sliding_window or 0, sinks)
+    if context.compiled and (function := native.find("attend", query.dtype)) is not None:
         if not query.stride(3) == key.stride(3) == value.stride(3) == 1:
             query, key, value = query.contiguous(), key.contiguous(), value.contiguous()
         out = query.new_empty(1, tokens, heads, dv)

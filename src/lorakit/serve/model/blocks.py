@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from lorakit.native import elementwise
 from lorakit.serve.model import native
-from lorakit.serve.model.attention import Present
+from lorakit.serve.model.attention import ForwardContext
 from lorakit.serve.model.fused import Gate, Norm
 from lorakit.serve.model.linear_layers import Group, LinearForward
 
@@ -27,14 +27,14 @@ class Block:
     """The forward of one block."""
 
     def __init__(
-        self, module: nn.Module, present: Present, norms: tuple[Norm, Norm], kind: str, groups: tuple[Group, ...]
+        self, module: nn.Module, context: ForwardContext, norms: tuple[Norm, Norm], kind: str, groups: tuple[Group, ...]
     ) -> None:
         self.original: Callable[..., Any] = module.forward
-        self.present, self.norms = present, norms
+        self.context, self.norms = context, norms
         self.qkv, self.o, self.gated, self.down = groups
         self.kind = kind
         self.layer: int = module.self_attn.layer_idx  # type: ignore[union-attr, assignment]
-        shape = present.seen[self.layer]
+        shape = context.seen[self.layer]
         self.key_heads, self.d, self.dv = shape.heads, shape.key, shape.value
         self.heads = self.qkv.outs[0] // self.d
         attend = native.find("attend", torch.bfloat16)
@@ -49,7 +49,7 @@ class Block:
         past_key_values: Any = None,
         **kwargs: Any,
     ) -> Any:
-        batch, cache, asked = self.present.batch, self.present.cache, self.present.asked.get(self.layer)
+        batch, cache, asked = self.context.batch, self.context.cache, self.context.asked.get(self.layer)
         if (
             batch is None
             or cache is None
@@ -88,11 +88,11 @@ class Block:
         return elementwise.norm(x, norm.weight, norm.eps, norm.shift)
 
 
-def fuse(model: nn.Module, present: Present) -> Callable[[], None] | None:
+def fuse(model: nn.Module, context: ForwardContext) -> Callable[[], None] | None:
     """Turn every block of the form to its `Block`; returns what takes them out again, or None where there is none."""
     changed = []
     for module in model.modules():
-        block = None if "forward" in vars(module) else _block(module, present)
+        block = None if "forward" in vars(module) else _block(module, context)
         if block is not None:
             module.forward = block
             changed.append(module)
@@ -104,7 +104,7 @@ def fuse(model: nn.Module, present: Present) -> Callable[[], None] | None:
     return restore if changed else None
 
 
-def _block(module: nn.Module, present: Present) -> Block | None:
+def _block(module: nn.Module, context: ForwardContext) -> Block | None:
     """A block for a module that is of the form, by its parts' names and their forwards."""
     if {name for name, _ in module.named_children()} != PARTS:
         return None
@@ -114,7 +114,7 @@ def _block(module: nn.Module, present: Present) -> Block | None:
         return None
     norms = [vars(part).get("forward") for part in (module.input_layernorm, module.post_attention_layernorm)]
     gate = vars(mlp).get("forward")
-    if not isinstance(gate, Gate) or getattr(attention, "layer_idx", None) not in present.asked:
+    if not isinstance(gate, Gate) or getattr(attention, "layer_idx", None) not in context.asked:
         return None
     groups = [
         _group([getattr(owner, f"{name}_proj") for name in names.split()])
@@ -123,7 +123,7 @@ def _block(module: nn.Module, present: Present) -> Block | None:
     first, second = norms
     if not isinstance(first, Norm) or not isinstance(second, Norm) or None in groups:
         return None
-    return Block(module, present, (first, second), gate.kind, tuple(group for group in groups if group is not None))
+    return Block(module, context, (first, second), gate.kind, tuple(group for group in groups if group is not None))
 
 
 def _group(layers: list[nn.Module]) -> Group | None:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from lorakit.native import elementwise, replacement
-from lorakit.serve.model.attention import Present
+from lorakit.serve.model.attention import ForwardContext
 
 THREAD = threading.local()
 """`serving` is true in the thread that runs a step just now: a rotary function is shared with models that do not serve."""
@@ -25,13 +25,13 @@ class Norm:
     """The forward of an RMSNorm; `shift` is added to its weight."""
 
     original: Callable[[Tensor], Tensor]
-    present: Present
+    context: ForwardContext
     weight: Tensor
     eps: float
     shift: float
 
     def __call__(self, x: Tensor) -> Tensor:
-        if self.present.batch is None or x.dtype != self.weight.dtype or not x.is_contiguous():
+        if self.context.batch is None or x.dtype != self.weight.dtype or not x.is_contiguous():
             return self.original(x)
         return elementwise.norm(x, self.weight, self.eps, self.shift)
 
@@ -41,31 +41,31 @@ class Gate:
     """The forward of a feed-forward part that is `down(act(gate(x)) * up(x))`; `kind` names the activation."""
 
     original: Callable[[Tensor], Tensor]
-    present: Present
+    context: ForwardContext
     gate: nn.Module
     up: nn.Module
     down: nn.Module
     kind: str
 
     def __call__(self, x: Tensor) -> Tensor:
-        if self.present.batch is None:
+        if self.context.batch is None:
             return self.original(x)
         return self.down(elementwise.gate(self.kind, self.gate(x), self.up(x)))  # type: ignore[no-any-return]
 
 
-def fuse(model: nn.Module, present: Present) -> Callable[[], None]:
+def fuse(model: nn.Module, context: ForwardContext) -> Callable[[], None]:
     """Put the C++ operations into a model; returns what takes them out again."""
 
     def norm(found: replacement.Norm) -> Norm | None:
         module, weight = found.module, found.module.weight
         assert isinstance(weight, Tensor)
-        return Norm(module.forward, present, weight, found.eps, found.shift) if _compiled(weight.dtype) else None
+        return Norm(module.forward, context, weight, found.eps, found.shift) if _compiled(weight.dtype) else None
 
     def gate(found: replacement.Gated) -> Gate | None:
         part = found.module
         if not isinstance(part.gate_proj, nn.Linear) or not _compiled(part.gate_proj.weight.dtype):
             return None
-        return Gate(part.forward, present, part.gate_proj, part.up_proj, part.down_proj, found.kind)
+        return Gate(part.forward, context, part.gate_proj, part.up_proj, part.down_proj, found.kind)
 
     return replacement.replace(model, norm, gate, _turn).restore
 

@@ -12,7 +12,7 @@
 
 #if defined(__AVX512BF16__)
 
-// A layer: its packed weight, its bias (0 for none), its sizes, its number among the served ones.
+// A layer: its packed weight, its bias (0 for none), its sizes, its place in `linear_layers` of the model.
 struct Layer {
     int64_t weight, bias, in, out, number;
 };

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from lorakit.serve.model import native
-from lorakit.serve.model.attention import Present
+from lorakit.serve.model.attention import ForwardContext
 from lorakit.serve.model.batch import Batch
 from lorakit.serve.model.product import adapt
 
@@ -72,8 +72,8 @@ class LinearForward:
         group: the layers that are computed together with it.
     """
 
-    def __init__(self, module: nn.Module, number: int, present: Present, buffer: WeightBuffer | None) -> None:
-        self.number, self.present, self.tokens = number, present, 0
+    def __init__(self, module: nn.Module, number: int, context: ForwardContext, buffer: WeightBuffer | None) -> None:
+        self.number, self.context, self.tokens = number, context, 0
         self.original: Callable[[Tensor], Tensor] = module.forward
         self.input: Tensor | None = None
         self.bias = cast("Tensor | None", getattr(module, "bias", None))
@@ -95,8 +95,8 @@ class LinearForward:
             self.ordered = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), None)
 
     def __call__(self, x: Tensor) -> Tensor:
-        present = self.present
-        batch = present.batch
+        context = self.context
+        batch = context.batch
         if batch is None:
             self.input = x
             return self.original(x)
@@ -111,7 +111,7 @@ class LinearForward:
         else:
             y = self.original(x)
         if own.mixture is not None and own.mixture.touched[self.number]:
-            adapt(own, self.number, x.view(-1, x.shape[-1]), y.view(-1, y.shape[-1]), present.compiled)
+            adapt(own, self.number, x.view(-1, x.shape[-1]), y.view(-1, y.shape[-1]), context.compiled)
         return y
 
 

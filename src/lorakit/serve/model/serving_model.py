@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from lorakit.serve.model import blocks, fused, native
-from lorakit.serve.model.attention import Present, serve_attention
+from lorakit.serve.model.attention import ForwardContext, serve_attention
 from lorakit.serve.model.batch import Batch, Run, assemble
 from lorakit.serve.model.cache import Cache, LayerShape, page_count
 from lorakit.serve.model.linear_layers import LinearForward, WeightBuffer, join
@@ -43,12 +43,12 @@ class ServingModel:
         self.device, self.dtype = first.device, first.dtype
         obstacle = native.obstacle(model) if compiled else "switched off"
         self.compiled = obstacle
-        self.present = Present(compiled=obstacle is None)
+        self.context = ForwardContext(compiled=obstacle is None)
         self._keeps = "logits_to_keep" in inspect.signature(model.forward).parameters
         self._training = model.training
         self._undo: list[Callable[[], None]] = []
         model.eval()
-        self._undo.append(serve_attention(model, self.present))
+        self._undo.append(serve_attention(model, self.context))
         self.layers: dict[str, LinearForward] = {}
         self.unfit: set[str] = set()
         try:
@@ -61,9 +61,9 @@ class ServingModel:
                     model(input_ids=torch.tensor([prompt], device=self.device), use_cache=False)
                 join(self.layers.values())
                 if obstacle is None:
-                    self._undo.append(fused.fuse(model, self.present))
+                    self._undo.append(fused.fuse(model, self.context))
                 logits = self._trial(expected)
-                if obstacle is None and (restore := blocks.fuse(model, self.present)) is not None:
+                if obstacle is None and (restore := blocks.fuse(model, self.context)) is not None:
                     self._undo.append(restore)
                     if not self._gives(logits, expected):
                         self._undo.pop()()
@@ -74,7 +74,7 @@ class ServingModel:
             log.info("serve: without compiled loops: %s", obstacle)
 
     def _replace_forward(self, path: str, module: nn.Module, number: int, buffer: WeightBuffer | None) -> None:
-        forward = self.layers[path] = LinearForward(module, number, self.present, buffer)
+        forward = self.layers[path] = LinearForward(module, number, self.context, buffer)
         module.forward = forward
         self._undo.append(lambda: module.__dict__.pop("forward", None))
 
@@ -83,11 +83,11 @@ class ServingModel:
         while self._undo:
             self._undo.pop()()
         self.model.train(self._training)
-        self.present.batch = self.present.cache = None
+        self.context.batch = self.context.cache = None
 
     def forward(self, batch: Batch, cache: Cache) -> Tensor:
         """The logits (wanted tokens, vocabulary) of a step; keys and values go into their pages."""
-        self.present.batch, self.present.cache, fused.THREAD.serving = batch, cache, True
+        self.context.batch, self.context.cache, fused.THREAD.serving = batch, cache, True
         arguments: dict[str, Any] = {"logits_to_keep": batch.last} if self._keeps else {}
         try:
             with torch.inference_mode():
@@ -95,7 +95,7 @@ class ServingModel:
                     input_ids=batch.ids, position_ids=batch.positions, use_cache=False, return_dict=True, **arguments
                 ).logits[0]
         finally:
-            self.present.batch, fused.THREAD.serving = None, False
+            self.context.batch, fused.THREAD.serving = None, False
         return logits if self._keeps else logits[batch.last]
 
     # -- is it right? --------------------------------------------------------------------------------------------------
@@ -111,7 +111,7 @@ class ServingModel:
         for prompt in self._prompts():
             ids = torch.tensor([prompt], device=self.device)
             results.append(self.model(input_ids=ids, use_cache=False, return_dict=True).logits[0].float())
-        seen = self.present.seen
+        seen = self.context.seen
         if not seen or sorted(seen) != list(range(len(seen))):
             raise Refused(
                 f"{type(self.model).__name__} has no attention layers with a number (layer_idx), so its keys and "
