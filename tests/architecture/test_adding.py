@@ -123,7 +123,11 @@ def test_a_method_is_one_file_a_row_and_a_case(tmp_path: Path) -> None:
     package = tmp_path / "src/lorakit"
     (package / "methods/stripes.py").write_text(METHOD, "utf-8")
     table = package / "methods/__init__.py"
-    _with(table, r"^from lorakit\.methods\.relora import ReLoRA\n", "from lorakit.methods.stripes import Stripes\n")
+    _with(
+        table,
+        r"^from lorakit\.methods\.relora import ReLoRA as ReLoRA\n",
+        "from lorakit.methods.stripes import Stripes as Stripes\n",
+    )
     _with(table, r"^METHODS: .* = \{\n", '    "stripes": Stripes,\n')
     _with(
         package / "__init__.pyi",

@@ -26,7 +26,7 @@ from lorakit.algebra.changes import Change, total
 from lorakit.algebra.sources import Live
 from lorakit.core.delta import Shape
 from lorakit.errors import LorakitError
-from lorakit.init import Measured, Statistic
+from lorakit.init import CalibrationRequest
 from lorakit.init.calibration import BUDGET, Batch, Matrix, calibrate, in_budget
 
 
@@ -50,8 +50,8 @@ class Gram:
 
 
 @dataclass(frozen=True)
-class Importance(ABC):
-    """One way to weigh changes by what is measured; a wish of `calibration.calibrate`.
+class Importance(CalibrationRequest, ABC):
+    """One way to weigh changes by what is measured.
 
     Attributes:
         recipe: the name of the recipe that asks for it.
@@ -59,31 +59,13 @@ class Importance(ABC):
 
     recipe: str
 
-    needs = ""
-    completions = False
-    squares = False
-
     @property
     def request(self) -> str:
-        """How messages name what was asked for."""
         return f"combine: {self.recipe!r}"
 
     @property
     def otherwise(self) -> str:
-        """What to do about a layer that cannot be measured."""
         return '"linear" and the other recipes measure nothing.'
-
-    def statistic(self, shape: Shape, rank: int) -> Statistic:
-        """For those that need inputs."""
-        raise NotImplementedError(f"{self.recipe} measures no inputs")
-
-    def numbers(self, shape: Shape, rank: int) -> int:
-        """How many numbers are kept of one matrix for one adapter."""
-        return shape.out * shape.in_
-
-    def settled(self, matrices: Mapping[str, Measured]) -> bool:
-        """Never: all batches count."""
-        return False
 
     @abstractmethod
     def merged(self, changes: Sequence[Change | None], found: Sequence[Any], weights: Sequence[float]) -> Change:

@@ -6,14 +6,24 @@ They know no layer and no method: a low-rank delta takes the factors through `se
 from __future__ import annotations
 
 from lorakit.errors import LorakitError, unknown
-from lorakit.init.corda import CorDA
-from lorakit.init.eva import EVA
-from lorakit.init.initialiser import Default, Factors, Initialiser, Measured, Start, Statistic
-from lorakit.init.loftq import LoftQ
-from lorakit.init.loraga import LoRAGA
-from lorakit.init.olora import OLoRA
-from lorakit.init.pissa import MiLoRA, PiSSA
-from lorakit.init.random import Gaussian, Kaiming, Normal, Orthogonal
+from lorakit.init.corda import CorDA as CorDA
+from lorakit.init.eva import EVA as EVA
+from lorakit.init.initialiser import CalibrationRequest as CalibrationRequest
+from lorakit.init.initialiser import Default as Default
+from lorakit.init.initialiser import Factors as Factors
+from lorakit.init.initialiser import Initialiser as Initialiser
+from lorakit.init.initialiser import Measured as Measured
+from lorakit.init.initialiser import Start as Start
+from lorakit.init.initialiser import Statistic as Statistic
+from lorakit.init.loftq import LoftQ as LoftQ
+from lorakit.init.loraga import LoRAGA as LoRAGA
+from lorakit.init.olora import OLoRA as OLoRA
+from lorakit.init.pissa import MiLoRA as MiLoRA
+from lorakit.init.pissa import PiSSA as PiSSA
+from lorakit.init.random import Gaussian as Gaussian
+from lorakit.init.random import Kaiming as Kaiming
+from lorakit.init.random import Normal as Normal
+from lorakit.init.random import Orthogonal as Orthogonal
 
 INITIALISERS: dict[str, type[Initialiser]] = {
     "default": Default,
@@ -42,26 +52,3 @@ def initialiser(given: str | Initialiser) -> Initialiser:
     if given not in INITIALISERS:
         raise unknown("init", given, INITIALISERS)
     return INITIALISERS[given]()
-
-
-__all__ = [
-    "EVA",
-    "INITIALISERS",
-    "CorDA",
-    "Default",
-    "Factors",
-    "Gaussian",
-    "Initialiser",
-    "Kaiming",
-    "LoRAGA",
-    "LoftQ",
-    "Measured",
-    "MiLoRA",
-    "Normal",
-    "OLoRA",
-    "Orthogonal",
-    "PiSSA",
-    "Start",
-    "Statistic",
-    "initialiser",
-]

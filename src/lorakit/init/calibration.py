@@ -16,12 +16,11 @@ import logging
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from lorakit.core.delta import Shape
 from lorakit.core.hooks import hooked
 from lorakit.core.layout import Layout, Linear, Rows, Site
 from lorakit.core.routing import BASE, Route, Routing
@@ -29,7 +28,7 @@ from lorakit.core.rows import first_tensor
 from lorakit.core.state import found_state
 from lorakit.core.using import routed
 from lorakit.errors import LorakitError
-from lorakit.init import Measured, Statistic
+from lorakit.init import CalibrationRequest, Measured
 
 log = logging.getLogger("lorakit")
 
@@ -38,39 +37,6 @@ BUDGET = 2 << 30
 IGNORED = -100
 
 Batch = Mapping[str, Any]
-
-
-class CalibrationRequest(Protocol):
-    """What is to be measured and for whom; every `Initialiser` is one."""
-
-    @property
-    def request(self) -> str:
-        """Who asks, at the beginning of messages: the verb, a colon, the option."""
-
-    @property
-    def otherwise(self) -> str:
-        """What to do about a layer that cannot be measured, a sentence."""
-
-    @property
-    def needs(self) -> str:
-        """ "inputs" or "gradients"."""
-
-    @property
-    def completions(self) -> bool:
-        """Whether inputs at positions without a label are left out."""
-
-    @property
-    def squares(self) -> bool:
-        """Whether gradients are squared, entry by entry and batch by batch, before they are summed up."""
-
-    def statistic(self, shape: Shape, rank: int) -> Statistic:
-        """A new statistic of the inputs of one matrix, or of several with the same inputs (the largest rank given)."""
-
-    def numbers(self, shape: Shape, rank: int) -> int:
-        """How many numbers are kept for one matrix while batches pass."""
-
-    def settled(self, matrices: Mapping[str, Measured]) -> bool:
-        """Whether further batches would not change the result."""
 
 
 @dataclass(frozen=True)

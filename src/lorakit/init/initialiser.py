@@ -92,49 +92,30 @@ class Factors(NamedTuple):
     W: Tensor | None = None
 
 
-@dataclass(frozen=True, kw_only=True)
-class Initialiser(ABC):
-    """Initial values for low-rank deltas; subclasses are frozen dataclasses whose fields are the options."""
+class CalibrationRequest:
+    """What is to be measured on batches and for whom (`calibration.calibrate`)."""
 
-    name: ClassVar[str]
     needs: ClassVar[Needs] = "nothing"
     """What must be known of a layer: nothing, its weight, its inputs, or its weight's gradient. The last two are measured
     on batches."""
-    shifts: ClassVar[bool] = False
-    """Whether B A is not zero and has to be taken off, so that the model starts as its base (`delta.Offset`)."""
-    rewrites: ClassVar[bool] = False
-    """Whether the base's weight is replaced."""
-    redistributes: ClassVar[bool] = False
-    """Whether ranks are given to layers by what was measured (`ranks`)."""
     completions: ClassVar[bool] = False
     """Whether inputs at positions without a label are left out."""
     squares: ClassVar[bool] = False
-    """Whether gradients are squared before they are summed up."""
-
-    def __post_init__(self) -> None:
-        check(self, f"init {self.name}")
+    """Whether gradients are squared, entry by entry and batch by batch, before they are summed up."""
 
     @property
     def request(self) -> str:
-        """How messages name what was asked for."""
-        return f"attach: init={self.name!r}"
+        """Who asks, at the beginning of messages: the verb, a colon, the option."""
+        raise NotImplementedError
 
     @property
     def otherwise(self) -> str:
-        """What to do about a layer that cannot be measured."""
-        return "Leave it out by exclude_modules, or choose a start that needs the weight alone (pissa, olora, …)."
+        """What to do about a layer that cannot be measured, a sentence."""
+        raise NotImplementedError
 
-    @abstractmethod
-    def factors(self, start: Start) -> Factors:
-        """The factors from which a delta starts."""
-
-    def check(self, shape: Shape, rank: int, path: str) -> None:  # noqa: B027 - most starts fit every matrix
-        """Raise LorakitError where this start cannot be used on a matrix of this shape at this rank."""
-
-    # -- for those that need inputs ------------------------------------------------------------------------------------
     def statistic(self, shape: Shape, rank: int) -> Statistic:
-        """A new statistic of the inputs of one matrix (or of several with the same inputs, the largest rank given)."""
-        raise NotImplementedError(f"{self.name} measures no inputs")
+        """A new statistic of the inputs of one matrix, or of several with the same inputs (the largest rank given)."""
+        raise NotImplementedError(f"{self.request} measures no inputs")
 
     def numbers(self, shape: Shape, rank: int) -> int:
         """How many numbers are kept for one matrix while batches pass."""
@@ -143,6 +124,37 @@ class Initialiser(ABC):
     def settled(self, matrices: Mapping[str, Measured]) -> bool:
         """Whether further batches would not change the result."""
         return False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Initialiser(CalibrationRequest, ABC):
+    """Initial values for low-rank deltas; subclasses are frozen dataclasses whose fields are the options."""
+
+    name: ClassVar[str]
+    shifts: ClassVar[bool] = False
+    """Whether B A is not zero and has to be taken off, so that the model starts as its base (`core.offset`)."""
+    rewrites: ClassVar[bool] = False
+    """Whether the base's weight is replaced."""
+    redistributes: ClassVar[bool] = False
+    """Whether ranks are given to layers by what was measured (`ranks`)."""
+
+    def __post_init__(self) -> None:
+        check(self, f"init {self.name}")
+
+    @property
+    def request(self) -> str:
+        return f"attach: init={self.name!r}"
+
+    @property
+    def otherwise(self) -> str:
+        return "Leave it out by exclude_modules, or choose a start that needs the weight alone (pissa, olora, …)."
+
+    @abstractmethod
+    def factors(self, start: Start) -> Factors:
+        """The factors from which a delta starts."""
+
+    def check(self, shape: Shape, rank: int, path: str) -> None:
+        """Raise LorakitError where this start cannot be used on a matrix of this shape at this rank."""
 
     def ranks(self, matrices: Mapping[str, Measured]) -> dict[str, int]:
         """The rank of each matrix; asked where `redistributes`. 0 takes its adapter away."""

@@ -3,31 +3,31 @@
 from __future__ import annotations
 
 from lorakit.core.delta import Method
-from lorakit.methods.adalora import AdaLoRA
-from lorakit.methods.bitfit import BitFit
-from lorakit.methods.boft import BOFT
-from lorakit.methods.c3a import C3A
-from lorakit.methods.dora import DoRA
-from lorakit.methods.dylora import DyLoRA
-from lorakit.methods.elalora import ElaLoRA
-from lorakit.methods.fourierft import FourierFT
-from lorakit.methods.full import Full
-from lorakit.methods.hira import HiRA
-from lorakit.methods.ia3 import IA3
-from lorakit.methods.loha import LoHa
-from lorakit.methods.lokr import LoKr
-from lorakit.methods.lora import LoRA
-from lorakit.methods.lorafa import LoRAFA
-from lorakit.methods.loraxs import LoRAXS
-from lorakit.methods.mora import MoRA
-from lorakit.methods.oft import OFT
-from lorakit.methods.onelora import OneLoRA
-from lorakit.methods.randlora import RandLoRA
-from lorakit.methods.relora import ReLoRA
-from lorakit.methods.shira import SHiRA
-from lorakit.methods.tiedlora import TiedLoRA
-from lorakit.methods.vblora import VBLoRA
-from lorakit.methods.vera import VeRA
+from lorakit.methods.adalora import AdaLoRA as AdaLoRA
+from lorakit.methods.bitfit import BitFit as BitFit
+from lorakit.methods.boft import BOFT as BOFT
+from lorakit.methods.c3a import C3A as C3A
+from lorakit.methods.dora import DoRA as DoRA
+from lorakit.methods.dylora import DyLoRA as DyLoRA
+from lorakit.methods.elalora import ElaLoRA as ElaLoRA
+from lorakit.methods.fourierft import FourierFT as FourierFT
+from lorakit.methods.full import Full as Full
+from lorakit.methods.hira import HiRA as HiRA
+from lorakit.methods.ia3 import IA3 as IA3
+from lorakit.methods.loha import LoHa as LoHa
+from lorakit.methods.lokr import LoKr as LoKr
+from lorakit.methods.lora import LoRA as LoRA
+from lorakit.methods.lorafa import LoRAFA as LoRAFA
+from lorakit.methods.loraxs import LoRAXS as LoRAXS
+from lorakit.methods.mora import MoRA as MoRA
+from lorakit.methods.oft import OFT as OFT
+from lorakit.methods.onelora import OneLoRA as OneLoRA
+from lorakit.methods.randlora import RandLoRA as RandLoRA
+from lorakit.methods.relora import ReLoRA as ReLoRA
+from lorakit.methods.shira import SHiRA as SHiRA
+from lorakit.methods.tiedlora import TiedLoRA as TiedLoRA
+from lorakit.methods.vblora import VBLoRA as VBLoRA
+from lorakit.methods.vera import VeRA as VeRA
 
 METHODS: dict[str, type[Method]] = {
     "lora": LoRA,
@@ -56,32 +56,3 @@ METHODS: dict[str, type[Method]] = {
     "bitfit": BitFit,
     "full": Full,
 }
-
-__all__ = [
-    "BOFT",
-    "C3A",
-    "IA3",
-    "METHODS",
-    "OFT",
-    "AdaLoRA",
-    "BitFit",
-    "DoRA",
-    "DyLoRA",
-    "ElaLoRA",
-    "FourierFT",
-    "Full",
-    "HiRA",
-    "LoHa",
-    "LoKr",
-    "LoRA",
-    "LoRAFA",
-    "LoRAXS",
-    "MoRA",
-    "OneLoRA",
-    "RandLoRA",
-    "ReLoRA",
-    "SHiRA",
-    "TiedLoRA",
-    "VBLoRA",
-    "VeRA",
-]
