@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 from pathlib import Path
 
 import pytest
@@ -91,6 +93,30 @@ def test_what_differs_per_layer_is_the_inner_methods() -> None:
     model = torch.nn.Sequential(torch.nn.Linear(8, 6))
     with pytest.raises(LorakitError, match="rank_pattern was given, but dora has no rank per layer"):
         lk.attach(model, lk.DoRA(inner=lk.Full()), target_modules=["0"], rank_pattern={"0": 2})
+
+
+def test_a_pattern_of_the_inner_method_reaches_it(tmp_path: Path) -> None:
+    """Any of them, and through the file; what the inner method has is read as the combinator's own."""
+    spec = lk.DoRA(inner=lk.FourierFT(n_frequency=5))
+    assert spec.n_frequency == 5
+    assert spec.replace(n_frequency=6) == lk.DoRA(inner=lk.FourierFT(n_frequency=6))
+    assert copy.deepcopy(spec) == pickle.loads(pickle.dumps(spec)) == spec
+    with pytest.raises(AttributeError):
+        _ = spec.rank
+    with pytest.raises(LorakitError, match='unknown option of fourierft "rank"'):
+        spec.replace(rank=3)
+
+    def model() -> torch.nn.Module:
+        torch.manual_seed(0)
+        return torch.nn.Sequential(torch.nn.Linear(8, 6), torch.nn.Linear(6, 4))
+
+    adapter = lk.attach(model(), spec, target_modules=["0", "1"], patterns={"n_frequency": {"1": 3}})
+    adapter.save(tmp_path / "a")
+    loaded = lk.load(model(), tmp_path / "a", name="a")
+    for one in (adapter, loaded):
+        assert [delta.inner.c.numel() for _, _, delta in one.deltas()] == [5, 3]
+    with pytest.raises(LorakitError, match=r"rank_pattern and patterns\['rank'\] were both given"):
+        lk.attach(model(), lk.LoRA(rank=2), rank_pattern={"0": 1}, patterns={"rank": {"1": 1}})
 
 
 def test_a_frozen_inner_tensor_stays_frozen() -> None:

@@ -49,7 +49,7 @@ def build(
     """Make an adapter and put it on the model, neither trainable nor active yet. Used by `attach` and `store.load`.
 
     All that can be refused is refused before the model is touched. `paths` gives the layers where they are known;
-    `shifted` says that the deltas have a start to be taken off (`delta.Offset`), whose tensors are filled in afterwards.
+    `shifted` says that the deltas have a start to be taken off (`core.offset`), whose tensors are filled in afterwards.
     """
     start = start or Default()
     state = found_state(model)

@@ -285,7 +285,7 @@ def own_data(
         targets: what was asked for (`Targets.as_data`).
         base: {"name": …, "fingerprint": …, "quantization": …}, as far as they are known.
         record: anything to keep with it, such as how it was trained.
-        shifted: the tensors are what is trained and the start that is taken off it (`delta.Offset`).
+        shifted: the tensors are what is trained and the start that is taken off it (`core.offset`).
     """
     from lorakit import __version__
 
