@@ -39,7 +39,7 @@ def plan(
     if method not in METHODS:
         raise unknown("method", method, METHODS)
     spec: Any = METHODS[method]()
-    if "rank" in vars(spec) or hasattr(spec, "inner"):
+    if hasattr(spec, "rank"):  # its own, or that of the method it holds
         spec = spec.replace(rank=rank)
     config = config_of(model)
     options: dict[str, Any] = {"batch": batch_size, "length": length, "dtype": resolve_dtype(dtype)[0]}
