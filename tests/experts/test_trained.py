@@ -244,7 +244,7 @@ def test_a_training_run(method: str, tmp_path: Path) -> None:
     }
     start = {name: value.clone() for name, value in adapter.state_dict().items()}
     trainer = LoraTrainer(model, adapter, config, tiny.rows(16), path=choose_path(model))
-    assert trainer.path.name.startswith("flat")
+    assert trainer.path.name.startswith("no padding")
     trainer.train_from()
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     assert sum(losses[-3:]) < sum(losses[:3])

@@ -92,8 +92,9 @@ class MixLoRA(Combinator):
         modules = dict(model.named_modules())
         for index, block in enumerate(_blocks(list(mixed))):
             handles += CallHooks(functools.partial(gates.enter_block, index), gates.leave_block).on(modules[block])
-        decoder = decoder_of(model)
-        if decoder is not None:
+        # where the decoder is the model itself, that is what is called with the mask
+        decoder = cast(Any, model).get_decoder() if hasattr(model, "get_decoder") else decoder_of(model)
+        if isinstance(decoder, nn.Module):
             handles += CallHooks(gates.enter_model, gates.leave_model).on(decoder)
         return gates, handles
 
