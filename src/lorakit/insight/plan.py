@@ -32,6 +32,7 @@ from lorakit.core.using import activate
 from lorakit.errors import unknown
 from lorakit.insight.catalogue import matrices
 from lorakit.methods import LoRA
+from lorakit.models.attention import register
 
 Way = Literal["full", "galore", "lora", "qlora"]
 WAYS: tuple[Way, ...] = ("full", "galore", "lora", "qlora")
@@ -101,7 +102,7 @@ def bits_per_weight(form: str = "nf4", double: bool = True) -> float:
 
 def outline(config: Any, blocks: int | None = None, dtype: torch.dtype = torch.bfloat16) -> Any:
     """A causal model of this transformers configuration on the meta device; with `blocks`, of so many blocks."""
-    from transformers import AttentionInterface, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
 
     own = copy.deepcopy(config)
     if blocks is not None:
@@ -109,7 +110,7 @@ def outline(config: Any, blocks: int | None = None, dtype: torch.dtype = torch.b
         text.num_hidden_layers = blocks
         if getattr(text, "layer_types", None):
             text.layer_types = text.layer_types[:blocks]
-    AttentionInterface.register("outline", _fused)
+    register("outline", _fused)
     with torch.device("meta"):
         made: Any = AutoModelForCausalLM
         return made.from_config(own, dtype=dtype, attn_implementation="outline").train()

@@ -62,6 +62,13 @@ class Override:
 _OVERRIDES: dict[str, Override] = {}
 
 
+def register(name: str, function: Function) -> None:
+    """Let a configuration name `function` as its attention."""
+    from transformers import AttentionInterface
+
+    AttentionInterface.register(name, function)
+
+
 def configurations(model: nn.Module) -> list[Any]:
     """Every distinct configuration in a model: its own, its parts', and the sub-configurations of these."""
     found: dict[int, Any] = {}
@@ -87,13 +94,12 @@ def _split(config: Any) -> tuple[str | None, list[str]]:
 
 def _set(config: Any, original: str | None, names: list[str]) -> None:
     """Name the overrides over `original` in a configuration; each stack of them is registered under a name of its own."""
-    from transformers import AttentionInterface
     from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
 
     below = original or "eager"
     for name in names:
         own, over = f"{_PREFIX}{name}{_OVER}{below}", _OVERRIDES[name]
-        AttentionInterface.register(own, partial(over.attention, _attention(below)))
+        register(own, partial(over.attention, _attention(below)))
         if over.mask is not None:
             AttentionMaskInterface.register(own, partial(over.mask, _mask(below)))
         elif below in ALL_MASK_ATTENTION_FUNCTIONS.valid_keys():

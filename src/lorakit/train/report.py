@@ -246,6 +246,7 @@ tags: [lora, lorakit]
 {facts}
 
 Data: {train_rows}, {eval_rows:,} held out.
+
 {data}
 
 {findings}
@@ -283,7 +284,9 @@ def model_card(record: RunRecord, *, curves: bool = True) -> str:
         train_rows=plural(record.train_rows, "row"),
         eval_rows=record.eval_rows,
         data="\n".join(f"- {line}" for line in record.data),
-        findings="\n".join(f"- {one}" for one in record.findings) or "No NaNs, spikes or overfitting were detected.",
+        findings="\n".join(["Warnings during the run:", "", *(f"- {one}" for one in record.findings)])
+        if record.findings
+        else "No NaNs, spikes or overfitting were detected.",
         results="\n".join(_results(record)),
         curves=f"\n![loss, token accuracy and learning rate over the steps]({CURVES})\n" if curves else "",
         evaluated=evaluated if record.eval_rows else "It was not evaluated on held-out rows: its quality is unknown.",

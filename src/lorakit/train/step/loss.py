@@ -298,19 +298,20 @@ def causal_loss(
     """
     head = read_head(model)
     decoder = decoder_of(model)
-    if is_packed(model):
-        if model.training and torch.is_grad_enabled():
-            packed = asked_rows(decoder, packed, packed_hidden)
-        with counted(model, packed.counts):
-            hidden = packed_hidden(decoder, packed)
-    else:
-        if model.training and any(getattr(part, "gradient_checkpointing", False) for part in model.modules()):
-            raise LorakitError(
-                "causal_loss: gradient checkpointing runs layers again in backward, when this call has put the model's "
-                "own attention back; open `with packed_attention(model):` around forward and backward"
-            )
-        with packed_attention(model), counted(model, packed.counts):
-            hidden = packed_hidden(decoder, packed)
+    is_open = is_packed(model)
+    if is_open and model.training and torch.is_grad_enabled():
+        packed = asked_rows(decoder, packed, packed_hidden)
+    if (
+        not is_open
+        and model.training
+        and any(getattr(part, "gradient_checkpointing", False) for part in model.modules())
+    ):
+        raise LorakitError(
+            "causal_loss: gradient checkpointing runs layers again in backward, when this call has put the model's own "
+            "attention back; open `with packed_attention(model):` around forward and backward"
+        )
+    with contextlib.nullcontext() if is_open else packed_attention(model), counted(model, packed.counts):
+        hidden = packed_hidden(decoder, packed)
     rows = hidden.index_select(0, packed.hidden_index)
     total, right = target_loss(head, rows, packed.targets, packed.weights, label_smoothing=label_smoothing)
     divisor = packed.num_targets if num_items is None else num_items
