@@ -163,6 +163,7 @@ def test_a_corrupt_adapter_is_refused_with_its_reason(base: Any, tmp_path: Path,
     info = engine.adapters.info("bad")
     assert info.state == "refused"
     assert reason in info.reason
+    assert str(tmp_path) not in info.reason, "clients see it"
     with pytest.raises(Refused, match=reason):  # at once now
         engine.submit(greedy("again", prompt(1, 5), {"bad": 1.0}, 3))
     shutil.rmtree(tmp_path / "bad")

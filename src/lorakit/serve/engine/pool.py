@@ -189,12 +189,12 @@ class Pool(AdapterStore[PoolEntry]):
     def claim(self, name: str) -> Lease:
         """A request names an adapter: begin to read it if there is room. Raises UnknownAdapter or Refused."""
         with self._lock:
-            found = self.folder is not None and is_name(name) and (self.folder / name / CONFIG).is_file()
-            if found and self.folder is not None and name not in self._entries:  # it has come since the last look
-                self._entries[name] = PoolEntry(name, self.folder / name)
+            new = self.folder / name if self.folder is not None and is_name(name) else None
+            if name not in self._entries and new is not None and (new / CONFIG).is_file():  # come since the last look
+                self._entries[name] = PoolEntry(name, new)
             entry = self._entry(name)
             self._notice_change(entry)
-            if not found and entry.current is None and not entry.loading:
+            if entry.current is None and not entry.loading and not (entry.folder / CONFIG).is_file():
                 if not entry.using:
                     del self._entries[name]
                 raise UnknownAdapter(f"adapter {name!r} has vanished from the store.")
