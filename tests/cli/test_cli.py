@@ -87,6 +87,9 @@ def test_train_help_shows_the_options_of_the_files_method(lorakit: Run, tmp_path
     shown = lorakit("train", str(tmp_path / "run.yaml"), "--help").output.split()
     assert "--tokens" in shown
     assert "--rank" not in shown
+    wrong = lorakit("train", "--method", "loraa", "--help")
+    assert wrong.exit_code == 2
+    assert 'did you mean "lora"' in wrong.stderr
 
 
 def test_methods_shows_one_method_whole(lorakit: Run) -> None:

@@ -7,10 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
+import lorakit as lk
 import lorakit.train.config.choices as choices
 from lorakit.core.options import option
 from lorakit.errors import LorakitError
@@ -462,9 +464,39 @@ def test_the_arguments_of_attach_are_plain(tmp_path: Path) -> None:
         "target_modules": ["q_proj"],
         "exclude_modules": None,
         "layers": None,
-        "rank_pattern": {"q_proj": 4},
-        "alpha_pattern": None,
+        "patterns": {"rank": {"q_proj": 4}},
         "modules_to_save": None,
         "bias": "none",
         "init": Default(),
     }
+
+
+def test_every_option_declared_as_a_pattern_differs_per_layer_in_files_and_flags(tmp_path: Path) -> None:
+    text = SMALL + "method: fourierft\nn_frequency: 8\nn_frequency_pattern: {'0': 4}\n"
+    config = loaded(tmp_path, text)
+    assert config.patterns == {"n_frequency": {"0": 4}}
+    assert loaded(tmp_path, to_yaml(config)) == config
+    assert loaded(tmp_path, text, "--n-frequency-pattern.1", "6").patterns == {"n_frequency": {"0": 4, "1": 6}}
+    assert loaded(tmp_path, text, "--n_frequency_pattern", "{'1': 6}").patterns == {"n_frequency": {"1": 6}}
+    model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Linear(4, 4))
+    adapter = lk.attach(model, config.method, **config.attach_arguments() | {"target_modules": ["0", "1"]})
+    assert adapter.num_parameters() == 4 + 8
+    for name, spec in choices.methods().items():
+        chosen = ["--method", name, *(["--adapters", "[a, b]"] if name in ROUTERS else [])]
+        default = spec()
+        for differing, declared in choices.METHOD.patterns(default).items():
+            value = declared.default
+            flag = f"--{differing.replace('_', '-')}-pattern.some.layer={value}"
+            assert loaded(tmp_path, SMALL, *chosen, flag).patterns == {differing: {"some.layer": value}}
+    for wrong, message in (
+        (
+            "method: fourierft\nrank_pattern: {q: 4}\n",
+            r"rank_pattern was given, but fourierft has no rank per layer; .*line 4",
+        ),
+        ("rank_pattern: {q: four}\n", r"patterns\.rank\.q: expected an integer of at least 1, found 'four' .*line 3"),
+        ("rank_pattern: 3\n", r"patterns\.rank: expected a mapping from names of layers to values, found 3 .*line 3"),
+        ("rnk_pattern: {q: 3}\n", r'unknown option "rnk_pattern" .*line 3; did you mean "rank_pattern"'),
+        ("rank_pattern: {q: 3}\npatterns: {rank: {q: 4}}\n", r"rank_pattern is given twice: .*line 3 and .*line 4"),
+    ):
+        with pytest.raises(LorakitError, match=message):
+            loaded(tmp_path, SMALL + wrong)

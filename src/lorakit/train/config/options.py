@@ -276,7 +276,6 @@ class TrainConfig(Section, frozen=True):
         values = {name: getattr(self, name) for name in given}
         return {
             **{name: list(value) if isinstance(value, tuple) else value for name, value in values.items()},
-            "rank_pattern": self.patterns.get("rank"),
-            "alpha_pattern": self.patterns.get("alpha"),
+            "patterns": dict(self.patterns) or None,
             "modules_to_save": list(self.modules_to_save) or None,
         }

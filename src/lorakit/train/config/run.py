@@ -24,7 +24,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from lorakit.errors import LorakitError
+from lorakit.errors import LorakitError, unknown
 from lorakit.train.config.choices import METHOD
 from lorakit.train.config.document import dump, parse_document
 from lorakit.train.config.fields import ConfigField, config_fields
@@ -67,7 +67,10 @@ def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -
 def chosen_method(path: str | Path | None, overrides: Sequence[str]) -> str:
     """The name of the method that a file and flags ask for; empty where they name none."""
     method = _given(path, overrides)[0].get("method", "")
-    return METHOD.name_of(METHOD.read(method)) if method else ""
+    name = str(method.get("name", "") if isinstance(method, dict) else method)
+    if name and name not in METHOD.table():
+        raise unknown("method", name, METHOD.table())
+    return name
 
 
 def _given(path: str | Path | None, overrides: Sequence[str]) -> tuple[dict[str, Any], dict[str, str]]:
