@@ -206,6 +206,22 @@ REFUSED = [
         [],
         r"early_stopping_patience is 2, which needs rows to evaluate on.*run\.yaml",
     ),
+    ("method: dora\nrank: 0\n", [], r"method\.rank: expected an integer of at least 1, found 0 .*line 4"),
+    ("", ["--method", "dora", "--rank", "0"], r"method\.rank: expected an integer of at least 1, found 0 \(--rank\)"),
+    (
+        "method: {name: dora, inner: {name: lokr, factr: 3}}\n",
+        [],
+        r'option of lokr "factr" in .*line 3; did you mean "factor"',
+    ),
+    ("method: null\n", [], r"method: expected the name of a known method, .* found nothing"),
+    (
+        "train.epochs: 3\n",
+        [],
+        r'"train\.epochs" in .*line 3: in a file it stands in its section, train: \{epochs: \.\.\.\}',
+    ),
+    ("quantize: {name: hqq, bits: 5}\n", [], r"quantize\.bits: expected 8, 4, 3, 2 or 1, found 5 .*line 3"),
+    ("", ["--data.columns", "3"], r"data\.columns: expected a mapping from names to text, found .*--data\.columns"),
+    ("", ["--packing", "off"], r'unknown option "packing" .*lorakit calls it "train\.fast_path"'),
     ("", ["--evaluate.answers", "score"], r"needs evaluate\.choices of at least two"),
     ("", ["--data.evaluation", "a", "--data.evaluation-size", "3"], r"keep one"),
 ]
@@ -481,6 +497,7 @@ def test_every_option_declared_as_a_pattern_differs_per_layer_in_files_and_flags
     model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Linear(4, 4))
     adapter = lk.attach(model, config.method, **config.attach_arguments() | {"target_modules": ["0", "1"]})
     assert adapter.num_parameters() == 4 + 8
+    assert loaded(tmp_path, SMALL + "method: ia3\nrank_pattern: {}\n").patterns == {}, "an empty one asks for nothing"
     for name, spec in choices.methods().items():
         chosen = ["--method", name, *(["--adapters", "[a, b]"] if name in ROUTERS else [])]
         default = spec()

@@ -127,7 +127,8 @@ class Choice:
             return None
         if not isinstance(name, str):
             expected = f"the name of a known {self.kind}, or a mapping with `name` and its options"
-            found = "a mapping without `name`" if isinstance(value, Mapping) else shown(value)
+            unnamed = isinstance(value, Mapping) and "name" not in value
+            found = "a mapping without `name`" if unnamed else shown(name)
             raise mismatch(expected, found, f". Known: {', '.join(table)}", *path)
         if name not in table:
             raise rule(str(unknown(self.kind, name, table, PLACE)), *path, "name")

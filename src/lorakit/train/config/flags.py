@@ -186,6 +186,11 @@ def _lifted(names: Names, tree: Mapping[str, Any], places: dict[str, str]) -> di
             if f"{key}.{inner}" not in names.own:
                 raise names.refusal(f"{key}.{inner}", places[f"{key}.{inner}"])
     for key in [key for key in tree if key not in values]:
+        section, dot, leaf = key.partition(".")
+        if dot and key in names.own:
+            raise LorakitError(
+                f'"{key}" in {places[key]}: in a file it stands in its section, {section}: {{{leaf}: ...}}'
+            )
         if not key.isidentifier():
             raise names.refusal(key, places[key])
         owner, option = names.path(key, places[key])

@@ -109,7 +109,7 @@ def _render(section: Section, tree: dict[str, Any], indent: str, comments: bool)
             lines.append(f"\n{indent}{name}:\n{body}" if comments else f"{name}:\n{body}")
             continue
         if comments and (heading := section.HEADINGS.get(name)):
-            lines.append(f"{indent}# --- {heading} ---\n")
+            lines.append(f"{chr(10) * bool(lines)}{indent}# --- {heading} ---\n")
         if comments and info.description:
             wrapped = textwrap.wrap(info.description, 106 - len(indent), break_on_hyphens=False)
             lines += [f"{indent}# {line}\n" for line in wrapped]
