@@ -81,6 +81,8 @@ def test_words_that_yaml_1_1_reads_as_booleans_are_words(tmp_path: Path) -> None
         ["rank=8", "train.max_steps=20"],
         ["--method.rank", "8", "train.max_steps=20"],
         ["--rank", "4", "--rank", "8", "train.max_steps=20"],
+        ["--method", "{name: lora}", "--rank", "8", "train.max_steps=20"],
+        ["--method={rank: 8}", "train.max_steps=20"],
     ],
 )
 def test_every_spelling_of_a_flag_wins_over_the_file(tmp_path: Path, flags: list[str]) -> None:

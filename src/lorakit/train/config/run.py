@@ -66,8 +66,7 @@ def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -
 
 def chosen_method(path: str | Path | None, overrides: Sequence[str]) -> str:
     """The name of the method that a file and flags ask for; empty where they name none."""
-    method = _given(path, overrides)[0].get("method", "")
-    name = str(method.get("name", "") if isinstance(method, dict) else method)
+    name = str(METHOD.named(_given(path, overrides)[0].get("method", "")))
     if name and name not in METHOD.table():
         raise unknown("method", name, METHOD.table())
     return name
