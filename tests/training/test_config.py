@@ -255,6 +255,8 @@ def test_python_is_checked_as_files_are() -> None:
         TrainOptions(batch_size="8")  # type: ignore[arg-type]
     with pytest.raises(LorakitError, match="at least two"):
         EvaluateOptions(answers="score", choices=("one",))
+    with pytest.raises(LorakitError, match="rank is given twice, once inside inner"):
+        TrainConfig(model="m", data=DataOptions(train="a"), method={"name": "dora", "inner": LoRA(), "rank": 4})
     config = TrainConfig(model="m", data=DataOptions(train="a"), target_modules=["q", "v"])  # type: ignore[arg-type]
     assert config.target_modules == ("q", "v")
     with pytest.raises(ValidationError, match="frozen"):

@@ -89,12 +89,11 @@ class Choice:
 
         `options` may already name the specs that this one holds; else they are the default ones.
         """
-        own = options_of(spec)
-        names = dict(own)
+        names = dict(options_of(spec))
         for name, choice in self.inner(spec).items():
-            inner = choice.class_of((options or {}).get(name), own[name].default)
-            names = {**choice.reachable(inner), **names}
-        return {**own, **names}
+            inner = choice.class_of((options or {}).get(name), names[name].default)
+            names |= {key: declared for key, declared in choice.reachable(inner).items() if key not in names}
+        return names
 
     def named(self, value: Any) -> Any:
         """The name in what is written; None in a mapping without one, where there is no default."""
@@ -180,6 +179,7 @@ class Choice:
             known = choice.reachable(choice.class_of(options.get(key), own[key].default))
             passed = {name: values.pop(name) for name in options if name not in own and name in known}
             written = values.get(key, choice.name_of(own[key].default))
+            written = choice.write(written) if type(written) in choice.table().values() else written
             written = {"name": written} if isinstance(written, str) else written
             if passed and isinstance(written, Mapping):
                 if twice := sorted(set(written) & set(passed)):
