@@ -178,7 +178,7 @@ def test_training_prints_before_and_after(config: Path, lorakit: Run, tmp_path: 
         (["--target-modules", "q_porj"], "q_porj"),
         (["--data.train", "nowhere.jsonl"], "nowhere.jsonl"),
         (["--train.precision", "fp16"], "fp16"),
-        (["--train.resume", "true"], "no complete one"),
+        (["--train.resume", "true"], "found no complete checkpoint"),
     ],
 )
 def test_a_mistake_is_one_line_and_exit_code_2(
