@@ -87,6 +87,9 @@ def test_train_help_shows_the_options_of_the_files_method(lorakit: Run, tmp_path
     shown = lorakit("train", str(tmp_path / "run.yaml"), "--help").output.split()
     assert "--tokens" in shown
     assert "--rank" not in shown
+    wrong = lorakit("train", "--method", "loraa", "--help")
+    assert wrong.exit_code == 2
+    assert 'did you mean "lora"' in wrong.stderr
 
 
 def test_methods_shows_one_method_whole(lorakit: Run) -> None:
@@ -175,7 +178,7 @@ def test_training_prints_before_and_after(config: Path, lorakit: Run, tmp_path: 
         (["--target-modules", "q_porj"], "q_porj"),
         (["--data.train", "nowhere.jsonl"], "nowhere.jsonl"),
         (["--train.precision", "fp16"], "fp16"),
-        (["--train.resume", "true"], "no complete one"),
+        (["--train.resume", "true"], "found no complete checkpoint"),
     ],
 )
 def test_a_mistake_is_one_line_and_exit_code_2(

@@ -7,10 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
+import lorakit as lk
 import lorakit.train.config.choices as choices
 from lorakit.core.options import option
 from lorakit.errors import LorakitError
@@ -79,6 +81,8 @@ def test_words_that_yaml_1_1_reads_as_booleans_are_words(tmp_path: Path) -> None
         ["rank=8", "train.max_steps=20"],
         ["--method.rank", "8", "train.max_steps=20"],
         ["--rank", "4", "--rank", "8", "train.max_steps=20"],
+        ["--method", "{name: lora}", "--rank", "8", "train.max_steps=20"],
+        ["--method={rank: 8}", "train.max_steps=20"],
     ],
 )
 def test_every_spelling_of_a_flag_wins_over_the_file(tmp_path: Path, flags: list[str]) -> None:
@@ -204,6 +208,22 @@ REFUSED = [
         [],
         r"early_stopping_patience is 2, which needs rows to evaluate on.*run\.yaml",
     ),
+    ("method: dora\nrank: 0\n", [], r"method\.rank: expected an integer of at least 1, found 0 .*line 4"),
+    ("", ["--method", "dora", "--rank", "0"], r"method\.rank: expected an integer of at least 1, found 0 \(--rank\)"),
+    (
+        "method: {name: dora, inner: {name: lokr, factr: 3}}\n",
+        [],
+        r'option of lokr "factr" in .*line 3; did you mean "factor"',
+    ),
+    ("method: null\n", [], r"method: expected the name of a known method, .* found nothing"),
+    (
+        "train.epochs: 3\n",
+        [],
+        r'"train\.epochs" in .*line 3: in a file it stands in its section, train: \{epochs: \.\.\.\}',
+    ),
+    ("quantize: {name: hqq, bits: 5}\n", [], r"quantize\.bits: expected 8, 4, 3, 2 or 1, found 5 .*line 3"),
+    ("", ["--data.columns", "3"], r"data\.columns: expected a mapping from names to text, found .*--data\.columns"),
+    ("", ["--packing", "off"], r'unknown option "packing" .*lorakit calls it "train\.fast_path"'),
     ("", ["--evaluate.answers", "score"], r"needs evaluate\.choices of at least two"),
     ("", ["--data.evaluation", "a", "--data.evaluation-size", "3"], r"keep one"),
 ]
@@ -235,6 +255,8 @@ def test_python_is_checked_as_files_are() -> None:
         TrainOptions(batch_size="8")  # type: ignore[arg-type]
     with pytest.raises(LorakitError, match="at least two"):
         EvaluateOptions(answers="score", choices=("one",))
+    with pytest.raises(LorakitError, match="rank is given twice, once inside inner"):
+        TrainConfig(model="m", data=DataOptions(train="a"), method={"name": "dora", "inner": LoRA(), "rank": 4})
     config = TrainConfig(model="m", data=DataOptions(train="a"), target_modules=["q", "v"])  # type: ignore[arg-type]
     assert config.target_modules == ("q", "v")
     with pytest.raises(ValidationError, match="frozen"):
@@ -462,9 +484,40 @@ def test_the_arguments_of_attach_are_plain(tmp_path: Path) -> None:
         "target_modules": ["q_proj"],
         "exclude_modules": None,
         "layers": None,
-        "rank_pattern": {"q_proj": 4},
-        "alpha_pattern": None,
+        "patterns": {"rank": {"q_proj": 4}},
         "modules_to_save": None,
         "bias": "none",
         "init": Default(),
     }
+
+
+def test_every_option_declared_as_a_pattern_differs_per_layer_in_files_and_flags(tmp_path: Path) -> None:
+    text = SMALL + "method: fourierft\nn_frequency: 8\nn_frequency_pattern: {'0': 4}\n"
+    config = loaded(tmp_path, text)
+    assert config.patterns == {"n_frequency": {"0": 4}}
+    assert loaded(tmp_path, to_yaml(config)) == config
+    assert loaded(tmp_path, text, "--n-frequency-pattern.1", "6").patterns == {"n_frequency": {"0": 4, "1": 6}}
+    assert loaded(tmp_path, text, "--n_frequency_pattern", "{'1': 6}").patterns == {"n_frequency": {"1": 6}}
+    model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Linear(4, 4))
+    adapter = lk.attach(model, config.method, **config.attach_arguments() | {"target_modules": ["0", "1"]})
+    assert adapter.num_parameters() == 4 + 8
+    assert loaded(tmp_path, SMALL + "method: ia3\nrank_pattern: {}\n").patterns == {}, "an empty one asks for nothing"
+    for name, spec in choices.methods().items():
+        chosen = ["--method", name, *(["--adapters", "[a, b]"] if name in ROUTERS else [])]
+        default = spec()
+        for differing, declared in choices.METHOD.patterns(default).items():
+            value = declared.default
+            flag = f"--{differing.replace('_', '-')}-pattern.some.layer={value}"
+            assert loaded(tmp_path, SMALL, *chosen, flag).patterns == {differing: {"some.layer": value}}
+    for wrong, message in (
+        (
+            "method: fourierft\nrank_pattern: {q: 4}\n",
+            r"rank_pattern was given, but fourierft has no rank per layer; .*line 4",
+        ),
+        ("rank_pattern: {q: four}\n", r"patterns\.rank\.q: expected an integer of at least 1, found 'four' .*line 3"),
+        ("rank_pattern: 3\n", r"patterns\.rank: expected a mapping from names of layers to values, found 3 .*line 3"),
+        ("rnk_pattern: {q: 3}\n", r'unknown option "rnk_pattern" .*line 3; did you mean "rank_pattern"'),
+        ("rank_pattern: {q: 3}\npatterns: {rank: {q: 4}}\n", r"rank_pattern is given twice: .*line 3 and .*line 4"),
+    ):
+        with pytest.raises(LorakitError, match=message):
+            loaded(tmp_path, SMALL + wrong)

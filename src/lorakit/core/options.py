@@ -171,7 +171,8 @@ def describe(hint: Any) -> str:
     if origin in (tuple, list):
         return "a list of " + {int: "integers", float: "numbers", str: "names"}.get(arguments[0], "values")
     if origin in (dict, Mapping):
-        return "a mapping from names to " + {int: "integers", float: "numbers"}.get(arguments[1], "values")
+        held = {int: "integers", float: "numbers", str: "text"}
+        return "a mapping from names to " + held.get(arguments[1], "values")
     words = {bool: "true or false", int: "an integer", float: "a number", str: "text", type(None): "null"}
     return words.get(hint, getattr(hint, "__name__", str(hint)))
 

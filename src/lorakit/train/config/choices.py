@@ -19,8 +19,7 @@ from pydantic_core import CoreSchema, core_schema
 
 from lorakit.core.options import Declared, options_of
 from lorakit.errors import LorakitError, unknown
-from lorakit.train.config.document import parse_value
-from lorakit.train.config.section import PLACE, FlagText, mismatch, readings, rule, shown, unfit
+from lorakit.train.config.section import PLACE, mismatch, readings, rule, shown, unfit
 
 
 def methods() -> Mapping[str, type]:
@@ -53,12 +52,14 @@ class Choice:
         table: the specs that exist, by name; asked when a value is read, since importing them imports torch.
         shown: how the type is named to people.
         optional: whether it may be null.
+        default: the name that a mapping without one has; empty where it must have one.
     """
 
     kind: str
     table: Callable[[], Mapping[str, type]]
     shown: str = "a method"
     optional: bool = False
+    default: str = ""
 
     def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
         written = core_schema.plain_serializer_function_ser_schema(self.write)
@@ -80,7 +81,7 @@ class Choice:
             hint = declared.type if isinstance(declared.type, type) else ()
             table = {key: cls for key, cls in self.table().items() if issubclass(cls, hint)}
             if table:
-                found[name] = dataclasses.replace(self, table=table.copy, optional=False)
+                found[name] = Choice(self.kind, table.copy, "a method")
         return found
 
     def reachable(self, spec: type, options: Mapping[str, Any] | None = None) -> dict[str, Declared]:
@@ -88,12 +89,15 @@ class Choice:
 
         `options` may already name the specs that this one holds; else they are the default ones.
         """
-        own = options_of(spec)
-        names = dict(own)
+        names = dict(options_of(spec))
         for name, choice in self.inner(spec).items():
-            inner = choice.class_of((options or {}).get(name), own[name].default)
-            names = {**choice.reachable(inner), **names}
-        return {**own, **names}
+            inner = choice.class_of((options or {}).get(name), names[name].default)
+            names |= {key: declared for key, declared in choice.reachable(inner).items() if key not in names}
+        return names
+
+    def named(self, value: Any) -> Any:
+        """The name in what is written; None in a mapping without one, where there is no default."""
+        return value.get("name", self.default or None) if isinstance(value, Mapping) else value
 
     def class_of(self, written: Any, default: Any) -> type:
         """The class of a spec that is written as a name, a mapping or itself; else that of the default, else the first."""
@@ -121,17 +125,16 @@ class Choice:
         table = self.table()
         if type(value) in table.values():
             return value
-        value = _opened(value)
-        name = value.get("name") if isinstance(value, Mapping) else value
+        name = self.named(value)
         if self.optional and (name is None or name in ("none", "null")):
             return None
         if not isinstance(name, str):
             expected = f"the name of a known {self.kind}, or a mapping with `name` and its options"
-            found = "a mapping without `name`" if isinstance(value, Mapping) else shown(value)
+            found = "a mapping without `name`" if isinstance(value, Mapping) and "name" not in value else shown(name)
             raise mismatch(expected, found, f". Known: {', '.join(table)}", *path)
         if name not in table:
             raise rule(str(unknown(self.kind, name, table, PLACE)), *path, "name")
-        options = {key: _opened(item) for key, item in value.items() if key != "name"} if name is not value else {}
+        options = {key: item for key, item in value.items() if key != "name"} if name is not value else {}
         spec = table[name]
         self._refuse_others(str(name), options, path)
         own, inner, values = options_of(spec), self.inner(spec), self._passed_on(spec, options, path)
@@ -176,17 +179,13 @@ class Choice:
             known = choice.reachable(choice.class_of(options.get(key), own[key].default))
             passed = {name: values.pop(name) for name in options if name not in own and name in known}
             written = values.get(key, choice.name_of(own[key].default))
+            written = choice.write(written) if type(written) in choice.table().values() else written
             written = {"name": written} if isinstance(written, str) else written
             if passed and isinstance(written, Mapping):
                 if twice := sorted(set(written) & set(passed)):
                     raise rule(f"{twice[0]} is given twice, once inside {key}; keep one", *path, twice[0])
                 values[key] = {**written, **passed}
         return values
-
-
-def _opened(value: Any) -> Any:
-    """A mapping that was written as a flag's text; anything else as it is."""
-    return parse_value(value) if isinstance(value, FlagText) and value.lstrip().startswith("{") else value
 
 
 def read_declared(declared: Declared, value: Any, *path: str) -> Any:
@@ -199,13 +198,13 @@ def read_declared(declared: Declared, value: Any, *path: str) -> Any:
 
 def read_pattern(declared: Declared, values: Any) -> dict[str, Any]:
     """The values of one option by layer, each read as the option is."""
-    values, path = _opened(values), ("patterns", declared.name)
+    path = ("patterns", declared.name)
     if not isinstance(values, Mapping):
         raise mismatch("a mapping from names of layers to values", shown(values), "", *path)
     return {layer: read_declared(declared, value, *path, layer) for layer, value in values.items()}
 
 
-METHOD = Choice("method", methods)
+METHOD = Choice("method", methods, default="lora")
 INIT = Choice("init", initialisers, "an initialiser")
 QUANTISATION = Choice("quantisation", quantisations, "a format or null", optional=True)
 CHOICES = {"method": METHOD, "init": INIT, "quantize": QUANTISATION}

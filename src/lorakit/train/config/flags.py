@@ -17,7 +17,8 @@ from typing import Any
 
 from lorakit.core.options import Declared
 from lorakit.errors import LorakitError
-from lorakit.train.config.choices import CHOICES, METHOD, Choice
+from lorakit.train.config.choices import CHOICES, METHOD
+from lorakit.train.config.document import parse_value
 from lorakit.train.config.options import TrainConfig
 from lorakit.train.config.section import FlagText
 
@@ -154,7 +155,8 @@ def merged(
         path = names.path(asked, f"the flags ({spelled})", spelled)
         flags.add(path[:2])
         where[".".join(path)] = spelled
-        if len(path) == 1 and path[0] in CHOICES and not text.lstrip().startswith("{"):
+        is_mapping = text.lstrip().startswith("{") and path[0] in (*CHOICES, "patterns")
+        if len(path) == 1 and path[0] in CHOICES and not is_mapping:
             path = (*path, "name")  # the name alone changes: options of the file stay where the new method has them
             where[".".join(path)] = spelled
         target = values
@@ -164,13 +166,11 @@ def merged(
                 inner = {"name": inner} if inner is not None and path[0] in CHOICES else {}
                 target[part] = inner
             target = inner
-        target[path[-1]] = FlagText(text)
-    if isinstance(values.get("method"), dict):
-        values["method"].setdefault("name", "lora")
+        target[path[-1]] = parse_value(text) if is_mapping else FlagText(text)
     for name, options in before.items():
         if isinstance(values[name], dict):
             kept = {key for key in options if (name, key) not in flags}
-            _leave_out(name, CHOICES[name], kept, str(options.get("name")), values[name], where)
+            _leave_out(name, kept, str(CHOICES[name].named(options)), values[name], where)
     return values, where
 
 
@@ -186,6 +186,11 @@ def _lifted(names: Names, tree: Mapping[str, Any], places: dict[str, str]) -> di
             if f"{key}.{inner}" not in names.own:
                 raise names.refusal(f"{key}.{inner}", places[f"{key}.{inner}"])
     for key in [key for key in tree if key not in values]:
+        section, dot, leaf = key.partition(".")
+        if dot and key in names.own:
+            raise LorakitError(
+                f'"{key}" in {places[key]}: in a file it stands in its section, {section}: {{{leaf}: ...}}'
+            )
         if not key.isidentifier():
             raise names.refusal(key, places[key])
         owner, option = names.path(key, places[key])
@@ -195,16 +200,13 @@ def _lifted(names: Names, tree: Mapping[str, Any], places: dict[str, str]) -> di
             raise LorakitError(f"{key} is given twice: {twice}; keep one")
         target[option] = tree[key]
         places[f"{owner}.{option}"] = places[key]
-    if "method" in values:
-        values["method"].setdefault("name", "lora")
     return values
 
 
-def _leave_out(
-    name: str, choice: Choice, kept: set[str], own: str, options: dict[str, Any], places: Mapping[str, str]
-) -> None:
+def _leave_out(name: str, kept: set[str], own: str, options: dict[str, Any], places: Mapping[str, str]) -> None:
     """Takes out of `options` what a file gave for its choice `own` (`kept`) and the one that a flag names does not have."""
-    table, other = choice.table(), str(options.get("name"))
+    choice = CHOICES[name]
+    table, other = choice.table(), str(choice.named(options))
     none = choice.optional and other in ("none", "null")
     if own == other or own not in table or not (none or other in table):
         return

@@ -234,15 +234,18 @@ class TrainConfig(Section, frozen=True):
         for text in self._conflicts():
             raise rule(text, *text.split(maxsplit=1)[0].split("."))
         known = METHOD.patterns(self.method)
-        for name, values in self.patterns.items():
-            if name not in known:
+        for name, values in list(self.patterns.items()):
+            if values == {}:
+                del self.patterns[name]  # says nothing, to a method without such an option too
+            elif name not in known:
                 raise rule(
                     f"{name}_pattern was given, but {METHOD.name_of(self.method)} has no {name} per layer; what may differ per "
                     f"layer is {', '.join(known) or 'nothing'}.",
                     "patterns",
                     name,
                 )
-            self.patterns[name] = read_pattern(known[name], values)
+            else:
+                self.patterns[name] = read_pattern(known[name], values)
         return self
 
     def _conflicts(self) -> Iterator[str]:
@@ -276,7 +279,6 @@ class TrainConfig(Section, frozen=True):
         values = {name: getattr(self, name) for name in given}
         return {
             **{name: list(value) if isinstance(value, tuple) else value for name, value in values.items()},
-            "rank_pattern": self.patterns.get("rank"),
-            "alpha_pattern": self.patterns.get("alpha"),
+            "patterns": dict(self.patterns) or None,
             "modules_to_save": list(self.modules_to_save) or None,
         }

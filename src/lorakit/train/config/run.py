@@ -24,7 +24,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from lorakit.errors import LorakitError
+from lorakit.errors import LorakitError, unknown
 from lorakit.train.config.choices import METHOD
 from lorakit.train.config.document import dump, parse_document
 from lorakit.train.config.fields import ConfigField, config_fields
@@ -66,8 +66,10 @@ def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -
 
 def chosen_method(path: str | Path | None, overrides: Sequence[str]) -> str:
     """The name of the method that a file and flags ask for; empty where they name none."""
-    method = _given(path, overrides)[0].get("method", "")
-    return METHOD.name_of(METHOD.read(method)) if method else ""
+    name = str(METHOD.named(_given(path, overrides)[0].get("method", "")))
+    if name and name not in METHOD.table():
+        raise unknown("method", name, METHOD.table())
+    return name
 
 
 def _given(path: str | Path | None, overrides: Sequence[str]) -> tuple[dict[str, Any], dict[str, str]]:
@@ -106,7 +108,7 @@ def _render(section: Section, tree: dict[str, Any], indent: str, comments: bool)
             lines.append(f"\n{indent}{name}:\n{body}" if comments else f"{name}:\n{body}")
             continue
         if comments and (heading := section.HEADINGS.get(name)):
-            lines.append(f"{indent}# --- {heading} ---\n")
+            lines.append(f"{chr(10) * bool(lines)}{indent}# --- {heading} ---\n")
         if comments and info.description:
             wrapped = textwrap.wrap(info.description, 106 - len(indent), break_on_hyphens=False)
             lines += [f"{indent}# {line}\n" for line in wrapped]

@@ -66,7 +66,7 @@ def _definitions(name: str, choice: Choice) -> dict[str, Any]:
             options[field] = {"description": options_of(spec)[field].option.doc, **_alternatives(name, inner)}
             for held in inner.table():  # an option of an inner method may stand one level out, whichever method it is
                 options = {**own[held], **options}
-        required = [] if key == "lora" else ["name"]
+        required = [] if key == choice.default else ["name"]
         shape = {"type": "object", "properties": options, "required": required, "additionalProperties": False}
         found[f"{name}.{key}"] = shape
     return found
@@ -96,7 +96,7 @@ def _alternatives(name: str, choice: Choice) -> dict[str, Any]:
 
 def _beside(method: str, options: Iterable[str], own: list[str]) -> dict[str, Any]:
     """What may stand beside `method: NAME`; where no method is named it is lora."""
-    is_default = method == "lora"
+    is_default = method == METHOD.default
     mapping = {"properties": {"name": {"const": method}}, "required": [] if is_default else ["name"], "type": "object"}
     chosen = {
         "properties": {"method": {"anyOf": [{"const": method}, mapping]}},

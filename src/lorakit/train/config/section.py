@@ -149,7 +149,10 @@ def explained(error: ValidationError, section: str, places: Mapping[str, str]) -
         places: where each option was given: dotted name -> "file, line 3" or "--flag"; "" is the file.
     """
     first = error.errors(include_url=False)[0]
-    name = ".".join(filter(None, [section, *map(str, first["loc"]), *first.get("ctx", {}).get("name", ())]))
+    parts = [*filter(None, [section]), *map(str, first["loc"]), *first.get("ctx", {}).get("name", ())]
+    name, outer = ".".join(parts), ".".join([*parts[:1], *parts[-1:]])
+    if name not in places and outer in places:  # method.rank, which went on to method.inner.rank
+        name = outer
     text = f"{name}: {first['msg']}" if first["type"] == "mismatch" else first["msg"]
     while name and name not in places:  # then that of the mapping or section around it
         name = name.rpartition(".")[0]
