@@ -15,7 +15,6 @@ from torch import nn
 
 from lorakit.adapter.adapter import adapters, adapters_of
 from lorakit.adapter.attachment import detach
-from lorakit.algebra.floats import cast_parameters, float_layer, is_packed, unpack
 from lorakit.core.injection import ties
 from lorakit.core.layer import Adapted
 from lorakit.core.routing import Blend, Routing, parse
@@ -23,6 +22,7 @@ from lorakit.core.state import ModelState, state_of
 from lorakit.core.storage import FLOAT, Snapshot, Storage, owner, storage_of, value_of
 from lorakit.core.walking import walk
 from lorakit.errors import LorakitError
+from lorakit.models.floats import cast_parameters, float_layer, is_packed, unpack
 
 
 @dataclass(frozen=True)
@@ -75,14 +75,13 @@ def _check(
 ) -> None:
     """Everything that can be refused, before the first weight changes."""
     for name, _ in blend:
-        if adapters_of(state)[name].edits:
-            method = adapters_of(state)[name].method
+        adapter = adapters_of(state)[name]
+        if adapter.edits:
             raise LorakitError(
-                f"merge: {name!r} cannot be merged: it is {method.name}, and {method.reason}. Keep it beside its model "
-                "(lk.use, or lorakit generate --adapter)."
+                f"merge: {name!r} cannot be merged: it is {adapter.method.name}, and {adapter.method.reason}. Keep it beside "
+                "its model (lk.use, or lorakit generate --adapter)."
             )
-    for name, _ in blend:
-        for key, parameter in adapters_of(state)[name].named_parameters():
+        for key, parameter in adapter.named_parameters():
             if not torch.isfinite(parameter).all():
                 raise LorakitError(f"merge: {key} of adapter {name!r} holds a NaN or an infinity; nothing was merged.")
     tied = ties(dict(walk(model)))
@@ -96,8 +95,8 @@ def _check(
                 )
         if path in tied and not untie:
             raise LorakitError(
-                f"merge: {path} shares its weight with {', '.join(tied[path])}, which would change too. untie=True gives "
-                f"{path} a weight of its own (and the model's files will hold both)."
+                f"merge: {path} shares its weight with {', '.join(tied[path])}, which would change too. untie=True (--untie) "
+                f"gives {path} a weight of its own (and the model's files will hold both)."
             )
     for layer in layers.values():
         _check_values(layer, blend, dtype)

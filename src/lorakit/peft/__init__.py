@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from lorakit.adapter.adapter import Adapter, adapters
 from lorakit.adapter.attachment import attach, detach
-from lorakit.algebra import merge
+from lorakit.algebra.merging import merge
 from lorakit.core.delta import Method
 from lorakit.core.state import state_of
 from lorakit.core.using import activate, use
