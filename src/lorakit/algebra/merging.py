@@ -51,7 +51,7 @@ def _uniform(state: ModelState, route: str | Blend, verb: str) -> Weighted:
     for name in routing.names:
         if here[name].router is not None:
             raise LorakitError(
-                f"{verb}: {name!r} ({here[name].method.name}) weighs its experts anew for every token, so there is "
+                f"{verb}: {name!r} ({here[name].method.name}) weighs its experts for each token, so there is "
                 "no one change to write into the weights. Its experts can be merged or combined by fixed weights (those that "
                 "lorahub found are adapter.router.blend())."
             )
@@ -109,7 +109,7 @@ def _check_values(layer: Adapted, blend: Weighted, dtype: torch.dtype | None) ->
     for name, value in values.items():
         storage = _storage(layer, name)
         if value.is_floating_point():
-            # a storage of few bits has the range of the floats that it was made from
+            # a quantised storage has the range of the floats that it was made from
             value = value.to(dtype or storage.read(layer.base, name).dtype)
         if not torch.isfinite(value).all():
             raise LorakitError(
@@ -155,7 +155,7 @@ def _into_floats(layer: Adapted, blend: Weighted, dtype: torch.dtype) -> None:
 def merge(model: nn.Module, route: str | Blend, untie: bool = False, dtype: torch.dtype | None = None) -> MergeReport:
     """Write adapters into the base weights for good and take them off: no adapter, no latency.
 
-    A quantised base is quantised anew, and the report says what error that makes. With `dtype` it becomes a float model
+    A quantised base is quantised again, and the report says what error that makes. With `dtype` it becomes a float model
     instead, merged against the floats that its codes stand for, which are what the adapter was trained on.
 
     Args:
@@ -171,7 +171,7 @@ def merge(model: nn.Module, route: str | Blend, untie: bool = False, dtype: torc
     blend = _uniform(state, route, "merge")
     if state.merged:
         raise LorakitError(
-            f"merge: adapter {min(state.merged)!r} is merged for a while just now, and the weights will be put back; leave "
+            f"merge: adapter {min(state.merged)!r} is merged temporarily, and the weights will be put back; leave "
             "`merged` first."
         )
     layers = _layers(state, blend)

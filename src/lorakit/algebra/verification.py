@@ -28,7 +28,7 @@ from lorakit.init.calibration import Batch
 
 @dataclass(frozen=True)
 class Likeness:
-    """How far a model's logits are from those of the adapter beside its base in float32.
+    """How far a model's logits are from those of the unmerged adapter in float32.
 
     Attributes:
         largest: the largest difference of two logits.
@@ -124,7 +124,7 @@ def verify(
     prompts: Iterable[Batch],
     dtype: torch.dtype | None = None,
 ) -> Verdict:
-    """Compare an adapter merged with the same beside its base.
+    """Compare an adapter merged with the same unmerged.
 
     The model is copied once in float32 and once in `dtype`; the model itself stays as it is.
 
