@@ -47,7 +47,7 @@ def flags_of(job: dict[str, Any], folder: str) -> list[str]:
 
 def run(job: dict[str, Any]) -> dict[str, Any]:
     """Train by the clock and evaluate; where the base was quantised, merge into floats and evaluate once more."""
-    from lorakit.algebra import merge
+    from lorakit.algebra.merging import merge
     from lorakit.train.config.run import load_config
     from lorakit.train.data.examples import load_splits
     from lorakit.train.run import evaluation_set, examine, path_for, train

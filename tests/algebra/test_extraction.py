@@ -16,9 +16,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import lorakit as lk
-from lorakit.algebra.checkpoint import INDEX, WHOLE, Checkpoint
 from lorakit.errors import LorakitError
 from lorakit.files.store import read_own, read_tensors
+from lorakit.models.checkpoint import INDEX, WHOLE, Checkpoint
 from reference.models import MODELS, assert_same, logits, quiet, twin
 
 

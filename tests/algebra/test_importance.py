@@ -237,7 +237,7 @@ def test_what_makes_no_sense_is_refused_by_name(tmp_path: Any) -> None:
         ({"how": "regmean", "batches": [data[0], data[1][0]]}, "combine: batches was given as dict"),
         (
             {"how": "ties", "batches": data},
-            "batches were given, and ties measures nothing. Those that do: regmean, fisher",
+            "data were given, and ties measures nothing. Those that do: regmean, fisher",
         ),
         ({"how": "fisher", "weights": [1, -1], "batches": data}, "fisher is a mean, and the weights .* a negative one"),
         ({"how": "fisher", "batches": without}, "'fisher' needs gradients, so model"),

@@ -9,7 +9,6 @@ import pytest
 import torch
 
 import lorakit as lk
-from lorakit.algebra.pruning import prune_folder
 from lorakit.algebra.sources import Live
 from lorakit.errors import LorakitError
 from reference.models import MODELS, assert_same, inputs, logits, scramble, twin
@@ -114,7 +113,7 @@ def test_a_folder_alone_gives_the_same(tmp_path: Path) -> None:
     adapter.save(tmp_path / "a")
     for what in ("layers", "ranks"):
         there = lk.prune(adapter, keep=0.5, what=what, name=what)
-        here = prune_folder(tmp_path / "a", tmp_path / what, keep=0.5, what=what)
+        here = lk.prune(tmp_path / "a", output=tmp_path / what, keep=0.5, what=what)
         assert here.dropped == there.dropped
         assert here.made.error == pytest.approx(there.made.error, rel=1e-5)
         again = twin(MODELS["llama"]())

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 import lorakit as lk
-from lorakit.algebra.resizing import resize_folder
 from lorakit.core.spectrum import distance, norm, spectrum
 from lorakit.errors import LorakitError
 from lorakit.files.bundle import OWN
@@ -184,7 +183,7 @@ def test_a_folder_alone_gives_the_same(kind: str, tmp_path: Path) -> None:
     options = {key: value for key, value in options.items() if key != "parts"}
     model, adapter = adapted(name, lk.LoRA(rank=3, alpha=5.0, rslora=True), targets, **options)
     adapter.save(tmp_path / "a", record={"steps": 7})
-    report = resize_folder(tmp_path / "a", tmp_path / "b", rank=2)
+    report = lk.resize(tmp_path / "a", output=tmp_path / "b", rank=2)
     there = lk.resize(adapter, rank=2)
     assert report.error == pytest.approx(there.error, abs=1e-7)
     assert report.ranks == there.ranks
@@ -210,7 +209,7 @@ def test_a_folder_of_parts_becomes_one_of_whole_layers(tmp_path: Path) -> None:
     name, targets, options = KINDS["transposed, parts, biases"]
     model, adapter = adapted(name, lk.LoRA(rank=3, alpha=5.0), targets, **options)
     adapter.save(tmp_path / "a")
-    assert resize_folder(tmp_path / "a", tmp_path / "b", rank=6).error < 1e-7
+    assert lk.resize(tmp_path / "a", output=tmp_path / "b", rank=6).error < 1e-7
     again = twin(MODELS[name]())
     lk.load(again, tmp_path / "b", name="a")
     with lk.use(again, "a"):
@@ -220,7 +219,7 @@ def test_a_folder_of_parts_becomes_one_of_whole_layers(tmp_path: Path) -> None:
 def test_a_dylora_folder_is_cut_at_a_rank(tmp_path: Path) -> None:
     model, adapter = adapted("llama", lk.DyLoRA(rank=4, alpha=6.0), ["q_proj"])
     adapter.save(tmp_path / "a")
-    resize_folder(tmp_path / "a", tmp_path / "b", rank=2, own=True)
+    lk.resize(tmp_path / "a", output=tmp_path / "b", rank=2, own=True)
     with lk.use(model, lk.resize(adapter, rank=2, own=True).adapter.name):
         wanted = logits(model, "llama")
     again = twin(MODELS["llama"]())
@@ -230,7 +229,7 @@ def test_a_dylora_folder_is_cut_at_a_rank(tmp_path: Path) -> None:
     assert read_config(tmp_path / "b")["r"] == 2
     assert {t.shape[0] for key, t in read_tensors(tmp_path / "b").items() if "lora_A" in key} == {2}
     with pytest.raises(LorakitError, match="this folder's method is lora"):
-        resize_folder(tmp_path / "b", tmp_path / "c", rank=1, own=True)
+        lk.resize(tmp_path / "b", output=tmp_path / "c", rank=1, own=True)
 
 
 def test_a_folder_that_needs_its_base_says_so(tmp_path: Path) -> None:
@@ -238,5 +237,5 @@ def test_a_folder_that_needs_its_base_says_so(tmp_path: Path) -> None:
         _, adapter = adapted("llama", method, ["q_proj"])
         adapter.save(tmp_path / method.name)
         with pytest.raises(LorakitError, match=words):
-            resize_folder(tmp_path / method.name, tmp_path / "out", rank=1)
+            lk.resize(tmp_path / method.name, output=tmp_path / "out", rank=1)
     assert not (tmp_path / "out").exists()

@@ -109,7 +109,7 @@ def test_what_does_not_fit_is_refused_and_the_slot_stays(tmp_path: Path) -> None
         (wide, "wide changes .*up_proj .3 such., for which the slot 'slot' has no place"),
         (dora, "dora has no factors for .*; lk.resize"),
         (norm, r"norm holds its own model\.norm\.weight, for which the slot"),
-        (tmp_path / "norm", r"norm holds base_model\.model\.model\.norm\.weight, for which the slot"),
+        (tmp_path / "norm", r"norm holds its own base_model\.model\.model\.norm\.weight, for which the slot"),
         (tmp_path / "stranger", "was made for another base model"),
     ):
         with pytest.raises(LorakitError, match=words):

@@ -33,7 +33,7 @@ def test_float32_agrees(method: Any) -> None:
     assert found.harmless
     assert found.positions == 21
     assert found.layers == {}
-    assert "Merged in float32, a says what it says beside its base" in found.words()
+    assert "Merging changes nothing: with a merged in float32" in found.words()
     assert all(torch.equal(before[key], tensor) for key, tensor in model.state_dict().items())
 
 
@@ -48,7 +48,7 @@ def test_bfloat16_is_told_per_layer() -> None:
     assert max(first.kept.values()) < 0.1
     assert min(second.kept.values()) > 0.3
     assert min(second.layers.values()) > max(first.layers.values()) / 10
-    assert "In bfloat16 the merged weights miss" in second.words()
+    assert "Merging in bfloat16 costs" in second.words()
     assert first.record()["dtype"] == "bfloat16"
 
 
@@ -83,7 +83,7 @@ def test_a_merge_that_does_not_act_is_caught() -> None:
     found = lk.verify(adapter, [{"x": torch.randn(4, 6)}])
     assert not found.agrees
     assert not found.harmless
-    assert "does NOT say what it says beside its base" in found.words()
+    assert "Do NOT merge a: merged in float32" in found.words()
 
 
 def test_padding_does_not_count() -> None:

@@ -23,9 +23,9 @@ FLOORS: tuple[str, ...] = (
     "methods models",
     "init edits",
     "adapter",
-    "experts insight optim",
+    "experts optim",
     "files",
-    "algebra conversion train",
+    "algebra conversion insight train",
     "peft serve",
     "cli",
 )

@@ -11,8 +11,8 @@ from click.testing import Result
 from transformers import AutoModelForCausalLM
 
 import lorakit as lk
-from lorakit.cli.picture import draw_ranks, place_of
 from lorakit.files.store import read_config, read_tensors
+from lorakit.insight.picture import draw_ranks, place_of
 
 Run = Callable[..., Result]
 PNG = b"\x89PNG\r\n"
@@ -34,7 +34,7 @@ def test_resize_writes_the_folder_and_says_what_it_cost(base: Path, lorakit: Run
     result = lorakit("resize", str(tmp_path / "a"), "-o", str(tmp_path / "b"), "--rank", "2")
     assert result.exit_code == 0, result.output
     error = lk.resize(adapter, rank=2).error
-    assert f"14 layers at rank 2; ΔW differs by {error:.2%} in all" in result.stdout
+    assert f"14 layers at rank 2; error of ΔW {error:.2%} overall" in result.stdout
     assert read_config(tmp_path / "b")["r"] == 2
     result = lorakit("resize", str(tmp_path / "a"), "-o", str(tmp_path / "c"), "--energy", "0.8")
     assert result.exit_code == 0, result.output

@@ -110,4 +110,4 @@ def test_what_routes_nothing_is_refused(base: Path, tmp_path: Path, lorakit: Cal
     folder = lk.attach(model, lk.LoRA(rank=2)).save(tmp_path / "plain")
     result = lorakit("route", str(base), str(folder), "-p", "no")
     assert result.exit_code == 2
-    assert "(lora) routes nothing" in result.stderr
+    assert "(lora) has no router" in result.stderr

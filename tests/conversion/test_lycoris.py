@@ -203,7 +203,7 @@ def test_mixed_methods_become_one_where_that_is_exact(tmp_path: Path) -> None:
         f"{named(CONVOLUTION)}.lora_down.weight": down,
     }
     done = convert(write(tmp_path / "a.safetensors", tensors), tmp_path / "peft", "peft")
-    assert done.notes == ("1 layers: loha of rank 2 as lora of rank 4, which is exact",)
+    assert done.notes == ("1 layer: loha of rank 2 as lora of rank 4, which is exact",)
     loha = ((halves[0] @ halves[1]) * (halves[2] @ halves[3])).reshape(W.shape)
     same(changes(model, tmp_path / "peft"), {LINEAR: loha, CONVOLUTION: torch.einsum("or,rikl->oikl", up, down)})
     tensors |= {f"{named('mid_block.resnets.0.conv1')}.diff": random(6, 16, 16, 3, 3)}

@@ -60,8 +60,8 @@ def test_ranks_are_filled_up_and_come_back(tmp_path: Path) -> None:
     )
     done = convert(folder, tmp_path / "mlx", "mlx")
     assert done.notes == (
-        "MLX has one scale: 2; in 2 layers of another one B is multiplied by it",
-        "MLX has one rank: 2 layers of less are filled up with zeros to 3, which changes nothing",
+        "MLX has one scale: 2; in 2 layers of another scale B is multiplied by it",
+        "MLX has one rank: 2 layers of a smaller rank filled up with zeros to 3, which changes nothing",
     )
     assert {
         t.shape for key, t in read(tmp_path / "mlx" / "adapters.safetensors")[0].items() if "up_proj.lora_a" in key

@@ -37,11 +37,11 @@ def with_nan(words: Words) -> Words:
 MIXED_UP: dict[str, tuple[Callable[[Words], Words], str]] = {
     "half of a pair": (
         without("lora_up.weight"),
-        "proj_in has lora_A.weight and lacks the other half of the pair, its B",
+        "proj_in has lora_A.weight and lacks lora_B.weight",
     ),
     "the other half": (
         without("lora_down.weight"),
-        r"proj_in has lora_B.weight and lacks lora_A.weight, half of the pair",
+        r"proj_in has lora_B.weight and lacks lora_A.weight",
     ),
     "an unknown key": (
         lambda words: {**words, "global_step": torch.ones(1)},
@@ -140,13 +140,13 @@ def test_places_and_formats(tmp_path: Path) -> None:
             folder,
             tmp_path / "b.safetensors",
             "kohya",
-            r"kohya's names are for parts of a diffusion pipeline .*--component",
+            r"kohya is for parts of a diffusion pipeline .*--component",
         ),
         (
             folder,
             tmp_path / "b.safetensors",
             "diffusers",
-            r"Diffusers' file is about parts of a pipeline .*--component",
+            r"diffusers is for parts of a diffusion pipeline .*--component",
         ),
     )
     for source, output, to, words in cases:

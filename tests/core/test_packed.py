@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 import lorakit as lk
-from lorakit.algebra import merge
+from lorakit.algebra.merging import merge
 from lorakit.core.layout import sites_of
 from lorakit.core.storage import storage_of
 from lorakit.errors import LorakitError

@@ -15,7 +15,7 @@ from transformers import BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
 import lorakit as lk
 from laws import storages
 from laws.storages import FORMAT, Foreign
-from lorakit.algebra import merge
+from lorakit.algebra.merging import merge
 from lorakit.core.layout import has_linear_face, sites_of
 from lorakit.core.storage import storage_of
 from lorakit.errors import LorakitError

@@ -19,7 +19,7 @@ from torch.func import functional_call
 import lorakit as lk
 from laws.cases import Case, Inputs, Subject
 from lorakit.adapter.adapter import Adapter
-from lorakit.algebra import merge, merged
+from lorakit.algebra.merging import merge, merged
 from lorakit.core.delta import Delta, LowRank
 from lorakit.core.layer import Adapted
 from lorakit.core.layout import Rows, Site

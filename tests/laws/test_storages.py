@@ -17,7 +17,7 @@ import lorakit as lk
 from laws import laws, storages
 from laws.cases import SPECS, Inputs, Subject
 from laws.storages import BOUND, FORMAT, Held
-from lorakit.algebra import merge, merged
+from lorakit.algebra.merging import merge, merged
 from lorakit.core import mixed, uniform
 from lorakit.core.layer import Adapted
 from lorakit.core.storage import bitsandbytes as bnb_storage

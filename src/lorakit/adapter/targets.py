@@ -278,7 +278,7 @@ def select_saved(model: nn.Module, targets: Targets) -> list[str]:
                 {path.rpartition(".")[2] for path, _ in everything if not path.rpartition(".")[2].isdigit()}
             )
             raise LorakitError(
-                f'attach: modules_to_save names "{suffix}", which is no module with parameters here. Modules end in: '
+                f'attach: modules_to_save names "{suffix}", but no module of that name has parameters. Modules end in: '
                 f"{', '.join(children[:40])}."
             )
         paths += matching

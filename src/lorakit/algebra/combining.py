@@ -23,9 +23,10 @@ from __future__ import annotations
 
 import math
 import zlib
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -33,74 +34,19 @@ from torch import Tensor
 from lorakit.adapter.adapter import Adapter
 from lorakit.algebra.changes import Change, Cut, cut, kept, total
 from lorakit.algebra.importance import IMPORTANCES, Findings
-from lorakit.algebra.outcome import Made, beside, in_folder, made
-from lorakit.algebra.sources import Live, Source, Stored, check_bases, frozen, sources
+from lorakit.algebra.outcome import Made, make
+from lorakit.algebra.recipes import RECIPES, Combination, Recipe
+from lorakit.algebra.sources import Live, Source, Stored, check_bases, check_output, check_shapes, sources
+from lorakit.core.layer import Adapted
+from lorakit.core.options import check, options_of
 from lorakit.core.spectrum import check_request
 from lorakit.core.walking import value_for
 from lorakit.errors import LorakitError, unknown
 from lorakit.files.interchange import bare
 from lorakit.init.calibration import Batch
 
-
-@dataclass(frozen=True)
-class Recipe:
-    """One row of the table.
-
-    Attributes:
-        sparsify: which entries of each change stay: "" all, "largest", or "random".
-        rescale: divide what stays by the density.
-        consensus: leave out entries whose sign is not the elected one.
-        mean: divide by the weights of those that agreed.
-        measures: what data are measured for, to weigh the changes by ("inputs", "gradients"); "" nothing.
-        result: "any"; "factors", which must all be there; or "cut" to a rank or an energy share.
-        text: for the command line, in one line.
-    """
-
-    sparsify: str = ""
-    rescale: bool = False
-    consensus: bool = False
-    mean: bool = False
-    measures: str = ""
-    result: str = "any"
-    text: str = ""
-
-
-RECIPES: dict[str, Recipe] = {
-    "linear": Recipe(text="the weighted sum of what they add, exactly; negative weights subtract"),
-    "cat": Recipe(result="factors", text="the same as factors side by side, at the sum of the ranks"),
-    "svd": Recipe(result="cut", text="the same, cut to a rank or to a share of its energy"),
-    "ties": Recipe(
-        "largest", consensus=True, mean=True, text="largest entries, one elected sign, mean of those that agree"
-    ),
-    "dare-linear": Recipe("random", rescale=True, text="random entries, rescaled, summed"),
-    "dare-ties": Recipe(
-        "random", True, True, True, text="random entries, rescaled, one elected sign, mean of those that agree"
-    ),
-    "magnitude-prune": Recipe("largest", text="largest entries, summed"),
-    "regmean": Recipe(measures="inputs", text="whose outputs differ least from each one's, on inputs of its own data"),
-    "fisher": Recipe(
-        measures="gradients", text="the mean, entry by entry weighed by squared gradients on its own data"
-    ),
-}
-
 DENSITY = 0.2
 """The share of entries that TIES keeps in its paper."""
-
-
-@dataclass(frozen=True)
-class _Plan:
-    """What was asked for, checked."""
-
-    recipe: Recipe
-    weights: tuple[float, ...]
-    layer_weights: Mapping[str, Sequence[float]]
-    density: float
-    factor: float
-    seed: int
-
-    def at(self, place: str) -> Sequence[float]:
-        own = value_for(self.layer_weights, place)
-        return self.weights if own is None else own
 
 
 def combine(
@@ -108,15 +54,10 @@ def combine(
     weights: Sequence[float] | None = None,
     how: str = "linear",
     *,
-    rank: int | None = None,
-    energy: float | None = None,
-    density: float | None = None,
-    factor: float = 1.0,
-    layer_weights: Mapping[str, Sequence[float]] | None = None,
-    seed: int = 0,
     batches: Sequence[Iterable[Batch]] | None = None,
     name: str = "combined",
     output: str | Path | None = None,
+    **options: Any,
 ) -> Made:
     """Make one adapter of several; they and the base stay as they are.
 
@@ -131,57 +72,23 @@ def combine(
         adapters: on one model, or folders for one base.
         weights: one per adapter; 1/n each by default. May be negative.
         how: a row of `RECIPES`.
-        rank: cut the result to this rank per layer.
-        energy: instead, to the least rank that keeps this share of each layer's squared singular values.
-        density: the share of entries to keep, for the recipes that leave some out; 0.2 by default.
-        factor: λ, times everything.
-        layer_weights: {pattern: weights} for layers whose name the pattern ends; the first match counts.
-        seed: of DARE's random entries. The same for a layer whatever other layers there are.
         batches: for the recipes that measure ("regmean", "fisher"): for each adapter a list of batches of its own data, each
             the arguments of one `model(**batch)`; with labels for "fisher".
         name: of the new adapter on the model.
         output: the folder to write, for folders.
+        options: the others of `Combination`: rank or energy (cut the result per layer), density (the share of entries to keep,
+            0.2 by default), factor (λ, times everything), layer_weights ({pattern: weights} for layers whose name the pattern
+            ends; the first match counts), seed (of DARE's random entries; the same for a layer whatever others there are).
 
     Raises:
         LorakitError: the request makes no sense or cannot be met; nothing has changed or been written then.
     """
-    plan = _checked(len(adapters), weights, how, rank, energy, density, factor, layer_weights, seed)
-    given = sources(adapters, "combine")
-    findings = _findings(plan, how, given, batches)
-    places = list(dict.fromkeys(place for one in given for place in one.places()))
-    _check_patterns(plan, places)
-    live = [one for one in given if isinstance(one, Live)]
-    stored = [one for one in given if isinstance(one, Stored)]
-    if stored:
-        if output is None:
-            raise LorakitError("combine: folders were given, so output= names the folder to write.")
-        check_bases(stored, "combine")
-        others = _others(stored, plan)
-    elif output is not None:
-        raise LorakitError(
-            "combine: adapters on a model give an adapter on the model; save that, and leave output out."
-        )
-    else:
-        replaced = _replaced(live, plan)
-    cuts: dict[str, Cut] = {}
-    for place in places:
-        found = _one(given, place, plan, findings)
-        if found is not None:
-            cuts[place] = cut(found, rank, energy) if rank is not None or energy is not None else kept(found)
-    if not cuts:
-        raise LorakitError("combine: every weight is zero, so that nothing would be left.")
-    if stored:
-        assert output is not None
-        record = {
-            "combined": {
-                "from": [one.label for one in stored],
-                "weights": list(plan.weights),
-                "how": how,
-                "error": made(cuts).error,
-            }
-        }
-        return in_folder(stored, output, cuts, others, record, "combine")
-    return beside(live, name, cuts, replaced)
+    known = options_of(Combination)
+    for option in options:
+        if option not in known:
+            raise unknown("option of combine", option, known)
+    asked = Combination(None if weights is None else tuple(weights), how, **options)
+    return _combined(adapters, asked, batches, name, output, "combined")
 
 
 def scale(
@@ -199,7 +106,7 @@ def scale(
 
     Args:
         adapter: of any method, on its model; or a LoRA's folder.
-        factor: 0.5 halves its effect, -1 turns it round.
+        factor: 0.5 halves its effect, -1 reverses it.
         rank, energy: cut the result, as in `combine`.
         name: of the new adapter; the old one's with "-scaled" by default.
         output: the folder to write, for a folder.
@@ -207,37 +114,58 @@ def scale(
     Raises:
         LorakitError: as `combine`; nothing has changed or been written then.
     """
-    if isinstance(adapter, Adapter):
-        name = name or f"{adapter.name}-scaled"
-    return combine([adapter], [factor], rank=rank, energy=energy, name=name or "scaled", output=output)
+    own = f"{adapter.name}-scaled" if isinstance(adapter, Adapter) else "scaled"
+    return _combined([adapter], Combination((factor,), rank=rank, energy=energy), None, name or own, output, "scaled")
+
+
+def _combined(
+    adapters: Sequence[Adapter | str | Path],
+    asked: Combination,
+    batches: Sequence[Iterable[Batch]] | None,
+    name: str,
+    output: str | Path | None,
+    done: str,
+) -> Made:
+    asked = _checked(asked, len(adapters))
+    given = sources(adapters, "combine")
+    findings = _findings(asked, given, batches)
+    places = list(dict.fromkeys(place for one in given for place in one.places()))
+    _check_patterns(asked, places)
+    check_output(given, "combine", output)
+    if output is None:
+        replaced: dict[str, Any] = _replaced(cast(Sequence[Live], given), asked)
+    else:
+        check_bases(cast(Sequence[Stored], given), "combine")
+        replaced = _replaced_in_folders(cast(Sequence[Stored], given), asked)
+    cuts: dict[str, Cut] = {}
+    for place in places:
+        found = _one(given, place, asked, findings)
+        if found is not None:
+            whole = asked.rank is None and asked.energy is None
+            cuts[place] = kept(found) if whole else cut(found, asked.rank, asked.energy)
+    if not cuts:
+        raise LorakitError("combine: every weight is zero, so that nothing would be left.")
+    weights = list(asked.weights or ())
+    what = {"factor": weights[0]} if done == "scaled" else {"weights": weights, "how": asked.how}
+    return make(given, cuts, replaced, name=name, output=output, done=done, what=what)
 
 
 # -- what was asked ---------------------------------------------------------------------------------------------------------
 
 
-def _checked(
-    count: int,
-    weights: Sequence[float] | None,
-    how: str,
-    rank: int | None,
-    energy: float | None,
-    density: float | None,
-    factor: float,
-    layer_weights: Mapping[str, Sequence[float]] | None,
-    seed: int,
-) -> _Plan:
+def _checked(asked: Combination, count: int) -> Combination:
+    """The request with its weights filled in, where it makes sense."""
+    how = asked.how
     if how not in RECIPES:
         raise unknown("way to combine", how, RECIPES)
-    recipe = RECIPES[how]
-    check_request(rank, energy, "combine", needed=recipe.result == "cut")
-    if recipe.result == "factors" and (rank is not None or energy is not None):
-        raise LorakitError('combine: "cat" keeps all ranks; to cut them give how="svd".')
-    if density is not None and not recipe.sparsify:
+    recipe = asked.recipe
+    check_request(asked.rank, asked.energy, "combine", needed=recipe.result == "cut")
+    if recipe.result == "factors" and (asked.rank is not None or asked.energy is not None):
+        raise LorakitError('combine: "cat" keeps all ranks; "svd" cuts them.')
+    if asked.density is not None and not recipe.sparsify:
         thin = ", ".join(name for name, one in RECIPES.items() if one.sparsify)
         raise LorakitError(f"combine: density was given, and {how} keeps all entries. Those that use it: {thin}.")
-    if density is not None and not 0 < density <= 1:
-        raise LorakitError(f"combine: density was given as {density!r}; it is a share above 0 and at most 1.")
-    for where, own in {"": weights, **(layer_weights or {})}.items():
+    for where, own in {"": asked.weights, **asked.layer_weights}.items():
         if own is None:
             continue
         if len(own) != count or not all(isinstance(w, int | float) and math.isfinite(w) for w in own):
@@ -249,93 +177,90 @@ def _checked(
             raise LorakitError(
                 f"combine: {how} is a mean, and the weights {list(own)!r} have a negative one; linear subtracts."
             )
-    if not math.isfinite(factor):
-        raise LorakitError(f"combine: factor was given as {factor!r}; it is a finite number.")
-    return _Plan(
-        recipe=recipe,
-        weights=tuple(float(w) for w in weights) if weights is not None else (1 / max(1, count),) * count,
-        layer_weights=dict(layer_weights or {}),
-        density=DENSITY if density is None else density,
-        factor=float(factor),
-        seed=seed,
-    )
+    check(asked, "combine")
+    shares = tuple(float(w) for w in asked.weights) if asked.weights is not None else (1 / max(1, count),) * count
+    return replace(asked, weights=shares)
+
+
+def _weights(asked: Combination, place: str) -> Sequence[float]:
+    """The weights of the adapters in one layer."""
+    own = value_for(asked.layer_weights, place)
+    return asked.weights or () if own is None else own
 
 
 def _findings(
-    plan: _Plan, how: str, given: Sequence[Source], batches: Sequence[Iterable[Batch]] | None
+    asked: Combination, given: Sequence[Source], batches: Sequence[Iterable[Batch]] | None
 ) -> Findings | None:
     """What is measured for the recipe, if it measures anything."""
     live = [one for one in given if isinstance(one, Live)]
-    if not plan.recipe.measures:
+    if not asked.recipe.measures:
         if batches is not None:
             measuring = ", ".join(name for name, one in RECIPES.items() if one.measures)
-            raise LorakitError(f"combine: batches were given, and {how} measures nothing. Those that do: {measuring}.")
+            raise LorakitError(
+                f"combine: data were given, and {asked.how} measures nothing. Those that do: {measuring}."
+            )
         return None
     if len(live) != len(given):
         raise LorakitError(
-            f"combine: {how} measures data through the base model, and folders were given; lk.load them onto it and combine "
-            "the adapters; on the command line give --data."
+            f"combine: {asked.how} measures data through the base model, and folders were given; lk.load them onto it and "
+            "combine the adapters; on the command line give --data."
         )
-    return Findings(IMPORTANCES[plan.recipe.measures](how), live, batches)
+    return Findings(IMPORTANCES[asked.recipe.measures](asked.how), live, batches)
 
 
-def _check_patterns(plan: _Plan, places: Iterable[str]) -> None:
+def _check_patterns(asked: Combination, places: Iterable[str]) -> None:
     places = list(places)
-    for pattern in plan.layer_weights:
+    for pattern in asked.layer_weights:
         if not any(value_for({pattern: True}, place) for place in places):
             endings = sorted({place.rpartition(".")[2] for place in places})
             raise LorakitError(
-                f"combine: layer_weights names {pattern!r}, which ends no adapted layer; they end in: {', '.join(endings)}."
+                f"combine: weights are given for {pattern!r}, which ends no adapted layer; they end in: {', '.join(endings)}."
             )
 
 
 # -- one matrix -------------------------------------------------------------------------------------------------------------
 
 
-def _one(given: Sequence[Source], place: str, plan: _Plan, findings: Findings | None) -> Change | None:
+def _one(given: Sequence[Source], place: str, asked: Combination, findings: Findings | None) -> Change | None:
     """The combined change of one matrix; None where no weight counts there."""
     weights, changes, order = [], [], []
-    for index, (one, weight) in enumerate(zip(given, plan.at(place), strict=True)):
-        if weight != 0.0 and place in one.places():
+    for index, (one, weight) in enumerate(zip(given, _weights(asked, place), strict=True)):
+        if weight != 0.0 and (change := one.found(place)) is not None:
             weights.append(weight)
-            changes.append(one.change(place))
+            changes.append(change)
             order.append(index)
     if not changes:
         return None
-    shapes = {change.shape for change in changes}
-    if len(shapes) > 1:
-        raise LorakitError(
-            f"combine: {place} is {' and '.join(f'{out} × {in_}' for out, in_ in sorted(shapes))} in different adapters, so "
-            "they are for different base models."
-        )
-    recipe = plan.recipe
+    check_shapes("combine", place, [(given[i].label, change.shape) for i, change in zip(order, changes, strict=True)])
+    recipe = asked.recipe
     if recipe.result == "factors":
         for index, change in zip(order, changes, strict=True):
             if change.rank is None:
                 raise LorakitError(
-                    f'combine: "cat" lays factors side by side, and {given[index].label} has none for {place}. how="linear" '
-                    "takes any method and gives whole matrices, with rank= or energy= a LoRA."
+                    f'combine: "cat" lays factors side by side, and {given[index].label} has none for {place}. "linear" '
+                    "takes any method and gives whole matrices, or a LoRA where a rank or an energy share is given."
                 )
     if findings is not None:
-        return _by_findings(given, place, plan, findings)
+        return _by_findings(given, place, asked, findings)
     if not recipe.sparsify and not recipe.consensus:
-        return total(changes, [plan.factor * weight for weight in weights])
+        return total(changes, [asked.factor * weight for weight in weights])
+    density = DENSITY if asked.density is None else asked.density
     entries = [
-        _sparse(change.dense(), recipe, plan.density, f"{plan.seed}/{place}/{index}")
+        _sparse(change.dense(), recipe, density, f"{asked.seed}/{place}/{index}")
         for index, change in zip(order, changes, strict=True)
     ]
-    return Change(plan.factor * _merged(entries, weights, recipe))
+    return Change(asked.factor * _merged(entries, weights, recipe))
 
 
-def _by_findings(given: Sequence[Source], place: str, plan: _Plan, findings: Findings) -> Change:
+def _by_findings(given: Sequence[Source], place: str, asked: Combination, findings: Findings) -> Change:
     """The merge that the data ask for; an adapter that leaves this matrix alone has its say in that too."""
     counted = [
-        (one.change(place) if place in one.places() else None, found, weight)
-        for one, found, weight in zip(given, findings.at(place), plan.at(place), strict=True)
+        (one.found(place), found, weight)
+        for one, found, weight in zip(given, findings.at(place), _weights(asked, place), strict=True)
         if weight
     ]
     changes, found, weights = zip(*counted, strict=True)
-    return findings.importance.merged(changes, found, weights).scaled(plan.factor)
+    return findings.importance.merged(changes, found, weights).scaled(asked.factor)
 
 
 def _sparse(tau: Tensor, recipe: Recipe, density: float, seed: str) -> Tensor:
@@ -372,21 +297,21 @@ def _merged(entries: Sequence[Tensor], weights: Sequence[float], recipe: Recipe)
 # -- biases and whole modules ------------------------------------------------------------------------------------------------
 
 
-def _replaced(live: Sequence[Live], plan: _Plan) -> dict[str, dict[str, Tensor]]:
+def _replaced(live: Sequence[Live], asked: Combination) -> dict[str, dict[str, Tensor]]:
     """`base + Σ w (own - base)` of every trained bias and saved module; and `b + Σ w Δb` where methods change biases."""
     result: dict[str, dict[str, Tensor]] = {}
 
-    def add(path: str, layer: object, key: str, change: Tensor, weight: float) -> None:
-        base = frozen(layer, key)
+    def add(path: str, layer: Adapted, key: str, change: Tensor, weight: float) -> None:
+        base = layer.frozen(key)
         held = result.setdefault(path, {}).get(key, base.double())
-        result[path][key] = held + plan.factor * weight * change.double()
+        result[path][key] = held + asked.factor * weight * change.double()
 
     for index, one in enumerate(live):
         for path, replacement in one.adapter.replacements():
-            layer, weight = one.adapter.layers[path], plan.at(path)[index]
+            layer, weight = one.adapter.layers[path], _weights(asked, path)[index]
             for key, own in replacement.tensors().items():
                 if own.is_floating_point():
-                    add(path, layer, key, own.detach().double() - frozen(layer, key).double(), weight)
+                    add(path, layer, key, own.detach().double() - layer.frozen(key).double(), weight)
         for place in one.places():
             shift = one.shift(place)
             if shift is None:
@@ -396,29 +321,28 @@ def _replaced(live: Sequence[Live], plan: _Plan) -> dict[str, dict[str, Tensor]]
                 raise LorakitError(
                     f"combine: {delta.spec.name} of {one.label!r} adds a bias to {path}, which has none to put the sum in."
                 )
-            add(path, one.adapter.layers[path], site.bias, shift, plan.at(place)[index])
+            add(path, one.adapter.layers[path], site.bias, shift, _weights(asked, place)[index])
     return result
 
 
-def _others(stored: Sequence[Stored], plan: _Plan) -> dict[str, Tensor]:
+def _replaced_in_folders(stored: Sequence[Stored], asked: Combination) -> dict[str, Tensor]:
     """Trained biases and saved modules without their base: where every folder has them and the weights add up to 1, the
     base cancels out of `base + Σ w (own - base)`; else refused."""
     result: dict[str, Tensor] = {}
-    for key in dict.fromkeys(key for one in stored for key in one.others):
+    for key in dict.fromkeys(key for one in stored for key in one.replaced()):
         path = bare(key).rpartition(".")[0]
-        weights = [plan.factor * weight for weight in plan.at(path)]
+        weights = [asked.factor * weight for weight in _weights(asked, path)]
         used = [(one, weight) for one, weight in zip(stored, weights, strict=True) if weight]
-        lacking = [one.label for one, _ in used if key not in one.others]
+        lacking = [one.label for one, _ in used if key not in one.replaced()]
         share = sum(weight for _, weight in used)
         if lacking or not math.isclose(share, 1.0, rel_tol=1e-9):
             why = f"{lacking[0]} lacks it" if lacking else f"the weights add up to {share:g}"
-            holder = next(one.label for one in stored if key in one.others)
+            holder = next(one.label for one in stored if key in one.replaced())
             raise LorakitError(
-                f"combine: {key} is trained whole in {holder}, and {why}, so that "
-                "its base value is needed. With the base model: lk.load both and combine the adapters; on the command line "
-                "give --base."
+                f"combine: {key} is trained whole in {holder}, and {why}, so that its base value is needed. With the "
+                "base model: lk.load both and combine the adapters; on the command line give --base."
             )
-        tensors = [one.others[key] for one, _ in used]
+        tensors = [one.replaced()[key] for one, _ in used]
         if not tensors[0].is_floating_point():
             result[key] = tensors[0]
             continue

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from lorakit.adapter.adapter import Adapter
 from lorakit.algebra.changes import Change, distance, inner
-from lorakit.algebra.sources import Stored, check_bases, sources
+from lorakit.algebra.sources import Stored, check_bases, check_shapes, sources
+from lorakit.core.spectrum import check_request
 from lorakit.errors import LorakitError
 
 ENERGY = 0.9
@@ -84,8 +85,7 @@ def diff(one: Adapter | str | Path, other: Adapter | str | Path, *, rank: int | 
     Raises:
         LorakitError: they are not on one model or for one base, or change matrices of different shapes.
     """
-    if rank is not None and (not isinstance(rank, int) or rank < 1):
-        raise LorakitError(f"diff: rank was given as {rank!r}; it is an integer of at least 1.")
+    check_request(rank, None, "diff", needed=False)
     first, second = given = sources([one, other], "diff")
     if isinstance(first, Stored) and isinstance(second, Stored):
         check_bases([first, second], "diff")
@@ -93,19 +93,12 @@ def diff(one: Adapter | str | Path, other: Adapter | str | Path, *, rank: int | 
     layers: dict[str, Compared] = {}
     squares, product = [0.0, 0.0], 0.0
     for place in dict.fromkeys([*ours, *theirs]):
-        changes = [
-            source.change(place) if place in places else None for source, places in ((first, ours), (second, theirs))
-        ]
-        norms = [0.0 if change is None else change.norm() for change in changes]
+        a, b = first.found(place), second.found(place)
+        norms = [0.0 if change is None else change.norm() for change in (a, b)]
         squares = [total + norm**2 for total, norm in zip(squares, norms, strict=True)]
-        a, b = changes
         if a is None or b is None:
             continue
-        if a.shape != b.shape:
-            raise LorakitError(
-                f"diff: {place} is {a.shape[0]} × {a.shape[1]} in {first.label} and {b.shape[0]} × {b.shape[1]} in "
-                f"{second.label}, so they are for different base models."
-            )
+        check_shapes("diff", place, [(first.label, a.shape), (second.label, b.shape)])
         along = inner(a, b)
         product += along
         layers[place] = Compared(

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +24,14 @@ from lorakit.adapter.adapter import Adapter, adapters
 from lorakit.adapter.construction import build
 from lorakit.adapter.targets import Targets, select
 from lorakit.algebra.changes import Change, Cut, cut
-from lorakit.algebra.checkpoint import Checkpoint, Named, skeleton
-from lorakit.algebra.outcome import Made, made, method_for
+from lorakit.algebra.outcome import Made, method_for, report
 from lorakit.core.layout import sites_of
 from lorakit.core.spectrum import check_request
 from lorakit.core.walking import walk
 from lorakit.errors import LorakitError
+from lorakit.files.store import save
+from lorakit.models.checkpoint import Checkpoint, Named
+from lorakit.models.stored import skeleton
 
 log = logging.getLogger("lorakit")
 
@@ -99,7 +101,6 @@ def extract(
         if exclude_modules is None or isinstance(exclude_modules, str)
         else tuple(exclude_modules),
     )
-    pair = _Pair(ours, theirs)
     modules = dict(walk(model))
     paths = select(model, asked)
     cuts: dict[str, Cut] = {}
@@ -112,45 +113,38 @@ def extract(
         for site in sites_of(modules[path]):
             key, place = f"{path}.{site.weight}", site.place(path)
             seen.add(key)
-            change = pair.change(key)
-            if change is None:
+            found = _difference(ours, theirs, key)
+            if found is None:
                 unchanged.append(place)
                 continue
-            cuts[place] = cut(Change.of(site.layout.matrix(change)), rank, energy)
+            cuts[place] = cut(Change.of(site.layout.matrix(found[1])), rank, energy)
             adapted[path] = None
-    biases, whole, differing = _rest(model, modules, pair, seen, list(adapted), rest)
+    differing = {}
+    for key in model.state_dict():
+        if key not in seen and (key in ours or key in theirs) and (found := _difference(ours, theirs, key)) is not None:
+            size = float(found[0].norm())
+            differing[key] = float(found[1].norm()) / size if size else 1.0
     if not cuts and not differing:
         raise LorakitError("extract: the two models do not differ in any tensor.")
     if not cuts:
         raise LorakitError(
             f"extract: none of the {len(paths)} targeted layers differs; what differs is for example {next(iter(differing))}. "
-            "Name layers that do in target_modules."
+            "Name layers that do (target_modules, --target)."
         )
     if differing and rest == "refuse":
         raise LorakitError(
             f"extract: {next(iter(differing))} and {len(differing) - 1} other tensors differ that are no targeted matrix; "
-            "rest='save' keeps them whole, rest='report' leaves them out."
+            "rest 'save' keeps them whole, 'report' leaves them out."
         )
     keep = rest == "save"
-    adapter = _filled(model, name, cuts, keep and biases, whole if keep else [], theirs, list(adapted))
-    result = Extracted(
-        made=made(cuts, adapter=adapter),
-        unchanged=tuple(unchanged),
-        saved=differing if keep else {},
-        left={} if keep else differing,
-    )
-    if isinstance(ours.source, Checkpoint):
-        assert output is not None
-        from lorakit.files.store import save
-
-        told = {"extracted": _record(result, tuned, rank, energy)}
-        folder = save(adapter, output, base=str(base), record=told, stored_weight=ours.__getitem__)
-        result = Extracted(made(cuts, folder=folder), result.unchanged, result.saved, result.left)
-    return result
-
-
-def _record(result: Extracted, tuned: Any, rank: int | None, energy: float | None) -> dict[str, Any]:
-    return {"from": str(tuned), "rank": rank, "energy": energy, "left": result.left, **result.made.record()}
+    saved, left = (differing, {}) if keep else ({}, differing)
+    biases, whole = _whole(modules, saved, adapted)
+    adapter = _filled(model, name, cuts, biases, whole, theirs, list(adapted))
+    told = report(cuts, "extracted", {"from": str(tuned), "rank": rank, "energy": energy, "left": left})
+    if output is None:
+        return Extracted(replace(told, adapter=adapter), tuple(unchanged), saved, left)
+    folder = save(adapter, output, base=str(base), record=told.record, stored_weight=ours.__getitem__)
+    return Extracted(replace(told, folder=folder), tuple(unchanged), saved, left)
 
 
 def _opened(base: Any, tuned: Any, output: Any) -> tuple[nn.Module, Named, Named]:
@@ -166,7 +160,10 @@ def _opened(base: Any, tuned: Any, output: Any) -> tuple[nn.Module, Named, Named
     if output is None:
         raise LorakitError("extract: folders were given, so output= names the folder to write.")
     ours, theirs = Checkpoint(base, "extract"), Checkpoint(tuned, "extract")
-    model, other = skeleton(ours.folder, "extract"), skeleton(theirs.folder, "extract")
+    for folder in (ours.folder, theirs.folder):
+        if not (folder / "config.json").is_file():
+            raise LorakitError(f"extract: {folder} has no config.json, which says what its tensors are the weights of.")
+    model, other = skeleton(ours.folder), skeleton(theirs.folder)
     if type(model) is not type(other):
         raise LorakitError(
             f"extract: {base} is a {type(model).__name__} and {tuned} a {type(other).__name__}; a base and its fine-tune are "
@@ -179,62 +176,43 @@ def _opened(base: Any, tuned: Any, output: Any) -> tuple[nn.Module, Named, Named
     return model, Named(ours, model), Named(theirs, other)
 
 
-class _Pair:
-    """Both sides of one tensor at a time."""
-
-    def __init__(self, ours: Named, theirs: Named) -> None:
-        self.ours, self.theirs = ours, theirs
-
-    def read(self, key: str) -> tuple[Tensor, Tensor]:
-        """The base's and the tuned one's tensor."""
-        for side, named in (("base", self.ours), ("tuned model", self.theirs)):
-            if key not in named:
-                raise LorakitError(
-                    f"extract: the {side} holds no tensor {key!r}; both must be whole and of one architecture."
-                )
-        before, after = self.ours[key], self.theirs[key]
-        if before.shape != after.shape:
+def _difference(ours: Named, theirs: Named, key: str) -> tuple[Tensor, Tensor] | None:
+    """W and W' - W in float64, read one tensor at a time; None where they are equal."""
+    sides = {"base": ours, "tuned model": theirs}
+    for side, named in sides.items():
+        if key not in named:
             raise LorakitError(
-                f"extract: {key} is {tuple(before.shape)} in the base and {tuple(after.shape)} in the tuned model (a resized "
-                "vocabulary?); their difference is no change of it. Leave the layer out by exclude_modules, or resize the base."
+                f"extract: the {side} holds no tensor {key!r}; both must be whole and of one architecture."
             )
-        for side, tensor in (("base", before), ("tuned model", after)):
-            if tensor.is_floating_point() and not torch.isfinite(tensor).all():
-                raise LorakitError(f"extract: {key} of the {side} holds a NaN or an infinity.")
-        return before, after
+    before, after = ours[key], theirs[key]
+    if before.shape != after.shape:
+        raise LorakitError(
+            f"extract: {key} is {tuple(before.shape)} in the base and {tuple(after.shape)} in the tuned model (a resized "
+            "vocabulary?); their difference is no change of it. Leave the layer out (exclude_modules, --exclude)."
+        )
+    for side, tensor in zip(sides, (before, after), strict=True):
+        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            raise LorakitError(f"extract: {key} of the {side} holds a NaN or an infinity.")
+    return None if torch.equal(before, after.to(before)) else (before.double(), after.double() - before.double())
 
-    def change(self, key: str) -> Tensor | None:
-        """W' - W in float64; None where they are equal."""
-        before, after = self.read(key)
-        return None if torch.equal(before, after.to(before)) else after.double() - before.double()
 
-
-def _rest(
-    model: nn.Module, modules: dict[str, nn.Module], pair: _Pair, seen: set[str], adapted: list[str], rest: str
-) -> tuple[bool, list[str], dict[str, float]]:
-    """Whether biases of adapted layers differ; the modules of other tensors that do; and by how much each does."""
-    biases, whole, differing = False, [], {}
-    for key in model.state_dict():
-        if key in seen or (key not in pair.ours and key not in pair.theirs):
-            continue
-        before, after = pair.read(key)
-        if torch.equal(before, after.to(before)):
-            continue
-        size = float(before.double().norm())
-        differing[key] = float((after.double() - before.double()).norm()) / size if size else 1.0
+def _whole(modules: dict[str, nn.Module], differing: Iterable[str], adapted: Iterable[str]) -> tuple[bool, list[str]]:
+    """Whether biases of adapted layers are among these tensors, and the modules of the others, to be kept whole."""
+    biases, whole = False, dict[str, None]()
+    for key in differing:
         owner, _, tensor = key.rpartition(".")
         while owner and owner not in modules:  # within nn.MultiheadAttention, which is one layer
             owner = owner.rpartition(".")[0]
         if "bias" in tensor and any(key.startswith(f"{path}.") for path in adapted):
             biases = True
-        elif not any(path.startswith(f"{owner}.") for path in modules):
-            whole.append(owner)
-        elif rest == "save":
+            continue
+        if any(path.startswith(f"{owner}.") for path in modules):
             raise LorakitError(
                 f"extract: {key} differs and stands in a {type(modules[owner]).__name__} with layers of its own, so that "
-                "it cannot be kept alone; rest='report' leaves it out."
+                "it cannot be kept alone; rest 'report' leaves it out."
             )
-    return biases, list(dict.fromkeys(whole)), differing
+        whole[owner] = None
+    return biases, list(whole)
 
 
 def _filled(

@@ -15,7 +15,6 @@ from torch import nn
 
 from lorakit.adapter.adapter import adapters, adapters_of
 from lorakit.adapter.attachment import detach
-from lorakit.algebra.floats import cast_parameters, float_layer, is_packed, unpack
 from lorakit.core.injection import ties
 from lorakit.core.layer import Adapted
 from lorakit.core.routing import Blend, Routing, parse
@@ -23,6 +22,7 @@ from lorakit.core.state import ModelState, state_of
 from lorakit.core.storage import FLOAT, Snapshot, Storage, owner, storage_of, value_of
 from lorakit.core.walking import walk
 from lorakit.errors import LorakitError
+from lorakit.models.floats import cast_parameters, float_layer, is_packed, unpack
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ def _uniform(state: ModelState, route: str | Blend, verb: str) -> Weighted:
     for name in routing.names:
         if here[name].router is not None:
             raise LorakitError(
-                f"{verb}: {name!r} ({here[name].method.name}) weighs its experts anew for every token, so there is "
+                f"{verb}: {name!r} ({here[name].method.name}) weighs its experts for each token, so there is "
                 "no one change to write into the weights. Its experts can be merged or combined by fixed weights (those that "
                 "lorahub found are adapter.router.blend())."
             )
@@ -75,14 +75,13 @@ def _check(
 ) -> None:
     """Everything that can be refused, before the first weight changes."""
     for name, _ in blend:
-        if adapters_of(state)[name].edits:
-            method = adapters_of(state)[name].method
+        adapter = adapters_of(state)[name]
+        if adapter.edits:
             raise LorakitError(
-                f"merge: {name!r} cannot be merged: it is {method.name}, and {method.reason}. Keep it beside its model "
-                "(lk.use, or lorakit generate --adapter)."
+                f"merge: {name!r} cannot be merged: it is {adapter.method.name}, and {adapter.method.reason}. Keep it beside "
+                "its model (lk.use, or lorakit generate --adapter)."
             )
-    for name, _ in blend:
-        for key, parameter in adapters_of(state)[name].named_parameters():
+        for key, parameter in adapter.named_parameters():
             if not torch.isfinite(parameter).all():
                 raise LorakitError(f"merge: {key} of adapter {name!r} holds a NaN or an infinity; nothing was merged.")
     tied = ties(dict(walk(model)))
@@ -96,8 +95,8 @@ def _check(
                 )
         if path in tied and not untie:
             raise LorakitError(
-                f"merge: {path} shares its weight with {', '.join(tied[path])}, which would change too. untie=True gives "
-                f"{path} a weight of its own (and the model's files will hold both)."
+                f"merge: {path} shares its weight with {', '.join(tied[path])}, which would change too. untie=True (--untie) "
+                f"gives {path} a weight of its own (and the model's files will hold both)."
             )
     for layer in layers.values():
         _check_values(layer, blend, dtype)
@@ -110,7 +109,7 @@ def _check_values(layer: Adapted, blend: Weighted, dtype: torch.dtype | None) ->
     for name, value in values.items():
         storage = _storage(layer, name)
         if value.is_floating_point():
-            # a storage of few bits has the range of the floats that it was made from
+            # a quantised storage has the range of the floats that it was made from
             value = value.to(dtype or storage.read(layer.base, name).dtype)
         if not torch.isfinite(value).all():
             raise LorakitError(
@@ -156,7 +155,7 @@ def _into_floats(layer: Adapted, blend: Weighted, dtype: torch.dtype) -> None:
 def merge(model: nn.Module, route: str | Blend, untie: bool = False, dtype: torch.dtype | None = None) -> MergeReport:
     """Write adapters into the base weights for good and take them off: no adapter, no latency.
 
-    A quantised base is quantised anew, and the report says what error that makes. With `dtype` it becomes a float model
+    A quantised base is quantised again, and the report says what error that makes. With `dtype` it becomes a float model
     instead, merged against the floats that its codes stand for, which are what the adapter was trained on.
 
     Args:
@@ -172,7 +171,7 @@ def merge(model: nn.Module, route: str | Blend, untie: bool = False, dtype: torc
     blend = _uniform(state, route, "merge")
     if state.merged:
         raise LorakitError(
-            f"merge: adapter {min(state.merged)!r} is merged for a while just now, and the weights will be put back; leave "
+            f"merge: adapter {min(state.merged)!r} is merged temporarily, and the weights will be put back; leave "
             "`merged` first."
         )
     layers = _layers(state, blend)

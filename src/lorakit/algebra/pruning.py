@@ -13,7 +13,6 @@ Molchanov et al. 2017, arXiv 1611.06440 (the first order).
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -26,8 +25,8 @@ from torch import nn
 from lorakit.adapter.adapter import Adapter
 from lorakit.adapter.attachment import detach
 from lorakit.algebra.changes import Change, Cut, cut, kept
-from lorakit.algebra.outcome import Made, beside, in_folder
-from lorakit.algebra.sources import Live, Source, Stored
+from lorakit.algebra.outcome import Made, make
+from lorakit.algebra.sources import Live, Source, checked_batches, refuse_biases, source
 from lorakit.core.using import use
 from lorakit.errors import LorakitError
 from lorakit.init.calibration import Batch
@@ -54,61 +53,51 @@ class Pruned:
 
 
 def prune(
-    adapter: Adapter,
+    adapter: Adapter | str | Path,
     *,
     keep: float | int,
     what: str = "layers",
     by: str = "norm",
     batches: Iterable[Batch] | None = None,
     name: str | None = None,
+    output: str | Path | None = None,
 ) -> Pruned:
-    """Put a smaller adapter beside one; the adapter itself stays as it is.
+    """Make a smaller adapter of one; the adapter itself stays as it is.
 
     Args:
-        adapter: of any method.
+        adapter: of any method, on its model; or a LoRA's folder, by norm.
         keep: how many layers or ranks of all of them stay: a share as a float below 1 (or 1.0), or a count as an integer.
         what: "layers" or "ranks".
         by: "norm", or "loss", measured on `batches`.
         batches: each the arguments of one `model(**batch)` that returns a loss.
-        name: of the new adapter; the old one's with "-pruned" by default.
+        name: of the new adapter on the model; the old one's with "-pruned" by default.
+        output: the folder to write, for a folder.
 
     Raises:
         LorakitError: the request makes no sense, or a batch gives no loss.
     """
     _check(keep, what, by, batches)
-    live = Live(adapter, "prune")
-    for place in live.places():
-        if live.shift(place) is not None:
-            raise LorakitError(
-                f"prune: {live.at[place][2].spec.name} changes the bias of {place}, which no rank of it holds."
-            )
-    given = None if batches is None else _given(batches)
+    given = source(adapter, "prune", output)
+    refuse_biases(given, "prune")
+    measured = None if batches is None else checked_batches("prune: batches", batches)
+    if not isinstance(given, Live) and (by == "loss" or measured is not None):
+        raise LorakitError(
+            "prune: the loss is measured through the base model; lk.load the folder, and prune the adapter."
+        )
     if by == "norm":
-        effects = _by_norm(live, what)
-    elif what == "layers":
-        effects = _by_absence(live, given or [])
+        effects = _by_norm(given, what)
     else:
-        effects = _by_first_order(live, given or [])
-    cuts, lost, dropped = _cuts(live, effects, keep, what)
-    replaced = {path: replacement.tensors() for path, replacement in adapter.replacements()}
-    result = beside([live], name or f"{adapter.name}-pruned", cuts, replaced)
-    assert result.adapter is not None
+        effects = (_by_absence if what == "layers" else _by_first_order)(cast(Live, given), measured or [])
+    cuts, gone = _cuts(given, effects, keep, what)
+    name = name or f"{given.label}-pruned"
+    record = {"keep": keep, "what": what, "by": by, "dropped": list(gone)}
+    replaced = given.replaced()
+    result = make([given], cuts, replaced, name=name, output=output, done="pruned", what=record, gone=gone)
     losses = None
-    if given is not None:
-        before = _loss(adapter.model, adapter.name, given)
-        losses = before, _loss(adapter.model, result.adapter.name, given)
-    return Pruned(_with(result, lost), effects, dropped, losses)
-
-
-def prune_folder(folder: str | Path, output: str | Path, *, keep: float | int, what: str = "layers") -> Pruned:
-    """Write a smaller LoRA of a LoRA's folder, by norm, from its tensors alone."""
-    _check(keep, what, "norm", None)
-    stored = Stored(folder, "prune")
-    effects = _by_norm(stored, what)
-    cuts, lost, dropped = _cuts(stored, effects, keep, what)
-    record = {"pruned": {"from": str(folder), "keep": keep, "what": what, "by": "norm", "dropped": list(dropped)}}
-    result = in_folder([stored], output, cuts, stored.others, record, "prune")
-    return Pruned(_with(result, lost), effects, dropped)
+    if measured is not None:
+        live, smaller = cast(Live, given).adapter, cast(Adapter, result.adapter)
+        losses = _loss(live.model, live.name, measured), _loss(live.model, smaller.name, measured)
+    return Pruned(result, effects, tuple(gone), losses)
 
 
 def _check(keep: float | int, what: str, by: str, batches: Iterable[Batch] | None) -> None:
@@ -125,13 +114,6 @@ def _check(keep: float | int, what: str, by: str, batches: Iterable[Batch] | Non
         raise LorakitError(
             "prune: by='loss' measures on data; give batches=[…], each the arguments of one model(**batch)."
         )
-
-
-def _given(batches: Iterable[Batch]) -> list[Batch]:
-    given = list(batches)
-    if not given or not all(isinstance(batch, Mapping) for batch in given):
-        raise LorakitError("prune: batches is a list of batches, not empty, each the arguments of one model(**batch).")
-    return given
 
 
 # -- effects ----------------------------------------------------------------------------------------------------------------
@@ -184,9 +166,8 @@ def _by_first_order(live: Live, batches: list[Batch]) -> dict[str, tuple[float, 
     """|σ ∂L/∂σ| of every rank, in the order of falling singular values. Scaling a column of B scales its rank's part of ΔW,
     so it is the product of that column with its gradient."""
     model = live.adapter.model
-    exact = beside(
-        [live], f"{live.adapter.name}-exact", {p: cut(live.change(p), energy=1.0) for p in live.places()}, {}
-    )
+    whole = {place: cut(live.change(place), energy=1.0) for place in live.places()}
+    exact = make([live], whole, {}, name=f"{live.label}-exact", output=None, done="cut", what={})
     twin = cast(Adapter, exact.adapter)
     training = [module for module in model.modules() if module.training]
     try:
@@ -212,9 +193,9 @@ def _by_first_order(live: Live, batches: list[Batch]) -> dict[str, tuple[float, 
 
 
 def _cuts(
-    source: Source, effects: Mapping[str, tuple[float, ...]], keep: float | int, what: str
-) -> tuple[dict[str, Cut], dict[str, Cut], tuple[str, ...]]:
-    """What is kept of every place; the same with what is lost at places that are gone; and these."""
+    given: Source, effects: Mapping[str, tuple[float, ...]], keep: float | int, what: str
+) -> tuple[dict[str, Cut], dict[str, Cut]]:
+    """What is kept of every place; and the places that are gone, with what is lost there."""
     units = sorted(
         ((value, place, index) for place, values in effects.items() for index, value in enumerate(values)),
         key=lambda unit: -unit[0],
@@ -226,16 +207,14 @@ def _cuts(
     for _, place, index in units[:count]:
         chosen.setdefault(place, []).append(index)
     cuts: dict[str, Cut] = {}
-    lost: dict[str, Cut] = {}
-    for place in source.places():
-        change = source.change(place)
+    gone: dict[str, Cut] = {}
+    for place in given.places():
+        change = given.change(place)
         if place not in chosen:
-            lost[place] = Cut(change, change.norm(), change.norm())
-        elif what == "layers":
-            cuts[place] = lost[place] = kept(change)
+            gone[place] = Cut(change, change.norm(), change.norm())
         else:
-            cuts[place] = lost[place] = _picked(change, sorted(chosen[place]))
-    return cuts, lost, tuple(place for place in source.places() if place not in cuts)
+            cuts[place] = kept(change) if what == "layers" else _picked(change, sorted(chosen[place]))
+    return cuts, gone
 
 
 def _picked(change: Change, indices: list[int]) -> Cut:
@@ -246,15 +225,3 @@ def _picked(change: Change, indices: list[int]) -> Cut:
     gone[indices] = 0.0
     picked = Change(found.U[:, indices] * root, root[:, None] * found.Vh[indices])
     return Cut(picked, float(found.values.norm()), float(gone.norm()))
-
-
-def _with(result: Made, lost: Mapping[str, Cut]) -> Made:
-    """The report with what is gone counted."""
-    size = math.sqrt(sum(one.size**2 for one in lost.values()))
-    missing = math.sqrt(sum(one.lost**2 for one in lost.values()))
-    return dataclasses.replace(
-        result, errors={place: one.error for place, one in lost.items()}, error=missing / size if size else 0.0
-    )
-
-
-__all__ = ["Pruned", "prune", "prune_folder"]

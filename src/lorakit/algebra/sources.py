@@ -6,7 +6,7 @@ A place is the name of one matrix: its layer's, and within a layer of several ma
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -15,16 +15,15 @@ from torch import Tensor
 
 from lorakit.adapter.adapter import Adapter, adapters
 from lorakit.algebra.changes import Change
-from lorakit.core.delta import Delta, LowRank
-from lorakit.core.layout import Rows, Site
-from lorakit.core.storage import value_of
+from lorakit.core.delta import LowRank
+from lorakit.core.layout import Rows
 from lorakit.core.walking import has_suffix, value_for
 from lorakit.errors import LorakitError
 from lorakit.files.bundle import TENSORS, read_bundle
 from lorakit.files.fingerprint import disagreement
-from lorakit.files.interchange import PAIRS, PREFIX, scale_in
-
-WHOLE = ".full_P"
+from lorakit.files.interchange import PREFIX, scale_in
+from lorakit.files.pairs import WHOLE, pair_of
+from lorakit.init.calibration import Batch
 
 
 class Source(ABC):
@@ -43,6 +42,66 @@ class Source(ABC):
     @abstractmethod
     def change(self, place: str) -> Change:
         """What it adds to one matrix; made when asked for."""
+
+    def found(self, place: str) -> Change | None:
+        """The same, None where it does not change the matrix."""
+        return self.change(place) if place in self.places() else None
+
+    @abstractmethod
+    def leading(self, place: str, rank: int) -> Change:
+        """What the method itself puts first, at this rank."""
+
+    @abstractmethod
+    def replaced(self) -> dict[str, Any]:
+        """Trained biases and modules_to_save: on a model path -> name -> tensor, in a folder name -> tensor."""
+
+    def shift(self, place: str) -> Tensor | None:
+        """What it adds to the bias beside one matrix, if its method does that (biases trained as such are `replaced`)."""
+        return None
+
+
+def source(given: Adapter | str | Path, verb: str, output: str | Path | None) -> Source:
+    """One adapter or folder, of which another adapter or `output` is made."""
+    (found,) = sources([given], verb)
+    check_output([found], verb, output)
+    return found
+
+
+def check_output(given: Sequence[Source], verb: str, output: str | Path | None) -> None:
+    """Refuse folders without a folder to write, or over one of them; and adapters on a model with one."""
+    if isinstance(given[0], Live):
+        if output is not None:
+            raise LorakitError(
+                f"{verb}: adapters on a model give an adapter on the model; save that, and leave output out."
+            )
+    elif output is None:
+        raise LorakitError(f"{verb}: folders were given, so output= names the folder to write.")
+    for one in given:
+        if isinstance(one, Stored) and one.bundle.folder.resolve() == Path(str(output)).expanduser().resolve():
+            raise LorakitError(f"{verb}: {output} is one of the adapters itself; choose another folder to write.")
+
+
+def refuse_biases(given: Source, verb: str) -> None:
+    """Refuse a method that changes biases by itself, which a LoRA cannot."""
+    for place in given.places():
+        if given.shift(place) is not None:
+            name = cast(Live, given).at[place][2].spec.name
+            raise LorakitError(f"{verb}: {name} changes the bias of {place}, which a LoRA cannot.")
+
+
+def check_shapes(verb: str, place: str, shapes: Sequence[tuple[str, tuple[int, int]]]) -> None:
+    """Refuse changes of one matrix, each with whose it is, that have different shapes."""
+    if len({shape for _, shape in shapes}) > 1:
+        sizes = " and ".join(f"{out} × {in_} in {label}" for label, (out, in_) in shapes)
+        raise LorakitError(f"{verb}: {place} is {sizes}, so they are for different base models.")
+
+
+def checked_batches(what: str, batches: Iterable[Batch]) -> list[Batch]:
+    """Batches to run a model on, as a list."""
+    given = list(batches)
+    if not given or not all(isinstance(batch, Mapping) for batch in given):
+        raise LorakitError(f"{what} is a list of batches, not empty, each the arguments of one model(**batch).")
+    return given
 
 
 def sources(given: Sequence[Adapter | str | Path], verb: str) -> list[Source]:
@@ -96,42 +155,29 @@ class Live(Source):
 
     def change(self, place: str) -> Change:
         path, site, delta = self.at[place]
-        return change_of(self.adapter, path, site, delta)
+        with torch.no_grad():
+            if isinstance(delta, LowRank):
+                B, A = delta.gated()
+                return Change.of(B.double() * delta.scale, A)
+            # of the frozen weight, whatever is merged into it just now
+            return Change.of(delta.dense(site.layout.matrix(self.adapter.layers[path].stored(site))))
+
+    def leading(self, place: str, rank: int) -> Change:
+        delta = self.at[place][2]
+        chosen = delta.truncated(rank) if isinstance(delta, LowRank) else None
+        if chosen is None:
+            raise LorakitError(f"resize: {delta.spec.name} does not order its ranks; leave own out.")
+        return Change.of(*chosen)
+
+    def replaced(self) -> dict[str, Any]:
+        return {path: replacement.tensors() for path, replacement in self.adapter.replacements()}
 
     def shift(self, place: str) -> Tensor | None:
         """What it adds to the bias of a matrix, in the place that the layer's bias has for it; None: nothing."""
         path, site, delta = self.at[place]
-        layer = self.adapter.layers[path]
-        bias = None
-        if site.bias is not None:
-            bias = frozen(layer, site.bias)
-            bias = site.layout.part(bias) if isinstance(site.layout, Rows) else bias
         with torch.no_grad():
-            shift = delta.shift(bias)
+            shift = delta.shift(self.adapter.layers[path].bias_of(site))
             return shift if shift is None or not isinstance(site.layout, Rows) else site.layout.features(shift, shift)
-
-
-def change_of(adapter: Adapter, path: str, site: Site, delta: Delta) -> Change:
-    """What one delta adds to its matrix."""
-    with torch.no_grad():
-        if isinstance(delta, LowRank):
-            B, A = delta.gated()
-            return Change.of(B.double() * delta.scale, A)
-        return Change.of(delta.dense(matrix_of(adapter, path, site)))
-
-
-def matrix_of(adapter: Adapter, path: str, site: Site) -> Tensor:
-    """The frozen weight (out, in) under a site, whatever is merged into it just now."""
-    layer = adapter.layers[path]
-    return site.layout.matrix(layer.stored(site))
-
-
-def frozen(layer: Any, name: str) -> Tensor:
-    """One of the base's own tensors in an adapted layer, whatever is merged into it just now."""
-    if name in layer.kept:
-        return cast(Tensor, layer.kept[name].read())
-    found = value_of(layer.base, name)
-    return cast(Tensor, found.detach() if isinstance(found, Tensor) else found)
 
 
 # -- in a folder -----------------------------------------------------------------------------------------------------------
@@ -150,17 +196,17 @@ class Stored(Source):
 
     Attributes:
         bundle: what the folder holds.
-        others: tensors that are no change of a matrix: trained biases and modules_to_save.
+        pairs: place -> the names of A and B in the file.
+        wholes: place -> the name of ΔW.
     """
 
     def __init__(self, folder: str | Path, verb: str) -> None:
         self.bundle = read_bundle(folder)
         self.label = str(folder)
-        self.where = self.bundle.folder / TENSORS
+        where = self.bundle.folder / TENSORS
         if self.bundle.stale:
             raise LorakitError(self.bundle.stale)
-        config = self.bundle.config
-        kind = needs_base(config)
+        kind = needs_base(self.bundle.config)
         if kind:
             raise LorakitError(
                 f"{verb}: {folder} holds {kind}, whose ΔW is not in the file but depends on the base model's layers. With its "
@@ -168,36 +214,29 @@ class Stored(Source):
             )
         self.pairs: dict[str, tuple[str, str]] = {}
         self.wholes: dict[str, str] = {}
-        self.others: dict[str, Tensor] = {}
+        self._replaced: dict[str, Tensor] = {}
         for key, tensor in self.bundle.tensors.items():
             if tensor.is_floating_point() and not torch.isfinite(tensor).all():
-                raise LorakitError(f"{verb}: {key} in {self.where} holds a NaN or an infinity.")
-            self._sort(key, verb)
-        self._check_pairs(verb)
+                raise LorakitError(f"{verb}: {key} in {where} holds a NaN or an infinity.")
+            if found := pair_of(key):
+                stem, *pair = found
+                for other in pair:
+                    if other not in self.bundle.tensors:
+                        raise LorakitError(f"{verb}: {where} holds {key!r} and lacks its other half {other!r}.")
+                self.pairs[stem.removeprefix(PREFIX)] = (pair[0], pair[1])
+            elif key.endswith(WHOLE):
+                self.wholes[key.removesuffix(WHOLE).removeprefix(PREFIX)] = key
+            elif self._is_known(key):
+                self._replaced[key] = tensor
+            elif not self._is_copy(key):
+                raise LorakitError(
+                    f"{verb}: {where} holds {key!r}, which is no factor, no trained bias and in none of modules_to_save "
+                    f"{self.bundle.config.get('modules_to_save') or []}."
+                )
+        for place in self.pairs:
+            self._check_ranks(place, verb, where)
         if not self.places():
-            raise LorakitError(f"{verb}: {self.where} changes no matrix.")
-
-    def _sort(self, key: str, verb: str) -> None:
-        tensors = self.bundle.tensors
-        for ending_A, ending_B in PAIRS.items():
-            for ending, other in ((ending_A, ending_B), (ending_B, ending_A)):
-                if key.endswith(ending):
-                    stem = key.removesuffix(ending)
-                    if stem + other not in tensors:
-                        raise LorakitError(
-                            f"{verb}: {self.where} holds {key!r} and lacks its other half {stem + other!r}."
-                        )
-                    self.pairs[stem.removeprefix(PREFIX)] = (stem + ending_A, stem + ending_B)
-                    return
-        if key.endswith(WHOLE):
-            self.wholes[key.removesuffix(WHOLE).removeprefix(PREFIX)] = key
-        elif self._is_known(key):
-            self.others[key] = tensors[key]
-        elif not self._is_copy(key):
-            raise LorakitError(
-                f"{verb}: {self.where} holds {key!r}, which is no factor, no trained bias and in none of modules_to_save "
-                f"{self.bundle.config.get('modules_to_save') or []}."
-            )
+            raise LorakitError(f"{verb}: {where} changes no matrix.")
 
     def _is_known(self, key: str) -> bool:
         config = self.bundle.config
@@ -213,36 +252,47 @@ class Stored(Source):
         stem = key.removesuffix(".weight").removesuffix(".base_layer")
         return key.endswith(".weight") and f"{stem}.lora_embedding_A" in self.bundle.tensors
 
-    def _check_pairs(self, verb: str) -> None:
-        config, tensors = self.bundle.config, self.bundle.tensors
-        for path, (key_A, key_B) in self.pairs.items():
-            rank, columns = tensors[key_A].shape[0], tensors[key_B].shape[1]
-            if rank != columns:
-                raise LorakitError(
-                    f"{verb}: the ranks of a pair do not match in {self.where}: {key_A} has {rank} rows, and {key_B} has "
-                    f"{columns} columns."
-                )
-            said = value_for(config.get("rank_pattern") or {}, path)
-            said = config.get("r", rank) if said is None else said
-            if said != rank:
-                raise LorakitError(
-                    f"{verb}: the configuration of {self.label} says rank {said} for {path}, and {key_A} has {rank} rows, so "
-                    "that its scale is not known."
-                )
-
-    def scale(self, path: str) -> float:
-        """The s of `ΔW = s B A` of a layer."""
-        return scale_in(self.bundle.config, path, self.bundle.tensors[self.pairs[path][0]].shape[0])
+    def _check_ranks(self, place: str, verb: str, where: Path) -> None:
+        config, (key_A, key_B) = self.bundle.config, self.pairs[place]
+        rank, columns = self.bundle.tensors[key_A].shape[0], self.bundle.tensors[key_B].shape[1]
+        if rank != columns:
+            raise LorakitError(
+                f"{verb}: the ranks of a pair do not match in {where}: {key_A} has {rank} rows, and {key_B} has "
+                f"{columns} columns."
+            )
+        said = value_for(config.get("rank_pattern") or {}, place)
+        said = config.get("r", rank) if said is None else said
+        if said != rank:
+            raise LorakitError(
+                f"{verb}: the configuration of {self.label} says rank {said} for {place}, and {key_A} has {rank} rows, so "
+                "that its scale is not known."
+            )
 
     def places(self) -> list[str]:
         return [*self.pairs, *self.wholes]
 
     def change(self, place: str) -> Change:
-        tensors = self.bundle.tensors
         if place in self.wholes:
-            return Change.of(tensors[self.wholes[place]])
-        key_A, key_B = self.pairs[place]
-        return Change.of(tensors[key_B].flatten(1).double() * self.scale(place), tensors[key_A].flatten(1))
+            return Change.of(self.bundle.tensors[self.wholes[place]])
+        return self._cut(place, None)
+
+    def leading(self, place: str, rank: int) -> Change:
+        method = self.bundle.own.get("method", {}).get("name", "lora")
+        if method != "dylora":
+            raise LorakitError(
+                f"resize: own keeps the ranks that the method itself puts first, and this folder's method is {method}. "
+                "Without own the largest singular values are kept."
+            )
+        return self._cut(place, rank)
+
+    def _cut(self, place: str, rank: int | None) -> Change:
+        """The first ranks of a pair, with the scale that the file's alpha has for so many."""
+        B, A = (self.bundle.tensors[key].flatten(1).double() for key in reversed(self.pairs[place]))
+        A = A[:rank]
+        return Change(B[:, : len(A)] * scale_in(self.bundle.config, place, len(A)), A)
+
+    def replaced(self) -> dict[str, Any]:
+        return self._replaced
 
     def base(self) -> Mapping[str, Any]:
         """What the folder says of its base: {"name": …, "fingerprint": …}, either may be None."""

@@ -22,8 +22,7 @@ import torch
 from torch import Tensor
 
 from lorakit.adapter.adapter import Adapter
-from lorakit.algebra.changes import Change
-from lorakit.algebra.sources import Live, Stored, frozen, sources
+from lorakit.algebra.sources import Live, Source, Stored, check_shapes, refuse_biases, sources
 from lorakit.errors import LorakitError
 from lorakit.files.fingerprint import disagreement, fingerprint
 from lorakit.files.interchange import PREFIX, plain_names, replacement_key
@@ -48,107 +47,72 @@ def swap(slot: Adapter, other: Adapter | str | Path) -> None:
             f"swap: the slot {slot.name!r} is {slot.method.name}; a plain LoRA whose rank is the largest wanted takes others "
             "in, such as lk.attach(model, lk.LoRA(rank=64, alpha=64))."
         )
-    given = sources([other], "swap")[0]
+    (given,) = sources([other], "swap")
+    held = _by_name(live)
     if isinstance(given, Live):
         if given.adapter.model is not slot.model:
             raise LorakitError(f"swap: {given.label!r} is on another model than the slot {slot.name!r}.")
-        names = {place: place for place in live.places()}
-        whole = {
-            (path, key): tensor.detach()
-            for path, replacement in given.adapter.replacements()
-            for key, tensor in replacement.tensors().items()
-        }
+        names, replaced = {place: place for place in live.places()}, _by_name(given)
     else:
-        stored = cast(Stored, given)
-        wrong = disagreement(fingerprint(slot), stored.base()["fingerprint"])
+        wrong = disagreement(fingerprint(slot), cast(Stored, given).base()["fingerprint"])
         if wrong:
-            raise LorakitError(f"swap: {stored.label} was made for another base model: {wrong}.")
+            raise LorakitError(f"swap: {given.label} was made for another base model: {wrong}.")
         plain = plain_names(slot.model)
-        names = {place: _plain(place, live.at[place][0], plain) for place in live.places()}
-        whole = _whole(slot, stored, plain)
+        names = {place: plain[path] + place.removeprefix(path) for place, (path, _, _) in live.at.items()}
+        keys = {PREFIX + replacement_key(slot, path, plain[path], name): (path, name) for path, name in held}
+        replaced = {keys.get(key, ("", key)): tensor for key, tensor in given.replaced().items()}
     values = _values(live, given, names)
-    held = {
-        (path, key): tensor
-        for path, replacement in slot.replacements()
-        for key, tensor in replacement.tensors().items()
-    }
-    for path, key in whole:
+    for path, key in replaced:
         if (path, key) not in held:
             raise LorakitError(
-                f"swap: {given.label} holds its own {path}.{key}, for which the slot {slot.name!r} has no place; give the "
-                "slot the same modules_to_save and bias."
+                f"swap: {given.label} holds its own {path}{path and '.'}{key}, for which the slot {slot.name!r} has no place; "
+                "give the slot the same modules_to_save and bias."
             )
     with torch.no_grad():
-        for place, (B, A) in values.items():
-            delta = cast(LoRADelta, live.at[place][2])
-            delta.B.zero_()
-            delta.A.zero_()
-            if A.shape[0]:
-                delta.B[:, : A.shape[0]].copy_(B / delta.scale)
-                delta.A[: A.shape[0]].copy_(A)
+        for place, (_, _, delta) in live.at.items():
+            lora = cast(LoRADelta, delta)
+            B, A = lora.B, lora.A
+            B.zero_()
+            A.zero_()
+            if place in values:
+                new_B, new_A = values[place]
+                B[:, : len(new_A)].copy_(new_B / lora.scale)
+                A[: len(new_A)].copy_(new_A)
         for (path, key), tensor in held.items():
-            layer = slot.layers[path]
-            tensor.copy_(whole[path, key] if (path, key) in whole else frozen(layer, key))
+            tensor.copy_(replaced[path, key] if (path, key) in replaced else slot.layers[path].frozen(key))
 
 
-def _plain(place: str, path: str, plain: Mapping[str, str]) -> str:
-    return plain[path] + place.removeprefix(path)
+def _by_name(live: Live) -> dict[tuple[str, str], Tensor]:
+    """Trained biases and saved modules by path and name."""
+    return {
+        (path, key): tensor.detach() for path, tensors in live.replaced().items() for key, tensor in tensors.items()
+    }
 
 
-def _whole(slot: Adapter, stored: Stored, plain: Mapping[str, str]) -> dict[tuple[str, str], Tensor]:
-    """The folder's trained biases and saved modules by the slot's own names; what has no place in the slot is refused."""
-    result: dict[tuple[str, str], Tensor] = {}
-    left = dict(stored.others)
-    for path, replacement in slot.replacements():
-        for name in replacement.names:
-            key = PREFIX + replacement_key(slot, path, plain[path], name)
-            if key in left:
-                result[path, name] = left.pop(key)
-    if left:
-        raise LorakitError(
-            f"swap: {stored.label} holds {next(iter(left))}, for which the slot {slot.name!r} has no place; give the slot "
-            "the same modules_to_save and bias."
-        )
-    return result
-
-
-def _values(live: Live, given: Live | Stored | object, names: Mapping[str, str]) -> dict[str, tuple[Tensor, Tensor]]:
-    """Place of the slot -> the other's factors there, none where it has none."""
-    source = cast(Stored, given)
-    changed = dict.fromkeys(source.places())
-    unknown = [place for place in changed if place not in set(names.values())]
+def _values(live: Live, given: Source, names: Mapping[str, str]) -> dict[str, tuple[Tensor, Tensor]]:
+    """Place of the slot -> the other's factors there, for those that the other changes."""
+    places = {name: place for place, name in names.items()}
+    unknown = [name for name in given.places() if name not in places]
     if unknown:
         raise LorakitError(
-            f"swap: {source.label} changes {unknown[0]} ({len(unknown)} such), for which the slot {live.label!r} has no "
+            f"swap: {given.label} changes {unknown[0]} ({len(unknown)} such), for which the slot {live.label!r} has no "
             "place; the slot must cover every layer that any adapter changes."
         )
-    if isinstance(given, Live):
-        for place in changed:
-            if given.shift(place) is not None:
-                raise LorakitError(
-                    f"swap: {given.at[place][2].spec.name} changes the bias of {place}, which no LoRA has."
-                )
+    refuse_biases(given, "swap")
     result = {}
-    for place, name in names.items():
-        delta = cast(LoRADelta, live.at[place][2])
-        if name not in changed:
-            result[place] = delta.B.new_zeros(delta.B.shape[0], 0), delta.A.new_zeros(0, delta.A.shape[1])
-            continue
-        change: Change = source.change(name)
+    for name in given.places():
+        change, slot = given.change(name), cast(LoRADelta, live.at[places[name]][2])
+        shape, rank = (slot.B.shape[0], slot.A.shape[1]), len(slot.A)
         if change.A is None:
             raise LorakitError(
-                f"swap: {source.label} has no factors for {name}; lk.resize(adapter, rank={delta.A.shape[0]}) makes a LoRA of "
-                "it, with its error told."
+                f"swap: {given.label} has no factors for {name}; lk.resize(adapter, rank={rank}) makes a LoRA of it, with its "
+                "error told."
             )
-        if change.shape != (delta.B.shape[0], delta.A.shape[1]):
+        check_shapes("swap", name, [(given.label, change.shape), (live.label, shape)])
+        if len(change.A) > rank:
             raise LorakitError(
-                f"swap: {name} is {change.shape[0]} × {change.shape[1]} in {source.label} and {delta.B.shape[0]} × "
-                f"{delta.A.shape[1]} here, so it is for another base model."
+                f"swap: {given.label} has rank {len(change.A)} at {name}, and the slot {live.label!r} holds at most {rank}; "
+                "make the slot larger, or cut the adapter with lk.resize."
             )
-        if change.A.shape[0] > delta.A.shape[0]:
-            raise LorakitError(
-                f"swap: {source.label} has rank {change.A.shape[0]} at {name}, and the slot {live.label!r} holds at most "
-                f"{delta.A.shape[0]}; make the slot larger, or cut the adapter with lk.resize."
-            )
-        result[place] = change.B, change.A
+        result[places[name]] = change.B, change.A
     return result

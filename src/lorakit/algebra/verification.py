@@ -1,4 +1,4 @@
-"""Whether an adapter says the same merged as beside its base: per layer and on the logits, in the base's format and float32.
+"""Whether an adapter computes the same merged as unmerged: per layer and on the logits, in the base's format and float32.
 
 Merging adds a small change to large weights and rounds the sum to the weights' format. In float32 nothing is lost; in bfloat16,
 whose steps are 1/256 of a weight, half of a change may be. What that does to a model's answers is measured here and not
@@ -9,16 +9,18 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from lorakit.adapter.adapter import Adapter, adapters
 from lorakit.algebra.merging import merged
+from lorakit.algebra.sources import checked_batches
+from lorakit.core.layer import Adapted
+from lorakit.core.storage import value_of
 from lorakit.core.using import use
 from lorakit.errors import LorakitError
 from lorakit.init.calibration import Batch
@@ -26,7 +28,7 @@ from lorakit.init.calibration import Batch
 
 @dataclass(frozen=True)
 class Likeness:
-    """How far a model's logits are from those of the adapter beside its base in float32.
+    """How far a model's logits are from those of the unmerged adapter in float32.
 
     Attributes:
         largest: the largest difference of two logits.
@@ -75,33 +77,33 @@ class Verdict:
         """Whether merging in the base's format changes no more than twice what the format changes by itself."""
         return self.agrees and self.merged.divergence <= 2 * self.beside.divergence + 1e-6
 
-    def words(self) -> str:
-        """What was found, for a person."""
-        exact, rounded, alone = self.exact, self.merged, self.beside
+    def words(self, name: str = "") -> str:
+        """What was found, for a person; `name` is what to call the adapter."""
+        exact, rounded, alone, name = self.exact, self.merged, self.beside, name or self.adapter
         if not self.agrees:
             return (
-                f"Merged in float32, {self.adapter} does NOT say what it says beside its base: logits differ by "
-                f"{exact.relative:.1e} of their size and the likeliest token at {exact.changed:.1%} of {self.positions:,} "
-                "positions. Something in this model keeps merged weights from acting as the adapter does; do not merge it."
+                f"Do NOT merge {name}: merged in float32, logits differ by {exact.relative:.1e} (relative) and the most likely "
+                f"token differs at {exact.changed:.1%} of {self.positions:,} positions. Something in this model keeps merged "
+                "weights from acting as the adapter does."
             )
         found = (
-            f"Merged in float32, {self.adapter} says what it says beside its base: logits differ by {exact.relative:.1e} of "
-            f"their size, where the adapter changes {self.effect:.1e}, over {self.positions:,} positions."
+            f"Merging changes nothing: with {name} merged in float32, logits differ by {exact.relative:.0e} (relative); the "
+            f"adapter itself changes them by {self.effect:.2g} ({self.positions:,} positions)."
         )
         if not self.kept:
             return found
         worst = max(self.kept, key=lambda place: self.kept[place])
         middle = sorted(self.kept.values())[len(self.kept) // 2]
-        cost = (
+        advice = (
             f"costs no more than {self.dtype} itself"
             if self.harmless
-            else f"costs more than {self.dtype} itself: keep the adapter beside its base, or merge in float32"
+            else f"costs more than {self.dtype} itself: keep the adapter unmerged, or merge in float32"
         )
         return (
-            f"{found} In {self.dtype} the merged weights miss {middle:.1%} of a layer's change (median; at most "
-            f"{self.kept[worst]:.1%}, {worst}); the likeliest token is another at {rounded.changed:.2%} of positions, where "
-            f"{self.dtype} alone, unmerged, changes {alone.changed:.2%}; divergence {rounded.divergence:.1e} nats against "
-            f"{alone.divergence:.1e}. Merging in {self.dtype} {cost}."
+            f"{found} Merging in {self.dtype} {advice}: rounding loses {middle:.1%} of a layer's change (median; at most "
+            f"{self.kept[worst]:.1%}, {worst}); the most likely token differs at {rounded.changed:.2%} of positions (unmerged "
+            f"{self.dtype}: {alone.changed:.2%}), KL divergence {rounded.divergence:.1e} nats (unmerged: "
+            f"{alone.divergence:.1e})."
         )
 
     def record(self) -> dict[str, Any]:
@@ -122,7 +124,7 @@ def verify(
     prompts: Iterable[Batch],
     dtype: torch.dtype | None = None,
 ) -> Verdict:
-    """Compare an adapter merged with the same beside its base.
+    """Compare an adapter merged with the same unmerged.
 
     The model is copied once in float32 and once in `dtype`; the model itself stays as it is.
 
@@ -138,9 +140,7 @@ def verify(
     model, name = adapter.model, adapter.name
     if adapters(model).get(name) is not adapter:
         raise LorakitError(f"verify: adapter {name!r} has been taken off its model.")
-    given = list(prompts)
-    if not given or not all(isinstance(batch, Mapping) for batch in given):
-        raise LorakitError("verify: prompts is a list of batches, not empty, each the arguments of one model(**batch).")
+    given = checked_batches("verify: prompts", prompts)
     wanted = dtype or next(
         (parameter.dtype for parameter in model.parameters() if parameter.is_floating_point()), torch.float32
     )
@@ -152,9 +152,8 @@ def verify(
     del wide
     layers: dict[str, float] = {}
     kept: dict[str, float] = {}
-    if wanted == torch.float32:
-        beside, rounded = truth, exact
-    else:
+    beside, rounded = truth, exact
+    if wanted != torch.float32:
         narrow = _narrow(copy.deepcopy(model), wanted).eval()
         beside, rounded, layers, kept = _both(narrow, name, given, per_layer=True)
     return Verdict(
@@ -174,10 +173,9 @@ def verify(
 
 def _narrow(model: nn.Module, dtype: torch.dtype) -> nn.Module:
     """The base in `dtype`; the adapters keep their masters."""
+    own = [module for one in adapters(model).values() for _, module in one.modules()]
     kept = {id(parameter) for one in adapters(model).values() for parameter in one.parameters()}
-    kept |= {
-        id(buffer) for one in adapters(model).values() for _, module in one.modules() for buffer in module.buffers()
-    }
+    kept |= {id(buffer) for module in own for buffer in module.buffers()}
     for module in model.modules():
         for tensor in (*module._parameters.values(), *module._buffers.values()):
             if tensor is not None and id(tensor) not in kept and tensor.is_floating_point():
@@ -190,41 +188,49 @@ def _both(
 ) -> tuple[list[Tensor], list[Tensor], dict[str, float], dict[str, float]]:
     """Logits unmerged and merged, one tensor (tokens, vocabulary) a batch; and what became of each layer."""
     adapter = adapters(model)[name]
+    watched = adapter.layers if per_layer else {}
+    inputs: dict[str, tuple[Any, Any, Tensor]] = {}
     layers: dict[str, float] = {}
     kept: dict[str, float] = {}
+
+    def first_call(path: str) -> Callable[..., None]:
+        """A hook that keeps a layer's first call: its arguments and what came out."""
+
+        def keep(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], y: Any) -> None:
+            inputs.setdefault(path, (args, kwargs, _first(y)))
+
+        return keep
+
     with torch.no_grad(), use(model, name):
-        inputs: dict[str, tuple[Any, Any, Tensor]] = {}
-        with _watched(adapter, inputs) if per_layer else _unwatched():
+        handles = [layer.register_forward_hook(first_call(path), with_kwargs=True) for path, layer in watched.items()]
+        try:
             apart = [_logits(model, batch) for batch in prompts]
-        without: dict[str, Tensor] = {}
-        if per_layer:
-            with use(model, None):
-                for path, (args, kwargs, _) in inputs.items():
-                    without[path] = _first(adapter.layers[path](*args, **kwargs))
-            before = {
-                path: {s.weight: _weight(layer, s.weight) for s in layer.sites.values()}
-                for path, layer in adapter.layers.items()
-            }
-            changes = {path: _changes(adapter, path) for path in adapter.layers}
+        finally:
+            for handle in handles:
+                handle.remove()
+        with use(model, None):
+            without = {path: _first(watched[path](*args, **kwargs)) for path, (args, kwargs, _) in inputs.items()}
+        before = {
+            path: {site.weight: _weight(layer, site.weight) for site in layer.sites.values()}
+            for path, layer in watched.items()
+        }
+        changes = {path: _changes(adapter, path) for path in watched}
         with merged(model, name):
             together = [_logits(model, batch) for batch in prompts]
             for path, (args, kwargs, y) in inputs.items():
-                layer = adapter.layers[path]
                 added = (y.double() - without[path].double()).norm()
-                error = (_first(layer(*args, **kwargs)).double() - y.double()).norm()
+                error = (_first(watched[path](*args, **kwargs)).double() - y.double()).norm()
                 layers[path] = float(error / added) if added else 0.0
-            for path, layer in adapter.layers.items() if per_layer else ():
+            for path, layer in watched.items():
                 for key, change in changes[path].items():
-                    held = _weight(layer, key) - before[path][key]
-                    size = change.norm()
+                    held, size = _weight(layer, key) - before[path][key], change.norm()
                     kept[path] = max(kept.get(path, 0.0), float((held - change).norm() / size) if size else 0.0)
     return apart, together, layers, kept
 
 
-def _weight(layer: Any, key: str) -> Tensor:
-    owner, _, attribute = key.rpartition(".")
-    tensor: Tensor = getattr(layer.base.get_submodule(owner), attribute)
-    return tensor.detach().double().clone()
+def _weight(layer: Adapted, key: str) -> Tensor:
+    """A copy of one of the base's tensors in float64."""
+    return cast(Tensor, value_of(layer.base, key)).detach().double().clone()
 
 
 def _changes(adapter: Adapter, path: str) -> dict[str, Tensor]:
@@ -237,29 +243,6 @@ def _changes(adapter: Adapter, path: str) -> dict[str, Tensor]:
         change = site.layout.weight(delta.dense(site.layout.matrix(stored)).double(), stored)
         result[site.weight] = result.get(site.weight, torch.zeros_like(stored)) + change
     return result
-
-
-@contextmanager
-def _unwatched() -> Iterator[None]:
-    yield
-
-
-@contextmanager
-def _watched(adapter: Adapter, inputs: dict[str, tuple[Any, Any, Tensor]]) -> Iterator[None]:
-    """Keep each layer's first call: its arguments and what came out."""
-
-    def hook(path: str) -> Callable[..., None]:
-        def see(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], y: Any) -> None:
-            inputs.setdefault(path, (args, kwargs, _first(y)))
-
-        return see
-
-    handles = [layer.register_forward_hook(hook(path), with_kwargs=True) for path, layer in adapter.layers.items()]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _first(y: Any) -> Tensor:
@@ -293,6 +276,3 @@ def _likeness(truth: list[Tensor], found: list[Tensor]) -> Likeness:
         changed += int((right.argmax(-1) != other.argmax(-1)).sum())
         count += len(right)
     return Likeness(largest, math.sqrt(square / size) if size else 0.0, max(0.0, divergence / count), changed / count)
-
-
-__all__ = ["Likeness", "Verdict", "verify"]

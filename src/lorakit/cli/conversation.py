@@ -3,13 +3,33 @@ streamed text."""
 
 from __future__ import annotations
 
+import contextlib
+import sys
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lorakit.core.options import option
 from lorakit.errors import LorakitError, unknown
 
 Message = dict[str, str]
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How an answer is drawn; the flags of `generate` and `chat`."""
+
+    max_new_tokens: int = option(256, "maximum tokens per answer", minimum=1)
+    temperature: float = option(0.0, "0 picks the most likely token; higher values sample", minimum=0)
+    top_p: float = option(1.0, "sample from the most likely tokens of this total probability", minimum=0, maximum=1)
+    seed: int = option(0, "random seed", minimum=0)
+
+
+def write(text: str) -> None:
+    """A piece of an answer, on stdout at once."""
+    sys.stdout.write(text)
+    sys.stdout.flush()
 
 
 class Speaker:
@@ -32,6 +52,12 @@ class Speaker:
             raise unknown("adapter", name, self.names)
         return name
 
+    def seed(self, seed: int) -> None:
+        """Start the random numbers of what is sampled."""
+        import torch
+
+        torch.manual_seed(seed)
+
     def encode(self, messages: Sequence[Message], *, raw: bool = False) -> list[int]:
         """Messages as the token ids of a prompt, in the model's chat template if it has one and `raw` is not
         asked.
@@ -50,30 +76,27 @@ class Speaker:
         prompt: Sequence[int],
         route: Any = None,
         *,
-        max_new_tokens: int = 256,
-        temperature: float = 0.0,
-        top_p: float = 1.0,
+        sampling: Sampling,
         on_text: Callable[[str], None] | None = None,
     ) -> str:
-        """Answer a prompt through an adapter (or the base, for None). `on_text` gets the answer piece by
-        piece.
+        """Answer a prompt through an adapter (or the base, for None). `on_text` gets the answer piece by piece.
 
-        Temperature 0 takes the likeliest token each time; above, tokens are drawn. The answer ends where the model's
-        window does. Raises LorakitError for a prompt that leaves no room for one.
+        The answer ends where the model's window does. Raises LorakitError for a prompt that leaves no room for one.
         """
         import torch
         from transformers import TextStreamer
 
         import lorakit as lk
 
-        length = len(prompt)
+        room, length = sampling.max_new_tokens, len(prompt)
         limit = getattr(self.model.config, "max_position_embeddings", None)
-        if isinstance(limit, int) and length >= limit:
-            raise LorakitError(
-                f"generate: the prompt has {length} tokens and this model reads {limit}, its answer included; "
-                "shorten the prompt (in a chat: /clear)"
-            )
-        room = max_new_tokens if not isinstance(limit, int) else min(max_new_tokens, limit - length)
+        if isinstance(limit, int):
+            if length >= limit:
+                raise LorakitError(
+                    f"generate: the prompt has {length} tokens, and this model reads {limit} in all; shorten the prompt "
+                    "(in a chat: /clear)"
+                )
+            room = min(room, limit - length)
         pieces: list[str] = []
 
         class Streamer(TextStreamer):
@@ -82,23 +105,18 @@ class Speaker:
                 if on_text is not None and text:
                     on_text(text)
 
-        drawn = {"do_sample": True, "temperature": temperature, "top_p": top_p}
-        likeliest = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
+        drawn: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
+        if sampling.temperature > 0:
+            drawn = {"do_sample": True, "temperature": sampling.temperature, "top_p": sampling.top_p}
         ids = torch.tensor([list(prompt)], device=self.model.device)
-        with torch.no_grad(), _route(lk, self.model, route, self.names):
+        # a model without any adapter has no routing to set
+        with torch.no_grad(), lk.use(self.model, route) if self.names else contextlib.nullcontext():
             self.model.generate(
                 input_ids=ids,
                 attention_mask=torch.ones_like(ids),
                 max_new_tokens=room,
                 pad_token_id=self.tokenizer.pad_token_id,
                 streamer=Streamer(self.tokenizer, skip_prompt=True, skip_special_tokens=True),
-                **(drawn if temperature > 0 else likeliest),
+                **drawn,
             )
         return "".join(pieces).strip()
-
-
-def _route(lk: Any, model: Any, route: Any, names: Sequence[str]) -> Any:
-    """The routing of one answer; a model without any adapter has none to set."""
-    import contextlib
-
-    return lk.use(model, route) if names else contextlib.nullcontext()

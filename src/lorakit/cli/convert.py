@@ -1,4 +1,4 @@
-"""`lorakit convert`: an adapter in another tool's format, and what the format does not keep."""
+"""`lorakit convert`: an adapter in another tool's format, and what of it that format cannot keep."""
 
 from __future__ import annotations
 
@@ -8,41 +8,30 @@ from typing import Annotated
 import typer
 
 from lorakit.cli.screen import err, out
+from lorakit.errors import plural
 
-HELP = "Write an adapter in another tool's format: peft, kohya, lycoris, diffusers, loralib, gguf, mlx."
+HELP = "Convert an adapter to another tool's format: peft, kohya, lycoris, diffusers, loralib, gguf, mlx."
 
 
 def convert(
-    source: Annotated[Path, typer.Argument(help="The adapter: a .safetensors or .gguf file, or a folder.")],
-    to: Annotated[str, typer.Option("--to", help="The format to write.")],
+    source: Annotated[Path, typer.Argument(metavar="SOURCE", help="Adapter: .safetensors, .gguf, or a folder.")],
+    to: Annotated[str, typer.Option("--to", help="Format to write.")],
     output: Annotated[
-        Path | None,
-        typer.Option("--output", "-o", help="The file or folder to write; without it, only what would be done."),
+        Path | None, typer.Option("--output", "-o", help="File or folder to write; without it, a dry run.")
     ] = None,
-    origin: Annotated[
-        str | None, typer.Option("--from", help="The format to read; found from the file itself by default.")
-    ] = None,
+    origin: Annotated[str | None, typer.Option("--from", help="Format to read; by default detected.")] = None,
     base: Annotated[
         str | None,
-        typer.Option(
-            help="The base model or pipeline (its configuration is enough): for names, for a check of shapes, for GGUF."
-        ),
+        typer.Option(help="Base model or pipeline; its config.json is enough. For names, a check of shapes, and GGUF."),
     ] = None,
-    alpha: Annotated[
-        float | None, typer.Option(help="The scale's numerator, where the file does not say it (loralib).")
-    ] = None,
+    alpha: Annotated[float | None, typer.Option(help="lora_alpha, where the file does not have it (loralib).")] = None,
     component: Annotated[
-        str | None, typer.Option(help="Which part of a pipeline the adapter is for: unet, text_encoder, …")
+        str | None, typer.Option(help="Which part of a pipeline the adapter is for: unet, text_encoder, ...")
     ] = None,
 ) -> None:
-    """Convert, after saying what the target does not hold."""
-    from lorakit.conversion import FORMATS
+    """Convert, and print what was changed on the way."""
     from lorakit.conversion import convert as convert_adapter
-    from lorakit.errors import unknown
 
-    if to not in FORMATS:
-        raise unknown("format", to, FORMATS)
-    err.print(f"{to}: {FORMATS[to].limits} Scale: {FORMATS[to].scale}.", markup=False, highlight=False)
     done = convert_adapter(
         source,
         output,
@@ -53,8 +42,8 @@ def convert(
         component=component,
         tell=lambda note: err.print(note, markup=False),
     )
-    layers = list(done.description.layers())
     parts = [part for part in done.description.components if part]
     where = f" ({', '.join(parts)})" if parts else ""
-    verb = f"{output}: " if output is not None else "would be written: "
-    out.print(f"{verb}{len(layers)} layers{where} from {done.source} to {done.target}", markup=False)
+    layers = plural(len(list(done.description.layers())), "layer")
+    place = output if output is not None else "dry run"
+    out.print(f"{place}: {layers}{where} from {done.source} to {done.target}", markup=False)

@@ -4,71 +4,70 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict
-from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from lorakit.cli.arguments import Adapter, Base, Json
 from lorakit.cli.outcome import on_base
 from lorakit.cli.screen import out
+from lorakit.cli.tables import table
+
+if TYPE_CHECKING:
+    from lorakit.algebra.comparison import Angles
 
 HELP = "Compare two adapters: norms, cosine and angles between their subspaces, per layer."
 
 
 def diff(
-    one: Annotated[Path, typer.Argument(help="An adapter folder.")],
-    other: Annotated[Path, typer.Argument(help="Another for the same base.")],
+    one: Adapter,
+    other: Adapter,
     rank: Annotated[
-        int | None, typer.Option(min=1, help="Compare the subspaces of so many largest directions; by default all.")
+        int | None, typer.Option(min=1, help="Compare only this many leading singular directions; by default all.")
     ] = None,
-    base: Annotated[
-        str | None, typer.Option(help="The base model, for methods other than LoRA; by default the one in the files.")
-    ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON instead.")] = False,
+    base: Base = None,
+    as_json: Json = False,
 ) -> None:
     """Compare, and print a table."""
-    from rich.table import Table
-
-    from lorakit.algebra.comparison import Angles
     from lorakit.algebra.comparison import diff as compare
 
-    with on_base("diff", base, [one, other]) as given:
-        found = compare(*(given.adapters if given.on_model else (one, other)), rank=rank)
+    with on_base("diff", [one, other], base) as given:
+        found = compare(*given.adapters, rank=rank)
     if as_json:
         print(json.dumps({**asdict(found), "labels": [str(one), str(other)]}, indent=2))
         return
-
-    def shown(angles: Angles | None) -> str:
-        if angles is None:
-            return "-"
-        least, largest = f"{angles.least:.0f}°", f"{angles.largest:.0f}°"
-        return f"{least if least == largest else f'{least} to {largest}'}, {angles.overlap:.0%}"
-
-    table = Table(box=None, header_style="bold", pad_edge=False)
-    table.add_column("layer", overflow="fold", min_width=24)
-    for column in (
+    rows = [
+        (
+            place,
+            *(f"{value:.4g}" for value in (*row.norms, row.distance)),
+            f"{row.cosine:+.3f}",
+            _angles(row.columns),
+            _angles(row.rows),
+        )
+        for place, row in found.layers.items()
+    ]
+    headings = (
         "first ‖ΔW‖",
         "second ‖ΔW‖",
         "distance",
         "cosine",
-        "writes: angles, overlap",
-        "reads: angles, overlap",
-    ):
-        table.add_column(column, justify="right")
-    for place, row in found.layers.items():
-        table.add_row(
-            place,
-            *(f"{value:.4g}" for value in (*row.norms, row.distance)),
-            f"{row.cosine:+.3f}",
-            shown(row.columns),
-            shown(row.rows),
-        )
-    out.print(table)
+        "outputs: angles, overlap",
+        "inputs: angles, overlap",
+    )
+    out.print(table("layer", *headings, rows=rows))
     for label, places in zip((one, other), found.alone, strict=True):
         if places:
-            out.print(f"only {label} changes {places[0]}" + (f" and {len(places) - 1} more" if len(places) > 1 else ""))
+            more = f" and {len(places) - 1} more" if len(places) > 1 else ""
+            out.print(f"only {label} changes {places[0]}{more}", markup=False)
     out.print(
-        f"in all: ‖ΔW‖ {found.norms[0]:.4g} and {found.norms[1]:.4g}, distance {found.distance:.4g}, "
+        f"overall: ‖ΔW‖ {found.norms[0]:.4g} and {found.norms[1]:.4g}, distance {found.distance:.4g}, "
         f"cosine {found.cosine:+.3f}",
         markup=False,
     )
+
+
+def _angles(angles: Angles | None) -> str:
+    if angles is None:
+        return "-"
+    least, largest = f"{angles.least:.0f}°", f"{angles.largest:.0f}°"
+    return f"{least if least == largest else f'{least} to {largest}'}, {angles.overlap:.0%}"

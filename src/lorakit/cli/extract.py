@@ -3,33 +3,35 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
+from lorakit.cli.arguments import Energy, Output, Rank
 from lorakit.cli.outcome import told
 from lorakit.cli.screen import err, out
+from lorakit.errors import plural
 
-HELP = "Make a LoRA of the difference between a fine-tuned model and its base, tensor by tensor."
+HELP = "Extract a LoRA from a fine-tuned model and its base, reading both tensor by tensor."
 
 
 def extract(
-    base: Annotated[Path, typer.Argument(help="The base model's folder: config.json and safetensors.")],
-    tuned: Annotated[Path, typer.Argument(help="The fine-tuned model's folder.")],
-    output: Annotated[Path, typer.Option("--output", "-o", help="The adapter folder to write.")],
-    rank: Annotated[int | None, typer.Option(min=1, help="The rank of every layer.")] = None,
-    energy: Annotated[
-        float | None, typer.Option(help="Instead: the share of each layer's squared singular values to keep.")
-    ] = None,
+    base: Annotated[Path, typer.Argument(metavar="BASE", help="Folder of the base model.")],
+    tuned: Annotated[Path, typer.Argument(metavar="TUNED", help="Folder of the fine-tuned model.")],
+    output: Output,
+    rank: Rank = None,
+    energy: Energy = None,
     target: Annotated[
-        list[str] | None, typer.Option(help="Layers to make low-rank, by the ends of their names; may be repeated.")
+        list[str] | None,
+        typer.Option(help="Layers to extract, by name ending; repeat for several. Default: all linear."),
     ] = None,
-    exclude: Annotated[list[str] | None, typer.Option(help="Layers to leave out; may be repeated.")] = None,
+    exclude: Annotated[list[str] | None, typer.Option(help="Layers to leave out; repeat for several.")] = None,
     rest: Annotated[
-        str, typer.Option(help="What else differs (norms, biases, embeddings): save it whole, report it, or refuse.")
+        Literal["save", "report", "refuse"],
+        typer.Option(help="What to do with other tensors that differ (norms, biases, embeddings)."),
     ] = "save",
 ) -> None:
-    """Extract, and say what it cost."""
+    """Extract, and print the error."""
     from rich.progress import Progress
 
     from lorakit.algebra.extraction import extract as extract_adapter
@@ -49,14 +51,10 @@ def extract(
         )
     out.print(told(output, found.made, f"from {tuned}"), markup=False)
     if found.unchanged:
-        out.print(
-            f"{len(found.unchanged)} layers are as in the base and not adapted, the first {found.unchanged[0]}",
-            markup=False,
-        )
-    for words, tensors in (("kept whole", found.saved), ("LEFT OUT", found.left)):
+        same = plural(len(found.unchanged), "layer")
+        out.print(f"not adapted: {same} equal to the base, the first {found.unchanged[0]}", markup=False)
+    for words, tensors in (("saved whole", found.saved), ("LEFT OUT", found.left)):
         if tensors:
             most = max(tensors, key=lambda key: tensors[key])
-            out.print(
-                f"{words}: {len(tensors)} other tensors that differ, by at most {tensors[most]:.2%} ({most})",
-                markup=False,
-            )
+            differing = plural(len(tensors), "other tensor")
+            out.print(f"{words}: {differing}, changed by at most {tensors[most]:.2%} ({most})", markup=False)

@@ -3,97 +3,36 @@
 from __future__ import annotations
 
 import json
-import math
-import re
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from collections.abc import Mapping
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from lorakit.cli.arguments import Adapter, Json, Picture
 from lorakit.cli.screen import out
+from lorakit.cli.tables import table
+from lorakit.errors import LorakitError, plural
 
 if TYPE_CHECKING:
-    from rich.table import Table
-    from torch import Tensor
+    from lorakit.insight.inspection import AdapterReport
 
-HELP = "Show what an adapter is: method, base, rank and size per layer, largest singular values of what it adds; its experts."
-
-_DIAGONAL = ".lora_E"
-"""Between AdaLoRA's factors, whose names end without ".weight"."""
-_EXPERT = re.compile(r"(?P<path>.+)\.experts\.(?P<expert>\d+)")
-"""The name of an expert's change of a matrix, in a mixture that is one file."""
-
-
-@dataclass(frozen=True)
-class LayerReport:
-    """One adapted layer. `singular_values` are the largest of the matrix that is added, scale included."""
-
-    name: str
-    rank: int
-    alpha: float
-    scale: float
-    parameters: int
-    norm: float
-    singular_values: tuple[float, ...]
-
-
-@dataclass(frozen=True)
-class ExpertReport:
-    """One expert of a mixture, or one adapter behind a router; the norm is that of all it adds."""
-
-    name: str
-    method: str
-    layers: int
-    ranks: tuple[int, ...]
-    parameters: int
-    norm: float
-
-
-@dataclass(frozen=True)
-class RouterReport:
-    """What weighs experts: its kind, its options (top_k, the weight of the balance loss, …), the numbers of its own, and
-    how their names begin."""
-
-    kind: str
-    options: dict[str, Any]
-    parameters: int
-    experts: tuple[ExpertReport, ...]
-    prefix: str
-
-
-@dataclass(frozen=True)
-class AdapterReport:
-    """An adapter folder in numbers. `other` are tensors that are no factor: biases, modules trained in full, a router's.
-    The experts behind a router are files of their own, and count in `router` alone."""
-
-    folder: str
-    method: str
-    base: str | None
-    parameters: int
-    bytes: int
-    dtypes: dict[str, int]
-    targets: Any
-    layers: tuple[LayerReport, ...]
-    other: dict[str, tuple[int, ...]]
-    record: dict[str, Any]
-    router: RouterReport | None = None
+HELP = "Show an adapter: method, base, rank and size per layer, largest singular values of ΔW, experts."
 
 
 def inspect(
-    adapter: Annotated[Path, typer.Argument(help="An adapter folder, lorakit's or PEFT's.")],
-    top: Annotated[int, typer.Option(min=0, help="How many singular values per layer.")] = 4,
-    as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON instead.")] = False,
-    picture: Annotated[Path | None, typer.Option(help="Also draw the rank of every layer into this PNG file.")] = None,
+    adapter: Adapter,
+    top: Annotated[int, typer.Option(min=0, help="Number of singular values per layer.")] = 4,
+    as_json: Json = False,
+    picture: Picture = None,
 ) -> None:
     """Print the report of an adapter folder."""
     from lorakit.files.interchange import bare
+    from lorakit.insight.inspection import examine
 
     report = examine(adapter, top)
     if picture is not None:
-        from lorakit.cli.picture import draw_ranks
-        from lorakit.errors import LorakitError
+        from lorakit.insight.picture import draw_ranks
 
         if not report.layers:
             raise LorakitError(f"inspect: {adapter} ({report.method}) has no pairs of factors, so no ranks to draw.")
@@ -104,187 +43,64 @@ def inspect(
         return
     out.print(f"[bold]{report.folder}[/bold]: {report.method} for {report.base or 'an unnamed base model'}")
     size = f"{report.bytes / 2**20:.1f} MiB" if report.bytes >= 2**20 else f"{report.bytes / 2**10:.1f} KiB"
-    dtypes = ", ".join(f"{dtype} ×{count}" for dtype, count in report.dtypes.items())
-    ranks = sorted({layer.rank for layer in report.layers})
-    places = f"{len(report.layers)} layers" if ranks else f"{len(report.other)} tensors"
-    out.print(f"{report.parameters:,} parameters in {places}, {size} ({dtypes})")
-    if ranks:
-        out.print(f"ranks {', '.join(map(str, ranks))}; targets {_shown(report.targets)}")
+    places = plural(len(report.layers), "layer") if report.layers else plural(len(report.other), "tensor")
+    out.print(f"{plural(report.parameters, 'parameter')} in {places}, {size} ({', '.join(report.dtypes)})")
+    if report.layers:
+        ranks = ", ".join(map(str, sorted({layer.rank for layer in report.layers})))
+        targets = ", ".join(report.targets) if isinstance(report.targets, list) else report.targets
+        out.print(f"rank {ranks}; targets {targets}")
     if report.record:
-        out.print(_trained(report.record))
+        out.print(_trained(report.record), markup=False)
     if report.router is not None:
-        out.print(_routing(report.router), markup=False)
-        out.print(_experts(report.router))
-    if ranks:
-        out.print(_table(report, top))
+        _print_router(report)
+    if report.layers:
+        _print_layers(report, top)
     for name, shape in report.other.items():
         if report.router is None or not bare(name).startswith(report.router.prefix):
-            out.print(
-                f"{'also holds ' if ranks or report.router else ''}{name} {'×'.join(map(str, shape))}", markup=False
-            )
-
-
-def examine(folder: Path, top: int = 4) -> AdapterReport:
-    """Read an adapter folder into a report.
-
-    The singular values of B A cost what the rank costs rather than the layer (`spectrum.py`).
-    Raises LorakitError for a folder that holds no readable adapter.
-    """
-    from lorakit.files import store
-    from lorakit.files.interchange import PAIRS
-
-    pairs = {**PAIRS, ".lora_A": ".lora_B"}
-    config, own, tensors = store.read_config(folder), store.read_own(folder), store.read_tensors(folder)
-    layers, used = [], set()
-    for key, A in tensors.items():
-        ending = next((ending for ending in pairs if key.endswith(ending)), None)
-        if ending is None or key.removesuffix(ending) + pairs[ending] not in tensors:
-            continue
-        partner = key.removesuffix(ending) + pairs[ending]
-        used |= {key, partner}
-        diagonal = tensors.get(key.removesuffix(ending) + _DIAGONAL)
-        if diagonal is not None:
-            used.add(key.removesuffix(ending) + _DIAGONAL)
-        layers.append(_layer(key.removesuffix(ending), A, tensors[partner], diagonal, config, top))
-    other = {key: tuple(tensor.shape) for key, tensor in tensors.items() if key not in used}
-    dtypes: dict[str, int] = {}
-    for tensor in tensors.values():
-        name = str(tensor.dtype).removeprefix("torch.")
-        dtypes[name] = dtypes.get(name, 0) + 1
-    return AdapterReport(
-        folder=str(folder),
-        method=_method(config, own),
-        base=config.get("base_model_name_or_path"),
-        parameters=sum(tensor.numel() for tensor in tensors.values()),
-        bytes=sum(tensor.numel() * tensor.element_size() for tensor in tensors.values()),
-        dtypes=dtypes,
-        targets=config.get("target_modules"),
-        layers=tuple(layers),
-        other=other,
-        record=own.get("record", {}),
-        router=_router(folder, own, layers, tensors),
-    )
-
-
-def _layer(key: str, A: Tensor, B: Tensor, diagonal: Tensor | None, config: Mapping[str, Any], top: int) -> LayerReport:
-    from lorakit.core.spectrum import spectrum
-    from lorakit.files.interchange import alpha_in, bare, scale_in
-
-    path = bare(key)
-    rank = A.shape[0]
-    alpha, scale = alpha_in(config, path, rank), scale_in(config, path, rank)
-    if diagonal is not None:  # PEFT's AdaLoRA divides by the rank that it started from, plus a constant
-        scale = alpha / (float(config.get("init_r", rank)) + 1e-5)
-        B = B.double() * diagonal.double().flatten()
-    values = abs(scale) * spectrum(B.flatten(1), A.flatten(1)).values
-    return LayerReport(
-        name=path,
-        rank=rank,
-        alpha=alpha,
-        scale=scale,
-        parameters=A.numel() + B.numel() + (0 if diagonal is None else diagonal.numel()),
-        norm=float(values.square().sum().sqrt()),
-        singular_values=tuple(values[:top].tolist()),
-    )
-
-
-def _router(
-    folder: Path, own: Mapping[str, Any], layers: Sequence[LayerReport], tensors: Mapping[str, Tensor]
-) -> RouterReport | None:
-    """What weighs experts in this folder, if anything does."""
-    from lorakit.experts import MEMBERS, MIXTURES, ROUTERS
-    from lorakit.files.interchange import bare
-
-    members = [name for name, _ in own.get("members") or ()]
-    inside: dict[str, list[LayerReport]] = {}
-    for layer in layers:
-        found = _EXPERT.fullmatch(layer.name)
-        if found:
-            inside.setdefault(found["expert"], []).append(layer)
-    method = own.get("method", {})
-    spec = {**MIXTURES, **ROUTERS}.get(str(method.get("name")))
-    if spec is None:
-        return None
-    reports = [(name, examine(folder / MEMBERS / name, 0)) for name in members]
-    experts = [_expert(name, report.method, report.layers, report.parameters) for name, report in reports]
-    for name, held in sorted(inside.items(), key=lambda item: int(item[0])):
-        inner = str((method.get("inner") or {}).get("name", ""))
-        experts.append(_expert(name, inner, held, sum(layer.parameters for layer in held)))
-    return RouterReport(
-        kind=str(method.get("name")),
-        options={name: value for name, value in method.items() if name not in ("name", "inner")},
-        parameters=sum(tensor.numel() for key, tensor in tensors.items() if bare(key).startswith(spec.router_prefix)),
-        experts=tuple(experts),
-        prefix=spec.router_prefix,
-    )
-
-
-def _expert(name: str, method: str, layers: Sequence[LayerReport], parameters: int) -> ExpertReport:
-    return ExpertReport(
-        name=name,
-        method=method,
-        layers=len(layers),
-        ranks=tuple(sorted({layer.rank for layer in layers})),
-        parameters=parameters,
-        norm=math.sqrt(sum(layer.norm**2 for layer in layers)),
-    )
-
-
-def _routing(router: RouterReport) -> str:
-    options = ", ".join(f"{name} {value}" for name, value in router.options.items() if name != "experts")
-    size = f"{router.parameters:,} parameters of its own"
-    return f"router {router.kind} over {len(router.experts)} experts: {options + '; ' if options else ''}{size}"
-
-
-def _experts(router: RouterReport) -> Table:
-    from rich.table import Table
-
-    table = Table(box=None, header_style="bold", pad_edge=False)
-    table.add_column("expert", overflow="fold")
-    table.add_column("method")
-    for column in ("layers", "ranks", "parameters", "norm of ΔW"):
-        table.add_column(column, justify="right")
-    for one in router.experts:
-        ranks = ", ".join(map(str, one.ranks)) or "-"
-        table.add_row(one.name, one.method, str(one.layers), ranks, f"{one.parameters:,}", f"{one.norm:.4g}")
-    return table
-
-
-def _method(config: Mapping[str, Any], own: Mapping[str, Any]) -> str:
-    options = [name for name in ("use_rslora", "use_dora") if config.get(name)]
-    name = own.get("method", {}).get("name") or str(config["peft_type"]).lower()
-    return name + (f" ({', '.join(option.removeprefix('use_') for option in options)})" if options else "")
-
-
-def _table(report: AdapterReport, top: int) -> Table:
-    from rich.table import Table
-
-    table = Table(box=None, header_style="bold", pad_edge=False)
-    table.add_column("layer", overflow="fold", min_width=24)
-    for column in ("rank", "scale", "parameters", "norm of ΔW"):
-        table.add_column(column, justify="right")
-    if top:
-        table.add_column("largest singular values", justify="right")
-    for layer in report.layers:
-        cells = [layer.name, str(layer.rank), f"{layer.scale:g}", f"{layer.parameters:,}", f"{layer.norm:.4g}"]
-        if top:
-            cells.append("  ".join(f"{value:.3g}" for value in layer.singular_values))
-        table.add_row(*cells)
-    return table
-
-
-def _shown(targets: Any) -> str:
-    return ", ".join(targets) if isinstance(targets, list) else str(targets)
+            also = "also holds " if report.layers or report.router else ""
+            out.print(f"{also}{name} {'×'.join(map(str, shape))}", markup=False)
 
 
 def _trained(record: Mapping[str, Any]) -> str:
-    words = (
-        f"trained on {record['train_rows']:,} rows, {record['steps']:,} steps" if "train_rows" in record else "trained"
-    )
+    """What training did, in one line: "trained on 56 rows, 30 steps: loss 10.86 -> 9.99, token accuracy 1% -> 58%"."""
+    if "train_rows" not in record:
+        return "trained"
+    words = f"trained on {plural(record['train_rows'], 'row')}, {plural(record['steps'], 'step')}"
+    before, after = record.get("before") or {}, record.get("after") or {}
     measured = []
-    for when in ("before", "after"):
-        numbers = record.get(when) or {}
-        measured += [
-            f"{name.replace('_', ' ')} {when} {value:.4g}" for name, value in numbers.items() if name != "rows"
-        ]
-    return words + (f" ({', '.join(measured)})" if measured else "")
+    for name in sorted({**before, **after}, key=lambda name: name != "loss"):
+        if name not in ("rows", "perplexity"):  # perplexity is the loss by another name
+            numbers = [when[name] for when in (before, after) if isinstance(when.get(name), int | float)]
+            form = ".0%" if name != "loss" else ".2f" if min(numbers, default=0) >= 1 else ".3g"
+            values = " -> ".join(f"{number:{form}}" for number in numbers)
+            measured += [f"{name.replace('_', ' ')} {values}"] if values else []
+    return words + (f": {', '.join(measured)}" if measured else "")
+
+
+def _print_router(report: AdapterReport) -> None:
+    router = report.router
+    assert router is not None
+    options = "".join(f"{name} {value}, " for name, value in router.options.items() if name != "experts")
+    own = f"{options}{plural(router.parameters, 'own parameter')}"
+    out.print(f"router {router.kind} over {plural(len(router.experts), 'expert')}: {own}", markup=False)
+    rows = [
+        (
+            one.name,
+            one.method,
+            str(one.layers),
+            ", ".join(map(str, one.ranks)) or "-",
+            f"{one.parameters:,}",
+            f"{one.norm:.4g}",
+        )
+        for one in router.experts
+    ]
+    out.print(table("expert", "method", "layers", "ranks", "parameters", "norm of ΔW", rows=rows))
+
+
+def _print_layers(report: AdapterReport, top: int) -> None:
+    rows = []
+    for layer in report.layers:
+        row = [layer.name, str(layer.rank), f"{layer.scale:g}", f"{layer.parameters:,}", f"{layer.norm:.4g}"]
+        rows.append([*row, "  ".join(f"{value:.3g}" for value in layer.singular_values)] if top else row)
+    headings = ["rank", "scale", "parameters", "norm of ΔW", *(["largest singular values"] if top else [])]
+    out.print(table("layer", *headings, rows=rows))

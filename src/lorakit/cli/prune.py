@@ -2,47 +2,44 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
-from lorakit.cli.outcome import batches_of, on_base, told, unlike
+from lorakit.cli.arguments import Adapter, Base, Output, Rows
+from lorakit.cli.outcome import on_base
 from lorakit.cli.screen import out
+from lorakit.errors import plural
 
-HELP = "Leave out the layers or ranks of an adapter that do little, by their size or by the loss on data."
+HELP = "Remove the layers or ranks of an adapter that matter least, by their norm or by the loss on data."
 
 
 def prune(
-    adapter: Annotated[Path, typer.Argument(help="The adapter folder.")],
-    output: Annotated[Path, typer.Option("--output", "-o", help="The folder to write.")],
-    keep: Annotated[float, typer.Option(help="The share that stays, such as 0.5; a number from 1 on is a count.")],
-    what: Annotated[str, typer.Option(help="layers or ranks.")] = "layers",
+    adapter: Adapter,
+    output: Output,
+    keep: Annotated[
+        float, typer.Option(help="Share to keep, such as 0.5; 1 and above is a number of layers or ranks.")
+    ],
+    what: Annotated[Literal["layers", "ranks"], typer.Option(help="What to remove.")] = "layers",
     data: Annotated[
-        str | None, typer.Option(help="Rows to measure the loss on (as for training); without them size decides.")
+        str | None, typer.Option(help="Rows to measure the loss on, as for training; by default the norm decides.")
     ] = None,
-    rows: Annotated[int, typer.Option(min=1, help="How many of the rows.")] = 64,
-    base: Annotated[
-        str | None,
-        typer.Option(help="The base model, for data and for methods other than LoRA; by default the file's."),
-    ] = None,
+    rows: Rows = 64,
+    base: Base = None,
 ) -> None:
-    """Prune, and say what it cost."""
+    """Prune, and print the error."""
     from lorakit.algebra.pruning import prune as prune_adapter
-    from lorakit.algebra.pruning import prune_folder
 
-    unlike("prune", output, [adapter])
-    share: float | int = keep if keep < 1 else int(keep)
     by = "norm" if data is None else "loss"
-    with on_base("prune", base, [adapter], always=data is not None) as given:
-        if given.on_model:
-            batches = None if data is None else batches_of(given.tokenizer, data, rows)
-            report = prune_adapter(given.adapters[0], keep=share, what=what, by=by, batches=batches)
-            record = {"from": str(adapter), "keep": share, "what": what, "by": by, "dropped": list(report.dropped)}
-            given.save(report.made, output, {"pruned": {**record, **report.made.record()}})
-        else:
-            report = prune_folder(adapter, output, keep=share, what=what)
-    gone = f"{len(report.dropped)} layers left out by {by}" if report.dropped else f"no layer left out whole, by {by}"
-    out.print(told(output, report.made, gone), markup=False)
-    if report.loss is not None:
-        out.print(f"loss on {rows} rows: {report.loss[0]:.4f} before, {report.loss[1]:.4f} after", markup=False)
+    with on_base("prune", [adapter], base, output, always=data is not None) as given:
+        found = prune_adapter(
+            given.adapters[0],
+            keep=keep if keep < 1 else int(keep),
+            what=what,
+            by=by,
+            batches=None if data is None else given.batches(data, rows),
+            output=given.output,
+        )
+        given.finish(found.made, f"{plural(len(found.dropped), 'whole layer')} removed by {by}")
+    if found.loss is not None:
+        out.print(f"loss on {plural(rows, 'row')}: {found.loss[0]:.4f} -> {found.loss[1]:.4f}", markup=False)

@@ -2,34 +2,26 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from lorakit.cli.outcome import on_base, told, unlike
-from lorakit.cli.screen import out
+from lorakit.cli.arguments import Adapter, Base, Output, Rank
+from lorakit.cli.outcome import on_base
 
-HELP = "Write an adapter that adds a multiple of what another adds: 0.5 halves it, -1 turns it round."
+HELP = "Scale an adapter's effect: 0.5 halves it, -1 reverses it."
 
 
 def scale(
-    adapter: Annotated[Path, typer.Argument(help="The adapter folder.")],
-    factor: Annotated[float, typer.Argument(help="The multiple.")],
-    output: Annotated[Path, typer.Option("--output", "-o", help="The folder to write.")],
-    rank: Annotated[int | None, typer.Option(min=1, help="Cut the result to this rank.")] = None,
-    base: Annotated[
-        str | None, typer.Option(help="The base model, for methods other than LoRA; by default the one in the file.")
-    ] = None,
+    adapter: Adapter,
+    factor: Annotated[float, typer.Argument(metavar="FACTOR", help="Factor.")],
+    output: Output,
+    rank: Rank = None,
+    base: Base = None,
 ) -> None:
-    """Scale, and say what it cost."""
+    """Scale, and print the error."""
     from lorakit.algebra.combining import scale as scaled
 
-    unlike("scale", output, [adapter])
-    with on_base("scale", base, [adapter]) as given:
-        if given.on_model:
-            report = scaled(given.adapters[0], factor, rank=rank)
-            given.save(report, output, {"scaled": {"from": str(adapter), "factor": factor, **report.record()}})
-        else:
-            report = scaled(adapter, factor, rank=rank, output=output)
-    out.print(told(output, report, f"{factor:g} times {adapter}"), markup=False)
+    with on_base("scale", [adapter], base, output) as given:
+        made = scaled(given.adapters[0], factor, rank=rank, output=given.output)
+        given.finish(made, f"{factor:g} times {adapter}")

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from torch import nn
 
-from lorakit.conversion.content import Content, read_source, write_bundles, write_file, write_mlx
+from lorakit.conversion.content import Content, read_source
 from lorakit.conversion.description import Description, fitted
 from lorakit.conversion.diffusers import DIFFUSERS
 from lorakit.conversion.format import Format, Target
@@ -30,15 +30,7 @@ from lorakit.errors import LorakitError, unknown
 
 log = logging.getLogger("lorakit")
 
-FORMATS: dict[str, Format] = {
-    "peft": PEFT,
-    "kohya": KOHYA,
-    "lycoris": LYCORIS,
-    "diffusers": DIFFUSERS,
-    "loralib": LORALIB,
-    "gguf": GGUF,
-    "mlx": MLX,
-}
+FORMATS: dict[str, Format] = {one.name: one for one in (PEFT, KOHYA, LYCORIS, DIFFUSERS, LORALIB, GGUF, MLX)}
 """The formats by name; a file is of the first that claims it."""
 
 
@@ -89,9 +81,7 @@ def convert(
     Raises:
         LorakitError: the source is damaged, unknown or mixed up; the base is another; the target has no place for something.
     """
-    if to not in FORMATS:
-        raise unknown("format", to, FORMATS)
-    target = FORMATS[to]
+    target = _named(to)
     place = _place(source, output, target) if output is not None else None
     names = names_of(base)
     contents = read_source(source)
@@ -105,16 +95,13 @@ def convert(
         names = names_of(description.base)
         description = names.checked(description)
     described = fitted(description, target.holds, target.title)
+    target.check(described)
     written, said = target.write(described, Target(names, names.name or description.base))
     for note in said.notes:
-        (tell or _log)(note)
+        tell(note) if tell is not None else log.info("convert: %s", note)
     if place is not None:
-        _write(place, target, written)
+        target.save(place, written)
     return Converted(place, found.name, to, said, said.notes)
-
-
-def _log(note: str) -> None:
-    log.info("convert: %s", note)
 
 
 def _place(source: str | Path, output: str | Path, target: Format) -> Path:
@@ -131,11 +118,15 @@ def _place(source: str | Path, output: str | Path, target: Format) -> Path:
     return path
 
 
+def _named(name: str) -> Format:
+    if name not in FORMATS:
+        raise unknown("format", name, FORMATS)
+    return FORMATS[name]
+
+
 def _format_of(contents: Mapping[str, Content], origin: str | None) -> Format:
     if origin is not None:
-        if origin not in FORMATS:
-            raise unknown("format", origin, FORMATS)
-        return FORMATS[origin]
+        return _named(origin)
     content = next(iter(contents.values()))
     for format in FORMATS.values():
         if all(format.claims(one) for one in contents.values()):
@@ -166,15 +157,6 @@ def _as_component(description: Description, component: str | None) -> Descriptio
             f"convert: component={component!r} was given for an adapter that has {', '.join(description.components)} already."
         )
     return replace(description, components={component: next(iter(description.components.values()))})
-
-
-def _write(place: Path, target: Format, written: dict[str, Content]) -> None:
-    if target is PEFT:
-        write_bundles(place, written)
-    elif target is MLX:
-        write_mlx(place, written[""])
-    else:
-        write_file(place, written[""])
 
 
 __all__ = ["FORMATS", "Converted", "Description", "Format", "Names", "convert", "names_of"]

@@ -7,7 +7,8 @@ refused there if need be; only then is anything written, beside its place and pu
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -97,9 +98,8 @@ def _file(path: Path) -> Content:
         return _gguf(path)
     if path.suffix in PICKLES:
         raise LorakitError(
-            f"convert: {path} is a pickle, which can run code when it is read; lorakit reads safetensors and GGUF only. "
-            "Save its "
-            "tensors with safetensors.torch.save_file."
+            f"convert: {path} is a pickle, which can run code when it is read; lorakit reads safetensors and GGUF "
+            "only. Save its tensors with safetensors.torch.save_file."
         )
     try:
         with safe_open(path, "pt") as file:
@@ -110,18 +110,26 @@ def _file(path: Path) -> Content:
     return Content(str(path), tensors, metadata)
 
 
-def _gguf(path: Path) -> Content:
-    from gguf import GGUFReader, dequantize
+@contextmanager
+def open_gguf(path: Path) -> Iterator[Any]:
+    """A reader of a GGUF file; what is wrong with the file is said in the block too."""
+    from gguf import GGUFReader
 
     try:
-        reader = GGUFReader(path)
+        yield GGUFReader(path)
+    except (ValueError, OSError, KeyError, IndexError) as problem:
+        raise LorakitError(f"convert: {path} is no whole GGUF file ({problem}).") from problem
+
+
+def _gguf(path: Path) -> Content:
+    from gguf import dequantize
+
+    with open_gguf(path) as reader:
         metadata = {name: entry.contents() for name, entry in reader.fields.items() if not name.startswith("GGUF.")}
         tensors = {
             tensor.name: torch.from_numpy(dequantize(tensor.data, tensor.tensor_type).copy())
             for tensor in reader.tensors
         }
-    except (ValueError, OSError, KeyError, IndexError) as problem:
-        raise LorakitError(f"convert: {path} is no whole GGUF file ({problem}).") from problem
     return Content(str(path), tensors, metadata)
 
 
@@ -130,25 +138,18 @@ def _gguf(path: Path) -> Content:
 
 def write_bundles(output: Path, contents: Mapping[str, Content]) -> None:
     """PEFT's folder; several components as folders below one that is replaced whole."""
-    if list(contents) == [""]:
-        content = contents[""]
-        replace_folder(
-            output,
-            lambda fresh: write_bundle(fresh, content.config, content.tensors, content.own or None),
-            (CONFIG, TENSORS, OWN),
-        )
-        return
 
     def write(fresh: Path) -> None:
         for name, content in contents.items():
-            (fresh / name).mkdir()
+            (fresh / name).mkdir(exist_ok=True)
             write_bundle(fresh / name, content.config, content.tensors, content.own or None)
 
-    replace_folder(output, write, tuple(contents))
+    replace_folder(output, write, (CONFIG, TENSORS, OWN) if list(contents) == [""] else tuple(contents))
 
 
-def write_mlx(output: Path, content: Content) -> None:
+def write_mlx(output: Path, contents: Mapping[str, Content]) -> None:
     """MLX's folder: the tensors and their configuration."""
+    (content,) = contents.values()
 
     def write(fresh: Path) -> None:
         _save(content, fresh / MLX_TENSORS)
@@ -157,8 +158,9 @@ def write_mlx(output: Path, content: Content) -> None:
     replace_folder(output, write, (MLX_TENSORS, CONFIG))
 
 
-def write_file(output: Path, content: Content) -> None:
+def write_file(output: Path, contents: Mapping[str, Content]) -> None:
     """One file; a GGUF file where its name says so."""
+    (content,) = contents.values()
     replace_file(output, lambda fresh: (_save_gguf if output.suffix == ".gguf" else _save)(content, fresh))
 
 

@@ -11,16 +11,16 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
 
 from lorakit.core.delta import Delta, Method, Pool, Shape
 from lorakit.core.layout import Convolution, Embedding, Layout, Linear
-from lorakit.errors import LorakitError
+from lorakit.errors import LorakitError, plural
 from lorakit.methods import DoRA, Full, LoHa, LoKr, LoRA
 
 MAGNITUDE = "lora_magnitude_vector"
@@ -46,9 +46,8 @@ class Layer:
     def delta(self) -> Delta:
         """The delta with these tensors; no base weight is in it."""
         delta = _blank(self.method, self.layout.shape)
-        owner = delta.get_submodule("inner") if "m" in self.tensors else delta
         for letter, tensor in self.tensors.items():
-            setattr(delta if letter == "m" else owner, letter, nn.Parameter(tensor, requires_grad=False))
+            setattr(_owner(delta, letter), letter, nn.Parameter(tensor, requires_grad=False))
         return delta
 
     def words(self) -> dict[str, Tensor]:
@@ -61,7 +60,7 @@ class Layer:
     @property
     def inner(self) -> Method:
         """The spec of what is added, below DoRA's magnitudes."""
-        return self.method.inner if isinstance(self.method, DoRA) else self.method
+        return inner_of(self.method)
 
     @property
     def rank(self) -> int:
@@ -75,8 +74,16 @@ class Layer:
 
     @property
     def scale(self) -> float:
-        """The factor of `B A`."""
-        return scale_of(self.method)
+        """The factor of the low-rank product."""
+        spec: Any = self.inner
+        if isinstance(spec, LoRA):
+            return spec.scale
+        return float(spec.alpha / spec.rank) if isinstance(spec, LoHa | LoKr) else 1.0
+
+    def over(self, inner: Method, **tensors: Tensor) -> Layer:
+        """The same with another spec below DoRA's magnitudes, and these tensors in the place of its own."""
+        method = self.method.replace(inner=inner) if isinstance(self.method, DoRA) else inner
+        return replace(self, method=method, tensors={**self.tensors, **tensors})
 
     def scaled(self, scale: float) -> Layer:
         """The same change with another scale in the spec, B multiplied so that nothing else changes.
@@ -84,15 +91,13 @@ class Layer:
         Exact where the quotient of the scales is a power of two, else to the rounding of B (in float32 or wider).
         """
         quotient = self.scale / scale
-        spec = cast(Any, self.method)
         inner = cast(Any, self.inner).replace(alpha=scale * self.rank, rslora=False)
-        method = spec.replace(inner=inner) if isinstance(spec, DoRA) else inner
         if quotient == 1.0:
-            return replace(self, method=method)
+            return self.over(inner)
         B = self.tensors["B"]
         if math.frexp(quotient)[0] != 0.5 and B.dtype in (torch.float16, torch.bfloat16):
             B = B.float()
-        return replace(self, method=method, tensors={**self.tensors, "B": B * quotient})
+        return self.over(inner, B=B * quotient)
 
     def as_lora(self) -> Layer | None:
         """The same change as a plain LoRA, exactly, or None where it is none of a smaller rank than the matrix."""
@@ -145,12 +150,19 @@ class Description:
         )
 
 
-def scale_of(method: Method) -> float:
-    """The factor of the low-rank product in a spec."""
-    spec: Any = method.inner if isinstance(method, DoRA) else method
-    if isinstance(spec, LoRA):
-        return spec.scale
-    return float(spec.alpha / spec.rank) if isinstance(spec, LoHa | LoKr) else 1.0
+def inner_of(method: Method) -> Method:
+    """The spec of what is added, below DoRA's magnitudes."""
+    return method.inner if isinstance(method, DoRA) else method
+
+
+def _owner(delta: Delta, letter: str) -> nn.Module:
+    """The module that has one of a delta's tensors: DoRA has the magnitudes itself."""
+    return delta.get_submodule("inner") if isinstance(delta.spec, DoRA) and letter != "m" else delta
+
+
+def as_embedding(words: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A linear layer's words as those of an embedding."""
+    return {word.replace("lora_", "lora_embedding_").removesuffix(".weight"): value for word, value in words.items()}
 
 
 def _blank(method: Method, shape: Shape) -> Delta:
@@ -161,8 +173,7 @@ def _blank(method: Method, shape: Shape) -> Delta:
 
 def _letters(method: Method, layout: Layout) -> dict[str, tuple[str, str]]:
     """The paper's letter -> (PEFT's word, axes) for a layer."""
-    inner = method.inner if isinstance(method, DoRA) else method
-    letters = _blank(inner, layout.shape).peft_keys(layout.kind)
+    letters = _blank(inner_of(method), layout.shape).peft_keys(layout.kind)
     return {**letters, "m": (MAGNITUDE, "features")} if isinstance(method, DoRA) else letters
 
 
@@ -171,13 +182,11 @@ def with_one_factor(layers: Mapping[str, Layer]) -> dict[str, Layer] | None:
 
     A file keeps sizes and no factor, and several factors may give a layer's; PEFT's configuration has one for all layers.
     """
-    factors = dict.fromkeys(cast(LoKr, layer.inner).factor for layer in layers.values())
-    for factor in factors:
+    for factor in dict.fromkeys(cast(LoKr, layer.inner).factor for layer in layers.values()):
         for both in (False, True):
             changed = {path: _refactored(layer, factor, both) for path, layer in layers.items()}
-            whole = {path: layer for path, layer in changed.items() if layer is not None}
-            if len(whole) == len(layers):
-                return whole
+            if all(changed.values()):
+                return cast(dict[str, Layer], changed)
     return None
 
 
@@ -188,7 +197,7 @@ def _refactored(layer: Layer, factor: int, both: bool) -> Layer | None:
     sizes = {name: tuple(parameter.shape) for name, parameter in blank.named_parameters()}
     if sizes != {name: tuple(tensor.shape) for name, tensor in layer.tensors.items() if name != "m"}:
         return None
-    return replace(layer, method=layer.method.replace(inner=inner) if isinstance(layer.method, DoRA) else inner)
+    return layer.over(inner)
 
 
 # -- from a file's words to a layer ----------------------------------------------------------------------------------------
@@ -204,35 +213,28 @@ def assemble(method: Method, words: Mapping[str, Tensor], where: str, layout: La
         layout = layout_of(method, words, where)
     letters = _letters(method, layout)
     expected = {word for word, _ in letters.values()}
-    for word in sorted(expected - set(words)):
-        raise LorakitError(
-            f"convert: {where} has {', '.join(sorted(words))} and lacks {word}; {method.name} is not whole without."
-        )
+    for word in sorted(expected):
+        need(words, word, where)
     for word in sorted(set(words) - expected):
         raise LorakitError(
             f"convert: {where} has {word!r} ({tuple(words[word].shape)}), which {method.name} with these sizes does not "
             f"have; it has {', '.join(sorted(expected))}."
         )
     blank = _blank(method, layout.shape)
-    owner = blank.get_submodule("inner") if isinstance(method, DoRA) else blank
     tensors: dict[str, Tensor] = {}
     for letter, (word, axes) in letters.items():
         value = layout.unpack(words[word], axes)
-        size = tuple(cast(Tensor, getattr(blank if letter == "m" else owner, letter)).shape)
+        size = tuple(getattr(_owner(blank, letter), letter).shape)
         if tuple(value.shape) != size:
+            rank = f"of rank {method.rank} " if hasattr(method, "rank") else ""
             raise LorakitError(
-                f"convert: {where}.{word} is {tuple(value.shape)}, where {size} would fit: {_said(method, layout)}."
+                f"convert: {where}.{word} is {tuple(value.shape)}, where {size} would fit: {method.name} {rank}on a matrix of "
+                f"{layout.shape.out} × {layout.shape.in_}."
             )
         if not torch.isfinite(value).all():
             raise LorakitError(f"convert: {where}.{word} holds a NaN or an infinity; nothing was written.")
         tensors[letter] = value
     return Layer(method, layout, tensors)
-
-
-def _said(method: Method, layout: Layout) -> str:
-    rank = getattr(method, "rank", None)
-    ranked = f"rank {rank} " if rank is not None else ""
-    return f"{method.name} of {ranked}on a matrix of {layout.shape.out} × {layout.shape.in_}"
 
 
 def recognise(words: Mapping[str, Tensor], alpha: float | None, where: str, whole_is_one: bool = False) -> Method:
@@ -255,34 +257,35 @@ def recognise(words: Mapping[str, Tensor], alpha: float | None, where: str, whol
             "method that lorakit knows."
         )
     family = families.pop()
-    method: Method
-    if family == "lora":
-        rank = _rank(words, ("lora_A.weight", "lora_embedding_A"), 0, where)
-        method = LoRA(rank=rank, alpha=float(rank if alpha is None else alpha))
-    elif family == "loha":
-        rank = _rank(words, ("hada_w1_b",), 0, where)
-        method = LoHa(rank=rank, alpha=float(rank if alpha is None else alpha))
-    elif family == "lokr":
+    method: Method = Full()
+    if family == "lokr":
         method = _kronecker(words, alpha, where, whole_is_one)
-    else:
-        method = Full()
+    elif family != "full":
+        rank = need(words, _pair(family, words)[1], where).shape[0]
+        method = {"lora": LoRA, "loha": LoHa}[family](rank=rank, alpha=float(rank if alpha is None else alpha))
     return DoRA(inner=method) if MAGNITUDE in words else method
 
 
-def _rank(words: Mapping[str, Tensor], names: tuple[str, ...], axis: int, where: str) -> int:
-    for name in names:
-        if name in words:
-            return words[name].shape[axis]
-    raise LorakitError(f"convert: {where} has {', '.join(sorted(words))} and lacks {names[0]}, half of the pair.")
+def _pair(family: str, words: Iterable[str]) -> tuple[str, str]:
+    """The words for a method's B (out, rank) and A (rank, in); for a whole matrix twice the same."""
+    if family == "lora" and any(word.startswith("lora_embedding") for word in words):
+        return "lora_embedding_B", "lora_embedding_A"
+    pairs = {"lora": ("lora_B.weight", "lora_A.weight"), "loha": ("hada_w1_a", "hada_w1_b")}
+    return pairs.get(family, ("full_P", "full_P"))
+
+
+def need(words: Mapping[str, Tensor], word: str, where: str) -> Tensor:
+    """The tensor of a word that must be there."""
+    if word not in words:
+        raise LorakitError(f"convert: {where} has {', '.join(sorted(words))} and lacks {word}.")
+    return words[word]
 
 
 def _kronecker(words: Mapping[str, Tensor], alpha: float | None, where: str, whole_is_one: bool) -> LoKr:
     """The LoKr whose sizes are those of the tensors; its factor is found, since files do not keep it."""
-    C, D = _sides(words, where)
-    (o1, i1), (o2, i2) = C, D[:2]
-    low = [words[name].shape[axis] for name, axis in (("lokr_w2_a", 1), ("lokr_w1_a", 1)) if name in words]
-    largest = max(o2, i2) + 1
-    rank = low[0] if low else largest
+    C, D = (o1, i1), (o2, i2) = _sides(words, where)
+    low = [words[name].shape[1] for name in ("lokr_w2_a", "lokr_w1_a") if name in words]
+    rank = low[0] if low else max(o2, i2) + 1
     if alpha is None or (not low and whole_is_one):
         alpha = float(rank)
     elif not low:
@@ -291,11 +294,9 @@ def _kronecker(words: Mapping[str, Tensor], alpha: float | None, where: str, who
             "divided."
         )
     for factor in dict.fromkeys((-1, o1, i1, max(o1, i1), min(o1, i1), o2, i2)):
-        for taps in _taps(words):
-            spec = LoKr(rank=rank, alpha=float(alpha), factor=factor, decompose_both="lokr_w1_a" in words)
-            shape = Shape(o1 * o2, i1 * i2, taps=taps)
-            if shape.in_ % taps == 0 and _fits(spec, shape, words):
-                return spec
+        spec = LoKr(rank=rank, alpha=float(alpha), factor=factor, decompose_both="lokr_w1_a" in words)
+        if _taps(spec, words, C, D) is not None:
+            return spec
     raise LorakitError(
         f"convert: {where} is a LoKr of ({o1} × {i1}) ⊗ ({o2} × {i2}) with {', '.join(sorted(words))}: no factor of lorakit's "
         "LoKr gives these sizes. If it is a convolution, name its base model, so that the kernel is known."
@@ -304,70 +305,46 @@ def _kronecker(words: Mapping[str, Tensor], alpha: float | None, where: str, who
 
 def _sides(words: Mapping[str, Tensor], where: str) -> tuple[tuple[int, int], tuple[int, int]]:
     """The sizes of C and D; for a convolution D's columns are channels times taps."""
-    sizes = []
-    for name in ("lokr_w1", "lokr_w2"):
+
+    def size(name: str) -> tuple[int, int]:
         if name in words:
-            sizes.append((words[name].shape[0], words[name][0].numel()))
-        elif f"{name}_a" in words and f"{name}_b" in words:
-            sizes.append((words[f"{name}_a"].shape[0], words[f"{name}_b"].shape[1]))
-        else:
-            raise LorakitError(
-                f"convert: {where} has {', '.join(sorted(words))} and lacks {name}, or the pair {name}_a and {name}_b."
-            )
-    return sizes[0], sizes[1]
+            return words[name].shape[0], words[name][0].numel()
+        return need(words, f"{name}_a", where).shape[0], need(words, f"{name}_b", where).shape[1]
+
+    return size("lokr_w1"), size("lokr_w2")
 
 
-def _taps(words: Mapping[str, Tensor]) -> tuple[int, ...]:
-    """What the kernel of a LoKr's layer may be; only a whole D says it."""
-    if "lokr_w2" in words:
-        return (math.prod(words["lokr_w2"].shape[2:]),)
-    return (1, 9, 25, 49, 3, 5, 7, 4, 16, 27)
-
-
-def _fits(spec: LoKr, shape: Shape, words: Mapping[str, Tensor]) -> bool:
-    delta = _blank(spec, shape)
-    keys = delta.peft_keys("linear")
-    return {word for word, _ in keys.values()} == {word for word in words if word != MAGNITUDE} and all(
-        getattr(delta, letter).numel() == words[word].numel()
-        and getattr(delta, letter).shape[0] == words[word].shape[0]
-        for letter, (word, _) in keys.items()
-    )
+def _taps(spec: LoKr, words: Mapping[str, Tensor], C: tuple[int, int], D: tuple[int, int]) -> int | None:
+    """The size of the kernel for which this spec gives these tensors, None where it never does. Only a whole D says the
+    size; else those that occur are tried."""
+    whole = "lokr_w2" in words
+    for taps in (math.prod(words["lokr_w2"].shape[2:]),) if whole else (1, 9, 25, 49, 3, 5, 7, 4, 16, 27):
+        shape = Shape(C[0] * D[0], C[1] * D[1], taps=taps)
+        if shape.in_ % taps:
+            continue
+        delta = _blank(spec, shape)
+        keys = delta.peft_keys("linear")
+        if {word for word, _ in keys.values()} == set(words) - {MAGNITUDE} and all(
+            getattr(delta, letter).numel() == words[word].numel()
+            and getattr(delta, letter).shape[0] == words[word].shape[0]
+            for letter, (word, _) in keys.items()
+        ):
+            return taps
+    return None
 
 
 def layout_of(method: Method, words: Mapping[str, Tensor], where: str) -> Layout:
     """The layout that the tensors themselves tell; a grouped convolution looks like a smaller one, which changes nothing."""
-    inner = method.inner if isinstance(method, DoRA) else method
-    if isinstance(inner, LoHa):
-        B, A = (words.get(name) for name in ("hada_w1_a", "hada_w1_b"))
-    elif isinstance(inner, LoKr):
-        (o1, i1), (o2, i2) = _sides(words, where)
-        out, columns = o1 * o2, i1 * i2
-        for taps in _taps(words):
-            shape = Shape(out, columns, taps=taps)
-            if columns % taps == 0 and _fits(inner, shape, words):
-                kernel = tuple(words["lokr_w2"].shape[2:]) if "lokr_w2" in words else (taps,)
-                if MAGNITUDE in words and len(kernel) < words[MAGNITUDE].ndim - 2:
-                    kernel = (*kernel, *[1] * (words[MAGNITUDE].ndim - 2 - len(kernel)))
-                return Linear(shape) if not kernel or kernel == (1,) else convolution(out, (columns // taps, *kernel))
-        raise LorakitError(
-            f"convert: {where} is a LoKr of ({o1} × {i1}) ⊗ ({o2} × {i2}), and its configuration (rank {inner.rank}, factor "
-            f"{inner.factor}) gives other sizes."
-        )
-    elif isinstance(inner, Full):
-        B = A = words["full_P"]
-    elif "lora_embedding_A" in words or "lora_embedding_B" in words:
-        B, A = (words.get(name) for name in ("lora_embedding_B", "lora_embedding_A"))
-        if B is not None and A is not None and B.ndim == A.ndim == 2:
-            return Embedding(Shape(B.shape[0], A.shape[1], lookup=True, bias=False))
-    else:
-        B, A = (words.get(name) for name in ("lora_B.weight", "lora_A.weight"))
-        if B is not None and A is not None and A.ndim > 2 and B.ndim == A.ndim:
-            return convolution(B.shape[0], tuple(A.shape[1:]))
-    if B is None or A is None:
-        missing = "B" if B is None else "A"
-        raise LorakitError(
-            f"convert: {where} has {', '.join(sorted(words))} and lacks the other half of the pair, its {missing}."
-        )
+    inner = inner_of(method)
+    if isinstance(inner, LoKr):
+        return _kronecker_layout(inner, words, where)
+    family = "lora" if isinstance(inner, LoRA) else inner.name
+    names = _pair(family, words)
+    B, A = (need(words, name, where) for name in names)
+    if names[0].startswith("lora_embedding") and B.ndim == A.ndim == 2:
+        return Embedding(Shape(B.shape[0], A.shape[1], lookup=True, bias=False))
+    if names[0] == "lora_B.weight" and A.ndim > 2 and B.ndim == A.ndim:
+        return convolution(B.shape[0], tuple(A.shape[1:]))
     if B.ndim != 2 or A.ndim != 2:
         raise LorakitError(
             f"convert: {where} has factors of {tuple(B.shape)} and {tuple(A.shape)}, which are no matrices of one product."
@@ -376,6 +353,20 @@ def layout_of(method: Method, words: Mapping[str, Tensor], where: str) -> Layout
     if m is not None and m.ndim > 1:  # a convolution's, whose kernel is none of the matrices' concern
         return convolution(B.shape[0], (A.shape[1], *[1] * (m.ndim - 2)))
     return Linear(Shape(B.shape[0], A.shape[1]))
+
+
+def _kronecker_layout(spec: LoKr, words: Mapping[str, Tensor], where: str) -> Layout:
+    C, D = _sides(words, where)
+    taps, out, columns = _taps(spec, words, C, D), C[0] * D[0], C[1] * D[1]
+    if taps is None:
+        raise LorakitError(
+            f"convert: {where} is a LoKr of ({C[0]} × {C[1]}) ⊗ ({D[0]} × {D[1]}), and its configuration (rank {spec.rank}, "
+            f"factor {spec.factor}) gives other sizes."
+        )
+    kernel = tuple(words["lokr_w2"].shape[2:]) if "lokr_w2" in words else (taps,)
+    if MAGNITUDE in words:
+        kernel += (1,) * (words[MAGNITUDE].ndim - 2 - len(kernel))
+    return Linear(Shape(out, columns)) if kernel in ((), (1,)) else convolution(out, (columns // taps, *kernel))
 
 
 def convolution(out: int, window: tuple[int, ...]) -> Convolution:
@@ -404,23 +395,13 @@ def fitted(description: Description, holds: tuple[str, ...], target: str) -> Des
             folded[f"{name} of rank {layer.rank} as lora of rank {plain.rank}"] += 1
             return plain
         raise LorakitError(
-            f"convert: {target} has no place for {name} ({_where(component, path)}); it holds {', '.join(holds)}. "
-            + _way_out(name)
+            f"convert: {target} has no place for {name} ({component}{component and '.'}{path}); it holds {', '.join(holds)}. "
+            f"`lorakit resize {'--energy 1.0' if name.startswith('dora') else '--rank R'}` (with the base model) makes a LoRA "
+            "of it, and says how much is lost."
         )
 
     changed = description.mapped(change)
-    notes = [f"{count} layers: {what}, which is exact" for what, count in folded.items()]
-    return changed.noting(*notes)
-
-
-def _way_out(name: str) -> str:
-    if name.startswith("dora"):
-        return (
-            "DoRA's magnitudes belong to the base's weights; with the base model, lorakit.resize (`lorakit resize "
-            "--energy 1.0`) "
-            "makes a plain LoRA of it."
-        )
-    return "`lorakit resize --rank R` (with the base model) makes a LoRA of it, and says how much is lost."
+    return changed.noting(*(f"{plural(count, 'layer')}: {what}, which is exact" for what, count in folded.items()))
 
 
 def method_name(method: Method) -> str:
@@ -430,18 +411,14 @@ def method_name(method: Method) -> str:
     return method.name
 
 
-def _where(component: str, path: str) -> str:
-    return f"{component}.{path}" if component else path
-
-
-def one_alpha(description: Description, target: str) -> tuple[Description, float]:
-    """The same with one alpha for all layers, as a target with one number needs it: scale = alpha / the layer's own rank."""
-    alphas = Counter(layer.alpha for _, _, layer in description.layers())
-    alpha, count = alphas.most_common(1)[0]
-    if len(alphas) == 1:
-        return description.mapped(lambda c, p, layer: layer.scaled(alpha / layer.rank)), alpha
-    changed = description.mapped(lambda c, p, layer: layer.scaled(alpha / layer.rank))
-    others = sum(alphas.values()) - count
-    return changed.noting(
-        f"{target} has one alpha: {alpha:g}; in {others} layers of another scale B is multiplied by it"
-    ), alpha
+def one_number(description: Description, target: str, word: Literal["alpha", "scale"]) -> tuple[Description, float]:
+    """The same with one alpha (a layer's scale is alpha / its own rank) or one scale for all layers, as a target needs it that
+    has one number."""
+    numbers = Counter(getattr(layer, word) for _, _, layer in description.layers())
+    number, count = numbers.most_common(1)[0]
+    changed = description.mapped(lambda c, p, layer: layer.scaled(number / layer.rank if word == "alpha" else number))
+    if len(numbers) == 1:
+        return changed, number
+    others = plural(numbers.total() - count, "layer")
+    note = f"{target} has one {word}: {number:g}; in {others} of another scale B is multiplied by it"
+    return changed.noting(note), number

@@ -12,13 +12,13 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor
 
 from lorakit.conversion.content import Content
 from lorakit.conversion.description import MAGNITUDE, Description, Layer, assemble, recognise
-from lorakit.conversion.format import Format, Target, ending, grouped, only
+from lorakit.conversion.format import CONVOLUTION, LINEAR, Format, Target, all_dora, ending, grouped, only
 from lorakit.conversion.names import CLIP, COMPONENTS, Names
 from lorakit.core.delta import Method
 from lorakit.core.walking import as_patterns, exactly, value_for
@@ -112,16 +112,8 @@ def write(description: Description, target: Target) -> tuple[dict[str, Content],
     tensors: dict[str, Tensor] = {}
     metadata: dict[str, Any] = {}
     for component, layers in description.components.items():
-        if component not in COMPONENTS:
-            raise LorakitError(
-                f"convert: Diffusers' file is about parts of a pipeline ({', '.join(COMPONENTS)}), and this adapter is "
-                "of a model "
-                "by itself. Say which part it is (--component)."
-            )
         metadata |= {f"{component}.{key}": value for key, value in _config(component, layers).items()}
         for path, layer in layers.items():
-            if layer.layout.kind == "embedding":
-                raise LorakitError(f"convert: {path} is an embedding, which Diffusers does not adapt.")
             for word, tensor in layer.words().items():
                 tensors[f"{component}.{_in_file(component, path)}.{word}"] = tensor
     text = json.dumps(metadata, indent=2, sort_keys=True)
@@ -134,18 +126,9 @@ def _in_file(component: str, path: str) -> str:
 
 
 def _config(component: str, layers: Mapping[str, Layer]) -> dict[str, Any]:
-    specs: dict[str, LoRA] = {}
-    doras = {isinstance(layer.method, DoRA) for layer in layers.values()}
-    roots = set()
-    for path, layer in layers.items():
-        assert isinstance(layer.inner, LoRA)
-        # by their ends, so that they fit CLIP with and without its lost level
-        specs[path.removeprefix(CLIP)] = layer.inner
-        roots.add(layer.inner.rslora)
-    if len(doras) > 1:
-        raise LorakitError(
-            f"convert: some layers of {component} have DoRA's magnitudes and others not; Diffusers has one for all."
-        )
+    # by their ends, so that they fit CLIP with and without its lost level
+    specs = {path.removeprefix(CLIP): cast(LoRA, layer.inner) for path, layer in layers.items()}
+    roots = {spec.rslora for spec in specs.values()}
     if len(roots) > 1:
         raise LorakitError(
             f"convert: some layers of {component} are scaled by rsLoRA's rule and others not; Diffusers has one."
@@ -159,7 +142,7 @@ def _config(component: str, layers: Mapping[str, Layer]) -> dict[str, Any]:
     return {
         "r": rank,
         "lora_alpha": alpha,
-        "use_dora": doras.pop(),
+        "use_dora": all_dora(layers.values(), "Diffusers"),
         "use_rslora": roots.pop(),
         "target_modules": sorted(specs),
         "rank_pattern": ranks,
@@ -173,6 +156,8 @@ DIFFUSERS = Format(
     file="pytorch_lora_weights.safetensors",
     suffix=".safetensors",
     holds=("lora", "dora"),
+    kinds=(LINEAR, CONVOLUTION),
+    about="parts",
     scale="metadata `lora_adapter_metadata`: PEFT's alpha, rank, patterns, rsLoRA per component; 1 without it",
     limits="Parts of a pipeline only. Read also in the older spellings, with `alpha` tensors. A Diffusers before 0.34 does not "
     "read the metadata, and takes every scale for 1.",

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
 
 from torch import Tensor
 
-from lorakit.conversion.content import Content
-from lorakit.conversion.description import Description
-from lorakit.conversion.names import Names
+from lorakit.conversion.content import Content, write_file
+from lorakit.conversion.description import Description, Layer
+from lorakit.conversion.names import COMPONENTS, Names
 from lorakit.errors import LorakitError
+from lorakit.methods import DoRA
+
+LINEAR, CONVOLUTION, EMBEDDING = "linear", "convolution", "embedding"
 
 
 @dataclass(frozen=True)
@@ -37,11 +42,14 @@ class Format:
         file: what it is on disk.
         suffix: of its file; "" where it is a folder.
         holds: methods that it has a place for.
+        kinds: kinds of layers that it has a place for.
+        about: "one" model by itself, "parts" of a pipeline, or "any" of both.
         scale: where it keeps the scale.
         limits: what it cannot say, or what must be given to read or write it.
         claims: whether some content is of this format.
         read: its content by component -> the description; names of the base where the format's own are not enough.
-        write: the description, in methods that it holds, -> its content by component, and the description with notes.
+        write: the description, of what it holds, -> its content by component, and the description with notes.
+        save: puts the content in its place.
     """
 
     name: str
@@ -49,11 +57,33 @@ class Format:
     file: str
     suffix: str
     holds: tuple[str, ...]
+    kinds: tuple[str, ...]
+    about: Literal["one", "parts", "any"]
     scale: str
     limits: str
     claims: Callable[[Content], bool]
     read: Callable[[Mapping[str, Content], Names], Description]
     write: Callable[[Description, Target], tuple[dict[str, Content], Description]]
+    save: Callable[[Path, Mapping[str, Content]], None] = write_file
+
+    def check(self, description: Description) -> None:
+        """Refuse models and kinds of layers for which the format has no place."""
+        components = list(description.components)
+        if self.about == "one" and len(components) != 1:
+            raise LorakitError(
+                f"convert: {self.name} is for one model, and this adapter changes {', '.join(components)}."
+            )
+        if self.about == "parts" and not set(components) <= set(COMPONENTS):
+            raise LorakitError(
+                f"convert: {self.name} is for parts of a diffusion pipeline ({', '.join(COMPONENTS)}), and this "
+                "adapter's model is none. Say which part it is (--component), or convert to lycoris."
+            )
+        for _, path, layer in description.layers():
+            if layer.layout.kind not in self.kinds:
+                raise LorakitError(
+                    f"convert: {path} is a layer of kind {layer.layout.kind}, for which {self.name} has no place; it holds "
+                    f"{', '.join(self.kinds)}."
+                )
 
 
 def grouped(content: Content, cut: Callable[[str], tuple[str, str] | None]) -> dict[str, dict[str, Tensor]]:
@@ -95,9 +125,9 @@ def only(contents: Mapping[str, Content], title: str) -> Content:
     return next(iter(contents.values()))
 
 
-def check_lone(description: Description, title: str) -> None:
-    """Refuse several components where a format is about one model."""
-    if len(description.components) != 1:
-        raise LorakitError(
-            f"convert: {title} is about one model, and this adapter changes {', '.join(description.components)}."
-        )
+def all_dora(layers: Iterable[Layer], title: str) -> bool:
+    """Whether the layers have DoRA's magnitudes, for a format in which all have them or none."""
+    (found, *more) = {isinstance(layer.method, DoRA) for layer in layers}
+    if more:
+        raise LorakitError(f"convert: some layers have DoRA's magnitudes and others not; {title} has one kind for all.")
+    return found

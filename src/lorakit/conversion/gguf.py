@@ -13,13 +13,13 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor
 
 from lorakit.conversion.content import Content
-from lorakit.conversion.description import Description, Layer, assemble, one_alpha, recognise
-from lorakit.conversion.format import Format, Target, check_lone, ending, grouped, only
+from lorakit.conversion.description import Description, Layer, as_embedding, assemble, one_number, recognise
+from lorakit.conversion.format import EMBEDDING, LINEAR, Format, Target, ending, grouped, only
 from lorakit.conversion.names import Names
 from lorakit.errors import LorakitError
 
@@ -77,38 +77,28 @@ def claims(content: Content) -> bool:
 
 def turned(rows: Tensor, heads: int, back: bool = False) -> Tensor:
     """The rows of a (out, …) tensor of q or k in llama.cpp's order, or from it back."""
-    if rows.shape[0] % (2 * heads):
+    half, odd = divmod(rows.shape[0], 2 * heads)
+    if odd:
         raise LorakitError(
-            f"convert: {rows.shape[0]} rows of q or k are no {heads} heads of an even size; the base's configuration is "
-            "of another "
-            "model."
+            f"convert: {rows.shape[0]} rows of q or k are no {heads} heads of an even size; the base's configuration is of "
+            "another model."
         )
-    inner = (2, -1) if not back else (-1, 2)
-    return (
-        rows.reshape(heads, *_sizes(rows.shape[0] // heads, inner), *rows.shape[1:]).transpose(1, 2).reshape(rows.shape)
-    )
-
-
-def _sizes(size: int, inner: tuple[int, int]) -> tuple[int, int]:
-    return (2, size // 2) if inner[0] == 2 else (size // 2, 2)
+    inner = (half, 2) if back else (2, half)
+    return rows.reshape(heads, *inner, *rows.shape[1:]).transpose(1, 2).reshape(rows.shape)
 
 
 def _heads(config: Mapping[str, Any], path: str) -> int | None:
     """How many heads the rows of this layer are, where it is a q or a k."""
-    last = path.rpartition(".")[2]
-    if last == "q_proj":
-        return int(config["num_attention_heads"])
-    if last == "k_proj":
-        return int(config.get("num_key_value_heads") or config["num_attention_heads"])
-    return None
+    asked = {"q_proj": "num_attention_heads", "k_proj": "num_key_value_heads"}.get(path.rpartition(".")[2])
+    return None if asked is None else int(config.get(asked) or config["num_attention_heads"])
 
 
 def _configured(names: Names, why: str) -> Mapping[str, Any]:
     config: Mapping[str, Any] = names.config.get("text_config") or names.config
     if "num_attention_heads" not in config:
         raise LorakitError(
-            f"convert: {why}, which the base's configuration says. Name the base (--base): a folder with config.json, its GGUF "
-            "file, or a name on the hub."
+            f"convert: {why} needs the number of attention heads: pass --base (a folder with config.json, its GGUF file, or a "
+            "name on the hub)."
         )
     return config
 
@@ -126,7 +116,13 @@ def read(contents: Mapping[str, Content], names: Names) -> Description:
         )
     if "adapter.alora.invocation_tokens" in metadata:
         raise LorakitError(f"convert: {content.where} is an activated LoRA, which acts from certain tokens on only.")
-    architecture = _architecture_named(str(metadata["general.architecture"]), content.where)
+    known = {one.name: one for one in ARCHITECTURES.values()}
+    name = str(metadata["general.architecture"])
+    if name not in known:
+        raise LorakitError(
+            f"convert: {content.where} is for llama.cpp's architecture {name!r}; lorakit knows {', '.join(known)}."
+        )
+    architecture = known[name]
     inside = {theirs: ours for ours, theirs in architecture.block.items()}
     outside = {theirs: ours for ours, theirs in _OUTSIDE.items()}
     layers: dict[str, Layer] = {}
@@ -143,30 +139,14 @@ def read(contents: Mapping[str, Content], names: Names) -> Description:
                 f"{', '.join([*inside, *outside])}."
             )
         if architecture.turned and path.endswith(("q_proj", "k_proj")) and "lora_B.weight" in words:
-            config = _configured(
-                names, f"{content.where} has the rows of q and k turned within each head; how many heads there are"
-            )
-            heads = _heads(config, path)
-            assert heads is not None
+            heads = cast(int, _heads(_configured(names, f"reading {content.where}, a GGUF adapter,"), path))
             words = {**words, "lora_B.weight": turned(words["lora_B.weight"], heads, back=True)}
         if name == "token_embd" and "lora_A.weight" in words:
-            words = {
-                word.replace("lora_", "lora_embedding_").removesuffix(".weight"): value for word, value in words.items()
-            }
+            words = as_embedding(words)
             words["lora_embedding_A"] = words["lora_embedding_A"].T.contiguous()
         alpha = float(metadata.get(ALPHA) or 0.0)  # llama.cpp takes none, or zero, for a scale of 1
         layers[path] = assemble(recognise(words, alpha or None, where), words, where)
     return Description({"": layers})
-
-
-def _architecture_named(name: str, where: str) -> Architecture:
-    for architecture in ARCHITECTURES.values():
-        if architecture.name == name:
-            return architecture
-    known = ", ".join(dict.fromkeys(one.name for one in ARCHITECTURES.values()))
-    raise LorakitError(
-        f"convert: {where} is for llama.cpp's architecture {name!r}; lorakit knows the names of {known}."
-    )
 
 
 # -- writing ---------------------------------------------------------------------------------------------------------------
@@ -174,8 +154,7 @@ def _architecture_named(name: str, where: str) -> Architecture:
 
 def write(description: Description, target: Target) -> tuple[dict[str, Content], Description]:
     """One file for the base's architecture."""
-    check_lone(description, "a GGUF adapter")
-    config = _configured(target.names, "GGUF names layers by architecture and orders the rows of q and k by heads")
+    config = _configured(target.names, "writing a GGUF adapter")
     kind = config.get("model_type") or config.get("gguf_architecture")
     if kind not in ARCHITECTURES:
         raise LorakitError(
@@ -183,7 +162,7 @@ def write(description: Description, target: Target) -> tuple[dict[str, Content],
             "llama.cpp's own convert_lora_to_gguf.py, from PEFT's format."
         )
     architecture = ARCHITECTURES[str(kind)]
-    scaled, alpha = one_alpha(description, "GGUF")
+    scaled, alpha = one_number(description, "GGUF", "alpha")
     tensors: dict[str, Tensor] = {}
     for _, path, layer in scaled.layers():
         name = _name(path, architecture, config)
@@ -199,10 +178,9 @@ def write(description: Description, target: Target) -> tuple[dict[str, Content],
         "adapter.type": "lora",
         ALPHA: float(alpha),
     }
-    notes = (
-        [] if not target.base else [f"made for {target.base}; llama.cpp checks the architecture and the shapes alone"]
-    )
-    return {"": Content("", tensors, metadata)}, scaled.noting(*notes)
+    if target.base:
+        scaled = scaled.noting(f"made for {target.base}; llama.cpp checks the architecture and the shapes alone")
+    return {"": Content("", tensors, metadata)}, scaled
 
 
 def _name(path: str, architecture: Architecture, config: Mapping[str, Any]) -> str:
@@ -213,9 +191,8 @@ def _name(path: str, architecture: Architecture, config: Mapping[str, Any]) -> s
     if plain in _OUTSIDE:
         if config.get("tie_word_embeddings"):
             raise LorakitError(
-                f"convert: {path} shares its weight with {'lm_head' if plain != 'lm_head' else 'the embedding'} in this "
-                "base, and "
-                "llama.cpp has one tensor for both, so that the adapter would act at both places or at none."
+                f"convert: {path} shares its weight with {'lm_head' if plain != 'lm_head' else 'the embedding'} in this base, "
+                "and llama.cpp has one tensor for both, so that the adapter would act at both places or at none."
             )
         return _OUTSIDE[plain]
     raise LorakitError(
@@ -230,6 +207,8 @@ GGUF = Format(
     file="one .gguf file",
     suffix=".gguf",
     holds=("lora",),
+    kinds=(LINEAR, EMBEDDING),
+    about="one",
     scale="`adapter.lora.alpha`, one for all; the scale is alpha / each tensor's rank",
     limits="Language models of these types: "
     + ", ".join(ARCHITECTURES)

@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 
 from lorakit.conversion.content import Content
-from lorakit.conversion.description import MAGNITUDE, Description, Layer, assemble, convolution, recognise
-from lorakit.conversion.format import Format, Target, ending, grouped, only
-from lorakit.conversion.names import CLIP, COMPONENTS, Names
+from lorakit.conversion.description import MAGNITUDE, Description, Layer, assemble, convolution, need, recognise
+from lorakit.conversion.format import CONVOLUTION, LINEAR, Format, Target, ending, grouped, only
+from lorakit.conversion.names import CLIP, Names
 from lorakit.conversion.underscores import flat, from_stability, inverted, is_stability, to_stability
 from lorakit.core.layout import Convolution, Layout
 from lorakit.errors import LorakitError
@@ -40,11 +40,8 @@ WORDS = {
     "lora_mid.weight": "lora_mid.weight",
     "dora_scale": MAGNITUDE,
     "alpha": "alpha",
-    **{name: name for name in ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b", "hada_t1", "hada_t2")},
-    **{
-        name: name
-        for name in ("lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b", "lokr_t1", "lokr_t2")
-    },
+    **{f"hada_{name}": f"hada_{name}" for name in ["w1_a", "w1_b", "w2_a", "w2_b", "t1", "t2"]},
+    **{f"lokr_{name}": f"lokr_{name}" for name in ["w1", "w1_a", "w1_b", "w2", "w2_a", "w2_b", "t1", "t2"]},
     "diff": "full_P",
     "diff_b": "diff_b",
 }
@@ -133,9 +130,8 @@ def _alpha(value: Tensor | None, where: str) -> float | None:
     number = float(value)
     if number == 0.0:
         raise LorakitError(
-            f"convert: {where}.alpha is 0, which sd-scripts takes for the rank (a scale of 1) and others for a scale of "
-            "0. Remove "
-            "it, or set it to what is meant."
+            f"convert: {where}.alpha is 0, which sd-scripts takes for the rank (a scale of 1) and others for a scale "
+            "of 0. Remove it, or set it to what is meant."
         )
     return number
 
@@ -143,32 +139,25 @@ def _alpha(value: Tensor | None, where: str) -> float | None:
 def _untucked(words: dict[str, Tensor], where: str) -> list[str]:
     """Three-part (Tucker) factors of a convolution as two-part ones: the same ΔW at the same rank. Changes `words`."""
     if "lora_mid.weight" in words:
-        mid, down = words.pop("lora_mid.weight"), _need(words, "lora_A.weight", where)
+        mid, down = words.pop("lora_mid.weight"), need(words, "lora_A.weight", where)
         words["lora_A.weight"] = torch.einsum("rs...,si->ri...", _wide(mid), _wide(down).flatten(1))
-        words["lora_B.weight"] = _need(words, "lora_B.weight", where)
-        words["lora_B.weight"] = words["lora_B.weight"].reshape(
-            *words["lora_B.weight"].shape[:2], *[1] * (mid.ndim - 2)
-        )
+        up = need(words, "lora_B.weight", where)
+        words["lora_B.weight"] = up.reshape(*up.shape[:2], *[1] * (mid.ndim - 2))
     elif "hada_t1" in words or "hada_t2" in words:
-        for side in "12":
-            core = _need(words, f"hada_t{side}", where)
-            del words[f"hada_t{side}"]
-            out, into = (_need(words, f"hada_w{side}_{half}", where) for half in "ab")
-            words[f"hada_w{side}_a"] = out.T.contiguous()
-            words[f"hada_w{side}_b"] = torch.einsum("pq...,qi->pi...", _wide(core), _wide(into)).flatten(1)
+        _without_core(words, "hada_t1", "hada_w1", where)
+        _without_core(words, "hada_t2", "hada_w2", where)
     elif "lokr_t2" in words:
-        core, into = words.pop("lokr_t2"), _need(words, "lokr_w2_b", where)
-        words["lokr_w2_a"] = _need(words, "lokr_w2_a", where).T.contiguous()
-        words["lokr_w2_b"] = torch.einsum("pq...,qi->pi...", _wide(core), _wide(into)).flatten(1)
+        _without_core(words, "lokr_t2", "lokr_w2", where)
     else:
         return []
     return ["three-part (Tucker) convolutions are written as two-part ones of the same rank, which is the same ΔW"]
 
 
-def _need(words: Mapping[str, Tensor], word: str, where: str) -> Tensor:
-    if word not in words:
-        raise LorakitError(f"convert: {where} has {', '.join(sorted(words))} and lacks {word}.")
-    return words[word]
+def _without_core(words: dict[str, Tensor], core: str, name: str, where: str) -> None:
+    out, into, held = (need(words, word, where) for word in (f"{name}_a", f"{name}_b", core))
+    del words[core]
+    words[f"{name}_a"] = out.T.contiguous()
+    words[f"{name}_b"] = torch.einsum("pq...,qi->pi...", _wide(held), _wide(into)).flatten(1)
 
 
 def _wide(tensor: Tensor) -> Tensor:
@@ -210,8 +199,6 @@ def write_named(description: Description, name_of: Callable[[str, str], str]) ->
                 "cannot hold both."
             )
         names[name] = path
-        if layer.layout.kind == "embedding":
-            raise LorakitError(f"convert: {path} is an embedding, for which kohya's format has no tensors.")
         for word, tensor in layer.words().items():
             if word == MAGNITUDE:
                 window = layer.layout.window if isinstance(layer.layout, Convolution) else (1,)
@@ -262,12 +249,7 @@ def file_name(component: str, path: str, stability: bool, description: Descripti
         prefix = f"lora_te{number}_" if stability or number != "1" else "lora_te_"
         lost = path.startswith("encoder.layers.")  # transformers 5 has taken a level out of CLIP's names, files keep it
         return prefix + flat(CLIP + path if lost else path)
-    if component == "transformer":
-        return "lora_transformer_" + flat(path)
-    raise LorakitError(
-        f"convert: kohya's names are for parts of a diffusion pipeline ({', '.join(COMPONENTS)}), and {path} is of a model by "
-        "itself. Say which part it is (--component), or convert to lycoris."
-    )
+    return "lora_transformer_" + flat(path)
 
 
 KOHYA = Format(
@@ -276,6 +258,8 @@ KOHYA = Format(
     file="one .safetensors file",
     suffix=".safetensors",
     holds=("lora", "dora"),
+    kinds=(LINEAR, CONVOLUTION),
+    about="parts",
     scale="a tensor `alpha` per layer; the scale is alpha / rank",
     limits="Layers of a diffusion pipeline, linear and convolutions, no embeddings. Names have underscores for dots: "
     "turned back "

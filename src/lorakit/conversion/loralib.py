@@ -12,8 +12,8 @@ from collections.abc import Mapping
 from torch import Tensor
 
 from lorakit.conversion.content import Content
-from lorakit.conversion.description import Description, Layer, assemble, one_alpha, recognise
-from lorakit.conversion.format import Format, Target, check_lone, ending, grouped, only
+from lorakit.conversion.description import Description, Layer, as_embedding, assemble, one_number, recognise
+from lorakit.conversion.format import EMBEDDING, LINEAR, Format, Target, ending, grouped, only
 from lorakit.conversion.names import Names
 from lorakit.errors import LorakitError
 
@@ -33,8 +33,7 @@ def read(contents: Mapping[str, Content], names: Names) -> Description:
     if text is None:
         raise LorakitError(
             f"convert: {content.where} is loralib's, whose file does not say the scale. Give alpha (--alpha): the "
-            "lora_alpha of its "
-            "layers; the scale is alpha / rank."
+            "lora_alpha of its layers; the scale is alpha / rank."
         )
     layers: dict[str, Layer] = {}
     for path, words in grouped(content, lambda key: ending(key, _WORDS)).items():
@@ -46,14 +45,11 @@ def read(contents: Mapping[str, Content], names: Names) -> Description:
                 "base (--base)."
             )
         if layout is not None and layout.kind == "embedding":
-            words = {
-                word.replace("lora_", "lora_embedding_").removesuffix(".weight"): value for word, value in words.items()
-            }
+            words = as_embedding(words)
         elif layout is not None and layout.kind == "convolution":
             raise LorakitError(
                 f"convert: {path} is a convolution, whose loralib factors (rank · kernel, in · kernel) are another "
-                "product than "
-                "LoRA's of any other tool."
+                "product than LoRA's of any other tool."
             )
         _refuse_merged(words, where)
         layers[path] = assemble(recognise(words, float(text), where), words, where)
@@ -71,14 +67,9 @@ def _refuse_merged(words: Mapping[str, Tensor], where: str) -> None:
 
 def write(description: Description, target: Target) -> tuple[dict[str, Content], Description]:
     """One file with one alpha."""
-    check_lone(description, "loralib's file")
-    scaled, alpha = one_alpha(description, "loralib")
+    scaled, alpha = one_number(description, "loralib", "alpha")
     tensors: dict[str, Tensor] = {}
     for _, path, layer in scaled.layers():
-        if layer.layout.kind == "convolution":
-            raise LorakitError(
-                f"convert: {path} is a convolution, whose LoRA in loralib is another product of factors."
-            )
         tensors[f"{path}.lora_A"], tensors[f"{path}.lora_B"] = layer.tensors["A"], layer.tensors["B"]
     ranks = sorted({layer.rank for _, _, layer in scaled.layers()})
     note = f"loralib's layers are built in Python: lora_alpha={alpha:g}, r={', '.join(map(str, ranks))}; the file does not say"
@@ -91,6 +82,8 @@ LORALIB = Format(
     file="one .safetensors file (a state dict)",
     suffix=".safetensors",
     holds=("lora",),
+    kinds=(LINEAR, EMBEDDING),
+    about="one",
     scale="not in the file: alpha is given when reading (lorakit keeps it in the metadata); one alpha for all layers",
     limits="Linear layers and embeddings of one model. Alphas that differ are multiplied into B. MergedLinear and convolutions "
     "are refused.",

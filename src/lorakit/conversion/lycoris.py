@@ -13,15 +13,13 @@ with rsLoRA has √rank while it trains, and 1 when LyCORIS reads its file: the 
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 from lorakit.conversion.content import Content
 from lorakit.conversion.description import EVERY, Description, Layer
-from lorakit.conversion.format import Format, Target
+from lorakit.conversion.format import CONVOLUTION, LINEAR, Format, Target
 from lorakit.conversion.kohya import file_name, is_lycoris, is_sdxl, read, write_named
 from lorakit.conversion.underscores import flat
 from lorakit.errors import LorakitError
-from lorakit.methods import DoRA, LoKr
+from lorakit.methods import LoKr
 
 
 def write(description: Description, target: Target) -> tuple[dict[str, Content], Description]:
@@ -31,8 +29,7 @@ def write(description: Description, target: Target) -> tuple[dict[str, Content],
         if layer.inner.name == "full" and not target.names.components:
             raise LorakitError(
                 f"convert: {path} is a whole matrix, which LyCORIS keeps in the shape of the layer's weight; name the "
-                "base (--base), "
-                "so that it is known where that is a convolution."
+                "base (--base), so that it is known where that is a convolution."
             )
 
     def name(component: str, path: str) -> str:
@@ -46,9 +43,7 @@ def _whole_at_one(component: str, path: str, layer: Layer) -> Layer:
     inner = layer.inner
     if not isinstance(inner, LoKr) or not {"C", "D"} <= set(layer.tensors) or layer.scale == 1.0:
         return layer
-    plain = inner.replace(alpha=float(inner.rank))
-    method = layer.method.replace(inner=plain) if isinstance(layer.method, DoRA) else plain
-    return replace(layer, method=method, tensors={**layer.tensors, "C": layer.tensors["C"] * layer.scale})
+    return layer.over(inner.replace(alpha=float(inner.rank)), C=layer.tensors["C"] * layer.scale)
 
 
 LYCORIS = Format(
@@ -57,6 +52,8 @@ LYCORIS = Format(
     file="one .safetensors file",
     suffix=".safetensors",
     holds=EVERY,
+    kinds=(LINEAR, CONVOLUTION),
+    about="any",
     scale="a tensor `alpha` per layer; the scale is alpha / rank, once; 1 where LoKr's matrices are both whole",
     limits="No embeddings, no changes of biases and norms. A model by itself has the prefix `lycoris_`, and is read "
     "back by its "

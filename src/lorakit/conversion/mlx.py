@@ -11,18 +11,16 @@ Layers that the configuration selects and the file leaves out start at zero ther
 from __future__ import annotations
 
 import re
-from collections import Counter
 from collections.abc import Mapping
-from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from lorakit.conversion.content import Content
-from lorakit.conversion.description import MAGNITUDE, Description, Layer, assemble, recognise
-from lorakit.conversion.format import Format, Target, check_lone, ending, grouped, only
+from lorakit.conversion.content import Content, write_mlx
+from lorakit.conversion.description import MAGNITUDE, Description, Layer, as_embedding, assemble, one_number, recognise
+from lorakit.conversion.format import LINEAR, Format, Target, all_dora, ending, grouped, only
 from lorakit.conversion.names import Names
-from lorakit.errors import LorakitError
+from lorakit.errors import LorakitError, plural
 from lorakit.methods import DoRA
 
 _WORDS = {"lora_a": "lora_A.weight", "lora_b": "lora_B.weight", "m": MAGNITUDE}
@@ -54,19 +52,14 @@ def read(contents: Mapping[str, Content], names: Names) -> Description:
                 f"{content.config.get('fine_tune_type', 'lora')!r}."
             )
         if path == EMBEDDING:
-            words = {
-                word.replace("lora_", "lora_embedding_").removesuffix(".weight"): tensor
-                for word, tensor in words.items()
-            }
+            words = as_embedding(words)
         layer = assemble(recognise(words, scale * rank, where), words, where)
         if layer.rank != rank:
             raise LorakitError(f"convert: {where} is of rank {layer.rank}, and the configuration says rank {rank}.")
         layers[path] = _without_padding(layer)
         cut += layers[path].rank != rank
-    notes = (
-        [f"{cut} layers: pairs of rows and columns that are all zero left out, which changes nothing"] if cut else []
-    )
-    return Description({"": layers}, content.config.get("model"), tuple(notes))
+    said = f"{plural(cut, 'layer')}: pairs of rows and columns that are all zero left out, which changes nothing"
+    return Description({"": layers}, content.config.get("model"), (said,) if cut else ())
 
 
 def _parameters(content: Content) -> tuple[int, float]:
@@ -74,8 +67,7 @@ def _parameters(content: Content) -> tuple[int, float]:
     if kind not in ("lora", "dora"):
         raise LorakitError(
             f"convert: {content.where} is of fine_tune_type {kind!r}: whole weights and no change of any. lorakit "
-            "extracts a LoRA "
-            "from a fine-tuned model and its base."
+            "extracts a LoRA from a fine-tuned model and its base."
         )
     parameters = content.config.get("lora_parameters") or {}
     missing = [name for name in ("rank", "scale") if name not in parameters]
@@ -109,9 +101,7 @@ def _without_padding(layer: Layer) -> Layer:
     rank = int(used.nonzero().max()) + 1 if used.any() else layer.rank
     if rank == layer.rank:
         return layer
-    inner = layer.inner.replace(rank=rank, alpha=layer.scale * rank)
-    method = layer.method.replace(inner=inner) if isinstance(layer.method, DoRA) else inner
-    return replace(layer, method=method, tensors={**layer.tensors, "A": A[:rank], "B": B[:, :rank]})
+    return layer.over(layer.inner.replace(rank=rank, alpha=layer.scale * rank), A=A[:rank], B=B[:, :rank])
 
 
 # -- writing ---------------------------------------------------------------------------------------------------------------
@@ -119,44 +109,34 @@ def _without_padding(layer: Layer) -> Layer:
 
 def write(description: Description, target: Target) -> tuple[dict[str, Content], Description]:
     """A folder with one rank and one scale."""
-    check_lone(description, "MLX's folder")
-    (layers,) = description.components.values()
-    doras = {isinstance(layer.method, DoRA) for layer in layers.values()}
-    if len(doras) > 1:
-        raise LorakitError("convert: some layers have DoRA's magnitudes and others not; MLX has one kind for all.")
-    scale = Counter(layer.scale for layer in layers.values()).most_common(1)[0][0]
+    scaled, scale = one_number(description, "MLX", "scale")
+    (layers,) = scaled.components.values()
+    dora = all_dora(layers.values(), "MLX")
     rank = max(layer.rank for layer in layers.values())
     tensors: dict[str, Tensor] = {}
     keys: dict[str, None] = {}
     for path, layer in layers.items():
         keys[_key(path, layer, target.names)] = None
-        own = layer.scaled(scale)
-        A, B = own.tensors["A"], own.tensors["B"]
+        A, B = layer.tensors["A"], layer.tensors["B"]
         A = torch.cat([A, A.new_zeros(rank - A.shape[0], A.shape[1])])
         B = torch.cat([B, B.new_zeros(B.shape[0], rank - B.shape[1])], dim=1)
         tensors[f"{path}.lora_a"], tensors[f"{path}.lora_b"] = A.T.contiguous(), B.T.contiguous()
-        if "m" in own.tensors:
-            tensors[f"{path}.m"] = own.tensors["m"]
-    notes = []
-    if others := sum(layer.scale != scale for layer in layers.values()):
-        notes.append(f"MLX has one scale: {scale:g}; in {others} layers of another one B is multiplied by it")
+        if "m" in layer.tensors:
+            tensors[f"{path}.m"] = layer.tensors["m"]
     if smaller := sum(layer.rank != rank for layer in layers.values()):
-        notes.append(
-            f"MLX has one rank: {smaller} layers of less are filled up with zeros to {rank}, which changes nothing"
-        )
+        padded = f"{plural(smaller, 'layer')} of a smaller rank filled up with zeros to {rank}"
+        scaled = scaled.noting(f"MLX has one rank: {padded}, which changes nothing")
     config = {
-        "fine_tune_type": "dora" if doras.pop() else "lora",
+        "fine_tune_type": "dora" if dora else "lora",
         "model": target.base or description.base,
         "num_layers": -1,
         "lora_parameters": {"rank": rank, "scale": scale, "dropout": 0.0, "keys": list(keys)},
     }
-    return {"": Content("", tensors, {"format": "mlx"}, config)}, description.noting(*notes)
+    return {"": Content("", tensors, {"format": "mlx"}, config)}, scaled
 
 
 def _key(path: str, layer: Layer, names: Names) -> str:
     """How the configuration selects a layer."""
-    if layer.layout.kind == "convolution":
-        raise LorakitError(f"convert: {path} is a convolution, which mlx-lm does not adapt.")
     if found := _BLOCK.fullmatch(path):
         return found[1]
     if path == HEAD:
@@ -170,8 +150,7 @@ def _key(path: str, layer: Layer, names: Names) -> str:
     if path == EMBEDDING:
         raise LorakitError(
             f"convert: {path} also changes the head in MLX where the two are tied; a base (--base) that says "
-            "tie_word_embeddings="
-            "false is needed."
+            "tie_word_embeddings=false is needed."
         )
     raise LorakitError(
         f"convert: {path} is no layer by mlx-lm's names, which are those of Llama and its kin: model.layers.N.…, {HEAD}."
@@ -184,6 +163,8 @@ MLX = Format(
     file="folder: adapter_config.json, adapters.safetensors",
     suffix="",
     holds=("lora", "dora"),
+    kinds=(LINEAR, "embedding"),
+    about="one",
     scale="`lora_parameters`: one scale, which multiplies as it is, and one rank",
     limits="Language models whose layers are model.layers.N.… (Llama, Mistral, Qwen, Gemma, Phi and their kin). Scales "
     "that differ "
@@ -191,4 +172,5 @@ MLX = Format(
     claims=claims,
     read=read,
     write=write,
+    save=write_mlx,
 )

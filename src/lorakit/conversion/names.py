@@ -16,10 +16,12 @@ from typing import Any, cast
 import torch
 from torch import nn
 
+from lorakit.conversion.content import open_gguf
 from lorakit.conversion.description import Description, Layer
 from lorakit.core.layout import Convolution, Layout, sites_of
 from lorakit.core.walking import walk
 from lorakit.errors import LorakitError, unknown
+from lorakit.models.stored import skeleton
 
 COMPONENTS = ("unet", "transformer", "text_encoder", "text_encoder_2", "text_encoder_3")
 """The parts of a diffusion pipeline that adapters are made for, by Diffusers' names; "" is a model by itself."""
@@ -64,17 +66,6 @@ class Names:
             )
         return self.components[component]
 
-    def found(self, component: str, path: str) -> str | None:
-        """The base's own name of a layer (with or without CLIP's lost level), None where it has none; as it is "
-        "without a base."""
-        known = self.of(component)
-        if known is None:
-            return path
-        for name in (path, CLIP + path, path.removeprefix(CLIP)):
-            if name in known:
-                return name
-        return None
-
     def checked(self, description: Description) -> Description:
         """The description under the base's own names and layouts.
 
@@ -88,7 +79,8 @@ class Names:
             own = components.setdefault(component, {})
             known = self.of(component) or {}
             for path, layer in layers.items():
-                name = self.found(component, path)
+                # with or without the level that CLIP has lost
+                name = next((one for one in (path, CLIP + path, path.removeprefix(CLIP)) if one in known), None)
                 if name is None:
                     raise _no_layer(component, path, known)
                 own[name] = _on(known[name], layer, name)
@@ -217,34 +209,20 @@ def _on_meta(where: str | Path) -> nn.Module:
             raise LorakitError(f"convert: {config} is of class {values['_class_name']}, which Diffusers does not have.")
         with torch.device("meta"):
             return cast(nn.Module, kind.from_config(values))
-    import transformers
-
     try:
-        found = transformers.AutoConfig.from_pretrained(where)
+        return skeleton(where, guess=True)
     except (OSError, ValueError) as problem:
-        line = str(problem).strip().splitlines()[0] if str(problem).strip() else type(problem).__name__
+        line = next(iter(str(problem).strip().splitlines()), type(problem).__name__)
         raise LorakitError(
-            f"convert: the base {str(where)!r} cannot be read by its configuration ({line}). A folder with config.json "
-            "works, or "
-            "a name on the hub that is in the cache."
+            f"convert: the base {str(where)!r} cannot be read by its configuration ({line}). A folder with config.json works, "
+            "or a name on the hub that is in the cache."
         ) from problem
-    architectures = getattr(found, "architectures", None) or []
-    kind = getattr(transformers, architectures[0], None) if architectures else None
-    if kind is None:  # of a class of the user's own, or a configuration that nobody has saved with its model
-        causal = type(found) in transformers.MODEL_FOR_CAUSAL_LM_MAPPING
-        kind = (transformers.AutoModelForCausalLM if causal else transformers.AutoModel).from_config
-    with torch.device("meta"):
-        return cast(nn.Module, kind(found))
 
 
 def _gguf_config(path: Path) -> dict[str, Any]:
     """Of a GGUF model, what conversion asks: the architecture and how many heads it has, in transformers' words."""
-    from gguf import GGUFReader
-
-    try:
-        fields = GGUFReader(path).fields
-    except (ValueError, OSError) as problem:
-        raise LorakitError(f"convert: {path} is no whole GGUF file ({problem}).") from problem
+    with open_gguf(path) as reader:
+        fields, tensors = reader.fields, [tensor.name for tensor in reader.tensors]
 
     def value(name: str) -> Any:
         return fields[name].contents() if name in fields else None
@@ -256,11 +234,5 @@ def _gguf_config(path: Path) -> dict[str, Any]:
         "num_attention_heads": heads,
         "num_key_value_heads": value(f"{architecture}.attention.head_count_kv") or heads,
         "num_hidden_layers": value(f"{architecture}.block_count"),
-        "tie_word_embeddings": not any(name == "output.weight" for name in _tensor_names(path)),
+        "tie_word_embeddings": "output.weight" not in tensors,
     }
-
-
-def _tensor_names(path: Path) -> list[str]:
-    from gguf import GGUFReader
-
-    return [tensor.name for tensor in GGUFReader(path).tensors]

@@ -15,7 +15,7 @@ from typing import Any
 from torch import Tensor
 
 from lorakit.adapter.targets import Targets
-from lorakit.conversion.content import Content
+from lorakit.conversion.content import Content, write_bundles
 from lorakit.conversion.description import (
     EVERY,
     MAGNITUDE,
@@ -26,7 +26,7 @@ from lorakit.conversion.description import (
     method_name,
     with_one_factor,
 )
-from lorakit.conversion.format import Format, Target, grouped
+from lorakit.conversion.format import CONVOLUTION, EMBEDDING, LINEAR, Format, Target, grouped
 from lorakit.conversion.names import Names, component_of, guess_component
 from lorakit.core.delta import Method
 from lorakit.core.walking import as_patterns, value_for
@@ -186,6 +186,8 @@ PEFT = Format(
     file="folder: adapter_config.json, adapter_model.safetensors",
     suffix="",
     holds=EVERY,
+    kinds=(LINEAR, CONVOLUTION, EMBEDDING),
+    about="any",
     scale="configuration: alpha and rank, patterns per layer, rsLoRA",
     limits="One method per folder; a pipeline is one folder per component. Full matrices and DoRA over LoHa or LoKr "
     "are read by "
@@ -193,4 +195,5 @@ PEFT = Format(
     claims=claims,
     read=read,
     write=write,
+    save=write_bundles,
 )

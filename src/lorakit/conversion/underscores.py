@@ -9,7 +9,7 @@ names of Stability's own code (`input_blocks_4_1_…`), which map onto Diffusers
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 
 from lorakit.errors import LorakitError
 
@@ -77,63 +77,51 @@ def cuts(name: str) -> list[str]:
 
 # -- Stability's names ---------------------------------------------------------------------------------------------------
 
-_OUTSIDE = {
-    "time_embed_0": "time_embedding.linear_1",
-    "time_embed_2": "time_embedding.linear_2",
-    "label_emb_0_0": "add_embedding.linear_1",
-    "label_emb_0_2": "add_embedding.linear_2",
+_EACH = 3
+"""Modules of a block that Stability's code numbers: two layers and a sampler down, or three layers up (SD 1, SD 2, SDXL)."""
+_MODULES = {"middle_block_0": "mid_block_resnets_0", "middle_block_1": "mid_block_attentions_0"}
+_MODULES["middle_block_2"] = "mid_block_resnets_1"
+_WHOLE = {
+    "time_embed_0": "time_embedding_linear_1",
+    "time_embed_2": "time_embedding_linear_2",
+    "label_emb_0_0": "add_embedding_linear_1",
+    "label_emb_0_2": "add_embedding_linear_2",
     "input_blocks_0_0": "conv_in",
     "out_2": "conv_out",
 }
+"""Stability's flat names of modules and of whole layers -> Diffusers' flat ones."""
+for _block in range(4):
+    for _index, _kind in enumerate(("resnets", "attentions")):
+        for _layer in range(_EACH - 1):
+            _MODULES[f"input_blocks_{_block * _EACH + _layer + 1}_{_index}"] = f"down_blocks_{_block}_{_kind}_{_layer}"
+        for _layer in range(_EACH):
+            _MODULES[f"output_blocks_{_block * _EACH + _layer}_{_index}"] = f"up_blocks_{_block}_{_kind}_{_layer}"
+    _WHOLE[f"input_blocks_{_block * _EACH + _EACH}_0_op"] = f"down_blocks_{_block}_downsamplers_0_conv"
+    for _index in (1, 2):  # it comes after the attention of its block, where there is one
+        _WHOLE[f"output_blocks_{_block * _EACH + _EACH - 1}_{_index}_conv"] = f"up_blocks_{_block}_upsamplers_0_conv"
 _RESNET = {
     "in_layers_2": "conv1",
     "emb_layers_1": "time_emb_proj",
     "out_layers_3": "conv2",
     "skip_connection": "conv_shortcut",
 }
-_MIDDLE = ("resnets.0", "attentions.0", "resnets.1")
-_INPUT = re.compile(r"input_blocks_(\d+)_(\d+)_(.+)")
-_OUTPUT = re.compile(r"output_blocks_(\d+)_(\d+)_(.+)")
-_MID = re.compile(r"middle_block_(\d+)_(.+)")
-LAYERS_PER_BLOCK = 2
-"""Of the UNets of SD 1, SD 2 and SDXL."""
+_THEIRS = re.compile(r"((?:input|output)_blocks_\d+_\d+|middle_block_\d+)_(.+)")
+_OURS = re.compile(r"((?:(?:down|up)_blocks_\d+|mid_block)_(?:resnets|attentions)_\d+)_(.+)")
 
 
 def is_stability(name: str) -> bool:
     """Whether a flat UNet name is one of Stability's code."""
-    return name in _OUTSIDE or any(pattern.fullmatch(name) for pattern in (_INPUT, _OUTPUT, _MID))
+    return name in _WHOLE or _THEIRS.fullmatch(name) is not None
 
 
 def from_stability(name: str) -> str:
     """Diffusers' flat name of a layer that Stability's code calls `name` (flat as well)."""
-    if name in _OUTSIDE:
-        return flat(_OUTSIDE[name])
-    each = LAYERS_PER_BLOCK + 1
-    if found := _INPUT.fullmatch(name):
-        block, within = divmod(int(found[1]) - 1, each)
-        if found[3] == "op":
-            return f"down_blocks_{block}_downsamplers_0_conv"
-        return f"down_blocks_{block}_" + _inside(int(found[2]), within, found[3])
-    if found := _OUTPUT.fullmatch(name):
-        block, within = divmod(int(found[1]), each)
-        if found[3] == "conv":
-            return f"up_blocks_{block}_upsamplers_0_conv"
-        return f"up_blocks_{block}_" + _inside(int(found[2]), within, found[3])
-    found = _MID.fullmatch(name)
-    if found is None or int(found[1]) >= len(_MIDDLE):
+    if name in _WHOLE:
+        return _WHOLE[name]
+    found = _THEIRS.fullmatch(name)
+    if found is None or found[1] not in _MODULES:
         raise LorakitError(f"convert: {name!r} is no layer of a UNet by Stability's names.")
-    return f"mid_block_{flat(_MIDDLE[int(found[1])])}_{_RESNET.get(found[2], found[2])}"
-
-
-def _inside(index: int, within: int, rest: str) -> str:
-    if index == 0:
-        return f"resnets_{within}_{_RESNET.get(rest, rest)}"
-    return f"attentions_{within}_{rest}"
-
-
-_DOWN_PATH = re.compile(r"down_blocks\.(\d+)\.(resnets|attentions|downsamplers)\.(\d+)\.(.+)")
-_UP_PATH = re.compile(r"up_blocks\.(\d+)\.(resnets|attentions|upsamplers)\.(\d+)\.(.+)")
-_MID_PATH = re.compile(r"mid_block\.((?:resnets|attentions)\.\d)\.(.+)")
+    return f"{_MODULES[found[1]]}_{_RESNET.get(found[2], found[2])}"
 
 
 def to_stability(path: str, paths: Iterable[str]) -> str:
@@ -143,27 +131,16 @@ def to_stability(path: str, paths: Iterable[str]) -> str:
         path: of one layer.
         paths: of all layers of the adapter; where an up-block has attention, its upsampler is one further on.
     """
-    names: Mapping[str, str] = {ours: theirs for theirs, ours in _OUTSIDE.items()}
-    resnet = {ours: theirs for theirs, ours in _RESNET.items()}
-    if path in names:
-        return names[path]
-    each = LAYERS_PER_BLOCK + 1
-    if found := _DOWN_PATH.fullmatch(path):
-        block, kind, within = int(found[1]), found[2], int(found[3])
-        if kind == "downsamplers":
-            return f"input_blocks_{block * each + each}_0_op"
-        rest = resnet.get(found[4], flat(found[4])) if kind == "resnets" else flat(found[4])
-        return f"input_blocks_{block * each + within + 1}_{int(kind == 'attentions')}_{rest}"
-    if found := _UP_PATH.fullmatch(path):
-        block, kind, within = int(found[1]), found[2], int(found[3])
-        if kind == "upsamplers":
-            attention = any(other.startswith(f"up_blocks.{block}.attentions.") for other in paths)
-            return f"output_blocks_{block * each + LAYERS_PER_BLOCK}_{1 + int(attention)}_conv"
-        rest = resnet.get(found[4], flat(found[4])) if kind == "resnets" else flat(found[4])
-        return f"output_blocks_{block * each + within}_{int(kind == 'attentions')}_{rest}"
-    found = _MID_PATH.fullmatch(path)
-    if found is None or found[1] not in _MIDDLE:
+    name = flat(path)
+    whole = [theirs for theirs, ours in _WHOLE.items() if ours == name]
+    if whole:
+        block = path.partition(".upsamplers.")[0]
+        return whole[-1 if any(other.startswith(f"{block}.attentions.") for other in paths) else 0]
+    found = _OURS.fullmatch(name)
+    module = next((theirs for theirs, ours in _MODULES.items() if found and ours == found[1]), None)
+    if found is None or module is None:
         raise LorakitError(
             f"convert: {path} has no place in a UNet by Stability's names, which SDXL adapters of kohya use."
         )
-    return f"middle_block_{_MIDDLE.index(found[1])}_{resnet.get(found[2], flat(found[2]))}"
+    inside = next((theirs for theirs, ours in _RESNET.items() if ours == found[2]), found[2])
+    return f"{module}_{inside}"

@@ -30,8 +30,6 @@ from lorakit.edits.contract import EditMethod
 from lorakit.errors import LorakitError
 
 PREFIX = "base_model.model."
-PAIRS = {".lora_A.weight": ".lora_B.weight", ".lora_embedding_A": ".lora_embedding_B"}
-"""How the factors of a LoRA end in the file: A -> B."""
 _WRAPPERS = {
     "OptimizedModule": "_orig_mod",
     "DistributedDataParallel": "module",

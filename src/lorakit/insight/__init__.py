@@ -1,7 +1,1 @@
-"""What can be known before, beside and after training: what it will take, here."""
-
-from __future__ import annotations
-
-from lorakit.insight.plan import WAYS, Plan, activations, outline, plan
-
-__all__ = ["WAYS", "Plan", "activations", "outline", "plan"]
+"""What can be known before, beside and after training: what it will take, what each method costs, what an adapter is."""

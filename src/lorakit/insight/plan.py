@@ -8,7 +8,7 @@ on one block and on two, since blocks are alike.
     full     floats         all of the base              gradient + two moments
     galore   floats         all of the base              gradient; moments in a space of `rank`, and its basis
     lora     floats         the adapter, in float32      gradient + two moments, all in float32
-    qlora    few bits       the adapter, in float32      the same
+    qlora    quantised      the adapter, in float32      the same
 
     nf4: 4 bits, 8/64 for a block's scale, 32/(64 · 256) for the scale of these: 4.127 bits a number
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from lorakit.adapter.adapter import Adapter, adapters
 from lorakit.adapter.attachment import attach, detach
-from lorakit.algebra import merge
+from lorakit.algebra.merging import merge
 from lorakit.core.delta import Method
 from lorakit.core.state import state_of
 from lorakit.core.using import activate, use
@@ -226,7 +226,7 @@ class PeftModel(nn.Module):
         self, model_id: str | Path, adapter_name: str, is_trainable: bool = False, revision: str | None = None
     ) -> Adapter:
         """Put one more adapter from a folder (or the hub) on the model; the active one stays."""
-        before = self._board_routing()
+        before = self._routing()
         adapter = load(self.base_model, model_id, name=adapter_name, trainable=is_trainable, revision=revision)
         if before is not None:
             activate(self.base_model, before)
@@ -235,13 +235,13 @@ class PeftModel(nn.Module):
 
     def add_adapter(self, adapter_name: str, peft_config: LoraConfig) -> None:
         """Put one more new adapter on the model; the active one stays."""
-        before = self._board_routing()
+        before = self._routing()
         _attach(self.base_model, peft_config, adapter_name)
         if before is not None:
             activate(self.base_model, before)
         self.peft_config[adapter_name] = peft_config
 
-    def _board_routing(self) -> Any:
+    def _routing(self) -> Any:
         return state_of(self.base_model).routing if adapters(self.base_model) else None
 
     def delete_adapter(self, adapter_name: str) -> None:

@@ -19,7 +19,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from lorakit.algebra.resizing import resize_folder
+from lorakit.algebra.resizing import resize
 from lorakit.errors import LorakitError
 from lorakit.files import store as adapter_store
 from lorakit.serve.remote.folders import Folder, Folders
@@ -124,7 +124,7 @@ class VllmEngine(RemoteEngine):
             raise LorakitError(f"adapter {name!r} has no {adapter_store.TENSORS}.")
         if rank > self.rank:
             source, folder = folder, Path(self._made.name) / name
-            error, how = resize_folder(source, folder, rank=self.rank).error, "svd"
+            error, how = resize(source, output=folder, rank=self.rank).error, "svd"
             log.warning(
                 "adapter %s has rank %d, above vLLM's limit of %d; it is served at that rank with a relative error of %.2g",
                 name,

@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
@@ -94,22 +93,3 @@ class Named:
         """What the source holds and the model has no name for."""
         used = set(self.names.values())
         return [key for key in self.held if key not in used]
-
-
-def skeleton(folder: Path, verb: str) -> nn.Module:
-    """The model of a folder's config.json with no weights (on the meta device), as transformers builds it."""
-    import transformers
-
-    if not (folder / "config.json").is_file():
-        raise LorakitError(f"{verb}: {folder} has no config.json, which says what its tensors are the weights of.")
-    config = transformers.AutoConfig.from_pretrained(folder)
-    names = getattr(config, "architectures", None) or []
-    kind = getattr(transformers, names[0], None) if names else None
-    if kind is None:
-        raise LorakitError(
-            f"{verb}: {folder / 'config.json'} names the architecture {names[0] if names else None!r}, which this transformers "
-            f"({transformers.__version__}) does not have."
-        )
-    with torch.device("meta"):
-        model: nn.Module = kind(config)
-    return model.eval()

@@ -1,4 +1,4 @@
-"""A quantised base as a float model: every layer of few bits becomes the plain layer that it stands for."""
+"""A quantised base as a float model: every quantised layer becomes the plain layer that it stands for."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def float_layer(layer: nn.Module, dtype: torch.dtype, values: Mapping[str, Tenso
 
 
 def is_packed(module: nn.Module) -> bool:
-    """Whether a layer holds its one matrix in few bits."""
+    """Whether a layer holds its one matrix quantised."""
     if isinstance(module, nn.Embedding) and module.max_norm is not None:
         return False
     sites = sites_of(module)

@@ -1,0 +1,57 @@
+"""What a base model says of itself before its weights are loaded."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+
+from lorakit.errors import LorakitError
+from lorakit.models import hub
+from lorakit.models.loading import find_local
+
+
+def stored_config(base: str) -> Any:
+    """The transformers configuration of a base model; None for a GGUF file, which has none of its own."""
+    place = find_local(base)
+    if place is not None and not (place / "config.json").exists():
+        return None
+    return transformers.AutoConfig.from_pretrained(str(place) if place is not None else hub.find_on_hub(base, {}))
+
+
+def stored_dtype(base: str) -> torch.dtype:
+    """The dtype that a base model is stored in; bf16 for a GGUF file, whose weights have none of torch's."""
+    config = stored_config(base)
+    if config is None:
+        return torch.bfloat16
+    return config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32
+
+
+def skeleton(where: str | Path, guess: bool = False) -> nn.Module:
+    """The model of a configuration on the meta device, which costs no memory and no weights.
+
+    Args:
+        where: a folder with config.json, or a name on the hub.
+        guess: take transformers' class for the configuration where the named architecture is none of transformers'.
+
+    Raises:
+        LorakitError: the architecture is none of transformers'.
+        OSError, ValueError: the configuration cannot be read.
+    """
+    config = transformers.AutoConfig.from_pretrained(where)
+    names = getattr(config, "architectures", None) or [None]
+    kind = getattr(transformers, names[0] or "", None)
+    if kind is None and guess:  # a class of the user's own, or a configuration that nobody has saved with its model
+        causal = type(config) in transformers.MODEL_FOR_CAUSAL_LM_MAPPING
+        kind = (transformers.AutoModelForCausalLM if causal else transformers.AutoModel).from_config
+    if kind is None:
+        raise LorakitError(
+            f"{where}: config.json names the architecture {names[0]!r}, which transformers {transformers.__version__} does not "
+            "have."
+        )
+    with torch.device("meta"):
+        model: nn.Module = kind(config)
+    return model.eval()
