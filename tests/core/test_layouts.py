@@ -12,7 +12,8 @@ import lorakit as lk
 from core.models import randomise
 from laws.cases import KINDS, Kind
 from lorakit.core.delta import Shape
-from lorakit.core.layout import Linear, Rows, sites_of, split
+from lorakit.core.layout import Linear, Rows
+from lorakit.core.sites import sites_of, split
 from lorakit.core.storage import STORAGES, storage_of
 from lorakit.errors import LorakitError
 

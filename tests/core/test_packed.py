@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 import lorakit as lk
 from lorakit.algebra.merging import merge
-from lorakit.core.layout import sites_of
+from lorakit.core.sites import sites_of
 from lorakit.core.storage import storage_of
 from lorakit.errors import LorakitError
 

@@ -16,7 +16,7 @@ import lorakit as lk
 from laws import storages
 from laws.storages import FORMAT, Foreign
 from lorakit.algebra.merging import merge
-from lorakit.core.layout import has_linear_face, sites_of
+from lorakit.core.sites import has_linear_face, sites_of
 from lorakit.core.storage import storage_of
 from lorakit.errors import LorakitError
 from lorakit.init import LoftQ

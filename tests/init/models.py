@@ -89,7 +89,7 @@ def train(adapter: Adapter, seed: int = 0) -> None:
 def matrix(model: nn.Module, path: str) -> Tensor:
     """A layer's frozen weight as (out, in)."""
     layer = model.get_submodule(path)
-    from lorakit.core.layout import sites_of
+    from lorakit.core.sites import sites_of
 
     base = getattr(layer, "base", layer)
     return sites_of(base)[0].layout.matrix(base.weight.detach())

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 import lorakit as lk
 from init.models import llama, mixed, mixed_batches, start_of, texts
 from lorakit.core.delta import Shape
-from lorakit.core.layout import sites_of
+from lorakit.core.sites import sites_of
 from lorakit.errors import LorakitError
 from lorakit.init import LoRAGA, calibration
 from lorakit.init.calibration import Matrix, calibrate

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 import lorakit as lk
 from init.models import llama, matrix, mixed, mixed_batches, start_of, texts
-from lorakit.core.layout import Shape, sites_of
+from lorakit.core.layout import Shape
+from lorakit.core.sites import sites_of
 from lorakit.errors import LorakitError
 from lorakit.init import EVA, CorDA, PiSSA, calibration
 from lorakit.init.calibration import Matrix, calibrate

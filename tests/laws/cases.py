@@ -22,7 +22,7 @@ import lorakit as lk
 from lorakit.adapter.adapter import Adapter
 from lorakit.core.delta import Call, Card, Delta, Form, Method, Pool, Shape
 from lorakit.core.layer import Adapted
-from lorakit.core.layout import sites_of
+from lorakit.core.sites import sites_of
 from lorakit.errors import LorakitError
 from lorakit.methods import (
     BOFT,
@@ -350,6 +350,68 @@ KINDS: tuple[Kind, ...] = (
         row=_attention_row(False),
         join=1,
     ),
+)
+
+# -- what has no layer of its own: stacks of experts, and layers whose forward is their own ---------------------------------
+
+
+class ScaledLinear(nn.Linear):
+    """A linear layer by its class alone: its forward does more."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(torch.tanh(x)) * 3
+
+
+class Experts(nn.Module):
+    """Four gated experts as transformers holds them, in two parameters, called with tokens, their experts and weights."""
+
+    def __init__(self, turned: bool, biased: bool, how: str) -> None:
+        super().__init__()
+        self.num_experts, self.is_transposed, self.has_gate, self.how = 4, turned, True, how
+        shapes = {"gate_up_proj": (12, 8), "down_proj": (8, 6)}
+        for name, (out, in_) in shapes.items():
+            size = (4, in_, out) if turned else (4, out, in_)
+            setattr(self, name, nn.Parameter(torch.empty(size)))
+            if biased:
+                setattr(self, f"{name}_bias", nn.Parameter(torch.empty(4, out)))
+
+    def _product(self, x: Tensor, name: str, expert: Tensor) -> Tensor:
+        weight, bias = getattr(self, name), getattr(self, f"{name}_bias", None)
+        W = weight[expert] if self.is_transposed else weight[expert].transpose(-2, -1)
+        y = torch.bmm(x[:, None], W)[:, 0]
+        return y if bias is None else y + bias[expert]
+
+    def forward(self, hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        result = torch.zeros_like(hidden)
+        for choice in range(top_k_index.shape[1]):
+            expert = top_k_index[:, choice]
+            gate, up = self._product(hidden, "gate_up_proj", expert).chunk(2, dim=-1)
+            y = self._product(torch.sigmoid(gate) * up, "down_proj", expert)
+            result = result + y * top_k_weights[:, choice, None]
+        return result
+
+
+def _routed_tokens(tokens: int) -> Callable[[int], list[Inputs]]:
+    """Tokens of all rows on one axis, with two experts each; in the second call expert 2 gets no token."""
+
+    def inputs(batch: int) -> list[Inputs]:
+        calls = []
+        for experts in (4, 2):
+            index = torch.stack([torch.randperm(experts)[:2] for _ in range(batch * tokens)])
+            calls.append(((_floats(batch * tokens, 8), index, torch.rand(batch * tokens, 2).double()), {}))
+        return calls
+
+    return inputs
+
+
+def _tokens_of_row(tokens: int) -> Callable[[Inputs, int, int], Inputs]:
+    return lambda call, i, n: (tuple(value[i * tokens : (i + 1) * tokens] for value in call[0]), call[1])
+
+
+KINDS += (
+    Kind("own-forward", lambda: ScaledLinear(8, 6), _features(8), core=True),
+    Kind("experts", lambda: Experts(False, False, "bmm"), _routed_tokens(3), core=True, row=_tokens_of_row(3)),
+    Kind("experts-turned-biased", lambda: Experts(True, True, "bmm"), _routed_tokens(2), row=_tokens_of_row(2)),
 )
 
 # -- a method on a layer ---------------------------------------------------------------------------------------------------

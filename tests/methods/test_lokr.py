@@ -14,7 +14,7 @@ from torch import nn
 import lorakit as lk
 from lorakit.core.call import LayerCall
 from lorakit.core.delta import Pool, Shape
-from lorakit.core.layout import sites_of
+from lorakit.core.sites import sites_of
 from lorakit.errors import LorakitError
 from lorakit.methods.lokr import LoKrDelta, split_size
 from methods.both_ways import both_ways, trained_by_peft

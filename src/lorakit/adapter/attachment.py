@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from lorakit.adapter.adapter import Adapter, adapters_of
 from lorakit.adapter.construction import build, build_edits
+from lorakit.adapter.coverage import report
 from lorakit.adapter.targets import Targets
 from lorakit.core.delta import Method
 from lorakit.core.injection import parents_of, replace_module
@@ -100,6 +101,7 @@ def attach(
             )
     adapter.requires_grad_(True)
     activate(model, name)
+    report(model, targets, adapter.layers)
     return adapter
 
 

@@ -17,8 +17,10 @@ from lorakit.adapter.adapter import Adapter, adapters_of
 from lorakit.adapter.targets import Targets, select, select_saved
 from lorakit.core.delta import Delta, Method
 from lorakit.core.injection import adapt, adapted_at, parents_of, ties
-from lorakit.core.layout import Site, sites_of, split
+from lorakit.core.layout import Expert, Site
 from lorakit.core.replacement import Replacement
+from lorakit.core.sites import sites_of, split
+from lorakit.core.stacks import stacked_sites
 from lorakit.core.state import ModelState, found_state, open_state
 from lorakit.core.storage import FLOAT, storage_of
 from lorakit.core.walking import has_suffix, walk
@@ -81,8 +83,10 @@ def build(
     _warn_of_ties(modules, [path for path, *_ in made])
     state = open_state(model)
     parents = parents_of(model)
+    mixtures = _mixtures(modules)
     for path, sites, deltas, replacement in made:
         layer = adapted_at(state, path) or adapt(path, modules[path], sites, state, parents)
+        layer.tokens = any(path.startswith(block) for block in mixtures)
         if deltas:
             layer.sites = {site.name: site for site in sites}
         layer.add(name, deltas, replacement)
@@ -230,6 +234,15 @@ def _replaced(
             if path and path not in adapted and not inside and names:
                 result.append((path, names))
     return result
+
+
+def _mixtures(modules: Mapping[str, nn.Module]) -> list[str]:
+    """The mixtures of experts of a model, as what their layers' paths begin with: in them tokens lie without their rows."""
+    blocks = []
+    for path, module in modules.items():
+        if path and any(isinstance(site.layout, Expert) for site in stacked_sites(module)):
+            blocks += [f"{path}.", f"{path.rpartition('.')[0]}."]
+    return blocks
 
 
 def _warn_of_ties(modules: Mapping[str, nn.Module], paths: list[str]) -> None:

@@ -18,7 +18,8 @@ from torch import nn
 
 from lorakit.core.delta import Method
 from lorakit.core.layer import Adapted
-from lorakit.core.layout import Linear, Rows, Site, sites_of
+from lorakit.core.layout import Expert, Linear, Rows, Site
+from lorakit.core.sites import sites_of
 from lorakit.core.walking import block_of, has_suffix, in_attention, value_for, walk
 from lorakit.errors import LorakitError
 
@@ -113,7 +114,7 @@ def _ranges(given: list[Any]) -> Any:
     return [tuple(pair) for pair in given] if isinstance(given[0], list) else tuple(given)
 
 
-def _head_paths(model: nn.Module) -> set[str]:
+def head_paths(model: nn.Module) -> set[str]:
     """Paths of the output head: the output embeddings, and whatever stands outside a transformers model's backbone."""
     heads: set[str] = set()
     find_head = cast("Callable[[], nn.Module | None] | None", getattr(model, "get_output_embeddings", None))
@@ -144,6 +145,12 @@ def describe_layers(model: nn.Module) -> str:
         if path and _adaptable(module):
             counts[path.rpartition(".")[2]] += 1
     return ", ".join(f"{name} ×{count}" for name, count in counts.most_common(24)) or "none"
+
+
+def _in_presets(module: nn.Module) -> bool:
+    """Whether presets mean a layer: it multiplies by matrices, in a way that is known."""
+    sites = sites_of(module) if _adaptable(module) else []
+    return any(isinstance(site.layout, Linear | Expert) and not site.named_only for site in sites)
 
 
 def _adaptable(module: nn.Module) -> bool:
@@ -191,12 +198,11 @@ def _part_names(paths: list[str], parts: Parts) -> list[str]:
 def _chosen(model: nn.Module, modules: list[tuple[str, nn.Module]], targets: Targets) -> list[str]:
     wanted = targets.target_modules
     if wanted in PRESETS:
-        heads = _head_paths(model)
+        heads = head_paths(model)
         paths = []
         for path, module in modules:
-            linear = any(isinstance(site.layout, Linear) for site in sites_of(module)) if _adaptable(module) else False
             if (
-                linear
+                _in_presets(module)
                 and path not in heads
                 and (wanted == "all-linear" or in_attention(path) == (wanted == "attention"))
             ):

@@ -25,7 +25,7 @@ from lorakit.adapter.construction import build
 from lorakit.adapter.targets import Targets, select
 from lorakit.algebra.changes import Change, Cut, cut
 from lorakit.algebra.outcome import Made, method_for, report
-from lorakit.core.layout import sites_of
+from lorakit.core.sites import sites_of
 from lorakit.core.spectrum import check_request
 from lorakit.core.walking import walk
 from lorakit.errors import LorakitError

@@ -18,7 +18,8 @@ from torch import nn
 
 from lorakit.conversion.content import open_gguf
 from lorakit.conversion.description import Description, Layer
-from lorakit.core.layout import Convolution, Layout, sites_of
+from lorakit.core.layout import Convolution, Layout
+from lorakit.core.sites import sites_of
 from lorakit.core.walking import walk
 from lorakit.errors import LorakitError, unknown
 from lorakit.models.stored import skeleton

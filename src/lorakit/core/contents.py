@@ -7,7 +7,7 @@ from typing import Any, cast
 from torch import Tensor, nn
 
 from lorakit.core.delta import Delta
-from lorakit.core.layout import Rows, Site
+from lorakit.core.layout import Expert, Site
 from lorakit.core.replacement import Replacement
 from lorakit.core.state import ModelState
 from lorakit.core.storage import Snapshot, storage_of, value_of
@@ -36,6 +36,8 @@ class LayerContents(nn.Module):
         """adapter -> site -> Delta; the site's empty name is written "self"."""
         self.replacements = ByName()
         self.state = state
+        self.tokens = False
+        """Whether it stands in a mixture of experts, where a call may have the tokens of all rows on one axis."""
         self.unmerged: dict[str, Snapshot] = {}
         """Within `merged`: tensors as they were before it wrote into them. What adapters add is about these."""
 
@@ -89,5 +91,10 @@ class LayerContents(nn.Module):
         """The frozen bias of a site's rows."""
         if site.bias is None:
             return None
-        bias = self.frozen(site.bias)
-        return site.layout.part(bias) if isinstance(site.layout, Rows) else bias
+        return site.layout.own_bias(self.frozen(site.bias))
+
+    @property
+    def stack(self) -> Expert | None:
+        """One expert of a layer that is a stack of them; None for any other layer."""
+        layouts = [site.layout for site in self.sites.values()]
+        return next((layout for layout in layouts if isinstance(layout, Expert)), None)

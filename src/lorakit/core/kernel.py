@@ -80,7 +80,8 @@ class _Product(Function):
         needs_h = ctx.needs_input_grad[3] or ctx.needs_input_grad[5]
         ctx.save_for_backward(x if needs_x else None, h if needs_h else None, W, B, A, gate)
         ctx.scale, ctx.dropout, ctx.seed, ctx.shape = scale, dropout, seed, x.shape
-        return y.view(*leading, B.shape[0])
+        # no view: models change a layer's output in place (residuals, masks), which autograd forbids on a view made in here
+        return torch.ops.aten._unsafe_view(y, [*leading, B.shape[0]])  # type: ignore[no-any-return]
 
     @staticmethod
     @once_differentiable

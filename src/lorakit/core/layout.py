@@ -10,13 +10,14 @@ as soon as its layout does. A layer may hold several matrices (attention keeps t
     Embedding     (vocabulary, dim)         its transpose: out = dim, in = vocabulary, inputs are one-hot
     Rows          some rows of another      fused projections, a part of which is adapted
     Attention     nn.MultiheadAttention     its projections, reached by substitution only
+    Expert        (experts, out, in)        one expert of a stack, or (in, out) each; reached by substitution only
+    Bare          any, read by a forward    a parameter that a module multiplies by itself
 """
 
 from __future__ import annotations
 
-import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -66,6 +67,14 @@ class Layout(ABC):
         """A vector over output features, (out,), shaped to broadcast against the layer's output `y`."""
         return v
 
+    def own_bias(self, bias: Tensor) -> Tensor:
+        """What of the layer's bias belongs to this matrix, (out,)."""
+        return bias
+
+    def placed_bias(self, b: Tensor, bias: Tensor) -> Tensor:
+        """A change of `own_bias`, (out,), as a change of the layer's whole `bias`."""
+        return b
+
     def pack(self, tensor: Tensor, axes: str) -> Tensor:
         """A delta's tensor in the shape that PEFT's files use: axes "in" (rows × in), "out" (out × columns), "features"
         (one number per channel), "column" and "row" (a vector kept as one), "taps" (rows × some channels' taps) or ""."""
@@ -109,10 +118,10 @@ class Transposed(Linear):
     kind = "transposed"
 
     def matrix(self, weight: Tensor) -> Tensor:
-        return weight.T
+        return weight.mT
 
     def weight(self, M: Tensor, like: Tensor) -> Tensor:
-        return M.T
+        return M.mT
 
 
 @dataclass(frozen=True)
@@ -235,6 +244,12 @@ class Rows(Layout):
         """This part's features of the whole layer's output `y`."""
         return torch.cat([y[..., start:stop] for start, stop in self.ranges], dim=-1)
 
+    def own_bias(self, bias: Tensor) -> Tensor:
+        return self.part(bias)
+
+    def placed_bias(self, b: Tensor, bias: Tensor) -> Tensor:
+        return self._place(b)
+
     def linear(self, layer: nn.Module, x: Tensor, M: Tensor) -> Tensor:
         return self._place(F.linear(x, M))
 
@@ -261,6 +276,99 @@ class Substituted(Linear):
 
 
 @dataclass(frozen=True)
+class Stored(Substituted):
+    """A layer of another layout that can only be reached by substituting its weight, since its forward is its own."""
+
+    inner: Layout
+    kind = "stored"
+
+    def matrix(self, weight: Tensor) -> Tensor:
+        return self.inner.matrix(weight)
+
+    def weight(self, M: Tensor, like: Tensor) -> Tensor:
+        return self.inner.weight(M, like)
+
+    def pack(self, tensor: Tensor, axes: str) -> Tensor:
+        return self.inner.pack(tensor, axes)
+
+    def unpack(self, tensor: Tensor, axes: str) -> Tensor:
+        return self.inner.unpack(tensor, axes)
+
+
+@dataclass(frozen=True)
+class Expert(Layout):
+    """One expert of a stack: a slice of a parameter of three axes. All experts of a stack have a matrix of one shape."""
+
+    inner: Linear
+    index: int
+    count: int
+    order: str = ""
+    """How the module's input lies: "tokens" of all rows of the batch, one after the other; all of them once for each of the "experts";
+    or empty, where nothing says which row a token is of (they come sorted by expert)."""
+    kind = "expert"
+    beside = False
+
+    @property
+    def shape(self) -> Shape:  # type: ignore[override]
+        return self.inner.shape
+
+    def matrix(self, weight: Tensor) -> Tensor:
+        return self.inner.matrix(weight[self.index])
+
+    def weight(self, M: Tensor, like: Tensor) -> Tensor:
+        """`M` in its slice, zero in all others: a change of the whole stack."""
+        return self.stacked({self.index: M}, like)
+
+    def stacked(self, changes: Mapping[int, Tensor], like: Tensor) -> Tensor:
+        """Changes by expert as one change of the whole stack `like`."""
+        one = next(iter(changes.values()))
+        rest = one.new_zeros(one.shape)
+        return self.inner.weight(torch.stack([changes.get(index, rest) for index in range(self.count)]), like)
+
+    def own_bias(self, bias: Tensor) -> Tensor:
+        return bias[self.index]
+
+    def placed_bias(self, b: Tensor, bias: Tensor) -> Tensor:
+        whole = b.new_zeros(bias.shape)
+        return whole.index_add(0, torch.tensor([self.index], device=b.device), b[None])
+
+    def linear(self, layer: nn.Module, x: Tensor, M: Tensor) -> Tensor:
+        raise LorakitError("an expert of a stack is reached by substitution only.")
+
+    def down(self, layer: nn.Module, x: Tensor, A: Tensor) -> Tensor:
+        raise LorakitError("an expert of a stack is reached by substitution only.")
+
+    def up(self, layer: nn.Module, h: Tensor, B: Tensor) -> Tensor:
+        raise LorakitError("an expert of a stack is reached by substitution only.")
+
+
+@dataclass(frozen=True)
+class FlatExpert(Expert):
+    """An expert of a stack that lies in two axes, (experts · rows, columns)."""
+
+    def matrix(self, weight: Tensor) -> Tensor:
+        return self.inner.matrix(weight.unflatten(0, (self.count, -1))[self.index])
+
+    def stacked(self, changes: Mapping[int, Tensor], like: Tensor) -> Tensor:
+        return super().stacked(changes, like).flatten(0, 1)
+
+
+@dataclass(frozen=True)
+class Bare(Substituted):
+    """A parameter that a module multiplies by itself, as a matrix: its first axis against all others, or the other way."""
+
+    turned: bool = False
+    kind = "bare"
+
+    def matrix(self, weight: Tensor) -> Tensor:
+        flat = weight.flatten(1)
+        return flat.T if self.turned else flat
+
+    def weight(self, M: Tensor, like: Tensor) -> Tensor:
+        return (M.T if self.turned else M).reshape(like.shape)
+
+
+@dataclass(frozen=True)
 class Site:
     """One matrix of a layer: its short name ("" where the layer has one only), its tensors, its layout."""
 
@@ -268,92 +376,9 @@ class Site:
     weight: str
     bias: str | None
     layout: Layout
+    named_only: str = ""
+    """Why presets leave it out; empty where they do not."""
 
     def place(self, path: str) -> str:
         """The name of this matrix in a model where its layer stands at `path`."""
         return f"{path}.{self.name}" if self.name else path
-
-
-def _is_conv1d(module: nn.Module) -> bool:
-    """transformers' Conv1D, recognised by its attributes so that transformers need not be imported."""
-    return type(module).__name__ == "Conv1D" and hasattr(module, "nf") and hasattr(module, "nx")
-
-
-def _attention_sites(module: nn.MultiheadAttention) -> list[Site]:
-    dim = module.embed_dim
-    bias = "in_proj_bias" if module.in_proj_bias is not None else None
-    sites = []
-    if module.in_proj_weight is not None:
-        shape = Shape(3 * dim, dim, bias=bias is not None)
-        sites.append(Site("in_proj", "in_proj_weight", bias, Substituted(shape)))
-    else:
-        for letter, width in (("q", dim), ("k", module.kdim or dim), ("v", module.vdim or dim)):
-            shape = Shape(dim, width, bias=False)
-            sites.append(Site(f"{letter}_proj", f"{letter}_proj_weight", None, Substituted(shape)))
-    out_bias = "out_proj.bias" if module.out_proj.bias is not None else None
-    shape = Shape(dim, dim, bias=out_bias is not None)
-    sites.append(Site("out_proj", "out_proj.weight", out_bias, Substituted(shape)))
-    return sites
-
-
-def has_linear_face(module: nn.Module) -> bool:
-    """Whether a module has the two sizes of a linear layer and none inside it: the packed layers of quantisation libraries,
-    of which many are no `nn.Linear`."""
-    sizes = (getattr(module, "in_features", None), getattr(module, "out_features", None))
-    return all(isinstance(size, int) and size > 0 for size in sizes) and not module._modules
-
-
-def sites_of(module: nn.Module) -> list[Site]:
-    """The matrices of a layer that a delta can change; empty where the layer is of no known kind."""
-    bias = "bias" if isinstance(getattr(module, "bias", None), Tensor) else None
-    if isinstance(module, nn.MultiheadAttention):
-        return _attention_sites(module)
-    if isinstance(module, nn.Linear) or has_linear_face(module):
-        shape = Shape(cast(int, module.out_features), cast(int, module.in_features), bias=bias is not None)
-        return [Site("", "weight", bias, Linear(shape))]
-    if _is_conv1d(module):
-        width, height = cast(Tensor, module.weight).shape
-        return [Site("", "weight", bias, Transposed(Shape(height, width, bias=bias is not None)))]
-    if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d):
-        window = tuple(module.weight.shape[1:])
-        taps = math.prod(window[1:])
-        shape = Shape(module.out_channels, window[0] * taps, taps=taps, bias=bias is not None)
-        return [Site("", "weight", bias, Convolution(shape, window, module.groups))]
-    if isinstance(module, nn.Embedding):
-        if module.max_norm is not None:
-            raise LorakitError(
-                "attach: this embedding has max_norm set, so that its forward rewrites its own weights; an adapter beside "
-                "it would not see the same weights. Set max_norm to None first."
-            )
-        shape = Shape(module.embedding_dim, module.num_embeddings, lookup=True, bias=False)
-        return [Site("", "weight", None, Embedding(shape))]
-    return []
-
-
-def split(
-    site: Site,
-    parts: Mapping[str, Sequence[int] | Sequence[Sequence[int]]],
-    path: str,
-) -> list[Site]:
-    """A fused layer's site as one site per named part; a part is (start, stop) or several such ranges of rows."""
-    layout = site.layout
-    if type(layout) not in (Linear, Transposed):
-        raise LorakitError(f"attach: {path} is a {layout.kind} layer; only linear layers have row parts.")
-    rows = layout.shape.out
-    taken = torch.zeros(rows, dtype=torch.bool)
-    result = []
-    for name, given in parts.items():
-        first: Any = given[0] if len(given) else None
-        ranges = [tuple(given)] if isinstance(first, int) else [tuple(cast(Any, r)) for r in given]
-        for pair in cast("list[tuple[int, int]]", ranges):
-            if len(pair) != 2 or not 0 <= pair[0] < pair[1] <= rows:
-                raise LorakitError(
-                    f"attach: part {name!r} of {path} was given rows {pair}; the layer has {rows} output rows, so a range "
-                    f"(start, stop) needs 0 <= start < stop <= {rows}."
-                )
-            if taken[pair[0] : pair[1]].any():
-                raise LorakitError(f"attach: part {name!r} of {path} overlaps another part in rows {pair}.")
-            taken[pair[0] : pair[1]] = True
-        rows_layout = Rows(cast(Linear, layout), cast(Any, tuple(ranges)))
-        result.append(Site(name, site.weight, site.bias, rows_layout))
-    return result

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from lorakit.core.call import LayerCall
 from lorakit.core.contents import LayerContents
 from lorakit.core.delta import LowRank
-from lorakit.core.layout import Site
+from lorakit.core.layout import Expert, Site
 from lorakit.core.routing import Routing
 from lorakit.core.rows import check_rows, first_tensor, join, pad, take, take_attention
 from lorakit.core.uniform import change, is_product, run_uniform
@@ -37,8 +37,11 @@ def run_mixed(
             )
         return _run_in_groups(layer, routing, names, args, kwargs)
     x = first_tensor(args, kwargs)
-    if routing.table is not None:
-        check_rows(x, routing.rows, routing.axis, layer.path)
+    table = None if routing.table is None else routing.table_on(x.device)
+    if table is not None:
+        if layer.tokens and x.ndim == 2 and routing.axis == 0 and x.shape[0] != routing.rows:
+            table = _by_token(table, x, None, layer.path)
+        check_rows(x, table.shape[0], routing.axis, layer.path)
     columns = [routing.names.index(name) for name in names] if not routed else []
     y = layer.base(*args, **kwargs)
     total: Tensor | None = None
@@ -47,9 +50,9 @@ def run_mixed(
         if not any(delta is not None for delta in held):
             continue
         if routed:
-            weights = router_weights(layer, routing, names, site, x)
+            weights = router_weights(layer, routing, table, names, site, x)
         else:
-            weights = _on_axes_of(routing.table_on(x.device)[:, columns], routing.axis, site, x)
+            weights = _on_axes_of(cast(Tensor, table)[:, columns], routing.axis, site, x)
         low: list[tuple[LowRank, Tensor]] = []
         for column, delta in enumerate(held):
             if delta is None:
@@ -84,8 +87,11 @@ def joint_gate(weighted: Sequence[tuple[LowRank, Tensor]], ranks: Sequence[int])
     return torch.cat([gate.expand(*leading, gate.shape[-1]) for gate in gates], dim=-1)
 
 
-def router_weights(layer: LayerContents, routing: Routing, names: list[str], site: Site, x: Tensor) -> Tensor:
-    """(…, names): what each adapter weighs for each token of this call, over all entries of the routing."""
+def router_weights(
+    layer: LayerContents, routing: Routing, table: Tensor | None, names: list[str], site: Site, x: Tensor
+) -> Tensor:
+    """(…, names): what each adapter weighs for each token of this call, over all entries of the routing; `table` are the
+    routing's weights by row, on the rows of `x`."""
     stored = layer.stored(site) if site.weight in layer.unmerged else None
     call = LayerCall(layer.base, site, x, None, stored)
     total: dict[str, Tensor] = {}
@@ -93,7 +99,7 @@ def router_weights(layer: LayerContents, routing: Routing, names: list[str], sit
         if routing.weights is not None:
             share = torch.tensor([routing.weights[column]], device=x.device)
         else:
-            share = _on_axes_of(routing.table_on(x.device)[:, column : column + 1], routing.axis, site, x)
+            share = _on_axes_of(cast(Tensor, table)[:, column : column + 1], routing.axis, site, x)
         router = layer.state.routers.get(entry)
         if router is None:
             own = {entry: share}
@@ -121,7 +127,8 @@ def _run_in_groups(
     layer: LayerContents, routing: Routing, names: list[str], args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Any:
     """Rows with the same weights together, one call of the layer for each such group."""
-    if routing.axis != 0:
+    stack = layer.stack
+    if routing.axis != 0 and (stack is None or stack.order != "tokens"):
         raise LorakitError(
             f"use: {layer.path} replaces whole tensors or is reached by substitution, so it cannot give every token of one row "
             "its own adapter; route whole rows."
@@ -130,6 +137,8 @@ def _run_in_groups(
     batch_axis = 0 if attention is None or attention.batch_first else 1
     x = first_tensor(args, kwargs)
     table = routing.table_on(x.device)[:, [routing.names.index(name) for name in names]]
+    if stack is not None:
+        table = _by_token(table, x, stack, layer.path)
     count = table.shape[0]
     if attention is not None and x.ndim == 2:
         raise LorakitError(
@@ -148,6 +157,26 @@ def _run_in_groups(
         blend = [(name, weight) for name, weight in zip(names, weights, strict=True) if weight != 0.0]
         pieces.append(run_uniform(layer, blend, *given))
     return join(pieces, torch.argsort(torch.cat(order)), batch_axis, layer.path)
+
+
+def _by_token(table: Tensor, x: Tensor, stack: Expert | None, path: str) -> Tensor:
+    """A table of weights by row, (rows, names), for each token of `x`, (tokens, hidden), whose rows stand one after the other.
+
+    `stack`: the experts that are called, whose input may lie otherwise.
+    """
+    if stack is not None and not stack.order:
+        raise LorakitError(
+            f"use: {path} is given its tokens sorted by expert, which does not tell which row each is of; use one adapter for "
+            "the whole batch."
+        )
+    times = stack.count if stack is not None and stack.order == "experts" else 1
+    rows = table.shape[0] * times
+    if x.shape[0] % rows:
+        raise LorakitError(
+            f"use: {path} was called with {x.shape[0]} tokens, which is no multiple of the {table.shape[0]} rows routed; give "
+            "one entry per row of the batch."
+        )
+    return table.repeat_interleave(x.shape[0] // rows, dim=0).repeat(times, 1)
 
 
 def run_nested(layer: LayerContents, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

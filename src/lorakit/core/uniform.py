@@ -16,7 +16,8 @@ from lorakit.core.call import LayerCall
 from lorakit.core.contents import LayerContents
 from lorakit.core.delta import Delta, LowRank
 from lorakit.core.kernel import autocast, product
-from lorakit.core.layout import Rows, Site
+from lorakit.core.layout import Expert, Site, Transposed
+from lorakit.core.lazy_sum import LazySum
 from lorakit.core.rows import first_tensor
 from lorakit.core.storage import storage_of, value_of
 from lorakit.errors import LorakitError
@@ -32,9 +33,10 @@ def run_uniform(layer: LayerContents, blend: Weighted, args: tuple[Any, ...], kw
     if not active:
         return call_base(layer, tensors, args, kwargs)
     if not layer.beside:
-        changed = substitutes(layer, blend)
+        sums = lazy_sums(layer, blend)
+        changed = substitutes(layer, blend) if sums is None else {}
         tensors = {name: value.to(value_of(layer.base, name).dtype) for name, value in changed.items()}
-        return call_base(layer, tensors, args, kwargs)
+        return call_base(layer, {**tensors, **(sums or {})}, args, kwargs)
     x = first_tensor(args, kwargs)
     site = next(iter(layer.sites.values()))
     if len(active) == 1 and len(layer.sites) == 1 and site.layout.flat and is_fusable(layer.base, tensors):
@@ -101,11 +103,16 @@ def substitutes(layer: LayerContents, blend: Weighted) -> dict[str, Tensor]:
         result[name] = before + weight * added.to(torch.promote_types(before.dtype, added.dtype))
 
     for name, weight in blend:
+        stacks: dict[str, tuple[Expert, Tensor, dict[int, Tensor]]] = {}
         for key, delta in layer.deltas_of(name).items():
             site = layer.sites[key]
             stored = storage_of(layer.base, site.weight, layer.path).read(layer.base, site.weight)
             about = layer.stored(site) if site.weight in layer.unmerged else stored
-            add(site.weight, stored, site.layout.weight(delta.dense(site.layout.matrix(about)), stored), weight)
+            dense = delta.dense(site.layout.matrix(about))
+            if isinstance(site.layout, Expert):  # all experts of a stack in one sum below
+                stacks.setdefault(site.weight, (site.layout, stored, {}))[2][site.layout.index] = dense
+            else:
+                add(site.weight, stored, site.layout.weight(dense, stored), weight)
             shift = delta.shift(layer.bias_of(site))
             if shift is None:
                 continue
@@ -114,8 +121,10 @@ def substitutes(layer: LayerContents, blend: Weighted) -> dict[str, Tensor]:
                     f"{layer.path}: {delta.spec.name} adds a bias, and this layer has none to put it in. It works unmerged; to "
                     "merge, give the layer a zero bias first."
                 )
-            whole = site.layout.features(shift, shift) if isinstance(site.layout, Rows) else shift
-            add(site.bias, value_of(layer.base, site.bias).detach(), whole, weight)
+            bias = value_of(layer.base, site.bias).detach()
+            add(site.bias, bias, site.layout.placed_bias(shift, bias), weight)
+        for stack, (layout, stored, changes) in stacks.items():
+            add(stack, stored, layout.stacked(changes, stored), weight)
     return result
 
 
@@ -125,6 +134,43 @@ def substitutes(layer: LayerContents, blend: Weighted) -> dict[str, Tensor]:
 def is_product(delta: Delta | None) -> bool:
     """Whether a delta is its low-rank product and nothing besides, so that the kernel may run it."""
     return isinstance(delta, LowRank) and type(delta).act is LowRank.act and type(delta).shift is Delta.shift
+
+
+def lazy_sums(layer: LayerContents, blend: Weighted) -> dict[str, LazySum] | None:
+    """Stacks of experts under low-rank deltas as sums that are never built; None where something else is in the blend."""
+    if layer.unmerged or any(name in layer.replacements for name, _ in blend):
+        return None
+    stacks: dict[str, list[tuple[float, Expert, LowRank]]] = {}
+    for name, weight in blend:
+        for key, delta in layer.deltas_of(name).items():
+            site = layer.sites[key]
+            if not is_product(delta) or type(site.layout) is not Expert:
+                return None
+            stacks.setdefault(site.weight, []).append((weight, site.layout, cast(LowRank, delta)))
+    return {name: _lazy_sum(value_of(layer.base, name), parts) for name, parts in stacks.items()}
+
+
+def _lazy_sum(W: Tensor, parts: list[tuple[float, Expert, LowRank]]) -> LazySum:
+    """A stack of experts and its changes, each expert's factors of all adapters side by side and padded to one rank."""
+    layout, first = parts[0][1], parts[0][2]
+    pairs: list[list[tuple[Tensor, Tensor]]] = [[] for _ in range(layout.count)]
+    for weight, own, delta in parts:
+        B, A = delta.factors()
+        gate = delta.gate()
+        pairs[own.index].append(((B if gate is None else B * gate) * (delta.scale * weight), A))
+    rank = max(sum(A.shape[0] for _, A in own) for own in pairs)
+    out, in_ = layout.shape.out, layout.shape.in_
+
+    def joined(own: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+        left = rank - sum(A.shape[0] for _, A in own)
+        own = [*own, (W.new_zeros(out, left), W.new_zeros(left, in_))] if left else own
+        return torch.cat([B for B, _ in own], 1), torch.cat([A for _, A in own])
+
+    factors = [joined(own) for own in pairs]
+    U, V = torch.stack([B for B, _ in factors]), torch.stack([A for _, A in factors])
+    if isinstance(layout.inner, Transposed):
+        U, V = V.mT, U.mT
+    return LazySum(W, U, V, first.dropout if first.training else 0.0)
 
 
 def is_fusable(base: nn.Module, tensors: dict[str, Tensor]) -> bool:

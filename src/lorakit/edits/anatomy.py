@@ -15,7 +15,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from lorakit.core.layout import Linear, sites_of
+from lorakit.core.layout import Linear
+from lorakit.core.sites import sites_of
 from lorakit.core.walking import walk
 from lorakit.edits.contract import Anatomy, Block
 from lorakit.errors import LorakitError

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from lorakit.adapter.adapter import Adapter
 from lorakit.adapter.targets import Targets, select
-from lorakit.core.layout import sites_of
+from lorakit.core.sites import sites_of
 from lorakit.core.storage import storage_of
 from lorakit.core.walking import walk
 from lorakit.files.interchange import plain_names, unwrapped

@@ -13,7 +13,7 @@ from torch import nn
 
 from lorakit.adapter.targets import Targets, select
 from lorakit.core.delta import Delta, Method, Pool, Shape, Spec
-from lorakit.core.layout import sites_of
+from lorakit.core.sites import sites_of
 from lorakit.core.walking import walk
 from lorakit.edits import EDITS
 from lorakit.edits.contract import Anatomy, Block, EditMethod

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from lorakit.core.layer import Adapted
-from lorakit.core.layout import Embedding, Linear, sites_of
+from lorakit.core.layout import Embedding, Linear
+from lorakit.core.sites import sites_of
 from lorakit.core.storage import FLOAT, storage_of
 
 _MARKS = ("hf_quantizer", "quantization_method", "is_quantized", "is_loaded_in_4bit", "is_loaded_in_8bit")

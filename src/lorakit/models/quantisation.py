@@ -19,8 +19,8 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import nn
 
-from lorakit.core.layout import sites_of
 from lorakit.core.options import check, option
+from lorakit.core.sites import sites_of
 from lorakit.core.storage import FLOAT, storage_of
 from lorakit.errors import LorakitError, plural, unknown
 

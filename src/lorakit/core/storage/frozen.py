@@ -14,7 +14,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from lorakit.core.layout import has_linear_face
+from lorakit.core.sites import has_linear_face
 from lorakit.core.storage.contract import FLOATS, Storage, size_of
 from lorakit.errors import LorakitError
 

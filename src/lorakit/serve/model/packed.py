@@ -23,7 +23,8 @@ from torch import Tensor, nn
 from lorakit.adapter.adapter import Adapter
 from lorakit.adapter.attachment import detach
 from lorakit.core.delta import Delta, Form
-from lorakit.core.layout import Linear, Rows, Site, Transposed, sites_of
+from lorakit.core.layout import Linear, Rows, Site, Transposed
+from lorakit.core.sites import sites_of
 from lorakit.core.storage import storage_of
 from lorakit.errors import LorakitError, unknown
 from lorakit.files import store

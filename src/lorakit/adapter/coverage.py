@@ -1,0 +1,116 @@
+"""What share of a model's matrix numbers an adapter reaches, and what kinds of weight it leaves out."""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+
+from torch import nn
+
+from lorakit.adapter.targets import Targets, head_paths
+from lorakit.core.layer import Adapted
+from lorakit.core.sites import sites_of
+from lorakit.core.walking import walk
+from lorakit.errors import LorakitError
+
+log = logging.getLogger("lorakit")
+
+
+@dataclass(frozen=True)
+class Coverage:
+    """Matrix numbers: those of weights with two axes or more, input and output embeddings left out.
+
+    Attributes:
+        reached: numbers in matrices that the adapter changes or replaces.
+        total: all of them.
+        left: kind of weight ("mlp.experts.gate_up_proj", blocks' numbers as N) -> numbers that are not reached.
+        reasons: kind of layer -> why presets leave it out.
+    """
+
+    reached: int
+    total: int
+    left: Mapping[str, int] = field(default_factory=dict)
+    reasons: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def share(self) -> float:
+        """Between 0 and 1."""
+        return self.reached / self.total if self.total else 1.0
+
+    def __str__(self) -> str:
+        words = f"{self.share:.1%} of the matrix numbers ({self.reached:,} of {self.total:,})"
+        most = sorted(self.left.items(), key=lambda item: -item[1])[:6]
+        if most:
+            words += "; left out: " + ", ".join(f"{kind} ({count / self.total:.1%})" for kind, count in most)
+        return words
+
+
+def coverage(model: nn.Module, paths: Iterable[str]) -> Coverage:
+    """What the layers of these paths are of the model, which may lie on the meta device and may carry adapters."""
+    modules, heads = dict(walk(model)), head_paths(model)
+    reached: set[int] = set()
+    for path in paths:
+        for site in sites_of(modules[path]):
+            reached.add(id(_parameter(modules[path], site.weight)))
+    outside = {id(parameter) for path, module in modules.items() if path in heads for parameter in module.parameters()}
+    outside |= {
+        id(p)
+        for module in modules.values()
+        if isinstance(module, nn.Embedding)
+        for p in module.parameters(recurse=False)
+    }
+    seen: set[int] = set()
+    total = found = 0
+    left: dict[str, int] = {}
+    for path, module in modules.items():
+        own = module.named_parameters() if isinstance(module, nn.MultiheadAttention) else module._parameters.items()
+        for name, parameter in own:
+            if parameter is None or parameter.ndim < 2 or id(parameter) in outside or id(parameter) in seen:
+                continue
+            seen.add(id(parameter))
+            total += parameter.numel()
+            if id(parameter) in reached:
+                found += parameter.numel()
+            else:
+                kind = re.sub(r"\.\d+(?=\.|$)", ".N", f"{path}.{name}")
+                left[kind] = left.get(kind, 0) + parameter.numel()
+    return Coverage(found, total, left, left_out(modules, heads))
+
+
+def _parameter(module: nn.Module, name: str) -> object:
+    owner, _, last = name.rpartition(".")
+    return getattr(module.get_submodule(owner), last)
+
+
+def left_out(modules: Mapping[str, nn.Module], heads: Iterable[str] = ()) -> dict[str, str]:
+    """Ending of a layer's name -> why presets leave it out, for layers that have a matrix."""
+    reasons: dict[str, str] = {}
+    for path, module in modules.items():
+        ending = path.rpartition(".")[2]
+        if not path or path in heads or ending in reasons or isinstance(module, nn.Embedding):
+            continue
+        try:
+            named = [site.named_only for site in sites_of(module) if site.named_only]
+        except LorakitError as problem:
+            named = [str(problem).removeprefix("attach: ").partition(",")[0]]
+        if named:
+            reasons[ending] = named[0]
+    return reasons
+
+
+def report(model: nn.Module, targets: Targets, layers: Mapping[str, Adapted]) -> None:
+    """Say what an adapter reaches, and warn where a preset leaves a kind of weight out that a user would think is in."""
+    if not layers:
+        return
+    found = coverage(model, layers)
+    log.info("the adapter reaches %s", found)
+    if targets.target_modules != "all-linear" or targets.layers is not None or targets.exclude_modules is not None:
+        return
+    for ending, reason in found.reasons.items():
+        log.warning(
+            "attach: all-linear leaves out %s: %s. Name it in target_modules to adapt it all the same.", ending, reason
+        )
+    if found.share < 0.95:
+        log.warning("attach: all-linear reaches %s.", found)

@@ -1,0 +1,132 @@
+"""The matrices of a layer that a delta can change: which layers have any, and whether deltas act beside them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from lorakit.core.delta import Shape
+from lorakit.core.known import computed_weight, is_known
+from lorakit.core.layout import Convolution, Embedding, Layout, Linear, Rows, Site, Stored, Substituted, Transposed
+from lorakit.core.stacks import stacked_sites
+from lorakit.errors import LorakitError
+
+
+def _is_conv1d(module: nn.Module) -> bool:
+    """transformers' Conv1D, recognised by its attributes so that transformers need not be imported."""
+    return type(module).__name__ == "Conv1D" and hasattr(module, "nf") and hasattr(module, "nx")
+
+
+def _attention_sites(module: nn.MultiheadAttention) -> list[Site]:
+    dim = module.embed_dim
+    bias = "in_proj_bias" if module.in_proj_bias is not None else None
+    sites = []
+    if module.in_proj_weight is not None:
+        shape = Shape(3 * dim, dim, bias=bias is not None)
+        sites.append(Site("in_proj", "in_proj_weight", bias, Substituted(shape)))
+    else:
+        for letter, width in (("q", dim), ("k", module.kdim or dim), ("v", module.vdim or dim)):
+            shape = Shape(dim, width, bias=False)
+            sites.append(Site(f"{letter}_proj", f"{letter}_proj_weight", None, Substituted(shape)))
+    out_bias = "out_proj.bias" if module.out_proj.bias is not None else None
+    shape = Shape(dim, dim, bias=out_bias is not None)
+    sites.append(Site("out_proj", "out_proj.weight", out_bias, Substituted(shape)))
+    return sites
+
+
+def has_linear_face(module: nn.Module) -> bool:
+    """Whether a module has the two sizes of a linear layer and none inside it: the packed layers of quantisation libraries,
+    of which many are no `nn.Linear`."""
+    sizes = (getattr(module, "in_features", None), getattr(module, "out_features", None))
+    return all(isinstance(size, int) and size > 0 for size in sizes) and not module._modules
+
+
+def sites_of(module: nn.Module) -> list[Site]:
+    """The matrices of a layer that a delta can change; empty where there is none.
+
+    A layer whose class inherits from a known one and computes something else has sites too, which are reached by substitution and
+    say in `named_only` why presets leave them out.
+
+    Raises:
+        LorakitError: the layer has a matrix that nothing can be added to, with the reason.
+    """
+    bias = "bias" if isinstance(getattr(module, "bias", None), Tensor) else None
+    if isinstance(module, nn.MultiheadAttention):
+        return _attention_sites(module)
+    reason = computed_weight(module) if isinstance(module, _KNOWN) else ""
+    if reason:
+        raise LorakitError(
+            f"attach: {reason}, so that a change would be overwritten at the next call. Take the norm off first "
+            "(torch.nn.utils.parametrize.remove_parametrizations, or remove_weight_norm), or train the layer whole by modules_to_save."
+        )
+    if isinstance(module, nn.Linear) or has_linear_face(module):
+        shape = Shape(cast(int, module.out_features), cast(int, module.in_features), bias=bias is not None)
+        return [_site(module, bias, Linear(shape))]
+    if _is_conv1d(module):
+        width, height = cast(Tensor, module.weight).shape
+        return [Site("", "weight", bias, Transposed(Shape(height, width, bias=bias is not None)))]
+    if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d):
+        window = tuple(module.weight.shape[1:])
+        taps = math.prod(window[1:])
+        shape = Shape(module.out_channels, window[0] * taps, taps=taps, bias=bias is not None)
+        return [_site(module, bias, Convolution(shape, window, module.groups))]
+    if isinstance(module, nn.Embedding):
+        if module.max_norm is not None:
+            raise LorakitError(
+                "attach: this embedding has max_norm set, so that its forward rewrites its own weights; an adapter beside "
+                "it would not see the same weights. Set max_norm to None first."
+            )
+        shape = Shape(module.embedding_dim, module.num_embeddings, lookup=True, bias=False)
+        return [_site(module, None, Embedding(shape))]
+    return stacked_sites(module)
+
+
+_KNOWN = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Embedding)
+
+
+def _site(module: nn.Module, bias: str | None, layout: Layout) -> Site:
+    """The one matrix of a layer: beside it where its forward is known or a quantisation library's, else by substitution."""
+    weight: Any = getattr(module, "weight", None)
+    plain = (
+        type(weight) is nn.Parameter
+        and type(weight.data) is Tensor
+        and weight.is_floating_point()
+        and weight.itemsize > 1
+    )
+    if not plain or not isinstance(module, _KNOWN) or is_known(module):
+        return Site("", "weight", bias, layout)
+    reason = f"{type(module).__name__} has a forward of its own, which is not {layout.kind}'s"
+    return Site("", "weight", bias, Stored(layout.shape, layout), named_only=reason)
+
+
+def split(
+    site: Site,
+    parts: Mapping[str, Sequence[int] | Sequence[Sequence[int]]],
+    path: str,
+) -> list[Site]:
+    """A fused layer's site as one site per named part; a part is (start, stop) or several such ranges of rows."""
+    layout = site.layout
+    if type(layout) not in (Linear, Transposed):
+        raise LorakitError(f"attach: {path} is a {layout.kind} layer; only linear layers have row parts.")
+    rows = layout.shape.out
+    taken = torch.zeros(rows, dtype=torch.bool)
+    result = []
+    for name, given in parts.items():
+        first: Any = given[0] if len(given) else None
+        ranges = [tuple(given)] if isinstance(first, int) else [tuple(cast(Any, r)) for r in given]
+        for pair in cast("list[tuple[int, int]]", ranges):
+            if len(pair) != 2 or not 0 <= pair[0] < pair[1] <= rows:
+                raise LorakitError(
+                    f"attach: part {name!r} of {path} was given rows {pair}; the layer has {rows} output rows, so a range "
+                    f"(start, stop) needs 0 <= start < stop <= {rows}."
+                )
+            if taken[pair[0] : pair[1]].any():
+                raise LorakitError(f"attach: part {name!r} of {path} overlaps another part in rows {pair}.")
+            taken[pair[0] : pair[1]] = True
+        rows_layout = Rows(cast(Linear, layout), cast(Any, tuple(ranges)))
+        result.append(Site(name, site.weight, site.bias, rows_layout))
+    return result
