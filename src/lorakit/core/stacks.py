@@ -79,7 +79,9 @@ def _order(module: nn.Module) -> str:
     if type(module).__name__ in _FLAT:
         return ""
     arguments = list(inspect.signature(type(module).forward).parameters)[1:]
-    if hasattr(module, "has_gate") or (len(arguments) > 1 and "index" in arguments[1]):  # transformers' experts interface
+    if hasattr(module, "has_gate") or (
+        len(arguments) > 1 and "index" in arguments[1]
+    ):  # transformers' experts interface
         return "tokens"
     return ""
 
@@ -95,7 +97,8 @@ def _stack(module: nn.Module, name: str, stack: Tensor, turned: bool) -> list[Si
     inner = (Transposed if turned else Linear)(Shape(out, in_, bias=bias is not None))
     order = _order(module)
     return [
-        Site(f"{name}.{index}", name, bias, Expert(inner, index, stack.shape[0], order)) for index in range(stack.shape[0])
+        Site(f"{name}.{index}", name, bias, Expert(inner, index, stack.shape[0], order))
+        for index in range(stack.shape[0])
     ]
 
 
