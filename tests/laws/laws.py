@@ -22,7 +22,7 @@ from lorakit.adapter.adapter import Adapter
 from lorakit.algebra.merging import merge, merged
 from lorakit.core.delta import Delta, LowRank
 from lorakit.core.layer import Adapted
-from lorakit.core.layout import Rows, Site
+from lorakit.core.layout import Expert, Rows, Site
 from lorakit.core.storage import storage_of
 from lorakit.errors import LorakitError
 from lorakit.files import store
@@ -73,12 +73,16 @@ def changed_tensors(subject: Subject, blend: Mapping[str, float]) -> tuple[dict[
             change = site.layout.weight(delta.dense(site.layout.matrix(stored)), stored)
             changed[site.weight] = changed.get(site.weight, stored) + weight * change
             bias = None if site.bias is None else layer.base.get_parameter(site.bias).detach()
-            rows = site.layout.index() if isinstance(site.layout, Rows) else slice(None)
+            rows = site.layout.index() if isinstance(site.layout, Rows) else getattr(site.layout, "index", slice(None))
             shift = delta.shift(None if bias is None else bias[rows])
             if shift is None:
                 continue
             if isinstance(site.layout, Rows):
                 shift = shift.new_zeros(site.layout.inner.shape.out).index_copy(0, site.layout.index(), shift)
+            if isinstance(site.layout, Expert) and bias is not None:
+                whole = torch.zeros_like(bias)
+                whole[site.layout.index] = shift
+                shift = whole
             if bias is not None:
                 assert site.bias is not None
                 changed[site.bias] = changed.get(site.bias, bias) + weight * shift

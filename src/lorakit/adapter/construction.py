@@ -8,13 +8,13 @@ from __future__ import annotations
 import dataclasses
 import logging
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from lorakit.adapter.adapter import Adapter, adapters_of
-from lorakit.adapter.targets import Targets, select, select_saved
+from lorakit.adapter.targets import PRESETS, Targets, select, select_saved
 from lorakit.core.delta import Delta, Method
 from lorakit.core.injection import adapt, adapted_at, parents_of, ties
 from lorakit.core.layout import Expert, Site
@@ -116,9 +116,27 @@ def _planned(path: str, module: nn.Module, method: Method, targets: Targets, che
     for site in sites:
         storage_of(module, site.weight, path)  # refused here, if it is of no kind that is known
         specs[site.name] = targets.spec_for(method, path, site)
+        if checked and targets.target_modules in PRESETS:
+            specs[site.name] = _capped(specs[site.name], site, path)
         if checked:
             specs[site.name].check(site.layout.shape, site.place(path))
     return PlannedLayer(module, sites, specs)
+
+
+def _capped(spec: Method, site: Site, path: str) -> Method:
+    """The spec with the layer's largest useful rank, where a preset has chosen a layer that is smaller than the rank (a gate
+    with one output). The scale stays."""
+    own, most = cast(Any, spec), min(site.layout.shape.out, site.layout.shape.in_)
+    if "rank" not in own.pattern_fields or own.rank <= most:
+        return spec
+    changes: dict[str, Any] = {"rank": most}
+    if "alpha" in own.pattern_fields:
+        changes["alpha"] = own.alpha * (most / own.rank) ** (0.5 if getattr(own, "rslora", False) else 1.0)
+    log.warning(
+        "attach: %s gets rank %d instead of %d, the most that its %d × %d can use.",
+        path, most, own.rank, site.layout.shape.out, site.layout.shape.in_,
+    )  # fmt: skip
+    return cast(Method, own.replace(**changes))
 
 
 # -- what is refused -------------------------------------------------------------------------------------------------------

@@ -1,14 +1,16 @@
 """Whether a layer computes what its class is known for: by its forward, and where that is another, by trying.
 
-A class that inherits from `nn.Linear` may compute anything: scale its result, standardise its weight, return a tuple. Beside such a
-layer a delta would act on a function that it does not have. So a layer is adapted beside its base only if it is the known function
-of a weight that is a tensor of its own:
+A class that inherits from `nn.Linear` may compute anything: scale its result, standardise its weight, return a
+tuple. Beside such a layer a delta would act on a function that it does not have. So a layer is adapted beside its
+base only if it is the known function of a weight that is a tensor of its own:
 
-- its forward is torch's own, or gives the same numbers on trial (some classes only write `x @ W.T` otherwise). The trial runs on a
-  copy of the layer with small random weights, so that it costs nothing and works for a model without weights. Once per class.
+- its forward is torch's own, or gives the same numbers on trial (some classes only write `x @ W.T` otherwise). The
+  trial runs on a copy of the layer with small random weights, so that it costs nothing and works for a model
+  without weights. Once per class.
 - nothing computes its weight: no parametrisation, no hook of `weight_norm` or `spectral_norm`.
 
-Another layer is reached by substitution, where its weight is a plain parameter: exact for any forward, and only by name.
+Another layer is reached by substitution, where its weight is a plain parameter: exact for any forward, and only by
+name.
 """
 
 from __future__ import annotations
@@ -73,17 +75,19 @@ def _agrees(module: nn.Module, kind: type[nn.Module]) -> bool:
 
 
 def _probe(module: nn.Module, kind: type[nn.Module]) -> tuple[nn.Module, Callable[[Tensor], Tensor], list[Tensor]]:
-    """A copy of a layer with random weights; what it should give; inputs. The weights stay small where the kind allows."""
+    """A copy of a layer with random weights; what it should give; inputs. The weights stay small where the kind
+    allows."""
     generator = torch.Generator().manual_seed(0)
 
     def random(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=generator)
 
     probe = copy.copy(module)
-    probe._parameters, probe._buffers = (
-        {},
-        {key: value for key, value in module._buffers.items() if not _on_meta(value)},
-    )
+    probe._parameters = {}
+    probe._buffers = {
+        key: torch.full_like(value, 2.0, device="cpu") if value is not None and _on_meta(value) else value
+        for key, value in module._buffers.items()
+    }
     probe._modules = {}
     shape = tuple(cast(Tensor, module.weight).shape)
     size = shape if kind in (nn.Conv1d, nn.Conv2d, nn.Conv3d) else (7, 5)
@@ -96,8 +100,8 @@ def _probe(module: nn.Module, kind: type[nn.Module]) -> tuple[nn.Module, Callabl
     if kind is nn.Linear:
         return probe, lambda x: F.linear(x, weight, bias), [random(3, 5), random(2, 4, 5)]
     if kind is nn.Embedding:
-        scale = getattr(module, "embed_scale", None)  # transformers' scaled word embeddings
-        factor = 1.0 if scale is None or _on_meta(scale) else float(torch.as_tensor(scale))
+        scale = getattr(probe, "embed_scale", None)  # transformers' scaled word embeddings
+        factor = 1.0 if scale is None else float(torch.as_tensor(scale))
         ids = torch.randint(1, 7, (2, 4), generator=generator)
         padding = cast(nn.Embedding, module).padding_idx
         probe.padding_idx = None if padding is None else 0  # type: ignore[assignment]

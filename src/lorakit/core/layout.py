@@ -76,8 +76,9 @@ class Layout(ABC):
         return b
 
     def pack(self, tensor: Tensor, axes: str) -> Tensor:
-        """A delta's tensor in the shape that PEFT's files use: axes "in" (rows × in), "out" (out × columns), "features"
-        (one number per channel), "column" and "row" (a vector kept as one), "taps" (rows × some channels' taps) or ""."""
+        """A delta's tensor in the shape that PEFT's files use: axes "in" (rows × in), "out" (out × columns),
+        "features" (one number per channel), "column" and "row" (a vector kept as one), "taps" (rows × some
+        channels' taps) or ""."""
         return tensor[:, None] if axes == "column" else tensor[None] if axes == "row" else tensor
 
     def unpack(self, tensor: Tensor, axes: str) -> Tensor:
@@ -303,8 +304,8 @@ class Expert(Layout):
     index: int
     count: int
     order: str = ""
-    """How the module's input lies: "tokens" of all rows of the batch, one after the other; all of them once for each of the "experts";
-    or empty, where nothing says which row a token is of (they come sorted by expert)."""
+    """How the module's input lies: "tokens" of all rows of the batch, one after the other; all of them once for each
+    of the "experts"; or empty, where nothing says which row a token is of (they come sorted by expert)."""
     kind = "expert"
     beside = False
 
@@ -355,7 +356,8 @@ class FlatExpert(Expert):
 
 @dataclass(frozen=True)
 class Bare(Substituted):
-    """A parameter that a module multiplies by itself, as a matrix: its first axis against all others, or the other way."""
+    """A parameter that a module multiplies by itself, as a matrix: its first axis against all others, or the other
+    way."""
 
     turned: bool = False
     kind = "bare"

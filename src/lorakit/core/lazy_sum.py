@@ -1,18 +1,20 @@
 """`W + ΔW` for a low-rank ΔW as one tensor that is never built where it is only multiplied.
 
-A layer whose forward lorakit does not know (a stack of experts, a bare matrix) is reached by putting other tensors in the place of
-its own. Where these are `W + s B A`, building the sum costs as much memory as the weights: for the experts of one layer of a large
-mixture more than a gigabyte, kept for the backward too. `LazySum` holds the three factors and answers the products that models
-make of weights, `x W`, by `x W + (x U) V`: linear, matmul, batched and grouped products, of views, slices and gathered experts.
-Whatever else is asked of it is answered by the sum itself, so that the result is exact for any forward.
+A layer whose forward lorakit does not know (a stack of experts, a bare matrix) is reached by putting other tensors
+in the place of its own. Where these are `W + s B A`, building the sum costs as much memory as the weights: for the
+experts of one layer of a large mixture more than a gigabyte, kept for the backward too. `LazySum` holds the three
+factors and answers the products that models make of weights, `x W`, by `x W + (x U) V`: linear, matmul, batched and
+grouped products, of views, slices and gathered experts. Whatever else is asked of it is answered by the sum itself,
+so that the result is exact for any forward.
 
-In the words of the matrix as it stands: `W` is (..., rows, columns), `U` (..., rows, rank), `V` (..., rank, columns).
+In the words of the matrix as it stands: `W` is (..., rows, columns), `U` (..., rows, rank), `V` (..., rank,
+columns).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, cast
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -31,7 +33,7 @@ class LazySum(Tensor):
     @staticmethod
     def __new__(cls, W: Tensor, U: Tensor, V: Tensor, dropout: float = 0.0) -> LazySum:
         """`dropout` is the probability with which an entry of x is zeroed on its way to U."""
-        return cast(LazySum, Tensor._make_wrapper_subclass(cls, W.shape, dtype=W.dtype, device=W.device))  # type: ignore[attr-defined]
+        return Tensor._make_wrapper_subclass(cls, W.shape, dtype=W.dtype, device=W.device)
 
     def __init__(self, W: Tensor, U: Tensor, V: Tensor, dropout: float = 0.0) -> None:
         self.W, self.U, self.V, self.dropout = W, U, V, dropout
@@ -44,7 +46,7 @@ class LazySum(Tensor):
     def _as(self, W: Tensor, U: Tensor, V: Tensor) -> LazySum:
         return LazySum(W, U, V, self.dropout)
 
-    def __repr__(self, *, tensor_contents: Any = None) -> str:
+    def __repr__(self, **options: Any) -> str:  # type: ignore[override]
         return f"LazySum({tuple(self.W.shape)}, rank {self.U.shape[-1]})"
 
     @classmethod
@@ -67,7 +69,7 @@ class LazySum(Tensor):
             return func(*tree_map(_whole, args), **tree_map(_whole, kwargs))
 
     @classmethod
-    def __torch_dispatch__(
+    def __torch_dispatch__(  # type: ignore[override]
         cls,
         func: Callable[..., Any],
         types: Sequence[type],
@@ -138,7 +140,8 @@ def _grouped(operation: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def grouped(x: Tensor, weight: Tensor, offs: Tensor) -> Tensor:
-    """`x` (rows, in) in the order of the groups times `weight` (groups, in, out): (rows, out). Rows behind the last are zero."""
+    """`x` (rows, in) in the order of the groups times `weight` (groups, in, out): (rows, out). Rows behind the last
+    are zero."""
     ends = offs.tolist()
     sizes = [end - start for start, end in zip([0, *ends], ends, strict=False)]
     pieces = [part @ weight[index] for index, part in enumerate(x[: ends[-1]].split(sizes)) if len(part)]

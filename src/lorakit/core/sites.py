@@ -39,8 +39,8 @@ def _attention_sites(module: nn.MultiheadAttention) -> list[Site]:
 
 
 def has_linear_face(module: nn.Module) -> bool:
-    """Whether a module has the two sizes of a linear layer and none inside it: the packed layers of quantisation libraries,
-    of which many are no `nn.Linear`."""
+    """Whether a module has the two sizes of a linear layer and none inside it: the packed layers of quantisation
+    libraries, of which many are no `nn.Linear`."""
     sizes = (getattr(module, "in_features", None), getattr(module, "out_features", None))
     return all(isinstance(size, int) and size > 0 for size in sizes) and not module._modules
 
@@ -48,8 +48,8 @@ def has_linear_face(module: nn.Module) -> bool:
 def sites_of(module: nn.Module) -> list[Site]:
     """The matrices of a layer that a delta can change; empty where there is none.
 
-    A layer whose class inherits from a known one and computes something else has sites too, which are reached by substitution and
-    say in `named_only` why presets leave them out.
+    A layer whose class inherits from a known one and computes something else has sites too, which are reached by
+    substitution and say in `named_only` why presets leave them out.
 
     Raises:
         LorakitError: the layer has a matrix that nothing can be added to, with the reason.
@@ -61,7 +61,8 @@ def sites_of(module: nn.Module) -> list[Site]:
     if reason:
         raise LorakitError(
             f"attach: {reason}, so that a change would be overwritten at the next call. Take the norm off first "
-            "(torch.nn.utils.parametrize.remove_parametrizations, or remove_weight_norm), or train the layer whole by modules_to_save."
+            "(torch.nn.utils.parametrize.remove_parametrizations, or remove_weight_norm), or train the layer whole by "
+            "modules_to_save."
         )
     if isinstance(module, nn.Linear) or has_linear_face(module):
         shape = Shape(cast(int, module.out_features), cast(int, module.in_features), bias=bias is not None)
@@ -89,7 +90,8 @@ _KNOWN = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Embedding)
 
 
 def _site(module: nn.Module, bias: str | None, layout: Layout) -> Site:
-    """The one matrix of a layer: beside it where its forward is known or a quantisation library's, else by substitution."""
+    """The one matrix of a layer: beside it where its forward is known or a quantisation library's, else by
+    substitution."""
     weight: Any = getattr(module, "weight", None)
     plain = (
         type(weight) is nn.Parameter

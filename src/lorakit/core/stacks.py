@@ -1,7 +1,9 @@
-"""Parameters that a module multiplies by itself, as matrices: stacks of experts, and the few bare matrices that models have.
+"""Parameters that a module multiplies by itself, as matrices: stacks of experts, and the few bare matrices that models
+have.
 
-transformers holds the experts of a layer as two parameters of three axes, (experts, out, in) or (experts, in, out), which the module
-slices, gathers or hands to a grouped product. No layer is called, so a delta is put into the place of the parameter (`lazy_sum.py`).
+transformers holds the experts of a layer as two parameters of three axes, (experts, out, in) or (experts, in, out),
+which the module slices, gathers or hands to a grouped product. No layer is called, so a delta is put into the place
+of the parameter (`lazy_sum.py`).
 """
 
 from __future__ import annotations
@@ -17,8 +19,8 @@ from lorakit.core.layout import Bare, Expert, FlatExpert, Linear, Site, Transpos
 _FLAT: dict[str, tuple[tuple[str, bool], ...]] = {
     "DbrxExperts": (("mlp.w1", False), ("mlp.v1", False), ("mlp.w2", True)),
 }
-"""Class -> its stacks that lie in two axes, (experts · rows, columns), and whether each expert's matrix is the transpose. The class is
-the one whose forward reads them."""
+"""Class -> its stacks that lie in two axes, (experts · rows, columns), and whether each expert's matrix is the
+transpose. The class is the one whose forward reads them."""
 
 _EXPERT_MAJOR = frozenset({"Llama4TextExperts"})
 """Classes whose input has every token once for each expert."""
@@ -60,7 +62,8 @@ def _holds_experts(module: nn.Module, stacks: dict[str, nn.Parameter]) -> bool:
 
 
 def _turned(module: nn.Module, stacks: list[nn.Parameter]) -> bool:
-    """Whether an expert's matrix lies (in, out): the class says so, or the sizes of what comes in and what comes between do."""
+    """Whether an expert's matrix lies (in, out): the class says so, or the sizes of what comes in and what comes
+    between do."""
     said: Any = getattr(module, "is_transposed", None)
     if isinstance(said, bool):
         return said
