@@ -23,12 +23,12 @@ SHARED = {"shared_expert_intermediate_size": 24, "decoder_sparse_step": 1}
 DEEP: dict[str, Any] = {
     "n_routed_experts": 4,
     "n_shared_experts": 1,
-    "n_group": 2,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 16,
+    "n_group": 1,
     "topk_group": 1,
     "q_lora_rank": 8,
     "kv_lora_rank": 8,
-}
-DEEP |= {
     "qk_rope_head_dim": 4,
     "qk_nope_head_dim": 4,
     "v_head_dim": 8,

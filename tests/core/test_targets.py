@@ -171,7 +171,7 @@ UNMATCHED: list[tuple[dict[str, Any], str]] = [
     ({"name": ""}, "name"),
     ({"target_modules": 3}, "target_modules"),
     ({"target_modules": [3]}, "target_modules"),
-    ({"method": lk.LoRA(rank=9)}, "rank 9"),
+    ({"method": lk.LoRA(rank=9), "target_modules": ["q_proj"]}, "rank 9"),
 ]
 
 
