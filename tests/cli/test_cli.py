@@ -132,7 +132,7 @@ def test_train_leaves_an_adapter_that_peft_loads_and_a_report(base: Path, adapte
     assert not torch.allclose(plain, logits(theirs)), "the adapter must do something for this to mean anything"
     card = (adapter / "README.md").read_text()
     assert "accuracy" in card
-    assert "30 rows to train, 10 held out" in card
+    assert "30 rows, 10 held out" in card
     record = json.loads((adapter / "lorakit.json").read_text())["record"]
     assert record["steps"] == 120
     assert record["after"]["loss"] < record["before"]["loss"]

@@ -148,7 +148,7 @@ def test_a_quantised_checkpoint_is_recognised(wide: Path, rows: Path, tmp_path: 
     assert result.after.loss < result.before.loss
     with pytest.raises(LorakitError, match=r"quantize=int8, but .* is quantised already \(bitsandbytes\)"):
         load_model(tmp_path / "nf4", quantize="int8")
-    with pytest.raises(LorakitError, match="comes quantised, without the floats"):
+    with pytest.raises(LorakitError, match=r"needs the float weights, but .* is already quantised"):
         train(configured(tmp_path / "nf4", rows, tmp_path / "other", "--init", "loftq"))
 
 

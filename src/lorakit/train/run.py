@@ -1,9 +1,9 @@
 """One training run from a configuration to an adapter folder: `train(config)`.
 
 In order: the rows are read (a misspelt column should not wait for a model), the base is loaded, the rows become tokens, the
-adapter goes on, the base is measured, the adapter is trained and measured, and the folder
-is written: the adapter, its model card, the exact configuration, the metrics and the curves. What a person would want to
-know on the way (which number format and why, which training path and why, what became of the rows) is logged in words.
+adapter is attached, the base is measured, the adapter is trained and measured, and the folder is written: the adapter, its
+model card, the exact configuration, the metrics and the curves. What a person would want to know on the way (which number
+format and why, fast path or padded batches and why, what became of the rows) is logged in words.
 """
 
 from __future__ import annotations

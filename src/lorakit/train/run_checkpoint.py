@@ -1,4 +1,4 @@
-"""Checkpoints of a run: the adapter and what is needed to go on exactly, and nothing of the base model.
+"""Checkpoints of a run: the adapter and what is needed to resume exactly, and nothing of the base model.
 
     checkpoint-120/
         adapter_state.safetensors   the adapter's tensors, exact
@@ -52,7 +52,7 @@ FREE = {
     "train.evaluation_batch_size",
     "data.evaluation_limit",
 }
-"""Options that may differ between a checkpoint and the run that goes on from it: they move no parameter."""
+"""Options that may differ between a checkpoint and the run that resumes from it: they move no parameter."""
 
 LENGTH = {"train.epochs", "train.max_steps"}
 """Options that may differ too, since a run may be made longer; the learning rate then follows the new length."""
@@ -85,7 +85,7 @@ def checkpoints_in(output: Path) -> list[Path]:
 
 
 def find_checkpoint(output: Path, resume: bool | str) -> Path:
-    """The checkpoint to go on from: the newest complete one for `True`, else the one named.
+    """The checkpoint to resume from: the newest complete one for `True`, else the one named.
 
     Raises LorakitError when there is none. A newest one that was never completed is passed over, and said so.
     """

@@ -7,7 +7,7 @@ and trackers come with it, with what a low-rank run does differently:
 - the loss: packed batches without padding where the model supports them, else padded ones; either way the sum over labelled
   tokens, divided by their number in the whole accumulated batch, so that splitting a batch changes nothing;
 - evaluation by the same path, over all labelled tokens rather than a mean of batch means;
-- checkpoints that hold the adapter alone, and go on bit for bit;
+- checkpoints of the adapter alone, which resume bit for bit;
 - several processes share a small sum of the adapter's gradients; the model itself is never wrapped.
 """
 

@@ -1,7 +1,7 @@
 """The schedules by name, DyLoRA's draw, ReLoRA's restarts, and the wire to the Trainer.
 
 A method names its schedule (`Method.schedule`), the Trainer asks `schedule_for` once and tells it what happens; there is
-no call for the user to remember. `schedule.py` says what a schedule is, `ranking.py` has those of AdaLoRA and ElaLoRA.
+no call for the user to remember. `contract.py` says what a schedule is, `ranking.py` has those of AdaLoRA and ElaLoRA.
 """
 
 from __future__ import annotations
