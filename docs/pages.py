@@ -209,17 +209,19 @@ def recipes() -> str:
 
 
 def options(section: str = "") -> str:
-    """The options of one section of a run."""
+    """The options of one section of a run, under their headings where it has several."""
     from lorakit.train.config.fields import config_fields
 
-    rows = []
+    groups: dict[str, list[tuple[str, ...]]] = {}
     for one in config_fields():
         if one.section == section:
-            words = f" One of {', '.join(f'`{choice}`' for choice in one.choices)}." if one.choices else ""
             default = "required" if one.is_required else f"`{one.default_text}`"
-            doc = f"{one.doc[0].upper()}{one.doc[1:]}." if one.doc else ""
-            rows.append((f"`{one.name}`", default, doc + words))
-    return table(("option", "default", ""), rows)
+            row = (f"`{one.name}`", one.kind, default, one.doc)
+            groups.setdefault(getattr(one, "heading", ""), []).append(row)
+    tables = {heading: table(("option", "type", "default", ""), rows) for heading, rows in groups.items()}
+    if len(tables) == 1:
+        return next(iter(tables.values()))
+    return "\n\n".join(f"### {heading}\n\n{rows}" for heading, rows in tables.items())
 
 
 def commands() -> str:
