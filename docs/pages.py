@@ -69,13 +69,15 @@ BUDGETS = {
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A Markdown table. A bar inside a cell is escaped, a line break becomes a space."""
-    lines = [[_BAR.sub(r"\\|", " ".join(cell.split())) for cell in row] for row in (head, *rows)]
+    """A Markdown table. What Markdown would read in a cell outside of code (bars, braces) is escaped, line breaks are spaces."""
+    lines = [[_escaped(" ".join(cell.split())) for cell in row] for row in (head, *rows)]
     lines.insert(1, ["---"] * len(head))
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-_BAR = re.compile(r"(?<!\\)\|")
+def _escaped(cell: str) -> str:
+    cell = re.sub(r"(`[^`]*`)|\{", lambda match: match[1] or "&#123;", cell)
+    return re.sub(r"(?<!\\)\|", r"\\|", cell)
 
 
 # -- methods, edits, routers, starts -----------------------------------------------------------------------------------------
@@ -248,15 +250,19 @@ def commands() -> str:
                 )
             elif one.name != "help":
                 default = "required" if one.required else _shown(one)
-                rows.append((", ".join(f"`{flag}`" for flag in one.opts), default, one.help or ""))
+                rows.append(
+                    (", ".join(f"`{flag}`" for flag in (*one.opts, *one.secondary_opts)), default, one.help or "")
+                )
         lines += [table(("", "default", ""), rows), ""]
     return "\n".join(lines)
 
 
 def _shown(parameter: Any) -> str:
-    """The default of a flag; empty where saying it would say nothing."""
+    """The default of a flag; empty where there is none."""
     default = parameter.default
-    return "" if default in (None, False, [], ()) or callable(default) else f"`{default}`"
+    if default is None or default is False or default in ("", [], ()) or callable(default):
+        return ""
+    return parameter.opts[0].join("``") if default is True else f"`{default}`"
 
 
 # -- the Python reference ----------------------------------------------------------------------------------------------------
