@@ -69,7 +69,7 @@ BUDGETS = {
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A Markdown table. What Markdown would read in a cell outside of code (bars, braces) is escaped, line breaks are spaces."""
+    """A Markdown table. What Markdown would read in a cell outside of code (bars, braces) is escaped."""
     lines = [[_escaped(" ".join(cell.split())) for cell in row] for row in (head, *rows)]
     lines.insert(1, ["---"] * len(head))
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
