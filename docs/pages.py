@@ -91,6 +91,17 @@ def _use(entry: Any) -> str:
     return f"{entry.use} Limits: {entry.limits.rstrip('.')}." if entry.limits else str(entry.use)
 
 
+def _peft_name(entry: Any) -> str:
+    """What PEFT calls a method or edit."""
+    try:
+        from lorakit.files.formats import format_of
+    except ModuleNotFoundError:
+        name = entry.peft
+    else:
+        name = format_of(entry.name).peft
+    return f"`{name}`" if name else "-"
+
+
 def _count(entry: Any) -> str:
     return f"{entry.parameters:,}" if entry.parameters is not None else "does not fit"
 
@@ -108,7 +119,7 @@ def methods() -> str:
                 one.formula,
                 _count(one),
                 "yes" if one.form else "no",
-                f"`{one.peft}`" if one.peft else "-",
+                _peft_name(one),
                 _use(one),
             )
             for one in catalogue([Shape(1536, 576)])
@@ -129,7 +140,7 @@ def edits() -> str:
                 _count(one),
                 "yes" if one.identity else "no",
                 "yes" if one.flat else "no",
-                f"`{one.peft}`" if one.peft else "-",
+                _peft_name(one),
                 _use(one),
             )
             for one in edits_catalogue()
