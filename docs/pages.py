@@ -159,14 +159,12 @@ def _literal(value: Any) -> str:
 
 def options_table(spec: type) -> str:
     """Every option of a spec: type and range, default, PEFT's name, per-layer pattern, one line."""
-    from lorakit.core.options import describe, options_of
+    from lorakit.core.options import options_of
 
     rows = []
     for one in options_of(spec).values():
-        bounds = f", {one.option.bounds}" if one.option.bounds else ""
         names = [f"`{name}`" for name in (one.option.peft, one.option.pattern) if name]
-        kind = (one.option.shown or describe(one.type)) + bounds
-        rows.append((f"`{one.name}`", kind, _literal(one.default), ", ".join(names) or "-", one.option.doc))
+        rows.append((f"`{one.name}`", one.words, _literal(one.default), ", ".join(names) or "-", one.option.doc))
     return table(("option", "type", "default", "PEFT's names", ""), rows) if rows else "It has no options."
 
 
