@@ -8,6 +8,7 @@ are out of date and fails. Every other page is filled when the site is built: mk
 from __future__ import annotations
 
 import ast
+import dataclasses
 import itertools
 import json
 import re
@@ -152,9 +153,9 @@ def _literal(value: Any) -> str:
     """A default as code; a spec by its name."""
     from lorakit.core.delta import Spec
 
-    return (
-        "required" if repr(value).endswith("_TYPE object>") else f"`{value.name if isinstance(value, Spec) else value}`"
-    )
+    if value is dataclasses.MISSING:
+        return "required"
+    return f"`{value.name if isinstance(value, Spec) else value}`"
 
 
 def options_table(spec: type) -> str:
@@ -228,7 +229,7 @@ def options(section: str = "") -> str:
         if one.section == section:
             default = "required" if one.is_required else f"`{one.default_text}`"
             row = (f"`{one.name}`", one.kind, default, one.doc)
-            groups.setdefault(getattr(one, "heading", ""), []).append(row)
+            groups.setdefault(one.heading, []).append(row)
     tables = {heading: table(("option", "type", "default", ""), rows) for heading, rows in groups.items()}
     if len(tables) == 1:
         return next(iter(tables.values()))

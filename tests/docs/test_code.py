@@ -57,6 +57,8 @@ def run_flags() -> set[str]:
 
 def flags_of(verb: str) -> set[str]:
     own = {flag for one in verbs()[verb].params for flag in (*one.opts, *one.secondary_opts)} | {"--help", "--debug"}
+    if verb == "train":
+        own.add("--schema")
     return own | run_flags() if verb in ("train", "eval") else own
 
 
