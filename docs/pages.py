@@ -220,20 +220,16 @@ def recipes() -> str:
 # -- options of a run, the command line --------------------------------------------------------------------------------------
 
 
-def options(section: str = "") -> str:
-    """The options of one section of a run, under their headings where it has several."""
-    from lorakit.train.config.fields import config_fields
+def options() -> str:
+    """The options of a run under the headings of `lorakit train --help`."""
+    from lorakit.train.config.fields import run_fields
 
     groups: dict[str, list[tuple[str, ...]]] = {}
-    for one in config_fields():
-        if one.section == section:
-            default = "required" if one.is_required else f"`{one.default_text}`"
-            row = (f"`{one.name}`", one.kind, default, one.doc)
-            groups.setdefault(one.heading, []).append(row)
-    tables = {heading: table(("option", "type", "default", ""), rows) for heading, rows in groups.items()}
-    if len(tables) == 1:
-        return next(iter(tables.values()))
-    return "\n\n".join(f"### {heading}\n\n{rows}" for heading, rows in tables.items())
+    for one in run_fields():
+        default = "required" if one.is_required else f"`{one.default_text}`"
+        groups.setdefault(one.heading, []).append((f"`{one.name}`", one.kind, default, one.doc))
+    head = ("option", "type", "default", "")
+    return "\n\n".join(f"## {heading}\n\n{table(head, rows)}" for heading, rows in groups.items())
 
 
 def commands() -> str:
