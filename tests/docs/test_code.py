@@ -95,6 +95,7 @@ def test_flags_within_sentences_are_there() -> None:
             assert {flag, name} & (known | foreign), f"{named(path)} names {flag}"
 
 
+@pytest.mark.slow
 def test_the_first_five_minutes(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The rows, the run and the commands of the page, with a tiny model for the real one; but chat and serve, which wait."""
     monkeypatch.chdir(tmp_path)
