@@ -352,11 +352,13 @@ def files() -> str:
     """Every file, a line each, from its own docstring; a table for each folder."""
     found = [path for path in _tracked() if path.suffix in (".py", ".cpp", ".h") and path.name != "__init__.py"]
     parts = []
-    for room, what in ROOMS.items():
+    folders = {str(path.parent.relative_to(PACKAGE)) for path in found if PACKAGE in path.parents} - {"."}
+    order = list(ROOMS)
+    for room in sorted({*ROOMS, *folders}, key=lambda room: (order.index(room.partition("/")[0]), room)):
         home = PACKAGE / room
         own = {path.name: path for path in found if path.parent == home or path == home.with_suffix(".py")}
-        if own:
-            parts.append(f"## {room}\n\n{_listed(what, own)}")
+        what = ROOMS.get(room) or _summary(home / "__init__.py")
+        parts.append(f"## {room}\n\n{_listed(what, own)}")
     for folder, what in OTHERS.items():
         home = ROOT / folder
         parts.append(
