@@ -353,7 +353,7 @@ def files() -> str:
     found = [path for path in _tracked() if path.suffix in (".py", ".cpp", ".h") and path.name != "__init__.py"]
     parts = []
     folders = {str(path.parent.relative_to(PACKAGE)) for path in found if PACKAGE in path.parents} - {"."}
-    order = list(ROOMS)
+    order = list(dict.fromkeys(room.partition("/")[0] for room in [*ROOMS, *sorted(folders)]))
     for room in sorted({*ROOMS, *folders}, key=lambda room: (order.index(room.partition("/")[0]), room)):
         home = PACKAGE / room
         own = {path.name: path for path in found if path.parent == home or path == home.with_suffix(".py")}
