@@ -17,20 +17,27 @@ TESTS ?=
 PYTHON ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format docs install install-test data clean
+.PHONY: help demo test lint format docs docs-serve install install-test data clean
 .DELETE_ON_ERROR:
 
-help:
-	@echo "make demo        fine-tune a 135M-parameter chat model on 2,000 film reviews and show what it learnt"
-	@echo "make test        run all tests (FAST=1: without the real model; TESTS='...': pytest arguments)"
-	@echo "make lint        check format, lint and types"
-	@echo "make format      put files into the one format"
-	@echo "make bench-NAME  run one benchmark: $(or $(BENCHMARKS),none yet)"
-	@echo "make docs        fill the generated parts of the pages"
-	@echo "make data        fetch the model and the data"
-	@echo "make clean       remove .venv and tool caches (fetched files in .cache stay)"
-
 BENCHMARKS := $(sort $(subst _,-,$(patsubst benchmarks/%.py,%,$(wildcard benchmarks/[a-z]*.py))))
+
+help:
+	@echo "usage: make TARGET"
+	@echo
+	@echo "  demo         fine-tune a 135M-parameter chat model on 2,000 film reviews and show what it learnt"
+	@echo "  test         run all tests; FAST=1: without the real model; TESTS='tests/laws -k dora': pytest arguments"
+	@echo "  lint         check format, lint and types"
+	@echo "  format       format all files"
+	@echo "  docs         fill the generated pages and build the documentation into site/"
+	@echo "  docs-serve   the same, then show it on http://127.0.0.1:8000"
+	@echo "  bench-NAME   run a benchmark: $(or $(BENCHMARKS),none yet)"
+	@echo "  data         fetch the model and the rows of the demo into .cache"
+	@echo "  install      make .venv with lorakit; install-test: with the tools of tests, lint and docs too"
+	@echo "  clean        remove .venv, site and tool caches; what was fetched stays in .cache"
+	@echo
+	@echo "  PIP_OPTIONS='--extra-index-url https://download.pytorch.org/whl/cpu'   the small CPU build of torch"
+	@echo "  PYTHON=python3.12                                                      which Python makes .venv"
 
 demo: data
 	$(BIN)/lorakit train examples/reviews.yaml
@@ -49,8 +56,13 @@ format: install-test
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-docs: install
+docs: install-test
 	$(BIN)/python docs/pages.py
+	NO_MKDOCS_2_WARNING=true $(BIN)/python -m mkdocs build --strict --quiet --clean
+	@echo "site/index.html; to read it: make docs-serve"
+
+docs-serve: docs
+	$(BIN)/python -m http.server 8000 --bind 127.0.0.1 --directory site
 
 data: install
 	@$(BIN)/python $(MATERIAL) all
@@ -87,5 +99,5 @@ $(VENV)/installed-test: $(VENV)/installed
 	@touch $@
 
 clean:
-	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist src/*.egg-info
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist site src/*.egg-info
 	find src tests examples -name __pycache__ -type d -prune -exec rm -rf {} +
