@@ -141,12 +141,19 @@ def methods() -> str:
             entry.formula.replace("|", "\\|"),
             count,
             "yes" if entry.form else "no",
-            f"`{entry.peft}`" if entry.peft else "-",
+            _peft_name(entry.name),
             entry.paper,
             entry.use + limits,
         )
         rows.append("| " + " | ".join(cells) + " |")
     return "\n".join(rows)
+
+
+def _peft_name(method: str) -> str:
+    from lorakit.files.formats import format_of
+
+    name = format_of(method).peft
+    return f"`{name}`" if name else "-"
 
 
 def formats() -> str:
@@ -176,7 +183,7 @@ def edits() -> str:
             f"{entry.parameters:,}" if entry.parameters is not None else "does not fit",
             "yes" if entry.identity else "no",
             "yes" if entry.flat else "no",
-            f"`{entry.peft}`" if entry.peft else "-",
+            _peft_name(entry.name),
             entry.paper,
             entry.use + (f" {entry.limits}" if entry.limits else ""),
         )
