@@ -35,7 +35,6 @@ class Stripes(Method):
     """The options of Stripes."""
 
     name: ClassVar[str] = "stripes"
-    peft_suffix: ClassVar[str] = r"\\.stripes_v$"
     card: ClassVar[Card] = Card(
         title="Stripes",
         formula="ΔW = strength · v 1ᵀ",
@@ -49,9 +48,6 @@ class Stripes(Method):
     def build(self, shape: Shape, pool: Pool) -> "StripesDelta":
         return StripesDelta(self, shape, pool)
 
-    def peft_config(self) -> dict[str, object]:
-        return {}
-
 
 class StripesDelta(Delta):
     """v of one matrix."""
@@ -63,9 +59,6 @@ class StripesDelta(Delta):
 
     def dense(self, W: Tensor) -> Tensor:
         return self.strength * self.v[:, None].expand_as(W)
-
-    def peft_keys(self, kind: str) -> dict[str, tuple[str, str]]:
-        return {"v": ("stripes_v", "")}
 '''
 
 USE = """

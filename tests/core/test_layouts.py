@@ -16,6 +16,7 @@ from lorakit.core.layout import Expert, Linear, Rows
 from lorakit.core.sites import sites_of, split
 from lorakit.core.storage import STORAGES, storage_of
 from lorakit.errors import LorakitError
+from lorakit.files.packing import pack, unpack
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -40,7 +41,7 @@ def test_matrix_there_and_back(kind: Kind) -> None:
             ("out", torch.randn(M.shape[0], 2)),
             ("", torch.randn(3)),
         ):
-            assert torch.equal(site.layout.unpack(site.layout.pack(own, axes), axes), own)
+            assert torch.equal(unpack(site.layout, pack(site.layout, own, axes), axes), own)
 
 
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if not kind.options.get("parts")], ids=lambda kind: kind.name)

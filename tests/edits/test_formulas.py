@@ -13,6 +13,7 @@ from edits.laws import Case, assert_close
 from edits.models import inputs, make
 from lorakit.edits import Bottleneck, LLaMAAdapter, LoReFT, PrefixTuning, PTuning
 from lorakit.errors import LorakitError
+from lorakit.files.packing import edit_tensors
 from lorakit.train.step.loss import PACKED, PADDED
 from lorakit.train.step.support import choose_path
 from training.tiny import llama as tiny_llama
@@ -107,7 +108,7 @@ def test_a_prefix_is_a_convex_combination() -> None:
 
 def test_a_prefix_through_its_network_is_the_table_that_is_saved() -> None:
     adapter = random(make("llama"), PrefixTuning(tokens=3, width=5))
-    table = adapter.method.file_tensors(adapter.edits)["", "prompt_embeddings"]
+    table = edit_tensors(adapter)["", "prompt_embeddings"]
     edits: list[Any] = list(adapter.edits.values())
     E, first = edits[0].shared.E, edits[0].shared.first
     inner = torch.tanh(E @ first.weight.T + first.bias)
@@ -193,7 +194,7 @@ def test_p_tunings_rows_are_its_networks() -> None:
     first, second, third = (edit.network[place] for place in (0, 2, 4))
     expected = third(torch.relu(second(torch.relu(first(edit.E)))))
     assert_close(edit.rows(), expected, "rows")
-    assert_close(edit.views()["prompt_embeddings"], expected, "what is saved")
+    assert_close(edit.kept()["P"], expected, "what is saved")
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ A bug is put in by monkeypatch where a careless change would put it.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,8 @@ from edits import laws
 from edits.laws import Case
 from edits.test_laws import FIRST
 from lorakit.core import using
-from lorakit.edits import attention, bottleneck, hooks, llamaadapter, loreft, prefix, prompt, prompt_rows, rows
+from lorakit.edits import attention, bottleneck, hooks, llamaadapter, loreft, prompt, prompt_rows, rows
+from lorakit.files.formats import FORMATS
 from lorakit.models.attention import Override
 
 Patch = pytest.MonkeyPatch
@@ -143,19 +145,19 @@ def edits_in_answers(patch: Patch) -> None:
 
 
 def file_without_a_tensor(patch: Patch) -> None:
-    views = bottleneck.BottleneckEdit.views
-    patch.setattr(bottleneck.BottleneckEdit, "views", lambda self: {k: v for k, v in views(self).items() if k != "u"})
+    kept = bottleneck.BottleneckEdit.kept
+    patch.setattr(bottleneck.BottleneckEdit, "kept", lambda self: {k: v for k, v in kept(self).items() if k != "u"})
 
 
 def keys_and_values_swapped(patch: Patch) -> None:
     """The file's table read in the other order."""
-    read = prefix.PrefixTuning.read_tensors
+    row: Any = FORMATS["prefix-tuning"]
 
-    def planted(self: Any, tensors: Any, config: Any, paths: Any) -> dict[str, Tensor]:
-        found = read(self, tensors, config, paths)
+    def planted(spec: Any, tensors: Any, config: Any, paths: Any) -> dict[str, Tensor]:
+        found = row.from_file(spec, tensors, config, paths)
         return {key[:-1] + {"K": "V", "V": "K"}[key[-1]]: value for key, value in found.items()}
 
-    patch.setattr(prefix.PrefixTuning, "read_tensors", planted)
+    patch.setitem(FORMATS, "prefix-tuning", dataclasses.replace(row, from_file=planted))
 
 
 def rows_are_detached(patch: Patch) -> None:

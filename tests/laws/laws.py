@@ -26,6 +26,7 @@ from lorakit.core.layout import Expert, Rows, Site
 from lorakit.core.storage import storage_of
 from lorakit.errors import LorakitError
 from lorakit.files import store
+from lorakit.files.packing import views
 from lorakit.init import INITIALISERS
 from lorakit.methods import LoRA
 
@@ -245,8 +246,8 @@ def declared(adapter: Adapter) -> list[int]:
         result += [sum(ranks) * inner.in_, sum(ranks) * inner.out]
     for _, site, delta in adapter.deltas():
         if not isinstance(site.layout, Rows):
-            views = delta.peft_views(site.layout.kind).values()
-            result += [sum(tensor.numel() for tensor in view.tensors) for view in views]
+            held = views(delta, site.layout.kind).values()
+            result += [sum(tensor.numel() for tensor in view.tensors) for view in held]
     for _, replacement in adapter.replacements():
         result += [tensor.numel() for tensor in replacement.tensors().values()]
     return result + [tensor.numel() for tensor in adapter.pool.state_dict().values()]

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 import lorakit as lk
 from lorakit.core.delta import Pool, Shape
 from lorakit.errors import LorakitError
+from lorakit.files.formats import spec_from_peft
 from lorakit.methods.boft import BOFTDelta
 from methods.both_ways import both_ways, trained_by_peft
 from reference.models import quiet, twin
@@ -88,19 +89,6 @@ def test_parameters() -> None:
     assert lk.attach(model, lk.BOFT(), target_modules=["0"]).num_parameters() == 2 * 32 * 4 + 20
 
 
-@pytest.mark.parametrize(
-    ("model", "options"),
-    [
-        ("llama", {"target_modules": ["q_proj", "down_proj"], "boft_block_size": 8}),
-        ("bert", {"target_modules": ["query", "dense"], "boft_block_size": 0, "boft_block_num": 4}),
-        ("convolutions", {"target_modules": ["point", "head"], "boft_block_size": 3}),
-    ],
-)
-def test_peft(model: str, options: dict[str, Any], tmp_path: Path) -> None:
-    spec = lk.BOFT(block_size=options["boft_block_size"] or None, blocks=options.get("boft_block_num"), factors=1)
-    both_ways(model, peft.BOFTConfig(**options), spec, tmp_path)
-
-
 def _with_extension(monkeypatch: pytest.MonkeyPatch) -> None:
     """PEFT as it is with its CUDA extension, whose one job is to make block-diagonal matrices."""
     from peft.tuners.boft import layer
@@ -126,7 +114,7 @@ def test_peft_without_its_extension_uses_one_factor() -> None:
     with quiet():
         wrapped: Any = peft.get_peft_model(twin(layer), config)
     assert wrapped.base_model.model[0].boft_R["default"].shape[0] == 1
-    assert lk.BOFT.from_peft(config.to_dict()).factors == 2
+    assert spec_from_peft(config.to_dict()).factors == 2
 
 
 def test_peft_on_convolutions(tmp_path: Path) -> None:

@@ -51,13 +51,6 @@ def test_half_precision_inputs():
     torch.testing.assert_close(y.float(), x.float() @ delta.dense(torch.empty(0)).T, rtol=2**-8, atol=1e-6)
 
 
-def test_peft(tmp_path: Path):
-    """(PEFT has C3A for nn.Linear alone.)"""
-    _, adapter = from_peft(peft.C3AConfig(block_size=4, target_modules=TARGETS), tmp_path / "theirs")
-    assert adapter.method == lk.C3A(block_size=4)
-    assert to_peft(lk.C3A(block_size=2), tmp_path / "ours") == []
-
-
 def test_block_size_may_differ_per_layer(tmp_path: Path):
     config = peft.C3AConfig(block_size=4, target_modules=TARGETS, block_size_pattern={"second": 2})
     _, adapter = from_peft(config, tmp_path / "theirs")

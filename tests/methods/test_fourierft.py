@@ -9,6 +9,7 @@ import torch
 
 import lorakit as lk
 from lorakit.errors import LorakitError
+from lorakit.files.formats import spec_from_peft
 from methods.peft_files import TARGETS, Net, from_peft, inputs, to_peft
 
 
@@ -35,14 +36,6 @@ def test_starts():
     assert all((delta.c.grad != 0).all() for _, _, delta in adapter.deltas())
 
 
-@pytest.mark.parametrize("transposed", [False, True])
-def test_peft(transposed: bool, tmp_path: Path):
-    config = peft.FourierFTConfig(n_frequency=20, scaling=90.0, random_loc_seed=5, target_modules=TARGETS)
-    _, adapter = from_peft(config, tmp_path / "theirs", transposed)
-    assert adapter.method == lk.FourierFT(n_frequency=20, scale=90.0, seed=5)
-    assert to_peft(lk.FourierFT(n_frequency=20, seed=6), tmp_path / "ours", transposed) == []
-
-
 def test_n_frequency_may_differ_per_layer(tmp_path: Path):
     """In Python, in PEFT's files both ways, and in lorakit.json."""
     pattern = {"second": 30, "third": 10}
@@ -66,6 +59,6 @@ def test_refusals():
     with pytest.raises(LorakitError, match=r"n_frequency 97 is above the 96 places .* first \(12 × 8\)"):
         lk.attach(Net(), lk.FourierFT(n_frequency=97), target_modules=TARGETS)
     with pytest.raises(LorakitError, match="random_loc_seed"):
-        lk.FourierFT.from_peft({"random_loc_seed": None})
+        spec_from_peft({"peft_type": "FOURIERFT", "random_loc_seed": None})
     with pytest.raises(LorakitError, match="scale"):
         lk.FourierFT(scale=0.0)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import peft
 import pytest
@@ -13,7 +12,7 @@ from torch import nn
 import lorakit as lk
 from lorakit.core.delta import Pool, Shape
 from lorakit.errors import LorakitError
-from methods.both_ways import both_ways, trained_by_peft
+from methods.both_ways import trained_by_peft
 from reference.models import MODELS, assert_same, logits, scramble, twin
 
 
@@ -30,19 +29,6 @@ def test_formula_and_rank() -> None:
 def test_parameters() -> None:
     model = nn.Sequential(nn.Linear(32, 20))
     assert lk.attach(model, lk.HiRA(rank=4), target_modules=["0"]).num_parameters() == 4 * (32 + 20)
-
-
-@pytest.mark.parametrize(
-    ("model", "options"),
-    [
-        ("llama", {"target_modules": ["q_proj", "down_proj"], "r": 3}),
-        ("gpt2", {"target_modules": ["c_attn"], "r": 3, "fan_in_fan_out": True}),
-        ("words", {"target_modules": ["words", "body"], "r": 3}),
-        ("convolutions", {"target_modules": ["one", "two", "point", "head"], "r": 2}),
-    ],
-)
-def test_peft(model: str, options: dict[str, Any], tmp_path: Path) -> None:
-    both_ways(model, peft.HiraConfig(**options), lk.HiRA(rank=options["r"]), tmp_path)
 
 
 def test_rank_pattern(tmp_path: Path) -> None:

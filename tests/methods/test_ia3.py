@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
-import peft
 import pytest
 import torch
 from torch import nn
 
 import lorakit as lk
 from lorakit.errors import LorakitError
-from methods.both_ways import both_ways
 from reference.models import MODELS, assert_same, logits, scramble
 
 
@@ -73,22 +70,6 @@ def test_which_layers_are_feed_forward_is_kept(tmp_path: Path) -> None:
         assert again.method == spec
         with lk.use(model, "a"):
             torch.testing.assert_close(model(x), y)
-
-
-@pytest.mark.parametrize(
-    ("model", "options"),
-    [
-        ("llama", {"target_modules": ["k_proj", "v_proj", "down_proj"], "feedforward_modules": ["down_proj"]}),
-        ("bert", {"target_modules": ["key", "value", "output.dense"], "feedforward_modules": ["output.dense"]}),
-        ("t5", {"target_modules": ["k", "v", "wo"], "feedforward_modules": [], "task_type": "SEQ_2_SEQ_LM"}),
-        ("gpt2", {"target_modules": ["c_attn", "mlp.c_proj"], "feedforward_modules": ["mlp.c_proj"], "fan_in_fan_out": True}),
-        ("convolutions", {"target_modules": ["two", "three", "point", "head"], "feedforward_modules": ["two", "point"]}),
-        ("words", {"target_modules": ["body"], "feedforward_modules": r"inner\.body"}),
-    ],
-)  # fmt: skip
-def test_peft(model: str, options: dict[str, Any], tmp_path: Path) -> None:
-    spec = lk.IA3(feedforward_modules=options["feedforward_modules"])
-    both_ways(model, peft.IA3Config(**options), spec, tmp_path)
 
 
 def test_two_adapters_add_their_changes() -> None:

@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Any
-
-import peft
 import pytest
 import torch
 from torch import nn
@@ -13,10 +9,8 @@ from torch import nn
 import lorakit as lk
 from lorakit.core.delta import Pool, Shape
 from lorakit.errors import LorakitError
+from lorakit.files.formats import spec_from_peft
 from lorakit.methods.loha import LoHaDelta, WideLoHaDelta
-from methods.both_ways import both_ways
-
-_QV = {"target_modules": ["q_proj", "v_proj"]}
 
 
 def filled(spec: lk.LoHa, shape: Shape) -> LoHaDelta:
@@ -89,22 +83,6 @@ def test_parameters() -> None:
     assert lk.attach(model, lk.LoHa(rank=4), target_modules=["0"]).num_parameters() == 2 * 4 * (32 + 20)
 
 
-@pytest.mark.parametrize(
-    ("model", "options"),
-    [
-        ("llama", {"target_modules": ["q_proj", "down_proj"], "r": 4, "alpha": 5}),
-        ("llama", {**_QV, "r": 4, "rank_pattern": {"v_proj": 8}, "alpha_pattern": {"q_proj": 2}}),
-        ("bert", {"target_modules": ["query", "dense"], "r": 2}),
-        ("convolutions", {"target_modules": ["one", "two", "point", "head"], "r": 2, "alpha": 3}),
-    ],
-)  # fmt: skip
-def test_peft(model: str, options: dict[str, Any], tmp_path: Path) -> None:
-    """With scales that float32 holds exactly: PEFT rounds alpha / rank to it (5/3 differs by 5e-9 then)."""
-    spec = lk.LoHa(rank=options["r"], alpha=options.get("alpha", 8))
-    patterns = {name: options[name] for name in ("rank_pattern", "alpha_pattern") if name in options}
-    both_ways(model, peft.LoHaConfig(**options), spec, tmp_path, **patterns)
-
-
 def test_refusals() -> None:
     model = nn.Sequential(nn.Linear(32, 20))
     with pytest.raises(LorakitError, match=r"rank 21 is above the size of 0 \(20 × 32\). Rank 5 makes ΔW of full rank"):
@@ -114,6 +92,6 @@ def test_refusals() -> None:
     with pytest.raises(LorakitError, match="loha: alpha was given as nan"):
         lk.LoHa(alpha=float("nan"))
     with pytest.raises(LorakitError, match=r"use_effective_conv2d=True: .* can be set to false"):
-        lk.LoHa.from_peft({"r": 4, "use_effective_conv2d": True})
+        spec_from_peft({"peft_type": "LOHA", "r": 4, "use_effective_conv2d": True})
     with pytest.raises(LorakitError, match="factors"):
         lk.attach(model, lk.LoHa(rank=2), target_modules=["0"], init="gaussian")

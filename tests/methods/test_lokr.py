@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import peft
 import pytest
@@ -16,10 +15,9 @@ from lorakit.core.call import LayerCall
 from lorakit.core.delta import Pool, Shape
 from lorakit.core.sites import sites_of
 from lorakit.errors import LorakitError
+from lorakit.files.formats import spec_from_peft
 from lorakit.methods.lokr import LoKrDelta, split_size
 from methods.both_ways import both_ways, trained_by_peft
-
-_QV = {"target_modules": ["q_proj", "v_proj"]}
 
 
 def filled(spec: lk.LoKr, shape: Shape) -> LoKrDelta:
@@ -91,27 +89,6 @@ def test_parameters() -> None:
     assert lk.LoKr.card.parameters(Shape(1536, 576), lk.LoKr(rank=16)) == 1920, "the number in the docstring"
 
 
-@pytest.mark.parametrize(
-    ("model", "options"),
-    [
-        ("llama", {"target_modules": ["q_proj", "down_proj"], "r": 1, "alpha": 5}),
-        ("llama", {"target_modules": ["q_proj", "up_proj"], "r": 1, "decompose_both": True, "decompose_factor": 8}),
-        ("llama", {**_QV, "r": 6, "rank_pattern": {"v_proj": 1}, "alpha_pattern": {"q_proj": 2}}),
-        ("convolutions", {"target_modules": ["one", "two", "point", "head"], "r": 1, "alpha": 3}),
-        ("convolutions", {"target_modules": ["two", "point"], "r": 4, "alpha": 3}),
-    ],
-)  # fmt: skip
-def test_peft(model: str, options: dict[str, Any], tmp_path: Path) -> None:
-    spec = lk.LoKr(
-        rank=options["r"],
-        alpha=options.get("alpha", 8),
-        factor=options.get("decompose_factor", -1),
-        decompose_both=options.get("decompose_both", False),
-    )
-    patterns = {name: options[name] for name in ("rank_pattern", "alpha_pattern") if name in options}
-    both_ways(model, peft.LoKrConfig(**options), spec, tmp_path, **patterns)
-
-
 def test_whole_d_in_peft_on_one_dimensional_convolutions() -> None:
     """Not exchanged: for Conv1d with a whole D, PEFT multiplies a matrix with an array of three axes, so that C meets the
     wrong axes and the result, reshaped, is no Kronecker product of channels. (For Conv2d it adds the missing axes.)"""
@@ -140,4 +117,4 @@ def test_refusals() -> None:
     with pytest.raises(LorakitError, match="scale_rule was given as 'sum'"):
         lk.LoKr(scale_rule="sum")
     with pytest.raises(LorakitError, match="use_effective_conv2d=True"):
-        lk.LoKr.from_peft({"r": 4, "use_effective_conv2d": True})
+        spec_from_peft({"peft_type": "LOKR", "r": 4, "use_effective_conv2d": True})

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 import lorakit as lk
 from lorakit.core.delta import Pool, Shape
 from lorakit.errors import LorakitError
+from lorakit.files.formats import spec_from_peft
 from lorakit.methods.oft import OFTDelta
 from methods.both_ways import both_ways, trained_by_peft
 from reference.models import MODELS, assert_same, logits, quiet, twin
@@ -135,35 +136,6 @@ def test_one_product_and_the_cheaper_side() -> None:
             torch.testing.assert_close(layer(x), y)
 
 
-@pytest.mark.parametrize(
-    ("model", "options"),
-    [
-        ("llama", {"target_modules": ["q_proj", "down_proj"], "oft_block_size": 8}),
-        ("llama", {"target_modules": ["q_proj", "down_proj"], "oft_block_size": 8, "use_cayley_neumann": False}),
-        ("llama", {"target_modules": ["q_proj", "v_proj"], "r": 4, "oft_block_size": 0, "num_cayley_neumann_terms": 7}),
-        (
-            "llama",
-            {"target_modules": ["q_proj"], "oft_block_size": 4, "block_share": True, "num_cayley_neumann_terms": 4},
-        ),
-        ("llama", {"target_modules": ["q_proj", "down_proj"], "r": 4, "oft_block_size": 0, "coft": True, "eps": 0.375}),
-        ("convolutions", {"target_modules": ["point", "head"], "oft_block_size": 2, "use_cayley_neumann": False}),
-        ("words", {"target_modules": ["words", "inner.body"], "r": 1, "oft_block_size": 0}),
-    ],
-)
-def test_peft(model: str, options: dict[str, Any], tmp_path: Path) -> None:
-    """COFT with an eps / √k that float32 holds exactly: PEFT rounds it so."""
-    spec = lk.OFT(
-        block_size=options["oft_block_size"] or None,
-        blocks=options.get("r"),
-        exact=not options.get("use_cayley_neumann", True),
-        terms=options.get("num_cayley_neumann_terms", 5),
-        coft=options.get("coft", False),
-        eps=options.get("eps", 6e-5),
-        block_share=options.get("block_share", False),
-    )
-    both_ways(model, peft.OFTConfig(**options), spec, tmp_path)
-
-
 def test_biases_beside_it(tmp_path: Path) -> None:
     """PEFT's word for the biases of adapted layers is each method's own, here "oft_only"; ours is "lora_only" for all."""
     config = peft.OFTConfig(target_modules=["query", "dense"], oft_block_size=8, bias="oft_only")
@@ -233,7 +205,7 @@ def test_refusals() -> None:
     with pytest.raises(LorakitError, match="blocks of size 1, which have nothing to turn; at most 20 blocks do"):
         lk.attach(model, lk.OFT(blocks=40), target_modules=["0"])
     with pytest.raises(LorakitError, match=r"before PEFT 0\.14"):
-        lk.OFT.from_peft({"r": 8})
+        spec_from_peft({"peft_type": "OFT", "r": 8})
     for version in ({}, {"peft_version": "0.17.1"}):
         with pytest.raises(LorakitError, match="whose series was another then"):
-            lk.OFT.from_peft({"oft_block_size": 8, "use_cayley_neumann": True, **version})
+            spec_from_peft({"peft_type": "OFT", "oft_block_size": 8, "use_cayley_neumann": True, **version})

@@ -1,7 +1,5 @@
 """SHiRA: trained entries at fixed places."""
 
-from pathlib import Path
-
 import peft
 import pytest
 import torch
@@ -9,7 +7,7 @@ from torch import nn
 
 import lorakit as lk
 from lorakit.errors import LorakitError
-from methods.peft_files import TARGETS, Net, from_peft, to_peft
+from methods.peft_files import TARGETS, Net
 
 
 @pytest.mark.parametrize("mask", ["random", "magnitude"])
@@ -46,14 +44,6 @@ def test_seeds():
     theirs = peft.get_peft_model(Net(), peft.ShiraConfig(r=1, random_seed=3, target_modules=TARGETS))
     for path, own in zip(TARGETS, places(3), strict=True):
         assert torch.equal(theirs.get_submodule(f"base_model.model.{path}").shira_indices["default"], own)
-
-
-@pytest.mark.parametrize("mask", ["random", "magnitude"])
-def test_peft(mask: str, tmp_path: Path):
-    """The file's places count on both sides, however they were chosen. (PEFT has SHiRA for nn.Linear alone.)"""
-    _, adapter = from_peft(peft.ShiraConfig(r=2, target_modules=TARGETS), tmp_path / "theirs")
-    assert adapter.method == lk.SHiRA(rank=2)
-    assert to_peft(lk.SHiRA(rank=2, mask=mask), tmp_path / "ours") == []
 
 
 def test_refusals():

@@ -10,7 +10,8 @@ from torch import nn
 
 import lorakit as lk
 from lorakit.errors import LorakitError
-from methods.peft_files import TARGETS, Net, from_peft, inputs, to_peft
+from lorakit.files.formats import format_of
+from methods.peft_files import TARGETS, Net, from_peft, inputs
 
 SPEC = lk.VBLoRA(rank=2, num_vectors=7, vector_length=4)
 
@@ -56,14 +57,6 @@ def test_gradients_reach_the_selected_alone_and_the_bank_from_all_layers():
     assert (adapter.pool.vblora_vector_bank.grad.abs().sum(1) > 0).all()
 
 
-@pytest.mark.parametrize("transposed", [False, True])
-def test_peft(transposed: bool, tmp_path: Path):
-    config = peft.VBLoRAConfig(r=2, num_vectors=7, vector_length=4, target_modules=TARGETS)
-    _, adapter = from_peft(config, tmp_path / "theirs", transposed)
-    assert adapter.method == SPEC
-    assert to_peft(SPEC, tmp_path / "ours", transposed) == []
-
-
 def test_pefts_selections(tmp_path: Path):
     """A file of the selected vectors and weights acts the same; its logits are gone, so they do not train."""
     config = peft.VBLoRAConfig(
@@ -83,16 +76,18 @@ def test_pefts_selections(tmp_path: Path):
 
 def test_a_selection_with_a_zero_weight_and_a_bad_one():
     spec = dataclasses.replace(SPEC, topk=2, fixed_selection=True)
-    read = spec.from_file(
-        {"a.x_topk_indices": torch.tensor([[3, 1]], dtype=torch.uint8), "a.x_topk_weights": torch.ones(1, 1)}
-    )
+
+    def logits(**tensors: torch.Tensor):
+        return format_of("vb-lora").from_file(spec, {f"a.x_{name}": one for name, one in tensors.items()}, {}, ())
+
+    read = logits(topk_indices=torch.tensor([[3, 1]], dtype=torch.uint8), topk_weights=torch.ones(1, 1))
     top, indices = read["a.x"].topk(2)
     assert indices.tolist() == [[3, 1]]
     assert top.softmax(-1).tolist() == [[1.0, 0.0]]
     with pytest.raises(LorakitError, match="selects vector 7"):
-        spec.from_file({"a.x_topk_indices": torch.tensor([[7, 1]]), "a.x_topk_weights": torch.ones(1, 1)})
+        logits(topk_indices=torch.tensor([[7, 1]]), topk_weights=torch.ones(1, 1))
     with pytest.raises(LorakitError, match="sum to 1"):
-        spec.from_file({"a.x_topk_indices": torch.tensor([[3, 1]])})
+        logits(topk_indices=torch.tensor([[3, 1]]))
 
 
 def test_refusals():

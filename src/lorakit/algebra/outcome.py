@@ -24,6 +24,7 @@ from lorakit.core.delta import Method
 from lorakit.core.walking import as_patterns, walk
 from lorakit.files.bundle import CONTENT, own_data, write_bundle
 from lorakit.files.folder import replace_folder
+from lorakit.files.formats import entries_of
 from lorakit.files.interchange import COMMON, PREFIX
 from lorakit.files.pairs import WHOLE
 from lorakit.methods import Full, LoRA
@@ -175,7 +176,7 @@ def _in_folder(
         tensors.update(_packed(given, place, cut.change, whole))
     first = given[0].bundle
     config = {key: value for key, value in first.config.items() if key in COMMON}
-    config |= {**spec.peft_config(), **named, "peft_type": "FULL" if whole else "LORA"}
+    config |= entries_of(spec) | named
     config["target_modules"] = _targets(given, cuts)
     if config["target_modules"] != first.config.get("target_modules"):
         config |= dict.fromkeys(("exclude_modules", "layers_to_transform", "layers_pattern"))

@@ -47,13 +47,15 @@ def methods(
     if spec is not None:
         entry, options = entry_of(spec, shapes, anatomy), list(choice_fields("method", spec.name))
         if as_json:
-            out.print_json(json.dumps({**asdict(entry), "options": [option.as_data() for option in options]}))
+            out.print_json(
+                json.dumps({**asdict(entry), "peft": _peft(entry), "options": [option.as_data() for option in options]})
+            )
         else:
             _show(entry, options, whole if hasattr(entry, "flat") else what)
         return
     entries, edits = catalogue(shapes), edits_catalogue(anatomy)
     if as_json:
-        out.print_json(json.dumps([asdict(entry) for entry in entries] + [asdict(edit) for edit in edits]))
+        out.print_json(json.dumps([{**asdict(one), "peft": _peft(one)} for one in (*entries, *edits)]))
         return
     _table(
         f"Methods at their defaults, on {what}",
@@ -80,7 +82,7 @@ def _table(title: str, headings: tuple[str, ...], rows: list[tuple[Any, tuple[st
         table.add_column(heading, justify="right" if heading in ("parameters", "training") else "left")
     for entry, answers in rows:
         formula, size = escape(entry.formula), _size(entry.training_bytes)
-        table.add_row(entry.name, formula, _count(entry), size, *answers, entry.peft or "no", entry.paper)
+        table.add_row(entry.name, formula, _count(entry), size, *answers, _peft(entry) or "no", entry.paper)
     out.print(table)
 
 
@@ -93,7 +95,7 @@ def _show(entry: Entry, options: list[ConfigField], what: str) -> None:
         ("limits", entry.limits),
         ("before training", "changes nothing" if entry.identity else "already changes the base"),
         ("parameters", f"{_count(entry)} on {what}, {_size(entry.training_bytes)} of memory to train"),
-        ("PEFT", entry.peft or "has no such method"),
+        ("PEFT", _peft(entry) or "has no such method"),
         ("note", entry.reason),
     ]
     if entry.parameters is None:
@@ -105,6 +107,13 @@ def _show(entry: Entry, options: list[ConfigField], what: str) -> None:
     out.print(
         two_columns([(option.flag, option.told(whole=True)) for option in options], columns) or "  none", markup=False
     )
+
+
+def _peft(entry: Entry) -> str | None:
+    """PEFT's name of the same."""
+    from lorakit.files.formats import format_of
+
+    return format_of(entry.name).peft
 
 
 def _count(entry: Entry) -> str:

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from lorakit.core.delta import Delta, Method, Pool, Shape
 from lorakit.core.layout import Convolution, Embedding, Layout, Linear
 from lorakit.errors import LorakitError, plural
+from lorakit.files.packing import names_of, pack, unpack
 from lorakit.methods import DoRA, Full, LoHa, LoKr, LoRA
 
 MAGNITUDE = "lora_magnitude_vector"
@@ -53,7 +54,7 @@ class Layer:
     def words(self) -> dict[str, Tensor]:
         """The tensors under PEFT's words and in PEFT's shapes."""
         return {
-            word: self.layout.pack(self.tensors[letter], axes).contiguous()
+            word: pack(self.layout, self.tensors[letter], axes).contiguous()
             for letter, (word, axes) in _letters(self.method, self.layout).items()
         }
 
@@ -173,7 +174,7 @@ def _blank(method: Method, shape: Shape) -> Delta:
 
 def _letters(method: Method, layout: Layout) -> dict[str, tuple[str, str]]:
     """The paper's letter -> (PEFT's word, axes) for a layer."""
-    letters = _blank(inner_of(method), layout.shape).peft_keys(layout.kind)
+    letters = names_of(_blank(inner_of(method), layout.shape), layout.kind)
     return {**letters, "m": (MAGNITUDE, "features")} if isinstance(method, DoRA) else letters
 
 
@@ -223,7 +224,7 @@ def assemble(method: Method, words: Mapping[str, Tensor], where: str, layout: La
     blank = _blank(method, layout.shape)
     tensors: dict[str, Tensor] = {}
     for letter, (word, axes) in letters.items():
-        value = layout.unpack(words[word], axes)
+        value = unpack(layout, words[word], axes)
         size = tuple(getattr(_owner(blank, letter), letter).shape)
         if tuple(value.shape) != size:
             rank = f"of rank {method.rank} " if hasattr(method, "rank") else ""
@@ -323,7 +324,7 @@ def _taps(spec: LoKr, words: Mapping[str, Tensor], C: tuple[int, int], D: tuple[
         if shape.in_ % taps:
             continue
         delta = _blank(spec, shape)
-        keys = delta.peft_keys("linear")
+        keys = names_of(delta, "linear")
         if {word for word, _ in keys.values()} == set(words) - {MAGNITUDE} and all(
             getattr(delta, letter).numel() == words[word].numel()
             and getattr(delta, letter).shape[0] == words[word].shape[0]

@@ -23,6 +23,7 @@ from lorakit.conversion.names import CLIP, COMPONENTS, Names
 from lorakit.core.delta import Method
 from lorakit.core.walking import as_patterns, exactly, value_for
 from lorakit.errors import LorakitError
+from lorakit.files.formats import spec_from_peft
 from lorakit.methods import DoRA, LoRA
 
 METADATA = "lora_adapter_metadata"
@@ -95,7 +96,7 @@ def _metadata(content: Content) -> dict[str, dict[str, Any]]:
 def _method(config: Mapping[str, Any], path: str) -> Method:
     patterns = [config.get(name) or {} for name in ("rank_pattern", "alpha_pattern")]
     rank, alpha = (value_for(pattern, path) for pattern in patterns)
-    common = LoRA.from_peft({**config, "use_dora": False})
+    common = cast(LoRA, spec_from_peft({**config, "peft_type": "LORA", "use_dora": False}))
     spec = LoRA(
         rank=common.rank if rank is None else int(rank),
         alpha=float(common.alpha if alpha is None else alpha),

@@ -32,8 +32,9 @@ from lorakit.core.delta import Method
 from lorakit.core.walking import as_patterns, value_for
 from lorakit.errors import LorakitError
 from lorakit.files.bundle import own_data
+from lorakit.files.formats import format_of, spec_from_peft
 from lorakit.files.interchange import PREFIX, bare, method_entries
-from lorakit.files.table import method_for_peft, spec_from_dict
+from lorakit.files.table import spec_from_dict
 from lorakit.methods import DoRA, Full, LoHa, LoKr, LoRA
 
 _KEY = re.compile(
@@ -69,7 +70,7 @@ def _layers(content: Content) -> tuple[dict[str, Layer], list[str]]:
     copies = [key for key in content.tensors if _COPY.fullmatch(key)]
     kept = replace(content, tensors={key: value for key, value in content.tensors.items() if key not in copies})
     # patterns by the rule of LoRA: the first that a layer's name ends with
-    patterns = {**config, **type(method).peft_patterns(config)}
+    patterns = {**config, **format_of(method.name).patterns(config)}
     layers: dict[str, Layer] = {}
     for name, words in grouped(kept, lambda key: _cut(key, content.where)).items():
         where = f"{content.where}: {name}"
@@ -86,9 +87,8 @@ def _method(content: Content) -> Method:
     """The common spec, as a plain LoRA where lorakit has another word for one."""
     own = content.own.get("method", {})
     spec: Any = spec_from_dict(own, content.where) if own else None
-    if spec is None or (spec.peft_type is not None and not _lone_dora(spec)):
-        kind: Any = method_for_peft(content.config)
-        spec = kind.from_peft(content.config)
+    if spec is None or (format_of(spec.name).peft is not None and not _lone_dora(spec)):
+        spec = spec_from_peft(content.config)
     inner = spec.inner if isinstance(spec, DoRA) else spec
     if not isinstance(inner, LoRA | LoHa | LoKr | Full):
         raise LorakitError(
@@ -171,7 +171,7 @@ def _folder(component: str, layers: dict[str, Layer], base: str | None) -> Conte
         **patterns,
     }
     own: dict[str, Any] = {}
-    if method.peft_type is None or _lone_dora(method):
+    if format_of(method.name).peft is None or _lone_dora(method):
         targets = Targets(
             target_modules=tuple(sorted(layers)),
             patterns={name: patterns[option] for name, option in first.pattern_fields.items()},

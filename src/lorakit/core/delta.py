@@ -14,7 +14,7 @@ import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Protocol, Self, cast
+from typing import Any, ClassVar, Protocol, Self
 
 import torch
 from torch import Tensor, nn
@@ -140,10 +140,6 @@ class Spec(ABC):
 
     name: ClassVar[str]
     card: ClassVar[Card]
-    peft_type: ClassVar[str | None] = None
-    """PEFT's name for the method, None where PEFT lacks it."""
-    peft_ignored: ClassVar[frozenset[str]] = frozenset()
-    """Entries of PEFT's configuration that say nothing about how a finished adapter acts."""
     schedule: ClassVar[str | None] = None
     """What training does to its tensors besides optimiser steps: a name in `train/schedules.py`."""
 
@@ -175,31 +171,9 @@ class Spec(ABC):
         plain = {key: value.to_dict() if isinstance(value, Spec) else value for key, value in options.items()}
         return {"name": self.name, **plain}
 
-    # -- PEFT's files -------------------------------------------------------------------------------------------------
-    def peft_config(self) -> dict[str, Any]:
-        """This method's own entries of PEFT's adapter_config.json."""
-        raise LorakitError(
-            f"save: PEFT has no format for {self.name}; it is kept in lorakit's own, or saved as_='lora'."
-        )
-
-    @classmethod
-    def reads(cls, config: dict[str, Any]) -> bool:
-        """Whether PEFT's configuration describes this method."""
-        return config.get("peft_type") == cls.peft_type
-
-    @classmethod
-    def from_peft(cls, config: dict[str, Any]) -> Self:
-        """The spec that PEFT's entries describe; entries that cannot be honoured are refused by name."""
-        raise LorakitError(f"load: PEFT has no format for {cls.name}.")
-
 
 class Method(Spec):
     """The spec of a delta."""
-
-    router_prefix: ClassVar[str] = "router."
-    """Before the names of its router's tensors in the file, where it has one."""
-    peft_suffix: ClassVar[str] = r"\.lora_"
-    """What a tensor's name in PEFT's file holds if it belongs to this method (a regular expression)."""
 
     @property
     def pattern_fields(self) -> Mapping[str, str]:
@@ -227,21 +201,6 @@ class Method(Spec):
     def resized(self, rank: int) -> Self:
         """This spec at another rank, with its scale as it is."""
         return self.replace(rank=rank)
-
-    # -- PEFT's files -------------------------------------------------------------------------------------------------
-    def peft_layers(self, specs: Mapping[str, Any]) -> dict[str, Any]:
-        """Entries of PEFT's configuration that depend on the specs of all layers (layer name -> spec), where PEFT does not
-        say them by patterns of plain values."""
-        return {}
-
-    @classmethod
-    def peft_patterns(cls, config: dict[str, Any]) -> dict[str, Any]:
-        """`rank_pattern` and `alpha_pattern` as they would be by the rule of LoRA, where PEFT's say it otherwise."""
-        return {}
-
-    def from_file(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        """A file's tensors by name, in the form in which this method's deltas hold them; by default as they are."""
-        return tensors
 
 
 class Pool(nn.Module):
@@ -324,34 +283,6 @@ class Delta(nn.Module, ABC):
         raise LorakitError(
             f"{self.spec.name} has no form `gain · y + bias + B A x`; merge it, or save it as_='lora' at a stated error."
         )
-
-    # -- PEFT's files -------------------------------------------------------------------------------------------------
-    def peft_keys(self, kind: str) -> dict[str, tuple[str, str]]:
-        """Attribute -> (PEFT's key suffix, axes) for a layer kind; axes is for `Layout.pack`: "in" for (rows × in), "out"
-        for (out × columns), "features" for (out,), or "" for a tensor that is stored as it is."""
-        raise LorakitError(f"PEFT has no tensors for {self.spec.name}.")
-
-    def peft_views(self, kind: str) -> dict[str, View]:
-        """PEFT's key suffix -> the tensors that make up that entry of the file; by default one each, from `peft_keys`."""
-        return {key: View((_attribute(self, name),), axes) for name, (key, axes) in self.peft_keys(kind).items()}
-
-    def peft_spec(self) -> Method:
-        """The spec that PEFT's file gives for this delta; its own, unless the file holds it in another form."""
-        return self.spec
-
-
-def _attribute(delta: nn.Module, name: str) -> Tensor:
-    path, _, attribute = name.rpartition(".")
-    return cast(Tensor, getattr(delta.get_submodule(path), attribute)).detach()
-
-
-@dataclass(frozen=True)
-class View:
-    """One tensor of a file: the concatenation of a delta's own tensors along `dim`, packed by the layout as `axes`."""
-
-    tensors: tuple[Tensor, ...]
-    axes: str = ""
-    dim: int = 0
 
 
 class LowRank(Delta):

@@ -75,21 +75,6 @@ class Layout(ABC):
         """A change of `own_bias`, (out,), as a change of the layer's whole `bias`."""
         return b
 
-    def pack(self, tensor: Tensor, axes: str) -> Tensor:
-        """A delta's tensor in the shape that PEFT's files use: axes "in" (rows × in), "out" (out × columns),
-        "features" (one number per channel), "column" and "row" (a vector kept as one), "taps" (rows × some
-        channels' taps) or ""."""
-        return tensor[:, None] if axes == "column" else tensor[None] if axes == "row" else tensor
-
-    def unpack(self, tensor: Tensor, axes: str) -> Tensor:
-        """The inverse of `pack`; refuses a shape that does not fit."""
-        if axes not in ("column", "row"):
-            return tensor
-        axis = 1 if axes == "column" else 0
-        if tensor.ndim != 2 or tensor.shape[axis] != 1:
-            raise LorakitError(f"load: a {axes} was expected in the file and a tensor of {tuple(tensor.shape)} found.")
-        return tensor.squeeze(axis)
-
 
 @dataclass(frozen=True)
 class Linear(Layout):
@@ -163,33 +148,6 @@ class Convolution(Layout):
 
     def features(self, v: Tensor, y: Tensor) -> Tensor:
         return v.reshape(-1, *[1] * (len(self.window) - 1))
-
-    def pack(self, tensor: Tensor, axes: str) -> Tensor:
-        if axes == "in":
-            return tensor.reshape(tensor.shape[0], *self.window)
-        if axes == "out":
-            return tensor.reshape(*tensor.shape, *[1] * (len(self.window) - 1))
-        if axes == "features":
-            return tensor.reshape(1, -1, *[1] * (len(self.window) - 1))
-        if axes == "taps":
-            return tensor.reshape(tensor.shape[0], -1, *self.window[1:])
-        return super().pack(tensor, axes)
-
-    def unpack(self, tensor: Tensor, axes: str) -> Tensor:
-        if axes == "in" and tensor.shape[1:] != self.window:
-            reason = ""
-            if self.groups > 1:
-                reason = (
-                    " PEFT lets every group of a grouped convolution see all input channels, which is no change of its "
-                    "weight; such an adapter cannot be read here."
-                )
-            raise LorakitError(
-                f"load: a convolution's A has shape {tuple(tensor.shape)}; this layer needs (rank, "
-                f"{', '.join(map(str, self.window))}).{reason}"
-            )
-        if axes == "features":
-            return tensor.flatten()
-        return tensor.flatten(1) if axes in ("in", "out", "taps") else super().unpack(tensor, axes)
 
 
 @dataclass(frozen=True)
@@ -288,12 +246,6 @@ class Stored(Substituted):
 
     def weight(self, M: Tensor, like: Tensor) -> Tensor:
         return self.inner.weight(M, like)
-
-    def pack(self, tensor: Tensor, axes: str) -> Tensor:
-        return self.inner.pack(tensor, axes)
-
-    def unpack(self, tensor: Tensor, axes: str) -> Tensor:
-        return self.inner.unpack(tensor, axes)
 
 
 @dataclass(frozen=True)

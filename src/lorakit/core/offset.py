@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch import Tensor
 
 from lorakit.core.combinator import Combined
-from lorakit.core.delta import Delta, LowRank, Method, View
+from lorakit.core.delta import Delta, LowRank
 from lorakit.errors import LorakitError
 
 
@@ -57,27 +57,6 @@ class Offset(Combined, LowRank):
 
     def set_factors(self, B: Tensor, A: Tensor) -> None:
         self.inner.set_factors(B, A)
-
-    def peft_views(self, kind: str) -> dict[str, View]:
-        A0, minus_B0 = cast(Tensor, self.A0), cast(Tensor, self.minus_B0)
-        views = {}
-        for key, view in self.inner.peft_views(kind).items():
-            if "_A" in key:
-                views[key] = View((*view.tensors, A0), view.axes, dim=0)
-            elif "_B" in key:
-                views[key] = View((*view.tensors, minus_B0), view.axes, dim=1)
-            elif self.inner.gate() is not None and view.tensors[0].ndim == 1:  # a gate, which the start does not have
-                views[key] = View((*view.tensors, A0.new_ones(A0.shape[0])), view.axes, dim=0)
-            else:
-                raise LorakitError(
-                    f"save: {self.spec.name} from a shifted start is of twice the rank, and its format has no place for {key} "
-                    "there. lorakit.resize(adapter, energy=1.0) makes a plain LoRA of it."
-                )
-        return views
-
-    def peft_spec(self) -> Method:
-        spec = cast(Any, self.inner.peft_spec())
-        return cast(Method, spec.resized(spec.rank + cast(Tensor, self.A0).shape[0]))
 
 
 def offset(delta: Delta) -> Delta:

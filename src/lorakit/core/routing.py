@@ -8,7 +8,6 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -118,10 +117,6 @@ class Router(nn.Module, ABC):
     def __init__(self, members: Sequence[str]) -> None:
         super().__init__()
         self.members = tuple(members)
-
-    def peft_entries(self) -> dict[str, Any]:
-        """Entries of PEFT's configuration that depend on the router and not on its options alone."""
-        return {}
 
     @abstractmethod
     def weights(self, layer: str, site: str, call: Call, found: Tensor | None) -> Tensor:

@@ -15,9 +15,9 @@ which rows get which edit.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Self, cast
+from typing import Any, ClassVar, Self
 
 from torch import Tensor, nn
 
@@ -126,27 +126,6 @@ class EditMethod(Spec):
         return self
 
     # -- files --------------------------------------------------------------------------------------------------------
-    def peft_config(self) -> dict[str, Any]:
-        """This method's own entries of PEFT's adapter_config.json; those that depend on the model are `peft_model`'s."""
-        return {}
-
-    def peft_model(self, anatomy: Anatomy) -> dict[str, Any]:
-        """Entries of PEFT's configuration that say what the model is like."""
-        return {}
-
-    def peft_name(self, anatomy: Anatomy) -> str:
-        """What stands as `peft_type` in the file."""
-        return self.peft_type or self.name.upper().replace("-", "_")
-
-    def file_tensors(self, edits: Mapping[Place, Edit]) -> dict[tuple[str, str], Tensor]:
-        """What a file keeps: (path, name below it) -> tensor; without a path the name stands alone, as PEFT's prompts do."""
-        return {(place.path, name): tensor for place, edit in edits.items() for name, tensor in edit.views().items()}
-
-    def read_tensors(
-        self, tensors: Mapping[str, Tensor], config: Mapping[str, Any], paths: Sequence[str]
-    ) -> dict[str, Tensor]:
-        """A file's tensors under the names of the edits' own (`path.name`), where `paths` are those of the places in order."""
-        return dict(tensors)
 
 
 class Edit(nn.Module, ABC):
@@ -157,13 +136,9 @@ class Edit(nn.Module, ABC):
         self.spec = spec
         self.place = place
 
-    def views(self) -> dict[str, Tensor]:
-        """What a file keeps of it: name (below the place's path) -> tensor; by default its own tensors."""
+    def kept(self) -> dict[str, Tensor]:
+        """What is left of it once it is trained, by letter; by default all its tensors."""
         return {name: tensor.detach() for name, tensor in self.state_dict().items()}
-
-    def fill(self, name: str) -> Tensor:
-        """The tensor into which the file's entry of this name goes, when the edit was built `folded`."""
-        return cast(Tensor, self.state_dict(keep_vars=True)[name])
 
 
 class Edits(AdapterModules):

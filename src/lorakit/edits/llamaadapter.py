@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, Self
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -22,9 +22,6 @@ from lorakit.core.options import option
 from lorakit.edits.contract import Anatomy, Attention, EditMethod, Place, attention_places, in_blocks
 from lorakit.errors import LorakitError
 
-PEFT_MODELS = ("llama", "mistral")
-"""Architectures for which PEFT's variant is this one but for the gate. For GPT-2 it adds after the output projection."""
-
 
 @dataclass(frozen=True, kw_only=True)
 class LLaMAAdapter(EditMethod):
@@ -32,8 +29,6 @@ class LLaMAAdapter(EditMethod):
 
     name: ClassVar[str] = "llama-adapter"
     reason: ClassVar[str] = "its keys have a softmax of their own"
-    peft_type: ClassVar[str | None] = "ADAPTION_PROMPT"
-    peft_ignored: ClassVar[frozenset[str]] = frozenset({"adapter_len", "adapter_layers", "target_modules"})
     card: ClassVar[Card] = Card(
         title="LLaMA-Adapter",
         formula="Attn(q, K, V) + tanh(g) ⊙ Attn(q, W_k P, W_v P)",
@@ -65,30 +60,7 @@ class LLaMAAdapter(EditMethod):
         return attention_places(blocks, self.name)
 
     def build(self, place: Place, anatomy: Anatomy, folded: bool = False) -> GatedTokens:
-        if folded and self.gate == "layer" and anatomy.model_type not in PEFT_MODELS:
-            raise LorakitError(
-                f"load: one gate per layer is PEFT's form of {self.name}, which for {anatomy.model_type} is another function "
-                f"(for GPT-2 it adds after the output projection); it is read for {' and '.join(PEFT_MODELS)}."
-            )
         return GatedTokens(self, place, anatomy)
-
-    def peft_name(self, anatomy: Anatomy) -> str:
-        return "ADAPTION_PROMPT" if self._as_peft(anatomy) else "LLAMA_ADAPTER"
-
-    def _as_peft(self, anatomy: Anatomy) -> bool:
-        return self.gate == "layer" and anatomy.model_type in PEFT_MODELS
-
-    def peft_model(self, anatomy: Anatomy) -> dict[str, Any]:
-        places = self.places(anatomy, None)
-        return {
-            "adapter_len": self.tokens,
-            "adapter_layers": len(places),
-            "target_modules": places[0].path.rpartition(".")[2],
-        }
-
-    @classmethod
-    def from_peft(cls, config: dict[str, Any]) -> Self:
-        return cls(tokens=int(config["adapter_len"]), top=int(config["adapter_layers"]), gate="layer")
 
 
 class GatedTokens(Attention):
@@ -107,9 +79,3 @@ class GatedTokens(Attention):
 
     def gate(self) -> Tensor:
         return torch.tanh(self.g) if self.squashed else self.g
-
-    def views(self) -> dict[str, Tensor]:
-        return {"adaption_prompt": self.P.detach()[None], "adaption_gate": self.g.detach()}
-
-    def fill(self, name: str) -> Tensor:
-        return self.P.data[None] if name == "adaption_prompt" else self.g

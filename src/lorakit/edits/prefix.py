@@ -12,9 +12,9 @@ and Liang 2021, arXiv 2101.00190.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Self
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +22,6 @@ from torch import Tensor, nn
 from lorakit.core.delta import Card
 from lorakit.core.options import option
 from lorakit.edits.contract import Anatomy, Attention, Edit, EditMethod, Place, attention_places
-from lorakit.edits.prompt import PROMPT_KEY
 from lorakit.errors import LorakitError
 
 
@@ -35,11 +34,6 @@ class PrefixTuning(EditMethod):
     family: ClassVar[str] = "prefix"
     reason: ClassVar[str] = "its keys share a softmax with the text's, so that no weight could stand for them"
     needs_padding: ClassVar[str | None] = "its keys and values are those of no token in the row"
-    peft_type: ClassVar[str | None] = "PREFIX_TUNING"
-    peft_ignored: ClassVar[frozenset[str]] = frozenset(
-        {"num_virtual_tokens", "num_layers", "num_attention_heads", "num_transformer_submodules", "token_dim"}
-        | {"prefix_projection", "encoder_hidden_size", "init_weights"}
-    )
     card: ClassVar[Card] = Card(
         title="Prefix tuning, P-tuning v2",
         formula="softmax(q [P_K; K]ᵀ s) [P_V; V]",
@@ -82,56 +76,6 @@ class PrefixTuning(EditMethod):
             return {place: PrefixRows(self, place, shape) for place in places}
         shared = Shared(self.tokens, anatomy.hidden, self.width)
         return {place: ProjectedRows(self, place, shape, shared, place is places[0]) for place in places}
-
-    def peft_config(self) -> dict[str, Any]:
-        # What is written has been through the network already.
-        return {"prefix_projection": False, "encoder_hidden_size": self.width or None}
-
-    def peft_model(self, anatomy: Anatomy) -> dict[str, Any]:
-        return {
-            "num_virtual_tokens": self.tokens,
-            "token_dim": anatomy.key_heads * anatomy.head_size,
-            "num_transformer_submodules": 1,
-            "num_attention_heads": anatomy.key_heads,
-            "num_layers": len(anatomy.key_blocks),
-        }
-
-    def peft_name(self, anatomy: Anatomy) -> str:
-        # PEFT gives decoder layer l the prefix of layer 2l mod L, so that a prefix of its own for each has no place there.
-        return "PREFIX_TUNING_OF_DECODER" if anatomy.kind == "encoder-decoder" else "PREFIX_TUNING"
-
-    @classmethod
-    def from_peft(cls, config: dict[str, Any]) -> Self:
-        return cls(tokens=int(config["num_virtual_tokens"]), width=config.get("encoder_hidden_size"))
-
-    def file_tensors(self, edits: Mapping[Place, Edit]) -> dict[tuple[str, str], Tensor]:
-        """PEFT's table (tokens, layers · 2 · key heads · head size): keys, then values, of each layer."""
-        flat = [
-            one.movedim(1, 0).flatten(1) for edit in edits.values() for one in (edit.views()["K"], edit.views()["V"])
-        ]
-        return {("", PROMPT_KEY): torch.cat(flat, dim=1)}
-
-    def read_tensors(
-        self, tensors: Mapping[str, Tensor], config: Mapping[str, Any], paths: Sequence[str]
-    ) -> dict[str, Tensor]:
-        read = dict(tensors)
-        table = read.pop(PROMPT_KEY, None)
-        if table is None:
-            return read
-        heads = int(config["num_attention_heads"])
-        pieces = 2 * len(paths)
-        if table.ndim != 2 or table.shape[1] % (pieces * heads):
-            raise LorakitError(
-                f"load: {PROMPT_KEY} has shape {tuple(table.shape)}; for {len(paths)} layers of this model its second size "
-                f"is a multiple of {pieces * heads}."
-            )
-        split = table.view(table.shape[0], pieces, heads, -1).permute(1, 2, 0, 3)
-        # For an encoder-decoder PEFT lays its table out twice, for cross-attention too, and uses every second pair of that.
-        step = int(config.get("num_transformer_submodules") or 1)
-        for number, path in enumerate(paths):
-            source = step * number % len(paths)
-            read[f"{path}.K"], read[f"{path}.V"] = split[2 * source], split[2 * source + 1]
-        return read
 
 
 class PrefixRows(Attention):
@@ -176,6 +120,6 @@ class ProjectedRows(Attention):
         table = self.second(self._shared[0]()).view(tokens, 2, heads, size)
         return table[:, 0].transpose(0, 1), table[:, 1].transpose(0, 1)
 
-    def views(self) -> dict[str, Tensor]:
+    def kept(self) -> dict[str, Tensor]:
         K, V = self.keys_values(lambda hidden: (hidden, hidden))
         return {"K": K.detach(), "V": V.detach()}

@@ -11,7 +11,7 @@ very large models. In an encoder-decoder the encoder gets it, and the decoder lo
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, Self
 
@@ -23,9 +23,6 @@ from lorakit.core.options import option
 from lorakit.edits.contract import INPUT, Anatomy, EditMethod, Place, Prompt
 from lorakit.errors import LorakitError
 
-PROMPT_KEY = "prompt_embeddings"
-"""PEFT's name of a prompt, which stands in its files without any prefix."""
-
 
 class PromptMethod(EditMethod):
     """What all methods that put prompt rows before the input have in common."""
@@ -33,9 +30,6 @@ class PromptMethod(EditMethod):
     blends: ClassVar[bool] = False
     family: ClassVar[str] = "prompt"
     reason: ClassVar[str] = "a prompt is rows of the input and no weight of any layer"
-    peft_ignored: ClassVar[frozenset[str]] = frozenset(
-        {"num_virtual_tokens", "num_layers", "num_attention_heads", "num_transformer_submodules", "token_dim"}
-    )
     tokens: int
 
     def places(self, anatomy: Anatomy, layers: Sequence[int] | None) -> list[Place]:
@@ -45,32 +39,12 @@ class PromptMethod(EditMethod):
             )
         return [INPUT]
 
-    def peft_model(self, anatomy: Anatomy) -> dict[str, Any]:
-        return {
-            "num_virtual_tokens": self.tokens,
-            "token_dim": anatomy.hidden,
-            "num_transformer_submodules": 1,
-            "num_attention_heads": anatomy.heads,
-            "num_layers": len(anatomy.blocks),
-        }
-
-    def read_tensors(
-        self, tensors: Mapping[str, Tensor], config: Mapping[str, Any], paths: Sequence[str]
-    ) -> dict[str, Tensor]:
-        """PEFT keeps a second prompt for the decoder of an encoder-decoder and never uses it; the first one is taken."""
-        read, count = dict(tensors), int(config["num_virtual_tokens"])
-        if PROMPT_KEY in read and read[PROMPT_KEY].shape[0] == 2 * count:
-            read[PROMPT_KEY] = read[PROMPT_KEY][:count]
-        return read
-
 
 @dataclass(frozen=True, kw_only=True)
 class PromptTuning(PromptMethod):
     """The options of prompt tuning."""
 
     name: ClassVar[str] = "prompt-tuning"
-    peft_type: ClassVar[str | None] = "PROMPT_TUNING"
-    peft_ignored: ClassVar[frozenset[str]] = PromptMethod.peft_ignored | {"tokenizer_kwargs"}
     card: ClassVar[Card] = Card(
         title="Prompt tuning",
         formula="input = [P; Emb(x)]",
@@ -123,21 +97,6 @@ class PromptTuning(PromptMethod):
         whole = (list(ids) * -(-self.tokens // len(ids)))[: self.tokens]
         return PromptRows(self, place, anatomy.embed(whole).detach().to(torch.promote_types(P.dtype, torch.float32)))
 
-    def peft_config(self) -> dict[str, Any]:
-        kinds = {"vocabulary": "SAMPLE_VOCAB", "text": "TEXT", "random": "RANDOM"}
-        # PEFT asks for a tokenizer with a text, though nothing is started anew when a file is read.
-        known = self.start != "text" or (self.tokenizer is not None and self.text is not None)
-        return {
-            "prompt_tuning_init": kinds[self.start] if known else "RANDOM",
-            "prompt_tuning_init_text": self.text if known else None,
-            "tokenizer_name_or_path": self.tokenizer if known else None,
-        }
-
-    @classmethod
-    def from_peft(cls, config: dict[str, Any]) -> Self:
-        # How the rows started says nothing of what they are.
-        return cls(tokens=int(config["num_virtual_tokens"]), start="random")
-
 
 class PromptRows(Prompt):
     """P (tokens, hidden)."""
@@ -147,10 +106,4 @@ class PromptRows(Prompt):
         self.P = nn.Parameter(P)
 
     def rows(self) -> Tensor:
-        return self.P
-
-    def views(self) -> dict[str, Tensor]:
-        return {PROMPT_KEY: self.P.detach()}
-
-    def fill(self, name: str) -> Tensor:
         return self.P

@@ -10,7 +10,7 @@ tokens at width 576 train 11,520 numbers and the network's million. Liu et al. 2
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, Self, cast
+from typing import ClassVar, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from lorakit.core.delta import Card
 from lorakit.core.options import option
 from lorakit.edits.contract import Anatomy, Place, Prompt
-from lorakit.edits.prompt import PROMPT_KEY, PromptMethod, PromptRows
+from lorakit.edits.prompt import PromptMethod, PromptRows
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,8 +26,6 @@ class PTuning(PromptMethod):
     """The options of P-tuning."""
 
     name: ClassVar[str] = "p-tuning"
-    peft_type: ClassVar[str | None] = "P_TUNING"
-    peft_ignored: ClassVar[frozenset[str]] = PromptMethod.peft_ignored | {"encoder_dropout"}
     card: ClassVar[Card] = Card(
         title="P-tuning",
         formula="input = [f(E); Emb(x)]",
@@ -70,23 +68,6 @@ class PTuning(PromptMethod):
             return PromptRows(self, place, torch.empty(self.tokens, anatomy.hidden))
         return EncodedRows(self, place, anatomy.hidden)
 
-    def peft_config(self) -> dict[str, Any]:
-        return {
-            "encoder_reparameterization_type": self.encoder.upper(),
-            "encoder_hidden_size": self.width,
-            "encoder_num_layers": self.depth,
-            "encoder_dropout": 0.0,
-        }
-
-    @classmethod
-    def from_peft(cls, config: dict[str, Any]) -> Self:
-        return cls(
-            tokens=int(config["num_virtual_tokens"]),
-            encoder="lstm" if config.get("encoder_reparameterization_type", "MLP") == "LSTM" else "mlp",
-            width=config.get("encoder_hidden_size"),
-            depth=int(config.get("encoder_num_layers", 2)),
-        )
-
 
 class Recurrent(nn.Module):
     """The network "lstm"."""
@@ -111,5 +92,5 @@ class EncodedRows(Prompt):
     def rows(self) -> Tensor:
         return cast(Tensor, self.network(self.E))
 
-    def views(self) -> dict[str, Tensor]:
-        return {PROMPT_KEY: self.rows().detach()}
+    def kept(self) -> dict[str, Tensor]:
+        return {"P": self.rows().detach()}

@@ -118,9 +118,6 @@ class RouterSpec(Method):
             f"lk.route(model, lk.{type(self).__name__}(...), ['a', 'b']) makes one."
         )
 
-    def peft_config(self) -> dict[str, Any]:
-        return {}
-
     @abstractmethod
     def router(self, context: RouterContext) -> OverAdapters:
         """A new router on this context."""

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from lorakit.core.combinator import Combinator, inner_option
-from lorakit.core.delta import Call, Card, Delta, LowRank, Method, Pool, Shape, View
+from lorakit.core.delta import Call, Card, Delta, LowRank, Method, Pool, Shape
 from lorakit.core.hooks import CallHooks
 from lorakit.core.layer import Adapted
 from lorakit.core.mixed import joint_gate
@@ -69,7 +69,6 @@ class MixLoRA(Combinator):
             raise LorakitError(
                 f"mixlora: top_k was given as {self.top_k!r}; it is at least 1 and at most the {self.experts} experts."
             )
-        object.__setattr__(self, "peft_suffix", rf"(\.experts\.\d+)?{self.inner.peft_suffix}")
 
     def at(self, path: str) -> Method:
         return self.inner.at(path) if in_attention(path) else super().at(path)
@@ -97,9 +96,6 @@ class MixLoRA(Combinator):
         if isinstance(decoder, nn.Module):
             handles += CallHooks(gates.enter_model, gates.leave_model).on(decoder)
         return gates, handles
-
-    def peft_config(self) -> dict[str, Any]:
-        return {**self.inner.peft_config(), "peft_type": "MIXLORA"}
 
 
 def _blocks(paths: Sequence[str]) -> dict[str, list[str]]:
@@ -165,13 +161,6 @@ class Experts(Delta):
 
     def frozen(self) -> list[nn.Parameter]:
         return [parameter for delta in self.experts for parameter in cast(Delta, delta).frozen()]
-
-    def peft_views(self, kind: str) -> dict[str, View]:
-        return {
-            f"experts.{e}.{key}": view
-            for e, delta in enumerate(self.experts)
-            for key, view in cast(Delta, delta).peft_views(kind).items()
-        }
 
 
 class Mixture(Experts, LowRank):

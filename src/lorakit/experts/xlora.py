@@ -16,15 +16,14 @@ entry for.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from lorakit.core.delta import Call, Card
 from lorakit.core.options import option
-from lorakit.errors import LorakitError
-from lorakit.experts.context import MEMBERS, RouterContext, RouterSpec, on_tokens
+from lorakit.experts.context import RouterContext, RouterSpec, on_tokens
 from lorakit.experts.gates import softmax_over, top_mask
 from lorakit.experts.two_pass import TwoPassRouter
 
@@ -42,8 +41,6 @@ class XLoRA(RouterSpec):
         use="Adapters of several skills, and data in which they are needed together.",
         limits="Two passes; a weight per token: cannot be merged.",
     )
-    peft_type: ClassVar[str | None] = "XLORA"
-    router_prefix: ClassVar[str] = "internal_xlora_classifier."
     layerwise: bool = option(
         True, "weights for every adapted matrix of their own; else one set for all", peft="layerwise_scalings"
     )
@@ -58,31 +55,6 @@ class XLoRA(RouterSpec):
 
     def router(self, context: RouterContext) -> XRouter:
         return XRouter(self, context)
-
-    def peft_config(self) -> dict[str, Any]:
-        own = {
-            "enable_softmax": self.top_k is None,
-            "enable_softmax_topk": self.top_k is not None,
-            "softmax_temperature": self.temperature,
-            "layerwise_scalings": self.layerwise,
-            "top_k_lora": self.top_k,
-            "xlora_depth": self.depth,
-            "xlora_size": self.width,
-            "xlora_dropout_p": self.classifier_dropout,
-            "scaling_pass_value": 0.0,
-            "global_scaling_weight": self.scale,
-            "use_trainable_adapters": False,
-        }
-        # PEFT divides by the temperature in its dense softmax alone: no type that it knows stands for this
-        return own if self.top_k is None or self.temperature == 1.0 else {**own, "peft_type": "XLORA_TOPK_TEMPERATURE"}
-
-    @classmethod
-    def from_peft(cls, config: dict[str, Any]) -> Self:
-        raise LorakitError(
-            "load: this X-LoRA has no lorakit.json, as PEFT saves them, and PEFT 0.21 leaves the trained classifier out of its "
-            "file, so that there is no router to read. The adapters that it was made of load one by one; "
-            "lk.route(model, lk.XLoRA(), [...]) puts a new router over them."
-        )
 
 
 class XRouter(TwoPassRouter):
@@ -100,15 +72,6 @@ class XRouter(TwoPassRouter):
             size = spec.width
         count = len(self.members) * (len(self.places) if spec.layerwise else 1)
         self.layers = nn.Sequential(*layers, nn.Linear(size, count))
-
-    def peft_entries(self) -> dict[str, Any]:
-        first = self.layers[0]
-        assert isinstance(first, nn.Linear)
-        # PEFT numbers the experts, and looks for them under these numbers
-        return {
-            "hidden_size": first.in_features,
-            "adapters": {str(place): f"{MEMBERS}/{name}" for place, name in enumerate(self.members)},
-        }
 
     def find(self, args: tuple[Any, ...], kwargs: dict[str, Any], memory: dict[str, Any] | None) -> Tensor:
         """λ for the tokens of a call, (batch, tokens, matrices or 1, members)."""

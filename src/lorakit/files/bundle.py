@@ -11,10 +11,8 @@ over them, what it says is no longer true, and that is noticed.
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
-import os
 import re
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -27,7 +25,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from lorakit.errors import LorakitError
-from lorakit.files.folder import recover
+from lorakit.files.folder import recover, stamp_of
 
 CONFIG, TENSORS, OWN = "adapter_config.json", "adapter_model.safetensors", "lorakit.json"
 CONTENT = (CONFIG, TENSORS, OWN)
@@ -170,25 +168,17 @@ def read_tensors(folder: str | Path) -> dict[str, Tensor]:
 
 def _unmoved(path: Path, read: Callable[[], T]) -> T:
     """What `read` gives while the files are the same ones; a folder that is replaced meanwhile is read again."""
-
-    def identity() -> list[tuple[int, ...]]:
-        found: list[tuple[int, ...]] = []
-        for name in CONTENT:
-            with contextlib.suppress(OSError):
-                status = os.stat(path / name)
-                found.append((status.st_ino, status.st_mtime_ns, status.st_size))
-        return found
-
+    files = [path / name for name in CONTENT]
     for _ in range(_ATTEMPTS):
-        before = identity()
+        before = stamp_of(*files)
         try:
             result = read()
         except LorakitError:
-            if path.is_dir() and identity() == before:
+            if path.is_dir() and stamp_of(*files) == before:
                 raise
             recover(path, CONTENT)  # waits for the save that is just between its two renames
         else:
-            if identity() == before:
+            if stamp_of(*files) == before:
                 return result
     raise LorakitError(f"load: {path} was replaced {_ATTEMPTS} times while it was read; save to it less often.")
 

@@ -15,7 +15,9 @@ from lorakit.core.layout import Rows
 from lorakit.core.walking import walk
 from lorakit.errors import LorakitError
 from lorakit.files.bundle import OWN, TENSORS
-from lorakit.files.interchange import part_scales, parts_of, pieces, replacement_key, site_prefix
+from lorakit.files.formats import format_of
+from lorakit.files.interchange import blocks, parts_of, replacement_key, site_prefix
+from lorakit.files.packing import unpack, views
 
 Complain = Callable[[str], None]
 """Raises or logs, as `load` was told to (`strict`)."""
@@ -83,15 +85,15 @@ def fill(
             continue
         for site_name, delta in layer.deltas_of(adapter.name).items():
             site = layer.sites[site_name]
-            for suffix, view in delta.peft_views(site.layout.kind).items():
-                key = f"{plain[path]}.{site_prefix(site)}{suffix}"
-                for tensor, piece in pieces(view, site.layout.unpack(supply.take(key), view.axes)):
+            for name, view in views(delta, site.layout.kind).items():
+                key = f"{plain[path]}.{site_prefix(site)}{name}"
+                for tensor, piece in view.pieces(unpack(site.layout, supply.take(key), view.axes)):
                     supply.put(tensor, piece, key)
     fill_replacements(adapter, plain, supply)
     for name, tensor in adapter.pool.state_dict().items():
         supply.put(tensor, supply.take(name), name)
     for name, tensor in adapter.router.state_dict().items() if adapter.router is not None else ():
-        key = f"{adapter.method.router_prefix}{name}"
+        key = f"{format_of(adapter.method.name).router}{name}"
         supply.put(tensor, supply.take(key), key)
     modules = {plain[path]: module for path, module in walk(adapter.model)} if supply.left else {}
     for key in list(supply.left):
@@ -114,24 +116,21 @@ def fill_replacements(adapter: Adapter, plain: Mapping[str, str], supply: Supply
 def _fill_parts(adapter: Adapter, path: str, plain: str, supply: Supply) -> None:
     """The parts of a fused layer from one pair of factors; outside its block a part's B must be zero."""
     parts = parts_of(adapter.layers[path], adapter.name)
+    own, width = blocks(parts), cast(Rows, parts[0][0].layout).inner.shape
     key_A, key_B = f"{plain}.lora_A.weight", f"{plain}.lora_B.weight"
     A, B = supply.take(key_A), supply.take(key_B)
-    rank = sum(delta.factors()[1].shape[0] for _, delta in parts)
-    width = cast(Rows, parts[0][0].layout).inner.shape
+    rank = own[-1][3].stop
     for key, tensor, shape in ((key_A, A, (rank, width.in_)), (key_B, B, (width.out, rank))):
         if tensor.shape != shape:
             raise LorakitError(
                 f"load: {key} in {supply.where} has shape {tuple(tensor.shape)}; the parts of this layer need {shape}."
             )
-    rest, start = B.clone(), 0
-    for (site, delta), factor in zip(parts, part_scales(parts), strict=True):
-        rows = cast(Rows, site.layout).index()
-        for own_B, own_A in delta.pairs():
-            stop = start + own_A.shape[0]
-            supply.put(own_A, A[start:stop], key_A)
-            supply.put(own_B, B[rows, start:stop] / factor, key_B)
-            rest[rows, start:stop] = 0
-            start = stop
+    rest = B.clone()
+    for own_B, own_A, rows, columns, factor in own:
+        rows = rows.to(B.device)
+        supply.put(own_A, A[columns], key_A)
+        supply.put(own_B, B[rows, columns] / factor, key_B)
+        rest[rows, columns] = 0
     if rest.any():
         raise LorakitError(f"load: {key_B} in {supply.where} is not made of the parts that {OWN} names.")
 

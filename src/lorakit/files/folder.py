@@ -32,6 +32,21 @@ log = logging.getLogger("lorakit")
 _FRESH, _PREVIOUS = ".saving-", ".previous-"
 
 
+Stamp = tuple[tuple[int, int, int], ...]
+
+
+def stamp_of(*files: Path) -> Stamp:
+    """What tells whether files are still the same ones: equal stamps, the same content. A file that is not there counts."""
+    found = []
+    for file in files:
+        try:
+            status = file.stat()
+            found.append((status.st_ino, status.st_mtime_ns, status.st_size))
+        except OSError:
+            found.append((0, 0, 0))
+    return tuple(found)
+
+
 def replace_folder(folder: Path, write: Callable[[Path], None], content: Collection[str]) -> None:
     """Let `write` fill a fresh folder, then put it in place of `folder` in one step.
 

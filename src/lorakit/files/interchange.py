@@ -11,8 +11,7 @@ import dataclasses
 import functools
 import math
 import re
-from collections.abc import Collection, Mapping
-from types import MappingProxyType
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any, cast
 
 import torch
@@ -20,14 +19,14 @@ from torch import Tensor, nn
 
 from lorakit.adapter.adapter import Adapter
 from lorakit.adapter.targets import Targets
-from lorakit.core.delta import LowRank, Method, View
+from lorakit.core.delta import LowRank, Method
 from lorakit.core.layer import Adapted
 from lorakit.core.layout import Rows, Site
 from lorakit.core.offset import Offset
-from lorakit.core.routing import Router
 from lorakit.core.walking import as_patterns, exactly, has_suffix, value_for, walk
-from lorakit.edits.contract import EditMethod
 from lorakit.errors import LorakitError
+from lorakit.files.formats import entries_of, format_of
+from lorakit.files.packing import edit_tensors, pack, spec_in_file, views
 
 PREFIX = "base_model.model."
 _WRAPPERS = {
@@ -78,14 +77,6 @@ def site_prefix(site: Site) -> str:
     return f"base_layer.{site.name}." if site.layout.kind == "attention" else f"{site.name}."
 
 
-def pieces(view: View, value: Tensor) -> list[tuple[Tensor, Tensor]]:
-    """A delta's tensors that make up one entry of the file, each with its piece of the entry's value."""
-    sizes = [tensor.shape[view.dim] if tensor.ndim else 1 for tensor in view.tensors]
-    if len(sizes) == 1 or sum(sizes) != value.shape[view.dim]:
-        return [(view.tensors[0], value)]  # of another size where they do not add up, which the reader reports
-    return list(zip(view.tensors, value.split(sizes, dim=view.dim), strict=True))
-
-
 def replacement_key(adapter: Adapter, path: str, plain: str, name: str) -> str:
     """PEFT's name, without the prefix, of a replaced tensor: biases of adapted layers are below `base_layer`."""
     layer = adapter.layers[path]
@@ -98,12 +89,6 @@ def replacement_key(adapter: Adapter, path: str, plain: str, name: str) -> str:
     return f"{plain}.base_layer.{name}"
 
 
-def part_scales(parts: list[tuple[Site, LowRank]]) -> list[float]:
-    """The factor of each part's B in PEFT's file, which has one scale (the first part's) for the whole fused layer."""
-    scales = [delta.scale for _, delta in parts]
-    return [1.0 if scale == scales[0] else scale / scales[0] for scale in scales]
-
-
 def parts_of(layer: Adapted, adapter: str) -> list[tuple[Site, LowRank]]:
     """The row parts of a fused layer that this adapter changes, in order; empty for other layers."""
     deltas = layer.deltas_of(adapter)
@@ -111,7 +96,7 @@ def parts_of(layer: Adapted, adapter: str) -> list[tuple[Site, LowRank]]:
     if not sites or not isinstance(sites[0][0].layout, Rows):
         return []
     for _, delta in sites:
-        if not isinstance(delta, LowRank) or delta.spec.peft_type != "LORA":
+        if not isinstance(delta, LowRank) or format_of(delta.spec.name).peft != "LORA":
             raise LorakitError(
                 f"save: {layer.path} is split into parts, which PEFT's format has for LoRA alone; its method is "
                 f"{delta.spec.name}."
@@ -119,19 +104,27 @@ def parts_of(layer: Adapted, adapter: str) -> list[tuple[Site, LowRank]]:
     return [(site, cast(LowRank, delta)) for site, delta in sites]
 
 
+def blocks(parts: list[tuple[Site, LowRank]]) -> list[tuple[Tensor, Tensor, Tensor, slice, float]]:
+    """`(B, A, rows, columns, factor)` of every pair of a fused layer's parts: where its B stands in the file's, which has one
+    scale (the first part's) for the whole layer, so that B is kept times a factor. A's are one upon the other."""
+    found, start, first = [], 0, parts[0][1].scale
+    for site, delta in parts:
+        factor = 1.0 if delta.scale == first else delta.scale / first
+        for B, A in delta.pairs():
+            columns = slice(start, start + A.shape[0])
+            found.append((B.detach(), A.detach(), cast(Rows, site.layout).index(A.device), columns, factor))
+            start = columns.stop
+    return found
+
+
 def _fused(parts: list[tuple[Site, LowRank]]) -> tuple[Tensor, Tensor]:
     """The parts of a fused layer as one pair of factors: A stacked, B block by block. Exact, at the sum of the ranks."""
-    rank = sum(delta.factors()[1].shape[0] for _, delta in parts)
-    _, A = parts[0][1].factors()
-    inner = cast(Rows, parts[0][0].layout).inner
-    B_all, A_all, start = A.new_zeros(inner.shape.out, rank), [], 0
-    for (site, delta), factor in zip(parts, part_scales(parts), strict=True):
-        for B, A in delta.pairs():
-            stop = start + A.shape[0]
-            B_all[cast(Rows, site.layout).index(A.device), start:stop] = B.detach() * factor
-            A_all.append(A.detach())
-            start = stop
-    return B_all.detach(), torch.cat(A_all)
+    own = blocks(parts)
+    A = torch.cat([piece for _, piece, *_ in own])
+    B = A.new_zeros(cast(Rows, parts[0][0].layout).inner.shape.out, len(A))
+    for piece, _, rows, columns, factor in own:
+        B[rows, columns] = piece * factor
+    return B, A
 
 
 def tensors_of(adapter: Adapter) -> dict[str, Tensor]:
@@ -146,13 +139,12 @@ def tensors_of(adapter: Adapter) -> dict[str, Tensor]:
             continue
         for key, delta in layer.deltas_of(adapter.name).items():
             site = layer.sites[key]
-            for suffix, view in delta.peft_views(site.layout.kind).items():
-                whole = view.tensors[0] if len(view.tensors) == 1 else torch.cat(view.tensors, dim=view.dim)
-                result[f"{plain[path]}.{site_prefix(site)}{suffix}"] = site.layout.pack(whole, view.axes)
+            for name, view in views(delta, site.layout.kind).items():
+                result[f"{plain[path]}.{site_prefix(site)}{name}"] = pack(site.layout, view.whole(), view.axes)
     for path, replacement in adapter.replacements():
         for name, tensor in replacement.tensors().items():
             result[replacement_key(adapter, path, plain[path], name)] = tensor.detach()
-    edits = adapter.method.file_tensors(adapter.edits) if adapter.edits else {}
+    edits = edit_tensors(adapter)
     for (path, name), tensor in edits.items():
         if path:
             result[f"{plain[path]}.{name}"] = tensor
@@ -163,7 +155,7 @@ def tensors_of(adapter: Adapter) -> dict[str, Tensor]:
         if not path:
             result[name] = tensor.contiguous()  # PEFT keeps what stands in front of the input without a prefix
     for name, tensor in adapter.router.state_dict().items() if adapter.router is not None else ():
-        result[f"base_model.{adapter.method.router_prefix}{name}"] = tensor.contiguous()
+        result[f"base_model.{format_of(adapter.method.name).router}{name}"] = tensor.contiguous()
     held: set[int] = set()
     for key, tensor in result.items():
         storage = tensor.untyped_storage()
@@ -221,17 +213,16 @@ def target_modules(paths: list[str], model: nn.Module) -> list[str] | str:
     return "|".join(re.escape(path) for path in sorted(paths))
 
 
-def _patterns(adapter: Adapter, plain: Mapping[str, str]) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
-    """The most common value of each field that differs per layer, and the exceptions by whole layer name."""
-    values: dict[str, dict[str, Any]] = {field: {} for field in adapter.method.pattern_fields}
-    for path, spec in _specs(adapter, plain).items():
-        for field in values:
-            values[field][path] = getattr(spec, field)
-    common, patterns = {}, {}
-    for field, by_path in values.items():
-        if by_path:
-            common[field], patterns[field] = as_patterns(by_path, functools.partial(_exact, by_path))
-    return common, patterns
+def _spread(
+    fields: Iterable[str], specs: Mapping[str, Method], pattern: Callable[[str], str] = exactly
+) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
+    """The most common value of each option that may differ per layer, and patterns for the layers that have another."""
+    split = {
+        field: as_patterns({path: getattr(spec, field) for path, spec in specs.items()}, pattern)
+        for field in fields
+        if specs
+    }
+    return {field: one for field, (one, _) in split.items()}, {field: rest for field, (_, rest) in split.items()}
 
 
 def _specs(adapter: Adapter, plain: Mapping[str, str]) -> dict[str, Method]:
@@ -241,7 +232,7 @@ def _specs(adapter: Adapter, plain: Mapping[str, str]) -> dict[str, Method]:
         deltas = list(layer.deltas_of(adapter.name).values())
         if deltas:
             parts = parts_of(layer, adapter.name)
-            specs[plain[path]] = _fused_spec(parts) if parts else deltas[0].peft_spec()
+            specs[plain[path]] = _fused_spec(parts) if parts else spec_in_file(deltas[0])
     return specs
 
 
@@ -257,17 +248,13 @@ def stored(adapter: Adapter) -> tuple[Any, Targets]:
     for path, site, delta in adapter.deltas():
         where = site.place(path)
         asked[where] = adapter.targets.spec_for(adapter.method, path, site)
-        found[where] = asked[where] if halves else delta.peft_spec()
+        found[where] = asked[where] if halves else spec_in_file(delta)
     if found == asked:
         return adapter.method, adapter.targets
     method = adapter.method
     if any(type(spec) is not type(method) for spec in found.values()):
         method = next(iter(found.values()))
-    common: dict[str, Any] = {}
-    patterns: dict[str, Any] = {}
-    for field in method.pattern_fields:
-        values = {where: getattr(spec, field) for where, spec in found.items()}
-        common[field], patterns[field] = as_patterns(values)
+    common, patterns = _spread(method.pattern_fields, found)
     return method.replace(**common), dataclasses.replace(
         adapter.targets, patterns={**adapter.targets.patterns, **patterns}
     )
@@ -277,7 +264,7 @@ def shifted(adapter: Adapter) -> bool:
     """Whether a reader can tell in the file what is trained from the start that is taken off it: all of the adapter's
     deltas have such a start, and the ranks that they had then. If not, the file reads as one product of the whole rank."""
     starts = [module for _, _, delta in adapter.deltas() for module in delta.modules() if isinstance(module, Offset)]
-    return bool(starts) and all(start.inner.peft_spec() == start.inner.spec for start in starts)
+    return bool(starts) and all(spec_in_file(start.inner) == start.inner.spec for start in starts)
 
 
 def _exact(others: Collection[str], path: str) -> str:
@@ -289,9 +276,8 @@ def _exact(others: Collection[str], path: str) -> str:
 
 def _fused_spec(parts: list[tuple[Site, LowRank]]) -> Method:
     """The spec of a fused layer's parts taken as one low-rank pair, with the first part's scale."""
-    first = parts[0][1]
     rank = sum(delta.factors()[1].shape[0] for _, delta in parts)
-    return first.peft_spec().resized(rank)
+    return spec_in_file(parts[0][1]).resized(rank)
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
@@ -332,50 +318,35 @@ def _general(adapter: Adapter, base: str | None) -> dict[str, Any]:
 def method_entries(method: Method, target_modules: list[str] | str, bias: str) -> dict[str, Any]:
     """Entries of PEFT's configuration that say what is done to which layers, all of them named."""
     return {
-        "peft_type": method.peft_type or method.name.upper(),
         "target_modules": target_modules,
         "exclude_modules": None,
         "layers_to_transform": None,
         "layers_pattern": None,
         "bias": bias,
-        **method.peft_config(),
+        **entries_of(method),
     }
-
-
-def edit_config(adapter: Adapter, base: str | None = None) -> dict[str, Any]:
-    """PEFT's adapter_config.json for an adapter of edits."""
-    assert adapter.anatomy is not None
-    method: EditMethod = adapter.method
-    own = {"peft_type": method.peft_name(adapter.anatomy), **method.peft_config(), **method.peft_model(adapter.anatomy)}
-    return {**_general(adapter, base), **own}
 
 
 def config_of(adapter: Adapter, base: str | None = None) -> dict[str, Any]:
     """PEFT's adapter_config.json for an adapter."""
+    config, whole = _general(adapter, base), format_of(adapter.method.name).whole
     if adapter.edits:
-        return edit_config(adapter, base)
+        return {**config, **entries_of(adapter.method), **whole(adapter, {})}
     plain = plain_names(adapter.model)
-    common, patterns = _patterns(adapter, plain)
+    specs = _specs(adapter, plain)
+    common, patterns = _spread(adapter.method.pattern_fields, specs, functools.partial(_exact, specs))
     method = adapter.method.replace(**common) if common else adapter.method
-    paths = [plain[path] for path, layer in adapter.layers.items() if layer.deltas_of(adapter.name)]
-    config: dict[str, Any] = {
-        **_general(adapter, base),
-        **method_entries(method, target_modules(paths, adapter.model), adapter.targets.bias),
-    }
+    config |= method_entries(method, target_modules(list(specs), adapter.model), adapter.targets.bias)
     for field, option in adapter.method.pattern_fields.items():
         config[option] = patterns.get(field, {})
-    routed = adapter.router.peft_entries() if isinstance(adapter.router, Router) else {}
-    return {**config, **adapter.method.peft_layers(_specs(adapter, plain)), **routed}
+    return {**config, **whole(adapter, specs)}
 
 
 # -- the configuration, read -------------------------------------------------------------------------------------------------
 
 
 def targets_from(
-    config: Mapping[str, Any],
-    model: nn.Module,
-    tensors: Collection[str] = (),
-    fields: Mapping[str, str] = MappingProxyType({"rank": "rank_pattern", "alpha": "alpha_pattern"}),
+    config: Mapping[str, Any], model: nn.Module, fields: Mapping[str, str], tensors: Iterable[str] = ()
 ) -> Targets:
     """What PEFT's configuration asks for.
 

@@ -22,7 +22,6 @@ from lorakit.adapter.adapter import Adapter, adapters
 from lorakit.adapter.attachment import detach
 from lorakit.adapter.construction import build, build_edits
 from lorakit.adapter.targets import Targets, select
-from lorakit.core.options import patterns_of
 from lorakit.core.using import activate
 from lorakit.core.walking import exactly, value_for
 from lorakit.edits.contract import EditMethod
@@ -47,6 +46,7 @@ from lorakit.files.bundle import (
 from lorakit.files.filling import Complain, Supply, fill, fill_replacements
 from lorakit.files.fingerprint import check, fingerprint
 from lorakit.files.folder import replace_folder
+from lorakit.files.formats import ending_of, format_of, known_entries, spec_from_peft
 from lorakit.files.interchange import (
     COMMON,
     config_of,
@@ -58,7 +58,8 @@ from lorakit.files.interchange import (
     tensors_of,
     unwrapped,
 )
-from lorakit.files.table import method_for_peft, method_named, spec_from_dict
+from lorakit.files.packing import names_of, unpack
+from lorakit.files.table import spec_from_dict
 
 log = logging.getLogger("lorakit")
 
@@ -215,7 +216,7 @@ def refill(adapter: Adapter, bundle: Bundle, places: Places | None = None) -> Pl
     where = bundle.folder / TENSORS
     if places is None:
         plain = plain_names(adapter.model)
-        tensors = adapter.method.from_file(names_in(bundle.tensors, plain, where))
+        tensors = _described(adapter.method, names_in(bundle.tensors, plain, where), bundle)
         places = _places(fill(adapter, tensors, plain, bundle.folder, _complaints(strict=True)), bundle)
     else:
         supply = Supply(bundle.tensors, where)
@@ -236,22 +237,19 @@ def _put(model: nn.Module, bundle: Bundle, name: str, complain: Complain) -> Ada
     """An adapter of deltas or edits from a folder, on the model."""
     plain = plain_names(model)
     tensors = names_in(bundle.tensors, plain, bundle.folder / TENSORS)
-    method_class: type[Any] = (
-        method_named(bundle.own["method"].get("name", "")) if bundle.own else method_for_peft(bundle.config)
-    )
-    method = _method(method_class, bundle, complain)
+    method = _method(bundle, complain)
     if isinstance(method, EditMethod):
         return _put_edits(model, method, bundle, tensors, name, plain, complain)
-    tensors = method.from_file(tensors)
-    config = {**bundle.config, **method_class.peft_patterns(bundle.config)}
-    targets = _targets(bundle, config, model, tensors, method.pattern_fields)
-    found = _layers_in(tensors, plain, method, bundle.folder)
+    named = _described(method, tensors, bundle)
+    config = {**bundle.config, **format_of(method.name).patterns(bundle.config)}
+    targets = _targets(bundle, config, model, method.pattern_fields, named)
+    found = _layers_in(named, plain, method, bundle.folder)
     halves = bool(bundle.own.get("shifted"))  # what is trained, and the start that is taken off it
-    _check_targets(model, config, [plain[path] for path in found], complain)
+    _check_targets(model, config, method.pattern_fields, [plain[path] for path in found], complain)
     adapter = build(model, method, _resolved(targets, found, plain), name, checked=False, paths=found, shifted=halves)
     adapter.targets = targets
     _check_base(adapter, bundle, complain)
-    fill(adapter, tensors, plain, bundle.folder, complain)
+    fill(adapter, named, plain, bundle.folder, complain)
     return adapter
 
 
@@ -264,15 +262,17 @@ def _put_edits(
     plain: Mapping[str, str],
     complain: Complain,
 ) -> Adapter:
-    targets = _targets(bundle, bundle.config, model, tensors, {})
+    targets = _targets(bundle, bundle.config, model, {}, tensors)
     adapter = build_edits(model, method, targets, name, folded=True)
     _check_base(adapter, bundle, complain)
+    if not bundle.own:
+        format_of(method.name).check(adapter.anatomy)
     paths = [plain[place.path] for place in adapter.edits]
-    supply = Supply(method.read_tensors(tensors, bundle.config, paths), bundle.folder / TENSORS)
+    supply = Supply(_described(method, tensors, bundle, paths), bundle.folder / TENSORS)
     for place, edit in adapter.edits.items():
-        for key in edit.views():
-            whole = f"{plain[place.path]}.{key}" if place.path else key
-            supply.put(edit.fill(key), supply.take(whole), whole)
+        for letter, (name, axes) in names_of(edit).items():
+            key = f"{plain[place.path]}.{name}" if place.path else name
+            supply.put(edit.get_parameter(letter), unpack(None, supply.take(key), axes), key)
     fill_replacements(adapter, plain, supply)
     supply.finish(complain)
     return adapter
@@ -281,7 +281,7 @@ def _put_edits(
 def _put_router(model: nn.Module, bundle: Bundle, name: str, strict: bool) -> Adapter:
     """A router with the adapters behind it; those that are on the model already must be the same."""
     complain = _complaints(strict)
-    spec = _method(method_named(bundle.own["method"].get("name", "")), bundle, complain)
+    spec = _method(bundle, complain)
     before = set(adapters(model))
     for member, digest in bundle.own["members"]:
         folder = bundle.folder / MEMBERS / member
@@ -315,43 +315,46 @@ def _complaints(strict: bool) -> Complain:
     return complain
 
 
-def _method(method_class: type[Any], bundle: Bundle, complain: Complain) -> Any:
+def _method(bundle: Bundle, complain: Complain) -> Any:
     if bundle.own:
         return spec_from_dict(bundle.own["method"], str(bundle.folder / OWN))
-    read = method_class.from_peft(bundle.config)
-    known = COMMON | set(read.peft_config()) | method_class.peft_ignored | set(patterns_of(method_class).values())
+    read = spec_from_peft(bundle.config)
+    known = COMMON | known_entries(read)
     for key, value in bundle.config.items():
         if key not in known and value not in (None, False, {}, [], ""):
             complain(
                 f"load: {bundle.folder / CONFIG} sets {key}={value!r}, which lorakit does not know for "
-                f"{method_class.name}, so the adapter might act otherwise than its author saw."
+                f"{read.name}, so the adapter might act otherwise than its author saw."
             )
     return read
 
 
+def _described(
+    method: Any, tensors: Mapping[str, Tensor], bundle: Bundle, paths: Sequence[str] = ()
+) -> Mapping[str, Tensor]:
+    """The file's tensors under the names that `formats` has for this method; `paths` are those of an edit's places."""
+    return format_of(method.name).from_file(method, tensors, bundle.config, paths)
+
+
 def _targets(
-    bundle: Bundle,
-    config: Mapping[str, Any],
-    model: nn.Module,
-    tensors: Mapping[str, Tensor],
-    fields: Mapping[str, str],
+    bundle: Bundle, config: Mapping[str, Any], model: nn.Module, fields: Mapping[str, str], tensors: Iterable[str]
 ) -> Targets:
     """What was asked for when the adapter was made, as lorakit.json says it, or else PEFT's configuration."""
     if bundle.own:
         return Targets.from_data(bundle.own["targets"], bundle.folder / OWN)
-    return targets_from(config, model, tensors, fields)
+    return targets_from(config, model, fields, tensors)
 
 
 def _layers_in(tensors: Iterable[str], plain: Mapping[str, str], method: Any, folder: Path) -> list[str]:
     """The model's layers for which the file holds this method's tensors, in the model's order."""
-    suffix = re.compile(method.peft_suffix)
+    names = re.compile(rf"(.+?)\.(?:{ending_of(method)})")
     known = set(plain.values())
     found = set()
     for key in tensors:
-        own = list(suffix.finditer(key))
-        if not own:
+        match = names.fullmatch(key)
+        if match is None:
             continue
-        layer = key[: own[-1].start()]
+        layer = match[1]
         if layer not in known:
             layer = layer.partition(".base_layer.")[0]  # a matrix within nn.MultiheadAttention
         if layer not in known:
@@ -377,10 +380,12 @@ def _resolved(targets: Targets, paths: list[str], plain: Mapping[str, str]) -> T
     return dataclasses.replace(resolved, modules_to_save=saved, patterns=exact)
 
 
-def _check_targets(model: nn.Module, config: Mapping[str, Any], found: list[str], complain: Complain) -> None:
+def _check_targets(
+    model: nn.Module, config: Mapping[str, Any], fields: Mapping[str, str], found: list[str], complain: Complain
+) -> None:
     """The layers that the configuration selects and those that the file has tensors for must be the same."""
     model = unwrapped(model)
-    targets = targets_from(config, model)
+    targets = targets_from(config, model, fields)
     if not targets.target_modules or any(path != name for path, name in plain_names(model).items()):
         return
     try:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping
-from typing import Any, cast
+from typing import Any
 
 from lorakit.core.delta import Spec
+from lorakit.core.options import options_of
 from lorakit.edits import EDITS
 from lorakit.errors import LorakitError, unknown
 from lorakit.experts import MIXTURES, ROUTERS
@@ -22,15 +22,6 @@ def method_named(name: str) -> type[Spec]:
     return TABLE[name]
 
 
-def method_for_peft(config: dict[str, Any]) -> type[Spec]:
-    """The spec class that reads files with this PEFT configuration."""
-    for method in TABLE.values():
-        if method.peft_type is not None and method.reads(config):
-            return method
-    known = [str(method.peft_type) for method in TABLE.values() if method.peft_type]
-    raise unknown("PEFT type", str(config.get("peft_type")), dict.fromkeys(known))
-
-
 def spec_from_dict(options: Mapping[str, Any], where: str | None = None) -> Spec:
     """A spec from plain data, {"name": …, option: …}; the inverse of `Spec.to_dict`.
 
@@ -39,7 +30,7 @@ def spec_from_dict(options: Mapping[str, Any], where: str | None = None) -> Spec
     if "name" not in options:
         raise LorakitError(f"a method is given by its name and options; {dict(options)!r} has no name.")
     method = method_named(options["name"])
-    known = [field.name for field in dataclasses.fields(cast(Any, method))]
+    known = options_of(method)
     values = {}
     for key, value in options.items():
         if key == "name":

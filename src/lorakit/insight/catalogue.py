@@ -33,7 +33,6 @@ class Entry:
         title, formula, paper, use, limits: from its card.
         parameters: trainable numbers in all, at its defaults; None where `reason` says why not.
         identity: whether it changes nothing before training.
-        peft: PEFT's name of the same, or None.
         reason: why it does not fit at its defaults, if it does not.
     """
 
@@ -45,7 +44,6 @@ class Entry:
     limits: str
     parameters: int | None
     identity: bool
-    peft: str | None
     reason: str
 
     @property
@@ -131,7 +129,7 @@ def entry_of(spec: type[Spec], shapes: Sequence[Shape], anatomy: Anatomy = SAMPL
 def _said(spec: type[Spec]) -> dict[str, Any]:
     """What a method or an edit says of itself."""
     card = {field: getattr(spec.card, field) for field in ("title", "formula", "paper", "use", "limits", "identity")}
-    return {"name": spec.name, "peft": spec.peft_type, **card}
+    return {"name": spec.name, **card}
 
 
 def _default(method: type[Method]) -> Method:

@@ -15,6 +15,7 @@ from torch import Tensor
 from lorakit.core.spectrum import spectrum
 from lorakit.experts import MEMBERS, MIXTURES, ROUTERS
 from lorakit.files.bundle import read_config, read_own, read_tensors
+from lorakit.files.formats import adalora_scale, format_of
 from lorakit.files.interchange import alpha_in, bare, scale_in
 from lorakit.files.pairs import DIAGONAL, PAIRS, TRIPLETS, pair_of
 
@@ -114,8 +115,8 @@ def _layer(
 ) -> LayerReport:
     rank = A.shape[0]
     alpha, scale = alpha_in(config, path, rank), scale_in(config, path, rank)
-    if diagonal is not None:  # PEFT's AdaLoRA divides by the rank that it started from, plus a constant
-        scale = alpha / (float(config.get("init_r", rank)) + 1e-5)
+    if diagonal is not None:
+        scale = adalora_scale(config, rank)
         B = B.double() * diagonal.double().flatten()
     values = abs(scale) * spectrum(B.flatten(1), A.flatten(1)).values
     return LayerReport(
@@ -143,6 +144,7 @@ def _router(
     spec = {**MIXTURES, **ROUTERS}.get(str(method.get("name")))
     if spec is None:
         return None
+    prefix = format_of(spec.name).router
     reports = [(name, examine(folder / MEMBERS / name, 0)) for name in members]
     experts = [_expert(name, report.method, report.layers, report.parameters) for name, report in reports]
     for name, held in sorted(inside.items(), key=lambda item: int(item[0])):
@@ -151,9 +153,9 @@ def _router(
     return RouterReport(
         kind=str(method.get("name")),
         options={name: value for name, value in method.items() if name not in ("name", "inner")},
-        parameters=sum(tensor.numel() for key, tensor in tensors.items() if bare(key).startswith(spec.router_prefix)),
+        parameters=sum(tensor.numel() for key, tensor in tensors.items() if bare(key).startswith(prefix)),
         experts=tuple(experts),
-        prefix=spec.router_prefix,
+        prefix=prefix,
     )
 
 

@@ -11,26 +11,20 @@ are the triplets that were kept. Zhang et al. 2023, arXiv 2303.10512.
 Where the codes that are in use go wrong, this does not: exactly the budget is kept (ties are broken evenly over layers,
 not all masked), a target equal to the start is allowed, weights are judged before the step with the gradient that belongs
 to them, and the penalty is no part of a reported or evaluated loss. As in those codes s stays alpha / rank while ranks
-fall, and the penalty is the mean over all P and Q of the norm, not of its square as in the paper. In PEFT's file the scale
-is lora_alpha / (init_r + 1e-5), so its lora_alpha is written as s · (init_r + 1e-5).
+fall, and the penalty is the mean over all P and Q of the norm, not of its square as in the paper.
 """
 
 from __future__ import annotations
 
-import re
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Self, cast
+from typing import ClassVar, cast
 
 import torch
 from torch import Tensor, nn
 
-from lorakit.core.delta import Card, LowRank, Method, Pool, Shape, View
+from lorakit.core.delta import Card, LowRank, Pool, Shape
 from lorakit.core.options import option
-from lorakit.methods.lora import LoRA
 from lorakit.methods.options import Scaled, alpha_option, check_rank_fits, dropout_option, rank_option, steps_option
-
-_PEFT_EPSILON = 1e-5
 
 
 def _count(steps: int | float) -> int:
@@ -41,9 +35,6 @@ def _count(steps: int | float) -> int:
 @dataclass(frozen=True, kw_only=True)
 class TripletOptions(Scaled):
     """The options that AdaLoRA and ElaLoRA share."""
-
-    peft_type: ClassVar[str | None] = "ADALORA"
-    peft_ignored: ClassVar[frozenset[str]] = LoRA.peft_ignored
 
     rank: int = rank_option(12, "triplets of every layer at the start", peft="init_r")
     alpha: float = alpha_option(
@@ -84,91 +75,6 @@ class TripletOptions(Scaled):
         """Triplets per layer, on average, that are left at the end."""
         return self.rank
 
-    def peft_config(self) -> dict[str, Any]:
-        counts = {"tinit": _count(self.warmup), "tfinal": _count(self.final)}
-        return {
-            "init_r": self.rank,
-            "target_r": min(self.final_rank, self.rank),
-            "r": 8,  # PEFT does not use it, and warns of any other value
-            "lora_alpha": self.scale * (self.rank + _PEFT_EPSILON),
-            "lora_dropout": self.dropout,
-            **counts,
-            "total_step": sum(counts.values())
-            + 1,  # how long the run was is not known; PEFT wants a number above these
-            "deltaT": self.interval,
-            "beta1": self.beta1,
-            "beta2": self.beta2,
-            "orth_reg_weight": self.orthogonality,
-            "init_lora_weights": True,
-            "fan_in_fan_out": False,
-            "use_dora": False,
-            "use_rslora": False,
-            "lora_bias": False,
-        }
-
-    def peft_layers(self, specs: Mapping[str, Any]) -> dict[str, Any]:
-        """PEFT starts all layers at one rank with one scale and says by booleans which triplets are left."""
-        scales = [spec.scale for spec in specs.values()]
-        if max(scales) - min(scales) > 1e-12 * abs(max(scales)):
-            return {"peft_type": f"{self.name.upper()}-SCALES"}  # PEFT has one scale for all; the file is lorakit's own
-        start = max(spec.rank for spec in specs.values())
-        entries: dict[str, Any] = {
-            "init_r": start,
-            "target_r": min(self.final_rank, start),
-            "lora_alpha": scales[0] * (start + _PEFT_EPSILON),
-            "rank_pattern": None,
-            "alpha_pattern": {},
-        }
-        if any(spec.rank != start for spec in specs.values()):
-            entries["rank_pattern"] = {
-                f"{path}.lora_E": [index < spec.rank for index in range(start)] for path, spec in specs.items()
-            }
-        return entries
-
-    @classmethod
-    def peft_patterns(cls, config: dict[str, Any]) -> dict[str, Any]:
-        if config.get("peft_type") != cls.peft_type:
-            return {}  # lorakit's own: plain ranks
-        kept = config.get("rank_pattern") or {}
-        ranks = {f"^{re.escape(key.rpartition('.')[0])}": max(1, sum(map(bool, flags))) for key, flags in kept.items()}
-        scale = _scale_in(config)
-        return {"rank_pattern": ranks, "alpha_pattern": {path: scale * rank for path, rank in ranks.items()}}
-
-    @classmethod
-    def from_peft(cls, config: dict[str, Any]) -> Self:
-        LoRA.from_peft(config)  # refuses what it cannot honour
-        start = config.get("init_r", 12)
-        return cls(
-            rank=start,
-            alpha=_scale_in(config) * start,
-            dropout=config.get("lora_dropout", 0.0),
-            warmup=config.get("tinit", 0),
-            final=config.get("tfinal", 0),
-            interval=config.get("deltaT", 1),
-            beta1=config.get("beta1", 0.85),
-            beta2=config.get("beta2", 0.85),
-            orthogonality=config.get("orth_reg_weight", 0.5),
-        )
-
-    def from_file(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        """PEFT takes all triplets of a layer away where none was kept; here one with λ = 0 stands for them."""
-        return {
-            key: _one_empty(tensor, key) if key.endswith((".lora_A", ".lora_B", ".lora_E")) else tensor
-            for key, tensor in tensors.items()
-        }
-
-
-def _scale_in(config: Mapping[str, Any]) -> float:
-    start, alpha = config.get("init_r", 12), config.get("lora_alpha", 8)
-    return float((alpha if alpha > 0 else start) / (start + _PEFT_EPSILON))
-
-
-def _one_empty(tensor: Tensor, key: str) -> Tensor:
-    axis = 1 if key.endswith(".lora_B") else 0
-    if tensor.shape[axis]:
-        return tensor
-    return tensor.new_zeros(tensor.shape[0], 1) if axis else tensor.new_zeros(1, *tensor.shape[1:])
-
 
 @dataclass(frozen=True, kw_only=True)
 class AdaLoRA(TripletOptions):
@@ -192,10 +98,6 @@ class AdaLoRA(TripletOptions):
     @property
     def final_rank(self) -> int:
         return self.target_rank
-
-    @classmethod
-    def from_peft(cls, config: dict[str, Any]) -> Self:
-        return super().from_peft(config).replace(target_rank=config.get("target_r", 8))
 
 
 class Triplets(LowRank):
@@ -259,16 +161,3 @@ class Triplets(LowRank):
         size = self.lam.detach().abs() * torch.linalg.vector_norm(P, dim=0) * torch.linalg.vector_norm(Q, dim=1)
         best = size.topk(min(rank, len(size))).indices.sort().values
         return self.scale * P[:, best] * self.lam.detach()[best], Q[best]
-
-    # -- PEFT's files --------------------------------------------------------------------------------------------------
-    def peft_keys(self, kind: str) -> dict[str, tuple[str, str]]:
-        return {"Q": ("lora_A", ""), "P": ("lora_B", ""), "lam": ("lora_E", "column")}
-
-    def peft_views(self, kind: str) -> dict[str, View]:
-        rows = self.rows()
-        index = slice(None) if len(rows) == len(self.lam) else rows  # a slice is a view, which a reader can fill
-        tensors = {"Q": self.Q.detach()[index], "P": self.P.detach()[:, index], "lam": self.lam.detach()[index]}
-        return {key: View((tensors[name],), axes) for name, (key, axes) in self.peft_keys(kind).items()}
-
-    def peft_spec(self) -> Method:
-        return cast(TripletOptions, self.spec).resized(len(self.rows()))

@@ -15,7 +15,7 @@ Ben Zaken et al. 2021, arXiv 2106.10199.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -29,7 +29,6 @@ class BitFit(Method):
     """Biases of the adapted layers; it has no options."""
 
     name: ClassVar[str] = "bitfit"
-    peft_suffix: ClassVar[str] = r"\.bitfit_"
     card: ClassVar[Card] = Card(
         title="BitFit",
         formula="Δb = c, ΔW = 0",
@@ -49,9 +48,6 @@ class BitFit(Method):
                 'one out by exclude_modules, or take another method, such as ia3, which scales outputs instead; bias="all" '
                 "with target_modules=[] trains whatever biases the model has, layer norms' too."
             )
-
-    def peft_config(self) -> dict[str, Any]:
-        return {}
 
 
 class BitFitDelta(Delta):
@@ -75,6 +71,3 @@ class BitFitDelta(Delta):
 
     def roles(self) -> dict[str, str]:
         return {"c": "bias"}
-
-    def peft_keys(self, kind: str) -> dict[str, tuple[str, str]]:
-        return {"c": ("bitfit_c", "")}

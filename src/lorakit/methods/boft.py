@@ -14,7 +14,7 @@ Liu et al. 2023, arXiv 2311.06243.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar, Self, cast
+from typing import ClassVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -31,9 +31,6 @@ class BOFT(Method):
     """The options of BOFT."""
 
     name: ClassVar[str] = "boft"
-    peft_type: ClassVar[str | None] = "BOFT"
-    peft_suffix: ClassVar[str] = r"\.boft_"
-    peft_ignored: ClassVar[frozenset[str]] = frozenset({"init_weights", "fan_in_fan_out"})
     card: ClassVar[Card] = Card(
         title="BOFT",
         formula="W' = diag(s) W Rᵀ, R = R_m … R_1, butterfly factors of block rotations",
@@ -100,24 +97,6 @@ class BOFT(Method):
     def build(self, shape: Shape, pool: Pool) -> BOFTDelta:
         return BOFTDelta(self, shape, pool)
 
-    def peft_config(self) -> dict[str, Any]:
-        return {
-            "boft_block_size": self.block_size or 0,
-            "boft_block_num": self.blocks or 0,
-            "boft_n_butterfly_factor": self.factors,
-            "boft_dropout": self.dropout,
-            "fan_in_fan_out": False,
-        }
-
-    @classmethod
-    def from_peft(cls, config: dict[str, Any]) -> Self:
-        return cls(
-            block_size=config.get("boft_block_size", 4) or None,
-            blocks=config.get("boft_block_num", 0) or None,
-            factors=config.get("boft_n_butterfly_factor", 1),
-            dropout=config.get("boft_dropout", 0.0),
-        )
-
 
 class BOFTDelta(Rotation):
     """M (m, blocks, c, c) and the output scales s (out,) of one matrix."""
@@ -158,6 +137,3 @@ class BOFTDelta(Rotation):
 
     def gain(self) -> Tensor:
         return self.s
-
-    def peft_keys(self, kind: str) -> dict[str, tuple[str, str]]:
-        return {"M": ("boft_R", ""), "s": ("boft_s", "row" if kind == "convolution" else "column")}

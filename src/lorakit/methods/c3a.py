@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, ClassVar, Self
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -27,9 +27,6 @@ class C3A(Method):
     """The options of C3A."""
 
     name: ClassVar[str] = "c3a"
-    peft_type: ClassVar[str | None] = "C3A"
-    peft_suffix: ClassVar[str] = r"\.c3a_kernel$"
-    peft_ignored: ClassVar[frozenset[str]] = frozenset({"init_weights", "runtime_config"})
     card: ClassVar[Card] = Card(
         title="C3A",
         formula="ΔW = blocks circ(k_ij) / in",
@@ -69,14 +66,6 @@ class C3A(Method):
     def build(self, shape: Shape, pool: Pool) -> C3ADelta:
         return C3ADelta(self, shape, pool)
 
-    def peft_config(self) -> dict[str, Any]:
-        start = True if self.start_zero else "xavier_uniform"
-        return {"block_size": self.block_size, "init_weights": start}
-
-    @classmethod
-    def from_peft(cls, config: dict[str, Any]) -> Self:
-        return cls(block_size=config.get("block_size", 256), start_zero=config.get("init_weights") is True)
-
 
 class C3ADelta(Delta):
     """k of one matrix: (out/b, in/b, b)."""
@@ -109,6 +98,3 @@ class C3ADelta(Delta):
         y = torch.fft.irfft(torch.einsum("...nf,mnf->...mf", parts, rows), n=b, dim=-1)
         change: Tensor = y.flatten(-2) / self.shape.in_
         return change.to(x.dtype)
-
-    def peft_keys(self, kind: str) -> dict[str, tuple[str, str]]:
-        return {"k": ("c3a_kernel", "")}

@@ -10,13 +10,13 @@ over V: with ΔW = B A, ‖V_j‖² = ‖W_j‖² + 2 B_j · (A Wᵀ)_j + B_j (A
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar, Self
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from lorakit.core.combinator import Combinator, Combined, inner_option
-from lorakit.core.delta import Call, Card, Form, LowRank, Method, Pool, Shape, View
+from lorakit.core.delta import Call, Card, Form, LowRank, Method, Pool, Shape
 from lorakit.methods.lora import LoRA
 
 
@@ -25,8 +25,6 @@ class DoRA(Combinator):
     """The options of DoRA."""
 
     name: ClassVar[str] = "dora"
-    peft_type: ClassVar[str | None] = "LORA"
-    peft_ignored: ClassVar[frozenset[str]] = LoRA.peft_ignored
     card: ClassVar[Card] = Card(
         title="DoRA",
         formula="W' = diag(m / ‖W + ΔW‖) (W + ΔW), ΔW of another method",
@@ -41,19 +39,6 @@ class DoRA(Combinator):
 
     def build(self, shape: Shape, pool: Pool) -> DoRADelta:
         return DoRADelta(self, shape, pool)
-
-    def peft_config(self) -> dict[str, Any]:
-        if not isinstance(self.inner, LoRA):  # PEFT has no such thing; the file is lorakit's own and says so
-            return {**self.inner.peft_config(), "peft_type": "DORA"}
-        return {**self.inner.peft_config(), "use_dora": True}
-
-    @classmethod
-    def reads(cls, config: dict[str, Any]) -> bool:
-        return config.get("peft_type") == "LORA" and bool(config.get("use_dora"))
-
-    @classmethod
-    def from_peft(cls, config: dict[str, Any]) -> Self:
-        return cls(inner=LoRA.from_peft({**config, "use_dora": False}))
 
 
 class DoRADelta(Combined):
@@ -118,12 +103,6 @@ class DoRADelta(Combined):
         if b is not None:
             bias = b - gain * b if bias is None else bias + (b - gain * b)
         return Form(gain=gain, bias=bias, B=B, A=inner.A)
-
-    def peft_views(self, kind: str) -> dict[str, View]:
-        return {**self.inner.peft_views(kind), "lora_magnitude_vector": View((self.m.detach(),), "features")}
-
-    def peft_spec(self) -> Method:
-        return self.spec.replace(inner=self.inner.peft_spec())
 
 
 def _squares(W: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ rank.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar, cast
+from typing import ClassVar, cast
 
 import torch
 from torch import Tensor
@@ -53,10 +53,6 @@ class DyLoRA(LoRAOptions):
 
     def build(self, shape: Shape, pool: Pool) -> DyLoRADelta:
         return DyLoRADelta(self, shape, pool)
-
-    @classmethod
-    def reads(cls, config: dict[str, Any]) -> bool:
-        return False  # its files are plain LoRA
 
 
 class DyLoRADelta(TwoFactors):

@@ -14,7 +14,7 @@ what it has. PEFT lacks the method; its files are AdaLoRA's, which PEFT reads.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from lorakit.core.delta import Card
 from lorakit.core.options import option
@@ -38,7 +38,3 @@ class ElaLoRA(TripletOptions):
 
     moves: int = option(4, "triplets that change their layer at the first change; fewer at later ones", minimum=1)
     candidates: int = option(2, "weakest triplets that each layer offers at a change", minimum=1)
-
-    @classmethod
-    def reads(cls, config: dict[str, Any]) -> bool:
-        return False  # its files are AdaLoRA's

@@ -11,7 +11,7 @@ Gao et al. 2024, arXiv 2405.03003.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar, Self, cast
+from typing import ClassVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -26,9 +26,6 @@ class FourierFT(Method):
     """The options of FourierFT."""
 
     name: ClassVar[str] = "fourierft"
-    peft_type: ClassVar[str | None] = "FOURIERFT"
-    peft_suffix: ClassVar[str] = r"\.fourierft_spectrum$"
-    peft_ignored: ClassVar[frozenset[str]] = frozenset({"fan_in_fan_out", "runtime_config"})
     card: ClassVar[Card] = Card(
         title="FourierFT",
         formula="ΔW = scale · Re(ifft2(F)), F sparse at fixed places",
@@ -62,28 +59,6 @@ class FourierFT(Method):
     def build(self, shape: Shape, pool: Pool) -> FourierFTDelta:
         return FourierFTDelta(self, shape, pool)
 
-    def peft_config(self) -> dict[str, Any]:
-        return {
-            "n_frequency": self.n_frequency,
-            "scaling": self.scale,
-            "random_loc_seed": self.seed,
-            "init_weights": self.start_zero,
-            "fan_in_fan_out": False,
-        }
-
-    @classmethod
-    def from_peft(cls, config: dict[str, Any]) -> Self:
-        if config.get("random_loc_seed", 777) is None:
-            raise LorakitError(
-                "load: the configuration has random_loc_seed=null, and the places of the frequencies are in no file."
-            )
-        return cls(
-            n_frequency=config.get("n_frequency", 1000),
-            scale=config.get("scaling", 150.0),
-            seed=config.get("random_loc_seed", 777),
-            start_zero=bool(config.get("init_weights", False)),
-        )
-
 
 class FourierFTDelta(Delta):
     """c of one matrix (n_frequency,); its places follow from seed and shape."""
@@ -103,6 +78,3 @@ class FourierFTDelta(Delta):
         F = c.new_zeros(size[0] * size[1]).index_copy(0, cast(Tensor, self.places), c)
         change: Tensor = torch.fft.ifft2(F.view(size)).real
         return change * self.spec.scale
-
-    def peft_keys(self, kind: str) -> dict[str, tuple[str, str]]:
-        return {"c": ("fourierft_spectrum", "")}

@@ -11,7 +11,7 @@ attach(..., bias="lora_only") trains those too. PEFT has no such method.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -24,7 +24,6 @@ class Full(Method):
     """Full fine-tuning of the adapted matrices; it has no options."""
 
     name: ClassVar[str] = "full"
-    peft_suffix: ClassVar[str] = r"\.full_"
     card: ClassVar[Card] = Card(
         title="Full fine-tuning",
         formula="ΔW = P, whole",
@@ -36,9 +35,6 @@ class Full(Method):
     def build(self, shape: Shape, pool: Pool) -> FullDelta:
         return FullDelta(self, shape, pool)
 
-    def peft_config(self) -> dict[str, Any]:
-        return {}
-
 
 class FullDelta(Delta):
     """P of one matrix."""
@@ -49,6 +45,3 @@ class FullDelta(Delta):
 
     def dense(self, W: Tensor) -> Tensor:
         return self.P
-
-    def peft_keys(self, kind: str) -> dict[str, tuple[str, str]]:
-        return {"P": ("full_P", "")}

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, ClassVar, Self
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -28,9 +28,6 @@ class HiRA(Method):
     """The options of HiRA."""
 
     name: ClassVar[str] = "hira"
-    peft_type: ClassVar[str | None] = "HIRA"
-    peft_suffix: ClassVar[str] = r"\.hira_"
-    peft_ignored: ClassVar[frozenset[str]] = frozenset({"hira_dropout", "init_weights", "fan_in_fan_out"})
     card: ClassVar[Card] = Card(
         title="HiRA",
         formula="ΔW = W ⊙ (B A)",
@@ -47,13 +44,6 @@ class HiRA(Method):
 
     def build(self, shape: Shape, pool: Pool) -> HiRADelta:
         return HiRADelta(self, shape, pool)
-
-    def peft_config(self) -> dict[str, Any]:
-        return {"r": self.rank, "fan_in_fan_out": False}
-
-    @classmethod
-    def from_peft(cls, config: dict[str, Any]) -> Self:
-        return cls(rank=config.get("r", 32))
 
 
 class HiRADelta(Delta):
@@ -73,8 +63,3 @@ class HiRADelta(Delta):
 
     def roles(self) -> dict[str, str]:
         return {"A": "B", "B": "A"} if self.shape.lookup else {}
-
-    def peft_keys(self, kind: str) -> dict[str, tuple[str, str]]:
-        if kind == "embedding":
-            return {"A": ("hira_embedding_A", ""), "B": ("hira_embedding_B", "")}
-        return {"A": ("hira_A", "in"), "B": ("hira_B", "out")}

@@ -15,7 +15,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, Self
+from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -31,9 +31,6 @@ class IA3(Method):
     """The options of IA3."""
 
     name: ClassVar[str] = "ia3"
-    peft_type: ClassVar[str | None] = "IA3"
-    peft_suffix: ClassVar[str] = r"\.ia3_"
-    peft_ignored: ClassVar[frozenset[str]] = frozenset({"init_ia3_weights", "fan_in_fan_out"})
     card: ClassVar[Card] = Card(
         title="IA3",
         formula="y = l ⊙ (W x + b), or W (l ⊙ x) + b for feed-forward layers",
@@ -95,17 +92,6 @@ class IA3(Method):
     def build(self, shape: Shape, pool: Pool) -> Delta:
         return (InputGain if self.side == "input" else OutputGain)(self, shape, pool)
 
-    def peft_config(self) -> dict[str, Any]:
-        given = self.feedforward_modules or ()
-        if not isinstance(given, str) and given:
-            # As an expression: a list would have to repeat entries of target_modules, which are written as resolved.
-            given = rf"(.*\.)?({'|'.join(re.escape(ending) for ending in given)})"
-        return {"feedforward_modules": given if isinstance(given, str) else [], "fan_in_fan_out": False}
-
-    @classmethod
-    def from_peft(cls, config: dict[str, Any]) -> Self:
-        return cls(feedforward_modules=config.get("feedforward_modules") or ())
-
 
 class OutputGain(Delta):
     """l (out,): scales what the layer gives, bias and all."""
@@ -129,9 +115,6 @@ class OutputGain(Delta):
     def form(self, W: Tensor, b: Tensor | None) -> Form:
         return Form(gain=self.l)
 
-    def peft_keys(self, kind: str) -> dict[str, tuple[str, str]]:
-        return {"l": ("ia3_l", "features" if kind == "convolution" else "column")}
-
 
 class InputGain(Delta):
     """l (channels,): scales what the layer is given."""
@@ -154,6 +137,3 @@ class InputGain(Delta):
             lambda x: F.linear(x * gain.to(x.dtype), call.W.to(x.dtype)),
             lambda: call.W * gain.repeat_interleave(self.shape.taps),
         )
-
-    def peft_keys(self, kind: str) -> dict[str, tuple[str, str]]:
-        return {"l": ("ia3_l", "features" if kind == "convolution" else "row")}

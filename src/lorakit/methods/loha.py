@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -32,9 +32,6 @@ class LoHa(Scaled):
     """The options of LoHa."""
 
     name: ClassVar[str] = "loha"
-    peft_type: ClassVar[str | None] = "LOHA"
-    peft_suffix: ClassVar[str] = r"\.hada_"
-    peft_ignored: ClassVar[frozenset[str]] = frozenset({"rank_dropout", "module_dropout", "init_weights"})
     card: ClassVar[Card] = Card(
         title="LoHa",
         formula="ΔW = s (B1 A1) ⊙ (B2 A2), s = alpha / rank",
@@ -58,19 +55,6 @@ class LoHa(Scaled):
     def build(self, shape: Shape, pool: Pool) -> LoHaDelta:
         thin = self.rank**2 * (shape.out + shape.in_) < shape.out * shape.in_
         return (LoHaDelta if thin else WideLoHaDelta)(self, shape, pool)
-
-    def peft_config(self) -> dict[str, Any]:
-        return {"r": self.rank, "alpha": self.alpha, "use_effective_conv2d": False}
-
-    @classmethod
-    def from_peft(cls, config: dict[str, Any]) -> Self:
-        if config.get("use_effective_conv2d"):
-            raise LorakitError(
-                "load: the configuration sets use_effective_conv2d=True: each product is then a Tucker decomposition of "
-                "three tensors for convolutions with a kernel, which lorakit's LoHa does not have. If no such convolution is "
-                "adapted the entry has no effect and can be set to false."
-            )
-        return cls(rank=config.get("r", 8), alpha=config.get("alpha", 8))
 
 
 class LoHaDelta(LowRank):
@@ -97,9 +81,6 @@ class LoHaDelta(LowRank):
 
     def roles(self) -> dict[str, str]:
         return {"B1": "A", "A1": "A", "B2": "A", "A2": "B"}  # "B" is the one that starts at zero
-
-    def peft_keys(self, kind: str) -> dict[str, tuple[str, str]]:
-        return {"B1": ("hada_w1_a", ""), "A1": ("hada_w1_b", ""), "B2": ("hada_w2_a", ""), "A2": ("hada_w2_b", "")}
 
 
 class WideLoHaDelta(LoHaDelta):

@@ -16,15 +16,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, Self
+from typing import ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lorakit.core.delta import Call, Card, Delta, Form, Method, Pool, Shape
+from lorakit.core.delta import Call, Card, Delta, Form, Pool, Shape
 from lorakit.core.options import option
-from lorakit.errors import LorakitError
 from lorakit.methods.options import Scaled, alpha_option, rank_option
 
 
@@ -46,11 +45,6 @@ class LoKr(Scaled):
     """The options of LoKr."""
 
     name: ClassVar[str] = "lokr"
-    peft_type: ClassVar[str | None] = "LOKR"
-    peft_suffix: ClassVar[str] = r"\.lokr_"
-    peft_ignored: ClassVar[frozenset[str]] = frozenset(
-        {"rank_dropout", "module_dropout", "rank_dropout_scale", "init_weights"}
-    )
     card: ClassVar[Card] = Card(
         title="LoKr",
         formula="ΔW = s (C ⊗ D), D = D_a D_b, s = alpha / rank",
@@ -75,30 +69,6 @@ class LoKr(Scaled):
 
     def build(self, shape: Shape, pool: Pool) -> LoKrDelta:
         return LoKrDelta(self, shape, pool)
-
-    def peft_config(self) -> dict[str, Any]:
-        return {
-            "r": self.rank,
-            "alpha": self.alpha,
-            "decompose_factor": self.factor,
-            "decompose_both": self.decompose_both,
-            "use_effective_conv2d": False,
-        }
-
-    @classmethod
-    def from_peft(cls, config: dict[str, Any]) -> Self:
-        if config.get("use_effective_conv2d"):
-            raise LorakitError(
-                "load: the configuration sets use_effective_conv2d=True: D is then a Tucker decomposition of three tensors "
-                "for convolutions with a kernel, which lorakit's LoKr does not have. If no such convolution is adapted the "
-                "entry has no effect and can be set to false."
-            )
-        return cls(
-            rank=config.get("r", 8),
-            alpha=config.get("alpha", 8),
-            factor=config.get("decompose_factor", -1),
-            decompose_both=bool(config.get("decompose_both", False)),
-        )
 
 
 def _sizes(shape: Shape, spec: LoKr) -> dict[str, tuple[int, int]]:
@@ -168,22 +138,6 @@ class LoKrDelta(Delta):
 
     def roles(self) -> dict[str, str]:
         return {name: "B" if name in ("C", "C_a") else "A" for name in self.names}
-
-    def peft_keys(self, kind: str) -> dict[str, tuple[str, str]]:
-        keys = {
-            "C": ("lokr_w1", ""),
-            "C_a": ("lokr_w1_a", ""),
-            "C_b": ("lokr_w1_b", ""),
-            "D": ("lokr_w2", "taps"),
-            "D_a": ("lokr_w2_a", ""),
-            "D_b": ("lokr_w2_b", ""),
-        }
-        return {name: keys[name] for name in self.names}
-
-    def peft_spec(self) -> Method:
-        spec = self.spec
-        assert isinstance(spec, LoKr)
-        return spec.replace(alpha=self.scale * spec.rank, scale_rule="peft")
 
 
 def _product(matrices: list[Tensor]) -> Tensor:

@@ -11,42 +11,20 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, ClassVar, Self
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from lorakit.core.delta import Card, LowRank, Pool, Shape
 from lorakit.core.options import option
-from lorakit.errors import LorakitError
 from lorakit.methods.options import Scaled, alpha_option, check_rank_fits, dropout_option, rank_option
-
-_REFUSED = {
-    "lora_bias": "a bias on B is not part of ΔW",
-    "layer_replication": "it repeats layers of the base, which changes the model itself",
-    "target_parameters": "it adapts bare parameters",
-    "trainable_token_indices": "it replaces rows of an embedding",
-    "alora_invocation_tokens": "the adapter acts from certain tokens on only",
-    "use_qalora": "its A reads pooled inputs",
-    "use_bdlora": "its factors are block-diagonal and stored compactly",
-    "arrow_config": "it is a router over other adapters",
-    "kasa_config": "its base is truncated",
-    "velora_config": "VeLoRA is another method",
-    "monteclora_config": "MonteCLoRA is another method",
-    "megatron_config": "it adapts Megatron's parallel layers",
-}
-_SHIFTING = ("pissa", "olora", "corda", "lora_ga", "loftq")
 
 
 @dataclass(frozen=True, kw_only=True)
 class LoRAOptions(Scaled):
     """The options that LoRA and its nearest kin share."""
 
-    peft_type: ClassVar[str | None] = "LORA"
-    peft_ignored: ClassVar[frozenset[str]] = frozenset(
-        {"init_lora_weights", "fan_in_fan_out", "ensure_weight_tying", "eva_config", "corda_config", "lora_ga_config",
-         "loftq_config", "megatron_core", "qalora_group_size", "runtime_config"}
-    )  # fmt: skip
     rank: int = rank_option(16, peft_default=8)
     alpha: float = alpha_option(
         16.0, "numerator of the scale, alpha / rank; keep it when you change the rank", peft_default=8
@@ -59,37 +37,6 @@ class LoRAOptions(Scaled):
 
     def check(self, shape: Shape, path: str) -> None:
         check_rank_fits(self.rank, shape, path)
-
-    def peft_config(self) -> dict[str, Any]:
-        return {
-            "r": self.rank,
-            "lora_alpha": self.alpha,
-            "lora_dropout": self.dropout,
-            "use_rslora": self.rslora,
-            "use_dora": False,
-            "lora_bias": False,
-            "fan_in_fan_out": False,
-            "init_lora_weights": True,
-        }
-
-    @classmethod
-    def from_peft(cls, config: dict[str, Any]) -> Self:
-        for entry, why in _REFUSED.items():
-            if config.get(entry):
-                raise LorakitError(f"load: the configuration sets {entry}={config[entry]!r}: {why}.")
-        start = config.get("init_lora_weights", True)
-        if isinstance(start, str) and start.partition("_niter")[0] in _SHIFTING:
-            raise LorakitError(
-                f"load: the configuration says init_lora_weights={start!r}, so the tensors belong to a base whose weights "
-                "that start has changed, not to the original. In PEFT, save it with path_initial_model_for_weight_conversion "
-                "to get a plain LoRA for the original base."
-            )
-        return cls(
-            rank=config.get("r", 8),
-            alpha=config.get("lora_alpha", 8),
-            dropout=config.get("lora_dropout", 0.0),
-            rslora=bool(config.get("use_rslora", False)),
-        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,10 +55,6 @@ class LoRA(LoRAOptions):
     def build(self, shape: Shape, pool: Pool) -> LoRADelta:
         return LoRADelta(self, shape, pool)
 
-    @classmethod
-    def reads(cls, config: dict[str, Any]) -> bool:
-        return config.get("peft_type") == "LORA" and not config.get("use_dora")
-
 
 class TwoFactors(LowRank):
     """The family that trains A (rank, in) and B (out, rank) of one matrix; a member says in `factors` how they act."""
@@ -129,11 +72,6 @@ class TwoFactors(LowRank):
         with torch.no_grad():
             self.B.copy_(B)
             self.A.copy_(A)
-
-    def peft_keys(self, kind: str) -> dict[str, tuple[str, str]]:
-        if kind == "embedding":
-            return {"A": ("lora_embedding_A", "in"), "B": ("lora_embedding_B", "out")}
-        return {"A": ("lora_A.weight", "in"), "B": ("lora_B.weight", "out")}
 
 
 class LoRADelta(TwoFactors):

@@ -9,7 +9,7 @@ gradient by (A Aᵀ)⁻¹ (`corrected`, `optim/correction.py`).
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from torch import nn
 
@@ -35,10 +35,6 @@ class LoRAFA(LoRAOptions):
 
     def build(self, shape: Shape, pool: Pool) -> LoRAFADelta:
         return LoRAFADelta(self, shape, pool)
-
-    @classmethod
-    def reads(cls, config: dict[str, Any]) -> bool:
-        return False  # its files are plain LoRA
 
 
 class LoRAFADelta(LoRADelta):

@@ -11,7 +11,7 @@ well above LoRA's (1e-3 to 4e-3). Bałazy et al. 2024, arXiv 2405.17604.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -26,7 +26,6 @@ class LoRAXS(Scaled):
     """The options of LoRA-XS."""
 
     name: ClassVar[str] = "lora-xs"
-    peft_suffix: ClassVar[str] = r"\.loraxs_"
     card: ClassVar[Card] = Card(
         title="LoRA-XS",
         formula="ΔW = s B R A; B, A the leading singular directions of W, frozen",
@@ -50,9 +49,6 @@ class LoRAXS(Scaled):
 
     def build(self, shape: Shape, pool: Pool) -> LoRAXSDelta:
         return LoRAXSDelta(self, shape, pool)
-
-    def peft_config(self) -> dict[str, Any]:
-        return {"r": self.rank, "lora_alpha": self.alpha, "lora_dropout": self.dropout}
 
 
 class LoRAXSDelta(LowRank):
@@ -81,6 +77,3 @@ class LoRAXSDelta(LowRank):
 
     def factors(self) -> tuple[Tensor, Tensor]:
         return self.B @ self.R, self.A
-
-    def peft_keys(self, kind: str) -> dict[str, tuple[str, str]]:
-        return {"R": ("loraxs_R", ""), "A": ("loraxs_A", ""), "B": ("loraxs_B", "")}

@@ -39,7 +39,6 @@ class MoRA(Method):
     """The options of MoRA."""
 
     name: ClassVar[str] = "mora"
-    peft_suffix: ClassVar[str] = r"\.mora_M$"
     card: ClassVar[Card] = Card(
         title="MoRA",
         formula="ΔW x = g(M f(x)), M square; f, g fixed",
@@ -63,9 +62,6 @@ class MoRA(Method):
     def build(self, shape: Shape, pool: Pool) -> Delta:
         return (RotationDelta if self.kind == "rotation" else SharingDelta)(self, shape, pool)
 
-    def peft_config(self) -> dict[str, Any]:
-        return {"r": self.rank, "use_mora": True, "mora_type": 6 if self.kind == "rotation" else 1}
-
 
 def _padded(shape: Shape, width: int, device: torch.device) -> Tensor:
     """The numbers of the inputs, cut to whole segments: the last one goes on with the first inputs."""
@@ -88,9 +84,6 @@ class SharingDelta(LowRank):
         A = self.M.new_zeros(width, self.shape.in_).index_put((rows, columns), ones, accumulate=True)
         B = self.M.index_select(0, torch.arange(self.shape.out, device=device) % width)
         return B, A
-
-    def peft_keys(self, kind: str) -> dict[str, tuple[str, str]]:
-        return {"M": ("mora_M", "")}
 
 
 class RotationDelta(Delta):
@@ -130,6 +123,3 @@ class RotationDelta(Delta):
         parts = x[..., _padded(self.shape, width, x.device)].unflatten(-1, (-1, width))
         y = torch.einsum("...sq,spq->...sp", parts, blocks).flatten(-2)
         return y[..., torch.arange(self.shape.out, device=x.device) % y.shape[-1]]
-
-    def peft_keys(self, kind: str) -> dict[str, tuple[str, str]]:
-        return {"M": ("mora_M", "")}

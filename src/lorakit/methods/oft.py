@@ -19,9 +19,8 @@ from __future__ import annotations
 
 import math
 import operator
-import re
 from dataclasses import dataclass
-from typing import Any, ClassVar, Self, cast
+from typing import ClassVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -40,18 +39,12 @@ from lorakit.methods.rotation import (
     turned_size,
 )
 
-_SINCE = (0, 18)
-"""The version of PEFT from which its files hold the series in this form."""
-
 
 @dataclass(frozen=True, kw_only=True)
 class OFT(Method):
     """The options of OFT."""
 
     name: ClassVar[str] = "oft"
-    peft_type: ClassVar[str | None] = "OFT"
-    peft_suffix: ClassVar[str] = r"\.oft_"
-    peft_ignored: ClassVar[frozenset[str]] = frozenset({"init_weights", "fan_in_fan_out"})
     card: ClassVar[Card] = Card(
         title="OFT",
         formula="W' = W Rᵀ, R = blockdiag((I + Q)(I - Q)⁻¹), Q skew",
@@ -114,48 +107,6 @@ class OFT(Method):
     def build(self, shape: Shape, pool: Pool) -> OFTDelta:
         return OFTDelta(self, shape, pool)
 
-    def peft_config(self) -> dict[str, Any]:
-        return {
-            "r": self.blocks or 0,
-            "oft_block_size": self.block_size or 0,
-            "use_cayley_neumann": not self.exact,
-            "num_cayley_neumann_terms": self.terms,
-            "coft": self.coft,
-            "eps": self.eps,
-            "block_share": self.block_share,
-            "module_dropout": self.dropout,
-            "fan_in_fan_out": False,
-            "peft_version": ".".join(map(str, _SINCE)) + ".0",
-        }
-
-    @classmethod
-    def from_peft(cls, config: dict[str, Any]) -> Self:
-        if "oft_block_size" not in config:
-            raise LorakitError(
-                "load: the configuration has no oft_block_size: before PEFT 0.14, OFT's files held whole blocks that acted "
-                "on the other side. PEFT cannot read them either."
-            )
-        exact = not config.get("use_cayley_neumann", False)
-        version = re.match(r"(\d+)\.(\d+)", str(config.get("peft_version", "")))
-        if not exact and (version is None or tuple(map(int, version.groups())) < _SINCE):
-            raise LorakitError(
-                f"load: the configuration is of PEFT {config.get('peft_version') or 'before 0.18'} with use_cayley_neumann, "
-                "whose series was another then; PEFT 0.17 can merge it."
-            )
-        terms = config.get("num_cayley_neumann_terms", 5)
-        if not exact and terms < 3:
-            raise LorakitError(f"load: num_cayley_neumann_terms={terms} is no rotation; at least 3 are needed.")
-        return cls(
-            block_size=config["oft_block_size"] or None,
-            blocks=config.get("r", 0) or None,
-            exact=exact,
-            terms=max(terms, 4),  # PEFT's third and fourth give the same series
-            coft=bool(config.get("coft", False)),
-            eps=config.get("eps", 6e-5),
-            block_share=bool(config.get("block_share", False)),
-            dropout=config.get("module_dropout", 0.0),
-        )
-
 
 def _size(shape: Shape, spec: OFT) -> tuple[int, int]:
     """Rows and columns of Q's triangles. A size that does not divide (a file of PEFT's, which takes the nearest that
@@ -202,6 +153,3 @@ class OFTDelta(Rotation):
     def change(self, x: Tensor, back: bool = False) -> Tensor:
         K = self.thin(self.turns())
         return turn_blocks(x, K.mT if back else K)
-
-    def peft_keys(self, kind: str) -> dict[str, tuple[str, str]]:
-        return {"Q": ("oft_embedding_R.weight" if kind == "embedding" else "oft_R.weight", "")}

@@ -11,7 +11,7 @@ runs over channels and kernel. 1LoRA 2025, arXiv 2503.08333 (which does not stat
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -24,7 +24,6 @@ class OneLoRA(Method):
     """1LoRA has no options."""
 
     name: ClassVar[str] = "1lora"
-    peft_suffix: ClassVar[str] = r"\.onelora_v$"
     card: ClassVar[Card] = Card(
         title="1LoRA",
         formula="ΔW = v 1ᵀ",
@@ -36,9 +35,6 @@ class OneLoRA(Method):
     def build(self, shape: Shape, pool: Pool) -> OneLoRADelta:
         return OneLoRADelta(self, shape, pool)
 
-    def peft_config(self) -> dict[str, Any]:
-        return {}
-
 
 class OneLoRADelta(LowRank):
     """v of one matrix."""
@@ -49,6 +45,3 @@ class OneLoRADelta(LowRank):
 
     def factors(self) -> tuple[Tensor, Tensor]:
         return self.v[:, None], self.v.new_ones(1, self.shape.in_)
-
-    def peft_keys(self, kind: str) -> dict[str, tuple[str, str]]:
-        return {"v": ("onelora_v", "")}

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, Self
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -38,9 +38,6 @@ class RandLoRA(Scaled):
     """The options of RandLoRA."""
 
     name: ClassVar[str] = "randlora"
-    peft_type: ClassVar[str | None] = "RANDLORA"
-    peft_suffix: ClassVar[str] = r"\.randlora_(lambda|gamma)$"
-    peft_ignored: ClassVar[frozenset[str]] = frozenset({"fan_in_fan_out", "init_weights", "runtime_config"})
     card: ClassVar[Card] = Card(
         title="RandLoRA",
         formula="ΔW = s Σ_j B_j diag(λ_j) A diag(γ_j); A, B random, frozen, shared by all layers",
@@ -68,46 +65,6 @@ class RandLoRA(Scaled):
 
     def build(self, shape: Shape, pool: Pool) -> RandLoRADelta:
         return RandLoRADelta(self, shape, pool)
-
-    def peft_config(self) -> dict[str, Any]:
-        return {
-            "r": self.rank,
-            "randlora_alpha": self.alpha,
-            "randlora_dropout": self.dropout,
-            "projection_prng_key": self.seed,
-            "save_projection": self.save_projection,
-            "sparse": self.basis == "sparse",
-            "very_sparse": self.basis == "very_sparse",
-            "fan_in_fan_out": False,
-            "init_weights": True,
-        }
-
-    @classmethod
-    def from_peft(cls, config: dict[str, Any]) -> Self:
-        return cls(
-            rank=config.get("r", 32),
-            alpha=config.get("randlora_alpha", 640),
-            dropout=config.get("randlora_dropout", 0.0),
-            seed=config.get("projection_prng_key") or 0,
-            save_projection=bool(config.get("save_projection", True)),
-            basis="very_sparse" if config.get("very_sparse") else "sparse" if config.get("sparse") else "dense",
-        )
-
-    def from_file(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The bases once: PEFT repeats them under every layer."""
-        result = dict(tensors)
-        for key in tensors:
-            path, _, name = key.rpartition(".")
-            if not path or name not in ("randlora_A", "randlora_B"):
-                continue
-            copy, shared = result.pop(key), result.get(name)
-            if shared is None:
-                result[name] = copy
-            elif copy.shape != shared.shape or not torch.equal(copy, shared):
-                raise LorakitError(
-                    f"load: {key} is another basis than the file's other {name}; one adapter has one pair of bases."
-                )
-        return result
 
 
 class RandLoRADelta(LowRank):
@@ -143,9 +100,6 @@ class RandLoRADelta(LowRank):
         large = B[: max(self.shape.out, self.shape.in_), : self.count].flatten(1).to(self.gamma)
         small = (self.lambda_[:, :, None] * A[:, :, : self.side].to(self.gamma) * self.gamma).flatten(0, 1)
         return (large, small) if self.side == self.shape.in_ else (small.T, large.T)
-
-    def peft_keys(self, kind: str) -> dict[str, tuple[str, str]]:
-        return {"lambda_": ("randlora_lambda", ""), "gamma": ("randlora_gamma", "")}
 
 
 def _draw(spec: RandLoRA, large: int, small: int) -> tuple[Tensor, Tensor]:

@@ -18,16 +18,16 @@ but rounding.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar, cast
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from lorakit.core.delta import Card, Method, Pool, Shape, View
+from lorakit.core.delta import Card, Pool, Shape
 from lorakit.core.options import option
 from lorakit.core.spectrum import spectrum
 from lorakit.errors import LorakitError
-from lorakit.methods.lora import LoRA, LoRAOptions, TwoFactors
+from lorakit.methods.lora import LoRAOptions, TwoFactors
 from lorakit.methods.options import steps_option
 
 
@@ -61,10 +61,6 @@ class ReLoRA(LoRAOptions):
 
     def build(self, shape: Shape, pool: Pool) -> ReLoRADelta:
         return ReLoRADelta(self, shape, pool)
-
-    @classmethod
-    def reads(cls, config: dict[str, Any]) -> bool:
-        return False  # its files are plain LoRA
 
 
 class ReLoRADelta(TwoFactors):
@@ -103,17 +99,3 @@ class ReLoRADelta(TwoFactors):
     def hold(self, rank: int) -> None:
         """Make room for frozen factors of this rank, to be filled from a checkpoint."""
         self.B_kept, self.A_kept = self.B.new_zeros(self.shape.out, rank), self.A.new_zeros(rank, self.shape.in_)
-
-    def peft_views(self, kind: str) -> dict[str, View]:
-        keys, (B, A) = self.peft_keys(kind), self.kept()
-        return {
-            keys["A"][0]: View((self.A.detach(), A), "in", dim=0),
-            keys["B"][0]: View((self.B.detach(), B), "out", dim=1),
-        }
-
-    def peft_spec(self) -> Method:
-        """As it is in a file: a plain LoRA of the whole rank, once something was put aside."""
-        spec, kept = cast(ReLoRA, self.spec), self.kept()[1].shape[0]
-        if not kept:
-            return spec
-        return LoRA(rank=spec.rank, alpha=spec.alpha, rslora=spec.rslora).resized(spec.rank + kept)

@@ -10,7 +10,7 @@ acting beside the layer it costs a dense ΔW per call. Bhardwaj et al. 2024, arX
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, Self
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -26,11 +26,6 @@ class SHiRA(Method):
     """The options of SHiRA."""
 
     name: ClassVar[str] = "shira"
-    peft_type: ClassVar[str | None] = "SHIRA"
-    peft_suffix: ClassVar[str] = r"\.shira_weight$"
-    peft_ignored: ClassVar[frozenset[str]] = frozenset(
-        {"fan_in_fan_out", "init_weights", "mask_type", "runtime_config"}
-    )
     card: ClassVar[Card] = Card(
         title="SHiRA",
         formula="ΔW sparse: trained values at fixed places",
@@ -62,20 +57,6 @@ class SHiRA(Method):
     def build(self, shape: Shape, pool: Pool) -> SHiRADelta:
         return SHiRADelta(self, shape, pool)
 
-    def peft_config(self) -> dict[str, Any]:
-        # The file's own indices count; PEFT's mask_type only says how a new adapter gets them, and knows "random" alone.
-        return {
-            "r": self.rank,
-            "mask_type": "random",
-            "random_seed": self.seed,
-            "init_weights": True,
-            "fan_in_fan_out": False,
-        }
-
-    @classmethod
-    def from_peft(cls, config: dict[str, Any]) -> Self:
-        return cls(rank=config.get("r", 32), seed=config.get("random_seed"))
-
 
 class SHiRADelta(Delta):
     """The trained values of one matrix (n,), and their rows and columns (2, n), in the order of the weight's memory."""
@@ -105,6 +86,3 @@ class SHiRADelta(Delta):
         rows, columns = self.indices.long()
         zero = self.values.new_zeros(self.shape.out, self.shape.in_)
         return zero.index_put((rows, columns), self.values)
-
-    def peft_keys(self, kind: str) -> dict[str, tuple[str, str]]:
-        return {"values": ("shira_weight", ""), "indices": ("shira_indices", "")}

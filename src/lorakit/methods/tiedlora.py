@@ -40,7 +40,6 @@ class TiedLoRA(Scaled):
     """The options of Tied-LoRA."""
 
     name: ClassVar[str] = "tied-lora"
-    peft_suffix: ClassVar[str] = r"\.tied_[uv]$"
     card: ClassVar[Card] = Card(
         title="Tied-LoRA",
         formula="ΔW = s diag(v) B diag(u) A; A, B shared by all layers of a shape",
@@ -71,9 +70,6 @@ class TiedLoRA(Scaled):
 
     def build(self, shape: Shape, pool: Pool) -> TiedLoRADelta:
         return TiedLoRADelta(self, shape, pool)
-
-    def peft_config(self) -> dict[str, Any]:
-        return {"r": self.rank, "lora_alpha": self.alpha, "lora_dropout": self.dropout, "trained": self.trained}
 
 
 def _key(shape: Shape) -> str:
@@ -124,6 +120,3 @@ class TiedLoRADelta(LowRank):
 
     def frozen(self) -> list[nn.Parameter]:
         return [vector for letter, vector in (("u", self.u), ("v", self.v)) if letter not in self.spec.trained]
-
-    def peft_keys(self, kind: str) -> dict[str, tuple[str, str]]:
-        return {"u": ("tied_u", ""), "v": ("tied_v", "")}

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, ClassVar, Self
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -24,18 +24,12 @@ from lorakit.core.options import option
 from lorakit.errors import LorakitError
 from lorakit.methods.options import dropout_option, rank_option
 
-_LOST, _NEVER = -1e3, -1e4
-"""Logits of a selected piece whose weight was stored as 0, and of pieces that were not selected: both give 0 in float64."""
-
 
 @dataclass(frozen=True, kw_only=True)
 class VBLoRA(Method):
     """The options of VB-LoRA."""
 
     name: ClassVar[str] = "vb-lora"
-    peft_type: ClassVar[str | None] = "VBLORA"
-    peft_suffix: ClassVar[str] = r"\.vblora_logits_"
-    peft_ignored: ClassVar[frozenset[str]] = frozenset({"fan_in_fan_out", "save_only_topk_weights", "runtime_config"})
     card: ClassVar[Card] = Card(
         title="VB-LoRA",
         formula="ΔW = B A; pieces of A and B are top-k mixtures of a shared bank of vectors",
@@ -85,52 +79,6 @@ class VBLoRA(Method):
     def build(self, shape: Shape, pool: Pool) -> VBLoRADelta:
         return VBLoRADelta(self, shape, pool)
 
-    def peft_config(self) -> dict[str, Any]:
-        return {
-            "r": self.rank,
-            "num_vectors": self.num_vectors,
-            "vector_length": self.vector_length,
-            "topk": self.topk,
-            "vblora_dropout": self.dropout,
-            "init_vector_bank_bound": self.bank_bound,
-            "init_logits_std": self.logits_std,
-            "save_only_topk_weights": False,
-            "fan_in_fan_out": False,
-        }
-
-    @classmethod
-    def from_peft(cls, config: dict[str, Any]) -> Self:
-        return cls(
-            rank=config.get("r", 4),
-            num_vectors=config.get("num_vectors", 256),
-            vector_length=config.get("vector_length", 256),
-            topk=config.get("topk", 2),
-            dropout=config.get("vblora_dropout", 0.0),
-            bank_bound=config.get("init_vector_bank_bound", 0.02),
-            logits_std=config.get("init_logits_std", 0.1),
-            fixed_selection=bool(config.get("save_only_topk_weights", False)),
-        )
-
-    def from_file(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Selections become logits: the logarithms of the stored weights, and for all others a value that never wins."""
-        ending = "_topk_indices"
-        result = dict(tensors)
-        for key in [key for key in tensors if key.endswith(ending)]:
-            name = key.removesuffix(ending)
-            indices, weights = result.pop(key).long(), result.pop(f"{name}_topk_weights", None)
-            if weights is None or weights.shape[-1] + 1 != indices.shape[-1]:
-                raise LorakitError(
-                    f"load: {key} needs {name}_topk_weights with one weight less than indices, since they sum to 1."
-                )
-            if indices.min() < 0 or indices.max() >= self.num_vectors:
-                raise LorakitError(
-                    f"load: {key} selects vector {int(indices.max())}; the bank has {self.num_vectors} vectors."
-                )
-            weights = torch.cat([weights, 1 - weights.sum(-1, keepdim=True)], dim=-1)
-            logits = weights.new_full((*indices.shape[:-1], self.num_vectors), _NEVER)
-            result[name] = logits.scatter(-1, indices, weights.clamp_min(0).log().clamp_min(_LOST))
-        return result
-
 
 class VBLoRADelta(LowRank):
     """The logits of one matrix; the bank is the pool's."""
@@ -166,6 +114,3 @@ class VBLoRADelta(LowRank):
 
     def frozen(self) -> list[nn.Parameter]:
         return [self.logits_A, self.logits_B] if self.spec.fixed_selection else []
-
-    def peft_keys(self, kind: str) -> dict[str, tuple[str, str]]:
-        return {"logits_A": ("vblora_logits_A", ""), "logits_B": ("vblora_logits_B", "")}

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, ClassVar, Self
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -29,9 +29,6 @@ class VeRA(Method):
     """The options of VeRA."""
 
     name: ClassVar[str] = "vera"
-    peft_type: ClassVar[str | None] = "VERA"
-    peft_suffix: ClassVar[str] = r"\.vera_lambda_"
-    peft_ignored: ClassVar[frozenset[str]] = frozenset({"fan_in_fan_out", "init_weights", "runtime_config"})
     card: ClassVar[Card] = Card(
         title="VeRA",
         formula="ΔW = diag(λ_b) B diag(λ_d) A; A, B random, frozen, shared by all layers",
@@ -60,27 +57,6 @@ class VeRA(Method):
 
     def build(self, shape: Shape, pool: Pool) -> VeRADelta:
         return VeRADelta(self, shape, pool)
-
-    def peft_config(self) -> dict[str, Any]:
-        return {
-            "r": self.rank,
-            "d_initial": self.d_initial,
-            "vera_dropout": self.dropout,
-            "projection_prng_key": self.seed,
-            "save_projection": self.save_projection,
-            "fan_in_fan_out": False,
-            "init_weights": True,
-        }
-
-    @classmethod
-    def from_peft(cls, config: dict[str, Any]) -> Self:
-        return cls(
-            rank=config.get("r", 256),
-            d_initial=config.get("d_initial", 0.1),
-            dropout=config.get("vera_dropout", 0.0),
-            seed=config.get("projection_prng_key") or 0,
-            save_projection=bool(config.get("save_projection", True)),
-        )
 
 
 class VeRADelta(LowRank):
@@ -118,9 +94,6 @@ class VeRADelta(LowRank):
 
     def gate(self) -> Tensor | None:
         return self.lambda_d
-
-    def peft_keys(self, kind: str) -> dict[str, tuple[str, str]]:
-        return {"lambda_b": ("vera_lambda_b", ""), "lambda_d": ("vera_lambda_d", "")}
 
 
 def _kaiming(size: tuple[int, int], generator: torch.Generator) -> Tensor:

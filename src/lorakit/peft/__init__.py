@@ -27,9 +27,9 @@ from lorakit.core.using import activate, use
 from lorakit.core.walking import has_suffix, walk
 from lorakit.errors import LorakitError, unknown
 from lorakit.files.bundle import read_config
+from lorakit.files.formats import spec_from_peft
 from lorakit.files.interchange import heads_for
 from lorakit.files.store import load
-from lorakit.files.table import method_for_peft
 
 _QUERY_VALUE = {
     (
@@ -152,7 +152,7 @@ def _attach(model: nn.Module, config: LoraConfig, name: str) -> Adapter:
     layers = config.layers_to_transform
     adapter = attach(
         model,
-        cast(Method, method_for_peft(options).from_peft(options)),
+        cast(Method, spec_from_peft(options)),
         name=name,
         target_modules=targets,
         exclude_modules=config.exclude_modules,

@@ -14,21 +14,15 @@ from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 from lorakit.files.bundle import CONFIG, CONTENT
+from lorakit.files.folder import Stamp, stamp_of
 from lorakit.serve.request import AdapterInfo, Refused, UnknownAdapter
 
-Signature = tuple[tuple[int, int, int], ...]
+Signature = Stamp
 
 
 def signature(folder: Path) -> Signature:
     """What the file system says of an adapter's files: another signature, another content (the other way round not)."""
-    found = []
-    for name in CONTENT:
-        try:
-            status = (folder / name).stat()
-            found.append((status.st_ino, status.st_mtime_ns, status.st_size))
-        except OSError:
-            found.append((0, 0, 0))
-    return tuple(found)
+    return stamp_of(*(folder / name for name in CONTENT))
 
 
 @dataclass(eq=False)

@@ -33,6 +33,7 @@ from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, Validat
 from pydantic.dataclasses import dataclass
 
 from lorakit.errors import LorakitError, unknown
+from lorakit.files.folder import Stamp, stamp_of
 from lorakit.serve.http.faults import Fault, later
 
 log = logging.getLogger("lorakit.serve")
@@ -205,7 +206,7 @@ class Tenants:
         self.tenants: dict[str, Tenant] = {} if file else {ANYONE.name: ANYONE}
         self._hashes: list[tuple[bytes, Tenant]] = []
         self._ledgers: dict[str, Ledger] = {}
-        self._stamp: tuple[int, ...] = ()
+        self._stamp: Stamp = ()
         self._looked = clock()
         if file is not None:
             self.reload()
@@ -223,7 +224,7 @@ class Tenants:
         """
         if self.file is None:
             return list(self.tenants)
-        stamp = self._stat()
+        stamp = stamp_of(self.file)
         tenants = read_tenants(self.file)
         self._hashes = [(key.encode(), tenant) for tenant in tenants.values() for key in tenant.keys]
         self.tenants, self._stamp = tenants, stamp
@@ -249,21 +250,13 @@ class Tenants:
         """What this tenant has used."""
         return self._ledgers.setdefault(tenant.name, Ledger())
 
-    def _stat(self) -> tuple[int, ...]:
-        assert self.file is not None
-        try:
-            found = self.file.stat()
-        except OSError:
-            return ()
-        return found.st_mtime_ns, found.st_size, found.st_ino
-
     def _look(self) -> None:
         """Read the file again where it has changed, looking at most once a second."""
         now = self.clock()
         if self.file is None or now - self._looked < self.LOOKS:
             return
         self._looked = now
-        stamp = self._stat()
+        stamp = stamp_of(self.file)
         if stamp != self._stamp:
             try:
                 self.reload()

@@ -1,0 +1,300 @@
+"""The files of weight methods that PEFT has too, or that lorakit's own rule of names does not describe."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from lorakit.errors import LorakitError
+from lorakit.files.formats.format import Config, Format, Tensors
+from lorakit.methods import LoRA
+
+# -- LoRA and its kin --------------------------------------------------------------------------------------------------------
+
+_REFUSED = {
+    "lora_bias": "a bias on B is not part of ΔW",
+    "layer_replication": "it repeats layers of the base, which changes the model itself",
+    "target_parameters": "it adapts bare parameters",
+    "trainable_token_indices": "it replaces rows of an embedding",
+    "alora_invocation_tokens": "the adapter acts from certain tokens on only",
+    "use_qalora": "its A reads pooled inputs",
+    "use_bdlora": "its factors are block-diagonal and stored compactly",
+    "arrow_config": "it is a router over other adapters",
+    "kasa_config": "its base is truncated",
+    "velora_config": "VeLoRA is another method",
+    "monteclora_config": "MonteCLoRA is another method",
+    "megatron_config": "it adapts Megatron's parallel layers",
+}
+_SHIFTING = ("pissa", "olora", "corda", "lora_ga", "loftq")
+
+
+def _of_the_original_base(config: Config) -> dict[str, Any]:
+    start = config.get("init_lora_weights", True)
+    if isinstance(start, str) and start.partition("_niter")[0] in _SHIFTING:
+        raise LorakitError(
+            f"load: the configuration says init_lora_weights={start!r}, so the tensors belong to a base whose weights "
+            "that start has changed, not to the original. In PEFT, save it with path_initial_model_for_weight_conversion "
+            "to get a plain LoRA for the original base."
+        )
+    return {}
+
+
+_LORA = Format(
+    "LORA",
+    {"A": "lora_A.weight:in", "B": "lora_B.weight:out"},
+    {"embedding": {"A": "lora_embedding_A:in", "B": "lora_embedding_B:out"}},
+    fixed={"use_dora": False, "lora_bias": False, "fan_in_fan_out": False, "init_lora_weights": True},
+    ignored=frozenset(
+        {"ensure_weight_tying", "eva_config", "corda_config", "lora_ga_config", "loftq_config", "megatron_core"}
+        | {"qalora_group_size"}
+    ),
+    refused=_REFUSED,
+    read=_of_the_original_base,
+)
+
+
+def _dora(spec: Any) -> dict[str, Any]:
+    # PEFT has no DoRA over another method than LoRA; the file is lorakit's own then and says so.
+    return {"use_dora": True} if isinstance(spec.inner, LoRA) else {"peft_type": "DORA"}
+
+
+# -- AdaLoRA: PEFT's scale is lora_alpha / (init_r + 1e-5) --------------------------------------------------------------------
+
+_EPSILON = 1e-5
+
+
+def adalora_scale(config: Config, start: int = 12) -> float:
+    """The scale s of a file of AdaLoRA; `start` is the rank that it began with, where its configuration does not say."""
+    start, alpha = int(config.get("init_r", start)), float(config.get("lora_alpha", 8))
+    return float((alpha if alpha > 0 else start) / (start + _EPSILON))
+
+
+def _triplets(spec: Any) -> dict[str, Any]:
+    counts = [value if isinstance(value, int) else 0 for value in (spec.warmup, spec.final)]
+    return {
+        "target_r": min(spec.final_rank, spec.rank),
+        "lora_alpha": spec.scale * (spec.rank + _EPSILON),
+        "total_step": sum(counts) + 1,  # how long the run was is not known; PEFT wants a number above these
+    }
+
+
+def _triplets_of_all(adapter: Any, specs: Mapping[str, Any]) -> dict[str, Any]:
+    """PEFT starts all layers at one rank with one scale and says by booleans which triplets are left."""
+    if not specs:
+        return {}
+    scales = [spec.scale for spec in specs.values()]
+    if max(scales) - min(scales) > 1e-12 * abs(max(scales)):
+        # PEFT has one scale for all; the file is lorakit's own
+        return {"peft_type": f"{adapter.method.name.upper()}-SCALES"}
+    start = max(spec.rank for spec in specs.values())
+    kept = {f"{path}.lora_E": [index < spec.rank for index in range(start)] for path, spec in specs.items()}
+    return {
+        "init_r": start,
+        "target_r": min(adapter.method.final_rank, start),
+        "lora_alpha": scales[0] * (start + _EPSILON),
+        "rank_pattern": kept if any(spec.rank != start for spec in specs.values()) else None,
+        "alpha_pattern": {},
+    }
+
+
+def _triplets_kept(config: Config) -> dict[str, Any]:
+    if config.get("peft_type") != "ADALORA":
+        return {}  # lorakit's own: plain ranks
+    kept = config.get("rank_pattern") or {}
+    ranks = {f"^{re.escape(key.rpartition('.')[0])}": max(1, sum(map(bool, flags))) for key, flags in kept.items()}
+    scale = adalora_scale(config)
+    return {"rank_pattern": ranks, "alpha_pattern": {path: scale * rank for path, rank in ranks.items()}}
+
+
+def _one_empty_triplet(spec: Any, tensors: Tensors, *_: Any) -> Tensors:
+    """PEFT takes all triplets of a layer away where none was kept; here one with λ = 0 stands for them."""
+    result = dict(tensors)
+    for key, tensor in tensors.items():
+        axis = 1 if key.endswith(".lora_B") else 0
+        if key.endswith((".lora_A", ".lora_B", ".lora_E")) and not tensor.shape[axis]:
+            result[key] = tensor.new_zeros(tensor.shape[0], 1) if axis else tensor.new_zeros(1, *tensor.shape[1:])
+    return result
+
+
+_ADALORA = Format(
+    "ADALORA",
+    {"Q": "lora_A", "P": "lora_B", "lam": "lora_E:column"},
+    fixed={**_LORA.fixed, "use_rslora": False, "r": 8},  # PEFT does not use r, and warns of any other value
+    ignored=_LORA.ignored,
+    refused=_REFUSED,
+    read=lambda config: _of_the_original_base(config) | {"alpha": adalora_scale(config) * config.get("init_r", 12)},
+    write=_triplets,
+    whole=_triplets_of_all,
+    patterns=_triplets_kept,
+    from_file=_one_empty_triplet,
+)
+
+# -- shared tensors ----------------------------------------------------------------------------------------------------------
+
+_LOST, _NEVER = -1e3, -1e4
+"""Logits of a selected piece whose weight was stored as 0, and of pieces that were not selected: both give 0 in float64."""
+
+
+def _logits_of_selections(spec: Any, tensors: Tensors, *_: Any) -> Tensors:
+    """Selections become logits: the logarithms of the stored weights, and for all others a value that never wins."""
+    ending = "_topk_indices"
+    result = dict(tensors)
+    for key in [key for key in tensors if key.endswith(ending)]:
+        name = key.removesuffix(ending)
+        indices, weights = result.pop(key).long(), result.pop(f"{name}_topk_weights", None)
+        if weights is None or weights.shape[-1] + 1 != indices.shape[-1]:
+            raise LorakitError(
+                f"load: {key} needs {name}_topk_weights with one weight less than indices, since they sum to 1."
+            )
+        if indices.min() < 0 or indices.max() >= spec.num_vectors:
+            raise LorakitError(
+                f"load: {key} selects vector {int(indices.max())}; the bank has {spec.num_vectors} vectors."
+            )
+        weights = torch.cat([weights, 1 - weights.sum(-1, keepdim=True)], dim=-1)
+        logits = weights.new_full((*indices.shape[:-1], spec.num_vectors), _NEVER)
+        result[name] = logits.scatter(-1, indices, weights.clamp_min(0).log().clamp_min(_LOST))
+    return result
+
+
+def _bases_once(spec: Any, tensors: Tensors, *_: Any) -> Tensors:
+    """The bases once: PEFT repeats them under every layer."""
+    result = dict(tensors)
+    for key in tensors:
+        path, name = key.rpartition(".")[::2]
+        if not path or name not in ("randlora_A", "randlora_B"):
+            continue
+        copy, shared = result.pop(key), result.get(name)
+        if shared is None:
+            result[name] = copy
+        elif copy.shape != shared.shape or not torch.equal(copy, shared):
+            raise LorakitError(
+                f"load: {key} is another basis than the file's other {name}; one adapter has one pair of bases."
+            )
+    return result
+
+
+def _basis(config: Config) -> dict[str, Any]:
+    return {"basis": "very_sparse" if config.get("very_sparse") else "sparse" if config.get("sparse") else "dense"}
+
+
+# -- the others --------------------------------------------------------------------------------------------------------------
+
+
+_DROPOUTS = frozenset({"rank_dropout", "module_dropout", "rank_dropout_scale"})
+
+
+def _tucker(name: str, what: str) -> dict[str, str]:
+    return {
+        "use_effective_conv2d": f"{what} for convolutions with a kernel, which lorakit's {name} does not have. If no such "
+        "convolution is adapted the entry has no effect and can be set to false"
+    }
+
+
+_SINCE = (0, 18)
+"""The version of PEFT from which its files hold OFT's series in this form."""
+
+
+def _rotations(config: Config) -> dict[str, Any]:
+    if "oft_block_size" not in config:
+        raise LorakitError(
+            "load: the configuration has no oft_block_size: before PEFT 0.14, OFT's files held whole blocks that acted "
+            "on the other side. PEFT cannot read them either."
+        )
+    if not config.get("use_cayley_neumann", False):
+        return {}
+    version = re.match(r"(\d+)\.(\d+)", str(config.get("peft_version", "")))
+    if version is None or tuple(map(int, version.groups())) < _SINCE:
+        raise LorakitError(
+            f"load: the configuration is of PEFT {config.get('peft_version') or 'before 0.18'} with use_cayley_neumann, "
+            "whose series was another then; PEFT 0.17 can merge it."
+        )
+    terms = config.get("num_cayley_neumann_terms", 5)
+    if terms < 3:  # PEFT's third and fourth give the same series
+        raise LorakitError(f"load: num_cayley_neumann_terms={terms} is no rotation; at least 3 are needed.")
+    return {}
+
+
+def _feedforward(spec: Any) -> dict[str, Any]:
+    given = spec.feedforward_modules or ()
+    if not isinstance(given, str) and given:
+        # As an expression: a list would have to repeat entries of target_modules, which are written as resolved.
+        given = rf"(.*\.)?({'|'.join(re.escape(ending) for ending in given)})"
+    return {"feedforward_modules": given if isinstance(given, str) else []}
+
+
+def _places(config: Config) -> dict[str, Any]:
+    if config.get("random_loc_seed", 777) is None:
+        raise LorakitError(
+            "load: the configuration has random_loc_seed=null, and the places of the frequencies are in no file."
+        )
+    return {}
+
+
+METHODS: dict[str, Format] = {
+    "dora": Format(
+        "LORA",
+        {"m": "lora_magnitude_vector:features"},
+        ignored=_LORA.ignored,
+        claims=lambda config: bool(config.get("use_dora")),
+        write=_dora,
+    ),
+    "lora": _LORA,
+    "lora-fa": _LORA,
+    "dylora": _LORA,
+    "relora": _LORA,
+    "adalora": _ADALORA,
+    "elalora": _ADALORA,
+    "vera": Format("VERA", {"lambda_b": "vera_lambda_b", "lambda_d": "vera_lambda_d"}),
+    "vb-lora": Format(
+        "VBLORA", {"logits_A": "vblora_logits_A", "logits_B": "vblora_logits_B"}, from_file=_logits_of_selections
+    ),
+    "randlora": Format(
+        "RANDLORA",
+        {"lambda_": "randlora_lambda", "gamma": "randlora_gamma"},
+        read=_basis,
+        write=lambda spec: {"sparse": spec.basis == "sparse", "very_sparse": spec.basis == "very_sparse"},
+        from_file=_bases_once,
+    ),
+    "fourierft": Format("FOURIERFT", {"c": "fourierft_spectrum"}, read=_places),
+    # The file's own indices count; PEFT's mask_type only says how a new adapter gets them, and knows "random" alone.
+    "shira": Format("SHIRA", {"values": "shira_weight", "indices": "shira_indices"}, fixed={"mask_type": "random"}),
+    "c3a": Format("C3A", {"k": "c3a_kernel"}),
+    "loha": Format(
+        "LOHA",
+        {"B1": "hada_w1_a", "A1": "hada_w1_b", "B2": "hada_w2_a", "A2": "hada_w2_b"},
+        ignored=_DROPOUTS,
+        refused=_tucker("LoHa", "each product is then a Tucker decomposition of three tensors"),
+    ),
+    "lokr": Format(
+        "LOKR",
+        {"C": "lokr_w1", "C_a": "lokr_w1_a", "C_b": "lokr_w1_b", "D": "lokr_w2:taps", "D_a": "lokr_w2_a", "D_b": "lokr_w2_b"},
+        ignored=_DROPOUTS,
+        refused=_tucker("LoKr", "D is then a Tucker decomposition of three tensors"),
+    ),
+    "oft": Format(
+        "OFT",
+        {"Q": "oft_R.weight"},
+        {"embedding": {"Q": "oft_embedding_R.weight"}},
+        fixed={"peft_version": ".".join(map(str, _SINCE)) + ".0"},
+        read=_rotations,
+    ),
+    "boft": Format("BOFT", {"M": "boft_R", "s": "boft_s:column"}, {"convolution": {"M": "boft_R", "s": "boft_s:row"}}),
+    "hira": Format(
+        "HIRA",
+        {"A": "hira_A:in", "B": "hira_B:out"},
+        {"embedding": {"A": "hira_embedding_A:in", "B": "hira_embedding_B:out"}},
+        ignored=frozenset({"hira_dropout"}),
+    ),
+    "ia3": Format(
+        "IA3",
+        {"l": "ia3_l:column"},
+        {"convolution": {"l": "ia3_l:features"}},
+        ignored=frozenset({"init_ia3_weights"}),
+        write=_feedforward,
+    ),
+    "1lora": Format(tensors={"v": "onelora_v"}),
+    "tied-lora": Format(tensors={"u": "tied_u", "v": "tied_v"}),
+}  # fmt: skip
