@@ -94,12 +94,9 @@ def _use(entry: Any) -> str:
 
 def _peft_name(entry: Any) -> str:
     """What PEFT calls a method or edit."""
-    try:
-        from lorakit.files.formats import format_of
-    except ModuleNotFoundError:
-        name = entry.peft
-    else:
-        name = format_of(entry.name).peft
+    from lorakit.files.formats import format_of
+
+    name = format_of(entry.name).peft
     return f"`{name}`" if name else "-"
 
 

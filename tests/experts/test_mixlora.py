@@ -310,7 +310,7 @@ def test_what_is_refused() -> None:
             attempt()
     model = models.llama()
     mixed(model)
-    with pytest.raises(LorakitError, match="anew for every token"):
+    with pytest.raises(LorakitError, match="weighs its experts for each token"):
         lk.merge(model, "mix")
     with pytest.raises(LorakitError, match="called by itself"):
         model.model.layers[0].mlp.up_proj(torch.zeros(1, 2, 8, dtype=torch.float64))

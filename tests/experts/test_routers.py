@@ -261,7 +261,7 @@ def test_what_is_refused() -> None:
     after: list[tuple[Any, str]] = [
         (lambda: lk.route(model, Given(), ["given"], name="again"), "not nested"),
         (lambda: lk.detach(model, "lora"), "routed by 'given'"),
-        (lambda: lk.merge(model, "given"), "anew for every token"),
+        (lambda: lk.merge(model, "given"), "weighs its experts for each token"),
         (lambda: lk.activate(model, {"given": 1.0, "whole": 1.0}) or logits(model), "replaces whole tensors"),
     ]
     for attempt, said in after:

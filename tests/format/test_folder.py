@@ -344,7 +344,7 @@ DAMAGE: dict[str, tuple[Any, str]] = {
     ),
     "saved": (
         lambda folder: edit(folder / CONFIG, modules_to_save=["clasifier"]),
-        r'modules_to_save names "clasifier", which is no module',
+        r'modules_to_save names "clasifier", but no module of that name has parameters',
     ),
     "newer option": (
         lambda folder: edit(folder / CONFIG, use_magic=True),

@@ -6,6 +6,7 @@ import logging
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from typing import cast
 
 from torch import nn
 
@@ -49,39 +50,40 @@ class Coverage:
 
 def coverage(model: nn.Module, paths: Iterable[str]) -> Coverage:
     """What the layers of these paths are of the model, which may lie on the meta device and may carry adapters."""
-    modules, heads = dict(walk(model)), head_paths(model)
-    reached: set[int] = set()
-    for path in paths:
-        for site in sites_of(modules[path]):
-            reached.add(id(_parameter(modules[path], site.weight)))
-    outside = {id(parameter) for path, module in modules.items() if path in heads for parameter in module.parameters()}
-    outside |= {
-        id(p)
-        for module in modules.values()
-        if isinstance(module, nn.Embedding)
-        for p in module.parameters(recurse=False)
-    }
+    modules, heads, wanted = dict(walk(model)), head_paths(model), set(paths)
+    outside = {id(parameter) for path in heads if path in modules for parameter in modules[path].parameters()}
     seen: set[int] = set()
-    total = found = 0
+    total = reached = 0
     left: dict[str, int] = {}
     for path, module in modules.items():
-        own = module.named_parameters() if isinstance(module, nn.MultiheadAttention) else module._parameters.items()
-        for name, parameter in own:
-            if parameter is None or parameter.ndim < 2 or id(parameter) in outside or id(parameter) in seen:
-                continue
-            seen.add(id(parameter))
-            total += parameter.numel()
-            if id(parameter) in reached:
-                found += parameter.numel()
+        if isinstance(module, nn.Embedding) or path in heads:
+            continue
+        for name, size in _matrices(module, outside | seen):
+            total += size
+            if path in wanted:
+                reached += size
             else:
-                kind = re.sub(r"\.\d+(?=\.|$)", ".N", f"{path}.{name}")
-                left[kind] = left.get(kind, 0) + parameter.numel()
-    return Coverage(found, total, left, left_out(modules, heads))
+                kind = re.sub(r"\.\d+(?=\.|$)", ".N", f"{path}.{name}" if path else name)
+                left[kind] = left.get(kind, 0) + size
+        seen |= {id(parameter) for parameter in module._parameters.values()}
+    return Coverage(reached, total, left, left_out(modules, heads))
 
 
-def _parameter(module: nn.Module, name: str) -> object:
-    owner, _, last = name.rpartition(".")
-    return getattr(module.get_submodule(owner), last)
+def _matrices(module: nn.Module, known: set[int]) -> list[tuple[str, int]]:
+    """The matrices of one module that are not `known`: names of its tensors, and how many numbers each has as floats."""
+    try:
+        sites = sites_of(module)
+    except LorakitError:
+        sites = []
+    sizes: dict[str, int] = {}
+    for site in sites:
+        if id(getattr(module, site.weight, None)) not in known:
+            sizes[site.weight] = sizes.get(site.weight, 0) + site.layout.shape.out * site.layout.shape.in_
+    for name, parameter in module._parameters.items():
+        bare = parameter is not None and parameter.ndim > 1 and id(parameter) not in known
+        if bare and not any(site.weight == name for site in sites):
+            sizes[name] = cast(nn.Parameter, parameter).numel()
+    return list(sizes.items())
 
 
 def left_out(modules: Mapping[str, nn.Module], heads: Iterable[str] = ()) -> dict[str, str]:
