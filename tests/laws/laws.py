@@ -244,12 +244,19 @@ def declared(adapter: Adapter) -> list[int]:
         ranks = [delta.factors()[1].shape[0] for _, delta in parts if isinstance(delta, LowRank)]
         inner = parts[0][0].inner.shape
         result += [sum(ranks) * inner.in_, sum(ranks) * inner.out]
+    stacked: dict[
+        tuple[str, str], int
+    ] = {}  # all experts of a stack make one pair of factors, where the method is LoRA
     for _, site, delta in adapter.deltas():
-        if not isinstance(site.layout, Rows):
+        if isinstance(site.layout, Expert) and type(delta.spec) is LoRA:
+            for name, tensor in delta.named_parameters():
+                stacked[site.weight, name] = stacked.get((site.weight, name), 0) + tensor.numel()
+        elif not isinstance(site.layout, Rows):
             held = views(delta, site.layout.kind).values()
             result += [sum(tensor.numel() for tensor in view.tensors) for view in held]
     for _, replacement in adapter.replacements():
         result += [tensor.numel() for tensor in replacement.tensors().values()]
+    result += stacked.values()
     return result + [tensor.numel() for tensor in adapter.pool.state_dict().values()]
 
 

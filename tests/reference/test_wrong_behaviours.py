@@ -70,7 +70,9 @@ def test_2_a_misspelt_target_among_right_ones_raises() -> None:
     model = MODELS["llama"]()
     with pytest.raises(LorakitError, match=r'attach: no layer matches "typo"\. Layers here end in: q_proj ×3'):
         lk.attach(model, target_modules=["q_proj", "typo"])
-    with pytest.raises(LorakitError, match=r'modules_to_save names "clasifier", but no module of that name has parameters'):
+    with pytest.raises(
+        LorakitError, match=r'modules_to_save names "clasifier", but no module of that name has parameters'
+    ):
         lk.attach(model, target_modules=["q_proj"], modules_to_save=["clasifier"])
     assert not lk.adapters(model)
     assert all(parameter.requires_grad for parameter in model.parameters())

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from lorakit.adapter.adapter import Adapter, adapters_of
-from lorakit.adapter.targets import PRESETS, Targets, select, select_saved
+from lorakit.adapter.targets import PRESETS, Targets, asked_sites, select, select_saved
 from lorakit.core.delta import Delta, Method
 from lorakit.core.injection import adapt, adapted_at, parents_of, ties
 from lorakit.core.layout import Expert, Site
@@ -107,7 +107,7 @@ def build(
 
 def _planned(path: str, module: nn.Module, method: Method, targets: Targets, checked: bool) -> PlannedLayer:
     """What one layer will carry: a spec for each of its matrices, or of the parts that were asked for."""
-    sites = sites_of(module)
+    sites = asked_sites(path, sites_of(module), targets)
     for suffix, parts in targets.parts.items():
         if has_suffix(path, suffix):
             sites = split(sites[0], parts, path)

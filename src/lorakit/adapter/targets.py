@@ -20,6 +20,7 @@ from lorakit.core.delta import Method
 from lorakit.core.layer import Adapted
 from lorakit.core.layout import Expert, Linear, Rows, Site
 from lorakit.core.sites import sites_of
+from lorakit.core.stacks import stacked_sites
 from lorakit.core.walking import block_of, has_suffix, in_attention, value_for, walk
 from lorakit.errors import LorakitError
 
@@ -71,6 +72,8 @@ class Targets:
                     f"differ per layer: {able}."
                 )
             value = value_for(patterns, site.place(path))
+            if value is None and isinstance(site.layout, Expert):
+                value = value_for(patterns, f"{path}.{site.weight}")
             if value is None and not isinstance(site.layout, Rows):
                 value = value_for(patterns, path)
             if value is not None:
@@ -174,10 +177,12 @@ def select(model: nn.Module, targets: Targets) -> list[str]:
             f"attach: target_modules={targets.target_modules!r} leaves no layer after exclude_modules, layers and "
             f"modules_to_save. Layers here: {describe_layers(model)}."
         )
+    stacks = [site for path in chosen for site in _stacked_names(path, dict(modules)[path])] if targets.patterns else []
+    names = [*chosen, *_part_names(chosen, targets.parts), *stacks]
     for option, patterns in targets.patterns.items():
         for pattern in patterns:
             _compile(pattern, f"{option}_pattern")
-            if not any(value_for({pattern: 1}, name) for name in [*chosen, *_part_names(chosen, targets.parts)]):
+            if not any(value_for({pattern: 1}, name) for name in names):
                 raise LorakitError(
                     f"attach: {option}_pattern has the pattern {pattern!r}, which matches none of the {len(chosen)} adapted "
                     f"layers (the first is {chosen[0] if chosen else '-'}). A pattern matches the end of a layer's name."
@@ -186,6 +191,37 @@ def select(model: nn.Module, targets: Targets) -> list[str]:
         if not any(has_suffix(path, suffix) for path in chosen):
             raise LorakitError(f"attach: parts names {suffix!r}, which is none of the adapted layers.")
     return chosen
+
+
+def asked_sites(path: str, sites: list[Site], targets: Targets) -> list[Site]:
+    """The matrices of a chosen layer that are meant: all, or those of the parameters that are named (experts.down_proj)."""
+    wanted = targets.target_modules
+    if wanted in PRESETS or not any(isinstance(site.layout, Expert) for site in sites):
+        return sites
+    named = [site for site in sites if _names(wanted, f"{path}.{site.weight}")]
+    return sites if _names(wanted, path) or not named else named
+
+
+def _names(wanted: str | tuple[str, ...], path: str) -> bool:
+    """Whether a request by names or by one expression means a path."""
+    if isinstance(wanted, str):
+        return bool(re.fullmatch(wanted, path))
+    return any(has_suffix(path, suffix) for suffix in wanted)
+
+
+def _stacks(modules: list[tuple[str, nn.Module]]) -> list[tuple[str, nn.Module, str]]:
+    """(path of its module, module, own path) of every parameter that a module multiplies by itself."""
+    return [
+        (path, module, f"{path}.{weight}")
+        for path, module in modules
+        for weight in dict.fromkeys(site.weight for site in stacked_sites(module))
+    ]
+
+
+def _stacked_names(path: str, module: nn.Module) -> list[str]:
+    """The names under which patterns give experts, and stacks of them, values of their own."""
+    sites = stacked_sites(module)
+    return [*dict.fromkeys(f"{path}.{site.weight}" for site in sites), *(site.place(path) for site in sites)]
 
 
 def _part_names(paths: list[str], parts: Parts) -> list[str]:
@@ -215,7 +251,9 @@ def _chosen(model: nn.Module, modules: list[tuple[str, nn.Module]], targets: Tar
         return paths
     if isinstance(wanted, str):
         pattern = _compile(wanted, "target_modules")
-        paths = [path for path, module in modules if pattern.fullmatch(path) and _adaptable(module)]
+        chosen = {path for path, module in modules if pattern.fullmatch(path) and _adaptable(module)}
+        chosen |= {path for path, _, own in _stacks(modules) if pattern.fullmatch(own)}
+        paths = [path for path, _ in modules if path in chosen]
         if not paths:
             raise LorakitError(
                 f'attach: the regular expression "{wanted}" matches no layer\'s whole name (for example '
@@ -223,9 +261,10 @@ def _chosen(model: nn.Module, modules: list[tuple[str, nn.Module]], targets: Tar
                 f"{describe_layers(model)}. For a single suffix give a list: [{wanted!r}]."
             )
         return paths
-    paths = []
+    paths, stacks = [], _stacks(modules)
     for suffix in wanted:
         matching = [(path, module) for path, module in modules if has_suffix(path, suffix)]
+        matching += [(path, module) for path, module, own in stacks if has_suffix(own, suffix)]
         if not matching:
             raise LorakitError(f'attach: no layer matches "{suffix}". Layers here end in: {describe_layers(model)}.')
         for path, module in matching:

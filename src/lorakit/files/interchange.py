@@ -18,13 +18,14 @@ import torch
 from torch import Tensor, nn
 
 from lorakit.adapter.adapter import Adapter
-from lorakit.adapter.targets import Targets
+from lorakit.adapter.targets import PRESETS, Targets
 from lorakit.core.delta import LowRank, Method
 from lorakit.core.layer import Adapted
 from lorakit.core.layout import Rows, Site
 from lorakit.core.offset import Offset
 from lorakit.core.walking import as_patterns, exactly, has_suffix, value_for, walk
 from lorakit.errors import LorakitError
+from lorakit.files.experts import in_stacks, stack_spec, stack_tensors, stacks_of
 from lorakit.files.formats import entries_of, format_of
 from lorakit.files.packing import edit_tensors, pack, spec_in_file, views
 
@@ -43,10 +44,13 @@ _HEADS = {
     "QUESTION_ANS": ("qa_outputs",),
 }
 """modules_to_save that PEFT adds by itself for a task, whether the model has them or not."""
+_REWRITTEN = frozenset({"gate_proj", "up_proj", "down_proj", "gate", "w1", "w2", "w3"})
+"""Names of layers that PEFT takes for those of the experts of transformers 4, in shared experts too, and forgets: in a
+mixture of experts they are named as parameters, which it leaves alone and computes in the same way."""
 COMMON = frozenset(
     {"peft_type", "task_type", "base_model_name_or_path", "revision", "inference_mode", "auto_mapping", "peft_version",
      "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save", "bias",
-     "rank_pattern", "alpha_pattern"}
+     "rank_pattern", "alpha_pattern", "target_parameters"}
 )  # fmt: skip
 """Entries of PEFT's configuration that are read for every method."""
 
@@ -137,6 +141,9 @@ def tensors_of(adapter: Adapter) -> dict[str, Tensor]:
             B, A = _fused(parts)
             result[f"{plain[path]}.lora_A.weight"], result[f"{plain[path]}.lora_B.weight"] = A, B
             continue
+        if in_stacks(layer, adapter.name):
+            result |= stack_tensors(layer, adapter.name, plain[path])
+            continue
         for key, delta in layer.deltas_of(adapter.name).items():
             site = layer.sites[key]
             for name, view in views(delta, site.layout.kind).items():
@@ -226,11 +233,14 @@ def _spread(
 
 
 def _specs(adapter: Adapter, plain: Mapping[str, str]) -> dict[str, Method]:
-    """Plain layer name -> the spec that the file gives for this layer."""
+    """Plain layer name (or that of a stack of experts) -> the spec that the file gives for it."""
     specs: dict[str, Method] = {}
     for path, layer in adapter.layers.items():
         deltas = list(layer.deltas_of(adapter.name).values())
-        if deltas:
+        stacks = in_stacks(layer, adapter.name)
+        for parameter, experts in stacks.items():
+            specs[f"{plain[path]}.{parameter}"] = stack_spec(experts)
+        if deltas and not stacks:
             parts = parts_of(layer, adapter.name)
             specs[plain[path]] = _fused_spec(parts) if parts else spec_in_file(deltas[0])
     return specs
@@ -245,10 +255,11 @@ def stored(adapter: Adapter) -> tuple[Any, Targets]:
     asked: dict[str, Method] = {}
     found: dict[str, Method] = {}
     halves = shifted(adapter)
+    stacks = {path: in_stacks(layer, adapter.name) for path, layer in adapter.layers.items()}
     for path, site, delta in adapter.deltas():
-        where = site.place(path)
+        where, stack = site.place(path), stacks[path].get(site.weight)
         asked[where] = adapter.targets.spec_for(adapter.method, path, site)
-        found[where] = asked[where] if halves else spec_in_file(delta)
+        found[where] = asked[where] if halves else stack_spec(stack) if stack else spec_in_file(delta)
     if found == asked:
         return adapter.method, adapter.targets
     method = adapter.method
@@ -336,7 +347,15 @@ def config_of(adapter: Adapter, base: str | None = None) -> dict[str, Any]:
     specs = _specs(adapter, plain)
     common, patterns = _spread(adapter.method.pattern_fields, specs, functools.partial(_exact, specs))
     method = adapter.method.replace(**common) if common else adapter.method
-    config |= method_entries(method, target_modules(list(specs), adapter.model), adapter.targets.bias)
+    modules, mixture = set(plain.values()), any(stacks_of(module) for _, module in walk(adapter.model))
+    bare = [name for name in specs if name not in modules]
+    if mixture and adapter.method.name == "lora":
+        bare += [f"{name}.weight" for name in specs if name.rpartition(".")[2] in _REWRITTEN]
+    layers = [name for name in specs if name in modules and f"{name}.weight" not in bare]
+    config |= method_entries(method, target_modules(layers, adapter.model), adapter.targets.bias)
+    if bare:
+        # PEFT has no dropout on parameters; its version says how the factors of a square matrix lie, which sizes do not
+        config |= {"target_parameters": bare, "lora_dropout": 0.0, "peft_version": "0.21.2"}
     for field, option in adapter.method.pattern_fields.items():
         config[option] = patterns.get(field, {})
     return {**config, **whole(adapter, specs)}
@@ -373,7 +392,7 @@ def targets_from(
     loose = [path for path in known if plain[path] in held and path.endswith(tuple(saved)) and saved]
     saved += [path for path in loose if not any(has_suffix(path, name) for name in saved)]
     return Targets(
-        target_modules=names(config.get("target_modules")) or (),
+        target_modules=_asked(names(config.get("target_modules")) or (), config.get("target_parameters") or ()),
         exclude_modules=names(config.get("exclude_modules")) or None,
         layers=None if layers is None or layers == [] else (layers,) if isinstance(layers, int) else tuple(layers),
         layers_pattern=(lists,) if isinstance(lists, str) else None if lists is None else tuple(lists),
@@ -381,6 +400,14 @@ def targets_from(
         modules_to_save=tuple(saved),
         bias="lora_only" if bias.endswith("_only") else bias,  # "oft_only" and the like: each method has its own word
     )
+
+
+def _asked(modules: str | tuple[str, ...], parameters: Iterable[str]) -> str | tuple[str, ...]:
+    """PEFT's target_modules and target_parameters as one request: parameters are named as modules are."""
+    if isinstance(modules, str):
+        named = "|".join(rf"(?:.*\.)?{re.escape(one.removesuffix('.weight'))}" for one in parameters)
+        return f"{modules}|{named}" if named and modules not in PRESETS else modules
+    return (*modules, *(one.removesuffix(".weight") for one in parameters))
 
 
 def alpha_in(config: Mapping[str, Any], path: str, rank: int) -> float:

@@ -22,8 +22,9 @@ from lorakit.adapter.adapter import Adapter, adapters
 from lorakit.adapter.attachment import detach
 from lorakit.adapter.construction import build, build_edits
 from lorakit.adapter.targets import Targets, select
+from lorakit.core.stacks import stacked_sites
 from lorakit.core.using import activate
-from lorakit.core.walking import exactly, value_for
+from lorakit.core.walking import exactly, value_for, walk
 from lorakit.edits.contract import EditMethod
 from lorakit.errors import LorakitError
 from lorakit.experts import MEMBERS, RouterSpec
@@ -43,6 +44,7 @@ from lorakit.files.bundle import (
     read_tensors,
     write_bundle,
 )
+from lorakit.files.experts import read_stacks
 from lorakit.files.filling import Complain, Supply, fill, fill_replacements
 from lorakit.files.fingerprint import check, fingerprint
 from lorakit.files.folder import replace_folder
@@ -237,16 +239,26 @@ def _put(model: nn.Module, bundle: Bundle, name: str, complain: Complain) -> Ada
     """An adapter of deltas or edits from a folder, on the model."""
     plain = plain_names(model)
     tensors = names_in(bundle.tensors, plain, bundle.folder / TENSORS)
+    experts = read_stacks(tensors, bundle.config, model, plain)
+    tensors, bundle = experts.tensors, dataclasses.replace(bundle, config=experts.config)
     method = _method(bundle, complain)
     if isinstance(method, EditMethod):
         return _put_edits(model, method, bundle, tensors, name, plain, complain)
     named = _described(method, tensors, bundle)
     config = {**bundle.config, **format_of(method.name).patterns(bundle.config)}
     targets = _targets(bundle, config, model, method.pattern_fields, named)
-    found = _layers_in(named, plain, method, bundle.folder)
+    found = _layers_in(named, plain, method, bundle.folder, model)
     halves = bool(bundle.own.get("shifted"))  # what is trained, and the start that is taken off it
     _check_targets(model, config, method.pattern_fields, [plain[path] for path in found], complain)
-    adapter = build(model, method, _resolved(targets, found, plain), name, checked=False, paths=found, shifted=halves)
+    adapter = build(
+        model,
+        method,
+        _resolved(targets, found, plain, experts.parameters),
+        name,
+        checked=False,
+        paths=found,
+        shifted=halves,
+    )
     adapter.targets = targets
     _check_base(adapter, bundle, complain)
     fill(adapter, named, plain, bundle.folder, complain)
@@ -345,16 +357,19 @@ def _targets(
     return targets_from(config, model, fields, tensors)
 
 
-def _layers_in(tensors: Iterable[str], plain: Mapping[str, str], method: Any, folder: Path) -> list[str]:
+def _layers_in(
+    tensors: Iterable[str], plain: Mapping[str, str], method: Any, folder: Path, model: nn.Module
+) -> list[str]:
     """The model's layers for which the file holds this method's tensors, in the model's order."""
     names = re.compile(rf"(.+?)\.(?:{ending_of(method)})")
     known = set(plain.values())
+    inside = {site.place(plain[path]): plain[path] for path, module in walk(model) for site in stacked_sites(module)}
     found = set()
     for key in tensors:
         match = names.fullmatch(key)
         if match is None:
             continue
-        layer = match[1]
+        layer = inside.get(match[1], match[1])
         if layer not in known:
             layer = layer.partition(".base_layer.")[0]  # a matrix within nn.MultiheadAttention
         if layer not in known:
@@ -366,9 +381,13 @@ def _layers_in(tensors: Iterable[str], plain: Mapping[str, str], method: Any, fo
     return [path for path, name in plain.items() if name in found]
 
 
-def _resolved(targets: Targets, paths: list[str], plain: Mapping[str, str]) -> Targets:
+def _resolved(
+    targets: Targets, paths: list[str], plain: Mapping[str, str], parameters: Mapping[str, Sequence[str]]
+) -> Targets:
     """The request for exactly these layers. On a wrapped model the file's names are turned into the model's."""
-    resolved = dataclasses.replace(targets, target_modules=tuple(paths))
+    asked = [f"{path}.{one}" for path in paths for one in parameters.get(plain[path], ())]
+    whole = [path for path in paths if plain[path] not in parameters]
+    resolved = dataclasses.replace(targets, target_modules=(*whole, *asked))
     if all(path == name for path, name in plain.items()):
         return resolved
     actual = {name: path for path, name in plain.items()}

@@ -17,7 +17,6 @@ from lorakit.methods import LoRA
 _REFUSED = {
     "lora_bias": "a bias on B is not part of ΔW",
     "layer_replication": "it repeats layers of the base, which changes the model itself",
-    "target_parameters": "it adapts bare parameters",
     "trainable_token_indices": "it replaces rows of an embedding",
     "alora_invocation_tokens": "the adapter acts from certain tokens on only",
     "use_qalora": "its A reads pooled inputs",
