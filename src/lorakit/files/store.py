@@ -23,6 +23,7 @@ from lorakit.adapter.attachment import detach
 from lorakit.adapter.construction import build, build_edits
 from lorakit.adapter.targets import Targets, select
 from lorakit.core.stacks import stacked_sites
+from lorakit.core.state import state_of
 from lorakit.core.using import activate
 from lorakit.core.walking import exactly, value_for, walk
 from lorakit.edits.contract import EditMethod
@@ -148,8 +149,9 @@ def load(
     strict: bool = True,
     trainable: bool = False,
     revision: str | None = None,
+    active: bool = True,
 ) -> Adapter:
-    """Put an adapter from a folder (lorakit's or PEFT's) on a model. It is not active until `use` or `activate`.
+    """Put an adapter from a folder (lorakit's or PEFT's) on a model; it acts from then on, instead of what acted before.
 
     Args:
         model: the base model.
@@ -157,8 +159,9 @@ def load(
         name: its name on this model; the folder's name by default.
         strict: refuse another base model, tensors that no layer takes, layers without tensors, unknown options. False
             is said aloud: each is logged instead.
-        trainable: leave its tensors trainable, and make it active.
+        trainable: leave its tensors trainable.
         revision: of a hub name, the branch, tag or commit.
+        active: let it act. With False what acts stays as it is (nothing, on a model without adapters).
 
     Raises:
         LorakitError: it cannot be read or does not fit; the model is as before then.
@@ -181,10 +184,20 @@ def load(
         for added in [one for one in reversed(adapters(model)) if one not in before]:
             detach(model, added)
         raise
-    if trainable:
-        adapter.requires_grad_(True)
-        activate(model, name)
+    adapter.requires_grad_(trainable)
+    if active:
+        _activate(model, name)
+    else:
+        state_of(model).decided = True
     return adapter
+
+
+def _activate(model: nn.Module, name: str) -> None:
+    state = state_of(model)
+    before = [one for one in state.routing.names if one != name]
+    if before:
+        log.info("load: %s acts now instead of %s; lk.use and lk.activate choose.", name, ", ".join(before))
+    activate(model, name)
 
 
 def frame(bundle: Bundle) -> str:
@@ -300,7 +313,7 @@ def _put_router(model: nn.Module, bundle: Bundle, name: str, strict: bool) -> Ad
         if read_own(folder).get("files", {}).get(TENSORS) != digest:
             complain(f"load: {folder} is not the adapter that the router in {bundle.folder} was saved with.")
         if member not in before:
-            load(model, folder, name=member, strict=strict)
+            load(model, folder, name=member, strict=strict, active=False)
         elif not _holds(adapters(model)[member], read_tensors(folder)):
             raise LorakitError(
                 f"load: the router in {bundle.folder} routes an adapter {member!r}, and another one of that name is on "

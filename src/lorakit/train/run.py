@@ -312,7 +312,7 @@ def _measure_base(
 
 def _routed(config: TrainConfig, model: Any) -> Adapter:
     """The router of a run over the adapters that it names."""
-    names = [load(model, folder).name for folder in config.adapters]
+    names = [load(model, folder, active=False).name for folder in config.adapters]
     adapter = route(model, config.method, names, name=config.name)
     if not adapter.num_parameters(trainable=True):
         raise LorakitError(
