@@ -1,8 +1,9 @@
 """What transformers' own methods do on a model with adapters: `save_pretrained` and `resize_token_embeddings`.
 
 A model that has adapters is still saved as its base, under the base's own names, and each adapter as a folder in PEFT's form
-beside it. While an adapter is trained, its tensors are in the model's file too, behind names that the base has not (`from_pretrained`
-passes over them), since a Trainer resumes from that file alone. The two methods are set on the model object with the first
+beside it. While an adapter is trained, its tensors are in the model's file too, behind names that the base has not
+(`from_pretrained` passes over them), since a Trainer resumes from that file alone. The two methods are set on
+the model object with the first
 adapter and taken off with the last; a copy or a pickle of the model has them for itself.
 """
 
@@ -42,8 +43,8 @@ class SavePretrained:
         model, state = self.model, state_of(self.model)
         if state.merged:
             raise LorakitError(
-                f"save_pretrained: adapter {sorted(state.merged)[0]!r} is merged into the weights just now; leave `merged` first, or "
-                "lk.merge for good and save then."
+                f"save_pretrained: adapter {sorted(state.merged)[0]!r} is merged into the weights just now; leave `merged` "
+                "first, or lk.merge for good and save then."
             )
         on = adapters(model)
         trained = any(parameter.requires_grad for adapter in on.values() for parameter in adapter.parameters())
@@ -107,8 +108,8 @@ class ResizeTokenEmbeddings:
                 inside = next((one for one in adapter.saved if self._within(layer, one)), None)
                 if path is not None or inside is not None:
                     raise LorakitError(
-                        f"resize_token_embeddings: adapter {name!r} has tensors of the size of {path or inside}, which is to be resized. "
-                        f"Resize first and attach afterwards; or lk.merge, or lk.detach(model, {name!r}), before."
+                        f"resize_token_embeddings: adapter {name!r} has tensors of the size of {path or inside}, which is to "
+                        f"be resized. Resize first and attach afterwards; or lk.merge, or lk.detach(model, {name!r}), before."
                     )
         return type(model).resize_token_embeddings(model, new_num_tokens, *args, **kwargs)
 

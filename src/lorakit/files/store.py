@@ -171,6 +171,8 @@ def load(
     if bundle.stale:
         complain(bundle.stale)
         bundle = dataclasses.replace(bundle, own={})
+    if not bundle.own:
+        bundle = dataclasses.replace(bundle, config=_decided(bundle.config, bundle.tensors))
     name = name or re.sub(r"[./]", "-", Path(folder).expanduser().absolute().name)
     before = set(adapters(model))
     if name in before:
@@ -340,6 +342,20 @@ def _complaints(strict: bool) -> Complain:
     return complain
 
 
+_TUCKER = re.compile(r"\.(hada_t[12]|lokr_t2)$")
+
+
+def _decided(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+    """PEFT's configuration with what the tensors decide: some entries say what was asked for, and not what PEFT made of it."""
+    decided = dict(config)
+    if decided.get("use_effective_conv2d") and not any(map(_TUCKER.search, tensors)):
+        decided["use_effective_conv2d"] = False  # no convolution with a kernel was adapted
+    turned = [tensor for key, tensor in tensors.items() if key.endswith(".boft_R")]
+    if turned and "boft_n_butterfly_factor" in decided:
+        decided["boft_n_butterfly_factor"] = turned[0].shape[0]  # PEFT takes 1 where its kernel does not compile
+    return decided
+
+
 def _method(bundle: Bundle, complain: Complain) -> Any:
     if bundle.own:
         return spec_from_dict(bundle.own["method"], str(bundle.folder / OWN))
@@ -421,7 +437,10 @@ def _check_targets(
     if not targets.target_modules or any(path != name for path, name in plain_names(model).items()):
         return
     try:
-        selected = select(model, targets)
+        try:
+            selected = select(model, targets)
+        except LorakitError:  # an exclusion of nothing, a pattern of nothing: what the tensors are decides
+            selected = select(model, dataclasses.replace(targets, exclude_modules=None, patterns={}))
     except LorakitError as problem:
         complain(f"load: the configuration does not fit this model: {problem}")
         return
