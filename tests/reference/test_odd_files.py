@@ -89,7 +89,9 @@ def test_floats_of_8_bits_are_read(dtype: torch.dtype, tmp_path: Path) -> None:
 def test_a_resized_vocabulary_is_named(options: dict[str, Any], tmp_path: Path) -> None:
     expected = written(llama(), peft.LoraConfig(**{"target_modules": ["q_proj"], **options}), tmp_path)
     model = llama(70)
-    with pytest.raises(LorakitError, match=r"made for 64 tokens, and this model has 70; model.resize_token_embeddings\(64\)"):
+    with pytest.raises(
+        LorakitError, match=r"made for 64 tokens, and this model has 70; model.resize_token_embeddings\(64\)"
+    ):
         lk.load(model, tmp_path)
     fitting = llama()
     fitting.resize_token_embeddings(70)

@@ -41,6 +41,14 @@ class ByName(nn.ModuleDict):
     def add_module(self, name: str, module: nn.Module | None) -> None:
         self._modules[name] = module  # type: ignore[assignment]
 
+    def _load_from_state_dict(
+        self, state_dict: Any, prefix: str, metadata: Any, strict: bool, missing: Any, unexpected: Any, errors: Any
+    ) -> None:
+        """There is nothing to load here. torch takes names to be without dots, and an expert's matrix has one ("down_proj.3")."""
+        known = tuple(f"{prefix}{name}." for name in self._modules)
+        if strict:
+            unexpected += [key for key in state_dict if key.startswith(prefix) and not key.startswith(known)]
+
 
 class LayerContents(nn.Module):
     """An adapted layer without its forward.
