@@ -159,8 +159,9 @@ def file_keeps_it(case: Case, folder: Path) -> None:
     adapter.save(folder)
     loaded = case.model().float()
     again = lk.load(loaded, folder, name="again")
-    with lk.use(model, None):
-        assert torch.equal(run(loaded, given), run(model, given)), "a loaded edit acts before it is asked to"
+    assert torch.equal(run(loaded, given), run(model, given)), "a loaded edit does not act"
+    with lk.use(model, None), lk.use(loaded, None):
+        assert torch.equal(run(loaded, given), run(model, given)), "an edit acts that is not used"
     with lk.use(loaded, "again"):
         assert torch.equal(run(loaded, given), run(model, given)), "a loaded edit gives something else"
     again.save(folder.with_name("twice"))

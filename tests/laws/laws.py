@@ -137,6 +137,23 @@ def executions_agree(case: Case) -> None:
         assert_close(model(*call[0], **call[1]), y, "merge = act")
 
 
+def state_is_the_bases(case: Case) -> None:
+    """With adapters on, the state dict has the base's own names and bits, and loads into another such model."""
+    subject, base = case.subject("one", "two"), case.model().state_dict()
+    state = subject.model.state_dict()
+    own = [key for key in state if "lorakit" not in key]
+    assert own == list(base), f"{own} instead of {list(base)}"
+    for key in own:
+        assert torch.equal(state[key], base[key]), f"{key} is not the base's"
+    other = case.subject("one", "two", fresh=True)
+    found = other.model.load_state_dict(state, strict=False)
+    assert not found.missing_keys, found
+    assert not found.unexpected_keys, found
+    for call in subject.calls:
+        for name in ("one", "two"):
+            assert torch.equal(other.run(name, call), subject.run(name, call)), f"{name} came back otherwise"
+
+
 def refuses_what_it_cannot(case: Case) -> None:
     """A changed bias where the layer has none cannot be merged: said aloud, and no weight changes."""
     if not case.homeless():
@@ -473,6 +490,7 @@ Law = Callable[[Case], None]
 LAWS: tuple[Law, ...] = (
     identity_at_start,
     executions_agree,
+    state_is_the_bases,
     refuses_what_it_cannot,
     restores_the_bits,
     all_that_trains_moves,

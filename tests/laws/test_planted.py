@@ -17,8 +17,10 @@ from torch import Tensor, nn
 from laws import laws
 from laws.cases import KINDS, SPECS, Affine, AffineDelta, Case, Dense, DenseDelta
 from lorakit.core import call, kernel, layer, layout, mixed, uniform
+from lorakit.core.contents import LayerContents
 from lorakit.core.delta import Form, LowRank, Pool
 from lorakit.core.routing import Routing
+from lorakit.core.state import ModelState
 from lorakit.core.storage import Float, Snapshot, owner, value_of
 from lorakit.files import store
 from lorakit.init import Kaiming
@@ -411,9 +413,21 @@ def substitutes_a_constant(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(uniform, "substitutes", planted)
 
 
+def modules_names_in_the_state(patch: pytest.MonkeyPatch) -> None:
+    """The state dict has the names of lorakit's modules ("layer.base.weight")."""
+    patch.delattr(LayerContents, "state_dict")
+
+
+def adapters_missing_in_the_state(patch: pytest.MonkeyPatch) -> None:
+    """The state dict has the base alone."""
+    patch.setattr(ModelState, "base_alone", property(lambda self: True, lambda self, value: None), raising=False)
+
+
 PLANTED: tuple[tuple[laws.Law, Plant, Case], ...] = (
     (laws.identity_at_start, start_not_zero, case("linear")),
     (laws.executions_agree, wrong_scale_in_act, case("conv1d")),
+    (laws.state_is_the_bases, modules_names_in_the_state, case("linear")),
+    (laws.state_is_the_bases, adapters_missing_in_the_state, case("linear")),
     (laws.executions_agree, scale_missing_in_kernel, case("linear")),
     (laws.executions_agree, transposed_layout, case("transposed")),
     (laws.executions_agree, transposed_factor, case("linear-plain")),

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import gc
+import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, cast
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 from lorakit.adapter.adapter import Adapter, adapters_of
 from lorakit.adapter.construction import build, build_edits
 from lorakit.adapter.coverage import report
+from lorakit.adapter.pretrained import give_back, unshare
 from lorakit.adapter.targets import Targets
 from lorakit.core.delta import Method
 from lorakit.core.injection import parents_of, replace_module
@@ -29,6 +31,8 @@ from lorakit.errors import LorakitError, unknown
 from lorakit.init import Default, Initialiser, initialiser
 from lorakit.init.calibration import Batch
 from lorakit.methods import LoRA
+
+log = logging.getLogger("lorakit")
 
 
 def attach(
@@ -172,7 +176,8 @@ def _check_edit_options(method: EditMethod, targets: Targets, start: Initialiser
 def detach(model: nn.Module, name: str | None = None) -> nn.Module:
     """Take one adapter off (all, without a name); the layers it leaves bare are again the very module objects they were.
 
-    With the last adapter the base's `requires_grad` flags come back too. Returns the model.
+    With the last adapter the base's `requires_grad` flags come back too. Where the adapter acted and others stay, none acts
+    afterwards, and the log says so. Returns the model.
 
     Args:
         model: a model with adapters.
@@ -203,6 +208,7 @@ def detach(model: nn.Module, name: str | None = None) -> nn.Module:
         state.routers.pop(one, None)
         for handle in adapter.handles:
             handle.remove()
+        unshare(model, one)
         for path, layer in adapter.layers.items():
             for held in adapter.originals.get(path, {}).values():
                 held.restore()
@@ -210,8 +216,14 @@ def detach(model: nn.Module, name: str | None = None) -> nn.Module:
                 replace_module(layer.base, layer, parents)
     if state.edits is not None:
         state.edits.remove(gone)
-    if set(state.routing.names) - set(adapters_of(state)):
-        state.routing = BASE
+    if adapters_of(state) and set(state.routing.names) - set(adapters_of(state)):
+        state.routing, state.decided = BASE, False
+        log.warning(
+            "detach: %s acted on this model; none of the others (%s) acts now. lk.activate(model, name) lets one.",
+            ", ".join(gone),
+            ", ".join(adapters_of(state)),
+        )
     if not adapters_of(state):
+        give_back(model)
         close_state(model)
     return model

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from lorakit.adapter.adapter import Adapter, adapters_of
+from lorakit.adapter.pretrained import share, take_over
 from lorakit.adapter.targets import PRESETS, Targets, asked_sites, select, select_saved
 from lorakit.core.delta import Delta, Method
 from lorakit.core.injection import adapt, adapted_at, parents_of, ties
@@ -102,6 +103,8 @@ def build(
     for _, parameter in adapter.named_parameters():
         parameter.requires_grad_(False)
     adapters_of(state)[name] = adapter
+    share(adapter)
+    take_over(model)
     return adapter
 
 

@@ -2,13 +2,16 @@
 
 Nothing here or in the verbs' files imports torch at the top, so that `lorakit --help` and a mistyped verb
 answer at once; each verb imports what it needs when it runs. A `LorakitError` is the user's to mend: its
-message is printed on stderr, the exit code is 2, and no traceback is shown (`--debug` shows it). Any other
-exception is a bug and looks like one.
+message is printed on stderr and the exit code is 2; so is what the operating system refuses. Any other exception
+is one line with exit code 1, and its traceback is in a file. `--debug` or LORAKIT_DEBUG=1 shows tracebacks.
 """
 
 from __future__ import annotations
 
+import os
 import sys
+import tempfile
+import traceback
 from typing import Annotated, Any
 
 import typer
@@ -54,11 +57,33 @@ class Verbs(TyperGroup):
 
         try:
             return super().invoke(ctx)
-        except LorakitError as error:
-            if self.debug:
+        except Exception as error:
+            if isinstance(error, typer.Exit | typer.Abort) or hasattr(error, "exit_code"):
+                raise  # the command line's own: an exit, or a usage error, which shows itself
+            if self.debug or os.environ.get("LORAKIT_DEBUG", "") not in ("", "0"):
                 raise
-            fail(str(error))
-            raise typer.Exit(2) from None
+            if isinstance(error, LorakitError):
+                fail(str(error))
+                raise typer.Exit(2) from None
+            fail(_unexpected(ctx.invoked_subcommand or "lorakit", error))
+            raise typer.Exit(2 if isinstance(error, OSError) else 1) from None
+
+
+def _unexpected(verb: str, error: Exception) -> str:
+    """What to print for an error that lorakit has no words for: what failed and why in a line, and where the traceback is."""
+    why = (str(error).strip() or type(error).__name__).splitlines()[0]
+    if isinstance(error, OSError) and error.filename is not None:
+        return f"{verb}: {error.filename}: {error.strerror}. --debug shows the traceback."
+    kept = "--debug shows the traceback"
+    try:
+        with tempfile.NamedTemporaryFile("w", prefix=f"lorakit-{verb}-", suffix=".log", delete=False) as file:
+            traceback.print_exception(error, file=file)
+        kept = f"the traceback is in {file.name}; --debug shows it"
+    except OSError:
+        pass  # nowhere to write: --debug is what is left
+    library = type(error).__module__.partition(".")[0]
+    origin = "" if library in ("builtins", "lorakit") else f"{library}'s "
+    return f"{verb}: {origin}{type(error).__name__}: {why} ({kept})"
 
 
 app = typer.Typer(

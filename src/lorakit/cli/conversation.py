@@ -44,7 +44,7 @@ class Speaker:
         from lorakit.models.loading import load_model
 
         self.model, self.tokenizer = load_model(base, dtype=dtype, quantize=quantize)
-        self.names = [lk.load(self.model, folder).name for folder in adapters]
+        self.names = [lk.load(self.model, folder, active=False).name for folder in adapters]
 
     def check(self, name: str) -> str:
         """The adapter's name if there is one; LorakitError with the known ones if not."""

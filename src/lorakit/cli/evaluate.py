@@ -57,7 +57,7 @@ def evaluate(
         )
     model, tokenizer = load_base(config, train_rows)
     held = evaluation_set(rows, tokenizer, config, class_list(model) if config.task == "seq-cls" else None)
-    loaded = [lk.load(model, folder).name for folder in adapters]
+    loaded = [lk.load(model, folder, active=False).name for folder in adapters]
     path = path_for(config, model)
     measured: dict[str, Evaluation] = {}
     if base:

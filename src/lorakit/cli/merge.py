@@ -53,7 +53,7 @@ def merge(
         # The sum is made in float32 and rounded once; adding in bf16 would round it to the grid of the base's weights.
         options = {"dtype": torch.float32}
     model, tokenizer = load_model(base, **options)
-    loaded = lk.load(model, adapter)
+    loaded = lk.load(model, adapter, active=False)
     few = holding(model).words()
     if few and dtype == "auto":
         report = lk.merge(model, loaded.name, untie=untie)

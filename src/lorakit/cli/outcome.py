@@ -95,7 +95,7 @@ def on_base(
     if base is None and len(names) > 1:
         raise LorakitError(f"{verb}: the adapters name different base models: {', '.join(names)}; give --base.")
     model, tokenizer = load_model(place, dtype=torch.float32)
-    loaded = [lk.load(model, folder, name=f"given-{index}") for index, folder in enumerate(folders)]
+    loaded = [lk.load(model, folder, name=f"given-{index}", active=False) for index, folder in enumerate(folders)]
     yield Given(folders, output, place, loaded, tokenizer)
 
 

@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from lorakit.errors import LorakitError
-from lorakit.files.bundle import CONFIG, OWN, TENSORS, plain, read_bundle, write_bundle
+from lorakit.files.bundle import CONFIG, OWN, TENSORS, computable, plain, read_bundle, write_bundle
 from lorakit.files.folder import recover, replace_file, replace_folder
 
 MLX_TENSORS = "adapters.safetensors"
@@ -103,7 +103,7 @@ def _file(path: Path) -> Content:
         )
     try:
         with safe_open(path, "pt") as file:
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - no mapping
+            tensors = {key: computable(file.get_tensor(key)) for key in file.keys()}  # noqa: SIM118 - no mapping
             metadata = dict(file.metadata() or {})
     except (SafetensorError, OSError, RuntimeError) as problem:
         raise LorakitError(f"convert: {path} is no whole safetensors file ({problem}).") from problem

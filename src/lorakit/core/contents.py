@@ -12,12 +12,42 @@ from lorakit.core.replacement import Replacement
 from lorakit.core.state import ModelState
 from lorakit.core.storage import Snapshot, storage_of, value_of
 
+OWN = "lorakit."
+"""What the names of adapters' tensors begin with in the state dict of an adapted layer."""
+
+_SIZES = ("num_embeddings", "out_features", "nf", "padding_idx")
+"""What transformers writes into a layer that it gives more rows."""
+
+
+def _has(base: nn.Module, name: str) -> bool:
+    """Whether a layer has a child or tensor of the name's first part."""
+    first = name.partition(".")[0]
+    return any(first in held for held in (base._modules, base._parameters, base._buffers))
+
+
+def _own_names(layer: nn.Module, found: Any) -> None:
+    """Names what `load_state_dict` misses as `state_dict` does."""
+    path = f"{layer.path}." if layer.path else ""
+    for index, key in enumerate(found.missing_keys):
+        for inner, outer in (("base.", ""), ("deltas.", f"{OWN}deltas."), ("replacements.", f"{OWN}replacements.")):
+            if f"{path}{inner}" in key and f"{path}{OWN}" not in key:
+                found.missing_keys[index] = key.replace(f"{path}{inner}", f"{path}{outer}", 1)
+                break
+
 
 class ByName(nn.ModuleDict):
     """Modules by names that users choose. torch refuses those that are also attributes of a module ("half", "type")."""
 
     def add_module(self, name: str, module: nn.Module | None) -> None:
         self._modules[name] = module  # type: ignore[assignment]
+
+    def _load_from_state_dict(
+        self, state_dict: Any, prefix: str, metadata: Any, strict: bool, missing: Any, unexpected: Any, errors: Any
+    ) -> None:
+        """There is nothing to load here. torch takes names to be without dots, and an expert's matrix has one ("down_proj.3")."""
+        known = tuple(f"{prefix}{name}." for name in self._modules)
+        if strict:
+            unexpected += [key for key in state_dict if key.startswith(prefix) and not key.startswith(known)]
 
 
 class LayerContents(nn.Module):
@@ -38,6 +68,7 @@ class LayerContents(nn.Module):
         self.state = state
         self.tokens = False
         """Whether it stands in a mixture of experts, where a call may have the tokens of all rows on one axis."""
+        self.register_load_state_dict_post_hook(_own_names)  # type: ignore[no-untyped-call]
         self.unmerged: dict[str, Snapshot] = {}
         """Within `merged`: tensors as they were before it wrote into them. What adapters add is about these."""
 
@@ -46,6 +77,44 @@ class LayerContents(nn.Module):
             return super().__getattr__(name)
         except AttributeError:
             return getattr(super().__getattr__("base"), name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """A parameter of the base that is given anew (transformers ties and resizes weights so) goes to the base."""
+        base = self.__dict__.get("_modules", {}).get("base")
+        if base is not None and (name in base._parameters or (name in _SIZES and hasattr(base, name))):
+            setattr(base, name, value)
+        else:
+            super().__setattr__(name, value)
+
+    # -- its tensors by name: the base's as if no adapter were here, the adapters' behind OWN -----------------------------
+
+    def state_dict(self, *, destination: Any = None, prefix: str = "", keep_vars: bool = False) -> Any:
+        """The base's tensors by the base's own names; those of adapters as "lorakit.deltas.NAME…" and
+        "lorakit.replacements.NAME…", but within `base_alone`."""
+        own: Any = super().state_dict(prefix=prefix, keep_vars=keep_vars)
+        destination = type(own)() if destination is None else destination
+        destination._metadata = getattr(destination, "_metadata", type(own)())
+        for key, tensor in own.items():
+            name = key[len(prefix) :]
+            if name.startswith("base."):
+                destination[prefix + name.removeprefix("base.")] = tensor
+            elif not self.state.base_alone:
+                destination[f"{prefix}{OWN}{name}"] = tensor
+        for key, about in own._metadata.items():
+            name = f"{key}."[len(prefix) :]
+            if name.startswith("base."):
+                destination._metadata[(prefix + name.removeprefix("base.")).removesuffix(".")] = about
+        return destination
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
+        """Takes the names that `state_dict` gives, and those of the modules ("base.…", "deltas.…")."""
+        for key in [key for key in state_dict if key.startswith(prefix)]:
+            name = key[len(prefix) :]
+            if name.startswith(OWN):
+                state_dict[prefix + name.removeprefix(OWN)] = state_dict.pop(key)
+            elif name.partition(".")[0] not in ("base", "deltas", "replacements") or _has(self.base, name):
+                state_dict[f"{prefix}base.{name}"] = state_dict.pop(key)
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def deltas_of(self, adapter: str) -> dict[str, Delta]:
         """This layer's deltas of one adapter, by site name."""

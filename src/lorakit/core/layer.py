@@ -23,6 +23,8 @@ class Adapted(LayerContents):
         state, routing = self.state, self.state.routing
         here = [name for name in state.members(routing) if name in self.deltas or name in self.replacements]
         if not here:
+            if not state.decided and not routing.names:
+                state.say_idle()
             return self.base(*args, **kwargs)
         if first_tensor(args, kwargs).is_nested:
             return run_nested(self, args, kwargs)

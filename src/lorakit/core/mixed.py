@@ -17,7 +17,7 @@ from lorakit.core.contents import LayerContents
 from lorakit.core.delta import LowRank
 from lorakit.core.layout import Expert, Site
 from lorakit.core.routing import Routing
-from lorakit.core.rows import check_rows, first_tensor, join, pad, take, take_attention
+from lorakit.core.rows import check_rows, first_tensor, join, pad, take, take_attention, take_recurrent
 from lorakit.core.uniform import change, is_product, run_uniform
 from lorakit.errors import LorakitError
 
@@ -134,7 +134,9 @@ def _run_in_groups(
             "its own adapter; route whole rows."
         )
     attention = layer.base if isinstance(layer.base, nn.MultiheadAttention) else None
-    batch_axis = 0 if attention is None or attention.batch_first else 1
+    recurrent = layer.base if isinstance(layer.base, nn.RNNBase) else None
+    _check_recurrent(layer, args, kwargs)
+    batch_axis = 0 if getattr(attention or recurrent, "batch_first", True) else 1
     x = first_tensor(args, kwargs)
     table = routing.table_on(x.device)[:, [routing.names.index(name) for name in names]]
     if stack is not None:
@@ -152,11 +154,43 @@ def _run_in_groups(
         order.append(rows)
         if attention is not None:
             given: tuple[Any, Any] = (), take_attention(attention, args, kwargs, rows)
+        elif recurrent is not None:
+            given = (), take_recurrent(batch_axis, args, kwargs, rows)
         else:
             given = take(args, rows, count), take(kwargs, rows, count)
         blend = [(name, weight) for name, weight in zip(names, weights, strict=True) if weight != 0.0]
         pieces.append(run_uniform(layer, blend, *given))
-    return join(pieces, torch.argsort(torch.cat(order)), batch_axis, layer.path)
+    back = torch.argsort(torch.cat(order))
+    if isinstance(layer.base, nn.RNNBase):
+        return _joined_states(layer.base, pieces, back)
+    if isinstance(pieces[0], tuple) and any(isinstance(module, nn.RNNBase) for module in layer.base.modules()):
+        raise LorakitError(
+            f"use: {layer.path} holds a recurrent layer and returns {len(pieces[0])} values, of which it is not known where "
+            "they have the batch; route the whole batch to one adapter."
+        )
+    return join(pieces, back, batch_axis, layer.path, [len(rows) for rows in order])
+
+
+def _joined_states(base: nn.RNNBase, pieces: Sequence[Any], back: Tensor) -> Any:
+    """(output, state) of a recurrent layer, whose states (layers, batch, hidden) have the batch second."""
+    path = type(base).__name__
+    output = join([piece[0] for piece in pieces], back, 0 if base.batch_first else 1, path)
+    return output, join([piece[1] for piece in pieces], back, 1, path, along_all=True)
+
+
+def _check_recurrent(layer: LayerContents, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """LorakitError where a recurrent layer is called in a way that hides which row is which."""
+    if isinstance(layer.base, nn.RNNBase):
+        given = kwargs.get("input", args[0] if args else None)
+        if not isinstance(given, Tensor):
+            raise LorakitError(
+                f"use: {layer.path} was called with a {type(given).__name__}, whose rows cannot be taken apart; route the "
+                "whole batch to one adapter, or give it padded tensors."
+            )
+        if given.ndim == 2:
+            raise LorakitError(
+                f"use: {layer.path} was called without a batch axis (shape {tuple(given.shape)}), so it has no rows to route."
+            )
 
 
 def _by_token(table: Tensor, x: Tensor, stack: Expert | None, path: str) -> Tensor:

@@ -15,6 +15,8 @@ def first_tensor(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
     for value in (*args, *kwargs.values()):
         if isinstance(value, Tensor):
             return value
+        if isinstance(value, nn.utils.rnn.PackedSequence):
+            return value.data
     raise LorakitError("an adapted layer was called without any tensor.")
 
 
@@ -78,7 +80,26 @@ def take_attention(
     return given
 
 
-def join(pieces: list[Any], back: Tensor, axis: int, path: str) -> Any:
+def take_recurrent(axis: int, args: tuple[Any, ...], kwargs: dict[str, Any], rows: Tensor) -> dict[str, Any]:
+    """The rows of a recurrent layer's call: of its input along `axis`, of its states (layers, batch, hidden) along axis 1."""
+    given = {**dict(zip(("input", "hx"), args, strict=False)), **kwargs}
+    given["input"] = given["input"].index_select(axis, rows.to(given["input"].device))
+    states = given.get("hx")
+    if isinstance(states, Tensor):
+        given["hx"] = states.index_select(1, rows.to(states.device))
+    elif states is not None:
+        given["hx"] = tuple(state.index_select(1, rows.to(state.device)) for state in states)
+    return given
+
+
+def join(
+    pieces: list[Any],
+    back: Tensor,
+    axis: int,
+    path: str,
+    sizes: list[int] | None = None,
+    along_all: bool = False,
+) -> Any:
     """What calls with some rows each gave, as one call with all rows would have given it.
 
     Args:
@@ -86,14 +107,24 @@ def join(pieces: list[Any], back: Tensor, axis: int, path: str) -> Any:
         back: (rows,): where each row of the batch stands in the pieces laid end to end.
         axis: the batch's axis.
         path: of the layer, for messages.
+        sizes: how many rows each piece is of; a tensor that has not so many along its axis is refused, since its rows lie
+            elsewhere (or it has none).
+        along_all: whether `axis` is that of every element of a tuple, and not of the first alone.
     """
     first = pieces[0]
     if isinstance(first, Tensor):
+        for piece, size in zip(pieces, sizes or (), strict=False):
+            if piece.ndim <= axis or piece.shape[axis] != size:
+                raise LorakitError(
+                    f"use: {path} returns a tensor of shape {tuple(piece.shape)} for {size} rows of the batch, so that it "
+                    "cannot be told which part of it is which row's; route the whole batch to one adapter."
+                )
         return torch.cat(pieces, dim=axis).index_select(axis, back.to(first.device))
     if isinstance(first, tuple):
         joined = []
         for index, value in enumerate(first):
-            along = axis if index == 0 else 0
-            joined.append(None if value is None else join([piece[index] for piece in pieces], back, along, path))
+            along = axis if index == 0 or along_all else 0
+            parts = [piece[index] for piece in pieces]
+            joined.append(None if value is None else join(parts, back, along, path, sizes, along_all))
         return tuple(joined)
     raise LorakitError(f"use: {path} returns {type(first).__name__}, whose rows cannot be put together again.")

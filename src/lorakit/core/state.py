@@ -6,6 +6,7 @@ same for one layer and for a thousand, and no layer's state changes.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -16,6 +17,8 @@ from torch import Tensor, nn
 from lorakit.core.routing import BASE, Route, Router, Routing, parse
 from lorakit.core.storage import settle
 from lorakit.errors import LorakitError
+
+log = logging.getLogger("lorakit")
 
 
 class OnModel(Protocol):
@@ -68,7 +71,9 @@ class ModelState:
         adapters: by name.
         routers: the routers among them.
         routing: who acts just now.
+        decided: whether anybody has said who acts: by `use`, `activate`, or by loading an adapter with `active=False`.
         merged: the adapters that are merged for a while.
+        base_alone: whether `state_dict` leaves the adapters' tensors out just now (`adapter.pretrained`).
         edits: the edits' hooks on the model, once there are any.
         notes: what is recorded of calls.
         base_requires_grad: flags of the base's parameters before the first adapter came, given back with the last.
@@ -78,7 +83,9 @@ class ModelState:
         self.adapters: dict[str, OnModel] = {}
         self.routers: dict[str, Router] = {}
         self.routing: Routing = BASE
+        self.decided = False
         self.merged: frozenset[str] = frozenset()
+        self.base_alone = False
         self.edits: EditsOnModel | None = None
         self.notes = Notes()
         self.base_requires_grad: dict[str, bool] = {}
@@ -94,7 +101,19 @@ class ModelState:
         if self.edits is not None:
             self.edits.check(routing)
         before, self.routing = self.routing, routing
+        self.decided = True
         return before
+
+    def say_idle(self) -> None:
+        """Log once that adapters are here and none of them acts, where nobody has said that it should be so."""
+        if not self.decided:
+            self.decided = True
+            log.warning(
+                "%d adapter(s) are on this model and none acts (%s), so it runs as its base; lk.use(model, name) or "
+                "lk.activate(model, name) lets one act, lk.activate(model, None) says that none shall.",
+                len(self.adapters),
+                ", ".join(self.adapters),
+            )
 
     def members(self, routing: Routing) -> tuple[str, ...]:
         """The adapters that take part in a routing, those behind its routers among them."""

@@ -8,6 +8,7 @@ the stream. What is not found is left out, and an edit that needs it raises.
 from __future__ import annotations
 
 import contextlib
+import functools
 import re
 from collections.abc import Sequence
 from typing import Any, cast
@@ -61,13 +62,6 @@ def anatomy_of(model: nn.Module) -> Anatomy:
         kind = "encoder-decoder"
     else:
         kind = "causal" if _is_causal(whole, config) else "encoder"
-    embedding = whole.get_input_embeddings()
-
-    def embed(ids: Sequence[int]) -> Tensor:
-        weight = next(embedding.parameters())
-        with torch.no_grad():
-            return cast(Tensor, embedding(torch.tensor(list(ids), device=weight.device)))
-
     blocks = {name: _blocks(modules, paths[id(stack)], hidden) for name, stack in stacks.items()}
     if not blocks["input"]:
         raise LorakitError(f"attach: no blocks with an attention were found in {type(whole).__name__}.")
@@ -81,8 +75,14 @@ def anatomy_of(model: nn.Module) -> Anatomy:
         decoder_blocks=blocks.get("decoder", ()),
         kind=kind,
         model_type=str(config.model_type),
-        embed=embed,
+        embed=functools.partial(_embed, whole.get_input_embeddings()),
     )
+
+
+def _embed(embedding: nn.Module, ids: Sequence[int]) -> Tensor:
+    weight = next(embedding.parameters())
+    with torch.no_grad():
+        return cast(Tensor, embedding(torch.tensor(list(ids), device=weight.device)))
 
 
 def _is_causal(model: Any, config: Any) -> bool:

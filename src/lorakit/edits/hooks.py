@@ -54,6 +54,8 @@ class ChangeHooks:
 
     def _enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if not active(self.state.routing, self.edits):
+            if not self.state.decided and not self.state.routing.names:
+                self.state.say_idle()
             return None
         x = self.source_inputs.pop(threading.get_ident()) if self.place.source else first_tensor(args, kwargs)
         return args, kwargs, x

@@ -14,6 +14,7 @@ from torch import nn
 from lorakit.adapter.adapter import Adapter, adapters_of
 from lorakit.adapter.attachment import detach
 from lorakit.adapter.construction import check_name
+from lorakit.adapter.pretrained import share
 from lorakit.adapter.targets import Targets
 from lorakit.core.delta import Pool
 from lorakit.core.state import state_of
@@ -78,6 +79,7 @@ def build_router(model: nn.Module, spec: RouterSpec, adapters: Iterable[str], na
     adapter.handles = router.watch(context)
     adapters_of(state)[name] = adapter
     state.routers[name] = router
+    share(adapter)
     adapter.requires_grad_(False)
     return adapter
 

@@ -221,9 +221,15 @@ def _tensors(path: Path) -> dict[str, Tensor]:
             )
         raise LorakitError(f"load: {path} has no {TENSORS}.")
     try:
-        return load_file(file)
+        return {key: computable(tensor) for key, tensor in load_file(file).items()}
     except (SafetensorError, OSError, RuntimeError) as problem:
         raise LorakitError(f"load: {file} is no whole safetensors file ({problem}).") from problem
+
+
+def computable(tensor: Tensor) -> Tensor:
+    """A tensor in a format that torch computes in: floats of 8 bits or fewer (float8_e4m3fn, …) as float32, which holds them
+    exactly."""
+    return tensor.float() if tensor.is_floating_point() and tensor.dtype.itemsize == 1 else tensor
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -29,12 +29,33 @@ def finite(value: Tensor) -> bool:
     return summed or bool(torch.isfinite(value).all())
 
 
+def vocabulary_of(model: Any) -> int | None:
+    """How many tokens the embedding of a model of transformers has; None for any other model."""
+    try:
+        return int(model.get_input_embeddings().weight.shape[0])
+    except (AttributeError, NotImplementedError):
+        return None
+
+
+def resized(found: Sequence[int], needed: Sequence[int], vocabulary: int | None) -> str:
+    """What to say where two shapes differ because the base's vocabulary was given another size; empty where they do not."""
+    apart = [pair for pair in zip(found, needed, strict=False) if pair[0] != pair[1]]
+    if len(found) != len(needed) or len(apart) != 1 or apart[0][1] != vocabulary:
+        return ""
+    return (
+        f" The vocabulary was resized: the adapter was made for {apart[0][0]} tokens, and this model has {vocabulary}; "
+        f"model.resize_token_embeddings({apart[0][0]}) before loading makes it fit."
+    )
+
+
 class Supply:
     """The tensors of the file `where`, each handed out once."""
 
-    def __init__(self, tensors: Mapping[str, Tensor], where: Path) -> None:
+    def __init__(self, tensors: Mapping[str, Tensor], where: Path, vocabulary: int | None = None) -> None:
         self.left = dict(tensors)
         self.where = where
+        self.vocabulary = vocabulary
+        """How many tokens the model's embedding has."""
         self.copies: list[tuple[Tensor, Tensor]] = []
         """(tensor of the adapter, value) of all that was put."""
 
@@ -50,7 +71,7 @@ class Supply:
         if target.shape != value.shape:
             raise LorakitError(
                 f"load: {key} in {self.where} has shape {tuple(value.shape)}; this model's layer needs "
-                f"{tuple(target.shape)}."
+                f"{tuple(target.shape)}.{resized(value.shape, target.shape, self.vocabulary)}"
             )
         if value.is_floating_point() and not finite(value):
             raise LorakitError(f"load: {key} in {self.where} holds a NaN or an infinity.")
@@ -78,7 +99,8 @@ def fill(
 
     Returns what was copied: a tensor of the adapter, and the file's tensor or a part of it.
     """
-    supply = Supply(tensors, folder / TENSORS)
+    vocabulary = vocabulary_of(adapter.model)
+    supply = Supply(tensors, folder / TENSORS, vocabulary)
     for path, layer in adapter.layers.items():
         if parts_of(layer, adapter.name):
             _fill_parts(adapter, path, plain[path], supply)
@@ -97,7 +119,7 @@ def fill(
         supply.put(tensor, supply.take(key), key)
     modules = {plain[path]: module for path, module in walk(adapter.model)} if supply.left else {}
     for key in list(supply.left):
-        if _is_copy(key, supply.left[key], modules, complain):
+        if _is_copy(key, supply.left[key], modules, vocabulary, complain):
             del supply.left[key]
     supply.finish(complain)
     return supply.copies
@@ -135,7 +157,9 @@ def _fill_parts(adapter: Adapter, path: str, plain: str, supply: Supply) -> None
         raise LorakitError(f"load: {key_B} in {supply.where} is not made of the parts that {OWN} names.")
 
 
-def _is_copy(key: str, value: Tensor, modules: Mapping[str, nn.Module], complain: Complain) -> bool:
+def _is_copy(
+    key: str, value: Tensor, modules: Mapping[str, nn.Module], vocabulary: int | None, complain: Complain
+) -> bool:
     """Whether a tensor is PEFT's copy of a base weight (it writes embeddings whole); it must be the weight that is here."""
     path = key.removesuffix(".weight").removesuffix(".base_layer")
     module = modules.get(path)
@@ -145,5 +169,8 @@ def _is_copy(key: str, value: Tensor, modules: Mapping[str, nn.Module], complain
     if weight.shape != value.shape or not torch.allclose(
         weight.detach().float().cpu(), value.float(), rtol=2**-7, atol=1e-6
     ):
-        complain(f"load: the file carries its own copy of {path}.weight, which is not the weight of this model.")
+        complain(
+            f"load: the file carries its own copy of {path}.weight, which is not the weight of this model."
+            f"{resized(value.shape, weight.shape, vocabulary)}"
+        )
     return True

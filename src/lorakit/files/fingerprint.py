@@ -26,7 +26,7 @@ from lorakit.adapter.targets import Targets, select
 from lorakit.core.sites import sites_of
 from lorakit.core.storage import storage_of
 from lorakit.core.walking import walk
-from lorakit.files.interchange import plain_names, unwrapped
+from lorakit.files.interchange import gathered, plain_names, unwrapped
 
 log = logging.getLogger("lorakit")
 
@@ -105,7 +105,7 @@ def fingerprint(adapter: Adapter, stored: Callable[[str], Tensor] | None = None)
     shapes = hashlib.sha256("\n".join(f"{one.name} {one.shape}" for one in weights).encode())
     chosen = weights[:: max(1, len(weights) // 64)]
     each = max(4, SAMPLES // max(1, len(chosen)))
-    values = torch.cat([_sample(one.read(), each) for one in chosen]) if chosen else torch.zeros(0)
+    values = torch.cat([_sample(gathered(one.read()), each) for one in chosen]) if chosen else torch.zeros(0)
     return {
         "architecture": type(unwrapped(adapter.model)).__name__,
         "layers": len(weights),

@@ -131,6 +131,11 @@ def _fused(parts: list[tuple[Site, LowRank]]) -> tuple[Tensor, Tensor]:
     return B, A
 
 
+def gathered(tensor: Tensor) -> Tensor:
+    """A tensor that FSDP2 spreads over processes (a DTensor) as a whole; every process must come here."""
+    return cast(Tensor, cast(Any, tensor).full_tensor()) if hasattr(tensor, "full_tensor") else tensor
+
+
 def tensors_of(adapter: Adapter) -> dict[str, Tensor]:
     """All tensors of an adapter under PEFT's names, each with memory of its own (as safetensors wants it)."""
     result: dict[str, Tensor] = {}
@@ -155,14 +160,16 @@ def tensors_of(adapter: Adapter) -> dict[str, Tensor]:
     for (path, name), tensor in edits.items():
         if path:
             result[f"{plain[path]}.{name}"] = tensor
-    result = {PREFIX + key: tensor.contiguous() for key, tensor in result.items()}
+    result = {PREFIX + key: gathered(tensor).contiguous() for key, tensor in result.items()}
     for name, tensor in adapter.pool.state_dict().items():
-        result[f"base_model.{name}"] = tensor.contiguous()
+        result[f"base_model.{name}"] = gathered(tensor).contiguous()
     for (path, name), tensor in edits.items():
         if not path:
-            result[name] = tensor.contiguous()  # PEFT keeps what stands in front of the input without a prefix
+            result[name] = gathered(
+                tensor
+            ).contiguous()  # PEFT keeps what stands in front of the input without a prefix
     for name, tensor in adapter.router.state_dict().items() if adapter.router is not None else ():
-        result[f"base_model.{format_of(adapter.method.name).router}{name}"] = tensor.contiguous()
+        result[f"base_model.{format_of(adapter.method.name).router}{name}"] = gathered(tensor).contiguous()
     held: set[int] = set()
     for key, tensor in result.items():
         storage = tensor.untyped_storage()
@@ -186,7 +193,14 @@ def names_in(tensors: Mapping[str, Tensor], plain: Mapping[str, str], where: obj
         steps = [step for step in bare(key).split(".") if step not in _PRIVATE and step != "modules_to_save"]
         if steps[0] == "module" and "module" not in tops:  # DistributedDataParallel's
             steps = steps[1:]
+        if "original_module" in steps:  # with bias="all" PEFT writes the base's own bias beside that of modules_to_save
+            steps = [step for step in steps if step != "original_module"]
+            twin = f"{PREFIX}{'.'.join(steps[:-1])}.modules_to_save.{steps[-1]}"
+            if twin in tensors:
+                continue
         name = ".".join(steps)
+        if name in result and torch.equal(result[name], tensor):
+            continue
         if name in result:
             raise LorakitError(f"load: {where} holds {name!r} twice, under two prefixes.")
         result[name] = tensor

@@ -23,6 +23,7 @@ from lorakit.adapter.attachment import detach
 from lorakit.adapter.construction import build, build_edits
 from lorakit.adapter.targets import Targets, select
 from lorakit.core.stacks import stacked_sites
+from lorakit.core.state import state_of
 from lorakit.core.using import activate
 from lorakit.core.walking import exactly, value_for, walk
 from lorakit.edits.contract import EditMethod
@@ -148,8 +149,9 @@ def load(
     strict: bool = True,
     trainable: bool = False,
     revision: str | None = None,
+    active: bool = True,
 ) -> Adapter:
-    """Put an adapter from a folder (lorakit's or PEFT's) on a model. It is not active until `use` or `activate`.
+    """Put an adapter from a folder (lorakit's or PEFT's) on a model; it acts from then on, instead of what acted before.
 
     Args:
         model: the base model.
@@ -157,8 +159,9 @@ def load(
         name: its name on this model; the folder's name by default.
         strict: refuse another base model, tensors that no layer takes, layers without tensors, unknown options. False
             is said aloud: each is logged instead.
-        trainable: leave its tensors trainable, and make it active.
+        trainable: leave its tensors trainable.
         revision: of a hub name, the branch, tag or commit.
+        active: let it act. With False what acts stays as it is (nothing, on a model without adapters).
 
     Raises:
         LorakitError: it cannot be read or does not fit; the model is as before then.
@@ -168,6 +171,8 @@ def load(
     if bundle.stale:
         complain(bundle.stale)
         bundle = dataclasses.replace(bundle, own={})
+    if not bundle.own:
+        bundle = dataclasses.replace(bundle, config=_decided(bundle.config, bundle.tensors))
     name = name or re.sub(r"[./]", "-", Path(folder).expanduser().absolute().name)
     before = set(adapters(model))
     if name in before:
@@ -181,10 +186,20 @@ def load(
         for added in [one for one in reversed(adapters(model)) if one not in before]:
             detach(model, added)
         raise
-    if trainable:
-        adapter.requires_grad_(True)
-        activate(model, name)
+    adapter.requires_grad_(trainable)
+    if active:
+        _activate(model, name)
+    else:
+        state_of(model).decided = True
     return adapter
+
+
+def _activate(model: nn.Module, name: str) -> None:
+    state = state_of(model)
+    before = [one for one in state.routing.names if one != name]
+    if before:
+        log.info("load: %s acts now instead of %s; lk.use and lk.activate choose.", name, ", ".join(before))
+    activate(model, name)
 
 
 def frame(bundle: Bundle) -> str:
@@ -300,7 +315,7 @@ def _put_router(model: nn.Module, bundle: Bundle, name: str, strict: bool) -> Ad
         if read_own(folder).get("files", {}).get(TENSORS) != digest:
             complain(f"load: {folder} is not the adapter that the router in {bundle.folder} was saved with.")
         if member not in before:
-            load(model, folder, name=member, strict=strict)
+            load(model, folder, name=member, strict=strict, active=False)
         elif not _holds(adapters(model)[member], read_tensors(folder)):
             raise LorakitError(
                 f"load: the router in {bundle.folder} routes an adapter {member!r}, and another one of that name is on "
@@ -325,6 +340,20 @@ def _complaints(strict: bool) -> Complain:
         log.warning("%s", message)
 
     return complain
+
+
+_TUCKER = re.compile(r"\.(hada_t[12]|lokr_t2)$")
+
+
+def _decided(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+    """PEFT's configuration with what the tensors decide: some entries say what was asked for, and not what PEFT made of it."""
+    decided = dict(config)
+    if decided.get("use_effective_conv2d") and not any(map(_TUCKER.search, tensors)):
+        decided["use_effective_conv2d"] = False  # no convolution with a kernel was adapted
+    turned = [tensor for key, tensor in tensors.items() if key.endswith(".boft_R")]
+    if turned and "boft_n_butterfly_factor" in decided:
+        decided["boft_n_butterfly_factor"] = turned[0].shape[0]  # PEFT takes 1 where its kernel does not compile
+    return decided
 
 
 def _method(bundle: Bundle, complain: Complain) -> Any:
@@ -408,7 +437,10 @@ def _check_targets(
     if not targets.target_modules or any(path != name for path, name in plain_names(model).items()):
         return
     try:
-        selected = select(model, targets)
+        try:
+            selected = select(model, targets)
+        except LorakitError:  # an exclusion of nothing, a pattern of nothing: what the tensors are decides
+            selected = select(model, dataclasses.replace(targets, exclude_modules=None, patterns={}))
     except LorakitError as problem:
         complain(f"load: the configuration does not fit this model: {problem}")
         return

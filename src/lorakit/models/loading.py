@@ -17,10 +17,12 @@ from typing import Any
 
 import torch
 import transformers
+from safetensors import SafetensorError
 
 from lorakit.errors import LorakitError, unknown
 from lorakit.models import gguf, hub
 from lorakit.models.quantisation import Quantisation, existing, holding, quantisation
+from lorakit.models.tasks import check_task
 
 logger = logging.getLogger(__name__)
 
@@ -155,7 +157,7 @@ def load_model(
         model, words = gguf.load(place, TASKS[task], chosen, options, with_tokenizer=tokenizer is None)
     else:
         where = str(place) if place is not None else hub.find_on_hub(source, options)
-        _check_quantised(where, few, options)
+        _check_config(where, few, task, options)
         model = from_pretrained(TASKS[task], where, dtype=chosen, **options)
         words = load_tokenizer(where, options) if tokenizer is None else None
     if tokenizer is not None:
@@ -178,12 +180,14 @@ def megabytes(count: int) -> str:
     return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
 
 
-def _check_quantised(where: str, few: Quantisation | None, options: dict[str, Any]) -> None:
-    """Refuses to quantise a checkpoint that is quantised already; the log says in what."""
+def _check_config(where: str, few: Quantisation | None, task: str, options: dict[str, Any]) -> None:
+    """Refuses a task that would load a part of the model, and to quantise a checkpoint that is quantised already (the log says
+    in what)."""
     try:
         config = transformers.AutoConfig.from_pretrained(where, **_of_the_place(options))
     except (OSError, ValueError):
         return  # what is wrong with the place is said by the loading itself
+    check_task(config, task, where)
     method = existing(config)
     if method is None:
         return
@@ -239,7 +243,7 @@ def from_pretrained(class_name: str, where: str, **options: Any) -> Any:
         raise LorakitError(
             f'load model: "{where}" needs a library that is not installed; transformers says: {hub.first_line(error)}'
         ) from error
-    except OSError as error:
+    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
         raise LorakitError(
             f'load model: "{where}" cannot be loaded; transformers says: {hub.first_line(error)} What works: a folder written '
             "by save_pretrained (config.json and whole *.safetensors), a hub name, or a .gguf file."

@@ -226,10 +226,9 @@ class PeftModel(nn.Module):
         self, model_id: str | Path, adapter_name: str, is_trainable: bool = False, revision: str | None = None
     ) -> Adapter:
         """Put one more adapter from a folder (or the hub) on the model; the active one stays."""
-        before = self._routing()
-        adapter = load(self.base_model, model_id, name=adapter_name, trainable=is_trainable, revision=revision)
-        if before is not None:
-            activate(self.base_model, before)
+        adapter = load(
+            self.base_model, model_id, name=adapter_name, trainable=is_trainable, revision=revision, active=False
+        )
         self.peft_config[adapter_name] = LoraConfig.from_pretrained(model_id)
         return adapter
 

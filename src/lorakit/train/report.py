@@ -356,7 +356,6 @@ def _loading(record: RunRecord) -> str:
         "",
         loaded,
         'adapter = lk.load(model, "path/to/this/folder")',
-        "lk.activate(model, adapter.name)",
         "",
         "# or with PEFT",
         "from peft import PeftModel",

@@ -34,6 +34,7 @@ from lorakit.files.store import load
 from lorakit.models.evaluating import evaluating
 from lorakit.models.loading import load_model
 from lorakit.models.quantisation import Holding, holding
+from lorakit.models.tasks import check_causal
 from lorakit.train import run_checkpoint as checkpoint
 from lorakit.train.config.run import TrainConfig, to_tree, to_yaml
 from lorakit.train.data.calibration_batches import calibration_batches
@@ -108,6 +109,8 @@ def train(config: TrainConfig, *, console: Console | None = None) -> TrainResult
     train_rows, held_rows = load_splits(config.data)
     device = "cuda" if torch.cuda.is_available() else None
     model, tokenizer = load_base(config, train_rows, device=device)
+    if config.task == "causal-lm":
+        check_causal(model, config.model)
     classes = class_list(model) if config.task == "seq-cls" else None
     prepared = _prepared("data", train_rows, tokenizer, config, classes)
     held = evaluation_set(held_rows, tokenizer, config, classes) if held_rows is not None else None
@@ -312,7 +315,7 @@ def _measure_base(
 
 def _routed(config: TrainConfig, model: Any) -> Adapter:
     """The router of a run over the adapters that it names."""
-    names = [load(model, folder).name for folder in config.adapters]
+    names = [load(model, folder, active=False).name for folder in config.adapters]
     adapter = route(model, config.method, names, name=config.name)
     if not adapter.num_parameters(trainable=True):
         raise LorakitError(

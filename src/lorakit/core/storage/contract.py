@@ -131,7 +131,8 @@ class Float(Storage):
 
     def holds(self, layer: nn.Module, tensor: str) -> bool:
         value = value_of(layer, tensor)
-        return type(value) in (nn.Parameter, Tensor) and value.dtype in FLOATS
+        plain = type(value) in (nn.Parameter, Tensor) or type(value).__name__ == "DTensor"  # FSDP2's
+        return plain and value.dtype in FLOATS
 
     def floats(self, weight: Tensor) -> Tensor:
         return weight.detach()

@@ -172,7 +172,8 @@ class AdapterReader:
             if len(self._built) == FRAMES:
                 detach(self.skeleton, self._built.pop(next(iter(self._built))).adapter.name)
             self._number += 1
-            built = self._built[frame] = _Built(store.load(self.skeleton, folder, name=f"served_{self._number}"))
+            adapter = store.load(self.skeleton, folder, name=f"served_{self._number}", active=False)
+            built = self._built[frame] = _Built(adapter)
         else:
             built.places = store.refill(built.adapter, bundle, built.places)
         packed = self._packed(name, built.adapter)
