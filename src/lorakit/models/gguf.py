@@ -25,7 +25,7 @@ from typing import Any
 import torch
 import transformers
 
-from lorakit.errors import LorakitError, plural
+from lorakit.errors import LorakitError, first_line, plural
 
 logger = logging.getLogger(__name__)
 
@@ -106,9 +106,7 @@ def fingerprint(path: Path) -> str:
     """SHA-256 of the file's content, with the versions of what turns it into floats."""
     digest = hashlib.sha256(f"{CACHE_FORMAT} {transformers.__version__}".encode())
     with path.open("rb") as file:
-        while block := file.read(1 << 22):
-            digest.update(block)
-    return digest.hexdigest()
+        return hashlib.file_digest(file, lambda: digest).hexdigest()
 
 
 def keep(model: Any, tokenizer: Any, folder: Path) -> bool:
@@ -140,10 +138,10 @@ def refusing_what_transformers_cannot_read(path: Path) -> Iterator[None]:
     try:
         yield
     except (ValueError, LookupError, TypeError, OSError, EOFError, NotImplementedError, struct.error) as error:
-        reason = (str(error) or type(error).__name__).splitlines()[0]
         raise LorakitError(
-            f'load model: transformers {transformers.__version__} cannot read it: "{path}": {reason}. What works: a whole GGUF '
-            "file (version 2 or 3) of an architecture that transformers knows, or the model's safetensors folder."
+            f'load model: transformers {transformers.__version__} cannot read it: "{path}": {first_line(error)}. '
+            "What works: a whole GGUF file (version 2 or 3) of an architecture that transformers knows, or the model's "
+            "safetensors folder."
         ) from error
 
 

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from lorakit.errors import plural
-from lorakit.train.evaluate import Answer, Evaluation, written
+from lorakit.train.evaluate import Answer, Evaluation, compared
 
 CARD, CONFIG, METRICS, CURVES = "README.md", "train.yaml", "metrics.jsonl", "curves.png"
 
@@ -140,7 +140,11 @@ def write_whole(path: Path, content: bytes) -> Path:
 
 def json_lines(history: Iterable[Mapping[str, Any]]) -> str:
     """Log events as JSON lines. Numbers that are not finite become null, which every JSON reader takes."""
-    return "".join(json.dumps({key: _finite(value) for key, value in event.items()}) + "\n" for event in history)
+
+    def finite(value: Any) -> Any:
+        return None if isinstance(value, float) and not math.isfinite(value) else value
+
+    return "".join(json.dumps({key: finite(value) for key, value in event.items()}) + "\n" for event in history)
 
 
 # -- the picture -----------------------------------------------------------------------------------
@@ -322,15 +326,11 @@ def _results(record: RunRecord) -> list[str]:
     measured = {name: one for name, one in (("before", record.before), ("after", record.after)) if one is not None}
     if not measured:
         return ["Not evaluated: the run had no held-out rows."]
-    names = list(dict.fromkeys(name for evaluation in measured.values() for name in evaluation.numbers()))
     head = f"| on {next(iter(measured.values())).rows:,} held-out rows | " + " | ".join(
         {"before": "base model", "after": "with the adapter"}[name] for name in measured
     )
     rows = [head + " |", "|---|" + "---:|" * len(measured)]
-    for name in names:
-        cells = [evaluation.numbers().get(name) for evaluation in measured.values()]
-        shown = ["" if cell is None else written(name, cell) for cell in cells]
-        rows.append(f"| {name.replace('_', ' ')} | " + " | ".join(shown) + " |")
+    rows += [f"| {' | '.join(row)} |" for row in compared(measured.values())]
     if record.samples:
         rows += ["", "Sample answers:", ""]
         for answer in record.samples:
@@ -401,7 +401,3 @@ def duration(seconds: float) -> str:
     if hours:
         return f"{hours} h {minutes:02d} min"
     return f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"
-
-
-def _finite(value: Any) -> Any:
-    return None if isinstance(value, float) and not math.isfinite(value) else value

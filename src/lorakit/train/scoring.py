@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from lorakit.core.using import whole_rows
 from lorakit.errors import LorakitError
 from lorakit.models.evaluating import evaluating
+from lorakit.train.data.templates import shared_prefix_length
 from lorakit.train.step.loss import Head, decoder_of, prompts_known, read_head
 from lorakit.train.step.packing import mask_of, pad_rows
 
@@ -218,8 +219,4 @@ def _shares_exactly(reader: Reader, prompts: Sequence[Sequence[int]], choices: S
 
 def _common_prefix(prompts: Sequence[Sequence[int]]) -> int:
     """How many tokens all prompts begin with, leaving each at least one of its own: its last predicts the answer."""
-    if len(prompts) < 2:
-        return 0
-    first, last = min(list(prompt[:-1]) for prompt in prompts), max(list(prompt[:-1]) for prompt in prompts)
-    pairs = enumerate(zip(first, last, strict=False))
-    return next((place for place, (one, other) in pairs if one != other), min(len(first), len(last)))
+    return shared_prefix_length([list(prompt[:-1]) for prompt in prompts]) if len(prompts) > 1 else 0

@@ -9,7 +9,7 @@ from typing import Any
 
 from lorakit.errors import LorakitError
 from lorakit.train.config.options import DataOptions
-from lorakit.train.data.examples import Report, length_limit
+from lorakit.train.data.examples import Prepared, Report, length_limit
 from lorakit.train.data.formats import refuse_bad_rows, renamed, say_missing
 from lorakit.train.data.reading import BadRow, Row, Rows
 from lorakit.train.data.tokenise import IGNORED
@@ -26,18 +26,6 @@ class LabelledExample:
     def labels(self) -> list[int]:
         """The class as the one label of the row, behind a first token that has none, for whatever counts or hashes labels."""
         return [IGNORED, self.label]
-
-
-@dataclass(frozen=True)
-class PreparedLabels:
-    """Texts with classes, the names of the classes by index, and the report."""
-
-    examples: list[LabelledExample]
-    names: tuple[str, ...]
-    report: Report
-
-    def __len__(self) -> int:
-        return len(self.examples)
 
 
 def class_names(rows: Rows, options: DataOptions) -> tuple[str, ...]:
@@ -78,9 +66,7 @@ def _names(rows: Rows, texts: Sequence[tuple[Row, str, str]]) -> tuple[str, ...]
     return tuple(rows.label_names or sorted(found, key=int if numeric else None))
 
 
-def prepare_labels(
-    rows: Rows, tokenizer: Any, options: DataOptions, names: Sequence[str] | None = None
-) -> PreparedLabels:
+def prepare_labels(rows: Rows, tokenizer: Any, options: DataOptions, names: Sequence[str] | None = None) -> Prepared:
     """Rows of `text` and `label` for a model that classifies sequences.
 
     Args:
@@ -123,4 +109,4 @@ def prepare_labels(
     report = Report.of(rows, kept, len(kept), skipped, format="classification", template="none", **facts)
     if not kept:
         raise LorakitError(f"prepare_labels: no example is left of {rows.source}. " + "; ".join(report.lines()))
-    return PreparedLabels(kept, tuple(names), report)
+    return Prepared(kept, report, tuple(names))

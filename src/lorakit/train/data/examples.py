@@ -24,7 +24,14 @@ from lorakit.errors import LorakitError, plural
 from lorakit.train.config.options import DataOptions
 from lorakit.train.data.formats import RowReader, refuse_bad_rows, sort_out, usable
 from lorakit.train.data.reading import BadRow, Row, Rows, load_rows
-from lorakit.train.data.templates import ChatTemplate, Conversation, TextTemplate, UnusableRow, text_of
+from lorakit.train.data.templates import (
+    ChatTemplate,
+    Conversation,
+    TextTemplate,
+    UnusableRow,
+    shared_prefix_length,
+    text_of,
+)
 from lorakit.train.data.tokenise import IGNORED, Ends, Labeller, Tokenised, cut, split
 
 
@@ -123,10 +130,12 @@ class Report:
 
 @dataclass(frozen=True)
 class Prepared:
-    """Examples, and the report of how they came about."""
+    """Examples, and the report of how they came about. Of a classifier they are labelled texts, and `names` its classes by
+    index."""
 
-    examples: list[Example]
+    examples: list[Any]
     report: Report
+    names: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.examples)
@@ -275,14 +284,6 @@ def choice_ids(choices: Sequence[str], rows: Rows, tokenizer: Any, options: Data
     bare = [ends.without_end(ids) for ids in tried[0]]
     begins = any(a is not b and a == b[: len(a)] for a in bare for b in bare)
     return closed if begins else bare
-
-
-def shared_prefix_length(rows: Sequence[list[int]]) -> int:
-    """With how many equal tokens all rows begin."""
-    if not rows:
-        return 0
-    first, last = min(rows), max(rows)  # in lexical order, these two differ the earliest
-    return next((at for at, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), min(len(first), len(last)))
 
 
 def length_limit(tokenizer: Any, options: DataOptions) -> int:

@@ -14,8 +14,8 @@ from lorakit.errors import LorakitError
 from lorakit.train.config.options import DataOptions
 from lorakit.train.data.reading import BadRow, Row, Rows
 from lorakit.train.data.templates import (
+    JOINED,
     Conversation,
-    Joined,
     Message,
     Rendered,
     TextTemplate,
@@ -121,9 +121,9 @@ class RowReader:
 
     def _format(self) -> str:
         asked = self.options.format
-        if isinstance(self.template, TextTemplate) and asked in ("auto", "prompt-completion"):
-            return "template"
-        if isinstance(self.template, TextTemplate):
+        if isinstance(self.template, TextTemplate) and self.template is not JOINED:
+            if asked in ("auto", "prompt-completion"):
+                return "template"
             raise LorakitError(
                 f"data.template has placeholders, which rows of format {asked} cannot fill; "
                 "use a Jinja chat template for messages, none for text"
@@ -137,7 +137,7 @@ class RowReader:
             found = "text"  # nothing is readable: the bad rows are what will be told
         if found == "classification":
             raise LorakitError(f"{self.source}: rows of text and label are for a classifier; use prepare_labels")
-        if found == "messages" and isinstance(self.template, Joined):
+        if found == "messages" and self.template is JOINED:
             raise LorakitError(
                 f"{self.source}: rows of messages need a chat template, and this tokenizer has none; "
                 "give one as data.template"
@@ -164,20 +164,15 @@ class RowReader:
             if not isinstance(values.get("text"), str) or not values["text"]:
                 raise UnusableRow(say_missing("text", values))
             return Rendered(values["text"], ((0, len(values["text"])),))
-        if isinstance(self.template, TextTemplate):
-            names = self.template.placeholders
-            filled = dict(values)
-            if self.options.system is not None:
-                filled["system"] = values.get("system") or self.options.system
-            for name in names:
-                if not isinstance(filled.get(name), str) or (name == names[-1] and not filled[name].strip()):
-                    raise UnusableRow(say_missing(name, filled))
-            return self.template.render(filled)
-        assert isinstance(self.template, Joined)
-        for name in ("prompt", "completion"):
-            if not isinstance(values.get(name), str) or (name == "completion" and not values[name].strip()):
-                raise UnusableRow(say_missing(name, values))
-        return self.template.render(values["prompt"], values["completion"])
+        assert isinstance(self.template, TextTemplate)
+        names = self.template.placeholders
+        filled = dict(values)
+        if self.options.system is not None:
+            filled["system"] = values.get("system") or self.options.system
+        for name in names:
+            if not isinstance(filled.get(name), str) or (name == names[-1] and not filled[name].strip()):
+                raise UnusableRow(say_missing(name, filled))
+        return self.template.render(filled)
 
     def _conversation(self, values: Mapping[str, Any]) -> Conversation:
         if self.format == "messages":

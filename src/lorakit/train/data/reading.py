@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lorakit.errors import LorakitError
+from lorakit.errors import LorakitError, first_line
 
 SPLITS = ("train", "validation", "valid", "dev", "test", "eval", "evaluation", "held_out")
 
@@ -117,11 +117,8 @@ def _read_file(path: Path) -> Rows:
         found = list(reader(path))
     except OSError as error:
         raise LorakitError(f"load_rows: {path} cannot be read: {error}") from error
-    rows, bad = (
-        tuple(one for one in found if isinstance(one, Row)),
-        tuple(one for one in found if isinstance(one, BadRow)),
-    )
-    return Rows(rows, bad, str(path))
+    bad = tuple(one for one in found if isinstance(one, BadRow))
+    return Rows(tuple(one for one in found if isinstance(one, Row)), bad, str(path))
 
 
 def _row(value: Any, where: str) -> Row | BadRow:
@@ -225,8 +222,7 @@ def _read_parquet(path: Path) -> Iterator[Row | BadRow]:
     try:
         table = pyarrow.parquet.read_table(path)
     except (pyarrow.ArrowException, OSError) as error:
-        short = str(error).splitlines()[0]
-        raise LorakitError(f"load_rows: {path} is not a whole Parquet file: {short}") from None
+        raise LorakitError(f"load_rows: {path} is not a whole Parquet file: {first_line(error)}") from None
     for number, fields in enumerate(table.to_pylist(), start=1):
         yield Row(fields, f"{path}, row {number}")
 
@@ -263,10 +259,7 @@ def _joined(parts: Sequence[Rows], source: str) -> Rows:
 
 
 def _split_of(stem: str) -> str | None:
-    for split in SPLITS:
-        if re.search(rf"(^|[-_.]){split}($|[-_.])", stem, re.IGNORECASE):
-            return split
-    return None
+    return next((split for split in SPLITS if re.search(rf"(^|[-_.]){split}($|[-_.])", stem, re.IGNORECASE)), None)
 
 
 def _datasets() -> Any:
@@ -292,7 +285,7 @@ def _read_dataset(name: str, split: str, subset: str | None) -> Rows:
     try:
         loaded = datasets.load_dataset(name, subset, split=split)
     except Exception as error:  # datasets raises a dozen kinds; each is said with what would work
-        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        first = first_line(error)
         offline = isinstance(error, ConnectionError | TimeoutError) or "offline" in first.lower()
         if offline or "couldn't reach" in first.lower() or "connection" in first.lower():
             raise LorakitError(

@@ -68,6 +68,10 @@ class LossStats:
         """Share of targets that were the likeliest token."""
         return float(self.right) / self.targets if self.targets else math.nan
 
+    def numbers(self) -> dict[str, float]:
+        """What is reported of them, by name."""
+        return {"loss": self.mean, "perplexity": self.perplexity, "token_accuracy": self.token_accuracy}
+
 
 @dataclass(frozen=True)
 class LossPath:
