@@ -26,6 +26,7 @@ import torch
 import transformers
 
 from lorakit.errors import LorakitError, first_line, plural
+from lorakit.models.floats import forget_quantised
 
 logger = logging.getLogger(__name__)
 
@@ -162,9 +163,6 @@ def read_model(path: Path, dtype: torch.dtype) -> Any:
 def clear_quantised_flags(model: Any) -> None:
     """Tell transformers that the weights are plain floats.
 
-    transformers reads the first three on the model (save_pretrained, to, Trainer) and the last on the
-    configuration (saved, and believed by the next load).
-
     Raises:
         LorakitError: the weights are not plain floats, so the flags are right.
     """
@@ -174,14 +172,7 @@ def clear_quantised_flags(model: Any) -> None:
             f"load model: {plural(len(packed), 'weight')} still packed ({packed[0]}, ...): not a float model. What works: "
             "transformers.GgufConfig(dequantize=True)."
         )
-    for name in ("hf_quantizer", "quantization_method"):
-        if hasattr(model, name):
-            delattr(model, name)
-    if getattr(model, "is_quantized", False):
-        model.is_quantized = False
-    for config in (model.config, getattr(model.config, "text_config", None)):
-        if config is not None and hasattr(config, "quantization_config"):
-            del config.quantization_config
+    forget_quantised(model)
 
 
 def read_tokenizer(path: Path) -> Any:

@@ -103,21 +103,12 @@ def write_report(
     `config_yaml` is the text of the exact configuration, `history` the log events with a "step" each. The
     picture is left out when nothing was logged, since it would be empty.
     """
-    folder = Path(folder)
-    texts = {
-        CARD: model_card(record, curves=bool(history)),
-        CONFIG: config_yaml,
-        METRICS: json_lines(history),
-    }
-    paths = [write_whole(folder / name, text.encode()) for name, text in texts.items()]
+    texts = {CARD: model_card(record, curves=bool(history)), CONFIG: config_yaml, METRICS: json_lines(history)}
+    files = {name: text.encode() for name, text in texts.items()}
     if history:
-        paths.append(
-            write_whole(
-                folder / CURVES,
-                draw_curves(series_of(history), title=f"{record.name}: {record.method} on {record.base}"),
-            )
-        )
-    return paths
+        title = f"{record.name}: {record.method} on {record.base}"
+        files[CURVES] = draw_curves(series_of(history), title)
+    return [write_whole(Path(folder) / name, content) for name, content in files.items()]
 
 
 def write_whole(path: Path, content: bytes) -> Path:
@@ -167,9 +158,9 @@ def draw_curves(series: Series, title: str = "") -> bytes:
         ("learning_rate", 1.0, ""),
     ):
         own, evaluated = series[name], series.get(f"eval_{name}", [])
-        drawn = [(own, label, _BLUE if label else _GREY), (evaluated, "evaluation", _ORANGE)]
-        if own or evaluated:
-            panels.append((name, height, [one for one in drawn if one[0]]))
+        lines = [(own, label, _BLUE if label else _GREY), (evaluated, "evaluation", _ORANGE)]
+        if drawn := [line for line in lines if line[0]]:
+            panels.append((name, height, drawn))
     heights = [height for _, height, _ in panels]
     # A Figure of its own, not pyplot's: no global state, safe in any thread, nothing to close.
     figure = Figure(figsize=(8, 1.0 + 1.35 * sum(heights)), dpi=130, layout="constrained")
@@ -229,19 +220,37 @@ def _running_mean(values: list[float]) -> list[float]:
 # -- the model card --------------------------------------------------------------------------------
 
 
-CARD_TEXT = """---
-base_model: {base}
+def model_card(record: RunRecord, *, curves: bool = True) -> str:
+    """The model card as Markdown, with the header that model hubs read."""
+    share = 100 * record.parameters / max(record.base_parameters, 1)
+    stopped = f"**The run was stopped before its end: {record.stopped}.**\n\n" if record.stopped else ""
+    prompt = f"A prompt from its training data:\n\n{_fenced(record.prompt)}\n\n" if record.prompt else ""
+    facts = "\n".join(["| | |", "|---|---|", *(f"| {name} | {_cell(value)} |" for name, value in _facts(record))])
+    data = "\n".join(f"- {line}" for line in record.data)
+    findings = "No NaNs, spikes or overfitting were detected."
+    if record.findings:
+        findings = "\n".join(["Warnings during the run:", "", *(f"- {one}" for one in record.findings)])
+    results = "\n".join(_results(record))
+    picture = f"\n![loss, token accuracy and learning rate over the steps]({CURVES})\n" if curves else ""
+    evaluated = "It was not evaluated on held-out rows: its quality is unknown."
+    if record.eval_rows:
+        evaluated = (
+            "It was evaluated on the held-out rows above only; other texts, languages and phrasings are untested."
+        )
+    return f"""---
+base_model: {json.dumps(record.base)}
 library_name: peft
 tags: [lora, lorakit]
 ---
 
-# {name}
+# {record.name}
 
-{stopped}A {method} adapter for `{model}`: {parameters:,} parameters, {share:.2f}% of the base model's {base_parameters:,}.
+{stopped}A {record.method} adapter for `{record.base}`: {record.parameters:,} parameters, {share:.2f}% of the base \
+model's {record.base_parameters:,}.
 
 ## How to use it
 
-{loading}
+{_loading(record)}
 
 {prompt}The adapter can be used on its own, combined with others, or merged into the base model.
 
@@ -249,7 +258,7 @@ tags: [lora, lorakit]
 
 {facts}
 
-Data: {train_rows}, {eval_rows:,} held out.
+Data: {plural(record.train_rows, "row")}, {record.eval_rows:,} held out.
 
 {data}
 
@@ -258,7 +267,7 @@ Data: {train_rows}, {eval_rows:,} held out.
 ## Results
 
 {results}
-{curves}
+{picture}
 ## Limits
 
 - {evaluated}
@@ -266,37 +275,8 @@ Data: {train_rows}, {eval_rows:,} held out.
 - It fits this base model only; lorakit refuses to load it on another version of the base.
 - Its licence is that of the base model and of the training data; this card grants none.
 
-The exact configuration is in [`{config}`]({config}), every logged number in [`{metrics}`]({metrics}).
+The exact configuration is in [`{CONFIG}`]({CONFIG}), every logged number in [`{METRICS}`]({METRICS}).
 """
-
-
-def model_card(record: RunRecord, *, curves: bool = True) -> str:
-    """The model card as Markdown, with the header that model hubs read."""
-    evaluated = "It was evaluated on the held-out rows above only; other texts, languages and phrasings are untested."
-    return CARD_TEXT.format(
-        base=json.dumps(record.base),
-        name=record.name,
-        stopped=f"**The run was stopped before its end: {record.stopped}.**\n\n" if record.stopped else "",
-        method=record.method,
-        model=record.base,
-        parameters=record.parameters,
-        share=100 * record.parameters / max(record.base_parameters, 1),
-        base_parameters=record.base_parameters,
-        loading=_loading(record),
-        prompt=f"A prompt from its training data:\n\n{_fenced(record.prompt)}\n\n" if record.prompt else "",
-        facts="\n".join(["| | |", "|---|---|", *(f"| {name} | {_cell(value)} |" for name, value in _facts(record))]),
-        train_rows=plural(record.train_rows, "row"),
-        eval_rows=record.eval_rows,
-        data="\n".join(f"- {line}" for line in record.data),
-        findings="\n".join(["Warnings during the run:", "", *(f"- {one}" for one in record.findings)])
-        if record.findings
-        else "No NaNs, spikes or overfitting were detected.",
-        results="\n".join(_results(record)),
-        curves=f"\n![loss, token accuracy and learning rate over the steps]({CURVES})\n" if curves else "",
-        evaluated=evaluated if record.eval_rows else "It was not evaluated on held-out rows: its quality is unknown.",
-        config=CONFIG,
-        metrics=METRICS,
-    )
 
 
 def _facts(record: RunRecord) -> list[tuple[str, str]]:
@@ -371,11 +351,8 @@ def _loading(record: RunRecord) -> str:
 def _fenced(text: str, longest: int = 2000) -> str:
     """Text as a block of Markdown; a long one without its middle."""
     half = longest // 2
-    return (
-        "~~~\n"
-        + (text if len(text) <= longest else f"{text[:half]}\n…\n{text[-half:]}").replace("~~~", "~ ~")
-        + "\n~~~"
-    )
+    shown = text if len(text) <= longest else f"{text[:half]}\n…\n{text[-half:]}"
+    return f"~~~\n{shown.replace('~~~', '~ ~')}\n~~~"
 
 
 def _cell(text: str) -> str:

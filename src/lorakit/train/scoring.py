@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from lorakit.core.using import whole_rows
 from lorakit.errors import LorakitError
 from lorakit.models.evaluating import evaluating
+from lorakit.native.elementwise import wide
 from lorakit.train.data.templates import shared_prefix_length
 from lorakit.train.step.loss import Head, decoder_of, prompts_known, read_head
 from lorakit.train.step.packing import mask_of, pad_rows
@@ -86,17 +87,15 @@ class Reader:
             head = None
         self.head = head
         if self.body is not None and head is not None:
-            wide = torch.promote_types(self.dtype, torch.float32)
             linear: Any = head.module
-            self.weight: Tensor = linear.weight.detach().to(wide)
-            self.bias: Tensor | None = linear.bias.detach().to(wide) if linear.bias is not None else None
+            self.weight: Tensor = wide(linear.weight.detach())
+            self.bias: Tensor | None = wide(linear.bias.detach()) if linear.bias is not None else None
         self.arguments = frozenset(inspect.signature((self.body or model).forward).parameters)
 
     def logits(self, rows: Tensor, places: Tensor, **inputs: Any) -> Tensor:
         """Logits [rows, places, vocabulary] at `places` [rows, places] of the model's output on `inputs`."""
         if self.body is None or self.head is None:
-            logits: Tensor = self.model(**inputs).logits[rows, places]
-            return logits.to(torch.promote_types(logits.dtype, torch.float32))
+            return wide(self.model(**inputs).logits[rows, places])
         hidden = self.body(**inputs).last_hidden_state[rows, places]
         return self.head.shape(nn.functional.linear(hidden.to(self.weight.dtype), self.weight, self.bias))
 
