@@ -13,7 +13,6 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
-import shutil
 import struct
 import tempfile
 import time
@@ -114,22 +113,17 @@ def keep(model: Any, tokenizer: Any, folder: Path) -> bool:
     """Write model and tokenizer as a folder that appears whole or not at all; False where it cannot be."""
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        draft = Path(tempfile.mkdtemp(prefix=".draft-", dir=folder.parent))
-    except OSError as error:
-        logger.warning("the converted model could not be cached, so the next start is slow again: %s", error)
-        return False
-    try:
-        model.save_pretrained(draft)
-        tokenizer.save_pretrained(draft)
-        draft.chmod(0o755)
-        os.replace(draft, folder)
+        with tempfile.TemporaryDirectory(prefix=".draft-", dir=folder.parent, ignore_cleanup_errors=True) as made:
+            draft = Path(made) / folder.name
+            model.save_pretrained(draft)
+            tokenizer.save_pretrained(draft)
+            draft.chmod(0o755)
+            os.replace(draft, folder)
     except OSError as error:
         if (folder / "config.json").exists():
             return True  # another process was first; its content is the same
         logger.warning("the converted model could not be cached, so the next start is slow again: %s", error)
         return False
-    finally:
-        shutil.rmtree(draft, ignore_errors=True)
     return True
 
 

@@ -237,15 +237,9 @@ class HealthCallback(TrainerCallback):
                 self.stopped = str(finding)
                 control.should_training_stop = True
 
-    def on_evaluate(
-        self,
-        args: Any,
-        state: TrainerState,
-        control: TrainerControl,
-        metrics: Mapping[str, float] | None = None,
-        **_: Any,
-    ) -> None:
-        if metrics is not None and "eval_loss" in metrics:
+    def on_evaluate(self, args: Any, state: TrainerState, control: TrainerControl, **given: Any) -> None:
+        metrics = given.get("metrics") or {}
+        if "eval_loss" in metrics:
             self._say(self.watch.evaluation(state.global_step, float(metrics["eval_loss"])))
 
     def _say(self, found: Iterable[Finding]) -> None:

@@ -74,10 +74,8 @@ class ProgressCallback(TrainerCallback):
         if self._bar is not None and self._task is not None:
             self._bar.update(self._task, completed=state.global_step, numbers=self._numbers(state))
 
-    def on_log(
-        self, args: Any, state: TrainerState, control: TrainerControl, logs: dict[str, float] | None = None, **_: Any
-    ) -> None:
-        logs = logs or {}
+    def on_log(self, args: Any, state: TrainerState, control: TrainerControl, **given: Any) -> None:
+        logs: dict[str, float] = given.get("logs") or {}
         self.loss = logs.get("loss", self.loss)
         if "eval_loss" in logs and (self._bar is not None or state.is_world_process_zero):
             self.console.print(evaluation_line(state.global_step, logs), highlight=False)

@@ -63,6 +63,12 @@ class RunRecord:
     quantize: str | None = None
     prompt: str = ""
 
+    @property
+    def measured(self) -> dict[str, Evaluation]:
+        """What was measured: "before", with the base alone, and "after"."""
+        found = {"before": self.before, "after": self.after}
+        return {name: one for name, one in found.items() if one is not None}
+
     def as_dict(self) -> dict[str, Any]:
         """Plain values, for the training record inside `lorakit.json`."""
         plain: dict[str, Any] = {}
@@ -303,7 +309,7 @@ def _facts(record: RunRecord) -> list[tuple[str, str]]:
 
 
 def _results(record: RunRecord) -> list[str]:
-    measured = {name: one for name, one in (("before", record.before), ("after", record.after)) if one is not None}
+    measured = record.measured
     if not measured:
         return ["Not evaluated: the run had no held-out rows."]
     head = f"| on {next(iter(measured.values())).rows:,} held-out rows | " + " | ".join(

@@ -22,7 +22,7 @@ from typing import Any
 
 from lorakit.errors import LorakitError, plural
 from lorakit.train.config.options import DataOptions
-from lorakit.train.data.formats import RowReader, refuse_bad_rows, sort_out, usable
+from lorakit.train.data.formats import RowReader, each_row, refuse_bad_rows, sort_out
 from lorakit.train.data.reading import BadRow, Row, Rows, load_rows
 from lorakit.train.data.templates import (
     ChatTemplate,
@@ -320,7 +320,7 @@ class _Maker:
                 def mark(conversation: Conversation) -> Tokenised:
                     return self.labeller.label_marked(*template.marked(conversation))
 
-                marked, more = sort_out(conversations, [usable(mark, c) for _, c in conversations])
+                marked, more = each_row(conversations, mark)
                 return marked, bad + more
             rendered, more = sort_out(conversations, template.render([c for _, c in conversations]))
             bad += more

@@ -24,6 +24,7 @@ from lorakit.train.data.templates import (
     read_messages,
 )
 
+Given = TypeVar("Given")
 Kept = TypeVar("Kept")
 
 
@@ -150,14 +151,11 @@ class RowReader:
 
     def texts(self) -> tuple[list[tuple[Row, Rendered]], list[BadRow]]:
         """The text of every row that needs no chat template, and the unusable rows."""
-        return self._each(self._text)
+        return each_row(self.fields, self._text)
 
     def conversations(self) -> tuple[list[tuple[Row, Conversation]], list[BadRow]]:
         """The messages of every row for a chat template, and the unusable rows."""
-        return self._each(self._conversation)
-
-    def _each(self, make: Callable[[Mapping[str, Any]], Kept]) -> tuple[list[tuple[Row, Kept]], list[BadRow]]:
-        return sort_out(self.fields, [usable(make, values) for _, values in self.fields])
+        return each_row(self.fields, self._conversation)
 
     def _text(self, values: Mapping[str, Any]) -> Rendered:
         if self.format == "text":
@@ -242,12 +240,17 @@ def texts_in(value: Any) -> Iterable[str]:
             yield from texts_in(item)
 
 
-def usable(make: Callable[..., Kept], *given: Any) -> Kept | UnusableRow:
-    """What `make` makes of what is given, or the reason why it cannot."""
-    try:
-        return make(*given)
-    except UnusableRow as reason:
-        return reason
+def each_row(
+    rows: Sequence[tuple[Row, Given]], make: Callable[[Given], Kept]
+) -> tuple[list[tuple[Row, Kept]], list[BadRow]]:
+    """What `make` makes of what each row holds, and the rows that it refuses."""
+    results: list[Kept | UnusableRow] = []
+    for _, given in rows:
+        try:
+            results.append(make(given))
+        except UnusableRow as reason:
+            results.append(reason)
+    return sort_out(rows, results)
 
 
 def sort_out(

@@ -190,13 +190,7 @@ def _read_table(path: Path) -> Iterator[Row | BadRow]:
         reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
         header: list[str] | None = None
         line = 1
-        while True:
-            try:
-                cells = next(reader)
-            except StopIteration:
-                return
-            except csv.Error as error:
-                raise LorakitError(f"load_rows: {path}, line {line}: not CSV: {error}") from None
+        for cells in reader:
             where, line = f"{path}, line {line}", reader.line_num + 1
             if not cells:
                 continue
@@ -209,6 +203,8 @@ def _read_table(path: Path) -> Iterator[Row | BadRow]:
                 yield BadRow(where, f"{len(cells)} cells under {len(header)} columns ({', '.join(header)})")
             else:
                 yield Row(dict(zip(header, cells, strict=True)), where)
+    except csv.Error as error:
+        raise LorakitError(f"load_rows: {path}, line {line}: not CSV: {error}") from None
     finally:
         csv.field_size_limit(limit)
 
@@ -271,10 +267,9 @@ def _datasets() -> Any:
 
 
 def _saved_dataset(path: Path, split: str) -> Rows:
+    datasets = _datasets()
     try:
-        loaded = _datasets().load_from_disk(str(path))
-    except LorakitError:
-        raise
+        loaded = datasets.load_from_disk(str(path))
     except Exception as error:
         raise LorakitError(f"load_rows: {path} is not a whole saved dataset: {error}") from error
     return _from_dataset(loaded, split, str(path))
