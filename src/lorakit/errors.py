@@ -19,6 +19,11 @@ def plural(count: int, one: str, many: str | None = None) -> str:
     return f"{count:,} {one if count == 1 else many or one + 's'}"
 
 
+def first_line(error: Exception) -> str:
+    """An error's first line, which is what fits into another one's message."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
 def unknown(kind: str, asked: str, known: Iterable[str], where: str | None = None) -> LorakitError:
     """The error for a name that is not in a list of known names, with the nearest one.
 

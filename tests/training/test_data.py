@@ -21,11 +21,10 @@ from lorakit.train.data.examples import (
     load_splits,
     prepare,
     questions,
-    shared_prefix_length,
 )
 from lorakit.train.data.formats import detect_format
 from lorakit.train.data.reading import Row, Rows, load_rows
-from lorakit.train.data.templates import choose_template
+from lorakit.train.data.templates import choose_template, shared_prefix_length
 from lorakit.train.data.tokenise import IGNORED
 
 CHAT = (

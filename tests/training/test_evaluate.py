@@ -16,6 +16,7 @@ from lorakit.train.config.options import EvaluateOptions
 from lorakit.train.data.examples import Question
 from lorakit.train.evaluate import (
     Evaluation,
+    EvaluationSet,
     evaluate_loss,
     generate_answers,
     match_choice,
@@ -211,7 +212,7 @@ def test_scored_answers_take_the_likeliest_choice() -> None:
     options = EvaluateOptions(answers="score", choices=("Yes", "no"))
     likeliest = score_choices(model, [one.prompt_ids for one in asked], [[7], [9]]).argmax(-1).tolist()
     assert 0 < sum(likeliest) < 12, "both answers must occur for this test to mean anything"
-    measured = measure(model, Numbers(), [example(6, 2, 1)], asked, options=options, choices=[[7], [9]])
+    measured = measure(model, Numbers(), EvaluationSet([example(6, 2, 1)], asked, [[7], [9]]), options)
     assert [one.given for one in measured.answers] == [options.choices[i] for i in likeliest]
     assert measured.accuracy == pytest.approx(1 - sum(likeliest) / 12)
     assert measured.exact_match is None
@@ -222,7 +223,7 @@ def test_a_row_that_expects_none_of_the_choices_is_refused_with_its_place() -> N
     options = EvaluateOptions(answers="score", choices=("Yes", "no"))
     asked = [question([4], "maybe", "rows.jsonl, line 9")]
     with pytest.raises(LorakitError, match=r"line 9 expects 'maybe', which is none of"):
-        measure(llama(), Numbers(), [example(6, 2, 1)], asked, options=options, choices=[[7], [9, 8]])
+        measure(llama(), Numbers(), EvaluationSet([example(6, 2, 1)], asked, [[7], [9, 8]]), options)
 
 
 def test_generated_answers_are_compared_whole_and_by_the_choice_they_name() -> None:
@@ -231,12 +232,12 @@ def test_generated_answers_are_compared_whole_and_by_the_choice_they_name() -> N
     first = texts[0].split()[0]
     options = EvaluateOptions(answers="generate", max_new_tokens=3, choices=(first, "no such word"))
     asked = [question([4, 5, 6], texts[0]), question([1, 2, 3], "else")]
-    measured = measure(model, Numbers(), [example(6, 2, 1)], asked, options=options)
+    measured = measure(model, Numbers(), EvaluationSet([example(6, 2, 1)], asked), options)
     assert measured.exact_match == 0.5
     assert measured.accuracy == 0.0, "the first names a choice that is not its whole expected answer"
     assert [one.right for one in measured.answers] == [True, False]
     asked = [question([4, 5, 6], first)]
-    assert measure(model, Numbers(), [example(6, 2, 1)], asked, options=options).accuracy == 1.0
+    assert measure(model, Numbers(), EvaluationSet([example(6, 2, 1)], asked), options).accuracy == 1.0
 
 
 def test_before_and_after_stand_side_by_side() -> None:

@@ -51,7 +51,7 @@ def test_several_bad_steps_in_a_row_stop_the_run_and_a_good_one_forgives() -> No
         actions += [finding.action for finding in watch.step(step, loss, 1.0)]
     assert actions == ["skipped", "skipped", "skipped", "skipped", "stopped"]
     assert watch.skipped == 5
-    assert "3rd such step in a row" in watch.findings[-1].text
+    assert "3 such steps in a row" in watch.findings[-1].text
 
 
 def test_a_spike_is_told_once_and_again_after_it_came_back() -> None:
@@ -128,6 +128,6 @@ def test_the_callback_takes_the_gradients_of_a_bad_step_away() -> None:
     run(math.nan)
     assert control.should_training_stop
     assert callback.stopped is not None
-    assert "2nd such step" in callback.stopped
+    assert "2 such steps" in callback.stopped
     run(1.0)
     assert not torch.equal(before["weight"], layer.weight)

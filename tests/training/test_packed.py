@@ -158,7 +158,7 @@ def piece(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> It
 def test_loss_and_gradients(name: str, share: bool, labels_in_prefix: bool, piece: int) -> None:
     model, examples = build(name), make_examples(labels_in_prefix)
     packed = pack(examples, share_prefix=share, minimum_shared=8)
-    assert (packed.used < packed.unshared_tokens) == share
+    assert (packed.used < sum(map(len, packed.places))) == share
     with packed_attention(model):
         value, stats = causal_loss(model, packed)
         found = gradients(model, value)
@@ -319,7 +319,7 @@ def test_a_shared_run_lies_there_once() -> None:
     rows = [[*prefix, 30 + i, 40 + i] for i in range(5)]
     packed = pack([Example(row, row) for row in rows], minimum_shared=16, row_multiple=1)
     assert packed.tokens == packed.used == 20 + 5 * 2
-    assert packed.unshared_tokens == 5 * 22
+    assert sum(map(len, packed.places)) == 5 * 22
     # 19 targets inside the run, each wanted by all five; its last token predicts the five first own tokens.
     assert packed.weights.tolist().count(5.0) == 19
     assert (packed.hidden_index == 19).sum() == 5

@@ -74,8 +74,7 @@ def show_result(result: TrainResult) -> None:
     """The table of before and after, sample answers, and where everything is."""
     from lorakit.train.evaluate import tabulate
 
-    measured = {name: one for name, one in (("before", result.before), ("after", result.after)) if one is not None}
-    if measured:
+    if measured := result.record.measured:
         out.print(tabulate(measured, title=f"{result.record.name} on {result.record.eval_rows:,} held-out rows"))
     for answer in result.record.samples:
         mark = "right" if answer.right else f"expected {answer.expected}"

@@ -99,31 +99,24 @@ def _set(config: Any, original: str | None, names: list[str]) -> None:
     below = original or "eager"
     for name in names:
         own, over = f"{_PREFIX}{name}{_OVER}{below}", _OVERRIDES[name]
-        register(own, partial(over.attention, _attention(below)))
+        register(own, partial(over.attention, partial(_attention, below)))
         if over.mask is not None:
-            AttentionMaskInterface.register(own, partial(over.mask, _mask(below)))
+            AttentionMaskInterface.register(own, partial(over.mask, partial(_mask, below)))
         elif below in ALL_MASK_ATTENTION_FUNCTIONS.valid_keys():
             AttentionMaskInterface.register(own, ALL_MASK_ATTENTION_FUNCTIONS[below])
         below = own
     config._attn_implementation_internal = below if names else original
 
 
-def _attention(below: str) -> Function:
+def _attention(below: str, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
     """The attention function registered under a name; a module's own "eager" one stands in its modelling file."""
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-    def inner(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-
-        eager: Any = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
-        return ALL_ATTENTION_FUNCTIONS.get_interface(below, eager)(module, *args, **kwargs)
-
-    return inner
+    eager: Any = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
+    return ALL_ATTENTION_FUNCTIONS.get_interface(below, eager)(module, *args, **kwargs)
 
 
-def _mask(below: str) -> Function:
-    def inner(*args: Any, **kwargs: Any) -> Any:
-        from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+def _mask(below: str, *args: Any, **kwargs: Any) -> Any:
+    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
-        return ALL_MASK_ATTENTION_FUNCTIONS[below](*args, **kwargs)
-
-    return inner
+    return ALL_MASK_ATTENTION_FUNCTIONS[below](*args, **kwargs)

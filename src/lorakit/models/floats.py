@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -58,12 +59,20 @@ def unpack(model: nn.Module, dtype: torch.dtype) -> None:
                     parent.base = made
                 else:
                     parent._modules[name] = made
+    forget_quantised(model)
+
+
+def forget_quantised(model: nn.Module) -> None:
+    """Take off a model whose weights are floats what transformers reads that it is quantised by: on the model itself
+    (save_pretrained, to, Trainer) and on its configuration (saved, and believed by the next load)."""
     for mark in _MARKS:
         with contextlib.suppress(AttributeError):
             delattr(model, mark)
     config = getattr(model, "config", None)
-    if config is not None and getattr(config, "quantization_config", None) is not None:
-        del config.quantization_config
+    configs: tuple[Any, ...] = (config, getattr(config, "text_config", None))
+    for one in configs:
+        if getattr(one, "quantization_config", None) is not None:
+            del one.quantization_config
 
 
 def cast_parameters(model: nn.Module, dtype: torch.dtype, but: Iterable[Tensor]) -> None:

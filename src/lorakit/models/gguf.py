@@ -13,7 +13,6 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
-import shutil
 import struct
 import tempfile
 import time
@@ -25,7 +24,8 @@ from typing import Any
 import torch
 import transformers
 
-from lorakit.errors import LorakitError, plural
+from lorakit.errors import LorakitError, first_line, plural
+from lorakit.models.floats import forget_quantised
 
 logger = logging.getLogger(__name__)
 
@@ -106,31 +106,24 @@ def fingerprint(path: Path) -> str:
     """SHA-256 of the file's content, with the versions of what turns it into floats."""
     digest = hashlib.sha256(f"{CACHE_FORMAT} {transformers.__version__}".encode())
     with path.open("rb") as file:
-        while block := file.read(1 << 22):
-            digest.update(block)
-    return digest.hexdigest()
+        return hashlib.file_digest(file, lambda: digest).hexdigest()
 
 
 def keep(model: Any, tokenizer: Any, folder: Path) -> bool:
     """Write model and tokenizer as a folder that appears whole or not at all; False where it cannot be."""
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        draft = Path(tempfile.mkdtemp(prefix=".draft-", dir=folder.parent))
-    except OSError as error:
-        logger.warning("the converted model could not be cached, so the next start is slow again: %s", error)
-        return False
-    try:
-        model.save_pretrained(draft)
-        tokenizer.save_pretrained(draft)
-        draft.chmod(0o755)
-        os.replace(draft, folder)
+        with tempfile.TemporaryDirectory(prefix=".draft-", dir=folder.parent, ignore_cleanup_errors=True) as made:
+            draft = Path(made) / folder.name
+            model.save_pretrained(draft)
+            tokenizer.save_pretrained(draft)
+            draft.chmod(0o755)
+            os.replace(draft, folder)
     except OSError as error:
         if (folder / "config.json").exists():
             return True  # another process was first; its content is the same
         logger.warning("the converted model could not be cached, so the next start is slow again: %s", error)
         return False
-    finally:
-        shutil.rmtree(draft, ignore_errors=True)
     return True
 
 
@@ -140,10 +133,10 @@ def refusing_what_transformers_cannot_read(path: Path) -> Iterator[None]:
     try:
         yield
     except (ValueError, LookupError, TypeError, OSError, EOFError, NotImplementedError, struct.error) as error:
-        reason = (str(error) or type(error).__name__).splitlines()[0]
         raise LorakitError(
-            f'load model: transformers {transformers.__version__} cannot read it: "{path}": {reason}. What works: a whole GGUF '
-            "file (version 2 or 3) of an architecture that transformers knows, or the model's safetensors folder."
+            f'load model: transformers {transformers.__version__} cannot read it: "{path}": {first_line(error)}. '
+            "What works: a whole GGUF file (version 2 or 3) of an architecture that transformers knows, or the model's "
+            "safetensors folder."
         ) from error
 
 
@@ -164,9 +157,6 @@ def read_model(path: Path, dtype: torch.dtype) -> Any:
 def clear_quantised_flags(model: Any) -> None:
     """Tell transformers that the weights are plain floats.
 
-    transformers reads the first three on the model (save_pretrained, to, Trainer) and the last on the
-    configuration (saved, and believed by the next load).
-
     Raises:
         LorakitError: the weights are not plain floats, so the flags are right.
     """
@@ -176,14 +166,7 @@ def clear_quantised_flags(model: Any) -> None:
             f"load model: {plural(len(packed), 'weight')} still packed ({packed[0]}, ...): not a float model. What works: "
             "transformers.GgufConfig(dequantize=True)."
         )
-    for name in ("hf_quantizer", "quantization_method"):
-        if hasattr(model, name):
-            delattr(model, name)
-    if getattr(model, "is_quantized", False):
-        model.is_quantized = False
-    for config in (model.config, getattr(model.config, "text_config", None)):
-        if config is not None and hasattr(config, "quantization_config"):
-            del config.quantization_config
+    forget_quantised(model)
 
 
 def read_tokenizer(path: Path) -> Any:

@@ -20,7 +20,7 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
-from lorakit.errors import LorakitError, unknown
+from lorakit.errors import LorakitError, first_line, unknown
 
 logger = logging.getLogger(__name__)
 
@@ -92,8 +92,3 @@ def not_cached(name: str, cache_dir: str | Path | None = None) -> LorakitError:
         f'"{name}" whole. In the cache: {", ".join(cached) or "no model"}. What works: connect once (`hf download {name}`), '
         "copy the cache from a machine that has it and set HF_HOME, or give a local folder or a .gguf file."
     )
-
-
-def first_line(error: Exception) -> str:
-    """An error's first line, which is what fits into another one's message."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -19,7 +19,7 @@ import torch
 import transformers
 from safetensors import SafetensorError
 
-from lorakit.errors import LorakitError, unknown
+from lorakit.errors import LorakitError, first_line, unknown
 from lorakit.models import gguf, hub
 from lorakit.models.quantisation import Quantisation, existing, holding, quantisation
 from lorakit.models.tasks import check_task
@@ -241,11 +241,11 @@ def from_pretrained(class_name: str, where: str, **options: Any) -> Any:
         return getattr(transformers, class_name).from_pretrained(where, **options)
     except ImportError as error:
         raise LorakitError(
-            f'load model: "{where}" needs a library that is not installed; transformers says: {hub.first_line(error)}'
+            f'load model: "{where}" needs a library that is not installed; transformers says: {first_line(error)}'
         ) from error
     except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
         raise LorakitError(
-            f'load model: "{where}" cannot be loaded; transformers says: {hub.first_line(error)} What works: a folder written '
+            f'load model: "{where}" cannot be loaded; transformers says: {first_line(error)} What works: a folder written '
             "by save_pretrained (config.json and whole *.safetensors), a hub name, or a .gguf file."
         ) from error
 
@@ -255,7 +255,7 @@ def load_tokenizer(where: str, options: dict[str, Any]) -> Any:
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(where, **_of_the_place(options))
     except (OSError, ValueError) as error:
-        raise no_tokenizer(where, hub.first_line(error)) from error
+        raise no_tokenizer(where, first_line(error)) from error
     # Where a folder has no tokenizer files, transformers makes an empty one of the model's kind and is silent.
     if len(tokenizer) <= len(tokenizer.all_special_tokens):
         raise no_tokenizer(where, "it would be empty")

@@ -15,8 +15,9 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -24,6 +25,7 @@ from torch import Tensor, nn
 
 from lorakit.errors import LorakitError, plural
 from lorakit.models.evaluating import evaluating
+from lorakit.train.data.templates import shared_prefix_length
 from lorakit.train.scoring import score_choices
 from lorakit.train.step.loss import LossStats, padded_loss
 from lorakit.train.step.packing import mask_of, pad_rows
@@ -65,6 +67,16 @@ class Evaluation:
         """The measured numbers by name, for a table, a model card or a line of JSON."""
         names = ("loss", "perplexity", "token_accuracy", "accuracy", "exact_match")
         return {name: value for name in names if (value := getattr(self, name)) is not None}
+
+
+@dataclass(frozen=True)
+class EvaluationSet:
+    """What a model is measured on: examples for the loss (of a classifier, labelled texts), and for the answers questions
+    and the token ids of `evaluate.choices` (see `lorakit.train.data.examples.choice_ids`)."""
+
+    examples: Sequence[Example]
+    questions: Sequence[Question] = ()
+    choices: Sequence[Sequence[int]] = ()
 
 
 # -- the loss --------------------------------------------------------------------------------------
@@ -163,37 +175,32 @@ def _stop_tokens(model: Any, tokenizer: Any) -> list[int]:
 def measure(
     model: Any,
     tokenizer: Any,
-    examples: Sequence[Example],
-    questions: Sequence[Question] = (),
+    held: EvaluationSet,
+    options: EvaluateOptions,
     *,
-    options: EvaluateOptions | None = None,
-    choices: Sequence[Sequence[int]] = (),
     batch_size: int = 32,
     loss_of: Callable[..., tuple[Tensor, LossStats]] = padded_loss,
 ) -> Evaluation:
     """Everything that `options` asks for, on the route that is in use.
 
-    `choices` are the token ids of `options.choices` (see `lorakit.train.data.examples.choice_ids`), for scored
-    answers. Raises LorakitError when a row to be scored expects an answer that is none of the choices.
+    Raises LorakitError when a row to be scored expects an answer that is none of the choices.
     """
     start = time.perf_counter()
-    sums = evaluate_loss(model, examples, batch_size=batch_size, loss_of=loss_of)
+    sums = evaluate_loss(model, held.examples, batch_size=batch_size, loss_of=loss_of)
     answers: list[Answer] = []
     accuracy = exact = None
-    if options is not None and options.answers != "none" and questions:
-        asked = list(questions)[: options.limit]
+    if options.answers != "none" and held.questions:
+        asked = held.questions[: options.limit]
         if options.answers == "score":
-            answers = _scored_answers(model, asked, options, choices, batch_size)
-            accuracy = _share(answer.right for answer in answers)
+            answers = _scored_answers(model, asked, options, held.choices, batch_size)
+            accuracy = fmean(answer.right for answer in answers)
         else:
             answers, named = _generated_answers(model, tokenizer, asked, options, batch_size)
-            exact = _share(answer.right for answer in answers)
-            accuracy = _share(named) if named else None
+            exact = fmean(answer.right for answer in answers)
+            accuracy = fmean(named) if named else None
     return Evaluation(
-        rows=len(examples),
-        loss=sums.mean,
-        perplexity=sums.perplexity,
-        token_accuracy=sums.token_accuracy,
+        rows=len(held.examples),
+        **sums.numbers(),
         accuracy=accuracy,
         exact_match=exact,
         seconds=time.perf_counter() - start,
@@ -224,13 +231,9 @@ def _generated_answers(
     model: Any, tokenizer: Any, questions: Sequence[Question], options: EvaluateOptions, batch_size: int
 ) -> tuple[list[Answer], list[bool]]:
     """The answers, and with choices: whether the choice that each answer names first is the one expected."""
-    given = generate_answers(
-        model,
-        tokenizer,
-        [question.prompt_ids for question in questions],
-        max_new_tokens=options.max_new_tokens,
-        batch_size=batch_size,
-    )
+    asked = [question.prompt_ids for question in questions]
+    limits = {"max_new_tokens": options.max_new_tokens, "batch_size": batch_size}
+    given = generate_answers(model, tokenizer, asked, **limits)
     named = []
     if options.choices:
         for question, text in zip(questions, given, strict=True):
@@ -259,16 +262,21 @@ def strip_shared(texts: Sequence[str]) -> list[str]:
     if len(set(texts)) < 2:
         return list(texts)
     split = [re.findall(r"\s+|\S+", text) for text in texts]
-    shortest = min(map(len, split))
-    start = next((i for i in range(shortest) if len({words[i] for words in split}) > 1), shortest)
-    left = shortest - start
-    end = next((i for i in range(left) if len({words[-1 - i] for words in split}) > 1), left)
+    start = shared_prefix_length(split)
+    end = shared_prefix_length([words[start:][::-1] for words in split])
     return ["".join(words[start : len(words) - end]).strip() for words in split]
 
 
-def _share(right: Iterable[bool]) -> float:
-    known = list(right)
-    return sum(known) / len(known)
+def compared(evaluations: Iterable[Evaluation]) -> list[list[str]]:
+    """A row per measured number: its name, and what each evaluation has of it; empty where it has none."""
+    numbers = [evaluation.numbers() for evaluation in evaluations]
+    names = dict.fromkeys(name for one in numbers for name in one)
+    return [[_spaced(name), *(written(name, one[name]) if name in one else "" for one in numbers)] for name in names]
+
+
+def in_words(numbers: Mapping[str, float]) -> str:
+    """Measured numbers in one line."""
+    return ", ".join(f"{_spaced(name)} {written(name, value)}" for name, value in numbers.items())
 
 
 def tabulate(evaluations: dict[str, Evaluation], title: str = "Evaluation") -> Table:
@@ -279,12 +287,14 @@ def tabulate(evaluations: dict[str, Evaluation], title: str = "Evaluation") -> T
     table.add_column("")
     for name in evaluations:
         table.add_column(name, justify="right")
-    measured = list(dict.fromkeys(key for evaluation in evaluations.values() for key in evaluation.numbers()))
-    for key in measured:
-        cells = [evaluation.numbers().get(key) for evaluation in evaluations.values()]
-        table.add_row(key.replace("_", " "), *("" if cell is None else written(key, cell) for cell in cells))
+    for row in compared(evaluations.values()):
+        table.add_row(*row)
     table.add_row("rows", *(f"{evaluation.rows:,}" for evaluation in evaluations.values()))
     return table
+
+
+def _spaced(name: str) -> str:
+    return name.replace("_", " ")
 
 
 def written(name: str, value: float) -> str:

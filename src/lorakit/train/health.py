@@ -23,6 +23,8 @@ import torch
 from torch import Tensor
 from transformers import TrainerCallback, TrainerControl, TrainerState
 
+from lorakit.errors import plural
+
 log = logging.getLogger("lorakit.train")
 
 Kind = Literal["not_finite", "spike", "low_loss", "gap", "no_gradient"]
@@ -150,7 +152,7 @@ class HealthWatch:
             text = f"{seen}: the step was skipped, the parameters are unchanged ({self.skipped} skipped so far)"
             return self._found(step, "not_finite", text, "skipped")
         text = (
-            f"{seen}; this is the {_ordinal(self.skipped_in_a_row)} such step in a row, so the run is stopped. The adapter "
+            f"{seen}; that makes {plural(self.skipped_in_a_row, 'such step')} in a row, so the run is stopped. The adapter "
             "is as it was before them. Try a lower learning rate or fp32, and look at the rows of these batches"
         )
         return self._found(step, "not_finite", text, "stopped")
@@ -235,15 +237,9 @@ class HealthCallback(TrainerCallback):
                 self.stopped = str(finding)
                 control.should_training_stop = True
 
-    def on_evaluate(
-        self,
-        args: Any,
-        state: TrainerState,
-        control: TrainerControl,
-        metrics: Mapping[str, float] | None = None,
-        **_: Any,
-    ) -> None:
-        if metrics is not None and "eval_loss" in metrics:
+    def on_evaluate(self, args: Any, state: TrainerState, control: TrainerControl, **given: Any) -> None:
+        metrics = given.get("metrics") or {}
+        if "eval_loss" in metrics:
             self._say(self.watch.evaluation(state.global_step, float(metrics["eval_loss"])))
 
     def _say(self, found: Iterable[Finding]) -> None:
@@ -253,8 +249,3 @@ class HealthCallback(TrainerCallback):
 
 def _number(value: float) -> str:
     return "not a number" if math.isnan(value) else "infinite"
-
-
-def _ordinal(count: int) -> str:
-    ending = {1: "st", 2: "nd", 3: "rd"}.get(count % 10, "th")
-    return f"{count}th" if count % 100 in (11, 12, 13) else f"{count}{ending}"

@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
 from transformers import TrainerCallback, TrainerControl, TrainerState
 
+from lorakit.train.evaluate import in_words
 from lorakit.train.report import duration, json_lines, write_whole
 
 
@@ -73,10 +74,8 @@ class ProgressCallback(TrainerCallback):
         if self._bar is not None and self._task is not None:
             self._bar.update(self._task, completed=state.global_step, numbers=self._numbers(state))
 
-    def on_log(
-        self, args: Any, state: TrainerState, control: TrainerControl, logs: dict[str, float] | None = None, **_: Any
-    ) -> None:
-        logs = logs or {}
+    def on_log(self, args: Any, state: TrainerState, control: TrainerControl, **given: Any) -> None:
+        logs: dict[str, float] = given.get("logs") or {}
         self.loss = logs.get("loss", self.loss)
         if "eval_loss" in logs and (self._bar is not None or state.is_world_process_zero):
             self.console.print(evaluation_line(state.global_step, logs), highlight=False)
@@ -122,9 +121,6 @@ class MetricsFile(TrainerCallback):
 
 def evaluation_line(step: int, logs: dict[str, float]) -> str:
     """An evaluation in one line."""
-    parts = [f"evaluation at step {step}: loss {logs['eval_loss']:.4f}"]
-    if "eval_perplexity" in logs:
-        parts.append(f"perplexity {logs['eval_perplexity']:,.2f}")
-    if "eval_token_accuracy" in logs:
-        parts.append(f"token accuracy {100 * logs['eval_token_accuracy']:.1f}%")
-    return ", ".join(parts)
+    names = ("loss", "perplexity", "token_accuracy")
+    numbers = {name: logs[f"eval_{name}"] for name in names if f"eval_{name}" in logs}
+    return f"evaluation at step {step}: {in_words(numbers)}"

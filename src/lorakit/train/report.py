@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from lorakit.errors import plural
-from lorakit.train.evaluate import Answer, Evaluation, written
+from lorakit.train.evaluate import Answer, Evaluation, compared
 
 CARD, CONFIG, METRICS, CURVES = "README.md", "train.yaml", "metrics.jsonl", "curves.png"
 
@@ -63,6 +63,12 @@ class RunRecord:
     quantize: str | None = None
     prompt: str = ""
 
+    @property
+    def measured(self) -> dict[str, Evaluation]:
+        """What was measured: "before", with the base alone, and "after"."""
+        found = {"before": self.before, "after": self.after}
+        return {name: one for name, one in found.items() if one is not None}
+
     def as_dict(self) -> dict[str, Any]:
         """Plain values, for the training record inside `lorakit.json`."""
         plain: dict[str, Any] = {}
@@ -103,21 +109,12 @@ def write_report(
     `config_yaml` is the text of the exact configuration, `history` the log events with a "step" each. The
     picture is left out when nothing was logged, since it would be empty.
     """
-    folder = Path(folder)
-    texts = {
-        CARD: model_card(record, curves=bool(history)),
-        CONFIG: config_yaml,
-        METRICS: json_lines(history),
-    }
-    paths = [write_whole(folder / name, text.encode()) for name, text in texts.items()]
+    texts = {CARD: model_card(record, curves=bool(history)), CONFIG: config_yaml, METRICS: json_lines(history)}
+    files = {name: text.encode() for name, text in texts.items()}
     if history:
-        paths.append(
-            write_whole(
-                folder / CURVES,
-                draw_curves(series_of(history), title=f"{record.name}: {record.method} on {record.base}"),
-            )
-        )
-    return paths
+        title = f"{record.name}: {record.method} on {record.base}"
+        files[CURVES] = draw_curves(series_of(history), title)
+    return [write_whole(Path(folder) / name, content) for name, content in files.items()]
 
 
 def write_whole(path: Path, content: bytes) -> Path:
@@ -140,7 +137,11 @@ def write_whole(path: Path, content: bytes) -> Path:
 
 def json_lines(history: Iterable[Mapping[str, Any]]) -> str:
     """Log events as JSON lines. Numbers that are not finite become null, which every JSON reader takes."""
-    return "".join(json.dumps({key: _finite(value) for key, value in event.items()}) + "\n" for event in history)
+
+    def finite(value: Any) -> Any:
+        return None if isinstance(value, float) and not math.isfinite(value) else value
+
+    return "".join(json.dumps({key: finite(value) for key, value in event.items()}) + "\n" for event in history)
 
 
 # -- the picture -----------------------------------------------------------------------------------
@@ -163,9 +164,9 @@ def draw_curves(series: Series, title: str = "") -> bytes:
         ("learning_rate", 1.0, ""),
     ):
         own, evaluated = series[name], series.get(f"eval_{name}", [])
-        drawn = [(own, label, _BLUE if label else _GREY), (evaluated, "evaluation", _ORANGE)]
-        if own or evaluated:
-            panels.append((name, height, [one for one in drawn if one[0]]))
+        lines = [(own, label, _BLUE if label else _GREY), (evaluated, "evaluation", _ORANGE)]
+        if drawn := [line for line in lines if line[0]]:
+            panels.append((name, height, drawn))
     heights = [height for _, height, _ in panels]
     # A Figure of its own, not pyplot's: no global state, safe in any thread, nothing to close.
     figure = Figure(figsize=(8, 1.0 + 1.35 * sum(heights)), dpi=130, layout="constrained")
@@ -225,19 +226,37 @@ def _running_mean(values: list[float]) -> list[float]:
 # -- the model card --------------------------------------------------------------------------------
 
 
-CARD_TEXT = """---
-base_model: {base}
+def model_card(record: RunRecord, *, curves: bool = True) -> str:
+    """The model card as Markdown, with the header that model hubs read."""
+    share = 100 * record.parameters / max(record.base_parameters, 1)
+    stopped = f"**The run was stopped before its end: {record.stopped}.**\n\n" if record.stopped else ""
+    prompt = f"A prompt from its training data:\n\n{_fenced(record.prompt)}\n\n" if record.prompt else ""
+    facts = "\n".join(["| | |", "|---|---|", *(f"| {name} | {_cell(value)} |" for name, value in _facts(record))])
+    data = "\n".join(f"- {line}" for line in record.data)
+    findings = "No NaNs, spikes or overfitting were detected."
+    if record.findings:
+        findings = "\n".join(["Warnings during the run:", "", *(f"- {one}" for one in record.findings)])
+    results = "\n".join(_results(record))
+    picture = f"\n![loss, token accuracy and learning rate over the steps]({CURVES})\n" if curves else ""
+    evaluated = "It was not evaluated on held-out rows: its quality is unknown."
+    if record.eval_rows:
+        evaluated = (
+            "It was evaluated on the held-out rows above only; other texts, languages and phrasings are untested."
+        )
+    return f"""---
+base_model: {json.dumps(record.base)}
 library_name: peft
 tags: [lora, lorakit]
 ---
 
-# {name}
+# {record.name}
 
-{stopped}A {method} adapter for `{model}`: {parameters:,} parameters, {share:.2f}% of the base model's {base_parameters:,}.
+{stopped}A {record.method} adapter for `{record.base}`: {record.parameters:,} parameters, {share:.2f}% of the base \
+model's {record.base_parameters:,}.
 
 ## How to use it
 
-{loading}
+{_loading(record)}
 
 {prompt}The adapter can be used on its own, combined with others, or merged into the base model.
 
@@ -245,7 +264,7 @@ tags: [lora, lorakit]
 
 {facts}
 
-Data: {train_rows}, {eval_rows:,} held out.
+Data: {plural(record.train_rows, "row")}, {record.eval_rows:,} held out.
 
 {data}
 
@@ -254,7 +273,7 @@ Data: {train_rows}, {eval_rows:,} held out.
 ## Results
 
 {results}
-{curves}
+{picture}
 ## Limits
 
 - {evaluated}
@@ -262,37 +281,8 @@ Data: {train_rows}, {eval_rows:,} held out.
 - It fits this base model only; lorakit refuses to load it on another version of the base.
 - Its licence is that of the base model and of the training data; this card grants none.
 
-The exact configuration is in [`{config}`]({config}), every logged number in [`{metrics}`]({metrics}).
+The exact configuration is in [`{CONFIG}`]({CONFIG}), every logged number in [`{METRICS}`]({METRICS}).
 """
-
-
-def model_card(record: RunRecord, *, curves: bool = True) -> str:
-    """The model card as Markdown, with the header that model hubs read."""
-    evaluated = "It was evaluated on the held-out rows above only; other texts, languages and phrasings are untested."
-    return CARD_TEXT.format(
-        base=json.dumps(record.base),
-        name=record.name,
-        stopped=f"**The run was stopped before its end: {record.stopped}.**\n\n" if record.stopped else "",
-        method=record.method,
-        model=record.base,
-        parameters=record.parameters,
-        share=100 * record.parameters / max(record.base_parameters, 1),
-        base_parameters=record.base_parameters,
-        loading=_loading(record),
-        prompt=f"A prompt from its training data:\n\n{_fenced(record.prompt)}\n\n" if record.prompt else "",
-        facts="\n".join(["| | |", "|---|---|", *(f"| {name} | {_cell(value)} |" for name, value in _facts(record))]),
-        train_rows=plural(record.train_rows, "row"),
-        eval_rows=record.eval_rows,
-        data="\n".join(f"- {line}" for line in record.data),
-        findings="\n".join(["Warnings during the run:", "", *(f"- {one}" for one in record.findings)])
-        if record.findings
-        else "No NaNs, spikes or overfitting were detected.",
-        results="\n".join(_results(record)),
-        curves=f"\n![loss, token accuracy and learning rate over the steps]({CURVES})\n" if curves else "",
-        evaluated=evaluated if record.eval_rows else "It was not evaluated on held-out rows: its quality is unknown.",
-        config=CONFIG,
-        metrics=METRICS,
-    )
 
 
 def _facts(record: RunRecord) -> list[tuple[str, str]]:
@@ -319,18 +309,14 @@ def _facts(record: RunRecord) -> list[tuple[str, str]]:
 
 
 def _results(record: RunRecord) -> list[str]:
-    measured = {name: one for name, one in (("before", record.before), ("after", record.after)) if one is not None}
+    measured = record.measured
     if not measured:
         return ["Not evaluated: the run had no held-out rows."]
-    names = list(dict.fromkeys(name for evaluation in measured.values() for name in evaluation.numbers()))
     head = f"| on {next(iter(measured.values())).rows:,} held-out rows | " + " | ".join(
         {"before": "base model", "after": "with the adapter"}[name] for name in measured
     )
     rows = [head + " |", "|---|" + "---:|" * len(measured)]
-    for name in names:
-        cells = [evaluation.numbers().get(name) for evaluation in measured.values()]
-        shown = ["" if cell is None else written(name, cell) for cell in cells]
-        rows.append(f"| {name.replace('_', ' ')} | " + " | ".join(shown) + " |")
+    rows += [f"| {' | '.join(row)} |" for row in compared(measured.values())]
     if record.samples:
         rows += ["", "Sample answers:", ""]
         for answer in record.samples:
@@ -370,11 +356,8 @@ def _loading(record: RunRecord) -> str:
 def _fenced(text: str, longest: int = 2000) -> str:
     """Text as a block of Markdown; a long one without its middle."""
     half = longest // 2
-    return (
-        "~~~\n"
-        + (text if len(text) <= longest else f"{text[:half]}\n…\n{text[-half:]}").replace("~~~", "~ ~")
-        + "\n~~~"
-    )
+    shown = text if len(text) <= longest else f"{text[:half]}\n…\n{text[-half:]}"
+    return f"~~~\n{shown.replace('~~~', '~ ~')}\n~~~"
 
 
 def _cell(text: str) -> str:
@@ -400,7 +383,3 @@ def duration(seconds: float) -> str:
     if hours:
         return f"{hours} h {minutes:02d} min"
     return f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"
-
-
-def _finite(value: Any) -> Any:
-    return None if isinstance(value, float) and not math.isfinite(value) else value

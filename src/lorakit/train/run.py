@@ -15,7 +15,7 @@ import platform
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -38,9 +38,9 @@ from lorakit.models.tasks import check_causal
 from lorakit.train import run_checkpoint as checkpoint
 from lorakit.train.config.run import TrainConfig, to_tree, to_yaml
 from lorakit.train.data.calibration_batches import calibration_batches
-from lorakit.train.data.classification import LabelledExample, PreparedLabels, class_names, prepare_labels
-from lorakit.train.data.examples import Example, Prepared, Question, choice_ids, load_splits, prepare, questions
-from lorakit.train.evaluate import Answer, Evaluation, measure, written
+from lorakit.train.data.classification import LabelledExample, class_names, prepare_labels
+from lorakit.train.data.examples import Prepared, choice_ids, load_splits, prepare, questions
+from lorakit.train.evaluate import Answer, Evaluation, EvaluationSet, in_words, measure
 from lorakit.train.report import RunRecord, write_report
 from lorakit.train.step.loss import LossPath, prompt_length
 from lorakit.train.step.memory import recomputing
@@ -82,16 +82,6 @@ class TrainResult:
         return self.record.stopped
 
 
-@dataclass(frozen=True)
-class EvaluationSet:
-    """What a model is measured on: examples for the loss (of a classifier, labelled texts), questions and choices for the
-    answers."""
-
-    examples: Sequence[Example]
-    questions: Sequence[Question] = ()
-    choices: Sequence[Sequence[int]] = ()
-
-
 def train(config: TrainConfig, *, console: Console | None = None) -> TrainResult:
     """Carry out a run.
 
@@ -117,8 +107,7 @@ def train(config: TrainConfig, *, console: Console | None = None) -> TrainResult
 
     base = holding(model)
     transformers.set_seed(options.seed)
-    examples: Sequence[Any] = prepared.examples
-    batches = calibration_batches(examples, config.init, options.seed)
+    batches = calibration_batches(prepared.examples, config.init, options.seed)
     if batches is not None:
         needs = (config.init.name, config.init.needs, plural(len(batches), "batch", "batches"))
         log.info("init %s measures the %s of every layer on %s", *needs)
@@ -135,15 +124,8 @@ def train(config: TrainConfig, *, console: Console | None = None) -> TrainResult
             _fuse(model, stack)
         before = _measure_base(model, tokenizer, held, config, path) if held else None
         stack.enter_context(recomputing(model, options.memory))
-        trainer = LoraTrainer(
-            model,
-            adapter,
-            config,
-            examples,
-            held.examples if held else None,
-            path=path,
-            console=console,
-        )
+        evaluated = held.examples if held else None
+        trainer = LoraTrainer(model, adapter, config, prepared.examples, evaluated, path=path, console=console)
         start = time.perf_counter()
         trainer.train_from(options.resume)
         seconds = time.perf_counter() - start
@@ -239,7 +221,7 @@ def evaluation_set(
     rows: Rows, tokenizer: Any, config: TrainConfig, classes: Sequence[str] | None = None
 ) -> EvaluationSet:
     """Evaluation rows made ready for what the configuration measures on them; `classes` are those of a classifier."""
-    examples: Sequence[Any] = _prepared("evaluation data", rows, tokenizer, config, classes).examples
+    examples = _prepared("evaluation data", rows, tokenizer, config, classes).examples
     options = config.evaluate
     if classes is not None or options.answers == "none":
         return EvaluationSet(examples)
@@ -248,14 +230,10 @@ def evaluation_set(
     return EvaluationSet(examples, asked, choices)
 
 
-def _prepared(
-    what: str, rows: Rows, tokenizer: Any, config: TrainConfig, classes: Sequence[str] | None
-) -> Prepared | PreparedLabels:
+def _prepared(what: str, rows: Rows, tokenizer: Any, config: TrainConfig, classes: Sequence[str] | None) -> Prepared:
     """Rows as examples for the task of a run; what became of them is logged."""
-    if classes is None:
-        prepared: Prepared | PreparedLabels = prepare(rows, tokenizer, config.data)
-    else:
-        prepared = prepare_labels(rows, tokenizer, config.data, classes)
+    data = config.data
+    prepared = prepare(rows, tokenizer, data) if classes is None else prepare_labels(rows, tokenizer, data, classes)
     for line in prepared.report.lines():
         log.info("%s: %s", what, line)
     return prepared
@@ -264,16 +242,8 @@ def _prepared(
 def examine(model: Any, tokenizer: Any, held: EvaluationSet, config: TrainConfig, path: LossPath) -> Evaluation:
     """Measure the route in use on the held-out rows, by the loss path of the run."""
     with path.opened(model), evaluating(model):
-        found = measure(
-            model,
-            tokenizer,
-            held.examples,
-            held.questions,
-            options=config.evaluate,
-            choices=held.choices,
-            batch_size=config.train.evaluation_batch_size,
-            loss_of=path.loss,
-        )
+        how: dict[str, Any] = {"batch_size": config.train.evaluation_batch_size, "loss_of": path.loss}
+        found = measure(model, tokenizer, held, config.evaluate, **how)
     if config.task == "seq-cls":  # one label a text: its "tokens" are texts
         return dataclasses.replace(found, accuracy=found.token_accuracy, token_accuracy=None, perplexity=None)
     return found
@@ -308,8 +278,7 @@ def _measure_base(
         return None
     with use(model, None):
         before = examine(model, tokenizer, held, config, path)
-    numbers = ", ".join(f"{name.replace('_', ' ')} {written(name, value)}" for name, value in before.numbers().items())
-    log.info("before training: %s", numbers)
+    log.info("before training: %s", in_words(before.numbers()))
     return before
 
 
@@ -342,7 +311,7 @@ def _record(
     adapter: Adapter,
     tokenizer: Any,
     base: Holding,
-    prepared: Prepared | PreparedLabels,
+    prepared: Prepared,
     held: EvaluationSet | None,
     trainer: LoraTrainer,
     before: Evaluation | None,
@@ -418,8 +387,6 @@ def _options(method: Any) -> dict[str, Any]:
 
 def _version(package: str) -> str | None:
     """A package's version; None where it is not installed (peft is optional)."""
-    from importlib.metadata import PackageNotFoundError
-
     try:
         return version(package)
     except PackageNotFoundError:

@@ -21,6 +21,8 @@ from torch import Tensor, nn
 from lorakit.core.using import whole_rows
 from lorakit.errors import LorakitError
 from lorakit.models.evaluating import evaluating
+from lorakit.native.elementwise import wide
+from lorakit.train.data.templates import shared_prefix_length
 from lorakit.train.step.loss import Head, decoder_of, prompts_known, read_head
 from lorakit.train.step.packing import mask_of, pad_rows
 
@@ -85,17 +87,15 @@ class Reader:
             head = None
         self.head = head
         if self.body is not None and head is not None:
-            wide = torch.promote_types(self.dtype, torch.float32)
             linear: Any = head.module
-            self.weight: Tensor = linear.weight.detach().to(wide)
-            self.bias: Tensor | None = linear.bias.detach().to(wide) if linear.bias is not None else None
+            self.weight: Tensor = wide(linear.weight.detach())
+            self.bias: Tensor | None = wide(linear.bias.detach()) if linear.bias is not None else None
         self.arguments = frozenset(inspect.signature((self.body or model).forward).parameters)
 
     def logits(self, rows: Tensor, places: Tensor, **inputs: Any) -> Tensor:
         """Logits [rows, places, vocabulary] at `places` [rows, places] of the model's output on `inputs`."""
         if self.body is None or self.head is None:
-            logits: Tensor = self.model(**inputs).logits[rows, places]
-            return logits.to(torch.promote_types(logits.dtype, torch.float32))
+            return wide(self.model(**inputs).logits[rows, places])
         hidden = self.body(**inputs).last_hidden_state[rows, places]
         return self.head.shape(nn.functional.linear(hidden.to(self.weight.dtype), self.weight, self.bias))
 
@@ -218,8 +218,4 @@ def _shares_exactly(reader: Reader, prompts: Sequence[Sequence[int]], choices: S
 
 def _common_prefix(prompts: Sequence[Sequence[int]]) -> int:
     """How many tokens all prompts begin with, leaving each at least one of its own: its last predicts the answer."""
-    if len(prompts) < 2:
-        return 0
-    first, last = min(list(prompt[:-1]) for prompt in prompts), max(list(prompt[:-1]) for prompt in prompts)
-    pairs = enumerate(zip(first, last, strict=False))
-    return next((place for place, (one, other) in pairs if one != other), min(len(first), len(last)))
+    return shared_prefix_length([list(prompt[:-1]) for prompt in prompts]) if len(prompts) > 1 else 0

@@ -1,8 +1,5 @@
-"""One training run: from a configuration to an adapter folder, on the Hugging Face Trainer.
-
-`train(config)` is the whole run: load the base, read the rows, attach, train, evaluate before and after, save, report.
-`LoraTrainer` is the part that steps: a `transformers.Trainer`, so that Accelerate, schedulers, checkpoints, early stopping
-and trackers come with it, with what a low-rank run does differently:
+"""The part of a run that steps: a `transformers.Trainer`, so that Accelerate, schedulers, checkpoints, early stopping and
+trackers come with it, with what a low-rank run does differently:
 
 - the loss: packed batches without padding where the model supports them, else padded ones; either way the sum over labelled
   tokens, divided by their number in the whole accumulated batch, so that splitting a batch changes nothing;
@@ -18,7 +15,7 @@ import logging
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 import transformers
@@ -94,7 +91,7 @@ class LoraTrainer(transformers.Trainer):
             super().__init__(
                 model=model,
                 args=training_arguments(config, evaluates=bool(eval_examples)),
-                data_collator=_as_list,
+                data_collator=cast(Any, list),  # a batch is its examples; the loss path makes them into tensors
                 train_dataset=list(train_examples),
                 eval_dataset=list(eval_examples) if eval_examples else None,
                 callbacks=[*own, *callbacks],
@@ -190,12 +187,8 @@ class LoraTrainer(transformers.Trainer):
     ) -> dict[str, float]:
         """Loss, perplexity and token accuracy over all labelled tokens of the evaluation examples."""
         examples: Any = self.eval_dataset if eval_dataset is None else eval_dataset
-        sums = self.loss_sums(examples)
-        metrics = {
-            f"{metric_key_prefix}_loss": sums.mean,
-            f"{metric_key_prefix}_perplexity": sums.perplexity,
-            f"{metric_key_prefix}_token_accuracy": sums.token_accuracy,
-        }
+        numbers = self.loss_sums(examples).numbers()
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in numbers.items()}
         self.log(dict(metrics))
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
@@ -360,11 +353,6 @@ def make_optimizer(
         return build_optimizer(name, groups, lr=learning_rate, **options)
     except LorakitError as problem:
         raise LorakitError(f"train.optimizer: {problem}") from None
-
-
-def _as_list(examples: list[Any]) -> Any:
-    """The collator: a batch is its examples, which the loss path makes into tensors in its own way."""
-    return list(examples)
 
 
 def _count_labels(examples: Sequence[Example]) -> int:

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from lorakit.errors import LorakitError
 from lorakit.train.config.options import DataOptions
-from lorakit.train.data.examples import Report, length_limit
-from lorakit.train.data.formats import refuse_bad_rows, renamed, say_missing
+from lorakit.train.data.examples import Prepared, Report, length_limit
+from lorakit.train.data.formats import each_row, refuse_bad_rows, renamed, say_missing
 from lorakit.train.data.reading import BadRow, Row, Rows
+from lorakit.train.data.templates import UnusableRow
 from lorakit.train.data.tokenise import IGNORED
 
 
@@ -26,18 +27,6 @@ class LabelledExample:
     def labels(self) -> list[int]:
         """The class as the one label of the row, behind a first token that has none, for whatever counts or hashes labels."""
         return [IGNORED, self.label]
-
-
-@dataclass(frozen=True)
-class PreparedLabels:
-    """Texts with classes, the names of the classes by index, and the report."""
-
-    examples: list[LabelledExample]
-    names: tuple[str, ...]
-    report: Report
-
-    def __len__(self) -> int:
-        return len(self.examples)
 
 
 def class_names(rows: Rows, options: DataOptions) -> tuple[str, ...]:
@@ -55,32 +44,29 @@ def class_names(rows: Rows, options: DataOptions) -> tuple[str, ...]:
     return names
 
 
-def _labelled(rows: Rows, options: DataOptions) -> tuple[list[tuple[Row, str, str]], list[BadRow]]:
-    """Row, text and label of each usable row, and the unusable ones."""
-    bad: list[BadRow] = []
-    texts: list[tuple[Row, str, str]] = []
-    for row, values in renamed(rows, options):
+def _labelled(rows: Rows, options: DataOptions) -> tuple[list[tuple[Row, tuple[str, str]]], list[BadRow]]:
+    """Each usable row with its text and label, and the unusable ones."""
+
+    def read(values: Mapping[str, Any]) -> tuple[str, str]:
         label = values.get("label")
         if not isinstance(values.get("text"), str) or not values["text"].strip():
-            bad.append(BadRow(row.where, say_missing("text", values)))
-        elif isinstance(label, bool) or not isinstance(label, str | int) or label == "":
-            bad.append(BadRow(row.where, f'"label" is {label!r}, expected a name or an integer'))
-        else:
-            if rows.label_names and isinstance(label, int) and 0 <= label < len(rows.label_names):
-                label = rows.label_names[label]
-            texts.append((row, values["text"], str(label)))
-    return texts, bad
+            raise UnusableRow(say_missing("text", values))
+        if isinstance(label, bool) or not isinstance(label, str | int) or label == "":
+            raise UnusableRow(f'"label" is {label!r}, expected a name or an integer')
+        if rows.label_names and isinstance(label, int) and 0 <= label < len(rows.label_names):
+            label = rows.label_names[label]
+        return values["text"], str(label)
+
+    return each_row(renamed(rows, options), read)
 
 
-def _names(rows: Rows, texts: Sequence[tuple[Row, str, str]]) -> tuple[str, ...]:
-    found = {label for _, _, label in texts}
+def _names(rows: Rows, texts: Sequence[tuple[Row, tuple[str, str]]]) -> tuple[str, ...]:
+    found = {label for _, (_, label) in texts}
     numeric = all(re.fullmatch(r"-?\d+", label) for label in found)
     return tuple(rows.label_names or sorted(found, key=int if numeric else None))
 
 
-def prepare_labels(
-    rows: Rows, tokenizer: Any, options: DataOptions, names: Sequence[str] | None = None
-) -> PreparedLabels:
+def prepare_labels(rows: Rows, tokenizer: Any, options: DataOptions, names: Sequence[str] | None = None) -> Prepared:
     """Rows of `text` and `label` for a model that classifies sequences.
 
     Args:
@@ -95,16 +81,16 @@ def prepare_labels(
     texts, bad = _labelled(rows, options)
     names = _names(rows, texts) if names is None else names
     index = {name: position for position, name in enumerate(names)}
-    for row, _, label in texts:
+    for row, (_, label) in texts:
         if label not in index:
             bad.append(BadRow(row.where, f'"label" is "{label}", which is not among {", ".join(names)}'))
-    texts = [one for one in texts if one[2] in index]
+    texts = [(row, one) for row, one in texts if one[1] in index]
     refuse_bad_rows((*rows.bad, *bad), len(rows) + len(rows.bad), options)
     limit = length_limit(tokenizer, options)
-    encoded = tokenizer([text for _, text, _ in texts], verbose=False)["input_ids"] if texts else []
+    encoded = tokenizer([text for _, (text, _) in texts], verbose=False)["input_ids"] if texts else []
     kept: list[LabelledExample] = []
     truncated = cut = too_long = 0
-    for (row, text, label), ids in zip(texts, encoded, strict=True):
+    for (row, (text, label)), ids in zip(texts, encoded, strict=True):
         if len(ids) > limit:
             if options.overflow == "refuse":
                 raise LorakitError(f"{row.where}: {len(ids)} tokens, above data.max_length {limit}")
@@ -123,4 +109,4 @@ def prepare_labels(
     report = Report.of(rows, kept, len(kept), skipped, format="classification", template="none", **facts)
     if not kept:
         raise LorakitError(f"prepare_labels: no example is left of {rows.source}. " + "; ".join(report.lines()))
-    return PreparedLabels(kept, tuple(names), report)
+    return Prepared(kept, report, tuple(names))

@@ -22,9 +22,16 @@ from typing import Any
 
 from lorakit.errors import LorakitError, plural
 from lorakit.train.config.options import DataOptions
-from lorakit.train.data.formats import RowReader, refuse_bad_rows, sort_out, usable
+from lorakit.train.data.formats import RowReader, each_row, refuse_bad_rows, sort_out
 from lorakit.train.data.reading import BadRow, Row, Rows, load_rows
-from lorakit.train.data.templates import ChatTemplate, Conversation, TextTemplate, UnusableRow, text_of
+from lorakit.train.data.templates import (
+    ChatTemplate,
+    Conversation,
+    TextTemplate,
+    UnusableRow,
+    shared_prefix_length,
+    text_of,
+)
 from lorakit.train.data.tokenise import IGNORED, Ends, Labeller, Tokenised, cut, split
 
 
@@ -123,10 +130,12 @@ class Report:
 
 @dataclass(frozen=True)
 class Prepared:
-    """Examples, and the report of how they came about."""
+    """Examples, and the report of how they came about. Of a classifier they are labelled texts, and `names` its classes by
+    index."""
 
-    examples: list[Example]
+    examples: list[Any]
     report: Report
+    names: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.examples)
@@ -277,14 +286,6 @@ def choice_ids(choices: Sequence[str], rows: Rows, tokenizer: Any, options: Data
     return closed if begins else bare
 
 
-def shared_prefix_length(rows: Sequence[list[int]]) -> int:
-    """With how many equal tokens all rows begin."""
-    if not rows:
-        return 0
-    first, last = min(rows), max(rows)  # in lexical order, these two differ the earliest
-    return next((at for at, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), min(len(first), len(last)))
-
-
 def length_limit(tokenizer: Any, options: DataOptions) -> int:
     """The longest example in tokens: `data.max_length`, or what the tokenizer says the model takes if that is less."""
     return min(options.max_length, int(min(getattr(tokenizer, "model_max_length", None) or 1e9, 1e9)))
@@ -319,7 +320,7 @@ class _Maker:
                 def mark(conversation: Conversation) -> Tokenised:
                     return self.labeller.label_marked(*template.marked(conversation))
 
-                marked, more = sort_out(conversations, [usable(mark, c) for _, c in conversations])
+                marked, more = each_row(conversations, mark)
                 return marked, bad + more
             rendered, more = sort_out(conversations, template.render([c for _, c in conversations]))
             bad += more

@@ -14,8 +14,8 @@ from lorakit.errors import LorakitError
 from lorakit.train.config.options import DataOptions
 from lorakit.train.data.reading import BadRow, Row, Rows
 from lorakit.train.data.templates import (
+    JOINED,
     Conversation,
-    Joined,
     Message,
     Rendered,
     TextTemplate,
@@ -24,6 +24,7 @@ from lorakit.train.data.templates import (
     read_messages,
 )
 
+Given = TypeVar("Given")
 Kept = TypeVar("Kept")
 
 
@@ -121,9 +122,9 @@ class RowReader:
 
     def _format(self) -> str:
         asked = self.options.format
-        if isinstance(self.template, TextTemplate) and asked in ("auto", "prompt-completion"):
-            return "template"
-        if isinstance(self.template, TextTemplate):
+        if isinstance(self.template, TextTemplate) and self.template is not JOINED:
+            if asked in ("auto", "prompt-completion"):
+                return "template"
             raise LorakitError(
                 f"data.template has placeholders, which rows of format {asked} cannot fill; "
                 "use a Jinja chat template for messages, none for text"
@@ -137,7 +138,7 @@ class RowReader:
             found = "text"  # nothing is readable: the bad rows are what will be told
         if found == "classification":
             raise LorakitError(f"{self.source}: rows of text and label are for a classifier; use prepare_labels")
-        if found == "messages" and isinstance(self.template, Joined):
+        if found == "messages" and self.template is JOINED:
             raise LorakitError(
                 f"{self.source}: rows of messages need a chat template, and this tokenizer has none; "
                 "give one as data.template"
@@ -150,34 +151,26 @@ class RowReader:
 
     def texts(self) -> tuple[list[tuple[Row, Rendered]], list[BadRow]]:
         """The text of every row that needs no chat template, and the unusable rows."""
-        return self._each(self._text)
+        return each_row(self.fields, self._text)
 
     def conversations(self) -> tuple[list[tuple[Row, Conversation]], list[BadRow]]:
         """The messages of every row for a chat template, and the unusable rows."""
-        return self._each(self._conversation)
-
-    def _each(self, make: Callable[[Mapping[str, Any]], Kept]) -> tuple[list[tuple[Row, Kept]], list[BadRow]]:
-        return sort_out(self.fields, [usable(make, values) for _, values in self.fields])
+        return each_row(self.fields, self._conversation)
 
     def _text(self, values: Mapping[str, Any]) -> Rendered:
         if self.format == "text":
             if not isinstance(values.get("text"), str) or not values["text"]:
                 raise UnusableRow(say_missing("text", values))
             return Rendered(values["text"], ((0, len(values["text"])),))
-        if isinstance(self.template, TextTemplate):
-            names = self.template.placeholders
-            filled = dict(values)
-            if self.options.system is not None:
-                filled["system"] = values.get("system") or self.options.system
-            for name in names:
-                if not isinstance(filled.get(name), str) or (name == names[-1] and not filled[name].strip()):
-                    raise UnusableRow(say_missing(name, filled))
-            return self.template.render(filled)
-        assert isinstance(self.template, Joined)
-        for name in ("prompt", "completion"):
-            if not isinstance(values.get(name), str) or (name == "completion" and not values[name].strip()):
-                raise UnusableRow(say_missing(name, values))
-        return self.template.render(values["prompt"], values["completion"])
+        assert isinstance(self.template, TextTemplate)
+        names = self.template.placeholders
+        filled = dict(values)
+        if self.options.system is not None:
+            filled["system"] = values.get("system") or self.options.system
+        for name in names:
+            if not isinstance(filled.get(name), str) or (name == names[-1] and not filled[name].strip()):
+                raise UnusableRow(say_missing(name, filled))
+        return self.template.render(filled)
 
     def _conversation(self, values: Mapping[str, Any]) -> Conversation:
         if self.format == "messages":
@@ -247,12 +240,17 @@ def texts_in(value: Any) -> Iterable[str]:
             yield from texts_in(item)
 
 
-def usable(make: Callable[..., Kept], *given: Any) -> Kept | UnusableRow:
-    """What `make` makes of what is given, or the reason why it cannot."""
-    try:
-        return make(*given)
-    except UnusableRow as reason:
-        return reason
+def each_row(
+    rows: Sequence[tuple[Row, Given]], make: Callable[[Given], Kept]
+) -> tuple[list[tuple[Row, Kept]], list[BadRow]]:
+    """What `make` makes of what each row holds, and the rows that it refuses."""
+    results: list[Kept | UnusableRow] = []
+    for _, given in rows:
+        try:
+            results.append(make(given))
+        except UnusableRow as reason:
+            results.append(reason)
+    return sort_out(rows, results)
 
 
 def sort_out(

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lorakit.errors import LorakitError
+from lorakit.errors import LorakitError, first_line
 
 SPLITS = ("train", "validation", "valid", "dev", "test", "eval", "evaluation", "held_out")
 
@@ -117,11 +117,8 @@ def _read_file(path: Path) -> Rows:
         found = list(reader(path))
     except OSError as error:
         raise LorakitError(f"load_rows: {path} cannot be read: {error}") from error
-    rows, bad = (
-        tuple(one for one in found if isinstance(one, Row)),
-        tuple(one for one in found if isinstance(one, BadRow)),
-    )
-    return Rows(rows, bad, str(path))
+    bad = tuple(one for one in found if isinstance(one, BadRow))
+    return Rows(tuple(one for one in found if isinstance(one, Row)), bad, str(path))
 
 
 def _row(value: Any, where: str) -> Row | BadRow:
@@ -193,13 +190,7 @@ def _read_table(path: Path) -> Iterator[Row | BadRow]:
         reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
         header: list[str] | None = None
         line = 1
-        while True:
-            try:
-                cells = next(reader)
-            except StopIteration:
-                return
-            except csv.Error as error:
-                raise LorakitError(f"load_rows: {path}, line {line}: not CSV: {error}") from None
+        for cells in reader:
             where, line = f"{path}, line {line}", reader.line_num + 1
             if not cells:
                 continue
@@ -212,6 +203,8 @@ def _read_table(path: Path) -> Iterator[Row | BadRow]:
                 yield BadRow(where, f"{len(cells)} cells under {len(header)} columns ({', '.join(header)})")
             else:
                 yield Row(dict(zip(header, cells, strict=True)), where)
+    except csv.Error as error:
+        raise LorakitError(f"load_rows: {path}, line {line}: not CSV: {error}") from None
     finally:
         csv.field_size_limit(limit)
 
@@ -225,8 +218,7 @@ def _read_parquet(path: Path) -> Iterator[Row | BadRow]:
     try:
         table = pyarrow.parquet.read_table(path)
     except (pyarrow.ArrowException, OSError) as error:
-        short = str(error).splitlines()[0]
-        raise LorakitError(f"load_rows: {path} is not a whole Parquet file: {short}") from None
+        raise LorakitError(f"load_rows: {path} is not a whole Parquet file: {first_line(error)}") from None
     for number, fields in enumerate(table.to_pylist(), start=1):
         yield Row(fields, f"{path}, row {number}")
 
@@ -263,10 +255,7 @@ def _joined(parts: Sequence[Rows], source: str) -> Rows:
 
 
 def _split_of(stem: str) -> str | None:
-    for split in SPLITS:
-        if re.search(rf"(^|[-_.]){split}($|[-_.])", stem, re.IGNORECASE):
-            return split
-    return None
+    return next((split for split in SPLITS if re.search(rf"(^|[-_.]){split}($|[-_.])", stem, re.IGNORECASE)), None)
 
 
 def _datasets() -> Any:
@@ -278,10 +267,9 @@ def _datasets() -> Any:
 
 
 def _saved_dataset(path: Path, split: str) -> Rows:
+    datasets = _datasets()
     try:
-        loaded = _datasets().load_from_disk(str(path))
-    except LorakitError:
-        raise
+        loaded = datasets.load_from_disk(str(path))
     except Exception as error:
         raise LorakitError(f"load_rows: {path} is not a whole saved dataset: {error}") from error
     return _from_dataset(loaded, split, str(path))
@@ -292,7 +280,7 @@ def _read_dataset(name: str, split: str, subset: str | None) -> Rows:
     try:
         loaded = datasets.load_dataset(name, subset, split=split)
     except Exception as error:  # datasets raises a dozen kinds; each is said with what would work
-        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        first = first_line(error)
         offline = isinstance(error, ConnectionError | TimeoutError) or "offline" in first.lower()
         if offline or "couldn't reach" in first.lower() or "connection" in first.lower():
             raise LorakitError(

@@ -1,7 +1,7 @@
 """From a row to text: which characters are the prompt, and which carry loss.
 
-Three templates answer the same question. `ChatTemplate` is the model's own Jinja template, or one from the
-configuration. `TextTemplate` is text with placeholders, for models without one. `Joined` is prompt and completion as
+Two templates answer the same question. `ChatTemplate` is the model's own Jinja template, or one from the
+configuration. `TextTemplate` is text with placeholders, for models without one; `JOINED` is prompt and completion as
 they are. Each gives for a row the whole text and the spans of it to learn from.
 
 A chat template is a program, and where an answer begins in what it writes cannot be read off. Either the template
@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
-from lorakit.errors import LorakitError
+from lorakit.errors import LorakitError, first_line
 
 log = logging.getLogger("lorakit.train")
 
@@ -61,18 +61,6 @@ class Rendered:
     spans: tuple[tuple[int, int], ...]
 
 
-@dataclass(frozen=True)
-class Joined:
-    """Prompt and completion one after the other, with nothing between."""
-
-    is_chat: ClassVar[bool] = False
-    words: ClassVar[str] = "none (prompt and completion joined as they are)"
-
-    def render(self, prompt: str, completion: str) -> Rendered:
-        """The text of one row."""
-        return Rendered(prompt + completion, ((len(prompt), len(prompt) + len(completion)),))
-
-
 _PLACEHOLDER = re.compile(r"\{([A-Za-z_]\w*)\}")
 
 
@@ -108,6 +96,8 @@ class TextTemplate:
     @property
     def words(self) -> str:
         """The template in words, for the report."""
+        if self is JOINED:
+            return "none (prompt and completion joined as they are)"
         return f"{self.origin}, text with {_braced(dict.fromkeys(self.placeholders))}"
 
     def render(self, fields: Mapping[str, Any]) -> Rendered:
@@ -125,6 +115,10 @@ class TextTemplate:
 
 def _braced(names: Iterable[str]) -> str:
     return ", ".join(f"{{{name}}}" for name in names)
+
+
+JOINED = TextTemplate("{prompt}{completion}")
+"""Prompt and completion one after the other, with nothing between: where there is no template."""
 
 
 @dataclass(frozen=True)
@@ -151,13 +145,9 @@ class ChatTemplate:
     def render(self, conversations: Sequence[Conversation]) -> list[Rendered | UnusableRow]:
         """The text of each conversation and its spans, or why it has none."""
         wholes = self._write([(c.messages, c.tools) for c in conversations], opened=False)
-        starts = [(c.messages[:index], c.tools) for c in conversations for index in c.learned]
-        ends = [
-            (c.messages[: index + 1], c.tools)
-            for c in conversations
-            for index in c.learned
-            if index + 1 < len(c.messages)
-        ]
+        answers = [(c, index) for c in conversations for index in c.learned]
+        starts = [(c.messages[:index], c.tools) for c, index in answers]
+        ends = [(c.messages[: index + 1], c.tools) for c, index in answers if index + 1 < len(c.messages)]
         opened, closed = iter(self._write(starts, opened=True)), iter(self._write(ends, opened=False))
         results: list[Rendered | UnusableRow] = []
         for c, whole in zip(conversations, wholes, strict=True):
@@ -186,7 +176,7 @@ class ChatTemplate:
                 tokenizer_kwargs={"verbose": False},
             )
         except Exception as error:
-            raise UnusableRow(f"the chat template refuses it: {_first_line(error)}") from error
+            raise _refused(error) from error
         ids, mask = list(encoded["input_ids"]), list(encoded["assistant_masks"])
         if not any(mask):
             raise UnusableRow("the chat template's {% generation %} marks cover nothing of it")
@@ -206,7 +196,7 @@ class ChatTemplate:
         try:
             return str(self._apply(messages, tools, opened))
         except Exception as error:
-            return UnusableRow(f"the chat template refuses it: {_first_line(error)}")
+            return _refused(error)
 
     def _apply(self, messages: Any, tools: Any, opened: bool) -> Any:
         return self.tokenizer.apply_chat_template(
@@ -214,8 +204,16 @@ class ChatTemplate:
         )
 
 
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+def shared_prefix_length(rows: Sequence[Any]) -> int:
+    """With how many equal items all rows begin: lists of tokens or words, or texts."""
+    if not rows:
+        return 0
+    first, last = min(rows), max(rows)  # in lexical order, these two differ the earliest
+    return next((at for at, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), min(len(first), len(last)))
+
+
+def _refused(error: Exception) -> UnusableRow:
+    return UnusableRow(f"the chat template refuses it: {first_line(error)}")
 
 
 def _spans(
@@ -238,8 +236,7 @@ def _spans(
 
 
 def _diverges(whole: str, part: str, what: str) -> str:
-    both = enumerate(zip(whole, part, strict=False))
-    same = next((at for at, (a, b) in both if a != b), min(len(whole), len(part)))
+    same = shared_prefix_length([whole, part])
     return (
         f"the chat template writes {what} differently once more follows ({part[same : same + 30]!r} against "
         f"{whole[same : same + 30]!r}), so where the answer begins is not certain. Use rows with one answer each, or a "
@@ -247,10 +244,7 @@ def _diverges(whole: str, part: str, what: str) -> str:
     )
 
 
-Template = ChatTemplate | TextTemplate | Joined
-
-
-def choose_template(given: str | None, tokenizer: Any) -> Template:
+def choose_template(given: str | None, tokenizer: Any) -> ChatTemplate | TextTemplate:
     """The template that a configuration asks for.
 
     Args:
@@ -262,7 +256,7 @@ def choose_template(given: str | None, tokenizer: Any) -> Template:
         LorakitError: the file cannot be read, or the placeholders do not end in a completion.
     """
     if given is None:
-        return ChatTemplate(tokenizer) if getattr(tokenizer, "chat_template", None) else Joined()
+        return ChatTemplate(tokenizer) if getattr(tokenizer, "chat_template", None) else JOINED
     origin = "data.template"
     if "\n" not in given and given.endswith((".jinja", ".j2", ".txt")) and "{" not in given:
         try:

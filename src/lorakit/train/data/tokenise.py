@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from typing import Any
 
 from lorakit.errors import LorakitError
@@ -104,33 +104,24 @@ class Labeller:
 
     def label(self, rendered: list[Rendered]) -> list[Tokenised | UnusableRow]:
         """Tokens of every text; labels on its spans, each of which must begin at a token that the prompt ends with."""
-        texts: list[str] = []
-        for one in rendered:
-            texts.append(one.text)
-            for start, end in one.spans:
-                texts += [one.text[:start]] if start else []
-                texts += [one.text[:end]] if end < len(one.text) else []
-        tokens = iter(self.encode(texts))
+        edges = [sorted({at for span in one.spans for at in span if 0 < at < len(one.text)}) for one in rendered]
+        both = list(zip(rendered, edges, strict=True))
+        tokens = iter(self.encode([one.text[:at] for one, inside in both for at in (len(one.text), *inside)]))
         results: list[Tokenised | UnusableRow] = []
-        for one in rendered:
+        for one, inside in both:
             ids = next(tokens)
-            cuts: list[tuple[int, list[int]]] = []  # (character, the tokens of the text before it)
-            for start, end in one.spans:
-                if start:
-                    cuts.append((start, next(tokens)))
-                if end < len(one.text):
-                    cuts.append((end, next(tokens)))
+            cuts = {at: next(tokens) for at in inside}  # character -> the tokens of the text before it
             try:
                 results.append(self._label_one(one, ids, cuts))
             except UnusableRow as reason:
                 results.append(reason)
         return results
 
-    def _label_one(self, one: Rendered, ids: list[int], cuts: list[tuple[int, list[int]]]) -> Tokenised:
-        apart = any(ids[: len(part)] != part for _, part in cuts)
-        positions = {0: 0, len(one.text): len(ids), **{at: len(part) for at, part in cuts}}
+    def _label_one(self, one: Rendered, ids: list[int], cuts: dict[int, list[int]]) -> Tokenised:
+        apart = any(ids[: len(part)] != part for part in cuts.values())
+        positions = {0: 0, len(one.text): len(ids), **{at: len(part) for at, part in cuts.items()}}
         if apart:
-            places = sorted({0, len(one.text), *(at for at, _ in cuts)})
+            places = sorted({0, len(one.text), *cuts})
             pieces = self.encode([one.text[a:b] for a, b in pairwise(places)])
             separate = [token for piece in pieces for token in piece]
             if self._decode(separate) != self._decode(ids):
@@ -139,19 +130,14 @@ class Labeller:
                     "space from the end of the prompt to the start of the completion"
                 )
             ids = separate
-            at = 0
-            positions = {0: 0}
-            for place, piece in zip(places[1:], pieces, strict=True):
-                at += len(piece)
-                positions[place] = at
+            positions = dict(zip(places, accumulate(map(len, pieces), initial=0), strict=True))
         labels = [IGNORED] * len(ids)
         spans = ((0, len(one.text)),) if self.learn_all else one.spans
         for start, end in spans:
             labels[positions[start] : positions[end]] = ids[positions[start] : positions[end]]
         opened = self.opened(ids)
         labels = [IGNORED] * (len(opened) - len(ids)) + labels
-        ids = opened
-        return self._closed(Tokenised(ids, labels, apart))
+        return self._closed(Tokenised(opened, labels, apart))
 
     def label_marked(self, ids: list[int], mask: list[int]) -> Tokenised:
         """Labels by a template's own 0/1 mask, and by the end of turn after each marked run where the mask leaves it out.

@@ -53,26 +53,27 @@ class Draw(Schedule[DyLoRA, DyLoRADelta]):
             for parameter, mask in ((delta.A, still[:, None]), (delta.B, still[None])):
                 if parameter.grad is None or not mask.any():
                     continue
-                held = {
-                    key: value.clone()
-                    for key, value in optimizer.state.get(parameter, {}).items()
-                    if isinstance(value, Tensor) and value.shape == parameter.shape
-                }
+                held = {key: value.clone() for key, value in _state_of(parameter, optimizer).items()}
                 self._still.append((parameter, mask, parameter.detach().clone(), held))
 
     @torch.no_grad()
     def after_update(self, step: int, optimizer: Optimizer) -> None:
         for parameter, mask, value, held in self._still:
             parameter.copy_(torch.where(mask, value, parameter))
-            for key, now in optimizer.state.get(parameter, {}).items():
-                if isinstance(now, Tensor) and now.shape == parameter.shape:
-                    before = held.get(key)
-                    now.copy_(torch.where(mask, torch.zeros_like(now) if before is None else before, now))
+            for key, now in _state_of(parameter, optimizer).items():
+                before = held.get(key)
+                now.copy_(torch.where(mask, torch.zeros_like(now) if before is None else before, now))
         self._still = []
 
     def end(self) -> None:
         for delta in self.deltas.values():
             delta.drawn = None
+
+
+def _state_of(parameter: nn.Parameter, optimizer: Optimizer) -> dict[str, Tensor]:
+    """What the optimiser keeps for each number of a parameter."""
+    state = optimizer.state.get(parameter, {}).items()
+    return {key: value for key, value in state if isinstance(value, Tensor) and value.shape == parameter.shape}
 
 
 # -- ReLoRA ----------------------------------------------------------------------------------------------------------------
@@ -159,20 +160,14 @@ class ScheduleCallback(TrainerCallback):
     def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self.schedule.begin(state.max_steps)
 
-    def on_step_begin(
-        self, args: Any, state: TrainerState, control: TrainerControl, optimizer: Any = None, **_: Any
-    ) -> None:
-        self.schedule.before_forward(state.global_step + 1, optimizer)
+    def on_step_begin(self, args: Any, state: TrainerState, control: TrainerControl, **given: Any) -> None:
+        self.schedule.before_forward(state.global_step + 1, given["optimizer"])
 
-    def on_pre_optimizer_step(
-        self, args: Any, state: TrainerState, control: TrainerControl, optimizer: Any = None, **_: Any
-    ) -> None:
-        self.schedule.before_update(state.global_step + 1, optimizer)
+    def on_pre_optimizer_step(self, args: Any, state: TrainerState, control: TrainerControl, **given: Any) -> None:
+        self.schedule.before_update(state.global_step + 1, given["optimizer"])
 
-    def on_optimizer_step(
-        self, args: Any, state: TrainerState, control: TrainerControl, optimizer: Any = None, **_: Any
-    ) -> None:
-        self.schedule.after_update(state.global_step + 1, optimizer)
+    def on_optimizer_step(self, args: Any, state: TrainerState, control: TrainerControl, **given: Any) -> None:
+        self.schedule.after_update(state.global_step + 1, given["optimizer"])
 
     def on_train_end(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self.schedule.end()

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lorakit.native.elementwise import wide
 from lorakit.train.step import fusion
 from lorakit.train.step.packing import PackedBatch, Segment
 
@@ -48,8 +49,7 @@ class Block:
 
     `query_index` is `[key_heads * lanes * fold * length]`, `key_index` `[key_heads * lanes * length]`, `path`
     `[path tokens]` (rows of tokens) or None. `padding` `[groups, 1, length, 1]` is infinite at padded queries: added to
-    the log of the sum, it makes them add nothing to the gradient of the keys they see. `offset` is the length of the
-    path, which is how far a lane's first token lies behind the path's first.
+    the log of the sum, it makes them add nothing to the gradient of the keys they see.
     """
 
     lanes: int
@@ -58,7 +58,6 @@ class Block:
     key_index: Tensor
     padding: Tensor
     path: Tensor | None
-    offset: int
 
 
 @dataclass(frozen=True)
@@ -68,10 +67,8 @@ class Plan:
     blocks: tuple[Block, ...]
     query_return: Tensor
     key_return: Tensor
-    query_heads: int
     key_heads: int
     head_dim: int
-    tokens: int
     used: int
 
 
@@ -101,11 +98,9 @@ def _build_plan(batch: PackedBatch, query_heads: int, key_heads: int, head_dim: 
     key_head = torch.arange(key_heads)
     for parent, members in groups.items():
         path_rows = torch.tensor([t for start, n in paths[parent] for t in range(start, start + n)], dtype=torch.long)
-        first = 0
         if window is not None:
             # The lane's first token still sees the window - 1 tokens before it; what lies further back, nobody does.
-            first = max(0, path_rows.numel() - (window - 1))
-            path_rows = path_rows[first:]
+            path_rows = path_rows[max(0, path_rows.numel() - (window - 1)) :]
         for lanes in _lanes(members):
             length = -(-max(segment.length for segment in lanes) // LANE_MULTIPLE) * LANE_MULTIPLE
             count = len(lanes)
@@ -135,17 +130,14 @@ def _build_plan(batch: PackedBatch, query_heads: int, key_heads: int, head_dim: 
                     key_index=key_index.reshape(-1).to(device),
                     padding=padding.to(device),
                     path=path_rows.to(device) if path_rows.numel() else None,
-                    offset=path_rows.numel(),
                 )
             )
     return Plan(
         blocks=tuple(blocks),
         query_return=query_return.view(-1).to(device),
         key_return=key_return.view(-1).to(device),
-        query_heads=query_heads,
         key_heads=key_heads,
         head_dim=head_dim,
-        tokens=batch.tokens,
         used=batch.used,
     )
 
@@ -182,26 +174,23 @@ def _lanes(members: list[Segment]) -> list[list[Segment]]:
 # The softmax over path and lane, and its derivative: elementwise operations, fused by torch.compile.
 
 
-def _hidden_path(scores: Tensor, window: int) -> Tensor:
-    """True where a query lies `window` or more behind a key of the path. scores: [groups, fold, length, path]."""
-    query = torch.arange(scores.shape[2], device=scores.device)[:, None] + scores.shape[3]
-    return query - torch.arange(scores.shape[3], device=scores.device)[None] >= window
+def _hidden(scores: Tensor, window: int | None, behind: int = 0) -> Tensor:
+    """True where a key lies ahead of a query, or out of the window: [queries, keys]. scores: [groups, fold, queries, keys].
 
-
-def _hidden_lane(scores: Tensor, window: int | None) -> Tensor:
-    """True where a key lies ahead of a query, or out of the window. scores: [groups, fold, length, length]."""
-    distance = (
-        torch.arange(scores.shape[2], device=scores.device)[:, None]
-        - torch.arange(scores.shape[3], device=scores.device)[None]
-    )
+    The first query lies `behind` keys behind the first key: 0 within a lane, all of them for the path above it.
+    """
+    query = torch.arange(scores.shape[2], device=scores.device)[:, None] + behind
+    distance = query - torch.arange(scores.shape[3], device=scores.device)[None]
     hidden = distance < 0
     return hidden if window is None else hidden | (distance >= window)
 
 
-def _shape_scores(scores: Tensor, scale: float, softcap: float | None) -> Tensor:
-    """Raw products to the logits of the softmax, in fp32 (fp64 stays)."""
-    wide = scores.to(torch.promote_types(scores.dtype, torch.float32)) * scale
-    return wide if softcap is None else softcap * torch.tanh(wide / softcap)
+def to_logits(products: Tensor, scale: float, softcap: float | None) -> Tensor:
+    """Raw products to the logits of a softmax, in fp32 (fp64 stays)."""
+    logits = wide(products)
+    if scale != 1.0:
+        logits = logits * scale
+    return logits if softcap is None else softcap * torch.tanh(logits / softcap)
 
 
 def softmax_joined(
@@ -215,30 +204,28 @@ def softmax_joined(
     window: int | None,
 ) -> tuple[Tensor | None, Tensor, Tensor]:
     """Probabilities over path and lane together, and the log of the sum: [groups, fold, length, 1], fp32."""
-    own = _shape_scores(lane, scale, softcap).masked_fill(_hidden_lane(lane, window), float("-inf"))
+    own = to_logits(lane, scale, softcap).masked_fill(_hidden(lane, window), float("-inf"))
     top = own.amax(-1, keepdim=True)
     if path is not None:
-        above = _shape_scores(path, scale, softcap)
+        above = to_logits(path, scale, softcap)
         if window is not None:
-            above = above.masked_fill(_hidden_path(path, window), float("-inf"))
+            above = above.masked_fill(_hidden(path, window, path.shape[3]), float("-inf"))
         top = torch.maximum(top, above.amax(-1, keepdim=True))
     own = torch.exp(own - top)
     total = own.sum(-1, keepdim=True)
     if sink is not None:
         total = total + torch.exp(sink - top)
-    if path is None:
-        share = torch.where(padding == 0, 1 / total, 0.0)
-        return None, (own * share).to(lane.dtype), total.log() + top + padding
-    above = torch.exp(above - top)
-    total = total + above.sum(-1, keepdim=True)
+    if path is not None:
+        above = torch.exp(above - top)
+        total = total + above.sum(-1, keepdim=True)
     share = torch.where(padding == 0, 1 / total, 0.0)
-    return (above * share).to(path.dtype), (own * share).to(lane.dtype), total.log() + top + padding
+    of_path = None if path is None else (above * share).to(path.dtype)
+    return of_path, (own * share).to(lane.dtype), total.log() + top + padding
 
 
 def softmax_kept_backward(p: Tensor, grad: Tensor, delta: Tensor, *, scale: float) -> Tensor:
     """The gradient of the raw scores from kept probabilities (zero at padded queries)."""
-    wide = torch.promote_types(p.dtype, torch.float32)
-    return (p.to(wide) * (grad.to(wide) - delta) * scale).to(p.dtype)
+    return (wide(p) * (wide(grad) - delta) * scale).to(p.dtype)
 
 
 def softmax_joined_backward(
@@ -253,13 +240,10 @@ def softmax_joined_backward(
     in_path: bool,
 ) -> tuple[Tensor, Tensor]:
     """Probabilities again, and the gradient of the raw scores. `grad` is that of the probabilities."""
-    logits = _shape_scores(scores, scale, softcap)
+    logits = to_logits(scores, scale, softcap)
     p = torch.exp(logits - log_sum)
-    if in_path:
-        if window is not None:
-            p = p.masked_fill(_hidden_path(scores, window), 0.0)
-    else:
-        p = p.masked_fill(_hidden_lane(scores, window), 0.0)
+    if not in_path or window is not None:
+        p = p.masked_fill(_hidden(scores, window, scores.shape[3] if in_path else 0), 0.0)
     inner = p * (grad - delta) * scale
     if softcap is not None:
         inner = inner * (1 - (logits / softcap) ** 2)
@@ -283,37 +267,30 @@ class PackedAttention(torch.autograd.Function):
     ) -> Tensor:
         rows, log_sums = [], []
         kept: list[Tensor | None] = []
+        shape = {"scale": scale, "softcap": softcap, "window": window}
         for block in plan.blocks:
             queries, keys, values, path_keys, path_values = gathered = _gather(plan, block, q, k, v)
             path, lane = _scores(plan, block, queries, keys, path_keys)
-            path, lane, log_sum = fusion.call(
-                softmax_joined,
-                path,
-                lane,
-                _sink(plan, block, sinks),
-                block.padding,
-                scale=scale,
-                softcap=softcap,
-                window=window,
-            )
+            sink = _sink(plan, block, sinks)
+            path, lane, log_sum = fusion.call(softmax_joined, path, lane, sink, block.padding, **shape)
             small = softcap is None and lane.numel() + (0 if path is None else path.numel()) <= _keep.get()
             kept += [*gathered, path, lane] if small else [None] * 7
             out = torch.bmm(lane.view(-1, queries.shape[1], block.length), values)
             if path is not None and path_values is not None:
                 out = out.view(plan.key_heads, -1, plan.head_dim)
-                out.baddbmm_(path.view(plan.key_heads, -1, block.offset), path_values)
+                out.baddbmm_(path.view(plan.key_heads, -1, path.shape[-1]), path_values)
             rows.append(out.view(-1, plan.head_dim))
             log_sums.append(log_sum)
-        out = _join(rows).index_select(0, plan.query_return).view(plan.tokens, plan.query_heads, plan.head_dim)
+        out = _join(rows).index_select(0, plan.query_return).view_as(q)
         ctx.save_for_backward(q, k, v, sinks, out, *log_sums, *kept)
-        ctx.plan, ctx.scale, ctx.softcap, ctx.window = plan, scale, softcap, window
+        ctx.plan, ctx.shape = plan, shape
         return out
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
         (grad,) = grads
         q, k, v, sinks, out, *rest = ctx.saved_tensors
-        plan, scale, softcap, window = ctx.plan, ctx.scale, ctx.softcap, ctx.window
+        plan = ctx.plan
         log_sums, kept = rest[: len(plan.blocks)], rest[len(plan.blocks) :]
         grad = grad.contiguous().view(-1, plan.head_dim)
         delta_rows = fusion.call(_row_products, grad, out.view(-1, plan.head_dim))
@@ -326,9 +303,9 @@ class PackedAttention(torch.autograd.Function):
         ) -> tuple[Tensor, Tensor]:
             """Probabilities, which `scores` are already where they were kept, and the gradient of the raw scores."""
             if remembers:
-                return scores, fusion.call(softmax_kept_backward, scores, grad, delta, scale=scale)
-            shape = {"scale": scale, "softcap": softcap, "window": window, "in_path": in_path}
-            found: tuple[Tensor, Tensor] = fusion.call(softmax_joined_backward, scores, grad, log_sum, delta, **shape)
+                return scores, fusion.call(softmax_kept_backward, scores, grad, delta, scale=ctx.shape["scale"])
+            given = (scores, grad, log_sum, delta)
+            found: tuple[Tensor, Tensor] = fusion.call(softmax_joined_backward, *given, **ctx.shape, in_path=in_path)
             return found
 
         for index, (block, log_sum) in enumerate(zip(plan.blocks, log_sums, strict=True)):
@@ -350,18 +327,10 @@ class PackedAttention(torch.autograd.Function):
                 all_grads = grads_out.view(plan.key_heads, -1, plan.head_dim)
                 all_queries = queries.view(plan.key_heads, -1, plan.head_dim)
                 grad_path = torch.bmm(all_grads, path_values.transpose(1, 2)).view_as(path)
-                p, inner = differentiate(path, grad_path, log_sum, delta, remembers, in_path=True)
-                p, inner = (
-                    p.view(plan.key_heads, -1, block.offset),
-                    inner.view(plan.key_heads, -1, block.offset),
-                )
-                path_grads.append(
-                    (
-                        block.path,
-                        torch.bmm(inner.transpose(1, 2), all_queries),
-                        torch.bmm(p.transpose(1, 2), all_grads),
-                    )
-                )
+                found = differentiate(path, grad_path, log_sum, delta, remembers, in_path=True)
+                p, inner = (one.view(plan.key_heads, -1, path.shape[-1]) for one in found)
+                of_keys = torch.bmm(inner.transpose(1, 2), all_queries)
+                path_grads.append((block.path, of_keys, torch.bmm(p.transpose(1, 2), all_grads)))
                 grad_queries = torch.baddbmm(grad_queries.view(plan.key_heads, -1, plan.head_dim), inner, path_keys)
             query_rows.append(grad_queries.view(-1, plan.head_dim))
             if sink_grad is not None and sinks is not None:
@@ -377,16 +346,8 @@ class PackedAttention(torch.autograd.Function):
         for path_rows, of_keys, of_values in path_grads:
             grad_k.index_add_(0, path_rows, of_keys.transpose(0, 1))
             grad_v.index_add_(0, path_rows, of_values.transpose(0, 1))
-        return (
-            grad_q,
-            grad_k,
-            grad_v,
-            None if sink_grad is None or sinks is None else sink_grad.to(sinks.dtype),
-            None,
-            None,
-            None,
-            None,
-        )
+        of_sinks = None if sink_grad is None or sinks is None else sink_grad.to(sinks.dtype)
+        return grad_q, grad_k, grad_v, of_sinks, None, None, None, None
 
 
 @contextlib.contextmanager
@@ -400,8 +361,7 @@ def keeping(numbers: int) -> Iterator[None]:
 
 
 def _row_products(grad: Tensor, out: Tensor) -> Tensor:
-    wide = torch.promote_types(grad.dtype, torch.float32)
-    return (grad.to(wide) * out.to(wide)).sum(-1)
+    return (wide(grad) * wide(out)).sum(-1)
 
 
 def _gather(
@@ -429,15 +389,15 @@ def _scores(
     if path_keys is None:
         return None, lane
     path = torch.bmm(queries.view(plan.key_heads, -1, plan.head_dim), path_keys.transpose(1, 2))
-    return path.view(groups, -1, block.length, block.offset), lane
+    return path.view(groups, -1, block.length, path.shape[-1]), lane
 
 
 def _sink(plan: Plan, block: Block, sinks: Tensor | None) -> Tensor | None:
     """The sinks of each group's heads: `[groups, fold, 1, 1]`."""
     if sinks is None:
         return None
-    wide = sinks.to(torch.promote_types(sinks.dtype, torch.float32)).view(plan.key_heads, 1, -1)
-    return wide.expand(-1, block.lanes, -1).reshape(plan.key_heads * block.lanes, -1, 1, 1)
+    of_heads = wide(sinks).view(plan.key_heads, 1, -1)
+    return of_heads.expand(-1, block.lanes, -1).reshape(plan.key_heads * block.lanes, -1, 1, 1)
 
 
 def _join(rows: list[Tensor]) -> Tensor:

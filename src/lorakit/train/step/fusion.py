@@ -201,28 +201,6 @@ COMPILED: dict[Callable[..., Any], Callable[..., Any]] = {
 _recording = False
 
 
-class Recompute:
-    """A call that gives a tensor once more, from tensors which the graph keeps anyway."""
-
-    def __init__(self, function: type[torch.autograd.Function], arguments: tuple[Any, ...]) -> None:
-        self.function = function
-        # Detached: a tensor that leads back to its own graph would keep it alive.
-        self.arguments = [one.detach() if isinstance(one, Tensor) else one for one in arguments]
-        self.versions = self._versions()
-
-    def _versions(self) -> list[int]:
-        return [one._version for one in self.arguments if isinstance(one, Tensor)]
-
-    def __call__(self) -> Tensor:
-        if self._versions() != self.versions:
-            raise LorakitError(
-                f"backward: {self.function.__name__} cannot be recomputed (train.memory: balanced): its input was written to "
-                "since the forward pass; use train.memory: fast"
-            )
-        with torch.no_grad():
-            return self.function.apply(*self.arguments)  # type: ignore[no-any-return]
-
-
 @contextlib.contextmanager
 def recording() -> Iterator[None]:
     """Within, the outputs of norms and gates inside `fused` carry their recomputation."""
@@ -234,8 +212,8 @@ def recording() -> Iterator[None]:
         _recording = before
 
 
-def recomputation(tensor: Tensor) -> Recompute | None:
-    """How a tensor is computed once more, if it carries that."""
+def recomputation(tensor: Tensor) -> Callable[[], Tensor] | None:
+    """The call that gives a tensor once more, if it carries one, from tensors which the graph keeps anyway."""
     return getattr(tensor, "lorakit_recompute", None)
 
 
@@ -246,8 +224,22 @@ def recomputable_parts() -> int:
 
 def _recorded(function: type[torch.autograd.Function], *arguments: Any) -> Tensor:
     y: Tensor = function.apply(*arguments)
-    if _recording and torch.is_grad_enabled():
-        y.lorakit_recompute = Recompute(function, arguments)  # type: ignore[attr-defined]
+    if not (_recording and torch.is_grad_enabled()):
+        return y
+    # Detached: a tensor that leads back to its own graph would keep it alive.
+    kept = [one.detach() if isinstance(one, Tensor) else one for one in arguments]
+    versions = [(one, one._version) for one in kept if isinstance(one, Tensor)]
+
+    def again() -> Tensor:
+        if any(one._version != version for one, version in versions):
+            raise LorakitError(
+                f"backward: {function.__name__} cannot be recomputed (train.memory: balanced): its input was written to "
+                "since the forward pass; use train.memory: fast"
+            )
+        with torch.no_grad():
+            return function.apply(*kept)  # type: ignore[no-any-return]
+
+    y.lorakit_recompute = again  # type: ignore[attr-defined]
     return y
 
 

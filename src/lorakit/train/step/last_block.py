@@ -12,6 +12,7 @@ hooks, or routed by rows or tokens, computes every row.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import weakref
 from collections.abc import Callable, Iterator
 from types import MethodType
@@ -48,7 +49,7 @@ def asked_rows(decoder: Any, batch: PackedBatch, try_out: Callable[[nn.Module, P
     if block is None or not 0 < len(asked) <= SHARE * batch.tokens or not _alone(decoder, block):
         return batch
     fill = asked[-1:].expand(-len(asked) % MULTIPLE)
-    cut = batch.asking(torch.cat([asked, fill]), place)
+    cut = dataclasses.replace(batch, asked=torch.cat([asked, fill]), hidden_index=place)
     if decoder not in _verdicts:
         _verdicts[decoder] = _agree(decoder, batch, cut, try_out)
     return cut if _verdicts[decoder] else batch
@@ -62,10 +63,13 @@ def _agree(
         found = try_out(decoder, cut)
     if len(found) == batch.tokens:  # the block was not asked, or did not listen
         return False
-    found = found.index_select(0, cut.hidden_index)
     # The same sums in another order: a few roundings.
-    gap = (found.double() - whole.double()).norm() / whole.double().norm().clamp_min(1e-30)
-    return bool(gap <= 16 * torch.finfo(whole.dtype).eps)
+    return relative_gap(found.index_select(0, cut.hidden_index), whole) <= 16 * torch.finfo(whole.dtype).eps
+
+
+def relative_gap(found: Tensor, expected: Tensor) -> float:
+    """The norm of the difference over that of what is expected, in double precision."""
+    return float((found.double() - expected.double()).norm() / expected.double().norm().clamp_min(1e-30))
 
 
 def _block(decoder: Any) -> nn.Module | None:

@@ -15,7 +15,7 @@ import logging
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -25,11 +25,16 @@ from lorakit.core.storage import FLOAT, storage_of
 from lorakit.core.using import counted, use
 from lorakit.edits.hooks import prompts
 from lorakit.errors import LorakitError
+from lorakit.native.elementwise import wide
 from lorakit.train.data.tokenise import IGNORED
 from lorakit.train.step import fusion
 from lorakit.train.step.attention import is_packed, packed_attention, packed_hidden
+from lorakit.train.step.batched_attention import to_logits
 from lorakit.train.step.last_block import asked_rows
-from lorakit.train.step.packing import PackedBatch, TokenisedExample, pack, pad
+from lorakit.train.step.packing import PackedBatch, pack, pad
+
+if TYPE_CHECKING:
+    from lorakit.train.data.examples import Example
 
 logger = logging.getLogger(__name__)
 
@@ -68,6 +73,10 @@ class LossStats:
         """Share of targets that were the likeliest token."""
         return float(self.right) / self.targets if self.targets else math.nan
 
+    def numbers(self) -> dict[str, float]:
+        """What is reported of them, by name."""
+        return {"loss": self.mean, "perplexity": self.perplexity, "token_accuracy": self.token_accuracy}
+
 
 @dataclass(frozen=True)
 class LossPath:
@@ -100,7 +109,7 @@ class Head:
 
     def shape(self, logits: Tensor) -> Tensor:
         """Raw products to logits, in fp32 or wider."""
-        return _shape_logits(logits, self.scale, self.softcap)
+        return to_logits(logits, self.scale, self.softcap)
 
 
 def read_head(model: Any) -> Head:
@@ -143,13 +152,6 @@ def decoder_of(model: Any) -> nn.Module:
 # The loss of a chunk
 
 
-def _shape_logits(logits: Tensor, scale: float, softcap: float | None) -> Tensor:
-    wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    if scale != 1.0:
-        wide = wide * scale
-    return wide if softcap is None else softcap * torch.tanh(wide / softcap)
-
-
 def chunk_losses(
     raw: Tensor, targets: Tensor, *, scale: float, softcap: float | None, smoothing: float
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -158,7 +160,7 @@ def chunk_losses(
     Right is a target that no token beats, rather than the first of equals: a compiled maximum is far faster than the
     place of one.
     """
-    logits = _shape_logits(raw, scale, softcap)
+    logits = to_logits(raw, scale, softcap)
     top = logits.amax(-1, keepdim=True)
     log_sum = (logits - top).exp().sum(-1, keepdim=True).log() + top
     losses = log_sum[:, 0] - (1 - smoothing) * logits.gather(1, targets[:, None])[:, 0]
@@ -178,7 +180,7 @@ def chunk_gradient(
     smoothing: float,
 ) -> Tensor:
     """The gradient of the weighted sum of losses with respect to the raw products, in their dtype."""
-    logits = _shape_logits(raw, scale, softcap)
+    logits = to_logits(raw, scale, softcap)
     wanted = targets[:, None] == torch.arange(raw.shape[1], device=raw.device)[None]
     slope = (logits - log_sum).exp() - (1 - smoothing) * wanted.to(logits.dtype)
     if smoothing:
@@ -203,17 +205,17 @@ class _LinearLoss(torch.autograd.Function):
         softcap: float | None,
         smoothing: float,
     ) -> tuple[Tensor, Tensor]:
-        wide = torch.promote_types(hidden.dtype, torch.float32)
-        total = torch.zeros((), dtype=wide, device=hidden.device)
+        dtype = torch.promote_types(hidden.dtype, torch.float32)
+        total = torch.zeros((), dtype=dtype, device=hidden.device)
         right = torch.zeros((), dtype=torch.float32, device=hidden.device)
         need_hidden, need_weight, need_bias = ctx.needs_input_grad[:3]
         of_hidden = torch.empty_like(hidden) if need_hidden else None
-        of_weight = torch.zeros_like(weight, dtype=wide) if need_weight else None
-        of_bias = torch.zeros_like(bias, dtype=wide) if bias is not None and need_bias else None
-        weights = weights.to(wide)
+        of_weight = torch.zeros_like(weight, dtype=dtype) if need_weight else None
+        of_bias = torch.zeros_like(bias, dtype=dtype) if bias is not None and need_bias else None
+        weights = weights.to(dtype)
         constants: dict[str, Any] = {"scale": scale, "softcap": softcap, "smoothing": smoothing}
-        for begin in _chunks(len(targets), weight.shape[0]):
-            part = slice(begin[0], begin[1])
+        for begin, end in _chunks(len(targets), weight.shape[0]):
+            part = slice(begin, end)
             rows = hidden[part]
             raw = nn.functional.linear(rows, weight, bias)
             losses, log_sum, hit = fusion.call(chunk_losses, raw, targets[part], **constants)
@@ -321,7 +323,7 @@ def causal_loss(
 
 def padded_loss(
     model: Any,
-    examples: Sequence[TokenisedExample],
+    examples: Sequence[Example],
     *,
     num_items: Tensor | float | None = None,
     label_smoothing: float = 0.0,
@@ -341,14 +343,13 @@ def class_loss(
     logits: Tensor, labels: Tensor, *, num_items: Tensor | float | None = None, label_smoothing: float = 0.0
 ) -> tuple[Tensor, LossStats]:
     """Cross entropy of logits `[targets, classes]`, summed and divided by `num_items`, and its stats."""
-    wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    total = nn.functional.cross_entropy(wide, labels, reduction="sum", label_smoothing=label_smoothing)
+    total = nn.functional.cross_entropy(wide(logits), labels, reduction="sum", label_smoothing=label_smoothing)
     stats = LossStats(len(labels), (logits.detach().argmax(-1) == labels).sum().float(), total.detach())
     return total / _at_least_one(stats.targets if num_items is None else num_items), stats
 
 
 def packed_loss(
-    model: Any, examples: Sequence[TokenisedExample], *, num_items: float | None = None, label_smoothing: float = 0.0
+    model: Any, examples: Sequence[Example], *, num_items: float | None = None, label_smoothing: float = 0.0
 ) -> tuple[Tensor, LossStats]:
     """`causal_loss` of examples that are packed first."""
     batch = pack(examples).to(next(model.parameters()).device)

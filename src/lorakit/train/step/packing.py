@@ -14,12 +14,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from lorakit.train.data.tokenise import IGNORED
+
+if TYPE_CHECKING:
+    from lorakit.train.data.examples import Example
 
 MINIMUM_SHARED = 16
 """A shared run shorter than this costs more in one more attention block than it saves in linear layers."""
@@ -29,16 +32,6 @@ ROW_MULTIPLE = 32
 
 TEXT_MULTIPLE = 8
 """Inside an encoder's attention texts are padded to a multiple of this, for the same reason."""
-
-
-class TokenisedExample(Protocol):
-    """What packing reads of an example: tokens and labels of equal length, labels not shifted."""
-
-    @property
-    def input_ids(self) -> list[int]: ...
-
-    @property
-    def labels(self) -> list[int]: ...
 
 
 @dataclass(frozen=True)
@@ -58,7 +51,7 @@ class PackedBatch:
     `input_ids` and `position_ids` are `[1, tokens]`; `hidden_index`, `targets` (int64) and `weights` (fp32) are
     `[targets]`: the hidden state at `hidden_index[i]` predicts `targets[i]`, which counts `weights[i]` times. Of the
     row only the first `used` tokens are real; `counts` `[1, tokens]` says how many examples hold each token, 0 for the
-    rest. `unshared_tokens` is what the examples hold together, `num_targets` the number of labels in them,
+    rest. `num_targets` is the number of labels in the examples,
     `places` the packed row of each token of each example. `asked` are the
     rows that the last block gives, in this order, and then `hidden_index` counts among them; None is every row. `plans` is
     where attention keeps what it works out once per batch, `windows` which sliding windows layers gave it (None: all is seen).
@@ -72,7 +65,6 @@ class PackedBatch:
     counts: Tensor
     segments: tuple[Segment, ...]
     used: int
-    unshared_tokens: int
     num_targets: int
     places: tuple[list[int], ...] = ()
     asked: Tensor | None = None
@@ -83,10 +75,6 @@ class PackedBatch:
     def tokens(self) -> int:
         """Length of the packed row, fill included."""
         return int(self.input_ids.shape[1])
-
-    def asking(self, rows: Tensor, hidden_index: Tensor) -> PackedBatch:
-        """The same batch, of which the last block gives `rows` alone; `hidden_index` counts among these."""
-        return replace(self, asked=rows, hidden_index=hidden_index)
 
     def to(self, device: torch.device | str) -> PackedBatch:
         """The same batch on another device."""
@@ -107,7 +95,7 @@ class PackedBatch:
 
 
 def pack(
-    examples: Sequence[TokenisedExample],
+    examples: Sequence[Example],
     *,
     share_prefix: bool = True,
     minimum_shared: int = MINIMUM_SHARED,
@@ -170,7 +158,6 @@ def pack(
         counts=held[None],
         segments=tuple(trie.segments),
         used=used,
-        unshared_tokens=sum(map(len, rows)),
         num_targets=num_targets,
         places=tuple(places.values()),
     )
@@ -188,7 +175,7 @@ def mask_of(rows: Sequence[Sequence[int]], left: bool = False) -> Tensor:
     return pad_rows([[1] * len(row) for row in rows], left=left)
 
 
-def pad(examples: Sequence[TokenisedExample]) -> dict[str, Tensor]:
+def pad(examples: Sequence[Example]) -> dict[str, Tensor]:
     """Examples as one right-padded batch: input_ids, attention_mask and labels, each `[examples, longest]`."""
     ids = [example.input_ids for example in examples]
     labels = pad_rows([example.labels for example in examples], IGNORED)

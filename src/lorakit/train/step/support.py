@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import weakref
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,7 +13,9 @@ from torch import Tensor, nn
 from lorakit.core.using import whole_rows
 from lorakit.errors import LorakitError
 from lorakit.models.evaluating import evaluating
+from lorakit.train.data.examples import Example
 from lorakit.train.step.attention import edits_obstacle, packed_attention, packed_hidden
+from lorakit.train.step.last_block import relative_gap
 from lorakit.train.step.loss import PACKED, PADDED, LossPath, base_alone, decoder_of, read_head
 from lorakit.train.step.packing import pack
 
@@ -36,12 +37,6 @@ def choose(fast_path: str, packed: LossPath, padded: LossPath, obstacle: Callabl
         return packed
     log.info("padded batches (%s)", reason)
     return padded
-
-
-@dataclass(frozen=True)
-class _Probe:
-    input_ids: list[int]
-    labels: list[int]
 
 
 _verdicts: weakref.WeakKeyDictionary[nn.Module, str | None] = weakref.WeakKeyDictionary()
@@ -70,7 +65,7 @@ def _find_reason(model: Any) -> str | None:
     except LorakitError as error:
         return str(error)
     text = config.get_text_config()
-    reason = _find_stated_reason(model, text)
+    reason = _find_stated_reason(text)
     if reason is not None:
         return reason
 
@@ -81,7 +76,7 @@ def _find_reason(model: Any) -> str | None:
     try:
         with evaluating(model):
             alone = logits_alone(model, rows, use_cache=False)
-            packed = pack([_Probe(row, row) for row in rows], minimum_shared=4, row_multiple=8).to(alone[0].device)
+            packed = pack([Example(row, row) for row in rows], minimum_shared=4, row_multiple=8).to(alone[0].device)
             with packed_attention(model):
                 hidden = packed_hidden(decoder, packed)
             logits = head.shape(head.module(hidden))
@@ -116,12 +111,10 @@ def difference(model: Any, found: Tensor, expected: Tensor, least: float = 0.0) 
     bound = 16 * torch.finfo(dtype).eps * max(1.0, float(getattr(config, "num_hidden_layers", 1)) ** 0.5)
     if dtype == torch.float64:
         bound = 1e-5  # norms and angles are computed in fp32 by most models
-    gap = float((found.double() - expected.double()).norm() / expected.double().norm().clamp_min(1e-30))
-    return (
-        None
-        if gap <= max(bound, least)
-        else f"a packed batch gives other logits than each example alone (off by {gap:.1e})"
-    )
+    gap = relative_gap(found, expected)
+    if gap <= max(bound, least):
+        return None
+    return f"a packed batch gives other logits than each example alone (off by {gap:.1e})"
 
 
 def _stated_windows(text: Any) -> set[int | None]:
@@ -135,7 +128,7 @@ def _stated_windows(text: Any) -> set[int | None]:
     return {window if kind == "sliding_attention" else None for kind in kinds}
 
 
-def _find_stated_reason(model: Any, text: Any) -> str | None:
+def _find_stated_reason(text: Any) -> str | None:
     """What short examples cannot show: layer kinds beyond full and sliding attention, and dropout."""
     kinds = set(getattr(text, "layer_types", None) or ())
     odd = kinds - {"full_attention", "sliding_attention"}
