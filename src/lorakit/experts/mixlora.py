@@ -128,7 +128,6 @@ class Experts(Delta):
     def __init__(self, spec: MixLoRA, shape: Shape, pool: Pool, made: Sequence[Delta]) -> None:
         super().__init__(spec, shape, pool)
         self.experts = nn.ModuleList(made)
-        self.dropout = made[0].dropout
         for delta in made:
             if delta.shift(torch.zeros(self.shape.out)) is not None:
                 raise LorakitError(

@@ -67,9 +67,6 @@ class TripletOptions(Scaled):
     def check(self, shape: Shape, path: str) -> None:
         check_rank_fits(self.rank, shape, path)
 
-    def build(self, shape: Shape, pool: Pool) -> Triplets:
-        return Triplets(self, shape, pool)
-
     @property
     def final_rank(self) -> int:
         """Triplets per layer, on average, that are left at the end."""
@@ -100,7 +97,7 @@ class AdaLoRA(TripletOptions):
         return self.target_rank
 
 
-class Triplets(LowRank):
+class Triplets(LowRank, of=TripletOptions):
     """P, λ and Q of one matrix, and which triplets are kept.
 
     `kept` (rank,) says what the last allocation kept. It gates nothing: between two allocations a λ may grow again and so
@@ -111,7 +108,7 @@ class Triplets(LowRank):
 
     def __init__(self, spec: TripletOptions, shape: Shape, pool: Pool) -> None:
         super().__init__(spec, shape, pool)
-        self.scale, self.dropout = spec.scale, spec.dropout
+        self.scale = spec.scale
         self.P = nn.Parameter(torch.randn(shape.out, spec.rank) * 0.02)
         self.lam = nn.Parameter(torch.zeros(spec.rank))
         self.Q = nn.Parameter(torch.randn(spec.rank, shape.in_) * 0.02)

@@ -38,9 +38,6 @@ class BitFit(Method):
         limits="The layer has a bias.",
     )
 
-    def build(self, shape: Shape, pool: Pool) -> BitFitDelta:
-        return BitFitDelta(self, shape, pool)
-
     def check(self, shape: Shape, path: str) -> None:
         if not shape.bias:
             raise LorakitError(
@@ -50,7 +47,7 @@ class BitFit(Method):
             )
 
 
-class BitFitDelta(Delta):
+class BitFitDelta(Delta, of=BitFit):
     """c of one layer."""
 
     def __init__(self, spec: BitFit, shape: Shape, pool: Pool) -> None:

@@ -94,17 +94,13 @@ class BOFT(Method):
                 f"{size}. Here factors={fitting[-1]} works, or smaller blocks."
             )
 
-    def build(self, shape: Shape, pool: Pool) -> BOFTDelta:
-        return BOFTDelta(self, shape, pool)
 
-
-class BOFTDelta(Rotation):
+class BOFTDelta(Rotation, of=BOFT):
     """M (m, blocks, c, c) and the output scales s (out,) of one matrix."""
 
     def __init__(self, spec: BOFT, shape: Shape, pool: Pool) -> None:
         super().__init__(spec, shape, pool)
         c = spec.size_of(shape)
-        self.dropout = spec.dropout
         self.M = nn.Parameter(torch.zeros(spec.factors, self.size // c, c, c))
         self.s = nn.Parameter(torch.ones(shape.out))
 

@@ -63,11 +63,8 @@ class C3A(Method):
                 "divisor or leave this one out."
             )
 
-    def build(self, shape: Shape, pool: Pool) -> C3ADelta:
-        return C3ADelta(self, shape, pool)
 
-
-class C3ADelta(Delta):
+class C3ADelta(Delta, of=C3A):
     """k of one matrix: (out/b, in/b, b)."""
 
     spec: C3A

@@ -37,17 +37,13 @@ class DoRA(Combinator):
 
     inner: Method = inner_option(LoRA, "method whose change gets trained magnitudes; LoRA in the paper")
 
-    def build(self, shape: Shape, pool: Pool) -> DoRADelta:
-        return DoRADelta(self, shape, pool)
 
-
-class DoRADelta(Combined):
+class DoRADelta(Combined, of=DoRA):
     """An inner delta and the magnitudes `m` (out,), which are set when the weight is known."""
 
     def __init__(self, spec: DoRA, shape: Shape, pool: Pool) -> None:
         super().__init__(spec, shape, pool)
         self.inner = spec.inner.build(shape, pool)
-        self.dropout = self.inner.dropout
         self.m = nn.Parameter(torch.ones(shape.out))
         self._known: Known | None = None
 

@@ -51,16 +51,12 @@ class DyLoRA(LoRAOptions):
                 f"dylora: smallest was given as {self.smallest}; it is a rank from 1 to rank={self.rank}."
             )
 
-    def build(self, shape: Shape, pool: Pool) -> DyLoRADelta:
-        return DyLoRADelta(self, shape, pool)
 
-
-class DyLoRADelta(TwoFactors):
+class DyLoRADelta(TwoFactors, of=DyLoRA):
     """A and B of one matrix, of which the leading `b` components act."""
 
     def __init__(self, spec: DyLoRA, shape: Shape, pool: Pool) -> None:
         super().__init__(spec, shape, pool)
-        self.dropout = spec.dropout
         self.drawn: int | None = None
         """The rank of the training step, set by the schedule; all components act while it is None or in evaluation."""
 

@@ -56,11 +56,8 @@ class FourierFT(Method):
                 f"({shape.out} × {shape.in_}). Give {shape.out * shape.in_} or less, or leave the layer out."
             )
 
-    def build(self, shape: Shape, pool: Pool) -> FourierFTDelta:
-        return FourierFTDelta(self, shape, pool)
 
-
-class FourierFTDelta(Delta):
+class FourierFTDelta(Delta, of=FourierFT):
     """c of one matrix (n_frequency,); its places follow from seed and shape."""
 
     spec: FourierFT

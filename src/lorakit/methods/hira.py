@@ -42,11 +42,8 @@ class HiRA(Method):
     def check(self, shape: Shape, path: str) -> None:
         check_rank_fits(self.rank, shape, path)
 
-    def build(self, shape: Shape, pool: Pool) -> HiRADelta:
-        return HiRADelta(self, shape, pool)
 
-
-class HiRADelta(Delta):
+class HiRADelta(Delta, of=HiRA):
     """A and B of one matrix."""
 
     def __init__(self, spec: HiRA, shape: Shape, pool: Pool) -> None:

@@ -67,9 +67,6 @@ class LoKr(Scaled):
         "peft", "peft: the scale is alpha / rank always; lycoris: 1 where C and D are whole"
     )
 
-    def build(self, shape: Shape, pool: Pool) -> LoKrDelta:
-        return LoKrDelta(self, shape, pool)
-
 
 def _sizes(shape: Shape, spec: LoKr) -> dict[str, tuple[int, int]]:
     """The tensors of one matrix and their sizes."""
@@ -87,7 +84,7 @@ def _sizes(shape: Shape, spec: LoKr) -> dict[str, tuple[int, int]]:
     return sizes
 
 
-class LoKrDelta(Delta):
+class LoKrDelta(Delta, of=LoKr):
     """C and D of one matrix, each whole or as a product."""
 
     def __init__(self, spec: LoKr, shape: Shape, pool: Pool) -> None:

@@ -52,9 +52,6 @@ class LoRA(LoRAOptions):
         use="The default: cheap, merges exactly, every server reads it.",
     )
 
-    def build(self, shape: Shape, pool: Pool) -> LoRADelta:
-        return LoRADelta(self, shape, pool)
-
 
 class TwoFactors(LowRank):
     """The family that trains A (rank, in) and B (out, rank) of one matrix; a member says in `factors` how they act."""
@@ -74,12 +71,12 @@ class TwoFactors(LowRank):
             self.A.copy_(A)
 
 
-class LoRADelta(TwoFactors):
+class LoRADelta(TwoFactors, of=LoRA):
     """A and B of one matrix."""
 
     def __init__(self, spec: LoRAOptions, shape: Shape, pool: Pool) -> None:
         super().__init__(spec, shape, pool)
-        self.scale, self.dropout = spec.scale, spec.dropout
+        self.scale = spec.scale
 
     def factors(self) -> tuple[Tensor, Tensor]:
         return self.B, self.A

@@ -13,7 +13,7 @@ from typing import ClassVar
 
 from torch import nn
 
-from lorakit.core.delta import Card, Pool, Shape
+from lorakit.core.delta import Card
 from lorakit.core.options import option
 from lorakit.methods.lora import LoRADelta, LoRAOptions
 
@@ -33,11 +33,8 @@ class LoRAFA(LoRAOptions):
 
     corrected: bool = option(False, "give the optimiser the step of B that is nearest to a step of the whole weight")
 
-    def build(self, shape: Shape, pool: Pool) -> LoRAFADelta:
-        return LoRAFADelta(self, shape, pool)
 
-
-class LoRAFADelta(LoRADelta):
+class LoRAFADelta(LoRADelta, of=LoRAFA):
     """LoRA's tensors, of which the random one never trains (B for an embedding, where A starts at zero)."""
 
     def frozen(self) -> list[nn.Parameter]:

@@ -47,18 +47,15 @@ class LoRAXS(Scaled):
     def check(self, shape: Shape, path: str) -> None:
         check_rank_fits(self.rank, shape, path)
 
-    def build(self, shape: Shape, pool: Pool) -> LoRAXSDelta:
-        return LoRAXSDelta(self, shape, pool)
 
-
-class LoRAXSDelta(LowRank):
+class LoRAXSDelta(LowRank, of=LoRAXS):
     """R of one matrix, and the frozen A and B, which are known once the weight is."""
 
     spec: LoRAXS
 
     def __init__(self, spec: LoRAXS, shape: Shape, pool: Pool) -> None:
         super().__init__(spec, shape, pool)
-        self.scale, self.dropout = spec.scale, spec.dropout
+        self.scale = spec.scale
         self.R = nn.Parameter(torch.randn(spec.rank, spec.rank) * spec.start)
         self.register_buffer("A", torch.zeros(spec.rank, shape.in_))
         self.register_buffer("B", torch.zeros(shape.out, spec.rank))

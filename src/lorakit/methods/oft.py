@@ -104,9 +104,6 @@ class OFT(Method):
                 f"have nothing to turn; at most {size // 2} blocks do."
             )
 
-    def build(self, shape: Shape, pool: Pool) -> OFTDelta:
-        return OFTDelta(self, shape, pool)
-
 
 def _size(shape: Shape, spec: OFT) -> tuple[int, int]:
     """Rows and columns of Q's triangles. A size that does not divide (a file of PEFT's, which takes the nearest that
@@ -118,14 +115,14 @@ def _size(shape: Shape, spec: OFT) -> tuple[int, int]:
     return (1 if spec.block_share else k), c * (c - 1) // 2
 
 
-class OFTDelta(Rotation):
+class OFTDelta(Rotation, of=OFT):
     """Q (k, c (c - 1) / 2) of one matrix: the strict upper triangles, row by row."""
 
     def __init__(self, spec: OFT, shape: Shape, pool: Pool) -> None:
         super().__init__(spec, shape, pool)
         k, numbers = _size(shape, spec)
         self.c = (1 + math.isqrt(1 + 8 * numbers)) // 2
-        self.exact, self.terms, self.dropout = spec.exact, spec.terms, spec.dropout
+        self.exact, self.terms = spec.exact, spec.terms
         self.eps = spec.eps / math.sqrt(k) if spec.coft else None
         self.Q = nn.Parameter(torch.zeros(k, numbers))
 

@@ -32,11 +32,8 @@ class OneLoRA(Method):
         use="When every number counts; put it on all linear layers, as the paper does.",
     )
 
-    def build(self, shape: Shape, pool: Pool) -> OneLoRADelta:
-        return OneLoRADelta(self, shape, pool)
 
-
-class OneLoRADelta(LowRank):
+class OneLoRADelta(LowRank, of=OneLoRA):
     """v of one matrix."""
 
     def __init__(self, spec: OneLoRA, shape: Shape, pool: Pool) -> None:

@@ -63,18 +63,15 @@ class RandLoRA(Scaled):
         "dense", "dense, or ternary with a sixth of +1 and of -1 (sparse) or with half of 1/√D of each (very_sparse)"
     )
 
-    def build(self, shape: Shape, pool: Pool) -> RandLoRADelta:
-        return RandLoRADelta(self, shape, pool)
 
-
-class RandLoRADelta(LowRank):
+class RandLoRADelta(LowRank, of=RandLoRA):
     """λ and γ of one matrix; the bases are the pool's."""
 
     spec: RandLoRA
 
     def __init__(self, spec: RandLoRA, shape: Shape, pool: Pool) -> None:
         super().__init__(spec, shape, pool)
-        self.scale, self.dropout = spec.scale, spec.dropout
+        self.scale = spec.scale
         self.count, self.side = _pairs(shape, spec.rank), min(shape.out, shape.in_)
         self.lambda_ = nn.Parameter(torch.zeros(spec.rank, self.count))
         self.gamma = nn.Parameter(torch.full((self.count, self.side), 1 / max(self.count, self.side)))

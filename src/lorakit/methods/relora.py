@@ -59,11 +59,8 @@ class ReLoRA(LoRAOptions):
                 "Use dropout=0."
             )
 
-    def build(self, shape: Shape, pool: Pool) -> ReLoRADelta:
-        return ReLoRADelta(self, shape, pool)
 
-
-class ReLoRADelta(TwoFactors):
+class ReLoRADelta(TwoFactors, of=ReLoRA):
     """A and B of one matrix, and the frozen factors of earlier stretches: `B_kept` (out, k), `A_kept` (k, in)."""
 
     A_kept: Tensor

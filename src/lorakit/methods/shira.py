@@ -54,11 +54,8 @@ class SHiRA(Method):
                 + (f"A rank of {most} or less fits." if most else "It is too small for any rank; leave it out.")
             )
 
-    def build(self, shape: Shape, pool: Pool) -> SHiRADelta:
-        return SHiRADelta(self, shape, pool)
 
-
-class SHiRADelta(Delta):
+class SHiRADelta(Delta, of=SHiRA):
     """The trained values of one matrix (n,), and their rows and columns (2, n), in the order of the weight's memory."""
 
     spec: SHiRA

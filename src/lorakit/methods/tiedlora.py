@@ -68,23 +68,20 @@ class TiedLoRA(Scaled):
                 "at zero. Add one of them."
             )
 
-    def build(self, shape: Shape, pool: Pool) -> TiedLoRADelta:
-        return TiedLoRADelta(self, shape, pool)
-
 
 def _key(shape: Shape) -> str:
     """What layers must agree on to be tied."""
     return f"{shape.out}x{shape.in_}" + (f"k{shape.taps}" if shape.taps > 1 else "") + ("e" if shape.lookup else "")
 
 
-class TiedLoRADelta(LowRank):
+class TiedLoRADelta(LowRank, of=TiedLoRA):
     """u and v of one matrix; A and B are the pool's."""
 
     spec: TiedLoRA
 
     def __init__(self, spec: TiedLoRA, shape: Shape, pool: Pool) -> None:
         super().__init__(spec, shape, pool)
-        self.scale, self.dropout = spec.scale, spec.dropout
+        self.scale = spec.scale
         self.u = nn.Parameter(torch.ones(spec.rank))
         self.v = nn.Parameter(torch.ones(shape.out) if "B" in spec.trained else torch.zeros(shape.out))
         self.tied()

@@ -76,18 +76,14 @@ class VBLoRA(Method):
                 "layers, so choose a common divisor or leave this one out."
             )
 
-    def build(self, shape: Shape, pool: Pool) -> VBLoRADelta:
-        return VBLoRADelta(self, shape, pool)
 
-
-class VBLoRADelta(LowRank):
+class VBLoRADelta(LowRank, of=VBLoRA):
     """The logits of one matrix; the bank is the pool's."""
 
     spec: VBLoRA
 
     def __init__(self, spec: VBLoRA, shape: Shape, pool: Pool) -> None:
         super().__init__(spec, shape, pool)
-        self.dropout = spec.dropout
         b, h = spec.vector_length, spec.num_vectors
         self.logits_A = nn.Parameter(torch.randn(spec.rank, shape.in_ // b, h) * spec.logits_std)
         self.logits_B = nn.Parameter(torch.randn(shape.out // b, spec.rank, h) * spec.logits_std)

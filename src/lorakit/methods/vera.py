@@ -55,18 +55,14 @@ class VeRA(Method):
         peft="save_projection",
     )
 
-    def build(self, shape: Shape, pool: Pool) -> VeRADelta:
-        return VeRADelta(self, shape, pool)
 
-
-class VeRADelta(LowRank):
+class VeRADelta(LowRank, of=VeRA):
     """λ_b and λ_d of one matrix; A and B are the pool's."""
 
     spec: VeRA
 
     def __init__(self, spec: VeRA, shape: Shape, pool: Pool) -> None:
         super().__init__(spec, shape, pool)
-        self.dropout = spec.dropout
         self.lambda_b = nn.Parameter(torch.zeros(shape.out))
         self.lambda_d = nn.Parameter(torch.full((spec.rank,), spec.d_initial))
         self.projections()
