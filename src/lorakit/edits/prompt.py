@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, Self
+from typing import Any, Literal, Self
 
 import torch
 from torch import Tensor, nn
@@ -27,9 +27,9 @@ from lorakit.errors import LorakitError
 class PromptMethod(EditMethod):
     """What all methods that put prompt rows before the input have in common."""
 
-    blends: ClassVar[bool] = False
-    family: ClassVar[str] = "prompt"
-    reason: ClassVar[str] = "a prompt is rows of the input and no weight of any layer"
+    blends = False
+    family = "prompt"
+    reason = "a prompt is rows of the input and no weight of any layer"
     tokens: int
 
     def places(self, anatomy: Anatomy, layers: Sequence[int] | None) -> list[Place]:
@@ -44,8 +44,8 @@ class PromptMethod(EditMethod):
 class PromptTuning(PromptMethod):
     """The options of prompt tuning."""
 
-    name: ClassVar[str] = "prompt-tuning"
-    card: ClassVar[Card] = Card(
+    name = "prompt-tuning"
+    card = Card(
         title="Prompt tuning",
         formula="input = [P; Emb(x)]",
         parameters=lambda anatomy, spec: spec.tokens * anatomy.hidden,

@@ -10,7 +10,7 @@ tokens at width 576 train 11,520 numbers and the network's million. Liu et al. 2
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal, cast
+from typing import Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -25,8 +25,8 @@ from lorakit.edits.prompt import PromptMethod, PromptRows
 class PTuning(PromptMethod):
     """The options of P-tuning."""
 
-    name: ClassVar[str] = "p-tuning"
-    card: ClassVar[Card] = Card(
+    name = "p-tuning"
+    card = Card(
         title="P-tuning",
         formula="input = [f(E); Emb(x)]",
         parameters=lambda anatomy, spec: spec.numbers(anatomy.hidden),

@@ -11,7 +11,7 @@ vectors are those of the adapters as they were when the router was made. Ostapen
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, cast
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -29,8 +29,8 @@ from lorakit.experts.gates import softmax_over, top_mask
 class Arrow(RouterSpec):
     """The options of Arrow."""
 
-    name: ClassVar[str] = "arrow"
-    card: ClassVar[Card] = Card(
+    name = "arrow"
+    card = Card(
         title="Arrow",
         formula="w = softmax(top-k of |x · v_e|), v_e the top right singular vector of ΔW_e",
         parameters=lambda shape, spec: 0,

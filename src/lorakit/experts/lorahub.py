@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, ClassVar, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -29,8 +29,8 @@ from lorakit.experts.context import Examples, OverAdapters, RouterContext, Route
 class LoRAHub(RouterSpec):
     """The options of LoRAHub."""
 
-    name: ClassVar[str] = "lorahub"
-    card: ClassVar[Card] = Card(
+    name = "lorahub"
+    card = Card(
         title="LoRAHub",
         formula="ΔW = Σ w_e ΔW_e, w by a search without gradients on a few examples",
         parameters=lambda shape, spec: 0,

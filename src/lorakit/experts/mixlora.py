@@ -18,7 +18,7 @@ import dataclasses
 import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, cast
+from typing import Any, Literal, cast
 
 import torch
 import torch.nn.functional as F
@@ -45,8 +45,8 @@ from lorakit.methods import LoRA
 class MixLoRA(Combinator):
     """The options of MixLoRA."""
 
-    name: ClassVar[str] = "mixlora"
-    card: ClassVar[Card] = Card(
+    name = "mixlora"
+    card = Card(
         title="MixLoRA",
         formula="y = Σ_e p_e FFN_e(x), FFN_e with a LoRA of its own; p the renormalised top-k of softmax(G x)",
         parameters=lambda shape, spec: spec.experts * spec.inner.card.parameters(shape, spec.inner),

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass
-from typing import ClassVar, cast
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -30,8 +30,8 @@ from lorakit.experts.gates import share_loss
 class MoLE(RouterSpec):
     """The options of MoLE."""
 
-    name: ClassVar[str] = "mole"
-    card: ClassVar[Card] = Card(
+    name = "mole"
+    card = Card(
         title="MoLE",
         formula="w = softmax(e · normalised(ΔW_1 x, …, ΔW_n x) / τ), per token and layer",
         parameters=lambda shape, spec: 0,

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, cast
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -31,8 +31,8 @@ from lorakit.experts.two_pass import TwoPassRouter
 class Retrieval(RouterSpec):
     """The options of retrieval."""
 
-    name: ClassVar[str] = "retrieval"
-    card: ClassVar[Card] = Card(
+    name = "retrieval"
+    card = Card(
         title="Retrieval",
         formula="w = softmax(top-k of cos(embedding of the request, of each adapter's examples))",
         parameters=lambda shape, spec: 0,

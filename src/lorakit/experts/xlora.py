@@ -16,7 +16,7 @@ entry for.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -32,8 +32,8 @@ from lorakit.experts.two_pass import TwoPassRouter
 class XLoRA(RouterSpec):
     """The options of X-LoRA."""
 
-    name: ClassVar[str] = "xlora"
-    card: ClassVar[Card] = Card(
+    name = "xlora"
+    card = Card(
         title="X-LoRA",
         formula="y = W x + Σ λ_e ΔW_e x, λ = softmax(classifier(last hidden state of the base)) per token and layer",
         parameters=lambda shape, spec: 0,

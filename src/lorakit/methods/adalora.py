@@ -17,7 +17,7 @@ fall, and the penalty is the mean over all P and Q of the norm, not of its squar
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, cast
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -77,9 +77,9 @@ class TripletOptions(Scaled):
 class AdaLoRA(TripletOptions):
     """The options of AdaLoRA."""
 
-    name: ClassVar[str] = "adalora"
-    schedule: ClassVar[str | None] = "budget"
-    card: ClassVar[Card] = Card(
+    name = "adalora"
+    schedule = "budget"
+    card = Card(
         title="AdaLoRA",
         formula="ΔW = s P diag(λ) Q, s = alpha / rank; ranks fall to a budget where they matter least",
         parameters=lambda shape, spec: spec.rank * (shape.out + shape.in_ + 1),

@@ -15,7 +15,6 @@ Ben Zaken et al. 2021, arXiv 2106.10199.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -28,8 +27,8 @@ from lorakit.errors import LorakitError
 class BitFit(Method):
     """Biases of the adapted layers; it has no options."""
 
-    name: ClassVar[str] = "bitfit"
-    card: ClassVar[Card] = Card(
+    name = "bitfit"
+    card = Card(
         title="BitFit",
         formula="Δb = c, ΔW = 0",
         parameters=lambda shape, spec: shape.out,

@@ -14,7 +14,7 @@ Liu et al. 2023, arXiv 2311.06243.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, cast
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -30,8 +30,8 @@ from lorakit.methods.rotation import Rotation, cayley, check_divides, settle_blo
 class BOFT(Method):
     """The options of BOFT."""
 
-    name: ClassVar[str] = "boft"
-    card: ClassVar[Card] = Card(
+    name = "boft"
+    card = Card(
         title="BOFT",
         formula="W' = diag(s) W Rᵀ, R = R_m … R_1, butterfly factors of block rotations",
         parameters=lambda shape, spec: spec.factors * turned_size(shape) * spec.size_of(shape) + shape.out,

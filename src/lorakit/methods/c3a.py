@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -26,8 +25,8 @@ from lorakit.errors import LorakitError
 class C3A(Method):
     """The options of C3A."""
 
-    name: ClassVar[str] = "c3a"
-    card: ClassVar[Card] = Card(
+    name = "c3a"
+    card = Card(
         title="C3A",
         formula="ΔW = blocks circ(k_ij) / in",
         parameters=lambda shape, spec: shape.out * shape.in_ // spec.block_size,

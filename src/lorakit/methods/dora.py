@@ -10,7 +10,6 @@ over V: with ΔW = B A, ‖V_j‖² = ‖W_j‖² + 2 B_j · (A Wᵀ)_j + B_j (A
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -24,8 +23,8 @@ from lorakit.methods.lora import LoRA
 class DoRA(Combinator):
     """The options of DoRA."""
 
-    name: ClassVar[str] = "dora"
-    card: ClassVar[Card] = Card(
+    name = "dora"
+    card = Card(
         title="DoRA",
         formula="W' = diag(m / ‖W + ΔW‖) (W + ΔW), ΔW of another method",
         parameters=lambda shape, spec: spec.inner.card.parameters(shape, spec.inner) + shape.out,

@@ -15,7 +15,7 @@ rank.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, cast
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -30,9 +30,9 @@ from lorakit.methods.lora import LoRAOptions, TwoFactors
 class DyLoRA(LoRAOptions):
     """The options of LoRA, and which ranks are drawn."""
 
-    name: ClassVar[str] = "dylora"
-    schedule: ClassVar[str | None] = "draw"
-    card: ClassVar[Card] = Card(
+    name = "dylora"
+    schedule = "draw"
+    card = Card(
         title="DyLoRA",
         formula="ΔW = (alpha / b) B[:, :b] A[:b], b drawn at each step",
         parameters=lambda shape, spec: spec.rank * (shape.out + shape.in_),

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -27,8 +26,8 @@ from lorakit.methods.options import check_rank_fits, rank_option
 class HiRA(Method):
     """The options of HiRA."""
 
-    name: ClassVar[str] = "hira"
-    card: ClassVar[Card] = Card(
+    name = "hira"
+    card = Card(
         title="HiRA",
         formula="ΔW = W ⊙ (B A)",
         parameters=lambda shape, spec: spec.rank * (shape.out + shape.in_),

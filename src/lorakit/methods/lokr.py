@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -44,8 +44,8 @@ def split_size(size: int, factor: int = -1) -> tuple[int, int]:
 class LoKr(Scaled):
     """The options of LoKr."""
 
-    name: ClassVar[str] = "lokr"
-    card: ClassVar[Card] = Card(
+    name = "lokr"
+    card = Card(
         title="LoKr",
         formula="ΔW = s (C ⊗ D), D = D_a D_b, s = alpha / rank",
         parameters=lambda shape, spec: sum(rows * columns for rows, columns in _sizes(shape, spec).values()),

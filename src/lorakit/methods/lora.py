@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -43,8 +42,8 @@ class LoRAOptions(Scaled):
 class LoRA(LoRAOptions):
     """Low-rank adaptation, Hu et al. 2021."""
 
-    name: ClassVar[str] = "lora"
-    card: ClassVar[Card] = Card(
+    name = "lora"
+    card = Card(
         title="LoRA",
         formula="ΔW = s B A, s = alpha / rank (rsLoRA: alpha / √rank)",
         parameters=lambda shape, spec: spec.rank * (shape.out + shape.in_),

@@ -9,7 +9,6 @@ gradient by (A Aᵀ)⁻¹ (`corrected`, `optim/correction.py`).
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 from torch import nn
 
@@ -22,8 +21,8 @@ from lorakit.methods.lora import LoRADelta, LoRAOptions
 class LoRAFA(LoRAOptions):
     """The options of LoRA; A stays frozen."""
 
-    name: ClassVar[str] = "lora-fa"
-    card: ClassVar[Card] = Card(
+    name = "lora-fa"
+    card = Card(
         title="LoRA-FA",
         formula="ΔW = s B A, A frozen",
         parameters=lambda shape, spec: spec.rank * (shape.in_ if shape.lookup else shape.out),

@@ -11,7 +11,6 @@ well above LoRA's (1e-3 to 4e-3). Bałazy et al. 2024, arXiv 2405.17604.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -25,8 +24,8 @@ from lorakit.methods.options import Scaled, alpha_option, check_rank_fits, dropo
 class LoRAXS(Scaled):
     """The options of LoRA-XS."""
 
-    name: ClassVar[str] = "lora-xs"
-    card: ClassVar[Card] = Card(
+    name = "lora-xs"
+    card = Card(
         title="LoRA-XS",
         formula="ΔW = s B R A; B, A the leading singular directions of W, frozen",
         parameters=lambda shape, spec: spec.rank**2,

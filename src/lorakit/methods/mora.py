@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -38,8 +38,8 @@ def side(shape: Shape, spec: Any) -> int:
 class MoRA(Method):
     """The options of MoRA."""
 
-    name: ClassVar[str] = "mora"
-    card: ClassVar[Card] = Card(
+    name = "mora"
+    card = Card(
         title="MoRA",
         formula="ΔW x = g(M f(x)), M square; f, g fixed",
         parameters=lambda shape, spec: side(shape, spec) ** 2,

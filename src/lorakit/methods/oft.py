@@ -20,7 +20,7 @@ from __future__ import annotations
 import math
 import operator
 from dataclasses import dataclass
-from typing import ClassVar, cast
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -44,8 +44,8 @@ from lorakit.methods.rotation import (
 class OFT(Method):
     """The options of OFT."""
 
-    name: ClassVar[str] = "oft"
-    card: ClassVar[Card] = Card(
+    name = "oft"
+    card = Card(
         title="OFT",
         formula="W' = W Rᵀ, R = blockdiag((I + Q)(I - Q)⁻¹), Q skew",
         parameters=lambda shape, spec: math.prod(_size(shape, spec)),

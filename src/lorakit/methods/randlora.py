@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -37,8 +37,8 @@ def _pairs(shape: Shape, rank: int) -> int:
 class RandLoRA(Scaled):
     """The options of RandLoRA."""
 
-    name: ClassVar[str] = "randlora"
-    card: ClassVar[Card] = Card(
+    name = "randlora"
+    card = Card(
         title="RandLoRA",
         formula="ΔW = s Σ_j B_j diag(λ_j) A diag(γ_j); A, B random, frozen, shared by all layers",
         parameters=lambda shape, spec: _pairs(shape, spec.rank) * (spec.rank + min(shape.out, shape.in_)),

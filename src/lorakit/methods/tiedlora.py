@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -39,8 +39,8 @@ def _pooled(shapes: list[Shape], spec: Any) -> int:
 class TiedLoRA(Scaled):
     """The options of Tied-LoRA."""
 
-    name: ClassVar[str] = "tied-lora"
-    card: ClassVar[Card] = Card(
+    name = "tied-lora"
+    card = Card(
         title="Tied-LoRA",
         formula="ΔW = s diag(v) B diag(u) A; A, B shared by all layers of a shape",
         parameters=lambda shape, spec: spec.rank * ("u" in spec.trained) + shape.out * ("v" in spec.trained),

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -29,8 +28,8 @@ from lorakit.methods.options import dropout_option, rank_option
 class VBLoRA(Method):
     """The options of VB-LoRA."""
 
-    name: ClassVar[str] = "vb-lora"
-    card: ClassVar[Card] = Card(
+    name = "vb-lora"
+    card = Card(
         title="VB-LoRA",
         formula="ΔW = B A; pieces of A and B are top-k mixtures of a shared bank of vectors",
         parameters=lambda shape, spec: (

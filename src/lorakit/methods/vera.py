@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -28,8 +27,8 @@ from lorakit.methods.options import dropout_option, rank_option
 class VeRA(Method):
     """The options of VeRA."""
 
-    name: ClassVar[str] = "vera"
-    card: ClassVar[Card] = Card(
+    name = "vera"
+    card = Card(
         title="VeRA",
         formula="ΔW = diag(λ_b) B diag(λ_d) A; A, B random, frozen, shared by all layers",
         parameters=lambda shape, spec: shape.out + spec.rank,
