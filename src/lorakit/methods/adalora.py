@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from lorakit.core.delta import Card, LowRank, Pool, Shape
 from lorakit.core.options import option
-from lorakit.methods.options import Scaled, alpha_option, check_rank_fits, dropout_option, rank_option, steps_option
+from lorakit.methods.options import Bounded, Scaled, alpha_option, dropout_option, rank_option, steps_option
 
 
 def _count(steps: int | float) -> int:
@@ -33,7 +33,7 @@ def _count(steps: int | float) -> int:
 
 
 @dataclass(frozen=True, kw_only=True)
-class TripletOptions(Scaled):
+class TripletOptions(Bounded, Scaled):
     """The options that AdaLoRA and ElaLoRA share."""
 
     rank: int = rank_option(12, "triplets of every layer at the start", peft="init_r")
@@ -63,9 +63,6 @@ class TripletOptions(Scaled):
     orthogonality: float = option(
         0.1, "weight of the penalty that keeps P and Q orthonormal", minimum=0, peft="orth_reg_weight", peft_default=0.5
     )
-
-    def check(self, shape: Shape, path: str) -> None:
-        check_rank_fits(self.rank, shape, path)
 
     @property
     def final_rank(self) -> int:

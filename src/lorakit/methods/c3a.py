@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from lorakit.core.delta import Call, Card, Delta, Method, Pool, Shape
 from lorakit.core.options import option
-from lorakit.errors import LorakitError
+from lorakit.methods.options import check_divides_sides
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,14 +53,7 @@ class C3A(Method):
     )
 
     def check(self, shape: Shape, path: str) -> None:
-        if shape.out % self.block_size or shape.in_ % self.block_size:
-            common = math.gcd(shape.out, shape.in_)
-            fitting = [n for n in range(1, common + 1) if common % n == 0]
-            raise LorakitError(
-                f"attach: block_size {self.block_size} does not divide both sides of {path} ({shape.out} × {shape.in_}). "
-                f"For this layer {', '.join(map(str, fitting[-6:]))} would; one size must fit all layers, so choose a common "
-                "divisor or leave this one out."
-            )
+        check_divides_sides("block_size", self.block_size, shape, path)
 
 
 class C3ADelta(Delta, of=C3A):

@@ -17,11 +17,11 @@ from torch import Tensor, nn
 
 from lorakit.core.delta import Card, LowRank, Pool, Shape
 from lorakit.core.options import option
-from lorakit.methods.options import Scaled, alpha_option, check_rank_fits, dropout_option, rank_option
+from lorakit.methods.options import Bounded, Scaled, alpha_option, dropout_option, rank_option
 
 
 @dataclass(frozen=True, kw_only=True)
-class LoRAXS(Scaled):
+class LoRAXS(Bounded, Scaled):
     """The options of LoRA-XS."""
 
     name = "lora-xs"
@@ -42,9 +42,6 @@ class LoRAXS(Scaled):
     iterations: int | None = option(
         10, "power iterations of a randomised decomposition; null decomposes exactly, which is slow", minimum=0
     )
-
-    def check(self, shape: Shape, path: str) -> None:
-        check_rank_fits(self.rank, shape, path)
 
 
 class LoRAXSDelta(LowRank, of=LoRAXS):

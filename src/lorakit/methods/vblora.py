@@ -12,7 +12,6 @@ Li et al. 2024, arXiv 2405.15179.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import torch
@@ -21,7 +20,7 @@ from torch import Tensor, nn
 from lorakit.core.delta import Card, LowRank, Method, Pool, Shape
 from lorakit.core.options import option
 from lorakit.errors import LorakitError
-from lorakit.methods.options import dropout_option, rank_option
+from lorakit.methods.options import check_divides_sides, dropout_option, rank_option
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,14 +65,7 @@ class VBLoRA(Method):
             )
 
     def check(self, shape: Shape, path: str) -> None:
-        if shape.out % self.vector_length or shape.in_ % self.vector_length:
-            common = math.gcd(shape.out, shape.in_)
-            fitting = [n for n in range(1, common + 1) if common % n == 0]
-            raise LorakitError(
-                f"attach: vector_length {self.vector_length} does not divide both sides of {path} ({shape.out} × "
-                f"{shape.in_}). For this layer {', '.join(map(str, fitting[-6:]))} would; the same length must fit all "
-                "layers, so choose a common divisor or leave this one out."
-            )
+        check_divides_sides("vector_length", self.vector_length, shape, path)
 
 
 class VBLoRADelta(LowRank, of=VBLoRA):
