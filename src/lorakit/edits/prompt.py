@@ -24,13 +24,15 @@ from lorakit.edits.contract import INPUT, Anatomy, EditMethod, Place, Prompt
 from lorakit.errors import LorakitError
 
 
+@dataclass(frozen=True, kw_only=True)
 class PromptMethod(EditMethod):
     """What all methods that put prompt rows before the input have in common."""
 
     blends = False
     family = "prompt"
     reason = "a prompt is rows of the input and no weight of any layer"
-    tokens: int
+
+    tokens: int = option(20, "how many rows stand in front of the input", minimum=1, peft="num_virtual_tokens")
 
     def places(self, anatomy: Anatomy, layers: Sequence[int] | None) -> list[Place]:
         if layers is not None:
@@ -55,7 +57,6 @@ class PromptTuning(PromptMethod):
         identity=False,
     )
 
-    tokens: int = option(20, "how many rows stand in front of the input", minimum=1, peft="num_virtual_tokens")
     start: Literal["vocabulary", "text", "random"] = option(
         "vocabulary", "what the rows start as: embeddings of random vocabulary entries, of a text, or random numbers"
     )

@@ -36,7 +36,6 @@ class PTuning(PromptMethod):
         identity=False,
     )
 
-    tokens: int = option(20, "how many rows stand in front of the input", minimum=1, peft="num_virtual_tokens")
     encoder: Literal["mlp", "lstm"] = option(
         "mlp",
         "network that the rows come out of",

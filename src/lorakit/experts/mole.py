@@ -42,11 +42,8 @@ class MoLE(RouterSpec):
     balance: float = option(0.5, "coefficient of the balance loss; 0.5 in the paper")
     temperature: float = option(1.0, "temperature of the softmax at the start", above=0)
 
-    def router(self, context: RouterContext) -> MoLERouter:
-        return MoLERouter(self, context)
 
-
-class MoLERouter(OverAdapters):
+class MoLERouter(OverAdapters, of=MoLE):
     """`e0`, `e1`, … (members, members, out) and `t0`, … (the logarithm of τ), a pair per adapted matrix."""
 
     def __init__(self, spec: MoLE, context: RouterContext) -> None:

@@ -53,11 +53,8 @@ class XLoRA(RouterSpec):
         0.2, "dropout within the classifier, from a depth of 2 on", minimum=0, below=1, peft="xlora_dropout_p"
     )
 
-    def router(self, context: RouterContext) -> XRouter:
-        return XRouter(self, context)
 
-
-class XRouter(TwoPassRouter):
+class XRouter(TwoPassRouter, of=XLoRA):
     """The classifier, whose last layer gives (matrices × members) or (members) logits."""
 
     def __init__(self, spec: XLoRA, context: RouterContext) -> None:

@@ -23,8 +23,8 @@ from dataclasses import dataclass
 import torch
 
 from lorakit.core.options import option
+from lorakit.core.spectrum import triplets
 from lorakit.errors import unknown
-from lorakit.init.decomposition import triplets
 from lorakit.init.initialiser import Factors, Initialiser, Start
 from lorakit.init.quantiser import QUANTISERS
 

@@ -19,8 +19,8 @@ from torch import Tensor
 
 from lorakit.core.delta import Shape
 from lorakit.core.options import option
+from lorakit.core.spectrum import triplets
 from lorakit.errors import LorakitError
-from lorakit.init.decomposition import triplets
 from lorakit.init.initialiser import Factors, Initialiser, Start
 
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 
 from lorakit.core.options import option
-from lorakit.init.decomposition import triplets
+from lorakit.core.spectrum import triplets
 from lorakit.init.initialiser import Factors, Initialiser, Start
 
 

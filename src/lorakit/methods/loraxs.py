@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from lorakit.core.delta import Card, LowRank, Pool, Shape
 from lorakit.core.options import option
+from lorakit.core.spectrum import triplets
 from lorakit.methods.options import Bounded, Scaled, alpha_option, dropout_option, rank_option
 
 
@@ -59,14 +60,10 @@ class LoRAXSDelta(LowRank, of=LoRAXS):
         self.B: Tensor
 
     def begin(self, W: Tensor) -> None:
-        rank, W = self.spec.rank, W.detach().to(self.A.dtype)
-        if self.spec.iterations is None:
-            U, S, Vh = torch.linalg.svd(W, full_matrices=False)
-        else:
-            U, S, V = torch.svd_lowrank(W, q=min(rank + 10, *W.shape), niter=self.spec.iterations)
-            Vh = V.T
-        self.B.copy_(U[:, :rank])
-        self.A.copy_(S[:rank, None] * Vh[:rank])
+        rank = self.spec.rank
+        U, S, V = triplets(W.detach().to(self.A.dtype), rank, self.spec.iterations, tries=rank + 10)
+        self.B.copy_(U)
+        self.A.copy_((V * S).mT)
 
     def factors(self) -> tuple[Tensor, Tensor]:
         return self.B @ self.R, self.A
