@@ -182,10 +182,8 @@ class Blend(Experts):
     def act(self, call: Call) -> Tensor:
         weights = self.weights()
         changes = [cast(Delta, delta).act(call) for delta in self.experts]
-        total = changes[0] * weights[..., :1].to(changes[0].dtype)
-        for e, change in enumerate(changes[1:], 1):
-            total = total + change * weights[..., e : e + 1].to(change.dtype)
-        return total
+        weighed = [change * weights[..., e : e + 1].to(change.dtype) for e, change in enumerate(changes)]
+        return sum(weighed[1:], weighed[0])
 
 
 class Gates(nn.Module):

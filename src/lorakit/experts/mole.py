@@ -65,26 +65,21 @@ class MoLERouter(OverAdapters, of=MoLE):
     def weights(self, layer: str, site: str, call: Call, found: Tensor | None) -> Tensor:
         index = self.places[layer, site]
         e, t = cast(Tensor, getattr(self, f"e{index}")), cast(Tensor, getattr(self, f"t{index}"))
-        scores: Tensor | None = None
-        square: Tensor | None = None
-        there = []
+        scores, squares = [], []
         for place, delta in enumerate(self._deltas[index]):
-            there.append(delta is not None)
             if delta is None:
                 continue
             B, A = delta.factors()
             h, gate = call.down(A) * delta.scale, delta.gate()
             h = h if gate is None else h * gate.to(h.dtype)
             B = B.to(h.dtype)
-            own, length = h @ (e[:, place].to(h.dtype) @ B).T, ((h @ (B.T @ B)) * h).sum(-1, keepdim=True)
-            scores = own if scores is None else scores + own
-            square = length if square is None else square + length
-        assert scores is not None
-        assert square is not None
+            scores.append(h @ (e[:, place].to(h.dtype) @ B).T)
+            squares.append(((h @ (B.T @ B)) * h).sum(-1, keepdim=True))
+        square = sum(squares[1:], squares[0])
         # where nothing is added there is no direction either, and no gradient through the root of zero
         norm = torch.where(square > 0, square, torch.ones_like(square)).sqrt()
-        logits = scores / norm / t.exp()
-        mask = torch.tensor(there, device=logits.device)
+        logits = sum(scores[1:], scores[0]) / norm / t.exp()
+        mask = torch.tensor([delta is not None for delta in self._deltas[index]], device=logits.device)
         w = logits.masked_fill(~mask, -torch.inf).softmax(dim=-1)
         self._note(w[..., mask])
         return w

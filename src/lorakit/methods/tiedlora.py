@@ -96,17 +96,14 @@ class TiedLoRADelta(LowRank, of=TiedLoRA):
 
         # Of the two factors an embedding's one-hot input meets A, so there it is A that starts at zero, if it trains.
         zero = "" if "B" not in spec.trained else "A" if shape.lookup and "A" in spec.trained else "B"
-        tensors = []
-        for letter, size in (("A", (spec.rank, shape.in_)), ("B", (shape.out, spec.rank))):
+
+        def entry(letter: str, *size: int) -> Tensor:
             make = torch.zeros if letter == zero else random
-            tensors.append(
-                self.pool.entry(
-                    f"tied_{letter}_{_key(shape)}",
-                    lambda make=make, size=size: make(*size),  # type: ignore[misc]
-                    frozen=letter not in spec.trained,
-                )
-            )
-        return tensors[1], tensors[0]
+            name, frozen = f"tied_{letter}_{_key(shape)}", letter not in spec.trained
+            return self.pool.entry(name, lambda: make(*size), frozen)
+
+        A = entry("A", spec.rank, shape.in_)
+        return entry("B", shape.out, spec.rank), A
 
     def factors(self) -> tuple[Tensor, Tensor]:
         B, A = self.tied()
