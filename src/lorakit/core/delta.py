@@ -175,6 +175,9 @@ class Spec(ABC):
 class Method(Spec):
     """The spec of a delta."""
 
+    delta: ClassVar[type[Delta]]
+    """What `build` makes; the delta's class says whose it is: `class LoRADelta(LowRank, of=LoRA)`."""
+
     @property
     def pattern_fields(self) -> Mapping[str, str]:
         """Options that may differ per layer: name -> PEFT's name of the pattern; a combinator has its inner method's.
@@ -184,9 +187,9 @@ class Method(Spec):
         """
         return patterns_of(type(self))
 
-    @abstractmethod
     def build(self, shape: Shape, pool: Pool) -> Delta:
         """A new delta for one matrix, with the initial values of the paper."""
+        return self.delta(self, shape, pool)
 
     def check(self, shape: Shape, path: str) -> None:
         """Raise LorakitError where this spec cannot be used on a matrix of this shape."""
@@ -230,12 +233,16 @@ class Pool(nn.Module):
 class Delta(nn.Module, ABC):
     """What one adapter adds to one matrix. Trainable tensors are attributes named with the paper's letters."""
 
-    dropout: float = 0.0
+    def __init_subclass__(cls, of: type[Method] | None = None, **rest: Any) -> None:
+        super().__init_subclass__(**rest)
+        if of is not None:
+            of.delta = cls
 
     def __init__(self, spec: Method, shape: Shape, pool: Pool) -> None:
         super().__init__()
         self.spec = spec
         self.shape = shape
+        self.dropout: float = getattr(spec, "dropout", 0.0)
         self._pool = (pool,)  # in a tuple: the pool is the adapter's, not a child of every delta
 
     @property

@@ -28,7 +28,6 @@ class Offset(Combined, LowRank):
     def __init__(self, inner: LowRank) -> None:
         super().__init__(inner.spec, inner.shape, inner.pool)
         self.inner = inner
-        self.dropout = inner.dropout
         B, A = inner.gated()
         self.start = inner.scale
         self.register_buffer("minus_B0", -B.detach().clone())

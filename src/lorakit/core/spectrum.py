@@ -13,6 +13,9 @@ from torch import Tensor
 
 from lorakit.errors import LorakitError
 
+OVERSAMPLING = 16
+"""Directions tried beyond those asked for; without any the last ones are poor."""
+
 
 @dataclass(frozen=True)
 class Spectrum:
@@ -48,6 +51,25 @@ def spectrum(B: Tensor, A: Tensor) -> Spectrum:
 def spectrum_of(M: Tensor) -> Spectrum:
     """The singular value decomposition of a matrix that has no factors."""
     return Spectrum(*torch.linalg.svd(M.detach().double(), full_matrices=False))
+
+
+def triplets(
+    M: Tensor, count: int, iterations: int | None = None, tries: int | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The leading singular triplets of a matrix: U (out, count), S (count,), V (in, count).
+
+    Args:
+        M: (out, in), float32 or better.
+        count: how many.
+        iterations: None for the exact decomposition; else subspace iterations of a random projection.
+        tries: width of that projection; by default `count` and some more.
+    """
+    if iterations is None:
+        U, S, Vh = torch.linalg.svd(M, full_matrices=False)
+        return U[:, :count], S[:count], Vh[:count].mT
+    width = min(tries or count + OVERSAMPLING, *M.shape)
+    U, S, V = torch.svd_lowrank(M, q=width, niter=iterations)
+    return U[:, :count], S[:count], V[:, :count]
 
 
 def norm(B: Tensor, A: Tensor) -> float:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from lorakit.edits.bottleneck import Bottleneck
+from lorakit.edits.bottleneck import Bottleneck as Bottleneck
 from lorakit.edits.contract import EditMethod
-from lorakit.edits.llamaadapter import LLaMAAdapter
-from lorakit.edits.loreft import LoReFT
-from lorakit.edits.prefix import PrefixTuning
-from lorakit.edits.prompt import PromptTuning
-from lorakit.edits.ptuning import PTuning
+from lorakit.edits.llamaadapter import LLaMAAdapter as LLaMAAdapter
+from lorakit.edits.loreft import LoReFT as LoReFT
+from lorakit.edits.prefix import PrefixTuning as PrefixTuning
+from lorakit.edits.prompt import PromptTuning as PromptTuning
+from lorakit.edits.ptuning import PTuning as PTuning
 
 EDITS: dict[str, type[EditMethod]] = {
     "bottleneck": Bottleneck,
@@ -18,13 +18,3 @@ EDITS: dict[str, type[EditMethod]] = {
     "llama-adapter": LLaMAAdapter,
     "loreft": LoReFT,
 }
-
-__all__ = [
-    "EDITS",
-    "Bottleneck",
-    "LLaMAAdapter",
-    "LoReFT",
-    "PTuning",
-    "PrefixTuning",
-    "PromptTuning",
-]

@@ -150,13 +150,12 @@ def keys_and_values(attention: Any, x: Tensor) -> tuple[Tensor, Tensor]:
 
     Raises LorakitError where its projections are not found.
     """
+    parts = {name: part for name, part in attention._modules.items() if part is not None}
     for key, value in _KEYS:
-        if isinstance(getattr(attention, key, None), nn.Module) and isinstance(
-            getattr(attention, value, None), nn.Module
-        ):
-            return getattr(attention, key)(x), getattr(attention, value)(x)
-    if isinstance(getattr(attention, "c_attn", None), nn.Module):  # GPT-2: queries, keys and values in one
-        _, keys, values = attention.c_attn(x).chunk(3, dim=-1)
+        if key in parts and value in parts:
+            return parts[key](x), parts[value](x)
+    if "c_attn" in parts:  # GPT-2: queries, keys and values in one
+        _, keys, values = parts["c_attn"](x).chunk(3, dim=-1)
         return keys, values
     raise LorakitError(
         f"attach: the keys and values of {type(attention).__name__} were not found among its parts; known are "

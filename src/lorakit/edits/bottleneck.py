@@ -16,7 +16,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -39,9 +39,9 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 class Bottleneck(EditMethod):
     """The options of bottleneck adapters."""
 
-    name: ClassVar[str] = "bottleneck"
-    reason: ClassVar[str] = "a nonlinearity stands between its two matrices"
-    card: ClassVar[Card] = Card(
+    name = "bottleneck"
+    reason = "a nonlinearity stands between its two matrices"
+    card = Card(
         title="Bottleneck adapters (Houlsby, Pfeiffer, parallel)",
         formula="y + U f(D y + d) + u",
         parameters=lambda anatomy, spec: (

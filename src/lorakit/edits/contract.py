@@ -125,8 +125,6 @@ class EditMethod(Spec):
         """The spec with what only a tokenizer can tell; called before training by the command."""
         return self
 
-    # -- files --------------------------------------------------------------------------------------------------------
-
 
 class Edit(nn.Module, ABC):
     """What one adapter does around one call. Trained tensors are attributes with the paper's letters."""

@@ -118,9 +118,8 @@ class EditHooks:
                 at = self.attention.get(place.path) or AttentionEdits(self.state, self.model, place.path, anatomy)
                 self.attention[place.path] = at
                 at.edits[name] = edit
-                if (
-                    edit.joint and "decoder" not in self.stacks
-                ):  # a decoder beside an encoder counts its positions by itself
+                # a decoder beside an encoder counts its positions by itself
+                if edit.joint and "decoder" not in self.stacks:
                     self.prompt.prefixes[name] = cast(Any, method).tokens
         self.rehook()
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -27,9 +27,9 @@ from lorakit.errors import LorakitError
 class LLaMAAdapter(EditMethod):
     """The options of LLaMA-Adapter."""
 
-    name: ClassVar[str] = "llama-adapter"
-    reason: ClassVar[str] = "its keys have a softmax of their own"
-    card: ClassVar[Card] = Card(
+    name = "llama-adapter"
+    reason = "its keys have a softmax of their own"
+    card = Card(
         title="LLaMA-Adapter",
         formula="Attn(q, K, V) + tanh(g) ⊙ Attn(q, W_k P, W_v P)",
         parameters=lambda anatomy, spec: (
@@ -66,7 +66,7 @@ class LLaMAAdapter(EditMethod):
 class GatedTokens(Attention):
     """P (tokens, hidden) and g (heads,), or (1,) for the whole layer."""
 
-    joint: ClassVar[bool] = False
+    joint = False
 
     def __init__(self, spec: LLaMAAdapter, place: Place, anatomy: Anatomy) -> None:
         super().__init__(spec, place)

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal, cast
+from typing import Literal, cast
 
 import torch
 import torch.nn.functional as F
@@ -28,12 +28,10 @@ from lorakit.errors import LorakitError
 class LoReFT(EditMethod):
     """The options of LoReFT."""
 
-    name: ClassVar[str] = "loreft"
-    reason: ClassVar[str] = "it edits hidden states of a few tokens, and a weight acts on all of them"
-    needs_padding: ClassVar[str | None] = (
-        "it edits chosen tokens of each prompt, and shared beginnings are computed once"
-    )
-    card: ClassVar[Card] = Card(
+    name = "loreft"
+    reason = "it edits hidden states of a few tokens, and a weight acts on all of them"
+    needs_padding = "it edits chosen tokens of each prompt, and shared beginnings are computed once"
+    card = Card(
         title="ReFT (LoReFT)",
         formula="h + Rᵀ (W h + b - R h)",
         parameters=lambda anatomy, spec: len(anatomy.blocks) * spec.rank * (2 * anatomy.hidden + 1),
@@ -68,7 +66,7 @@ class LoReFT(EditMethod):
 class SubspaceEdit(Change):
     """R (rank, hidden), a free matrix whose rows are made orthonormal; W (rank, hidden); b (rank,)."""
 
-    chosen: ClassVar[bool] = True
+    chosen = True
 
     def __init__(self, spec: LoReFT, place: Place, hidden: int) -> None:
         super().__init__(spec, place)

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -29,12 +28,12 @@ from lorakit.errors import LorakitError
 class PrefixTuning(EditMethod):
     """The options of prefix tuning."""
 
-    name: ClassVar[str] = "prefix-tuning"
-    blends: ClassVar[bool] = False
-    family: ClassVar[str] = "prefix"
-    reason: ClassVar[str] = "its keys share a softmax with the text's, so that no weight could stand for them"
-    needs_padding: ClassVar[str | None] = "its keys and values are those of no token in the row"
-    card: ClassVar[Card] = Card(
+    name = "prefix-tuning"
+    blends = False
+    family = "prefix"
+    reason = "its keys share a softmax with the text's, so that no weight could stand for them"
+    needs_padding = "its keys and values are those of no token in the row"
+    card = Card(
         title="Prefix tuning, P-tuning v2",
         formula="softmax(q [P_K; K]ᵀ s) [P_V; V]",
         parameters=lambda anatomy, spec: spec.numbers(anatomy),

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, Self
+from typing import Any, Literal, Self
 
 import torch
 from torch import Tensor, nn
@@ -24,13 +24,15 @@ from lorakit.edits.contract import INPUT, Anatomy, EditMethod, Place, Prompt
 from lorakit.errors import LorakitError
 
 
+@dataclass(frozen=True, kw_only=True)
 class PromptMethod(EditMethod):
     """What all methods that put prompt rows before the input have in common."""
 
-    blends: ClassVar[bool] = False
-    family: ClassVar[str] = "prompt"
-    reason: ClassVar[str] = "a prompt is rows of the input and no weight of any layer"
-    tokens: int
+    blends = False
+    family = "prompt"
+    reason = "a prompt is rows of the input and no weight of any layer"
+
+    tokens: int = option(20, "how many rows stand in front of the input", minimum=1, peft="num_virtual_tokens")
 
     def places(self, anatomy: Anatomy, layers: Sequence[int] | None) -> list[Place]:
         if layers is not None:
@@ -44,8 +46,8 @@ class PromptMethod(EditMethod):
 class PromptTuning(PromptMethod):
     """The options of prompt tuning."""
 
-    name: ClassVar[str] = "prompt-tuning"
-    card: ClassVar[Card] = Card(
+    name = "prompt-tuning"
+    card = Card(
         title="Prompt tuning",
         formula="input = [P; Emb(x)]",
         parameters=lambda anatomy, spec: spec.tokens * anatomy.hidden,
@@ -55,7 +57,6 @@ class PromptTuning(PromptMethod):
         identity=False,
     )
 
-    tokens: int = option(20, "how many rows stand in front of the input", minimum=1, peft="num_virtual_tokens")
     start: Literal["vocabulary", "text", "random"] = option(
         "vocabulary", "what the rows start as: embeddings of random vocabulary entries, of a text, or random numbers"
     )

@@ -10,7 +10,7 @@ tokens at width 576 train 11,520 numbers and the network's million. Liu et al. 2
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal, cast
+from typing import Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -25,8 +25,8 @@ from lorakit.edits.prompt import PromptMethod, PromptRows
 class PTuning(PromptMethod):
     """The options of P-tuning."""
 
-    name: ClassVar[str] = "p-tuning"
-    card: ClassVar[Card] = Card(
+    name = "p-tuning"
+    card = Card(
         title="P-tuning",
         formula="input = [f(E); Emb(x)]",
         parameters=lambda anatomy, spec: spec.numbers(anatomy.hidden),
@@ -36,7 +36,6 @@ class PTuning(PromptMethod):
         identity=False,
     )
 
-    tokens: int = option(20, "how many rows stand in front of the input", minimum=1, peft="num_virtual_tokens")
     encoder: Literal["mlp", "lstm"] = option(
         "mlp",
         "network that the rows come out of",

@@ -11,7 +11,7 @@ vectors are those of the adapters as they were when the router was made. Ostapen
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, cast
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -20,7 +20,7 @@ from lorakit.core.delta import Call, Card, Delta, LowRank
 from lorakit.core.layer import Adapted
 from lorakit.core.layout import Site
 from lorakit.core.options import option
-from lorakit.core.spectrum import spectrum
+from lorakit.core.spectrum import spectrum, spectrum_of
 from lorakit.experts.context import OverAdapters, RouterContext, RouterSpec
 from lorakit.experts.gates import softmax_over, top_mask
 
@@ -29,8 +29,8 @@ from lorakit.experts.gates import softmax_over, top_mask
 class Arrow(RouterSpec):
     """The options of Arrow."""
 
-    name: ClassVar[str] = "arrow"
-    card: ClassVar[Card] = Card(
+    name = "arrow"
+    card = Card(
         title="Arrow",
         formula="w = softmax(top-k of |x · v_e|), v_e the top right singular vector of ΔW_e",
         parameters=lambda shape, spec: 0,
@@ -41,11 +41,8 @@ class Arrow(RouterSpec):
     top_k: int | None = option(None, "experts per token; null for all", minimum=1)
     temperature: float = option(1.0, "divides the scores; above 1 the weights are more even", above=0)
 
-    def router(self, context: RouterContext) -> ArrowRouter:
-        return ArrowRouter(self, context)
 
-
-class ArrowRouter(OverAdapters):
+class ArrowRouter(OverAdapters, of=Arrow):
     """One matrix of directions, (members, in), per adapted matrix; a row of zeros where a member changes nothing."""
 
     def __init__(self, spec: Arrow, context: RouterContext) -> None:
@@ -72,14 +69,8 @@ def _direction(layer: Adapted, site: Site, delta: Delta | None) -> Tensor:
         return torch.zeros(site.layout.shape.in_)
     with torch.no_grad():
         if isinstance(delta, LowRank) and type(delta).dense is LowRank.dense:
-            v = top_right(*delta.gated())
+            found = spectrum(*delta.gated())
         else:
-            change = delta.dense(site.layout.matrix(layer.stored(site)))
-            v = torch.linalg.svd(change.double(), full_matrices=False).Vh[0] * bool(change.any())
+            found = spectrum_of(delta.dense(site.layout.matrix(layer.stored(site))))
+        v = found.Vh[0] * bool(found.values.any())
         return v.to(torch.promote_types(next(iter([*delta.parameters(), torch.zeros(())])).dtype, torch.float32))
-
-
-def top_right(B: Tensor, A: Tensor) -> Tensor:
-    """The top right singular vector of B A, (in,), in float64; zeros where the product is."""
-    found = spectrum(B, A)
-    return found.Vh[0] * bool(found.values.any())

@@ -6,10 +6,9 @@ adapters that are on the model already.
 
 from __future__ import annotations
 
-from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -112,19 +111,27 @@ def decoder_of(model: nn.Module) -> nn.Module | None:
 class RouterSpec(Method):
     """The options of a router over adapters."""
 
+    made: ClassVar[type[OverAdapters]]
+    """What `router` makes; the router's class says whose it is: `class ArrowRouter(OverAdapters, of=Arrow)`."""
+
     def build(self, shape: Shape, pool: Pool) -> Delta:
         raise LorakitError(
             f"attach: {self.name} is a router over adapters that are on the model already and changes no layer itself; "
             f"lk.route(model, lk.{type(self).__name__}(...), ['a', 'b']) makes one."
         )
 
-    @abstractmethod
     def router(self, context: RouterContext) -> OverAdapters:
         """A new router on this context."""
+        return self.made(self, context)
 
 
 class OverAdapters(Router):
     """A router over the adapters of a context; `places` numbers the matrices that they change, by layer and site."""
+
+    def __init_subclass__(cls, of: type[RouterSpec] | None = None, **rest: Any) -> None:
+        super().__init_subclass__(**rest)
+        if of is not None:
+            of.made = cls
 
     def __init__(self, spec: RouterSpec, context: RouterContext) -> None:
         super().__init__(context.members)

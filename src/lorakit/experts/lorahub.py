@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, ClassVar, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -23,14 +23,15 @@ from lorakit.core.options import option
 from lorakit.core.using import routed
 from lorakit.errors import LorakitError
 from lorakit.experts.context import Examples, OverAdapters, RouterContext, RouterSpec
+from lorakit.models.evaluating import evaluating
 
 
 @dataclass(frozen=True, kw_only=True)
 class LoRAHub(RouterSpec):
     """The options of LoRAHub."""
 
-    name: ClassVar[str] = "lorahub"
-    card: ClassVar[Card] = Card(
+    name = "lorahub"
+    card = Card(
         title="LoRAHub",
         formula="ΔW = Σ w_e ΔW_e, w by a search without gradients on a few examples",
         parameters=lambda shape, spec: 0,
@@ -44,11 +45,8 @@ class LoRAHub(RouterSpec):
     spread: float = option(0.3, "standard deviation of the first weights that are tried", above=0)
     seed: int = option(0, "random seed of the search")
 
-    def router(self, context: RouterContext) -> Blended:
-        return Blended(self, context)
 
-
-class Blended(OverAdapters):
+class Blended(OverAdapters, of=LoRAHub):
     """The same weights everywhere; zero until they are found."""
 
     def __init__(self, spec: LoRAHub, context: RouterContext) -> None:
@@ -68,17 +66,15 @@ class Blended(OverAdapters):
     def fit(self, context: RouterContext, examples: Any) -> None:
         batches = _batches(examples)
         spec = self.spec
-        training = context.model.training
-        context.model.eval()
 
         def objective(w: Tensor) -> float:
-            with torch.no_grad(), routed(context.state, dict(zip(self.members, w.tolist(), strict=True))):
+            with routed(context.state, dict(zip(self.members, w.tolist(), strict=True))):
                 losses = [float(cast(Any, context.model)(**batch).loss) for batch in batches]
             value = sum(losses) / len(losses) + spec.penalty * float(w.abs().sum())
             self.losses.append(value)
             return value
 
-        try:
+        with evaluating(context.model):
             best = search(
                 objective,
                 len(self.members),
@@ -87,8 +83,6 @@ class Blended(OverAdapters):
                 spread=spec.spread,
                 seed=spec.seed,
             )
-        finally:
-            context.model.train(training)
         cast(Tensor, self.w).copy_(best)
 
 

@@ -18,7 +18,7 @@ import dataclasses
 import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, cast
+from typing import Any, Literal, cast
 
 import torch
 import torch.nn.functional as F
@@ -45,8 +45,8 @@ from lorakit.methods import LoRA
 class MixLoRA(Combinator):
     """The options of MixLoRA."""
 
-    name: ClassVar[str] = "mixlora"
-    card: ClassVar[Card] = Card(
+    name = "mixlora"
+    card = Card(
         title="MixLoRA",
         formula="y = Σ_e p_e FFN_e(x), FFN_e with a LoRA of its own; p the renormalised top-k of softmax(G x)",
         parameters=lambda shape, spec: spec.experts * spec.inner.card.parameters(shape, spec.inner),
@@ -128,7 +128,6 @@ class Experts(Delta):
     def __init__(self, spec: MixLoRA, shape: Shape, pool: Pool, made: Sequence[Delta]) -> None:
         super().__init__(spec, shape, pool)
         self.experts = nn.ModuleList(made)
-        self.dropout = made[0].dropout
         for delta in made:
             if delta.shift(torch.zeros(self.shape.out)) is not None:
                 raise LorakitError(
@@ -183,10 +182,8 @@ class Blend(Experts):
     def act(self, call: Call) -> Tensor:
         weights = self.weights()
         changes = [cast(Delta, delta).act(call) for delta in self.experts]
-        total = changes[0] * weights[..., :1].to(changes[0].dtype)
-        for e, change in enumerate(changes[1:], 1):
-            total = total + change * weights[..., e : e + 1].to(change.dtype)
-        return total
+        weighed = [change * weights[..., e : e + 1].to(change.dtype) for e, change in enumerate(changes)]
+        return sum(weighed[1:], weighed[0])
 
 
 class Gates(nn.Module):

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass
-from typing import ClassVar, cast
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -30,8 +30,8 @@ from lorakit.experts.gates import share_loss
 class MoLE(RouterSpec):
     """The options of MoLE."""
 
-    name: ClassVar[str] = "mole"
-    card: ClassVar[Card] = Card(
+    name = "mole"
+    card = Card(
         title="MoLE",
         formula="w = softmax(e · normalised(ΔW_1 x, …, ΔW_n x) / τ), per token and layer",
         parameters=lambda shape, spec: 0,
@@ -42,11 +42,8 @@ class MoLE(RouterSpec):
     balance: float = option(0.5, "coefficient of the balance loss; 0.5 in the paper")
     temperature: float = option(1.0, "temperature of the softmax at the start", above=0)
 
-    def router(self, context: RouterContext) -> MoLERouter:
-        return MoLERouter(self, context)
 
-
-class MoLERouter(OverAdapters):
+class MoLERouter(OverAdapters, of=MoLE):
     """`e0`, `e1`, … (members, members, out) and `t0`, … (the logarithm of τ), a pair per adapted matrix."""
 
     def __init__(self, spec: MoLE, context: RouterContext) -> None:
@@ -68,26 +65,21 @@ class MoLERouter(OverAdapters):
     def weights(self, layer: str, site: str, call: Call, found: Tensor | None) -> Tensor:
         index = self.places[layer, site]
         e, t = cast(Tensor, getattr(self, f"e{index}")), cast(Tensor, getattr(self, f"t{index}"))
-        scores: Tensor | None = None
-        square: Tensor | None = None
-        there = []
+        scores, squares = [], []
         for place, delta in enumerate(self._deltas[index]):
-            there.append(delta is not None)
             if delta is None:
                 continue
             B, A = delta.factors()
             h, gate = call.down(A) * delta.scale, delta.gate()
             h = h if gate is None else h * gate.to(h.dtype)
             B = B.to(h.dtype)
-            own, length = h @ (e[:, place].to(h.dtype) @ B).T, ((h @ (B.T @ B)) * h).sum(-1, keepdim=True)
-            scores = own if scores is None else scores + own
-            square = length if square is None else square + length
-        assert scores is not None
-        assert square is not None
+            scores.append(h @ (e[:, place].to(h.dtype) @ B).T)
+            squares.append(((h @ (B.T @ B)) * h).sum(-1, keepdim=True))
+        square = sum(squares[1:], squares[0])
         # where nothing is added there is no direction either, and no gradient through the root of zero
         norm = torch.where(square > 0, square, torch.ones_like(square)).sqrt()
-        logits = scores / norm / t.exp()
-        mask = torch.tensor(there, device=logits.device)
+        logits = sum(scores[1:], scores[0]) / norm / t.exp()
+        mask = torch.tensor([delta is not None for delta in self._deltas[index]], device=logits.device)
         w = logits.masked_fill(~mask, -torch.inf).softmax(dim=-1)
         self._note(w[..., mask])
         return w

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, cast
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -25,14 +25,15 @@ from lorakit.errors import LorakitError
 from lorakit.experts.context import RouterContext, RouterSpec
 from lorakit.experts.gates import softmax_over, top_mask
 from lorakit.experts.two_pass import TwoPassRouter
+from lorakit.models.evaluating import evaluating
 
 
 @dataclass(frozen=True, kw_only=True)
 class Retrieval(RouterSpec):
     """The options of retrieval."""
 
-    name: ClassVar[str] = "retrieval"
-    card: ClassVar[Card] = Card(
+    name = "retrieval"
+    card = Card(
         title="Retrieval",
         formula="w = softmax(top-k of cos(embedding of the request, of each adapter's examples))",
         parameters=lambda shape, spec: 0,
@@ -43,11 +44,8 @@ class Retrieval(RouterSpec):
     top_k: int | None = option(1, "adapters per request; null for all", minimum=1)
     temperature: float = option(0.1, "divides the likenesses; with top_k 1 it does not matter", above=0)
 
-    def router(self, context: RouterContext) -> Retriever:
-        return Retriever(self, context)
 
-
-class Retriever(TwoPassRouter):
+class Retriever(TwoPassRouter, of=Retrieval):
     """One centroid per adapter, (members, hidden), and their origin, (hidden,)."""
 
     whole_rows = True
@@ -66,15 +64,10 @@ class Retriever(TwoPassRouter):
                 "route: retrieval needs example requests of every adapter: batches={name: [batch, ...]} with the names "
                 f"{', '.join(self.members)}; given: {', '.join(map(str, given)) or 'none'}."
             )
-        training = context.model.training
-        context.model.eval()
-        try:
-            with routed(context.state, None):
-                means = [
-                    torch.cat([self._embed(context.decoder(), batch) for batch in given[name]]) for name in self.members
-                ]
-        finally:
-            context.model.train(training)
+        with evaluating(context.model), routed(context.state, None):
+            means = [
+                torch.cat([self._embed(context.decoder(), batch) for batch in given[name]]) for name in self.members
+            ]
         origin = torch.stack([rows.mean(0) for rows in means]).mean(0)
         cast(Tensor, self.origin).copy_(origin)
         centroids = [F.normalize(rows - origin, dim=-1).mean(0) for rows in means]
@@ -83,9 +76,7 @@ class Retriever(TwoPassRouter):
     def _embed(self, decoder: Any, batch: Mapping[str, Any]) -> Tensor:
         """Embeddings of a batch, (rows, hidden)."""
         own = {key: batch[key] for key in ("input_ids", "attention_mask", "inputs_embeds") if key in batch}
-        with torch.no_grad():
-            hidden = decoder(**own, use_cache=False).last_hidden_state
-        return mean_state(hidden, batch.get("attention_mask"))
+        return mean_state(decoder(**own, use_cache=False).last_hidden_state, batch.get("attention_mask"))
 
     def likeness(self, embeddings: Tensor) -> Tensor:
         """The cosines of (rows, hidden) with every adapter's centroid, (rows, members)."""

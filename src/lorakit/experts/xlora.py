@@ -16,7 +16,7 @@ entry for.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -32,8 +32,8 @@ from lorakit.experts.two_pass import TwoPassRouter
 class XLoRA(RouterSpec):
     """The options of X-LoRA."""
 
-    name: ClassVar[str] = "xlora"
-    card: ClassVar[Card] = Card(
+    name = "xlora"
+    card = Card(
         title="X-LoRA",
         formula="y = W x + Σ λ_e ΔW_e x, λ = softmax(classifier(last hidden state of the base)) per token and layer",
         parameters=lambda shape, spec: 0,
@@ -53,11 +53,8 @@ class XLoRA(RouterSpec):
         0.2, "dropout within the classifier, from a depth of 2 on", minimum=0, below=1, peft="xlora_dropout_p"
     )
 
-    def router(self, context: RouterContext) -> XRouter:
-        return XRouter(self, context)
 
-
-class XRouter(TwoPassRouter):
+class XRouter(TwoPassRouter, of=XLoRA):
     """The classifier, whose last layer gives (matrices × members) or (members) logits."""
 
     def __init__(self, spec: XLoRA, context: RouterContext) -> None:

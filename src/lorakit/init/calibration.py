@@ -335,9 +335,8 @@ def _gradients(
         with hooked(handles), torch.enable_grad():
             for batch in batches:
                 torch.autograd.backward(_loss(_run(model, batch), start))
-                for name in (
-                    list(passed) if start.squares else ()
-                ):  # a layer may be called twice: its gradient is the sum
+                # a layer may be called twice: its gradient is the sum
+                for name in list(passed) if start.squares else ():
                     G = passed.pop(name).square_()
                     sums[name] = sums[name].add_(G) if name in sums else G
         for name in run:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -20,7 +20,7 @@ from torch import Tensor
 from lorakit.core.delta import Shape
 from lorakit.core.options import option
 from lorakit.errors import LorakitError
-from lorakit.init.initialiser import Factors, Initialiser, Needs, Start
+from lorakit.init.initialiser import Factors, Initialiser, Start
 
 _TRUSTED = 0.05
 """‖C̃ C̃⁻¹ - I‖ below which an inverse is used."""
@@ -68,9 +68,9 @@ def damped(C: Tensor, damping: float, path: str) -> tuple[Tensor, Tensor]:
 class CorDA(Initialiser):
     """Components of the weight, ordered by what they do to the inputs seen."""
 
-    name: ClassVar[str] = "corda"
-    needs: ClassVar[Needs] = "inputs"
-    shifts: ClassVar[bool] = True
+    name = "corda"
+    needs = "inputs"
+    shifts = True
     mode: Literal["instruction", "knowledge"] = option(
         "instruction",
         "what trains: the parts that the samples use most (instruction), or least, to keep what they need (knowledge)",

@@ -12,7 +12,6 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -20,7 +19,7 @@ from torch import Tensor
 from lorakit.core.delta import Shape
 from lorakit.core.options import option
 from lorakit.errors import LorakitError
-from lorakit.init.initialiser import Factors, Initialiser, Measured, Needs, Start
+from lorakit.init.initialiser import Factors, Initialiser, Measured, Start
 
 
 class IncrementalPCA:
@@ -76,8 +75,8 @@ class IncrementalPCA:
 class EVA(Initialiser):
     """The principal directions of a layer's inputs."""
 
-    name: ClassVar[str] = "eva"
-    needs: ClassVar[Needs] = "inputs"
+    name = "eva"
+    needs = "inputs"
     rho: float = option(
         2.0,
         "how many times its rank a layer may get at most when ranks are redistributed; 1 leaves all ranks",

@@ -19,14 +19,13 @@ With one round, Q = q(W) is what any loader makes of W in that format; with more
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 
 from lorakit.core.options import option
+from lorakit.core.spectrum import triplets
 from lorakit.errors import unknown
-from lorakit.init.decomposition import triplets
-from lorakit.init.initialiser import Factors, Initialiser, Needs, Start
+from lorakit.init.initialiser import Factors, Initialiser, Start
 from lorakit.init.quantiser import QUANTISERS
 
 
@@ -34,9 +33,9 @@ from lorakit.init.quantiser import QUANTISERS
 class LoftQ(Initialiser):
     """Quantise the base and start from its error."""
 
-    name: ClassVar[str] = "loftq"
-    needs: ClassVar[Needs] = "weight"
-    rewrites: ClassVar[bool] = True
+    name = "loftq"
+    needs = "weight"
+    rewrites = True
     rounds: int = option(
         1,
         "how often quantising and decomposing alternate; 1 leaves the base as any loader of the format has it",

@@ -12,25 +12,25 @@ PEFT's version differs: it multiplies B by the singular values and leaves A unsc
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from lorakit.core.delta import Shape
 from lorakit.core.options import option
+from lorakit.core.spectrum import triplets
 from lorakit.errors import LorakitError
-from lorakit.init.decomposition import triplets
-from lorakit.init.initialiser import Factors, Initialiser, Needs, Start
+from lorakit.init.initialiser import Factors, Initialiser, Start
 
 
 @dataclass(frozen=True, kw_only=True)
 class LoRAGA(Initialiser):
     """Singular directions of the weight's gradient."""
 
-    name: ClassVar[str] = "lora-ga"
-    needs: ClassVar[Needs] = "gradients"
-    shifts: ClassVar[bool] = True
+    name = "lora-ga"
+    needs = "gradients"
+    shifts = True
     direction: Literal["ArB2r", "A2rBr", "ArBr", "random"] = option(
         "ArB2r",
         "which of the first 2 · rank directions A and B take: ArB2r first half and second, A2rBr the reverse, ArBr in turn",

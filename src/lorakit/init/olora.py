@@ -9,20 +9,19 @@ subspace and not a principal one; A is as large as W's columns while B is orthon
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 
-from lorakit.init.initialiser import Factors, Initialiser, Needs, Start
+from lorakit.init.initialiser import Factors, Initialiser, Start
 
 
 @dataclass(frozen=True, kw_only=True)
 class OLoRA(Initialiser):
     """The first columns of the weight's QR decomposition."""
 
-    name: ClassVar[str] = "olora"
-    needs: ClassVar[Needs] = "weight"
-    shifts: ClassVar[bool] = True
+    name = "olora"
+    needs = "weight"
+    shifts = True
 
     def factors(self, start: Start) -> Factors:
         Q, R = torch.linalg.qr(start.W)

@@ -10,22 +10,21 @@ model, and both would pull at it. alpha = rank (s = 1) is what the papers use.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 
 from lorakit.core.options import option
-from lorakit.init.decomposition import triplets
-from lorakit.init.initialiser import Factors, Initialiser, Needs, Start
+from lorakit.core.spectrum import triplets
+from lorakit.init.initialiser import Factors, Initialiser, Start
 
 
 @dataclass(frozen=True, kw_only=True)
 class PiSSA(Initialiser):
     """The principal components of the weight."""
 
-    name: ClassVar[str] = "pissa"
-    needs: ClassVar[Needs] = "weight"
-    shifts: ClassVar[bool] = True
+    name = "pissa"
+    needs = "weight"
+    shifts = True
     iterations: int | None = option(
         None,
         "subspace iterations of a fast decomposition (4 is enough to train from); null for an exact one",
@@ -42,9 +41,9 @@ class PiSSA(Initialiser):
 class MiLoRA(Initialiser):
     """The minor components of the weight, so that what the model knows best is left alone."""
 
-    name: ClassVar[str] = "milora"
-    needs: ClassVar[Needs] = "weight"
-    shifts: ClassVar[bool] = True
+    name = "milora"
+    needs = "weight"
+    shifts = True
 
     def factors(self, start: Start) -> Factors:
         U, S, Vh = torch.linalg.svd(start.W, full_matrices=False)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -33,7 +32,7 @@ def _start(start: Start, std: float | None) -> Factors:
 class Kaiming(Initialiser):
     """loralib's start: A uniform within ±1/√in, variance 1 / (3 in)."""
 
-    name: ClassVar[str] = "kaiming"
+    name = "kaiming"
 
     def factors(self, start: Start) -> Factors:
         return _start(start, None)
@@ -43,7 +42,7 @@ class Kaiming(Initialiser):
 class Gaussian(Initialiser):
     """PEFT's "gaussian": A normal with standard deviation 1 / rank."""
 
-    name: ClassVar[str] = "gaussian"
+    name = "gaussian"
 
     def factors(self, start: Start) -> Factors:
         return _start(start, 1.0 / start.rank)
@@ -53,7 +52,7 @@ class Gaussian(Initialiser):
 class Normal(Initialiser):
     """The LoRA paper's start: A normal; the paper does not give σ, so it is an option."""
 
-    name: ClassVar[str] = "normal"
+    name = "normal"
     std: float = option(0.02, "standard deviation of A's entries", above=0)
 
     def factors(self, start: Start) -> Factors:
@@ -68,7 +67,7 @@ class Orthogonal(Initialiser):
     (rank × rank), B = M Q_even, A = (N Q_odd)ᵀ, hence B A = M Q_even Q_oddᵀ Nᵀ = 0 up to rounding.
     """
 
-    name: ClassVar[str] = "orthogonal"
+    name = "orthogonal"
     std: float = option(0.1, "standard deviation of the entries of M and N", above=0)
 
     def factors(self, start: Start) -> Factors:

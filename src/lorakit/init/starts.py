@@ -293,6 +293,3 @@ def rewrite(layer: nn.Module, weights: Mapping[str, Tensor]) -> dict[str, Snapsh
         originals[name] = storage.snapshot(layer, name)
         storage.write(layer, name, value, fresh=True)
     return originals
-
-
-__all__ = ["BuiltDeltas", "Plan", "PlannedLayer", "build_deltas", "redistribute", "rewrite", "settable"]

@@ -17,14 +17,14 @@ fall, and the penalty is the mean over all P and Q of the norm, not of its squar
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, cast
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 
 from lorakit.core.delta import Card, LowRank, Pool, Shape
 from lorakit.core.options import option
-from lorakit.methods.options import Scaled, alpha_option, check_rank_fits, dropout_option, rank_option, steps_option
+from lorakit.methods.options import Bounded, Scaled, alpha_option, dropout_option, rank_option, steps_option
 
 
 def _count(steps: int | float) -> int:
@@ -33,7 +33,7 @@ def _count(steps: int | float) -> int:
 
 
 @dataclass(frozen=True, kw_only=True)
-class TripletOptions(Scaled):
+class TripletOptions(Bounded, Scaled):
     """The options that AdaLoRA and ElaLoRA share."""
 
     rank: int = rank_option(12, "triplets of every layer at the start", peft="init_r")
@@ -64,12 +64,6 @@ class TripletOptions(Scaled):
         0.1, "weight of the penalty that keeps P and Q orthonormal", minimum=0, peft="orth_reg_weight", peft_default=0.5
     )
 
-    def check(self, shape: Shape, path: str) -> None:
-        check_rank_fits(self.rank, shape, path)
-
-    def build(self, shape: Shape, pool: Pool) -> Triplets:
-        return Triplets(self, shape, pool)
-
     @property
     def final_rank(self) -> int:
         """Triplets per layer, on average, that are left at the end."""
@@ -80,9 +74,9 @@ class TripletOptions(Scaled):
 class AdaLoRA(TripletOptions):
     """The options of AdaLoRA."""
 
-    name: ClassVar[str] = "adalora"
-    schedule: ClassVar[str | None] = "budget"
-    card: ClassVar[Card] = Card(
+    name = "adalora"
+    schedule = "budget"
+    card = Card(
         title="AdaLoRA",
         formula="ΔW = s P diag(λ) Q, s = alpha / rank; ranks fall to a budget where they matter least",
         parameters=lambda shape, spec: spec.rank * (shape.out + shape.in_ + 1),
@@ -100,7 +94,7 @@ class AdaLoRA(TripletOptions):
         return self.target_rank
 
 
-class Triplets(LowRank):
+class Triplets(LowRank, of=TripletOptions):
     """P, λ and Q of one matrix, and which triplets are kept.
 
     `kept` (rank,) says what the last allocation kept. It gates nothing: between two allocations a λ may grow again and so
@@ -111,7 +105,7 @@ class Triplets(LowRank):
 
     def __init__(self, spec: TripletOptions, shape: Shape, pool: Pool) -> None:
         super().__init__(spec, shape, pool)
-        self.scale, self.dropout = spec.scale, spec.dropout
+        self.scale = spec.scale
         self.P = nn.Parameter(torch.randn(shape.out, spec.rank) * 0.02)
         self.lam = nn.Parameter(torch.zeros(spec.rank))
         self.Q = nn.Parameter(torch.randn(spec.rank, shape.in_) * 0.02)

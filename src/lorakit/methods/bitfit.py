@@ -15,7 +15,6 @@ Ben Zaken et al. 2021, arXiv 2106.10199.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -28,8 +27,8 @@ from lorakit.errors import LorakitError
 class BitFit(Method):
     """Biases of the adapted layers; it has no options."""
 
-    name: ClassVar[str] = "bitfit"
-    card: ClassVar[Card] = Card(
+    name = "bitfit"
+    card = Card(
         title="BitFit",
         formula="Δb = c, ΔW = 0",
         parameters=lambda shape, spec: shape.out,
@@ -37,9 +36,6 @@ class BitFit(Method):
         use="When the adapter must be tiny and the model has biases (BERT and its kin).",
         limits="The layer has a bias.",
     )
-
-    def build(self, shape: Shape, pool: Pool) -> BitFitDelta:
-        return BitFitDelta(self, shape, pool)
 
     def check(self, shape: Shape, path: str) -> None:
         if not shape.bias:
@@ -50,7 +46,7 @@ class BitFit(Method):
             )
 
 
-class BitFitDelta(Delta):
+class BitFitDelta(Delta, of=BitFit):
     """c of one layer."""
 
     def __init__(self, spec: BitFit, shape: Shape, pool: Pool) -> None:

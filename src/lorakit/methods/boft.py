@@ -14,24 +14,23 @@ Liu et al. 2023, arXiv 2311.06243.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, cast
 
 import torch
 from torch import Tensor, nn
 
-from lorakit.core.delta import Card, Method, Pool, Shape
+from lorakit.core.delta import Card, Pool, Shape
 from lorakit.core.options import option
 from lorakit.errors import LorakitError
 from lorakit.methods.options import dropout_option
-from lorakit.methods.rotation import Rotation, cayley, check_divides, settle_blocks, turn_blocks, turned_size
+from lorakit.methods.rotation import InBlocks, Rotation, blocks_option, cayley, turn_blocks, turned_size
 
 
 @dataclass(frozen=True, kw_only=True)
-class BOFT(Method):
+class BOFT(InBlocks):
     """The options of BOFT."""
 
-    name: ClassVar[str] = "boft"
-    card: ClassVar[Card] = Card(
+    name = "boft"
+    card = Card(
         title="BOFT",
         formula="W' = diag(s) W Rᵀ, R = R_m … R_1, butterfly factors of block rotations",
         parameters=lambda shape, spec: spec.factors * turned_size(shape) * spec.size_of(shape) + shape.out,
@@ -41,30 +40,17 @@ class BOFT(Method):
         "size and the number of blocks are even.",
     )
 
-    block_size: int | None = option(
-        None,
-        "size of a block; 4 where neither this nor blocks is given",
-        minimum=1,
-        peft="boft_block_size",
-        peft_default=4,
-        from_peft=lambda size: size or None,
-        to_peft=lambda size: size or 0,
+    usual_size = 4
+
+    block_size: int | None = blocks_option(
+        "size of a block; 4 where neither this nor blocks is given", "boft_block_size", peft_default=4
     )
-    blocks: int | None = option(
-        None,
-        "number of blocks of each factor, instead of their size",
-        minimum=1,
-        peft="boft_block_num",
-        peft_default=0,
-        from_peft=lambda size: size or None,
-        to_peft=lambda size: size or 0,
-    )
+    blocks: int | None = blocks_option("number of blocks of each factor, instead of their size", "boft_block_num")
     factors: int = option(2, "number of butterfly factors", minimum=1, peft="boft_n_butterfly_factor", peft_default=1)
     dropout: float = dropout_option("boft_dropout", "share of blocks that are the identity in a training step")
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        settle_blocks(self, 4)
         if self.factors > 1 and self.block_size is not None and self.block_size % 2:
             raise LorakitError(
                 f"boft: block_size={self.block_size} is odd, and butterfly factors deal half blocks; take "
@@ -73,38 +59,31 @@ class BOFT(Method):
 
     def size_of(self, shape: Shape) -> int:
         """The block size c on a matrix of this shape."""
-        return turned_size(shape) // self.blocks if self.blocks else cast(int, self.block_size)
+        return turned_size(shape) // self.blocks if self.blocks else self.unit
 
     def check(self, shape: Shape, path: str) -> None:
-        size = turned_size(shape)
-        if self.blocks:
-            check_divides(self.name, size, self.blocks, path, "blocks")
-            if self.factors > 1 and (size // self.blocks) % 2:
-                raise LorakitError(
-                    f"attach: boft with blocks={self.blocks} gives {path} ({size} features) blocks of the odd size "
-                    f"{size // self.blocks}; butterfly factors need even ones, or factors=1."
-                )
-        else:
-            check_divides(self.name, size, cast(int, self.block_size), path, "block_size")
-        reach = self.size_of(shape) * 2 ** (self.factors - 1)
+        super().check(shape, path)
+        size, c = turned_size(shape), self.size_of(shape)
+        if self.blocks and self.factors > 1 and c % 2:
+            raise LorakitError(
+                f"attach: boft with blocks={self.blocks} gives {path} ({size} features) blocks of the odd size {c}; "
+                "butterfly factors need even ones, or factors=1."
+            )
+        reach = c * 2 ** (self.factors - 1)
         if size % reach:
-            fitting = [m for m in range(1, self.factors) if size % (self.size_of(shape) * 2 ** (m - 1)) == 0]
+            fitting = [m for m in range(1, self.factors) if size % (c * 2 ** (m - 1)) == 0]
             raise LorakitError(
                 f"attach: boft with factors={self.factors} deals {reach} features at once on {path}, which do not divide its "
                 f"{size}. Here factors={fitting[-1]} works, or smaller blocks."
             )
 
-    def build(self, shape: Shape, pool: Pool) -> BOFTDelta:
-        return BOFTDelta(self, shape, pool)
 
-
-class BOFTDelta(Rotation):
+class BOFTDelta(Rotation, of=BOFT):
     """M (m, blocks, c, c) and the output scales s (out,) of one matrix."""
 
     def __init__(self, spec: BOFT, shape: Shape, pool: Pool) -> None:
         super().__init__(spec, shape, pool)
         c = spec.size_of(shape)
-        self.dropout = spec.dropout
         self.M = nn.Parameter(torch.zeros(spec.factors, self.size // c, c, c))
         self.s = nn.Parameter(torch.ones(shape.out))
 

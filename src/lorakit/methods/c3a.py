@@ -12,22 +12,21 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from lorakit.core.delta import Call, Card, Delta, Method, Pool, Shape
 from lorakit.core.options import option
-from lorakit.errors import LorakitError
+from lorakit.methods.options import check_divides_sides
 
 
 @dataclass(frozen=True, kw_only=True)
 class C3A(Method):
     """The options of C3A."""
 
-    name: ClassVar[str] = "c3a"
-    card: ClassVar[Card] = Card(
+    name = "c3a"
+    card = Card(
         title="C3A",
         formula="ΔW = blocks circ(k_ij) / in",
         parameters=lambda shape, spec: shape.out * shape.in_ // spec.block_size,
@@ -54,20 +53,10 @@ class C3A(Method):
     )
 
     def check(self, shape: Shape, path: str) -> None:
-        if shape.out % self.block_size or shape.in_ % self.block_size:
-            common = math.gcd(shape.out, shape.in_)
-            fitting = [n for n in range(1, common + 1) if common % n == 0]
-            raise LorakitError(
-                f"attach: block_size {self.block_size} does not divide both sides of {path} ({shape.out} × {shape.in_}). "
-                f"For this layer {', '.join(map(str, fitting[-6:]))} would; one size must fit all layers, so choose a common "
-                "divisor or leave this one out."
-            )
-
-    def build(self, shape: Shape, pool: Pool) -> C3ADelta:
-        return C3ADelta(self, shape, pool)
+        check_divides_sides("block_size", self.block_size, shape, path)
 
 
-class C3ADelta(Delta):
+class C3ADelta(Delta, of=C3A):
     """k of one matrix: (out/b, in/b, b)."""
 
     spec: C3A

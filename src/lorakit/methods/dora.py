@@ -10,7 +10,6 @@ over V: with ΔW = B A, ‖V_j‖² = ‖W_j‖² + 2 B_j · (A Wᵀ)_j + B_j (A
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -24,8 +23,8 @@ from lorakit.methods.lora import LoRA
 class DoRA(Combinator):
     """The options of DoRA."""
 
-    name: ClassVar[str] = "dora"
-    card: ClassVar[Card] = Card(
+    name = "dora"
+    card = Card(
         title="DoRA",
         formula="W' = diag(m / ‖W + ΔW‖) (W + ΔW), ΔW of another method",
         parameters=lambda shape, spec: spec.inner.card.parameters(shape, spec.inner) + shape.out,
@@ -37,17 +36,13 @@ class DoRA(Combinator):
 
     inner: Method = inner_option(LoRA, "method whose change gets trained magnitudes; LoRA in the paper")
 
-    def build(self, shape: Shape, pool: Pool) -> DoRADelta:
-        return DoRADelta(self, shape, pool)
 
-
-class DoRADelta(Combined):
+class DoRADelta(Combined, of=DoRA):
     """An inner delta and the magnitudes `m` (out,), which are set when the weight is known."""
 
     def __init__(self, spec: DoRA, shape: Shape, pool: Pool) -> None:
         super().__init__(spec, shape, pool)
         self.inner = spec.inner.build(shape, pool)
-        self.dropout = self.inner.dropout
         self.m = nn.Parameter(torch.ones(shape.out))
         self._known: Known | None = None
 

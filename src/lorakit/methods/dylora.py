@@ -15,7 +15,7 @@ rank.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, cast
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -30,9 +30,9 @@ from lorakit.methods.lora import LoRAOptions, TwoFactors
 class DyLoRA(LoRAOptions):
     """The options of LoRA, and which ranks are drawn."""
 
-    name: ClassVar[str] = "dylora"
-    schedule: ClassVar[str | None] = "draw"
-    card: ClassVar[Card] = Card(
+    name = "dylora"
+    schedule = "draw"
+    card = Card(
         title="DyLoRA",
         formula="ΔW = (alpha / b) B[:, :b] A[:b], b drawn at each step",
         parameters=lambda shape, spec: spec.rank * (shape.out + shape.in_),
@@ -51,16 +51,12 @@ class DyLoRA(LoRAOptions):
                 f"dylora: smallest was given as {self.smallest}; it is a rank from 1 to rank={self.rank}."
             )
 
-    def build(self, shape: Shape, pool: Pool) -> DyLoRADelta:
-        return DyLoRADelta(self, shape, pool)
 
-
-class DyLoRADelta(TwoFactors):
+class DyLoRADelta(TwoFactors, of=DyLoRA):
     """A and B of one matrix, of which the leading `b` components act."""
 
     def __init__(self, spec: DyLoRA, shape: Shape, pool: Pool) -> None:
         super().__init__(spec, shape, pool)
-        self.dropout = spec.dropout
         self.drawn: int | None = None
         """The rank of the training step, set by the schedule; all components act while it is None or in evaluation."""
 

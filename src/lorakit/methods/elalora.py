@@ -14,7 +14,6 @@ what it has. PEFT lacks the method; its files are AdaLoRA's, which PEFT reads.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 from lorakit.core.delta import Card
 from lorakit.core.options import option
@@ -25,9 +24,9 @@ from lorakit.methods.adalora import TripletOptions
 class ElaLoRA(TripletOptions):
     """The options of ElaLoRA."""
 
-    name: ClassVar[str] = "elalora"
-    schedule: ClassVar[str | None] = "exchange"
-    card: ClassVar[Card] = Card(
+    name = "elalora"
+    schedule = "exchange"
+    card = Card(
         title="ElaLoRA",
         formula="ΔW = s P diag(λ) Q, s = alpha / rank at the start; ranks move between layers",
         parameters=lambda shape, spec: spec.rank * (shape.out + shape.in_ + 1),

@@ -11,7 +11,7 @@ Gao et al. 2024, arXiv 2405.03003.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, cast
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -25,8 +25,8 @@ from lorakit.errors import LorakitError
 class FourierFT(Method):
     """The options of FourierFT."""
 
-    name: ClassVar[str] = "fourierft"
-    card: ClassVar[Card] = Card(
+    name = "fourierft"
+    card = Card(
         title="FourierFT",
         formula="ΔW = scale · Re(ifft2(F)), F sparse at fixed places",
         parameters=lambda shape, spec: spec.n_frequency,
@@ -56,11 +56,8 @@ class FourierFT(Method):
                 f"({shape.out} × {shape.in_}). Give {shape.out * shape.in_} or less, or leave the layer out."
             )
 
-    def build(self, shape: Shape, pool: Pool) -> FourierFTDelta:
-        return FourierFTDelta(self, shape, pool)
 
-
-class FourierFTDelta(Delta):
+class FourierFTDelta(Delta, of=FourierFT):
     """c of one matrix (n_frequency,); its places follow from seed and shape."""
 
     spec: FourierFT

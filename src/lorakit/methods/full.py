@@ -11,7 +11,6 @@ attach(..., bias="lora_only") trains those too. PEFT has no such method.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -23,8 +22,8 @@ from lorakit.core.delta import Card, Delta, Method, Pool, Shape
 class Full(Method):
     """Full fine-tuning of the adapted matrices; it has no options."""
 
-    name: ClassVar[str] = "full"
-    card: ClassVar[Card] = Card(
+    name = "full"
+    card = Card(
         title="Full fine-tuning",
         formula="ΔW = P, whole",
         parameters=lambda shape, spec: shape.out * shape.in_,
@@ -32,11 +31,8 @@ class Full(Method):
         use="As the measure for other methods, or where memory is no question.",
     )
 
-    def build(self, shape: Shape, pool: Pool) -> FullDelta:
-        return FullDelta(self, shape, pool)
 
-
-class FullDelta(Delta):
+class FullDelta(Delta, of=Full):
     """P of one matrix."""
 
     def __init__(self, spec: Full, shape: Shape, pool: Pool) -> None:

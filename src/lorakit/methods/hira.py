@@ -12,23 +12,21 @@ Hadamard high-rank adaptation".
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
-from typing import ClassVar
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from lorakit.core.delta import Card, Delta, Method, Pool, Shape
-from lorakit.methods.options import check_rank_fits, rank_option
+from lorakit.core.delta import Card
+from lorakit.methods.lora import Trained
+from lorakit.methods.options import Bounded, rank_option
 
 
 @dataclass(frozen=True, kw_only=True)
-class HiRA(Method):
+class HiRA(Bounded):
     """The options of HiRA."""
 
-    name: ClassVar[str] = "hira"
-    card: ClassVar[Card] = Card(
+    name = "hira"
+    card = Card(
         title="HiRA",
         formula="ΔW = W ⊙ (B A)",
         parameters=lambda shape, spec: spec.rank * (shape.out + shape.in_),
@@ -39,27 +37,9 @@ class HiRA(Method):
 
     rank: int = rank_option(32, "rank of the factor that multiplies the weight")
 
-    def check(self, shape: Shape, path: str) -> None:
-        check_rank_fits(self.rank, shape, path)
 
-    def build(self, shape: Shape, pool: Pool) -> HiRADelta:
-        return HiRADelta(self, shape, pool)
-
-
-class HiRADelta(Delta):
+class HiRADelta(Trained, of=HiRA):
     """A and B of one matrix."""
-
-    def __init__(self, spec: HiRA, shape: Shape, pool: Pool) -> None:
-        super().__init__(spec, shape, pool)
-        self.A = nn.Parameter(torch.zeros(spec.rank, shape.in_))
-        self.B = nn.Parameter(torch.zeros(shape.out, spec.rank))
-        if shape.lookup:
-            nn.init.normal_(self.B)
-        else:
-            nn.init.kaiming_uniform_(self.A, a=math.sqrt(5))
 
     def dense(self, W: Tensor) -> Tensor:
         return W * (self.B @ self.A)
-
-    def roles(self) -> dict[str, str]:
-        return {"A": "B", "B": "A"} if self.shape.lookup else {}

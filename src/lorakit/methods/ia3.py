@@ -15,7 +15,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -30,8 +30,8 @@ from lorakit.errors import LorakitError
 class IA3(Method):
     """The options of IA3."""
 
-    name: ClassVar[str] = "ia3"
-    card: ClassVar[Card] = Card(
+    name = "ia3"
+    card = Card(
         title="IA3",
         formula="y = l ⊙ (W x + b), or W (l ⊙ x) + b for feed-forward layers",
         parameters=lambda shape, spec: shape.in_ // shape.taps if spec.side == "input" else shape.out,

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -31,8 +31,8 @@ from lorakit.methods.options import Scaled, alpha_option, rank_option
 class LoHa(Scaled):
     """The options of LoHa."""
 
-    name: ClassVar[str] = "loha"
-    card: ClassVar[Card] = Card(
+    name = "loha"
+    card = Card(
         title="LoHa",
         formula="ΔW = s (B1 A1) ⊙ (B2 A2), s = alpha / rank",
         parameters=lambda shape, spec: 2 * spec.rank * (shape.out + shape.in_),

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -44,8 +44,8 @@ def split_size(size: int, factor: int = -1) -> tuple[int, int]:
 class LoKr(Scaled):
     """The options of LoKr."""
 
-    name: ClassVar[str] = "lokr"
-    card: ClassVar[Card] = Card(
+    name = "lokr"
+    card = Card(
         title="LoKr",
         formula="ΔW = s (C ⊗ D), D = D_a D_b, s = alpha / rank",
         parameters=lambda shape, spec: sum(rows * columns for rows, columns in _sizes(shape, spec).values()),
@@ -67,9 +67,6 @@ class LoKr(Scaled):
         "peft", "peft: the scale is alpha / rank always; lycoris: 1 where C and D are whole"
     )
 
-    def build(self, shape: Shape, pool: Pool) -> LoKrDelta:
-        return LoKrDelta(self, shape, pool)
-
 
 def _sizes(shape: Shape, spec: LoKr) -> dict[str, tuple[int, int]]:
     """The tensors of one matrix and their sizes."""
@@ -87,7 +84,7 @@ def _sizes(shape: Shape, spec: LoKr) -> dict[str, tuple[int, int]]:
     return sizes
 
 
-class LoKrDelta(Delta):
+class LoKrDelta(Delta, of=LoKr):
     """C and D of one matrix, each whole or as a product."""
 
     def __init__(self, spec: LoKr, shape: Shape, pool: Pool) -> None:

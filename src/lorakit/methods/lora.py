@@ -11,18 +11,18 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lorakit.core.delta import Card, LowRank, Pool, Shape
+from lorakit.core.delta import Card, Delta, LowRank, Pool, Shape
 from lorakit.core.options import option
-from lorakit.methods.options import Scaled, alpha_option, check_rank_fits, dropout_option, rank_option
+from lorakit.methods.options import Bounded, Scaled, alpha_option, dropout_option, rank_option
 
 
 @dataclass(frozen=True, kw_only=True)
-class LoRAOptions(Scaled):
+class LoRAOptions(Bounded, Scaled):
     """The options that LoRA and its nearest kin share."""
 
     rank: int = rank_option(16, peft_default=8)
@@ -35,16 +35,13 @@ class LoRAOptions(Scaled):
     def divisor(self, rank: int) -> float:
         return math.sqrt(rank) if self.rslora else rank
 
-    def check(self, shape: Shape, path: str) -> None:
-        check_rank_fits(self.rank, shape, path)
-
 
 @dataclass(frozen=True, kw_only=True)
 class LoRA(LoRAOptions):
     """Low-rank adaptation, Hu et al. 2021."""
 
-    name: ClassVar[str] = "lora"
-    card: ClassVar[Card] = Card(
+    name = "lora"
+    card = Card(
         title="LoRA",
         formula="ΔW = s B A, s = alpha / rank (rsLoRA: alpha / √rank)",
         parameters=lambda shape, spec: spec.rank * (shape.out + shape.in_),
@@ -52,14 +49,11 @@ class LoRA(LoRAOptions):
         use="The default: cheap, merges exactly, every server reads it.",
     )
 
-    def build(self, shape: Shape, pool: Pool) -> LoRADelta:
-        return LoRADelta(self, shape, pool)
 
+class Trained(Delta):
+    """The family that trains A (rank, in) and B (out, rank) of one matrix, the product zero at the start."""
 
-class TwoFactors(LowRank):
-    """The family that trains A (rank, in) and B (out, rank) of one matrix; a member says in `factors` how they act."""
-
-    def __init__(self, spec: LoRAOptions, shape: Shape, pool: Pool) -> None:
+    def __init__(self, spec: Any, shape: Shape, pool: Pool) -> None:
         super().__init__(spec, shape, pool)
         B, A = start_factors(shape, spec.rank)
         self.A, self.B = nn.Parameter(A), nn.Parameter(B)
@@ -68,18 +62,22 @@ class TwoFactors(LowRank):
         # the factor that starts at zero is B, for an embedding A
         return {"A": "B", "B": "A"} if self.shape.lookup else {}
 
+
+class TwoFactors(Trained, LowRank):
+    """Members of it that act as a product; they say in `factors` how."""
+
     def set_factors(self, B: Tensor, A: Tensor) -> None:
         with torch.no_grad():
             self.B.copy_(B)
             self.A.copy_(A)
 
 
-class LoRADelta(TwoFactors):
+class LoRADelta(TwoFactors, of=LoRA):
     """A and B of one matrix."""
 
     def __init__(self, spec: LoRAOptions, shape: Shape, pool: Pool) -> None:
         super().__init__(spec, shape, pool)
-        self.scale, self.dropout = spec.scale, spec.dropout
+        self.scale = spec.scale
 
     def factors(self) -> tuple[Tensor, Tensor]:
         return self.B, self.A

@@ -9,11 +9,10 @@ gradient by (A Aᵀ)⁻¹ (`corrected`, `optim/correction.py`).
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 from torch import nn
 
-from lorakit.core.delta import Card, Pool, Shape
+from lorakit.core.delta import Card
 from lorakit.core.options import option
 from lorakit.methods.lora import LoRADelta, LoRAOptions
 
@@ -22,8 +21,8 @@ from lorakit.methods.lora import LoRADelta, LoRAOptions
 class LoRAFA(LoRAOptions):
     """The options of LoRA; A stays frozen."""
 
-    name: ClassVar[str] = "lora-fa"
-    card: ClassVar[Card] = Card(
+    name = "lora-fa"
+    card = Card(
         title="LoRA-FA",
         formula="ΔW = s B A, A frozen",
         parameters=lambda shape, spec: spec.rank * (shape.in_ if shape.lookup else shape.out),
@@ -33,11 +32,8 @@ class LoRAFA(LoRAOptions):
 
     corrected: bool = option(False, "give the optimiser the step of B that is nearest to a step of the whole weight")
 
-    def build(self, shape: Shape, pool: Pool) -> LoRAFADelta:
-        return LoRAFADelta(self, shape, pool)
 
-
-class LoRAFADelta(LoRADelta):
+class LoRAFADelta(LoRADelta, of=LoRAFA):
     """LoRA's tensors, of which the random one never trains (B for an embedding, where A starts at zero)."""
 
     def frozen(self) -> list[nn.Parameter]:

@@ -11,22 +11,22 @@ well above LoRA's (1e-3 to 4e-3). Bałazy et al. 2024, arXiv 2405.17604.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from lorakit.core.delta import Card, LowRank, Pool, Shape
 from lorakit.core.options import option
-from lorakit.methods.options import Scaled, alpha_option, check_rank_fits, dropout_option, rank_option
+from lorakit.core.spectrum import triplets
+from lorakit.methods.options import Bounded, Scaled, alpha_option, dropout_option, rank_option
 
 
 @dataclass(frozen=True, kw_only=True)
-class LoRAXS(Scaled):
+class LoRAXS(Bounded, Scaled):
     """The options of LoRA-XS."""
 
-    name: ClassVar[str] = "lora-xs"
-    card: ClassVar[Card] = Card(
+    name = "lora-xs"
+    card = Card(
         title="LoRA-XS",
         formula="ΔW = s B R A; B, A the leading singular directions of W, frozen",
         parameters=lambda shape, spec: spec.rank**2,
@@ -44,21 +44,15 @@ class LoRAXS(Scaled):
         10, "power iterations of a randomised decomposition; null decomposes exactly, which is slow", minimum=0
     )
 
-    def check(self, shape: Shape, path: str) -> None:
-        check_rank_fits(self.rank, shape, path)
 
-    def build(self, shape: Shape, pool: Pool) -> LoRAXSDelta:
-        return LoRAXSDelta(self, shape, pool)
-
-
-class LoRAXSDelta(LowRank):
+class LoRAXSDelta(LowRank, of=LoRAXS):
     """R of one matrix, and the frozen A and B, which are known once the weight is."""
 
     spec: LoRAXS
 
     def __init__(self, spec: LoRAXS, shape: Shape, pool: Pool) -> None:
         super().__init__(spec, shape, pool)
-        self.scale, self.dropout = spec.scale, spec.dropout
+        self.scale = spec.scale
         self.R = nn.Parameter(torch.randn(spec.rank, spec.rank) * spec.start)
         self.register_buffer("A", torch.zeros(spec.rank, shape.in_))
         self.register_buffer("B", torch.zeros(shape.out, spec.rank))
@@ -66,14 +60,10 @@ class LoRAXSDelta(LowRank):
         self.B: Tensor
 
     def begin(self, W: Tensor) -> None:
-        rank, W = self.spec.rank, W.detach().to(self.A.dtype)
-        if self.spec.iterations is None:
-            U, S, Vh = torch.linalg.svd(W, full_matrices=False)
-        else:
-            U, S, V = torch.svd_lowrank(W, q=min(rank + 10, *W.shape), niter=self.spec.iterations)
-            Vh = V.T
-        self.B.copy_(U[:, :rank])
-        self.A.copy_(S[:rank, None] * Vh[:rank])
+        rank = self.spec.rank
+        U, S, V = triplets(W.detach().to(self.A.dtype), rank, self.spec.iterations, tries=rank + 10)
+        self.B.copy_(U)
+        self.A.copy_((V * S).mT)
 
     def factors(self) -> tuple[Tensor, Tensor]:
         return self.B @ self.R, self.A

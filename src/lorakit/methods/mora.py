@@ -18,14 +18,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from lorakit.core.delta import Call, Card, Delta, LowRank, Method, Pool, Shape
+from lorakit.core.delta import Call, Card, Delta, LowRank, Pool, Shape
 from lorakit.core.options import option
-from lorakit.methods.options import check_rank_fits, rank_option
+from lorakit.methods.options import Bounded, rank_option
 
 
 def side(shape: Shape, spec: Any) -> int:
@@ -35,17 +35,19 @@ def side(shape: Shape, spec: Any) -> int:
 
 
 @dataclass(frozen=True, kw_only=True)
-class MoRA(Method):
+class MoRA(Bounded):
     """The options of MoRA."""
 
-    name: ClassVar[str] = "mora"
-    card: ClassVar[Card] = Card(
+    name = "mora"
+    card = Card(
         title="MoRA",
         formula="ΔW x = g(M f(x)), M square; f, g fixed",
         parameters=lambda shape, spec: side(shape, spec) ** 2,
         paper="arXiv 2405.12130",
         use="When the model has to memorise new facts, where low rank falls behind.",
     )
+
+    beyond = ", so that M would hold more than the matrix it changes"
 
     rank: int = rank_option(8, "rank of the LoRA that has about as many trained values")
     kind: Literal["rotation", "sharing"] = option(
@@ -56,9 +58,6 @@ class MoRA(Method):
         to_peft=lambda kind: 6 if kind == "rotation" else 1,
     )
 
-    def check(self, shape: Shape, path: str) -> None:
-        check_rank_fits(self.rank, shape, path, ", so that M would hold more than the matrix it changes")
-
     def build(self, shape: Shape, pool: Pool) -> Delta:
         return (RotationDelta if self.kind == "rotation" else SharingDelta)(self, shape, pool)
 
@@ -68,13 +67,17 @@ def _padded(shape: Shape, width: int, device: torch.device) -> Tensor:
     return torch.arange(math.ceil(shape.in_ / width) * width, device=device) % shape.in_
 
 
-class SharingDelta(LowRank):
-    """M, between sums of inputs and repeated outputs: a low-rank pair, A of zeros and ones, B of M's rows."""
+class MoRADelta(Delta):
+    """M (side, side) of one matrix."""
 
     def __init__(self, spec: MoRA, shape: Shape, pool: Pool) -> None:
         super().__init__(spec, shape, pool)
         width = side(shape, spec)
         self.M = nn.Parameter(torch.zeros(width, width))
+
+
+class SharingDelta(MoRADelta, LowRank):
+    """M, between sums of inputs and repeated outputs: a low-rank pair, A of zeros and ones, B of M's rows."""
 
     def factors(self) -> tuple[Tensor, Tensor]:
         width, device = self.M.shape[0], self.M.device
@@ -86,13 +89,8 @@ class SharingDelta(LowRank):
         return B, A
 
 
-class RotationDelta(Delta):
+class RotationDelta(MoRADelta):
     """M, applied to every segment of the input, each turned by its own angles."""
-
-    def __init__(self, spec: MoRA, shape: Shape, pool: Pool) -> None:
-        super().__init__(spec, shape, pool)
-        width = side(shape, spec)
-        self.M = nn.Parameter(torch.zeros(width, width))
 
     def turned(self, dtype: torch.dtype) -> Tensor:
         """M R_s for every segment s: (segments, side, side); R_s turns entry k against entry k + side/2."""

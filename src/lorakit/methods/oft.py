@@ -20,32 +20,23 @@ from __future__ import annotations
 import math
 import operator
 from dataclasses import dataclass
-from typing import ClassVar, cast
 
 import torch
 from torch import Tensor, nn
 
-from lorakit.core.delta import Card, Method, Pool, Shape
+from lorakit.core.delta import Card, Pool, Shape
 from lorakit.core.options import option
 from lorakit.errors import LorakitError
-from lorakit.methods.options import dropout_option
-from lorakit.methods.rotation import (
-    Rotation,
-    cayley,
-    check_divides,
-    divisors,
-    settle_blocks,
-    turn_blocks,
-    turned_size,
-)
+from lorakit.methods.options import divisors, dropout_option
+from lorakit.methods.rotation import InBlocks, Rotation, blocks_option, cayley, turn_blocks, turned_size
 
 
 @dataclass(frozen=True, kw_only=True)
-class OFT(Method):
+class OFT(InBlocks):
     """The options of OFT."""
 
-    name: ClassVar[str] = "oft"
-    card: ClassVar[Card] = Card(
+    name = "oft"
+    card = Card(
         title="OFT",
         formula="W' = W Rᵀ, R = blockdiag((I + Q)(I - Q)⁻¹), Q skew",
         parameters=lambda shape, spec: math.prod(_size(shape, spec)),
@@ -54,24 +45,12 @@ class OFT(Method):
         limits="The block size divides the number of inputs (of an embedding's features).",
     )
 
-    block_size: int | None = option(
-        None,
-        "size of a block; 32 where neither this nor blocks is given",
-        minimum=1,
-        peft="oft_block_size",
-        peft_default=0,
-        from_peft=lambda size: size or None,
-        to_peft=lambda size: size or 0,
+    usual_size = 32
+
+    block_size: int | None = blocks_option(
+        "size of a block; 32 where neither this nor blocks is given", "oft_block_size"
     )
-    blocks: int | None = option(
-        None,
-        "number of blocks, instead of their size",
-        minimum=1,
-        peft="r",
-        peft_default=0,
-        from_peft=lambda size: size or None,
-        to_peft=lambda size: size or 0,
-    )
+    blocks: int | None = blocks_option("number of blocks, instead of their size", "r")
     exact: bool = option(
         False,
         "the exact Cayley transform instead of its series",
@@ -90,42 +69,36 @@ class OFT(Method):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        settle_blocks(self, 32)
         if self.block_size == 1:
             raise LorakitError("oft: a block of size 1 has nothing to turn; block_size is at least 2.")
 
     def check(self, shape: Shape, path: str) -> None:
+        super().check(shape, path)
         size = turned_size(shape)
-        unit, what = (self.blocks, "blocks") if self.blocks else (cast(int, self.block_size), "block_size")
-        check_divides(self.name, size, unit, path, what)
-        if size // unit < 2 and self.blocks:
+        if self.blocks and size // self.blocks < 2:
             raise LorakitError(
-                f"attach: oft with blocks={self.blocks} gives {path} ({size} features) blocks of size {size // unit}, which "
-                f"have nothing to turn; at most {size // 2} blocks do."
+                f"attach: oft with blocks={self.blocks} gives {path} ({size} features) blocks of size {size // self.blocks}, "
+                f"which have nothing to turn; at most {size // 2} blocks do."
             )
-
-    def build(self, shape: Shape, pool: Pool) -> OFTDelta:
-        return OFTDelta(self, shape, pool)
 
 
 def _size(shape: Shape, spec: OFT) -> tuple[int, int]:
     """Rows and columns of Q's triangles. A size that does not divide (a file of PEFT's, which takes the nearest that
     does) becomes the nearest that does; `check` refuses it for a new adapter."""
     size = turned_size(shape)
-    unit = spec.blocks or cast(int, spec.block_size)
-    unit = min(divisors(size), key=lambda number: (abs(number - unit), number))
+    unit = min(divisors(size), key=lambda number: (abs(number - spec.unit), number))
     c, k = (size // unit, unit) if spec.blocks else (unit, size // unit)
     return (1 if spec.block_share else k), c * (c - 1) // 2
 
 
-class OFTDelta(Rotation):
+class OFTDelta(Rotation, of=OFT):
     """Q (k, c (c - 1) / 2) of one matrix: the strict upper triangles, row by row."""
 
     def __init__(self, spec: OFT, shape: Shape, pool: Pool) -> None:
         super().__init__(spec, shape, pool)
         k, numbers = _size(shape, spec)
         self.c = (1 + math.isqrt(1 + 8 * numbers)) // 2
-        self.exact, self.terms, self.dropout = spec.exact, spec.terms, spec.dropout
+        self.exact, self.terms = spec.exact, spec.terms
         self.eps = spec.eps / math.sqrt(k) if spec.coft else None
         self.Q = nn.Parameter(torch.zeros(k, numbers))
 

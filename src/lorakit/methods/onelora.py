@@ -11,7 +11,6 @@ runs over channels and kernel. 1LoRA 2025, arXiv 2503.08333 (which does not stat
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -23,8 +22,8 @@ from lorakit.core.delta import Card, LowRank, Method, Pool, Shape
 class OneLoRA(Method):
     """1LoRA has no options."""
 
-    name: ClassVar[str] = "1lora"
-    card: ClassVar[Card] = Card(
+    name = "1lora"
+    card = Card(
         title="1LoRA",
         formula="ΔW = v 1ᵀ",
         parameters=lambda shape, spec: shape.out,
@@ -32,11 +31,8 @@ class OneLoRA(Method):
         use="When every number counts; put it on all linear layers, as the paper does.",
     )
 
-    def build(self, shape: Shape, pool: Pool) -> OneLoRADelta:
-        return OneLoRADelta(self, shape, pool)
 
-
-class OneLoRADelta(LowRank):
+class OneLoRADelta(LowRank, of=OneLoRA):
     """v of one matrix."""
 
     def __init__(self, spec: OneLoRA, shape: Shape, pool: Pool) -> None:

@@ -57,11 +57,33 @@ def share_of(steps: int | float, total: int) -> int:
     return math.floor(steps * total) if isinstance(steps, float) and steps < 1 else int(steps)
 
 
-def check_rank_fits(rank: int, shape: Shape, path: str, why: str = "") -> None:
-    """LorakitError where the rank is above that of any matrix of this shape; `why` says what is wrong with it there."""
-    smaller = min(shape.out, shape.in_)
-    if rank > smaller:
+class Bounded(Method):
+    """A method whose rank is at most the smaller side of the matrix."""
+
+    rank: int
+    beyond = ""
+    """What is wrong with a higher one, besides that it is of no use."""
+
+    def check(self, shape: Shape, path: str) -> None:
+        smaller = min(shape.out, shape.in_)
+        if self.rank > smaller:
+            raise LorakitError(
+                f"attach: rank {self.rank} exceeds the maximum useful rank of {path} ({shape.out} × {shape.in_}), "
+                f"{smaller}{self.beyond}. Give it less by rank_pattern={{{path!r}: {smaller}}}, or leave the layer out."
+            )
+
+
+def divisors(size: int) -> list[int]:
+    """All divisors, ascending."""
+    return [number for number in range(1, size + 1) if size % number == 0]
+
+
+def check_divides_sides(option: str, unit: int, shape: Shape, path: str) -> None:
+    """LorakitError unless `unit` divides both sides of a matrix; names the largest that do."""
+    common = math.gcd(shape.out, shape.in_)
+    if common % unit:
         raise LorakitError(
-            f"attach: rank {rank} exceeds the maximum useful rank of {path} ({shape.out} × {shape.in_}), {smaller}{why}. "
-            f"Give it less by rank_pattern={{{path!r}: {smaller}}}, or leave the layer out."
+            f"attach: {option} {unit} does not divide both sides of {path} ({shape.out} × {shape.in_}). For this layer "
+            f"{', '.join(map(str, divisors(common)[-6:]))} would; one must fit all layers, so choose a common divisor or "
+            "leave this one out."
         )

@@ -17,15 +17,16 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-from lorakit.core.delta import Card, LowRank, Pool, Shape
+from lorakit.core.delta import Card, Pool, Shape
 from lorakit.core.options import option
 from lorakit.errors import LorakitError
 from lorakit.methods.options import Scaled, alpha_option, dropout_option, rank_option
+from lorakit.methods.vera import OverPair, RandomPair
 
 
 def _pairs(shape: Shape, rank: int) -> int:
@@ -34,11 +35,11 @@ def _pairs(shape: Shape, rank: int) -> int:
 
 
 @dataclass(frozen=True, kw_only=True)
-class RandLoRA(Scaled):
+class RandLoRA(RandomPair, Scaled):
     """The options of RandLoRA."""
 
-    name: ClassVar[str] = "randlora"
-    card: ClassVar[Card] = Card(
+    name = "randlora"
+    card = Card(
         title="RandLoRA",
         formula="ΔW = s Σ_j B_j diag(λ_j) A diag(γ_j); A, B random, frozen, shared by all layers",
         parameters=lambda shape, spec: _pairs(shape, spec.rank) * (spec.rank + min(shape.out, shape.in_)),
@@ -51,59 +52,36 @@ class RandLoRA(Scaled):
         640.0, "numerator of the scale, alpha / rank; about 20 times the rank", peft="randlora_alpha", pattern=None
     )
     dropout: float = dropout_option("randlora_dropout", "probability with which an input is zeroed in training")
-    seed: int = option(
-        0, "what the shared bases are drawn from", peft="projection_prng_key", from_peft=lambda seed: seed or 0
-    )
-    save_projection: bool = option(
-        True,
-        "keep the shared bases in the file; without it the seed must reproduce them elsewhere",
-        peft="save_projection",
-    )
     basis: Literal["dense", "sparse", "very_sparse"] = option(
         "dense", "dense, or ternary with a sixth of +1 and of -1 (sparse) or with half of 1/√D of each (very_sparse)"
     )
 
-    def build(self, shape: Shape, pool: Pool) -> RandLoRADelta:
-        return RandLoRADelta(self, shape, pool)
 
-
-class RandLoRADelta(LowRank):
+class RandLoRADelta(OverPair, of=RandLoRA):
     """λ and γ of one matrix; the bases are the pool's."""
 
     spec: RandLoRA
 
     def __init__(self, spec: RandLoRA, shape: Shape, pool: Pool) -> None:
         super().__init__(spec, shape, pool)
-        self.scale, self.dropout = spec.scale, spec.dropout
+        self.scale = spec.scale
         self.count, self.side = _pairs(shape, spec.rank), min(shape.out, shape.in_)
         self.lambda_ = nn.Parameter(torch.zeros(spec.rank, self.count))
         self.gamma = nn.Parameter(torch.full((self.count, self.side), 1 / max(self.count, self.side)))
-        self.bases()
+        self.projections()
 
-    def bases(self) -> tuple[Tensor, Tensor]:
-        """The shared `(B, A)`: (largest side, pairs, rank) and (rank, 1, largest smaller side)."""
-        spec, shapes = self.spec, self.pool.shapes or [self.shape]
-        sides = max(s.out for s in shapes), max(s.in_ for s in shapes)
-        drawn: list[Tensor] = []
-
-        def draw(index: int) -> Tensor:
-            if not drawn:
-                drawn.extend(_draw(spec, max(sides), min(sides)))
-            return drawn[index]
-
-        A = self.pool.entry("randlora_A", lambda: draw(0), frozen=True, kept=spec.save_projection)
-        B = self.pool.entry("randlora_B", lambda: draw(1), frozen=True, kept=spec.save_projection)
-        return B, A
+    def draw(self, out: int, in_: int) -> tuple[Tensor, Tensor]:
+        return _draw(self.spec, max(out, in_), min(out, in_))
 
     def factors(self) -> tuple[Tensor, Tensor]:
-        B, A = self.bases()
+        B, A = self.projections()
         large = B[: max(self.shape.out, self.shape.in_), : self.count].flatten(1).to(self.gamma)
         small = (self.lambda_[:, :, None] * A[:, :, : self.side].to(self.gamma) * self.gamma).flatten(0, 1)
         return (large, small) if self.side == self.shape.in_ else (small.T, large.T)
 
 
 def _draw(spec: RandLoRA, large: int, small: int) -> tuple[Tensor, Tensor]:
-    """A (rank, 1, small) and B (large, pairs, rank) from the seed, each over its own deviation.
+    """B (large, pairs, rank) and A (rank, 1, small) from the seed, each over its own deviation.
 
     Dense ones are drawn in bfloat16, one pair after the other, as PEFT does: the seed then gives the same values.
     """
@@ -131,4 +109,4 @@ def _draw(spec: RandLoRA, large: int, small: int) -> tuple[Tensor, Tensor]:
                 f"randlora: the {spec.basis} basis {name} came out constant for rank {spec.rank} and sides {large} and "
                 f'{small}; such small layers need basis="dense".'
             )
-    return (A / A.std()).float(), (B / B.std()).float()
+    return (B / B.std()).float(), (A / A.std()).float()

@@ -18,7 +18,6 @@ but rounding.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -35,9 +34,9 @@ from lorakit.methods.options import steps_option
 class ReLoRA(LoRAOptions):
     """The options of LoRA, and when it restarts."""
 
-    name: ClassVar[str] = "relora"
-    schedule: ClassVar[str | None] = "restart"
-    card: ClassVar[Card] = Card(
+    name = "relora"
+    schedule = "restart"
+    card = Card(
         title="ReLoRA",
         formula="ΔW = s (B A + Σ B_k A_k), the B_k A_k frozen products of earlier stretches",
         parameters=lambda shape, spec: spec.rank * (shape.out + shape.in_),
@@ -59,11 +58,8 @@ class ReLoRA(LoRAOptions):
                 "Use dropout=0."
             )
 
-    def build(self, shape: Shape, pool: Pool) -> ReLoRADelta:
-        return ReLoRADelta(self, shape, pool)
 
-
-class ReLoRADelta(TwoFactors):
+class ReLoRADelta(TwoFactors, of=ReLoRA):
     """A and B of one matrix, and the frozen factors of earlier stretches: `B_kept` (out, k), `A_kept` (k, in)."""
 
     A_kept: Tensor

@@ -11,14 +11,16 @@ lost beside the one that stands on R's diagonal.
 from __future__ import annotations
 
 from abc import abstractmethod
-from typing import Any
+from typing import Any, ClassVar, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from lorakit.core.delta import Call, Delta, Method, Pool, Shape
+from lorakit.core.options import option
 from lorakit.errors import LorakitError
+from lorakit.methods.options import divisors
 
 
 def turned_size(shape: Shape) -> int:
@@ -26,30 +28,50 @@ def turned_size(shape: Shape) -> int:
     return shape.out if shape.lookup else shape.in_
 
 
-def divisors(size: int) -> list[int]:
-    """All divisors, ascending."""
-    return [number for number in range(1, size + 1) if size % number == 0]
+def blocks_option(doc: str, peft: str, peft_default: int = 0) -> Any:
+    """The size or the number of blocks; PEFT has 0 where it is not given."""
+    return option(
+        None,
+        doc,
+        minimum=1,
+        peft=peft,
+        peft_default=peft_default,
+        from_peft=lambda size: size or None,
+        to_peft=lambda size: size or 0,
+    )
 
 
-def settle_blocks(spec: Any, size: int) -> None:
-    """`block_size` of a spec is `size` where neither it nor `blocks` is given; LorakitError where both are."""
-    if spec.block_size is not None and spec.blocks is not None:
-        raise LorakitError(
-            f"{spec.name}: block_size={spec.block_size} and blocks={spec.blocks} were both given; their product is the layer's "
-            "size, so give one of them."
-        )
-    if spec.block_size is None and spec.blocks is None:
-        object.__setattr__(spec, "block_size", size)
+class InBlocks(Method):
+    """A rotation by blocks, of which either the size or the number is given; else the size is `usual_size`."""
 
+    usual_size: ClassVar[int]
+    block_size: int | None
+    blocks: int | None
 
-def check_divides(method: str, size: int, unit: int, path: str, what: str) -> None:
-    """LorakitError unless `unit` divides the layer's `size`; names the nearest sizes that do."""
-    if size % unit:
-        near = sorted(sorted(divisors(size), key=lambda number: abs(number - unit))[:4])
-        raise LorakitError(
-            f"attach: {method} turns {size} features of {path} in blocks, and {what} {unit} does not divide {size}. Near it "
-            f"{', '.join(map(str, near))} do; or leave the layer out."
-        )
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.block_size is not None and self.blocks is not None:
+            raise LorakitError(
+                f"{self.name}: block_size={self.block_size} and blocks={self.blocks} were both given; their product is the "
+                "layer's size, so give one of them."
+            )
+        if self.block_size is None and self.blocks is None:
+            object.__setattr__(self, "block_size", self.usual_size)
+
+    @property
+    def unit(self) -> int:
+        """The one that is given."""
+        return self.blocks or cast(int, self.block_size)
+
+    def check(self, shape: Shape, path: str) -> None:
+        size, unit = turned_size(shape), self.unit
+        if size % unit:
+            near = sorted(sorted(divisors(size), key=lambda number: abs(number - unit))[:4])
+            raise LorakitError(
+                f"attach: {self.name} turns {size} features of {path} in blocks, and "
+                f"{'blocks' if self.blocks else 'block_size'} {unit} does not divide {size}. Near it "
+                f"{', '.join(map(str, near))} do; or leave the layer out."
+            )
 
 
 def cayley(Q: Tensor) -> Tensor:

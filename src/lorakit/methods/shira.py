@@ -10,7 +10,7 @@ acting beside the layer it costs a dense ΔW per call. Bhardwaj et al. 2024, arX
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -25,8 +25,8 @@ from lorakit.methods.options import rank_option
 class SHiRA(Method):
     """The options of SHiRA."""
 
-    name: ClassVar[str] = "shira"
-    card: ClassVar[Card] = Card(
+    name = "shira"
+    card = Card(
         title="SHiRA",
         formula="ΔW sparse: trained values at fixed places",
         parameters=lambda shape, spec: spec.rank * (shape.out + shape.in_),
@@ -54,11 +54,8 @@ class SHiRA(Method):
                 + (f"A rank of {most} or less fits." if most else "It is too small for any rank; leave it out.")
             )
 
-    def build(self, shape: Shape, pool: Pool) -> SHiRADelta:
-        return SHiRADelta(self, shape, pool)
 
-
-class SHiRADelta(Delta):
+class SHiRADelta(Delta, of=SHiRA):
     """The trained values of one matrix (n,), and their rows and columns (2, n), in the order of the weight's memory."""
 
     spec: SHiRA

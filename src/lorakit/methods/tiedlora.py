@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -39,8 +39,8 @@ def _pooled(shapes: list[Shape], spec: Any) -> int:
 class TiedLoRA(Scaled):
     """The options of Tied-LoRA."""
 
-    name: ClassVar[str] = "tied-lora"
-    card: ClassVar[Card] = Card(
+    name = "tied-lora"
+    card = Card(
         title="Tied-LoRA",
         formula="ΔW = s diag(v) B diag(u) A; A, B shared by all layers of a shape",
         parameters=lambda shape, spec: spec.rank * ("u" in spec.trained) + shape.out * ("v" in spec.trained),
@@ -68,23 +68,20 @@ class TiedLoRA(Scaled):
                 "at zero. Add one of them."
             )
 
-    def build(self, shape: Shape, pool: Pool) -> TiedLoRADelta:
-        return TiedLoRADelta(self, shape, pool)
-
 
 def _key(shape: Shape) -> str:
     """What layers must agree on to be tied."""
     return f"{shape.out}x{shape.in_}" + (f"k{shape.taps}" if shape.taps > 1 else "") + ("e" if shape.lookup else "")
 
 
-class TiedLoRADelta(LowRank):
+class TiedLoRADelta(LowRank, of=TiedLoRA):
     """u and v of one matrix; A and B are the pool's."""
 
     spec: TiedLoRA
 
     def __init__(self, spec: TiedLoRA, shape: Shape, pool: Pool) -> None:
         super().__init__(spec, shape, pool)
-        self.scale, self.dropout = spec.scale, spec.dropout
+        self.scale = spec.scale
         self.u = nn.Parameter(torch.ones(spec.rank))
         self.v = nn.Parameter(torch.ones(shape.out) if "B" in spec.trained else torch.zeros(shape.out))
         self.tied()
@@ -99,17 +96,14 @@ class TiedLoRADelta(LowRank):
 
         # Of the two factors an embedding's one-hot input meets A, so there it is A that starts at zero, if it trains.
         zero = "" if "B" not in spec.trained else "A" if shape.lookup and "A" in spec.trained else "B"
-        tensors = []
-        for letter, size in (("A", (spec.rank, shape.in_)), ("B", (shape.out, spec.rank))):
+
+        def entry(letter: str, *size: int) -> Tensor:
             make = torch.zeros if letter == zero else random
-            tensors.append(
-                self.pool.entry(
-                    f"tied_{letter}_{_key(shape)}",
-                    lambda make=make, size=size: make(*size),  # type: ignore[misc]
-                    frozen=letter not in spec.trained,
-                )
-            )
-        return tensors[1], tensors[0]
+            name, frozen = f"tied_{letter}_{_key(shape)}", letter not in spec.trained
+            return self.pool.entry(name, lambda: make(*size), frozen)
+
+        A = entry("A", spec.rank, shape.in_)
+        return entry("B", shape.out, spec.rank), A
 
     def factors(self) -> tuple[Tensor, Tensor]:
         B, A = self.tied()

@@ -12,9 +12,7 @@ Li et al. 2024, arXiv 2405.15179.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -22,15 +20,15 @@ from torch import Tensor, nn
 from lorakit.core.delta import Card, LowRank, Method, Pool, Shape
 from lorakit.core.options import option
 from lorakit.errors import LorakitError
-from lorakit.methods.options import dropout_option, rank_option
+from lorakit.methods.options import check_divides_sides, dropout_option, rank_option
 
 
 @dataclass(frozen=True, kw_only=True)
 class VBLoRA(Method):
     """The options of VB-LoRA."""
 
-    name: ClassVar[str] = "vb-lora"
-    card: ClassVar[Card] = Card(
+    name = "vb-lora"
+    card = Card(
         title="VB-LoRA",
         formula="ΔW = B A; pieces of A and B are top-k mixtures of a shared bank of vectors",
         parameters=lambda shape, spec: (
@@ -67,27 +65,16 @@ class VBLoRA(Method):
             )
 
     def check(self, shape: Shape, path: str) -> None:
-        if shape.out % self.vector_length or shape.in_ % self.vector_length:
-            common = math.gcd(shape.out, shape.in_)
-            fitting = [n for n in range(1, common + 1) if common % n == 0]
-            raise LorakitError(
-                f"attach: vector_length {self.vector_length} does not divide both sides of {path} ({shape.out} × "
-                f"{shape.in_}). For this layer {', '.join(map(str, fitting[-6:]))} would; the same length must fit all "
-                "layers, so choose a common divisor or leave this one out."
-            )
-
-    def build(self, shape: Shape, pool: Pool) -> VBLoRADelta:
-        return VBLoRADelta(self, shape, pool)
+        check_divides_sides("vector_length", self.vector_length, shape, path)
 
 
-class VBLoRADelta(LowRank):
+class VBLoRADelta(LowRank, of=VBLoRA):
     """The logits of one matrix; the bank is the pool's."""
 
     spec: VBLoRA
 
     def __init__(self, spec: VBLoRA, shape: Shape, pool: Pool) -> None:
         super().__init__(spec, shape, pool)
-        self.dropout = spec.dropout
         b, h = spec.vector_length, spec.num_vectors
         self.logits_A = nn.Parameter(torch.randn(spec.rank, shape.in_ // b, h) * spec.logits_std)
         self.logits_B = nn.Parameter(torch.randn(shape.out // b, spec.rank, h) * spec.logits_std)

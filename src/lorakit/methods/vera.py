@@ -12,9 +12,10 @@ Kopiczko et al. 2023, arXiv 2310.11454.
 
 from __future__ import annotations
 
+import functools
 import math
+from abc import abstractmethod
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -25,11 +26,45 @@ from lorakit.methods.options import dropout_option, rank_option
 
 
 @dataclass(frozen=True, kw_only=True)
-class VeRA(Method):
+class RandomPair(Method):
+    """The options of a frozen pair that all layers share."""
+
+    seed: int = option(
+        0, "what the shared pair is drawn from", peft="projection_prng_key", from_peft=lambda seed: seed or 0
+    )
+    save_projection: bool = option(
+        True,
+        "keep the shared pair in the file; without it the seed must reproduce it elsewhere",
+        peft="save_projection",
+    )
+
+
+class OverPair(LowRank):
+    """A delta over a frozen random pair of the pool; a member writes `draw`."""
+
+    spec: RandomPair
+
+    @abstractmethod
+    def draw(self, out: int, in_: int) -> tuple[Tensor, Tensor]:
+        """`(B, A)` from the seed, for the longest sides that any layer has."""
+
+    def projections(self) -> tuple[Tensor, Tensor]:
+        """The shared `(B, A)`, drawn on first use."""
+        spec, shapes = self.spec, self.pool.shapes or [self.shape]
+        draw = functools.cache(lambda: self.draw(max(s.out for s in shapes), max(s.in_ for s in shapes)))
+        B, A = (
+            self.pool.entry(f"{spec.name}_{letter}", lambda side=side: draw()[side], True, spec.save_projection)  # type: ignore[misc]
+            for side, letter in enumerate("BA")
+        )
+        return B, A
+
+
+@dataclass(frozen=True, kw_only=True)
+class VeRA(RandomPair):
     """The options of VeRA."""
 
-    name: ClassVar[str] = "vera"
-    card: ClassVar[Card] = Card(
+    name = "vera"
+    card = Card(
         title="VeRA",
         formula="ΔW = diag(λ_b) B diag(λ_d) A; A, B random, frozen, shared by all layers",
         parameters=lambda shape, spec: shape.out + spec.rank,
@@ -46,46 +81,24 @@ class VeRA(Method):
         peft="d_initial",
     )
     dropout: float = dropout_option("vera_dropout")
-    seed: int = option(
-        0, "what the shared pair is drawn from", peft="projection_prng_key", from_peft=lambda seed: seed or 0
-    )
-    save_projection: bool = option(
-        True,
-        "keep the shared pair in the file; without it the seed must reproduce it elsewhere",
-        peft="save_projection",
-    )
-
-    def build(self, shape: Shape, pool: Pool) -> VeRADelta:
-        return VeRADelta(self, shape, pool)
 
 
-class VeRADelta(LowRank):
+class VeRADelta(OverPair, of=VeRA):
     """λ_b and λ_d of one matrix; A and B are the pool's."""
 
     spec: VeRA
 
     def __init__(self, spec: VeRA, shape: Shape, pool: Pool) -> None:
         super().__init__(spec, shape, pool)
-        self.dropout = spec.dropout
         self.lambda_b = nn.Parameter(torch.zeros(shape.out))
         self.lambda_d = nn.Parameter(torch.full((spec.rank,), spec.d_initial))
         self.projections()
 
-    def projections(self) -> tuple[Tensor, Tensor]:
-        """The shared `(B, A)`: (widest out, rank) and (rank, widest in)."""
-        spec, shapes = self.spec, self.pool.shapes or [self.shape]
-        sizes = [(spec.rank, max(s.in_ for s in shapes)), (max(s.out for s in shapes), spec.rank)]
-        drawn: list[Tensor] = []
-
-        def draw(index: int) -> Tensor:
-            if not drawn:
-                generator = torch.Generator().manual_seed(spec.seed)
-                drawn.extend(_kaiming(size, generator) for size in sizes)
-            return drawn[index]
-
-        A = self.pool.entry("vera_A", lambda: draw(0), frozen=True, kept=spec.save_projection)
-        B = self.pool.entry("vera_B", lambda: draw(1), frozen=True, kept=spec.save_projection)
-        return B, A
+    def draw(self, out: int, in_: int) -> tuple[Tensor, Tensor]:
+        """(widest out, rank) and (rank, widest in), A first."""
+        generator = torch.Generator().manual_seed(self.spec.seed)
+        A = _kaiming((self.spec.rank, in_), generator)
+        return _kaiming((out, self.spec.rank), generator), A
 
     def factors(self) -> tuple[Tensor, Tensor]:
         B, A = self.projections()

@@ -15,8 +15,9 @@ from lorakit.core.delta import Spec
 from lorakit.core.options import options_of
 from lorakit.errors import LorakitError, unknown
 from lorakit.files.formats.edits import EDITS, ROUTERS
-from lorakit.files.formats.format import Format
-from lorakit.files.formats.methods import METHODS, adalora_scale
+from lorakit.files.formats.format import Format as Format
+from lorakit.files.formats.methods import METHODS
+from lorakit.files.formats.methods import adalora_scale as adalora_scale
 from lorakit.files.table import TABLE
 
 FORMATS: dict[str, Format] = {**METHODS, **EDITS, **ROUTERS}
@@ -96,16 +97,3 @@ def ending_of(spec: Spec) -> str:
     names = {described.partition(":")[0] for table in tables for described in table.values()}
     own = "|".join(map(re.escape, sorted(names))) or rf"{word_of(spec.name)}_\w+"
     return rf"(?:experts\.\d+\.)?(?:{ending_of(spec.inner)}|{own})" if isinstance(spec, Combinator) else own
-
-
-__all__ = [
-    "FORMATS",
-    "Format",
-    "adalora_scale",
-    "ending_of",
-    "entries_of",
-    "format_of",
-    "known_entries",
-    "spec_from_peft",
-    "word_of",
-]

@@ -246,10 +246,8 @@ METHODS: dict[str, Format] = {
     "relora": _LORA,
     "adalora": _ADALORA,
     "elalora": _ADALORA,
-    "vera": Format("VERA", {"lambda_b": "vera_lambda_b", "lambda_d": "vera_lambda_d"}),
-    "vb-lora": Format(
-        "VBLORA", {"logits_A": "vblora_logits_A", "logits_B": "vblora_logits_B"}, from_file=_logits_of_selections
-    ),
+    "vera": Format("VERA"),
+    "vb-lora": Format("VBLORA", from_file=_logits_of_selections),
     "randlora": Format(
         "RANDLORA",
         {"lambda_": "randlora_lambda", "gamma": "randlora_gamma"},

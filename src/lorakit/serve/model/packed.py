@@ -25,12 +25,12 @@ from lorakit.adapter.attachment import detach
 from lorakit.core.delta import Delta, Form
 from lorakit.core.layout import Linear, Rows, Site, Transposed
 from lorakit.core.sites import sites_of
+from lorakit.core.spectrum import triplets
 from lorakit.core.storage import storage_of
 from lorakit.errors import LorakitError, unknown
 from lorakit.files import store
 from lorakit.files.bundle import CONTENT, TENSORS, Bundle, read_bundle
 from lorakit.files.filling import finite
-from lorakit.init.decomposition import triplets
 from lorakit.serve.model.native import large_pages, padded
 from lorakit.serve.request import Refused
 from lorakit.serve.store import signature
