@@ -104,7 +104,7 @@ def test_methods_that_peft_has_no_form_for_are_kept_in_ours(tmp_path: Path) -> N
 
 
 def rewritten(folder: Path, change: Any, **entries: Any) -> Path:
-    """The same adapter in another layout: `change(module, parameter, A, B)` gives the tensors of one stack, where A is (experts,
+    """The same adapter in another layout: `change(module, parameter, A, B)` gives one stack, where A is (experts,
     rank, in) and B (experts, out, rank)."""
     tensors, config = load_file(folder / TENSORS), json.loads((folder / CONFIG).read_text())
     result = {key: value for key, value in tensors.items() if ".experts." not in key}
