@@ -44,7 +44,7 @@ class ByName(nn.ModuleDict):
     def _load_from_state_dict(
         self, state_dict: Any, prefix: str, metadata: Any, strict: bool, missing: Any, unexpected: Any, errors: Any
     ) -> None:
-        """There is nothing to load here. torch takes names to be without dots, and an expert's matrix has one ("down_proj.3")."""
+        """There is nothing to load here. For torch a name has no dots, and an expert's matrix has one ("down_proj.3")."""
         known = tuple(f"{prefix}{name}." for name in self._modules)
         if strict:
             unexpected += [key for key in state_dict if key.startswith(prefix) and not key.startswith(known)]
