@@ -170,12 +170,12 @@ def test_merge_both_ways(wide: Path, rows: Path, tmp_path: Path, lorakit: Run) -
         expected = result.model.train()(ids).logits
     done = lorakit("merge", str(wide), str(tmp_path / "out"), "--output", str(tmp_path / "few"))
     assert done.exit_code == 0, done.output
-    assert "layers in nf4; storing the sum so is off by" in done.stdout
+    assert "quantising the merged weights again changes them by" in done.stdout
     few = AutoModelForCausalLM.from_pretrained(tmp_path / "few", dtype=torch.float32).train()
     assert holding(few).packed == {"nf4": 14}
     done = lorakit("merge", str(wide), str(tmp_path / "out"), "--output", str(tmp_path / "float"), "--dtype", "fp32")
     assert done.exit_code == 0, done.output
-    assert "in float32, merged with the floats that 14 layers in nf4 stood for" in done.stdout
+    assert "float32" in done.stdout
     whole = AutoModelForCausalLM.from_pretrained(tmp_path / "float", dtype=torch.float32)
     assert holding(whole).packed == {}
     with torch.no_grad():
