@@ -79,6 +79,8 @@ _NOT_LAYERS = re.compile(r"dense|indices|index|feature|extract|conv|pos|select|a
 _RULES: tuple[tuple[str, int], ...] = (
     (r"lora_rank|lora_r$|low_rank|_rank$", 8),
     (r"qk_head_dim", 16),
+    (r"mamba_(d_head|headdim|head_dim)|ssm_head_dim", 16),
+    (r"^rotary_dim|^rope_dim|pos_emb_dim", 8),
     (r"head_dim|head_size|d_kv$|kv_channels|v_head|head_width", 8),
     (r"(num|n)_?(local_|routed_|moe_)?experts$|n_routed_experts|num_local_experts|moe_num_experts|num_experts$", 4),
     (r"experts_per_tok|top_?k$|moe_topk|moe_top_k|num_selected_experts", 2),
@@ -90,9 +92,9 @@ _RULES: tuple[tuple[str, int], ...] = (
     (r"channels$|out_channels|conv_dim|_size$|num_filters|base_size", 32),
 )
 _KEPT = re.compile(
-    r"kernel|stride|window|conv_size|num_channels|in_chan|type_vocab|token_id|patch|image|group_size|pool|n_group|chunk|"
+    r"kernel|stride|window|conv_size|num_channels|in_chan|type_vocab|token_id|patch|image|group_size|pooling|pool_size|pool_stride|n_group|chunk|"
     r"max_|min_|_ratio|factor|merge_size|num_labels|frame|sampling|batch|grid|dilat|temporal|hop|crop|codebook_dim|"
-    r"rope_dim|rotary_dim|time_step|_rate|num_mel|state_size|d_state|d_conv|local_size|buffer|scale|block_size|mel_bins|downsampl"
+    r"time_step|_rate|num_mel|state_size|d_state|d_conv|local_size|buffer|scale|block_size|mel_bins|downsampl"
 )
 
 
@@ -109,7 +111,7 @@ def _shrunk(name: str, value: int, way: str, divide: int) -> int:
         return value
     if re.search(r"(num|n)_?(local_|routed_|moe_)?experts$|n_routed_experts|moe_num_experts", low):
         return min(value, 4)
-    if re.search(r"experts_per_tok|moe_top_?k|num_selected_experts", low):
+    if re.search(r"experts_per_tok|moe_top_?k|moe_k$|num_selected_experts", low):
         return min(value, 2)
     if re.search(r"^n_groups?$|^num_expert_groups?$", low):
         return min(value, 2)
@@ -159,7 +161,7 @@ def per_layer(config: Any, most: int = 6) -> dict[str, int]:
         kept = sorted({*kept})
         kept = kept if len(kept) > 1 else sorted({*kept, *range(2)})[:3]
         for name, entries in lists.items():
-            setattr(config, name, type(entries)(entries[index] for index in kept))
+            setattr(config, name, [entries[index] for index in kept])
         counted[key] = len(kept)
     return counted
 
@@ -178,7 +180,12 @@ def small_depth(config: Any) -> None:
 def shrink(config: Any, way: str) -> Any:
     """A copy of a configuration with small sizes; `way` is "names", "divided" by a power of two, or "layers" alone."""
     config = copy.deepcopy(config)
-    _shrink_in_place(config, way, _divisor(config))
+    kind = "names" if way == "filled" else way.partition(",")[0]
+    _shrink_in_place(config, kind, _divisor(config))
+    if "filled" in way:
+        _filled(config)
+    _sections(config)
+    _stages(config)
     return config
 
 
@@ -211,7 +218,7 @@ def _shrink_in_place(config: Any, way: str, divide: int) -> None:
             if way == "names" and re.search(r"kv_heads|key_value_heads", name) and value >= heads > 0:
                 new = min(value, 4)
         elif isinstance(value, list | tuple) and value and all(type(x) is int for x in value):
-            new = type(value)(_entry(name, x, way, divide) for x in value)
+            new = [_entry(name, x, way, divide) for x in value]
         if new != value:
             try:
                 setattr(config, name, new)
@@ -264,7 +271,72 @@ def _numbers(config: Any) -> Iterator[tuple[str, int]]:
             yield name, value
 
 
-WAYS = ("names", "divided", "layers")
+def _filled(config: Any) -> None:
+    """Sizes that the defaults leave open, where a real checkpoint would give them."""
+    values = vars(config)
+    heads = next((values[k] for k in ("num_attention_heads", "n_head", "num_heads") if type(values.get(k)) is int), 4)
+    layers = next((values[k] for k in ("num_hidden_layers", "n_layer", "num_layers") if type(values.get(k)) is int), 2)
+    given = {
+        "vocab_size": VOCABULARY,
+        "head_dim": 8,
+        "num_key_value_heads": heads,
+        "n_routed_experts": 4,
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 32,
+        "layer_types": ["full_attention"] * layers,
+        "default_language": (values.get("languages") or [None])[0],
+        "out_indices": [1, 2, 3, 4],
+    }
+    for name, value in list(values.items()):
+        if isinstance(value, PreTrainedConfig):
+            _filled(value)
+        elif value is None and given.get(name) is not None:
+            setattr(config, name, given[name])
+
+
+def _sections(config: Any) -> None:
+    """Sections of rotary positions add up to half of a head, as they did at full size."""
+    values = vars(config)
+    for value in values.values():
+        if isinstance(value, PreTrainedConfig):
+            _sections(value)
+    heads = values.get("num_attention_heads")
+    half = (values.get("head_dim") or (values.get("hidden_size", 0) // heads if type(heads) is int and heads else 0)) // 2
+    for name in ("rope_parameters", "rope_scaling"):
+        own = values.get(name)
+        sections = own.get("mrope_section") if isinstance(own, dict) else None
+        if sections and half:
+            small = [max(half * one // sum(sections), 1) for one in sections]
+            small[-1] += half - sum(small)
+            setattr(config, name, {**own, "mrope_section": small})
+
+
+def _stages(config: Any) -> None:
+    """Layers whose outputs are asked for are there; a backbone of a library that is not installed becomes a ResNet."""
+    for name, value in list(vars(config).items()):
+        if type(value).__name__ == "TimmBackboneConfig":
+            stages = ["stage2", "stage3", "stage4"][-max(len(value.out_indices or [1]), 1) :]
+            sizes: dict[str, Any] = {"embedding_size": 16, "hidden_sizes": [16, 32, 32, 64], "depths": [1, 1, 1, 1]}
+            setattr(config, name, transformers.ResNetConfig(**sizes, out_features=stages))
+        elif isinstance(value, PreTrainedConfig):
+            _stages(value)
+    values = vars(config)
+    asked = [k for k in ("out_indices", "_out_indices", "backbone_out_indices") if isinstance(values.get(k), list | tuple)]
+    layers = values.get("num_hidden_layers")
+    for name in asked:
+        indices = list(values[name])
+        if type(layers) is int and indices and max(indices) > layers:
+            config.num_hidden_layers = len(indices)
+            first = 1 if max(indices) > len(indices) - 1 else 0
+            setattr(config, name, list(range(first, first + len(indices))))
+            if "stage_names" in values:
+                config.stage_names = ["stem", *(f"stage{i + 1}" for i in range(len(indices)))]
+            if "_out_features" in values:
+                config._out_features = [f"stage{i}" for i in range(1, len(indices) + 1)]
+
+
+WAYS = ("names", "filled", "divided", "divided, filled", "layers")
 
 
 def default_config(case: Case) -> Any:
@@ -339,7 +411,12 @@ class Inputs:
         size = self.find("vocab_size", "n_words", default=VOCABULARY)
         size = size if isinstance(size, int) else min(size.values()) if isinstance(size, dict) else VOCABULARY
         high = max(min(size, VOCABULARY) - 24, 4)
-        return torch.randint(min(8, high - 2), high, (rows, length), generator=self.generator)
+        ids = torch.randint(min(8, high - 2), high, (rows, length), generator=self.generator)
+        end = self.find("eos_token_id")
+        end = end[0] if isinstance(end, list) and end else end
+        if type(end) is int and 0 <= end < size:
+            ids[:, -1] = end
+        return ids
 
     def image_size(self) -> tuple[int, int]:
         size = self.find("image_size", "img_size", "input_size", "image_resolution", default=64)
@@ -367,8 +444,28 @@ class Inputs:
         image = self.random(2, channels, height, width)
         spectrum = [self.random(2, mel, min(2 * length, 3000)), self.random(2, 64, mel), self.random(2, mel, 64)]
         spectrum += [self.random(2, min(length, 1024), mel), self.random(2, 1, mel, 64), self.random(2, 1, 1024, mel)]
-        if name in ("input_ids", "decoder_input_ids", "text_input_ids", "target_ids"):
-            return [self.ids(), self.ids(1, 24)]
+        if name in ("input_ids", "decoder_input_ids", "text_input_ids", "target_ids", "qformer_input_ids"):
+            books = self.find("num_codebooks", default=0)
+            books = books if isinstance(books, int) else 0
+            return [self.ids(), *([self.ids(2 * books), self.ids(2, 12 * books).view(2, 12, books)] if books else [])]
+        patch = self.find("patch_size", default=8)
+        patch = patch if isinstance(patch, int) else patch[-1]
+        if name == "flattened_patches":
+            return [self.random(2, 16, 2 + channels * patch * patch).abs().add(1)]
+        if name == "pixel_values" and {"image_grid_thw", "image_grid_hws", "grid_thw"} & set(self.takes):
+            merged = 2 * (self.find("temporal_patch_size", default=1) or 1)
+            flat = channels * patch * patch
+            return [self.random(32, flat * merged // 2), self.random(32, flat), self.random(32, channels, patch, patch)]
+        if name in ("image_grid_thw", "grid_thw"):
+            return [torch.tensor([[1, 4, 4], [1, 4, 4]])]
+        if name == "image_grid_hws":
+            return [torch.tensor([[4, 4], [4, 4]])]
+        if name in ("spatial_shapes",):
+            return [torch.tensor([[4, 4], [4, 4]])]
+        if name in ("pixel_attention_mask",) and "spatial_shapes" in self.takes:
+            return [torch.ones(2, 16, dtype=torch.long)]
+        if name == "pixel_values" and "spatial_shapes" in self.takes:
+            return [self.random(2, 16, channels * patch * patch)]
         if name == "pixel_values":
             tries = [image, self.random(2, channels, 224, 224), video, self.random(1, channels, 128, 128)]
             return [video, image] if self.main == "pixel_values_videos" or self.find("num_frames") else tries
@@ -420,7 +517,9 @@ class Inputs:
         both = [name for name in ("input_ids", "pixel_values", "input_features", "input_values") if name in self.takes]
         names: list[list[str]] = []
         if "input_ids" in self.takes and "pixel_values" in self.takes:
-            names.append(list(dict.fromkeys([*base, "input_ids", "pixel_values"])))
+            grids = ("image_grid_thw", "image_grid_hws", "grid_thw", "spatial_shapes", "pixel_attention_mask")
+            own = [name for name in grids if name in self.takes and ("mask" not in name or "spatial_shapes" in self.takes)]
+            names.append(list(dict.fromkeys([*base, "input_ids", "pixel_values", *own])))
         if "decoder_input_ids" in self.takes:
             names.append([*base, "decoder_input_ids"])
         names += [base, ["input_ids"]] if "input_ids" in self.takes else [base]
@@ -442,7 +541,7 @@ class Inputs:
             if not known or key in seen:
                 continue
             seen.add(key)
-            for values in itertools.islice(itertools.product(*(found for _, found in known)), 8):
+            for values in itertools.islice(itertools.product(*(found for _, found in known)), 12):
                 yield dict(zip(key, values, strict=True))
 
     def with_images(self, call: dict[str, Any], problem: str) -> dict[str, Any] | None:

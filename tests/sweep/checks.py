@@ -15,7 +15,6 @@ from torch import Tensor, nn
 import lorakit as lk
 from lorakit.adapter.coverage import coverage
 from lorakit.core.layout import Bare, Expert
-from lorakit.core.walking import walk
 from sweep.builder import Built, CannotBuild, Case, build
 
 TOLERANCE = 2e-4
@@ -102,7 +101,7 @@ def held(built: Built, result: Result) -> None:
     with torch.no_grad():
         require(base, built.run(), 0.0, "the start differs from the base")
     randomise(adapter)
-    gradients(built, adapter, fresh, result)
+    gradients(built, adapter, result)
     with torch.no_grad():
         beside = built.run()
         if set(adapter.layers) - set(result.unused) and differs(base, beside, 0.0) is None:
@@ -175,10 +174,12 @@ def merged_agrees(built: Built, beside: list[Tensor]) -> None:
         built.model.float()
 
 
-def gradients(built: Built, adapter: lk.Adapter, fresh: nn.Module, result: Result) -> None:
+def gradients(built: Built, adapter: lk.Adapter, result: Result) -> None:
     """LAW: every adapter parameter gets a gradient, unless its layer's own weight gets none in this forward either."""
-    if not backward(built.run()):
-        raise Wrong("no output has a gradient")
+    if not backward(built.run()) and hasattr(built.model, "enable_input_require_grads"):
+        built.model.enable_input_require_grads()  # reversible layers, as reentrant checkpointing, start at the input
+        backward(built.run())
+        built.model.disable_input_require_grads()
     missing = [
         (path, site) for path, site, delta in adapter.deltas() if any(not _has_gradient(p) for p in delta.parameters())
     ]
@@ -186,13 +187,12 @@ def gradients(built: Built, adapter: lk.Adapter, fresh: nn.Module, result: Resul
         parameter.grad = None
     if not missing:
         return
-    fresh.requires_grad_(False)
-    modules = dict(walk(fresh))
     weights = {}
     for path, site in missing:
+        layer = adapter.layers[path].base
         owner, _, last = site.weight.rpartition(".")
-        weights[path, site.weight] = getattr(modules[path].get_submodule(owner), last).requires_grad_(True)
-    backward(built.run(fresh))
+        weights[path, site.weight] = getattr(layer.get_submodule(owner), last).requires_grad_(True)
+    backward(built.run())
     read: list[str] = []
     for path, site in missing:
         gradient = weights[path, site.weight].grad
@@ -202,9 +202,10 @@ def gradients(built: Built, adapter: lk.Adapter, fresh: nn.Module, result: Resul
             read.append(path)
         else:
             result.unused.append(path if not isinstance(site.layout, Expert) else f"{path} {site.name}")
-    for parameter in fresh.parameters():
+    for weight in weights.values():
+        weight.requires_grad_(False).grad = None
+    for parameter in adapter.parameters():
         parameter.grad = None
-    fresh.requires_grad_(True)
     if read:
         raise Wrong(f"no gradient reaches the adapter of {', '.join(read[:4])} ({len(read)}), whose weight gets one")
 
