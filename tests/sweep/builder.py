@@ -54,7 +54,7 @@ class Case:
     head: str
 
 
-class CannotBuild(Exception):
+class CannotBuildError(Exception):
     """No way of shrinking gave a model that runs; the message says what each met."""
 
 
@@ -74,8 +74,12 @@ def cases() -> list[Case]:
 
 # -- configurations --------------------------------------------------------------------------------------------------------
 
-_LAYERS = re.compile(r"(num|n)(_\w+)?_(layers?|blocks?|hidden_layers)$|^\w*_layers$|^depth$|^layers$|^num_stages_layers$")
-_NOT_LAYERS = re.compile(r"dense|indices|index|feature|extract|conv|pos|select|adapter_layers|sparse|out_|shared|interval|stem")
+_LAYERS = re.compile(
+    r"(num|n)(_\w+)?_(layers?|blocks?|hidden_layers)$|^\w*_layers$|^depth$|^layers$|^num_stages_layers$"
+)
+_NOT_LAYERS = re.compile(
+    r"dense|indices|index|feature|extract|conv|pos|select|adapter_layers|sparse|out_|shared|interval|stem"
+)
 _RULES: tuple[tuple[str, int], ...] = (
     (r"lora_rank|lora_r$|low_rank|_rank$", 8),
     (r"qk_head_dim", 16),
@@ -88,7 +92,10 @@ _RULES: tuple[tuple[str, int], ...] = (
     (r"intermediate|ffn|d_ff|feed_forward|n_inner|mlp_dim|mlp_hidden|d_inner|inner_dim|ff_dim|mlp_size", 64),
     (r"kv_heads|key_value_heads|num_query_groups|multi_query_group_num", 2),
     (r"heads$|n_head$|heads", 4),
-    (r"hidden_size|d_model|n_embd|embed_dim|embedding_size|emb_size|^dim$|hidden_dim|model_dim|_width$|^width$|_dim$|hidden", 32),
+    (
+        r"hidden|d_model|n_embd|embed_dim|embedding_size|emb_size|^dim$|model_dim|_width$|^width$|_dim$",
+        32,
+    ),
     (r"channels$|out_channels|conv_dim|_size$|num_filters|base_size", 32),
 )
 _KEPT = re.compile(
@@ -105,7 +112,7 @@ def _shrunk(name: str, value: int, way: str, divide: int) -> int:
         return min(value, VOCABULARY)
     if _LAYERS.search(low) and not _NOT_LAYERS.search(low):
         return min(value, 2)
-    if re.search(r"max_position_embeddings|n_positions|max_(source|target)_positions|n_ctx|max_sequence_length|max_seq_len", low):
+    if re.search(r"max_position_embeddings|n_positions|max_(source|target)_positions|n_ctx|max_seq(uence)?_len", low):
         return min(value, 256)
     if way == "layers":
         return value
@@ -120,7 +127,7 @@ def _shrunk(name: str, value: int, way: str, divide: int) -> int:
     if re.search(r"num_queries|num_query|num_points|num_latents|query_num", low):
         return min(value, 8)
     if re.search(r"^image_size$|^img_size$|^input_size$|^image_resolution$", low):
-        return min(value, 64)
+        return min(value, 64 if way == "names" else 224)
     if _KEPT.search(low):
         return value
     if way == "names":
@@ -190,18 +197,17 @@ def shrink(config: Any, way: str) -> Any:
 
 
 def _divisor(config: Any) -> int:
-    widths = [v for k, v in vars(config).items() if isinstance(v, int) and re.search(r"hidden_size$|d_model|n_embd|embed_dim", k)]
-    for value in vars(config).values():
-        if isinstance(value, PreTrainedConfig):
-            widths += [v for k, v in vars(value).items() if isinstance(v, int) and re.search(r"hidden_size$|d_model|n_embd|embed_dim", k)]
-    widest = max(widths, default=512)
+    wide = re.compile(r"hidden_size$|d_model|n_embd|embed_dim")
+    widest = max((value for name, value in _numbers(config) if wide.search(name)), default=512)
     return 16 if widest >= 2048 else 8 if widest >= 512 else 4
 
 
 def _shrink_in_place(config: Any, way: str, divide: int) -> None:
     kept = per_layer(config)
     before = dict(vars(config))
-    heads = next((before[k] for k in ("num_attention_heads", "n_head", "num_heads") if isinstance(before.get(k), int)), 0)
+    heads = next(
+        (before[k] for k in ("num_attention_heads", "n_head", "num_heads") if isinstance(before.get(k), int)), 0
+    )
     for name, value in before.items():
         if name.startswith("_") or isinstance(value, bool):
             continue
@@ -210,7 +216,9 @@ def _shrink_in_place(config: Any, way: str, divide: int) -> None:
             _shrink_in_place(value, way, divide)
             continue
         if isinstance(value, dict) and name not in ("id2label", "label2id") and "rope" not in name:
-            new = {k: _shrunk(k, v, way, divide) if type(v) is int and isinstance(k, str) else v for k, v in value.items()}
+            new = {
+                k: _shrunk(k, v, way, divide) if type(v) is int and isinstance(k, str) else v for k, v in value.items()
+            }
         elif name in kept:
             new = kept[name]
         elif type(value) is int:
@@ -233,15 +241,21 @@ def _entry(name: str, value: int, way: str, divide: int) -> int:
     if re.search(r"depth|num_blocks|layers", low) and not _NOT_LAYERS.search(low):
         return min(value, 2)
     if re.search(r"image_size|img_size|input_size", low):
-        return min(value, 64)
-    if way != "layers" and re.search(r"hidden_sizes|dims?$|embed_dims|channels|sizes$|conv_dim|width", low) and value >= 32:
+        return min(value, 64 if way == "names" else 224)
+    if (
+        way != "layers"
+        and re.search(r"hidden_sizes|dims?$|embed_dims|channels|sizes$|conv_dim|width", low)
+        and value >= 32
+    ):
         return value if _KEPT.search(low) and "channels" not in low else max(value // 4, 16)
     return value
 
 
 def _tokens_inside(config: Any) -> None:
     """Special tokens that lie outside the vocabulary get the last numbers of it, each its own."""
-    sizes = [v for k, v in _numbers(config) if re.search(r"vocab(ulary)?_size$|n_vocab", k) and "type" not in k and v > 8]
+    sizes = [
+        v for k, v in _numbers(config) if re.search(r"vocab(ulary)?_size$|n_vocab", k) and "type" not in k and v > 8
+    ]
     size = min(sizes, default=0)
     if not size:
         return
@@ -258,7 +272,9 @@ def _tokens_inside(config: Any) -> None:
                     for x in outside:
                         if type(x) is int and x >= size and x not in given:
                             given[x] = size - next(free)
-                    setattr(one, name, given.get(value, value) if type(value) is int else [given.get(x, x) for x in value])
+                    setattr(
+                        one, name, given.get(value, value) if type(value) is int else [given.get(x, x) for x in value]
+                    )
 
     visit(config)
 
@@ -287,6 +303,8 @@ def _filled(config: Any) -> None:
         "layer_types": ["full_attention"] * layers,
         "default_language": (values.get("languages") or [None])[0],
         "out_indices": [1, 2, 3, 4],
+        "mask_token_id": 5,
+        "pad_token_id": 0,
     }
     for name, value in list(values.items()):
         if isinstance(value, PreTrainedConfig):
@@ -302,7 +320,9 @@ def _sections(config: Any) -> None:
         if isinstance(value, PreTrainedConfig):
             _sections(value)
     heads = values.get("num_attention_heads")
-    half = (values.get("head_dim") or (values.get("hidden_size", 0) // heads if type(heads) is int and heads else 0)) // 2
+    half = (
+        values.get("head_dim") or (values.get("hidden_size", 0) // heads if type(heads) is int and heads else 0)
+    ) // 2
     for name in ("rope_parameters", "rope_scaling"):
         own = values.get(name)
         sections = own.get("mrope_section") if isinstance(own, dict) else None
@@ -322,7 +342,9 @@ def _stages(config: Any) -> None:
         elif isinstance(value, PreTrainedConfig):
             _stages(value)
     values = vars(config)
-    asked = [k for k in ("out_indices", "_out_indices", "backbone_out_indices") if isinstance(values.get(k), list | tuple)]
+    asked = [
+        k for k in ("out_indices", "_out_indices", "backbone_out_indices") if isinstance(values.get(k), list | tuple)
+    ]
     layers = values.get("num_hidden_layers")
     for name in asked:
         indices = list(values[name])
@@ -363,12 +385,12 @@ def construct(case: Case, config: Any) -> nn.Module:
     with torch.device("meta"):
         count = sum(p.numel() for p in kind(copy.deepcopy(config)).parameters())
     if count > LIMIT:
-        raise CannotBuild(f"{count:,} parameters")
+        raise CannotBuildError(f"{count:,} parameters")
     torch.manual_seed(0)
     model = kind(copy.deepcopy(config)).float().eval()
     with torch.no_grad():
         for module in model.modules():
-            for name, parameter in module._parameters.items():
+            for parameter in module._parameters.values():
                 if parameter is None or not parameter.is_floating_point():
                     continue
                 if parameter.ndim < 2:
@@ -447,7 +469,10 @@ class Inputs:
         if name in ("input_ids", "decoder_input_ids", "text_input_ids", "target_ids", "qformer_input_ids"):
             books = self.find("num_codebooks", default=0)
             books = books if isinstance(books, int) else 0
-            return [self.ids(), *([self.ids(2 * books), self.ids(2, 12 * books).view(2, 12, books)] if books else [])]
+            if type(self.model).__name__.endswith("MultipleChoice"):  # (rows, choices, tokens)
+                return [self.ids(4).view(2, 2, 12)]
+            several = [self.ids(2 * books), self.ids(2, 12 * books).view(2, 12, books)] if books else []
+            return [self.ids(), self.ids(1, 24), *several]
         patch = self.find("patch_size", default=8)
         patch = patch if isinstance(patch, int) else patch[-1]
         if name == "flattened_patches":
@@ -486,7 +511,9 @@ class Inputs:
         if name in ("pixel_mask",):
             return [torch.ones(2, height, width, dtype=torch.long)]
         if name in ("codes", "audio_codes"):
-            return [torch.randint(0, 8, (2, self.find("num_quantizers", "n_q", default=2), 12), generator=self.generator)]
+            return [
+                torch.randint(0, 8, (2, self.find("num_quantizers", "n_q", default=2), 12), generator=self.generator)
+            ]
         if name in ("visual_feats",):
             return [self.random(2, 4, self.find("visual_feat_dim", default=2048))]
         if name in ("visual_pos",):
@@ -518,7 +545,9 @@ class Inputs:
         names: list[list[str]] = []
         if "input_ids" in self.takes and "pixel_values" in self.takes:
             grids = ("image_grid_thw", "image_grid_hws", "grid_thw", "spatial_shapes", "pixel_attention_mask")
-            own = [name for name in grids if name in self.takes and ("mask" not in name or "spatial_shapes" in self.takes)]
+            own = [
+                name for name in grids if name in self.takes and ("mask" not in name or "spatial_shapes" in self.takes)
+            ]
             names.append(list(dict.fromkeys([*base, "input_ids", "pixel_values", *own])))
         if "decoder_input_ids" in self.takes:
             names.append([*base, "decoder_input_ids"])
@@ -527,7 +556,8 @@ class Inputs:
             names.append([*base, "attention_mask"])
         if "bbox" in self.takes:
             names.insert(0, [*base, "bbox"])
-        extra = [name for name in ("past_observed_mask", "past_time_features", "future_values", "future_time_features") if name in self.takes]
+        series = ("past_observed_mask", "past_time_features", "future_values", "future_time_features")
+        extra = [name for name in series if name in self.takes]
         if extra:
             names.append(list(dict.fromkeys([*base, *extra])))
         if "decoder_input_ids" in self.takes:
@@ -591,14 +621,14 @@ def build(case: Case) -> Built:
     """The first way of shrinking under which the model builds and runs.
 
     Raises:
-        CannotBuild: none; the message says why, and begins with "forward" where a model was built that nothing runs.
+        CannotBuildError: none; the message says why, and begins with "forward" where a model was built that nothing runs.
     """
     problems: list[str] = []
     ran = False
     try:
         config = default_config(case)
     except Exception as problem:
-        raise CannotBuild(f"configuration: {_short(problem)}") from problem
+        raise CannotBuildError(f"configuration: {_short(problem)}") from problem
     for way in WAYS:
         try:
             small = shrink(config, way)
@@ -610,7 +640,7 @@ def build(case: Case) -> Built:
         call = _answered(model, problems, way)
         if call is not None:
             return Built(model, call, way, small)
-    raise CannotBuild(("forward: " if ran else "") + "; ".join(problems))
+    raise CannotBuildError(("forward: " if ran else "") + "; ".join(problems))
 
 
 def _answered(model: nn.Module, problems: list[str], way: str) -> dict[str, Any] | None:

@@ -14,8 +14,10 @@ from torch import Tensor, nn
 
 import lorakit as lk
 from lorakit.adapter.coverage import coverage
+from lorakit.core.injection import ties
 from lorakit.core.layout import Bare, Expert
-from sweep.builder import Built, CannotBuild, Case, build
+from lorakit.core.walking import walk
+from sweep.builder import Built, CannotBuildError, Case, build
 
 TOLERANCE = 2e-4
 """Largest difference in float32, relative to the largest number of the output. A model that is further off is tried again
@@ -56,7 +58,7 @@ class Result:
         return asdict(self)
 
 
-class Wrong(Exception):
+class WrongError(Exception):
     """A law does not hold."""
 
 
@@ -67,31 +69,37 @@ def check(case: Case) -> Result:
         built = build(case)
         result.way, result.parameters = built.way, sum(p.numel() for p in built.model.parameters())
         held(built, result)
-    except CannotBuild as problem:
+    except CannotBuildError as problem:
         words = str(problem)
         result.outcome = "base fails" if words.startswith("forward: ") else "cannot be built"
         result.reason = words.removeprefix("forward: ")
-    except Wrong as problem:
+    except WrongError as problem:
         result.outcome, result.reason = "WRONG", str(problem)
     except lk.LorakitError as problem:
         result.outcome, result.reason = "refused", str(problem)
     except Exception as problem:
         frames = traceback.extract_tb(problem.__traceback__)
-        own = [f"{f.filename.rpartition('/')[2]}:{f.lineno}" for f in frames if "/lorakit/" in f.filename or f is frames[-1]]
+        own = [
+            f"{f.filename.rpartition('/')[2]}:{f.lineno}"
+            for f in frames
+            if "/lorakit/" in f.filename or f is frames[-1]
+        ]
         result.outcome = "CRASH"
-        result.reason = f"{type(problem).__name__}: {' '.join(str(problem).split())}"[:240] + f" at {' '.join(own[-5:])}"
+        result.reason = (
+            f"{type(problem).__name__}: {' '.join(str(problem).split())}"[:240] + f" at {' '.join(own[-5:])}"
+        )
     result.seconds = round(time.perf_counter() - begun, 2)
     return result
 
 
 def held(built: Built, result: Result) -> None:
-    """Every law on one built model; raises Wrong with the first that does not hold."""
-    model = built.model
+    """Every law on one built model; raises WrongError with the first that does not hold."""
+    model = built.model.requires_grad_(False)  # torch multiplies otherwise where a weight has a gradient
     fresh = copy.deepcopy(model)
     with torch.no_grad():
         base = built.run()
         if differs(base, built.run(), 0.0) is not None:
-            raise CannotBuild("forward: two runs from one seed differ")
+            raise CannotBuildError("forward: two runs from one seed differ")
     classes = {path: type(module) for path, module in model.named_modules()}
     adapter = lk.attach(model, lk.LoRA(rank=2), name="sweep", target_modules="all-linear")
     found = coverage(model, adapter.layers)
@@ -105,7 +113,7 @@ def held(built: Built, result: Result) -> None:
     with torch.no_grad():
         beside = built.run()
         if set(adapter.layers) - set(result.unused) and differs(base, beside, 0.0) is None:
-            raise Wrong("random adapter values change nothing")
+            raise WrongError("random adapter values change nothing")
         merged_agrees(built, beside)
         try:
             files(built, adapter, fresh, beside)
@@ -116,7 +124,7 @@ def held(built: Built, result: Result) -> None:
         lk.detach(model)
         require(base, built.run(), 0.0, "detach does not give the base back")
     if classes != {path: type(module) for path, module in model.named_modules()}:
-        raise Wrong("detach leaves other modules behind")
+        raise WrongError("detach leaves other modules behind")
 
 
 def randomise(adapter: lk.Adapter, seed: int = 5) -> None:
@@ -151,7 +159,7 @@ def require(first: list[Tensor], second: list[Tensor], tolerance: float, words: 
     """LAW: the two are the same."""
     found = differs(first, second, tolerance)
     if found is not None:
-        raise Wrong(f"{words} (relative difference {found:.1e})")
+        raise WrongError(f"{words} (relative difference {found:.1e})")
 
 
 def merged_agrees(built: Built, beside: list[Tensor]) -> None:
@@ -168,7 +176,9 @@ def merged_agrees(built: Built, beside: list[Tensor]) -> None:
             with lk.merged(model, "sweep"):
                 merged = built.run()
         except Exception:  # the model computes in float32 somewhere
-            raise Wrong(f"beside and merged differ (relative difference {found:.1e}; float64 does not run)") from None
+            raise WrongError(
+                f"beside and merged differ (relative difference {found:.1e}; float64 does not run)"
+            ) from None
         require(exact, merged, max(TOLERANCE / 100, 1e-6), "beside and merged differ")
     finally:
         built.model.float()
@@ -187,7 +197,7 @@ def gradients(built: Built, adapter: lk.Adapter, result: Result) -> None:
         parameter.grad = None
     if not missing:
         return
-    weights = {}
+    weights, tied = {}, ties(dict(walk(built.model)))
     for path, site in missing:
         layer = adapter.layers[path].base
         owner, _, last = site.weight.rpartition(".")
@@ -198,7 +208,9 @@ def gradients(built: Built, adapter: lk.Adapter, result: Result) -> None:
         gradient = weights[path, site.weight].grad
         if gradient is not None and isinstance(site.layout, Expert):
             gradient = gradient[site.layout.index] if gradient.shape[0] == site.layout.count else gradient
-        if gradient is not None and gradient.abs().max() > 0:
+        if path in tied:  # said by `attach`: the adapter acts beside this use alone
+            result.unused.append(path)
+        elif gradient is not None and gradient.abs().max() > 0:
             read.append(path)
         else:
             result.unused.append(path if not isinstance(site.layout, Expert) else f"{path} {site.name}")
@@ -207,7 +219,9 @@ def gradients(built: Built, adapter: lk.Adapter, result: Result) -> None:
     for parameter in adapter.parameters():
         parameter.grad = None
     if read:
-        raise Wrong(f"no gradient reaches the adapter of {', '.join(read[:4])} ({len(read)}), whose weight gets one")
+        raise WrongError(
+            f"no gradient reaches the adapter of {', '.join(read[:4])} ({len(read)}), whose weight gets one"
+        )
 
 
 def backward(outputs: list[Tensor]) -> bool:

@@ -49,7 +49,7 @@ def _quiet() -> None:
 def _child(pipe: Connection, case: Case) -> None:
     _quiet()
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
-    sys.stdout = sys.stderr = open(os.devnull, "w")
+    sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115 - as long as the process
     pipe.send(checks.check(case).as_data())
     pipe.close()
 
