@@ -249,6 +249,7 @@ class Quantising(nn.Module):
 
 
 def test_sizes_alone_make_no_linear_layer() -> None:
+    torch.manual_seed(0)
     model = Around(Quantising())
     assert list(lk.attach(model, lk.LoRA(rank=2), name="a").layers) == ["first"]
     adapter = lk.attach(model, lk.LoRA(rank=2), name="b", target_modules=["layer"])
@@ -289,7 +290,8 @@ class Listed(nn.Module):
 
 
 def test_layers_that_are_called_from_a_list() -> None:
-    model, x = Listed(), torch.randn(3, 8)
+    torch.manual_seed(0)
+    model, x = Listed().double(), torch.randn(3, 8, dtype=torch.float64)
     before, base = list(model.layers), model(x)
     adapter = lk.attach(model, lk.LoRA(rank=2), name="a")
     for parameter in adapter.parameters():
