@@ -17,7 +17,7 @@ TESTS ?=
 PYTHON ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format docs docs-serve install install-test data clean
+.PHONY: help demo test lint format docs docs-serve sweep install install-test data clean
 .DELETE_ON_ERROR:
 
 BENCHMARKS := $(sort $(subst _,-,$(patsubst benchmarks/%.py,%,$(wildcard benchmarks/[a-z]*.py))))
@@ -31,6 +31,7 @@ help:
 	@echo "  format       format all files"
 	@echo "  docs         fill the generated pages and build the documentation into site/"
 	@echo "  docs-serve   the same, then show it on http://127.0.0.1:8000"
+	@echo "  sweep        check small models of every architecture; goes on where it stopped; SWEEP_OPTIONS='--only llama'"
 	@echo "  bench-NAME   run a benchmark: $(or $(BENCHMARKS),none yet)"
 	@echo "  data         fetch the model and the rows of the demo into .cache"
 	@echo "  install      make .venv with lorakit; install-test: with the tools of tests, lint and docs too"
@@ -66,6 +67,10 @@ docs-serve: docs
 
 data: install
 	@$(BIN)/python $(MATERIAL) all
+
+# Every architecture of transformers against the laws; results are kept in benchmarks/results/sweep.json.
+sweep: install-test
+	OMP_NUM_THREADS=1 $(BIN)/python tests/sweep/run.py $(SWEEP_OPTIONS)
 
 # A benchmark prints its table, writes benchmarks/results/NAME.json and fails where a stated floor is missed.
 bench-%: install-test data

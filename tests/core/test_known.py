@@ -13,13 +13,16 @@ from torch.nn.utils import weight_norm as old_weight_norm
 from transformers.models.bit.modeling_bit import WeightStandardizedConv2d
 from transformers.models.falcon.modeling_falcon import FalconLinear
 from transformers.models.gemma.modeling_gemma import GemmaTextScaledWordEmbedding
+from transformers.models.layoutlmv3.modeling_layoutlmv3 import LayoutLMv3Encoder
+from transformers.models.llama.modeling_llama import LlamaAttention
 from transformers.models.llama4.configuration_llama4 import Llama4TextConfig
 from transformers.models.llama4.modeling_llama4 import Llama4Router
+from transformers.models.mamba.modeling_mamba import MambaMixer
 from transformers.models.opt.modeling_opt import OPTLearnedPositionalEmbedding
 
 import lorakit as lk
 from lorakit.core import known
-from lorakit.core.known import is_known
+from lorakit.core.known import is_known, read_by
 from lorakit.errors import LorakitError
 
 
@@ -191,3 +194,112 @@ def test_an_output_changed_in_place() -> None:
     y = torch.cat([y[..., :1] * 2, y[..., 1:]], -1)
     for own, expected in zip(found, torch.autograd.grad(y.square().sum(), list(adapter.parameters())), strict=True):
         torch.testing.assert_close(own, expected)
+
+
+class Reader(nn.Module):
+    """Reads one layer's weight by itself, asks about another's, and does both with a third."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.read, self.asked, self.both = nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.tanh(self.asked(x.to(self.asked.weight.dtype)))
+        x = torch.tanh((self.read.weight @ x.mT).mT + self.read.bias)
+        return self.both(x) - self.both.bias if isinstance(self.both.weight, Tensor) else x
+
+
+def test_layers_whose_weights_a_model_reads() -> None:
+    assert read_by(Reader) == {"read", "both"}
+    assert read_by(MambaMixer) >= {"dt_proj"}
+    assert read_by(LayoutLMv3Encoder) >= {"rel_pos_bias"}
+    assert not read_by(LlamaAttention) | read_by(nn.TransformerEncoderLayer)
+
+
+def test_a_read_weight_has_the_adapter_in_it() -> None:
+    torch.manual_seed(0)
+    model, x = Reader().double().requires_grad_(False), torch.randn(2, 3, 8, dtype=torch.float64)
+    base = model(x)
+    adapter = lk.attach(model, lk.LoRA(rank=2), name="a")
+    with torch.no_grad():  # torch folds a product otherwise where an input has a gradient
+        assert torch.equal(model(x), base)
+    for parameter in adapter.parameters():
+        nn.init.normal_(parameter)
+    beside = model(x)
+    beside.square().sum().backward()
+    assert all(parameter.grad is not None and parameter.grad.abs().max() > 0 for parameter in adapter.parameters())
+    with torch.no_grad(), lk.merged(model, "a"):
+        torch.testing.assert_close(model(x), beside)
+    with lk.use(model, None):
+        assert torch.equal(model(x), base)
+    with lk.use(model, ["a", None]), pytest.raises(LorakitError, match="reads the weight of this layer by itself"):
+        model(x)
+
+
+class Quantising(nn.Module):
+    """The sizes of a linear layer, a float weight, and a tuple for a result (I-BERT's)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.in_features, self.out_features = 8, 6
+        self.weight, self.bias = nn.Parameter(torch.randn(6, 8)), nn.Parameter(torch.zeros(6))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, float]:
+        return F.linear(x.round(), self.weight, self.bias), 1.0
+
+
+def test_sizes_alone_make_no_linear_layer() -> None:
+    torch.manual_seed(0)
+    model = Around(Quantising())
+    assert list(lk.attach(model, lk.LoRA(rank=2), name="a").layers) == ["first"]
+    adapter = lk.attach(model, lk.LoRA(rank=2), name="b", target_modules=["layer"])
+    for parameter in adapter.parameters():
+        nn.init.normal_(parameter)
+    x = torch.randn(3, 8)
+    with torch.no_grad(), lk.use(model, "b"):
+        beside = model(x)[0]
+    with torch.no_grad(), lk.merged(model, "b"):
+        torch.testing.assert_close(model(x)[0], beside)
+
+
+def test_the_start_has_the_bits_of_an_expanded_input() -> None:
+    """torch multiplies an expanded input by another loop than its rows."""
+    torch.manual_seed(0)
+    model, x = (
+        nn.Sequential(nn.Linear(64, 48, bias=False)).requires_grad_(False),
+        torch.randn(1, 7, 64).expand(5, 7, 64),
+    )
+    base = model(x)
+    lk.attach(model, lk.LoRA(rank=2), target_modules=["0"])
+    assert torch.equal(model(x), base)
+
+
+class Listed(nn.Module):
+    """Calls its layers from a plain list (Mask2Former's heads)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = [nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8)]
+        for index, layer in enumerate(self.layers):
+            self.add_module(str(index), layer)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+
+def test_layers_that_are_called_from_a_list() -> None:
+    torch.manual_seed(0)
+    model, x = Listed().double(), torch.randn(3, 8, dtype=torch.float64)
+    before, base = list(model.layers), model(x)
+    adapter = lk.attach(model, lk.LoRA(rank=2), name="a")
+    for parameter in adapter.parameters():
+        nn.init.normal_(parameter)
+    with torch.no_grad():
+        beside = model(x)
+        assert not torch.allclose(beside, base)
+        with lk.merged(model, "a"):
+            torch.testing.assert_close(model(x), beside)
+    lk.detach(model)
+    assert model.layers == before

@@ -7,6 +7,7 @@ from typing import Any, cast
 
 from torch import nn
 
+from lorakit.core.known import read_by
 from lorakit.core.layer import Adapted
 from lorakit.core.layout import Site
 from lorakit.core.state import ModelState
@@ -26,9 +27,12 @@ def parents_of(model: nn.Module) -> Parents:
 
 
 def replace_module(module: nn.Module, instead_of: nn.Module, parents: Parents) -> None:
-    """Put a module wherever another one sits."""
+    """Put a module wherever another one sits, in plain lists of its parents too, from which some models call their layers."""
     for parent, name in parents[id(instead_of)]:
         parent._modules[name] = module
+        for held in vars(parent).values():
+            if type(held) is list:
+                held[:] = [module if one is instead_of else one for one in held]
 
 
 def adapt(path: str, module: nn.Module, sites: list[Site], state: ModelState, parents: Parents) -> Adapted:
@@ -37,6 +41,7 @@ def adapt(path: str, module: nn.Module, sites: list[Site], state: ModelState, pa
     if any(isinstance(parent, nn.TransformerEncoderLayer) for parent, _ in parents[id(module)]):
         # Torch's fused encoder reads its layers' weights and never calls them, unless a hook is registered.
         layer.register_forward_hook(_keep_call)
+    layer.read = any(name in read_by(type(parent)) for parent, name in parents[id(module)])
     replace_module(layer, module, parents)
     return layer
 

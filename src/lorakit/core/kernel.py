@@ -74,8 +74,11 @@ class _Product(Function):
         dropped = flat * _keep_mask(flat, flat.shape[0], flat.shape[1], dropout, seed) if dropout else flat
         h = dropped @ A.T
         gated = h if gate is None else (h.view(*leading, rank) * gate).view_as(h)
-        # in place: addmm would copy its first argument into a new tensor
-        y = F.linear(flat, W, b).addmm_(gated, B.T, alpha=scale) if W is not None else (gated @ B.T).mul_(scale)
+        if W is None:
+            y = (gated @ B.T).mul_(scale)
+        else:  # of x as it lies: of its rows, an expanded x would be multiplied by another loop, with other last bits. In
+            # place: addmm would copy its first argument into a new tensor
+            y = F.linear(x, W, b).reshape(flat.shape[0], B.shape[0]).addmm_(gated, B.T, alpha=scale)
         needs_x = ctx.needs_input_grad[4]
         needs_h = ctx.needs_input_grad[3] or ctx.needs_input_grad[5]
         ctx.save_for_backward(x if needs_x else None, h if needs_h else None, W, B, A, gate)

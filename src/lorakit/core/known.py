@@ -11,11 +11,17 @@ base only if it is the known function of a weight that is a tensor of its own:
 
 Another layer is reached by substitution, where its weight is a plain parameter: exact for any forward, and only by
 name.
+
+Some models read a layer's weight besides calling it, or instead (Mamba's `dt_proj`, LayoutLMv3's `rel_pos_bias`). The
+source of the class that owns the layer tells (`read_by`).
 """
 
 from __future__ import annotations
 
+import ast
 import copy
+import inspect
+import textwrap
 from collections.abc import Callable
 from typing import Any, cast
 
@@ -47,9 +53,10 @@ def computed_weight(module: nn.Module) -> str:
 
 
 def is_known(module: nn.Module) -> bool:
-    """Whether a linear layer, an embedding or a convolution with float weights computes just that."""
-    kind = next((kind for kind in _OWN if isinstance(module, kind)), None)
-    if kind is None or computed_weight(module):
+    """Whether a linear layer, an embedding or a convolution with float weights computes just that. A class that only has the
+    sizes of a linear layer is tried as one."""
+    kind = next((kind for kind in _OWN if isinstance(module, kind)), nn.Linear)
+    if computed_weight(module):
         return False
     if type(module).forward in _OWN[kind]:
         return True
@@ -114,3 +121,65 @@ def _probe(module: nn.Module, kind: type[nn.Module]) -> tuple[nn.Module, Callabl
 
 def _on_meta(value: Any) -> bool:
     return isinstance(value, Tensor) and value.device.type == "meta"
+
+
+# -- weights that are read -------------------------------------------------------------------------------------------------
+
+_NO_NUMBERS = frozenset(
+    {"dtype", "device", "shape", "size", "ndim", "dim", "numel", "requires_grad", "is_cuda", "is_meta", "layout"}
+)
+"""What is asked about a weight and not of its numbers."""
+
+
+def read_by(kind: type[nn.Module]) -> frozenset[str]:
+    """The layers of a class of modules (names of its attributes) of which its methods read the weight or the bias, instead of
+    calling them. Empty for torch's own classes, and where there is no source."""
+    if kind not in _READ:
+        _READ[kind] = frozenset(_reads(kind))
+    return _READ[kind]
+
+
+_READ: dict[type[nn.Module], frozenset[str]] = {}
+
+
+def _reads(kind: type[nn.Module]) -> set[str]:
+    found: set[str] = set()
+    for owner in kind.__mro__:
+        if owner.__module__.partition(".")[0] == "torch" or not issubclass(owner, nn.Module):
+            continue
+        try:
+            tree = ast.parse(textwrap.dedent(inspect.getsource(owner)))
+        except (OSError, TypeError, SyntaxError):
+            continue
+        methods = [one for one in ast.walk(tree) if isinstance(one, ast.FunctionDef)]
+        for method in methods:
+            if not method.name.startswith(
+                ("_init", "__init", "init_", "reset", "tie", "_tie", "get_", "set_", "resize")
+            ):
+                found |= _read_in(method)
+    return found
+
+
+def _read_in(method: ast.FunctionDef) -> set[str]:
+    """Names `x` of which a method uses the numbers of `self.x.weight` or `self.x.bias`."""
+    asked: set[int] = set()  # nodes that are only asked about, by identity
+    for node in ast.walk(method):
+        if isinstance(node, ast.Attribute) and node.attr in _NO_NUMBERS:
+            asked.add(id(node.value))
+        elif (
+            isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in ("isinstance", "hasattr")
+        ):
+            asked |= {id(argument) for argument in node.args}
+        elif isinstance(node, ast.Compare) and any(isinstance(one, ast.Is | ast.IsNot) for one in node.ops):
+            asked |= {id(node.left)}
+    return {
+        node.value.attr
+        for node in ast.walk(method)
+        if isinstance(node, ast.Attribute)
+        and node.attr in ("weight", "bias")
+        and isinstance(node.ctx, ast.Load)
+        and id(node) not in asked
+        and isinstance(node.value, ast.Attribute)
+        and isinstance(node.value.value, ast.Name)
+        and node.value.value.id == "self"
+    }

@@ -14,6 +14,7 @@ from lorakit.core.contents import LayerContents
 from lorakit.core.mixed import run_mixed, run_nested
 from lorakit.core.rows import first_tensor
 from lorakit.core.uniform import Weighted, run_uniform, substitutes
+from lorakit.errors import LorakitError
 
 
 class Adapted(LayerContents):
@@ -32,6 +33,26 @@ class Adapted(LayerContents):
             return run_mixed(self, routing, here, args, kwargs)
         weights = dict(zip(routing.names, routing.weights, strict=True))
         return run_uniform(self, [(name, weights[name]) for name in here], args, kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        value = super().__getattr__(name)
+        return self._changed(name, value) if name in ("weight", "bias") and self.__dict__.get("read") else value
+
+    def _changed(self, name: str, value: Any) -> Any:
+        """What a model that reads a layer's weight by itself gets: `W + ΔW` of the adapters that act just now."""
+        routing = self.state.routing
+        here = [one for one in self.state.members(routing) if one in self.deltas or one in self.replacements]
+        if not here:
+            return value
+        if routing.weights is None or not self.state.routers.keys().isdisjoint(routing.names):
+            raise LorakitError(
+                f"{self.path}: the model reads the {name} of this layer by itself, so that it is one for the whole batch; rows "
+                "or tokens with adapters of their own cannot have it. Give the batch one adapter or blend, or leave the layer "
+                f'out by exclude_modules=["{self.path.rpartition(".")[2]}"].'
+            )
+        weights = dict(zip(routing.names, routing.weights, strict=True))
+        changed = substitutes(self, [(one, weights[one]) for one in here]).get(name)
+        return value if changed is None else changed.to(value.dtype)
 
     def substitutes(self, blend: Weighted) -> dict[str, Tensor]:
         """The layer's tensors under a blend, to be merged or substituted."""

@@ -99,7 +99,7 @@ def _site(module: nn.Module, bias: str | None, layout: Layout) -> Site:
         and weight.is_floating_point()
         and weight.itemsize > 1
     )
-    if not plain or not isinstance(module, _KNOWN) or is_known(module):
+    if not plain or is_known(module):
         return Site("", "weight", bias, layout)
     reason = f"{type(module).__name__} has a forward of its own, which is not {layout.kind}'s"
     return Site("", "weight", bias, Stored(layout.shape, layout), named_only=reason)
