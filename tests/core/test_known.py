@@ -210,9 +210,9 @@ class Reader(nn.Module):
 
 
 def test_layers_whose_weights_a_model_reads() -> None:
-    assert read_by(Reader) == {"read", "both"}
-    assert read_by(MambaMixer) >= {"dt_proj"}
-    assert read_by(LayoutLMv3Encoder) >= {"rel_pos_bias"}
+    assert {name.partition(".")[0] for name in read_by(Reader)} == {"read", "both"}
+    assert "dt_proj.bias" in read_by(MambaMixer)
+    assert "rel_pos_bias.weight" in read_by(LayoutLMv3Encoder)
     assert not read_by(LlamaAttention) | read_by(nn.TransformerEncoderLayer)
 
 

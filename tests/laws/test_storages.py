@@ -226,7 +226,7 @@ def test_saved_and_loaded_on_the_same_base_it_is_the_same(
     model = case.model()
     with caplog.at_level(logging.WARNING, logger="lorakit"):
         lk.load(model, tmp_path / "one")
-    assert not caplog.records
+    assert not [one for one in caplog.records if one.name == "lorakit" and one.levelno >= logging.WARNING]
     call = subject.calls[0]
     with lk.use(model, "one"):
         assert torch.equal(model(*call[0]), subject.run("one", call))

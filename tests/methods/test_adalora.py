@@ -257,9 +257,7 @@ def test_a_masked_triplet_that_trains_again_is_saved(kind: Any, tmp_path: Path) 
     x = torch.randn(3, 11)
     adapter.save(tmp_path)
     again = nn.Sequential(nn.Linear(11, 14))
-    again.load_state_dict(
-        {key.replace("base.", ""): value for key, value in model.state_dict().items() if "base." in key}
-    )
+    again.load_state_dict({key: value for key, value in model.state_dict().items() if key in again.state_dict()})
     loaded = lk.load(again, tmp_path, name="a")
     with lk.use(again, loaded.name):
         torch.testing.assert_close(again(x), model(x))

@@ -14,6 +14,7 @@ from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPP
 
 import lorakit as lk
 import lorakit.peft as ours
+from core.test_experts import model_of
 from lorakit.errors import LorakitError
 from reference.models import MODELS, assert_same, inputs, logits, quiet, scramble, twin
 
@@ -85,7 +86,6 @@ def test_every_field_is_accepted() -> None:
     [
         ("lora_bias", True),
         ("layer_replication", [(0, 2), (1, 2)]),
-        ("target_parameters", ["w"]),
         ("trainable_token_indices", [1]),
         ("alora_invocation_tokens", [1, 2]),
         ("use_qalora", True),
@@ -178,3 +178,16 @@ def test_trainers_see_the_models_signature() -> None:
     own = ours.get_peft_model(model, ours.LoraConfig())
     assert list(inspect.signature(own.forward).parameters) == list(inspect.signature(model.forward).parameters)
     assert own.config is model.config
+
+
+def test_parameters_are_targets_too() -> None:
+    """PEFT's target_parameters, alone and beside modules; one that is not there is an error."""
+    model = model_of("qwen3-moe")
+    wrapped = ours.get_peft_model(model, ours.LoraConfig(r=2, target_parameters=["experts.down_proj"]))
+    assert {site.weight for _, site, _ in lk.adapters(model)["default"].deltas()} == {"down_proj"}
+    assert wrapped is not None
+    model = model_of("qwen3-moe")
+    ours.get_peft_model(model, ours.LoraConfig(r=2, target_modules=["q_proj"], target_parameters=["experts.down_proj"]))
+    assert {site.weight for _, site, _ in lk.adapters(model)["default"].deltas()} == {"down_proj", "weight"}
+    with pytest.raises(LorakitError, match=r"no layer matches .*experts\.nothing"):
+        ours.get_peft_model(model_of("qwen3-moe"), ours.LoraConfig(r=2, target_parameters=["experts.nothing"]))

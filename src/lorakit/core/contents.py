@@ -69,8 +69,8 @@ class LayerContents(nn.Module):
         self.tokens = False
         """Whether it stands in a mixture of experts, where a call may have the tokens of all rows on one axis."""
         self.register_load_state_dict_post_hook(_own_names)  # type: ignore[no-untyped-call]
-        self.read = False
-        """Whether the model reads its weight or bias by itself, besides calling it or instead."""
+        self.read: frozenset[str] = frozenset()
+        """Which of its weight and bias the model reads by itself, besides calling it or instead."""
         self.unmerged: dict[str, Snapshot] = {}
         """Within `merged`: tensors as they were before it wrote into them. What adapters add is about these."""
 

@@ -41,7 +41,8 @@ def adapt(path: str, module: nn.Module, sites: list[Site], state: ModelState, pa
     if any(isinstance(parent, nn.TransformerEncoderLayer) for parent, _ in parents[id(module)]):
         # Torch's fused encoder reads its layers' weights and never calls them, unless a hook is registered.
         layer.register_forward_hook(_keep_call)
-    layer.read = any(name in read_by(type(parent)) for parent, name in parents[id(module)])
+    owners = [(read_by(type(parent)), name) for parent, name in parents[id(module)]]
+    layer.read = frozenset(own for own in ("weight", "bias") if any(f"{name}.{own}" in known for known, name in owners))
     replace_module(layer, module, parents)
     return layer
 

@@ -161,7 +161,7 @@ def _reads(kind: type[nn.Module]) -> set[str]:
 
 
 def _read_in(method: ast.FunctionDef) -> set[str]:
-    """Names `x` of which a method uses the numbers of `self.x.weight` or `self.x.bias`."""
+    """`x.weight` and `x.bias` of which a method uses the numbers, by `self.x.weight`."""
     asked: set[int] = set()  # nodes that are only asked about, by identity
     for node in ast.walk(method):
         if isinstance(node, ast.Attribute) and node.attr in _NO_NUMBERS:
@@ -173,7 +173,7 @@ def _read_in(method: ast.FunctionDef) -> set[str]:
         elif isinstance(node, ast.Compare) and any(isinstance(one, ast.Is | ast.IsNot) for one in node.ops):
             asked |= {id(node.left)}
     return {
-        node.value.attr
+        f"{node.value.attr}.{node.attr}"
         for node in ast.walk(method)
         if isinstance(node, ast.Attribute)
         and node.attr in ("weight", "bias")

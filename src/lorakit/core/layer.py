@@ -36,7 +36,7 @@ class Adapted(LayerContents):
 
     def __getattr__(self, name: str) -> Any:
         value = super().__getattr__(name)
-        return self._changed(name, value) if name in ("weight", "bias") and self.__dict__.get("read") else value
+        return self._changed(name, value) if name in self.__dict__.get("read", ()) else value
 
     def _changed(self, name: str, value: Any) -> Any:
         """What a model that reads a layer's weight by itself gets: `W + ΔW` of the adapters that act just now."""

@@ -199,8 +199,6 @@ def names_in(tensors: Mapping[str, Tensor], plain: Mapping[str, str], where: obj
             if twin in tensors:
                 continue
         name = ".".join(steps)
-        if name in result and torch.equal(result[name], tensor):
-            continue
         if name in result:
             raise LorakitError(f"load: {where} holds {name!r} twice, under two prefixes.")
         result[name] = tensor
@@ -406,7 +404,7 @@ def targets_from(
     loose = [path for path in known if plain[path] in held and path.endswith(tuple(saved)) and saved]
     saved += [path for path in loose if not any(has_suffix(path, name) for name in saved)]
     return Targets(
-        target_modules=_asked(names(config.get("target_modules")) or (), config.get("target_parameters") or ()),
+        target_modules=asked_targets(names(config.get("target_modules")) or (), config.get("target_parameters") or ()),
         exclude_modules=names(config.get("exclude_modules")) or None,
         layers=None if layers is None or layers == [] else (layers,) if isinstance(layers, int) else tuple(layers),
         layers_pattern=(lists,) if isinstance(lists, str) else None if lists is None else tuple(lists),
@@ -416,7 +414,7 @@ def targets_from(
     )
 
 
-def _asked(modules: str | tuple[str, ...], parameters: Iterable[str]) -> str | tuple[str, ...]:
+def asked_targets(modules: str | tuple[str, ...], parameters: Iterable[str]) -> str | tuple[str, ...]:
     """PEFT's target_modules and target_parameters as one request: parameters are named as modules are."""
     if isinstance(modules, str):
         named = "|".join(rf"(?:.*\.)?{re.escape(one.removesuffix('.weight'))}" for one in parameters)

@@ -439,8 +439,9 @@ def _check_targets(
     try:
         try:
             selected = select(model, targets)
-        except LorakitError:  # an exclusion of nothing, a pattern of nothing: what the tensors are decides
-            selected = select(model, dataclasses.replace(targets, exclude_modules=None, patterns={}))
+        except LorakitError:  # an exclusion of nothing, a rank of nothing: what the tensors are decides
+            patterns = {option: own for option, own in targets.patterns.items() if option != "rank"}
+            selected = select(model, dataclasses.replace(targets, exclude_modules=None, patterns=patterns))
     except LorakitError as problem:
         complain(f"load: the configuration does not fit this model: {problem}")
         return

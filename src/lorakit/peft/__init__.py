@@ -28,7 +28,7 @@ from lorakit.core.walking import has_suffix, walk
 from lorakit.errors import LorakitError, unknown
 from lorakit.files.bundle import read_config
 from lorakit.files.formats import spec_from_peft
-from lorakit.files.interchange import heads_for
+from lorakit.files.interchange import asked_targets, heads_for
 from lorakit.files.store import load
 
 _QUERY_VALUE = {
@@ -136,7 +136,7 @@ def _attach(model: nn.Module, config: LoraConfig, name: str) -> Adapter:
     if getattr(config.runtime_config, "ephemeral_gpu_offload", False):
         raise LorakitError("LoraConfig: runtime_config.ephemeral_gpu_offload is not offered.")
     targets = config.target_modules
-    if targets is None:
+    if targets is None and not config.target_parameters:
         kind = getattr(getattr(model, "config", None), "model_type", None)
         if kind not in DEFAULT_TARGETS:
             raise LorakitError(
@@ -144,6 +144,9 @@ def _attach(model: nn.Module, config: LoraConfig, name: str) -> Adapter:
                 '"all-linear" or a list of layer names would work.'
             )
         targets = DEFAULT_TARGETS[kind]
+    targets = asked_targets(
+        tuple(targets or ()) if not isinstance(targets, str) else targets, config.target_parameters or ()
+    )
     saved = list(config.modules_to_save or [])
     paths = [path for path, _ in walk(model)]
     for head in heads_for(config.task_type):
