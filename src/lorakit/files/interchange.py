@@ -189,6 +189,7 @@ def names_in(tensors: Mapping[str, Tensor], plain: Mapping[str, str], where: obj
     all wrappers taken off."""
     tops = {path.partition(".")[0] for path in plain.values()}
     result: dict[str, Tensor] = {}
+    whole: set[str] = set()
     for key, tensor in tensors.items():
         steps = [step for step in bare(key).split(".") if step not in _PRIVATE and step != "modules_to_save"]
         if steps[0] == "module" and "module" not in tops:  # DistributedDataParallel's
@@ -199,6 +200,10 @@ def names_in(tensors: Mapping[str, Tensor], plain: Mapping[str, str], where: obj
             if twin in tensors:
                 continue
         name = ".".join(steps)
+        if ".modules_to_save." in key:
+            whole.add(name)
+        if name in whole and name in result and torch.equal(result[name], tensor):
+            continue  # PEFT writes the bias of a module that it also has whole in both places
         if name in result:
             raise LorakitError(f"load: {where} holds {name!r} twice, under two prefixes.")
         result[name] = tensor
