@@ -132,14 +132,11 @@ def _capped(spec: Method, site: Site, path: str) -> Method:
     own, most = cast(Any, spec), min(site.layout.shape.out, site.layout.shape.in_)
     if "rank" not in own.pattern_fields or own.rank <= most:
         return spec
-    changes: dict[str, Any] = {"rank": most}
-    if "alpha" in own.pattern_fields:
-        changes["alpha"] = own.alpha * (most / own.rank) ** (0.5 if getattr(own, "rslora", False) else 1.0)
     log.warning(
         "attach: %s gets rank %d instead of %d, the most that its %d × %d can use.",
         path, most, own.rank, site.layout.shape.out, site.layout.shape.in_,
     )  # fmt: skip
-    return cast(Method, own.replace(**changes))
+    return spec.resized(most)
 
 
 # -- what is refused -------------------------------------------------------------------------------------------------------
