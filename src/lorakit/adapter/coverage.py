@@ -12,6 +12,7 @@ from torch import nn
 
 from lorakit.adapter.targets import Targets, head_paths
 from lorakit.core.layer import Adapted
+from lorakit.core.layout import Site
 from lorakit.core.sites import sites_of
 from lorakit.core.walking import walk
 from lorakit.errors import LorakitError
@@ -55,10 +56,14 @@ def coverage(model: nn.Module, paths: Iterable[str]) -> Coverage:
     seen: set[int] = set()
     total = reached = 0
     left: dict[str, int] = {}
+    reasons: dict[str, str] = {}
     for path, module in modules.items():
         if isinstance(module, nn.Embedding) or path in heads:
             continue
-        for name, size in _matrices(module, outside | seen):
+        sites, reason = _reachable(module)
+        if reason and path:
+            reasons.setdefault(path.rpartition(".")[2], reason)
+        for name, size in _matrices(module, sites, outside, seen):
             total += size
             if path in wanted:
                 reached += size
@@ -66,40 +71,30 @@ def coverage(model: nn.Module, paths: Iterable[str]) -> Coverage:
                 kind = re.sub(r"\.\d+(?=\.|$)", ".N", f"{path}.{name}" if path else name)
                 left[kind] = left.get(kind, 0) + size
         seen |= {id(parameter) for parameter in module._parameters.values()}
-    return Coverage(reached, total, left, left_out(modules, heads))
+    return Coverage(reached, total, left, reasons)
 
 
-def _matrices(module: nn.Module, known: set[int]) -> list[tuple[str, int]]:
-    """The matrices of one module that are not `known`: names of its tensors, and how many numbers each has as floats."""
+def _reachable(module: nn.Module) -> tuple[list[Site], str]:
+    """The matrices of one module that a delta can change, and why presets leave one of them out."""
     try:
         sites = sites_of(module)
-    except LorakitError:
-        sites = []
+    except LorakitError as problem:
+        return [], str(problem).removeprefix("attach: ").partition(",")[0]
+    return sites, next((site.named_only for site in sites if site.named_only), "")
+
+
+def _matrices(module: nn.Module, sites: list[Site], *known: set[int]) -> list[tuple[str, int]]:
+    """The matrices of one module that are not `known`: names of its tensors, and how many numbers each has as floats."""
     sizes: dict[str, int] = {}
     for site in sites:
-        if id(getattr(module, site.weight, None)) not in known:
+        own = id(getattr(module, site.weight, None))
+        if not any(own in ids for ids in known):
             sizes[site.weight] = sizes.get(site.weight, 0) + site.layout.shape.out * site.layout.shape.in_
     for name, parameter in module._parameters.items():
-        bare = parameter is not None and parameter.ndim > 1 and id(parameter) not in known
+        bare = parameter is not None and parameter.ndim > 1 and not any(id(parameter) in ids for ids in known)
         if bare and not any(site.weight == name for site in sites):
             sizes[name] = cast(nn.Parameter, parameter).numel()
     return list(sizes.items())
-
-
-def left_out(modules: Mapping[str, nn.Module], heads: Iterable[str] = ()) -> dict[str, str]:
-    """Ending of a layer's name -> why presets leave it out, for layers that have a matrix."""
-    reasons: dict[str, str] = {}
-    for path, module in modules.items():
-        ending = path.rpartition(".")[2]
-        if not path or path in heads or ending in reasons or isinstance(module, nn.Embedding):
-            continue
-        try:
-            named = [site.named_only for site in sites_of(module) if site.named_only]
-        except LorakitError as problem:
-            named = [str(problem).removeprefix("attach: ").partition(",")[0]]
-        if named:
-            reasons[ending] = named[0]
-    return reasons
 
 
 def report(model: nn.Module, targets: Targets, layers: Mapping[str, Adapted]) -> None:

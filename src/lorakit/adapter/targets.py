@@ -152,15 +152,18 @@ def describe_layers(model: nn.Module) -> str:
 
 def _in_presets(module: nn.Module) -> bool:
     """Whether presets mean a layer: it multiplies by matrices, in a way that is known."""
-    sites = sites_of(module) if _adaptable(module) else []
-    return any(isinstance(site.layout, Linear | Expert) and not site.named_only for site in sites)
+    return any(isinstance(site.layout, Linear | Expert) and not site.named_only for site in _sites(module))
 
 
 def _adaptable(module: nn.Module) -> bool:
+    return bool(_sites(module))
+
+
+def _sites(module: nn.Module) -> list[Site]:
     try:
-        return bool(sites_of(module))
+        return sites_of(module)
     except LorakitError:
-        return False
+        return []
 
 
 def select(model: nn.Module, targets: Targets) -> list[str]:

@@ -57,22 +57,28 @@ class LayerContents(nn.Module):
     like keep working.
     """
 
+    sites: dict[str, Site]
+    path: str
+    state: ModelState
+    tokens: bool
+    """Whether it stands in a mixture of experts, where a call may have the tokens of all rows on one axis."""
+    read: frozenset[str]
+    """Which of its weight and bias the model reads by itself, besides calling it or instead."""
+    unmerged: dict[str, Snapshot]
+    """Within `merged`: tensors as they were before it wrote into them. What adapters add is about these."""
+
     def __init__(self, base: nn.Module, sites: list[Site], state: ModelState, path: str) -> None:
         super().__init__()
         self.base = base
-        self.sites = {site.name: site for site in sites}
-        self.path = path
         self.deltas = ByName()
         """adapter -> site -> Delta; the site's empty name is written "self"."""
         self.replacements = ByName()
-        self.state = state
-        self.tokens = False
-        """Whether it stands in a mixture of experts, where a call may have the tokens of all rows on one axis."""
+        self.__dict__ |= {"sites": {site.name: site for site in sites}, "path": path, "state": state, "tokens": False}
+        self.__dict__ |= {
+            "read": frozenset(),
+            "unmerged": {},
+        }  # plain: a module's own __setattr__ is most of attach's time
         self.register_load_state_dict_post_hook(_own_names)  # type: ignore[no-untyped-call]
-        self.read: frozenset[str] = frozenset()
-        """Which of its weight and bias the model reads by itself, besides calling it or instead."""
-        self.unmerged: dict[str, Snapshot] = {}
-        """Within `merged`: tensors as they were before it wrote into them. What adapters add is about these."""
 
     def __getattr__(self, name: str) -> Any:
         try:

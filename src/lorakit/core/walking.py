@@ -30,20 +30,20 @@ def walk(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     An adapted layer appears as its base. nn.MultiheadAttention is one layer: it never calls its out_proj.
     """
 
-    def visit(module: nn.Module, path: str, seen: set[int]) -> Iterator[tuple[str, nn.Module]]:
+    seen: set[int] = set()
+    pending = [("", model)]
+    while pending:
+        path, module = pending.pop()
         base = module.base if isinstance(module, Adapted) else module
         if id(base) in seen:
-            return
+            continue
         seen.add(id(base))
         yield path, base
         if isinstance(base, nn.MultiheadAttention):
-            return
-        for name, child in base.named_children():
-            if isinstance(child, AdapterModules):
-                continue
-            yield from visit(child, f"{path}.{name}" if path else name, seen)
-
-    return visit(model, "", set())
+            continue
+        for name, child in reversed(base._modules.items()):
+            if child is not None and not isinstance(child, AdapterModules):
+                pending.append((f"{path}.{name}" if path else name, child))
 
 
 def in_attention(path: str) -> bool:
