@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from lorakit.errors import LorakitError
 from lorakit.native import elementwise
+from lorakit.native.choice import FORCED
 from lorakit.serve.engine.engine import LocalEngine
 from lorakit.serve.engine.scheduler import Limits
 from lorakit.serve.model import native
@@ -141,14 +142,15 @@ def test_product(dtype: torch.dtype, in_: int, out: int) -> None:
 
 @pytest.mark.skipif(native.find("linear", torch.bfloat16) is None, reason="this processor does not multiply bfloat16")
 @pytest.mark.parametrize(("in_", "outs"), [(64, (96, 32, 48)), (70, (33, 1)), (96, (64,))])
-def test_layers_with_their_adapters(in_: int, outs: tuple[int, ...]) -> None:
+@pytest.mark.parametrize("way", ["panels", "ordered"])
+def test_layers_with_their_adapters(way: str, in_: int, outs: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
     """Layers that read one input, in one call: what each gives alone, and its adapters, of every kind and in tiles of any
     size, added to the rounded output."""
     torch.manual_seed(0)
     dtype, context = torch.bfloat16, ForwardContext()
     layers = [nn.Linear(in_, out, bias=number != 1).to(dtype) for number, out in enumerate(outs)]
-    buffer = WeightBuffer()
-    forwards = [LinearForward(layer, number, context, buffer) for number, layer in enumerate(layers)]
+    monkeypatch.setenv(FORCED, f"linear={way}")
+    forwards = [LinearForward(layer, number, context, pack=True) for number, layer in enumerate(layers)]
     x = torch.randn(1, 5, in_).to(dtype)
     for forward, layer in zip(forwards, layers, strict=True):
         assert torch.equal(forward(x), layer(x)), "outside of a step the layer is what it was"

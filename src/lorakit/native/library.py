@@ -30,9 +30,19 @@ class Obstacle(Exception):  # noqa: N818 - a reason, told in the log, not an err
     """Why the compiled loops cannot be had."""
 
 
-def _folder() -> Path:
+def cache_folder() -> Path:
+    """Where what is found or made once for this machine is kept."""
     root = os.environ.get("LORAKIT_CACHE") or os.environ.get("XDG_CACHE_HOME") or "~/.cache"
     return Path(root).expanduser() / "lorakit-native"
+
+
+@functools.cache
+def processor() -> str:
+    """The kind of processor and what it can do, in the system's words."""
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    named = (next((line for line in lines if line.startswith(word)), "") for word in ("model name", "flags"))
+    return " ".join((platform.machine(), *named))
 
 
 def compiled(source: Path) -> Path:
@@ -44,14 +54,10 @@ def compiled(source: Path) -> Path:
     if compiler is None:
         raise Obstacle("no C++ compiler was found (g++, clang++)")
     version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=False).stdout
-    processor = platform.machine()
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        processor += next((line for line in cpuinfo.read_text().splitlines() if line.startswith("flags")), "")
     headers = sorted(HEADERS.glob("*.h")) + sorted(source.parent.glob("*.h"))
     texts = [source.read_text(), *(header.read_text() for header in headers)]
-    key = hashlib.sha256("\n".join([*texts, version, processor, *FLAGS]).encode()).hexdigest()[:20]
-    target = _folder() / f"{source.stem}-{key}.so"
+    key = hashlib.sha256("\n".join([*texts, version, processor(), *FLAGS]).encode()).hexdigest()[:20]
+    target = cache_folder() / f"{source.stem}-{key}.so"
     if target.exists():
         return target
     try:

@@ -1,25 +1,34 @@
 """The linear layers of the serving model: each token's product with the weight, and with its own adapters.
 
-In bfloat16, weights are kept a second time in the order in which the loops read them (`linear.cpp`), and layers that read the
-same input (q, k and v; gate and up) are computed by one call: the first of them that the model calls computes all, the
-others hand out what is there. Where that is not to be had, the layer is computed by oneDNN over a weight that it has ordered
-for itself, or by the layer's own forward, and the adapters come after.
+In bfloat16, weights are kept a second time in the order in which they are read, and layers that read the same input (q, k and
+v; gate and up) are computed by one call: the first of them that the model calls computes all, the others hand out what is
+there. There are two ways: loops of our own (`linear.cpp`), which add the adapters in the same pass, and oneDNN over weights
+that it has ordered for itself, after which the adapters come. Which one a group takes is measured (`native/choice.py`). Where
+neither is to be had, the layer is computed by its own forward.
 """
 
 from __future__ import annotations
 
 import ctypes
+import functools
 import math
 from collections.abc import Callable, Iterable
-from typing import cast
+from typing import Protocol, cast
 
 import torch
 from torch import Tensor, nn
 
+from lorakit.native.choice import fastest
 from lorakit.serve.model import native
 from lorakit.serve.model.attention import ForwardContext
 from lorakit.serve.model.batch import Batch
 from lorakit.serve.model.product import adapt
+
+ROWS = (1, 8, 32, 128)
+"""Tokens of a step for which ways are compared: from one stream to a prompt."""
+
+TYPICAL = 32
+"""Tokens of a step that oneDNN orders weights for."""
 
 PANEL = 48
 """Outputs that lie together in a packed weight; `linear.cpp` is written for this number."""
@@ -68,31 +77,21 @@ class LinearForward:
         number: the layer's place in `linear_layers` of the model.
         tokens: how many tokens it saw in the last forward.
         input: what it was given in the last forward outside of a step.
-        panels: its weight as `linear.cpp` reads it, or None.
+        weight: its bfloat16 weight where that is to be ordered for the processor, or None.
         group: the layers that are computed together with it.
     """
 
-    def __init__(self, module: nn.Module, number: int, context: ForwardContext, buffer: WeightBuffer | None) -> None:
+    def __init__(self, module: nn.Module, number: int, context: ForwardContext, pack: bool) -> None:
         self.number, self.context, self.tokens = number, context, 0
         self.original: Callable[[Tensor], Tensor] = module.forward
         self.input: Tensor | None = None
         self.bias = cast("Tensor | None", getattr(module, "bias", None))
-        self.panels: Tensor | None = None
-        self.ordered: Tensor | None = None
+        self.weight: Tensor | None = None
         self.group: Group | None = None
         weight = cast(Tensor, module.weight)
-        if not (
-            buffer is not None
-            and type(module).forward is nn.Linear.forward
-            and type(weight) is nn.Parameter
-            and weight.dtype == torch.bfloat16
-        ):
-            return
-        self.out, self.width = weight.shape
-        if native.find("linear", weight.dtype) is not None and self.width % 2 == 0:
-            self.panels = pack_weight(weight.detach(), buffer)
-        elif torch.ops.mkldnn._is_mkldnn_bf16_supported():
-            self.ordered = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), None)
+        plain = type(module).forward is nn.Linear.forward and type(weight) is nn.Parameter
+        if pack and plain and weight.dtype == torch.bfloat16 and ways(weight.shape[1]):
+            self.weight = weight.detach()
 
     def __call__(self, x: Tensor) -> Tensor:
         context = self.context
@@ -105,37 +104,47 @@ class LinearForward:
         own = batch if batch.mixture is None or self.tokens == batch.row.shape[0] else batch.head
         if self.group is not None and x.dtype == torch.bfloat16:
             return self.group.output(self.number, x, own)
-        y: Tensor
-        if self.ordered is not None:
-            y = torch.ops.mkldnn._linear_pointwise(x, self.ordered, self.bias, "none", [], "")
-        else:
-            y = self.original(x)
+        y = self.original(x)
         if own.mixture is not None and own.mixture.touched[self.number]:
             adapt(own, self.number, x.view(-1, x.shape[-1]), y.view(-1, y.shape[-1]), context.compiled)
         return y
 
 
-class _Layer(ctypes.Structure):
-    _fields_ = [(name, ctypes.c_int64) for name in ("weight", "bias", "width", "out", "number")]
+def ways(width: int) -> list[str]:
+    """How layers with this many inputs can be computed over weights that were ordered before."""
+    panels = native.find("linear", torch.bfloat16) is not None and width % 2 == 0
+    ordered = torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return [name for name, there in (("panels", panels), ("ordered", ordered)) if there]
 
 
 class Group:
-    """Packed layers that read the same input, computed by the first that is asked for."""
+    """Layers that read the same input, computed by the first that is asked for."""
 
     def __init__(self, layers: list[LinearForward]) -> None:
-        self.numbers, self.outs = [layer.number for layer in layers], [layer.out for layer in layers]
+        self.numbers = [layer.number for layer in layers]
+        self.weights = [cast(Tensor, layer.weight) for layer in layers]
+        self.biases = [layer.bias for layer in layers]
+        self.outs = [weight.shape[0] for weight in self.weights]
         self.width = sum(self.outs)
-        self.tensors = [(layer.panels, layer.bias) for layer in layers]  # must live as long as their addresses
-        addresses = ([0 if tensor is None else tensor.data_ptr() for tensor in pair] for pair in self.tensors)
-        self.layers = (_Layer * len(layers))(
-            *(_Layer(*own, one.width, one.out, one.number) for own, one in zip(addresses, layers, strict=True))
-        )
-        self.address = ctypes.addressof(self.layers)
-        function = native.find("linear", torch.bfloat16)
-        assert function is not None
-        self.function = function
         self.input: Tensor | None = None
         self.outputs: dict[int, Tensor] = {}
+
+    def order(self, way: str, buffer: WeightBuffer) -> Product:
+        """A way to compute this group, with its weights in that way's order."""
+        made = Panels if way == "panels" else Ordered
+        return made(self.numbers, self.weights, self.biases, buffer)
+
+    def choose(self, buffer: WeightBuffer) -> None:
+        """Order the weights for the way that is the fastest here."""
+        inputs = self.weights[0].shape[1]
+
+        def cases(way: str) -> list[Callable[[], object]]:
+            product, most = self.order(way, WeightBuffer()), (1 << 30) // (self.width * inputs)
+            xs = [torch.ones(rows, inputs, dtype=torch.bfloat16) for rows in ROWS if rows == 1 or rows <= most]
+            return [functools.partial(product, x, None) for x in xs]
+
+        way = fastest("linear", (inputs, *self.outs), {way: functools.partial(cases, way) for way in ways(inputs)})
+        self.product = self.order(way, buffer)
 
     def output(self, number: int, x: Tensor, batch: Batch) -> Tensor:
         """One layer's output for x (..., tokens, in)."""
@@ -157,11 +166,49 @@ class Group:
 
     def compute(self, x: Tensor, batch: Batch) -> Tensor:
         """All layers' outputs for x (tokens, in), one after the other, each (tokens, out)."""
+        mixture = batch.mixture
+        touched = mixture is not None and any(mixture.touched[number] for number in self.numbers)
+        return self.product(x, batch if touched else None)
+
+
+class Product(Protocol):
+    """The outputs of a group's layers for x (tokens, in), one after the other, with what the adapters of a batch add."""
+
+    def __call__(self, x: Tensor, batch: Batch | None) -> Tensor: ...
+
+
+class _Layer(ctypes.Structure):
+    _fields_ = [(name, ctypes.c_int64) for name in ("weight", "bias", "width", "out", "number")]
+
+
+class Panels:
+    """By our own loops, adapters in the same pass."""
+
+    def __init__(
+        self, numbers: list[int], weights: list[Tensor], biases: list[Tensor | None], buffer: WeightBuffer
+    ) -> None:
+        self.width = sum(weight.shape[0] for weight in weights)
+        self.tensors = [pack_weight(weight, buffer) for weight in weights]
+        self.biases = biases  # both must live as long as their addresses
+        self.layers = (_Layer * len(weights))(
+            *(
+                _Layer(
+                    panels.data_ptr(), 0 if bias is None else bias.data_ptr(), weight.shape[1], weight.shape[0], number
+                )
+                for panels, bias, weight, number in zip(self.tensors, biases, weights, numbers, strict=True)
+            )
+        )
+        self.address = ctypes.addressof(self.layers)
+        function = native.find("linear", torch.bfloat16)
+        assert function is not None
+        self.function = function
+
+    def __call__(self, x: Tensor, batch: Batch | None) -> Tensor:
         x = x if x.stride(1) == 1 else x.contiguous()
         tokens = x.shape[0]
         block = x.new_empty(tokens * self.width)
-        mixture = batch.mixture
-        if mixture is not None and any(mixture.touched[number] for number in self.numbers):
+        adapters: tuple[int, ...] = (0,) * 8
+        if batch is not None and (mixture := batch.mixture) is not None:
             order, begins = batch.tiles_of_adapters
             # fmt: off
             adapters = (
@@ -169,21 +216,49 @@ class Group:
                 mixture.weights.data_ptr(), order.data_ptr(), begins.data_ptr(), begins.shape[0] - 1,
             )
             # fmt: on
-        else:
-            adapters = (0, 0, 0, 0, 0, 0, 0, 0)
-        self.function(self.address, len(self.outs), x.data_ptr(), x.stride(0), tokens, block.data_ptr(), *adapters)
+        self.function(self.address, len(self.layers), x.data_ptr(), x.stride(0), tokens, block.data_ptr(), *adapters)
         return block
 
 
+class Ordered:
+    """By oneDNN, all layers as one product over weights that it has ordered for itself; adapters after."""
+
+    def __init__(
+        self, numbers: list[int], weights: list[Tensor], biases: list[Tensor | None], buffer: WeightBuffer
+    ) -> None:
+        self.numbers, self.outs = numbers, [weight.shape[0] for weight in weights]
+        self.weight = torch.ops.mkldnn._reorder_linear_weight(
+            torch.cat(weights) if len(weights) > 1 else weights[0], TYPICAL
+        )
+        self.bias = None
+        if any(bias is not None for bias in biases):
+            own = [
+                weight.new_zeros(weight.shape[0]) if bias is None else bias
+                for weight, bias in zip(weights, biases, strict=True)
+            ]
+            self.bias = torch.cat(own)
+
+    def __call__(self, x: Tensor, batch: Batch | None) -> Tensor:
+        y: Tensor = torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
+        parts = y.split(self.outs, dim=1)
+        if batch is not None and (mixture := batch.mixture) is not None:
+            for number, part in zip(self.numbers, parts, strict=True):
+                if mixture.touched[number]:
+                    adapt(batch, number, x, part, compiled=True)
+        return y.flatten() if len(parts) == 1 else torch.cat([part.flatten() for part in parts])
+
+
 def join(layers: Iterable[LinearForward]) -> None:
-    """Make groups of the packed layers that were given the very same input in the last forward outside of a step."""
+    """Make groups of the layers to be ordered that were given the very same input in the last forward outside of a step."""
     groups: dict[int, list[LinearForward]] = {}
     for forward in layers:
-        if forward.panels is not None:
+        if forward.weight is not None:
             alone = forward.input is None  # an expert that saw nothing
             groups.setdefault(-forward.number - 1 if alone else id(forward.input), []).append(forward)
+    buffer = WeightBuffer()
     for members in groups.values():
         group = Group(members)
+        group.choose(buffer)
         for forward in members:
             forward.group = group
     for forward in layers:

@@ -21,7 +21,7 @@ from lorakit.serve.model import blocks, fused, native
 from lorakit.serve.model.attention import ForwardContext, serve_attention
 from lorakit.serve.model.batch import Batch, Run, assemble
 from lorakit.serve.model.cache import Cache, LayerShape, page_count
-from lorakit.serve.model.linear_layers import LinearForward, WeightBuffer, join
+from lorakit.serve.model.linear_layers import LinearForward, join
 from lorakit.serve.model.packed import linear_layers
 from lorakit.serve.request import Refused
 
@@ -54,9 +54,8 @@ class ServingModel:
         try:
             with torch.inference_mode():
                 expected = self._trial_of_the_model()
-                buffer = WeightBuffer() if pack and obstacle is None else None
                 for number, (path, module) in enumerate(linear_layers(model).items()):
-                    self._replace_forward(path, module, number, buffer)
+                    self._replace_forward(path, module, number, pack and obstacle is None)
                 for prompt in self._prompts()[:1]:  # who reads the same as whom
                     model(input_ids=torch.tensor([prompt], device=self.device), use_cache=False)
                 join(self.layers.values())
@@ -73,8 +72,8 @@ class ServingModel:
         if obstacle is not None:
             log.info("serve: without compiled loops: %s", obstacle)
 
-    def _replace_forward(self, path: str, module: nn.Module, number: int, buffer: WeightBuffer | None) -> None:
-        forward = self.layers[path] = LinearForward(module, number, self.context, buffer)
+    def _replace_forward(self, path: str, module: nn.Module, number: int, pack: bool) -> None:
+        forward = self.layers[path] = LinearForward(module, number, self.context, pack)
         module.forward = forward
         self._undo.append(lambda: module.__dict__.pop("forward", None))
 
