@@ -20,8 +20,9 @@ from __future__ import annotations
 
 import ast
 import copy
+import functools
 import inspect
-import textwrap
+import sys
 from collections.abc import Callable
 from typing import Any, cast
 
@@ -147,16 +148,34 @@ def _reads(kind: type[nn.Module]) -> set[str]:
     for owner in kind.__mro__:
         if owner.__module__.partition(".")[0] == "torch" or not issubclass(owner, nn.Module):
             continue
-        try:
-            tree = ast.parse(textwrap.dedent(inspect.getsource(owner)))
-        except (OSError, TypeError, SyntaxError):
-            continue
-        methods = [one for one in ast.walk(tree) if isinstance(one, ast.FunctionDef)]
-        for method in methods:
-            if not method.name.startswith(
+        tree = _classes(owner.__module__).get(owner.__qualname__)
+        for method in ast.walk(tree) if tree is not None else ():
+            if isinstance(method, ast.FunctionDef) and not method.name.startswith(
                 ("_init", "__init", "init_", "reset", "tie", "_tie", "get_", "set_", "resize")
             ):
                 found |= _read_in(method)
+    return found
+
+
+@functools.lru_cache(maxsize=8)
+def _classes(module: str) -> dict[str, ast.ClassDef]:
+    """The classes of a module by their qualified names. A file is parsed once for all of them: `inspect.getsource` of a class
+    would parse it again each time."""
+    try:
+        tree = ast.parse(inspect.getsource(sys.modules[module]))
+    except (OSError, TypeError, SyntaxError, KeyError):
+        return {}
+    found: dict[str, ast.ClassDef] = {}
+
+    def visit(node: ast.AST, prefix: str) -> None:
+        for child in ast.iter_child_nodes(node):
+            if isinstance(child, ast.ClassDef):
+                found[prefix + child.name] = child
+                visit(child, f"{prefix}{child.name}.")
+            elif isinstance(child, ast.stmt):
+                visit(child, f"{prefix}{child.name}.<locals>." if isinstance(child, ast.FunctionDef) else prefix)
+
+    visit(tree, "")
     return found
 
 
