@@ -398,7 +398,8 @@ def construct(case: Case, config: Any) -> nn.Module:
                 elif isinstance(module, nn.Embedding):
                     parameter.normal_(0, 0.5)
                 else:
-                    fan = parameter[0].numel() if parameter.ndim != 3 else parameter.shape[-1]
+                    stacked = parameter.ndim == 3 and not hasattr(module, "kernel_size")  # experts
+                    fan = parameter.shape[-1] if stacked else parameter[0].numel()
                     parameter.normal_(0, min(fan**-0.5, 0.5))
     return model
 
@@ -606,7 +607,8 @@ class Built:
     model: nn.Module
     call: dict[str, Any]
     way: str
-    config: Any
+    inside: bool = False
+    """What the model's parts give is its output here, since the whole gives choices."""
 
     def run(self, model: nn.Module | None = None) -> list[Tensor]:
         """The floating tensors of the model's output, from one seed."""
@@ -614,7 +616,17 @@ class Built:
         torch.manual_seed(3)
         dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
         call = {k: v.to(dtype) if isinstance(v, Tensor) and v.is_floating_point() else v for k, v in self.call.items()}
-        return tensors_of(model(**call))
+        if not self.inside:
+            return tensors_of(model(**call))
+        found: list[Tensor] = []
+        parts = [part for name, part in model.named_modules() if name and name.count(".") < 2]
+        hooks = [part.register_forward_hook(lambda *given: found.extend(tensors_of(given[2]))) for part in parts]
+        try:
+            model(**call)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return found
 
 
 def build(case: Case) -> Built:
@@ -639,7 +651,7 @@ def build(case: Case) -> Built:
         ran = True
         call = _answered(model, problems, way)
         if call is not None:
-            return Built(model, call, way, small)
+            return Built(model, call, way)
     raise CannotBuildError(("forward: " if ran else "") + "; ".join(problems))
 
 

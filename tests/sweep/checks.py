@@ -6,7 +6,11 @@ import copy
 import tempfile
 import time
 import traceback
+import warnings
+import zlib
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,7 +19,7 @@ from torch import Tensor, nn
 import lorakit as lk
 from lorakit.adapter.coverage import coverage
 from lorakit.core.injection import ties
-from lorakit.core.layout import Bare, Expert
+from lorakit.core.layout import Expert
 from lorakit.core.walking import walk
 from sweep.builder import Built, CannotBuildError, Case, build
 
@@ -23,7 +27,9 @@ TOLERANCE = 2e-4
 """Largest difference in float32, relative to the largest number of the output. A model that is further off is tried again
 in float64, where the rounding of a deep stack of random layers is out of the way, and within TOLERANCE / 100."""
 
-OUTCOMES = ("passed", "refused", "cannot be built", "base fails", "files of experts", "WRONG", "CRASH")
+Run = Callable[[], list[Tensor]]
+
+OUTCOMES = ("passed", "refused", "cannot be built", "base fails", "WRONG", "CRASH")
 
 
 @dataclass
@@ -38,6 +44,9 @@ class Result:
         share: of the matrix numbers, between 0 and 1.
         left: kind of weight that is not reached -> its share.
         unused: layers that this forward does not call, or experts that no token went to.
+        inside: the output is choices (codes, indices), so that what the model's parts give is compared.
+        peft: begins with "equal" where PEFT loads the file and gives the same output, else what it says.
+        back: the same for a file that PEFT has written and lorakit loads, for a share of the models.
     """
 
     model: str
@@ -52,6 +61,9 @@ class Result:
     left: dict[str, float] = field(default_factory=dict)
     said: dict[str, str] = field(default_factory=dict)
     unused: list[str] = field(default_factory=list)
+    inside: bool = False
+    peft: str = ""
+    back: str = ""
     seconds: float = 0.0
 
     def as_data(self) -> dict[str, Any]:
@@ -92,8 +104,24 @@ def check(case: Case) -> Result:
     return result
 
 
+class UnmovedError(WrongError):
+    """Random adapter values leave the output as it was."""
+
+
 def held(built: Built, result: Result) -> None:
     """Every law on one built model; raises WrongError with the first that does not hold."""
+    try:
+        _held(built, result)
+    except UnmovedError:
+        if built.inside:
+            raise
+        lk.detach(built.model)
+        built.inside = result.inside = True
+        result.unused.clear()
+        _held(built, result)
+
+
+def _held(built: Built, result: Result) -> None:
     model = built.model.requires_grad_(False)  # torch multiplies otherwise where a weight has a gradient
     fresh = copy.deepcopy(model)
     with torch.no_grad():
@@ -113,14 +141,9 @@ def held(built: Built, result: Result) -> None:
     with torch.no_grad():
         beside = built.run()
         if set(adapter.layers) - set(result.unused) and differs(base, beside, 0.0) is None:
-            raise WrongError("random adapter values change nothing")
+            raise UnmovedError("random adapter values change nothing")
         merged_agrees(built, beside)
-        try:
-            files(built, adapter, fresh, beside)
-        except lk.LorakitError as problem:
-            if not any(isinstance(site.layout, Expert | Bare) for _, site, _ in adapter.deltas()):
-                raise
-            result.outcome, result.reason = "files of experts", str(problem)
+        files(built, adapter, fresh, beside, result)
         lk.detach(model)
         require(base, built.run(), 0.0, "detach does not give the base back")
     if classes != {path: type(module) for path, module in model.named_modules()}:
@@ -162,26 +185,33 @@ def require(first: list[Tensor], second: list[Tensor], tolerance: float, words: 
         raise WrongError(f"{words} (relative difference {found:.1e})")
 
 
-def merged_agrees(built: Built, beside: list[Tensor]) -> None:
-    """LAW: beside = merged, in float32, or in float64 where rounding is amplified or changes a choice."""
-    with lk.merged(built.model, "sweep"):
-        merged = built.run()
-    found = differs(beside, merged, TOLERANCE)
+def apart(models: list[nn.Module], known: list[Tensor], first: Run, second: Run) -> float | None:
+    """The relative difference of two runs; None where they agree in float32, or in float64 where rounding is amplified or
+    changes a choice. `known` is what `first` gives in float32."""
+    found = differs(known, second(), TOLERANCE)
     if found is None:
-        return
-    model = built.model.double()
+        return None
     try:
-        try:
-            exact = built.run()
-            with lk.merged(model, "sweep"):
-                merged = built.run()
-        except Exception:  # the model computes in float32 somewhere
-            raise WrongError(
-                f"beside and merged differ (relative difference {found:.1e}; float64 does not run)"
-            ) from None
-        require(exact, merged, max(TOLERANCE / 100, 1e-6), "beside and merged differ")
+        for model in models:
+            model.double()
+        return differs(first(), second(), max(TOLERANCE / 100, 1e-6))
+    except Exception:  # the model computes in float32 somewhere
+        return found
     finally:
-        built.model.float()
+        for model in models:
+            model.float()
+
+
+def merged_agrees(built: Built, beside: list[Tensor]) -> None:
+    """LAW: beside = merged."""
+
+    def merged() -> list[Tensor]:
+        with lk.merged(built.model, "sweep"):
+            return built.run()
+
+    found = apart([built.model], beside, built.run, merged)
+    if found is not None:
+        raise WrongError(f"beside and merged differ (relative difference {found:.1e})")
 
 
 def gradients(built: Built, adapter: lk.Adapter, result: Result) -> None:
@@ -241,11 +271,62 @@ def _has_gradient(parameter: Tensor) -> bool:
     return parameter.grad is not None and bool(parameter.grad.abs().max() > 0)
 
 
-def files(built: Built, adapter: lk.Adapter, fresh: nn.Module, beside: list[Tensor]) -> None:
-    """LAW: saved and loaded onto a fresh model, it gives the same output."""
+def files(built: Built, adapter: lk.Adapter, fresh: nn.Module, beside: list[Tensor], result: Result) -> None:
+    """LAW: saved and loaded onto a fresh model, it gives the same output, by lorakit and by PEFT."""
     with tempfile.TemporaryDirectory() as folder:
         path = adapter.save(folder + "/saved")
         lk.load(fresh, path, name="read")
-        lk.activate(fresh, "read")
         require(beside, built.run(fresh), 1e-6, "saved and loaded, it gives another output")
         lk.detach(fresh)
+        read = [layer for layer in adapter.layers.values() if layer.read]
+        if read:  # PEFT's layers act where they are called, and these are not
+            for layer in read:
+                for delta in layer.deltas_of(adapter.name).values():
+                    for parameter in delta.parameters():
+                        parameter.zero_()
+            path, beside = adapter.save(folder + "/called"), built.run()
+        oracle(built, path, fresh, beside, result)
+        if read and result.peft == "equal":
+            names = sorted({f"`{layer.path.rpartition('.')[2]}`" for layer in read})
+            result.peft += f" but for {', '.join(names)}, whose weights the model reads: PEFT's change does not act there"
+
+
+SHARE = 4
+"""Of the models whose file PEFT loads, one in so many is tried with a file of PEFT's."""
+
+
+def oracle(built: Built, path: Path, fresh: nn.Module, beside: list[Tensor], result: Result) -> None:
+    """LAW: PEFT gives the same output with the file, and lorakit with a file of PEFT's. `fresh` is a base that PEFT may keep.
+
+    What PEFT refuses, or says that it leaves out, is kept in words."""
+    import peft
+
+    try:
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            theirs = peft.PeftModel.from_pretrained(fresh, path).eval()
+        left = next((str(one.message) for one in said if "adapter keys" in str(one.message)), "")
+    except Exception as problem:  # whatever PEFT does not take
+        result.peft = f"{type(problem).__name__}: {' '.join(str(problem).split())}"[:200]
+        return
+    if left:
+        result.peft = f"leaves out: {left}"[:200]
+        return
+    models = [built.model, fresh]
+    found = apart(models, beside, built.run, lambda: built.run(fresh))
+    if found is not None:
+        raise WrongError(f"PEFT gives another output with the file (relative difference {found:.1e})")
+    result.peft = "equal"
+    if zlib.crc32(result.model.encode()) % SHARE:
+        return
+    generator = torch.Generator().manual_seed(6)
+    for name, parameter in theirs.named_parameters():
+        if "lora_" in name and parameter.any():  # what was left at zero stays so
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.3 * parameter.shape[-1] ** -0.5)
+    theirs.save_pretrained(str(path.parent / "theirs"), save_embedding_layers=False)
+    lk.load(built.model, path.parent / "theirs", name="theirs")
+    found = apart(models, built.run(fresh), lambda: built.run(fresh), built.run)
+    lk.detach(built.model, "theirs")
+    if found is not None:
+        raise WrongError(f"a file of PEFT's gives another output (relative difference {found:.1e})")
+    result.back = "equal"
