@@ -22,6 +22,7 @@ from lorakit.core.injection import ties
 from lorakit.core.layout import Expert
 from lorakit.core.walking import walk
 from sweep.builder import Built, CannotBuildError, Case, build
+from sweep.others import LIBRARIES, build_other
 
 TOLERANCE = 2e-4
 """Largest difference in float32, relative to the largest number of the output. A model that is further off is tried again
@@ -78,7 +79,7 @@ def check(case: Case) -> Result:
     """Build one model and hold it to everything; nothing is raised but what ends a process."""
     result, begun = Result(case.name, case.model_type, case.head), time.perf_counter()
     try:
-        built = build(case)
+        built = build_other(case) if case.model_type in LIBRARIES else build(case)
         result.way, result.parameters = built.way, sum(p.numel() for p in built.model.parameters())
         held(built, result)
     except CannotBuildError as problem:
@@ -129,11 +130,11 @@ def _held(built: Built, result: Result) -> None:
         if differs(base, built.run(), 0.0) is not None:
             raise CannotBuildError("forward: two runs from one seed differ")
     classes = {path: type(module) for path, module in model.named_modules()}
-    adapter = lk.attach(model, lk.LoRA(rank=2), name="sweep", target_modules="all-linear")
+    adapter = attached(model, result)
     found = coverage(model, adapter.layers)
     result.layers, result.share = len(adapter.layers), round(found.share, 4)
     result.left = {kind: round(count / found.total, 4) for kind, count in found.left.items()}
-    result.said = dict(found.reasons)
+    result.said |= found.reasons
     with torch.no_grad():
         require(base, built.run(), 0.0, "the start differs from the base")
     randomise(adapter)
@@ -148,6 +149,18 @@ def _held(built: Built, result: Result) -> None:
         require(base, built.run(), 0.0, "detach does not give the base back")
     if classes != {path: type(module) for path, module in model.named_modules()}:
         raise WrongError("detach leaves other modules behind")
+
+
+def attached(model: nn.Module, result: Result) -> lk.Adapter:
+    """A LoRA on all linear layers; in a model without any, on its convolutions by name."""
+    convolutions = [path for path, module in walk(model) if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d)]
+    try:
+        return lk.attach(model, lk.LoRA(rank=2), name="sweep", target_modules="all-linear")
+    except lk.LorakitError as problem:
+        if "found no such linear layer" not in str(problem) or not convolutions:
+            raise
+    result.said["all-linear"] = "finds no linear layer; convolutions are adapted by name"
+    return lk.attach(model, lk.LoRA(rank=2), name="sweep", target_modules=convolutions)
 
 
 def randomise(adapter: lk.Adapter, seed: int = 5) -> None:
@@ -278,24 +291,16 @@ def files(built: Built, adapter: lk.Adapter, fresh: nn.Module, beside: list[Tens
         lk.load(fresh, path, name="read")
         require(beside, built.run(fresh), 1e-6, "saved and loaded, it gives another output")
         lk.detach(fresh)
-        read = [layer for layer in adapter.layers.values() if layer.read]
-        if read:  # PEFT's layers act where they are called, and these are not
-            for layer in read:
-                for delta in layer.deltas_of(adapter.name).values():
-                    for parameter in delta.parameters():
-                        parameter.zero_()
-            path, beside = adapter.save(folder + "/called"), built.run()
-        oracle(built, path, fresh, beside, result)
-        if read and result.peft == "equal":
-            names = sorted({f"`{layer.path.rpartition('.')[2]}`" for layer in read})
-            result.peft += f" but for {', '.join(names)}, whose weights the model reads: PEFT's change does not act there"
+        oracle(built, adapter, path, fresh, beside, result)
 
 
 SHARE = 4
 """Of the models whose file PEFT loads, one in so many is tried with a file of PEFT's."""
 
 
-def oracle(built: Built, path: Path, fresh: nn.Module, beside: list[Tensor], result: Result) -> None:
+def oracle(
+    built: Built, adapter: lk.Adapter, path: Path, fresh: nn.Module, beside: list[Tensor], result: Result
+) -> None:
     """LAW: PEFT gives the same output with the file, and lorakit with a file of PEFT's. `fresh` is a base that PEFT may keep.
 
     What PEFT refuses, or says that it leaves out, is kept in words."""
@@ -314,9 +319,19 @@ def oracle(built: Built, path: Path, fresh: nn.Module, beside: list[Tensor], res
         return
     models = [built.model, fresh]
     found = apart(models, beside, built.run, lambda: built.run(fresh))
+    read = {place: layer for place, layer in adapter.layers.items() if layer.read}
+    if found is not None and read:  # PEFT's layers act where they are called, and some of these are not
+        ours = [
+            p for layer in read.values() for delta in layer.deltas_of(adapter.name).values() for p in delta.parameters()
+        ]
+        for parameter in [*ours, *(p for name, p in fresh.named_parameters() if name.partition(".lora_")[0] in read)]:
+            parameter.zero_()
+        found = apart(models, built.run(), built.run, lambda: built.run(fresh))
+        result.peft = " but for " + ", ".join(sorted({f"`{place.rpartition('.')[2]}`" for place in read}))
+        result.peft += ", whose weights the model reads: PEFT's change does not act there"
     if found is not None:
         raise WrongError(f"PEFT gives another output with the file (relative difference {found:.1e})")
-    result.peft = "equal"
+    result.peft = "equal" + result.peft
     if zlib.crc32(result.model.encode()) % SHARE:
         return
     generator = torch.Generator().manual_seed(6)

@@ -26,7 +26,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from sweep import checks
-from sweep.builder import Case, cases, default_config
+from sweep.builder import Case, cases
+from sweep.others import other_cases
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 OUTPUT = ROOT / "benchmarks" / "results" / "sweep.json"
@@ -152,23 +153,18 @@ def table(results: dict[str, Any]) -> str:
 
 def census() -> list[tuple[float, str, str]]:
     """Share that all-linear reaches in every causal architecture at its default sizes, on the meta device, few layers."""
-    import torch
-    import transformers
 
     from lorakit.adapter.coverage import coverage
     from lorakit.adapter.targets import Targets, select
     from lorakit.errors import LorakitError
-    from sweep.builder import small_depth
+    from sweep.builder import full_size
 
     found: list[tuple[float, str, str]] = []
     for case in cases():
         if case.head != "causal_lm":
             continue
         try:
-            config = default_config(case)
-            small_depth(config)
-            with torch.device("meta"):
-                model = getattr(transformers, case.name)(config)
+            model = full_size(case)
         except Exception as problem:
             found.append((-1.0, case.name, f"not built: {type(problem).__name__}: {problem}"[:120]))
             continue
@@ -204,7 +200,7 @@ def main() -> int:
         built = [share for share, _, _ in found if share >= 0]
         print(f"{sum(share >= 0.95 for share in built)} of {len(built)} causal models: 95% or more")
         return 0
-    chosen = cases()
+    chosen = [*cases(), *other_cases()]
     if given.only:
         chosen = [case for case in chosen if re.search(given.only, case.name) or re.search(given.only, case.model_type)]
     if given.shard:
