@@ -17,9 +17,10 @@ import torch
 from torch import Tensor, nn
 
 import lorakit as lk
-from lorakit.adapter.coverage import coverage
+from lorakit.adapter.coverage import Coverage, coverage, kind_of
 from lorakit.core.injection import ties
 from lorakit.core.layout import Expert
+from lorakit.core.sites import sites_of
 from lorakit.core.walking import walk
 from sweep.builder import Built, CannotBuildError, Case, build
 from sweep.others import LIBRARIES, build_other
@@ -43,7 +44,7 @@ class Result:
         way: how the configuration was shrunk.
         parameters, layers: of the model; adapted by all-linear.
         share: of the matrix numbers, between 0 and 1.
-        left: kind of weight that is not reached -> its share.
+        left: kind of weight that is not reached -> its share; why: reason -> the share of all such kinds.
         unused: layers that this forward does not call, or experts that no token went to.
         inside: the output is choices (codes, indices), so that what the model's parts give is compared.
         peft: begins with "equal" where PEFT loads the file and gives the same output, else what it says.
@@ -60,6 +61,7 @@ class Result:
     layers: int = 0
     share: float = 0.0
     left: dict[str, float] = field(default_factory=dict)
+    why: dict[str, float] = field(default_factory=dict)
     said: dict[str, str] = field(default_factory=dict)
     unused: list[str] = field(default_factory=list)
     inside: bool = False
@@ -134,6 +136,8 @@ def _held(built: Built, result: Result) -> None:
     found = coverage(model, adapter.layers)
     result.layers, result.share = len(adapter.layers), round(found.share, 4)
     result.left = {kind: round(count / found.total, 4) for kind, count in found.left.items()}
+    for kind, reason in why_left(model, found).items():
+        result.why[reason] = round(result.why.get(reason, 0) + found.left[kind] / found.total, 4)
     result.said |= found.reasons
     with torch.no_grad():
         require(base, built.run(), 0.0, "the start differs from the base")
@@ -149,6 +153,36 @@ def _held(built: Built, result: Result) -> None:
         require(base, built.run(), 0.0, "detach does not give the base back")
     if classes != {path: type(module) for path, module in model.named_modules()}:
         raise WrongError("detach leaves other modules behind")
+
+
+def why_left(model: nn.Module, found: Coverage) -> dict[str, str]:
+    """Kind of weight that an adapter does not reach -> the reason."""
+    reasons: dict[str, str] = {}
+    for path, module in walk(model):
+        name = type(module).__name__
+        try:
+            sites = sites_of(module)
+        except lk.LorakitError:
+            sites, name = [], "a weight that is computed at each call"
+        for parameter in module._parameters:
+            kind = kind_of(f"{path}.{parameter}")
+            if kind not in found.left or kind in reasons:
+                continue
+            if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d):
+                reasons[kind] = "a convolution, to be named"
+            elif isinstance(module, nn.modules.conv._ConvTransposeNd):
+                reasons[kind] = "a transposed convolution"
+            elif isinstance(module, nn.RNNBase | nn.RNNCellBase):
+                reasons[kind] = "a recurrent layer of torch"
+            elif isinstance(module, torch.nn.utils.parametrize.ParametrizationList) or name.startswith("a weight"):
+                reasons[kind] = "a weight that is computed at each call"
+            elif not sites:
+                reasons[kind] = f"a parameter that `{name}` multiplies by itself"
+            elif sites[0].named_only:
+                reasons[kind] = f"`{name}` has a forward of its own; to be named"
+            else:
+                reasons[kind] = f"`{name}`: not said"
+    return {kind: reasons.get(kind, "not said") for kind in found.left}
 
 
 def attached(model: nn.Module, result: Result) -> lk.Adapter:

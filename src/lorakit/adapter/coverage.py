@@ -70,10 +70,15 @@ def coverage(model: nn.Module, paths: Iterable[str]) -> Coverage:
             if path in wanted:
                 reached += size
             else:
-                kind = re.sub(r"\.\d+(?=\.|$)", ".N", f"{path}.{name}" if path else name)
+                kind = kind_of(f"{path}.{name}" if path else name)
                 left[kind] = left.get(kind, 0) + size
         seen |= {id(parameter) for parameter in module._parameters.values()}
     return Coverage(reached, total, left, reasons)
+
+
+def kind_of(name: str) -> str:
+    """A weight's name without the numbers of its blocks."""
+    return re.sub(r"\.\d+(?=\.|$)", ".N", name)
 
 
 def _reachable(module: nn.Module) -> tuple[list[Site], str]:
