@@ -184,6 +184,23 @@ def small_depth(config: Any) -> None:
             setattr(config, name, min(value, 6))
 
 
+def full_size(case: Case) -> nn.Module:
+    """A model with the sizes of its default configuration on the meta device: few layers, or all where a few do not build."""
+    problem: Exception | None = None
+    for few, filled in itertools.product((True, False), (False, True)):
+        try:
+            config = default_config(case)
+            if filled:
+                _filled(config)
+            if few:
+                small_depth(config)
+            return on_meta(getattr(transformers, case.name), config)
+        except Exception as one:  # another way may do
+            problem = problem or one
+    assert problem is not None
+    raise problem
+
+
 def shrink(config: Any, way: str) -> Any:
     """A copy of a configuration with small sizes; `way` is "names", "divided" by a power of two, or "layers" alone."""
     config = copy.deepcopy(config)
@@ -305,12 +322,40 @@ def _filled(config: Any) -> None:
         "out_indices": [1, 2, 3, 4],
         "mask_token_id": 5,
         "pad_token_id": 0,
+        "n_shared_experts": 1,
+        "indexer_compress_ratio": 4,
+        "clip_qkv": 8.0,
+        "indexer_budget": 16,
     }
     for name, value in list(values.items()):
         if isinstance(value, PreTrainedConfig):
             _filled(value)
         elif value is None and given.get(name) is not None:
             setattr(config, name, given[name])
+
+
+_LACKING = {"rope_theta": 10000.0, "num_key_value_heads": 4, "shared_expert_intermediate_size": 32}
+"""What some classes forget to set, and real checkpoints give."""
+
+
+def _mended(config: Any, problem: Exception) -> bool:
+    """Whether what a configuration lacks, by the error that a model raised, could be given to it, in place."""
+    found = re.fullmatch(r"'(\w+)' object has no attribute '(\w+)'", str(problem))
+    kind, name = found.groups() if found else ("", "")
+    values = vars(config)
+    if type(config).__name__ == kind and name in _LACKING:
+        setattr(config, name, _LACKING[name])
+        return True
+    rope = values.get("rope_parameters")
+    types = sorted(set(values.get("layer_types") or ()))
+    if (
+        isinstance(problem, KeyError) and problem.args[0] in types and isinstance(rope, dict)
+    ):  # one entry per layer type
+        config.rope_parameters = {
+            one: rope.get(one) or {"rope_type": "default", "rope_theta": 10000.0} for one in types
+        }
+        return any(one not in rope for one in types)
+    return any(_mended(value, problem) for value in values.values() if isinstance(value, PreTrainedConfig))
 
 
 def _sections(config: Any) -> None:
@@ -379,15 +424,30 @@ def default_config(case: Case) -> Any:
 # -- models ----------------------------------------------------------------------------------------------------------------
 
 
+def on_meta(kind: Any, config: Any) -> nn.Module:
+    """A model without numbers; what its configuration lacks is mended in place."""
+    for _ in range(3):
+        try:
+            with torch.device("meta"):
+                return kind(copy.deepcopy(config))
+        except Exception as problem:
+            if not _mended(config, problem):
+                raise
+    raise CannotBuildError("its configuration lacks more than can be mended")
+
+
 def construct(case: Case, config: Any) -> nn.Module:
     """The model, with all its numbers drawn anew so that every part matters; LIMIT is checked on the meta device first."""
     kind = getattr(transformers, case.name)
-    with torch.device("meta"):
-        count = sum(p.numel() for p in kind(copy.deepcopy(config)).parameters())
+    count = sum(p.numel() for p in on_meta(kind, config).parameters())
     if count > LIMIT:
         raise CannotBuildError(f"{count:,} parameters")
     torch.manual_seed(0)
-    model = kind(copy.deepcopy(config)).float().eval()
+    return draw_anew(kind(copy.deepcopy(config)).float().eval())
+
+
+def draw_anew(model: nn.Module) -> nn.Module:
+    """The model, with numbers under which every part of it matters."""
     with torch.no_grad():
         for module in model.modules():
             for parameter in module._parameters.values():
@@ -398,9 +458,20 @@ def construct(case: Case, config: Any) -> nn.Module:
                 elif isinstance(module, nn.Embedding):
                     parameter.normal_(0, 0.5)
                 else:
-                    fan = parameter[0].numel() if parameter.ndim != 3 else parameter.shape[-1]
+                    stacked = parameter.ndim == 3 and not hasattr(module, "kernel_size")  # experts
+                    fan = parameter.shape[-1] if stacked else parameter[0].numel()
                     parameter.normal_(0, min(fan**-0.5, 0.5))
     return model
+
+
+class Draw:
+    """Random tensors from one seed."""
+
+    def __init__(self, seed: int) -> None:
+        self.generator = torch.Generator().manual_seed(seed)
+
+    def normal(self, *shape: int) -> Tensor:
+        return torch.randn(*shape, generator=self.generator)
 
 
 class Inputs:
@@ -606,7 +677,8 @@ class Built:
     model: nn.Module
     call: dict[str, Any]
     way: str
-    config: Any
+    inside: bool = False
+    """What the model's parts give is its output here, since the whole gives choices."""
 
     def run(self, model: nn.Module | None = None) -> list[Tensor]:
         """The floating tensors of the model's output, from one seed."""
@@ -614,7 +686,17 @@ class Built:
         torch.manual_seed(3)
         dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
         call = {k: v.to(dtype) if isinstance(v, Tensor) and v.is_floating_point() else v for k, v in self.call.items()}
-        return tensors_of(model(**call))
+        if not self.inside:
+            return tensors_of(model(**call))
+        found: list[Tensor] = []
+        parts = [part for name, part in model.named_modules() if name and name.count(".") < 2]
+        hooks = [part.register_forward_hook(lambda *given: found.extend(tensors_of(given[2]))) for part in parts]
+        try:
+            model(**call)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return found
 
 
 def build(case: Case) -> Built:
@@ -628,18 +710,18 @@ def build(case: Case) -> Built:
     try:
         config = default_config(case)
     except Exception as problem:
-        raise CannotBuildError(f"configuration: {_short(problem)}") from problem
+        raise CannotBuildError(f"configuration: {short(problem)}") from problem
     for way in WAYS:
         try:
             small = shrink(config, way)
             model = construct(case, small)
         except Exception as problem:
-            problems.append(f"{way}: {_short(problem)}")
+            problems.append(f"{way}: {short(problem)}")
             continue
         ran = True
         call = _answered(model, problems, way)
         if call is not None:
-            return Built(model, call, way, small)
+            return Built(model, call, way)
     raise CannotBuildError(("forward: " if ran else "") + "; ".join(problems))
 
 
@@ -657,7 +739,7 @@ def _answered(model: nn.Module, problems: list[str], way: str) -> dict[str, Any]
                     return call
                 first = first or "the output has no numbers"
             except Exception as problem:
-                first = first or f"{_short(problem)} ({', '.join(call)})"
+                first = first or f"{short(problem)} ({', '.join(call)})"
                 again = inputs.with_images(call, str(problem))
             if again is None:
                 break
@@ -666,5 +748,5 @@ def _answered(model: nn.Module, problems: list[str], way: str) -> dict[str, Any]
     return None
 
 
-def _short(problem: BaseException) -> str:
+def short(problem: BaseException) -> str:
     return f"{type(problem).__name__}: {' '.join(str(problem).split())}"[:160]

@@ -6,24 +6,32 @@ import copy
 import tempfile
 import time
 import traceback
+import warnings
+import zlib
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 import lorakit as lk
-from lorakit.adapter.coverage import coverage
+from lorakit.adapter.coverage import Coverage, coverage, kind_of
 from lorakit.core.injection import ties
-from lorakit.core.layout import Bare, Expert
+from lorakit.core.layout import Expert
+from lorakit.core.sites import sites_of
 from lorakit.core.walking import walk
 from sweep.builder import Built, CannotBuildError, Case, build
+from sweep.others import LIBRARIES, build_other
 
 TOLERANCE = 2e-4
 """Largest difference in float32, relative to the largest number of the output. A model that is further off is tried again
 in float64, where the rounding of a deep stack of random layers is out of the way, and within TOLERANCE / 100."""
 
-OUTCOMES = ("passed", "refused", "cannot be built", "base fails", "files of experts", "WRONG", "CRASH")
+Run = Callable[[], list[Tensor]]
+
+OUTCOMES = ("passed", "refused", "cannot be built", "base fails", "WRONG", "CRASH")
 
 
 @dataclass
@@ -36,8 +44,11 @@ class Result:
         way: how the configuration was shrunk.
         parameters, layers: of the model; adapted by all-linear.
         share: of the matrix numbers, between 0 and 1.
-        left: kind of weight that is not reached -> its share.
+        left: kind of weight that is not reached -> its share; why: reason -> the share of all such kinds.
         unused: layers that this forward does not call, or experts that no token went to.
+        inside: the output is choices (codes, indices), so that what the model's parts give is compared.
+        peft: begins with "equal" where PEFT loads the file and gives the same output, else what it says.
+        back: the same for a file that PEFT has written and lorakit loads, for a share of the models.
     """
 
     model: str
@@ -50,8 +61,12 @@ class Result:
     layers: int = 0
     share: float = 0.0
     left: dict[str, float] = field(default_factory=dict)
+    why: dict[str, float] = field(default_factory=dict)
     said: dict[str, str] = field(default_factory=dict)
     unused: list[str] = field(default_factory=list)
+    inside: bool = False
+    peft: str = ""
+    back: str = ""
     seconds: float = 0.0
 
     def as_data(self) -> dict[str, Any]:
@@ -66,7 +81,7 @@ def check(case: Case) -> Result:
     """Build one model and hold it to everything; nothing is raised but what ends a process."""
     result, begun = Result(case.name, case.model_type, case.head), time.perf_counter()
     try:
-        built = build(case)
+        built = build_other(case) if case.model_type in LIBRARIES else build(case)
         result.way, result.parameters = built.way, sum(p.numel() for p in built.model.parameters())
         held(built, result)
     except CannotBuildError as problem:
@@ -92,8 +107,24 @@ def check(case: Case) -> Result:
     return result
 
 
+class UnmovedError(WrongError):
+    """Random adapter values leave the output as it was."""
+
+
 def held(built: Built, result: Result) -> None:
     """Every law on one built model; raises WrongError with the first that does not hold."""
+    try:
+        _held(built, result)
+    except UnmovedError:
+        if built.inside:
+            raise
+        lk.detach(built.model)
+        built.inside = result.inside = True
+        result.unused.clear()
+        _held(built, result)
+
+
+def _held(built: Built, result: Result) -> None:
     model = built.model.requires_grad_(False)  # torch multiplies otherwise where a weight has a gradient
     fresh = copy.deepcopy(model)
     with torch.no_grad():
@@ -101,11 +132,13 @@ def held(built: Built, result: Result) -> None:
         if differs(base, built.run(), 0.0) is not None:
             raise CannotBuildError("forward: two runs from one seed differ")
     classes = {path: type(module) for path, module in model.named_modules()}
-    adapter = lk.attach(model, lk.LoRA(rank=2), name="sweep", target_modules="all-linear")
+    adapter = attached(model, result)
     found = coverage(model, adapter.layers)
     result.layers, result.share = len(adapter.layers), round(found.share, 4)
     result.left = {kind: round(count / found.total, 4) for kind, count in found.left.items()}
-    result.said = dict(found.reasons)
+    for kind, reason in why_left(model, found).items():
+        result.why[reason] = round(result.why.get(reason, 0) + found.left[kind] / found.total, 4)
+    result.said |= found.reasons
     with torch.no_grad():
         require(base, built.run(), 0.0, "the start differs from the base")
     randomise(adapter)
@@ -113,18 +146,55 @@ def held(built: Built, result: Result) -> None:
     with torch.no_grad():
         beside = built.run()
         if set(adapter.layers) - set(result.unused) and differs(base, beside, 0.0) is None:
-            raise WrongError("random adapter values change nothing")
+            raise UnmovedError("random adapter values change nothing")
         merged_agrees(built, beside)
-        try:
-            files(built, adapter, fresh, beside)
-        except lk.LorakitError as problem:
-            if not any(isinstance(site.layout, Expert | Bare) for _, site, _ in adapter.deltas()):
-                raise
-            result.outcome, result.reason = "files of experts", str(problem)
+        files(built, adapter, fresh, beside, result)
         lk.detach(model)
         require(base, built.run(), 0.0, "detach does not give the base back")
     if classes != {path: type(module) for path, module in model.named_modules()}:
         raise WrongError("detach leaves other modules behind")
+
+
+def why_left(model: nn.Module, found: Coverage) -> dict[str, str]:
+    """Kind of weight that an adapter does not reach -> the reason."""
+    reasons: dict[str, str] = {}
+    for path, module in walk(model):
+        name = type(module).__name__
+        try:
+            sites = sites_of(module)
+        except lk.LorakitError:
+            sites, name = [], "a weight that is computed at each call"
+        for parameter in module._parameters:
+            kind = kind_of(f"{path}.{parameter}")
+            if kind not in found.left or kind in reasons:
+                continue
+            if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d):
+                reasons[kind] = "a convolution, to be named"
+            elif isinstance(module, nn.modules.conv._ConvTransposeNd):
+                reasons[kind] = "a transposed convolution"
+            elif isinstance(module, nn.RNNBase | nn.RNNCellBase):
+                reasons[kind] = "a recurrent layer of torch"
+            elif isinstance(module, torch.nn.utils.parametrize.ParametrizationList) or name.startswith("a weight"):
+                reasons[kind] = "a weight that is computed at each call"
+            elif not sites:
+                reasons[kind] = f"a parameter that `{name}` multiplies by itself"
+            elif sites[0].named_only:
+                reasons[kind] = f"`{name}` has a forward of its own; to be named"
+            else:
+                reasons[kind] = f"`{name}`: not said"
+    return {kind: reasons.get(kind, "not said") for kind in found.left}
+
+
+def attached(model: nn.Module, result: Result) -> lk.Adapter:
+    """A LoRA on all linear layers; in a model without any, on its convolutions by name."""
+    convolutions = [path for path, module in walk(model) if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d)]
+    try:
+        return lk.attach(model, lk.LoRA(rank=2), name="sweep", target_modules="all-linear")
+    except lk.LorakitError as problem:
+        if "found no such linear layer" not in str(problem) or not convolutions:
+            raise
+    result.said["all-linear"] = "finds no linear layer; convolutions are adapted by name"
+    return lk.attach(model, lk.LoRA(rank=2), name="sweep", target_modules=convolutions)
 
 
 def randomise(adapter: lk.Adapter, seed: int = 5) -> None:
@@ -162,26 +232,33 @@ def require(first: list[Tensor], second: list[Tensor], tolerance: float, words: 
         raise WrongError(f"{words} (relative difference {found:.1e})")
 
 
-def merged_agrees(built: Built, beside: list[Tensor]) -> None:
-    """LAW: beside = merged, in float32, or in float64 where rounding is amplified or changes a choice."""
-    with lk.merged(built.model, "sweep"):
-        merged = built.run()
-    found = differs(beside, merged, TOLERANCE)
+def apart(models: list[nn.Module], known: list[Tensor], first: Run, second: Run) -> float | None:
+    """The relative difference of two runs; None where they agree in float32, or in float64 where rounding is amplified or
+    changes a choice. `known` is what `first` gives in float32."""
+    found = differs(known, second(), TOLERANCE)
     if found is None:
-        return
-    model = built.model.double()
+        return None
     try:
-        try:
-            exact = built.run()
-            with lk.merged(model, "sweep"):
-                merged = built.run()
-        except Exception:  # the model computes in float32 somewhere
-            raise WrongError(
-                f"beside and merged differ (relative difference {found:.1e}; float64 does not run)"
-            ) from None
-        require(exact, merged, max(TOLERANCE / 100, 1e-6), "beside and merged differ")
+        for model in models:
+            model.double()
+        return differs(first(), second(), max(TOLERANCE / 100, 1e-6))
+    except Exception:  # the model computes in float32 somewhere
+        return found
     finally:
-        built.model.float()
+        for model in models:
+            model.float()
+
+
+def merged_agrees(built: Built, beside: list[Tensor]) -> None:
+    """LAW: beside = merged."""
+
+    def merged() -> list[Tensor]:
+        with lk.merged(built.model, "sweep"):
+            return built.run()
+
+    found = apart([built.model], beside, built.run, merged)
+    if found is not None:
+        raise WrongError(f"beside and merged differ (relative difference {found:.1e})")
 
 
 def gradients(built: Built, adapter: lk.Adapter, result: Result) -> None:
@@ -241,11 +318,64 @@ def _has_gradient(parameter: Tensor) -> bool:
     return parameter.grad is not None and bool(parameter.grad.abs().max() > 0)
 
 
-def files(built: Built, adapter: lk.Adapter, fresh: nn.Module, beside: list[Tensor]) -> None:
-    """LAW: saved and loaded onto a fresh model, it gives the same output."""
+def files(built: Built, adapter: lk.Adapter, fresh: nn.Module, beside: list[Tensor], result: Result) -> None:
+    """LAW: saved and loaded onto a fresh model, it gives the same output, by lorakit and by PEFT."""
     with tempfile.TemporaryDirectory() as folder:
         path = adapter.save(folder + "/saved")
         lk.load(fresh, path, name="read")
-        lk.activate(fresh, "read")
         require(beside, built.run(fresh), 1e-6, "saved and loaded, it gives another output")
         lk.detach(fresh)
+        oracle(built, adapter, path, fresh, beside, result)
+
+
+SHARE = 4
+"""Of the models whose file PEFT loads, one in so many is tried with a file of PEFT's."""
+
+
+def oracle(
+    built: Built, adapter: lk.Adapter, path: Path, fresh: nn.Module, beside: list[Tensor], result: Result
+) -> None:
+    """LAW: PEFT gives the same output with the file, and lorakit with a file of PEFT's. `fresh` is a base that PEFT may keep.
+
+    What PEFT refuses, or says that it leaves out, is kept in words."""
+    import peft
+
+    try:
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            theirs = peft.PeftModel.from_pretrained(fresh, path).eval()
+        left = next((str(one.message) for one in said if "adapter keys" in str(one.message)), "")
+    except Exception as problem:  # whatever PEFT does not take
+        result.peft = f"{type(problem).__name__}: {' '.join(str(problem).split())}"[:200]
+        return
+    if left:
+        result.peft = f"leaves out: {left}"[:200]
+        return
+    models = [built.model, fresh]
+    found = apart(models, beside, built.run, lambda: built.run(fresh))
+    read = {place: layer for place, layer in adapter.layers.items() if layer.read}
+    if found is not None and read:  # PEFT's layers act where they are called, and some of these are not
+        ours = [
+            p for layer in read.values() for delta in layer.deltas_of(adapter.name).values() for p in delta.parameters()
+        ]
+        for parameter in [*ours, *(p for name, p in fresh.named_parameters() if name.partition(".lora_")[0] in read)]:
+            parameter.zero_()
+        found = apart(models, built.run(), built.run, lambda: built.run(fresh))
+        result.peft = " but for " + ", ".join(sorted({f"`{place.rpartition('.')[2]}`" for place in read}))
+        result.peft += ", whose weights the model reads: PEFT's change does not act there"
+    if found is not None:
+        raise WrongError(f"PEFT gives another output with the file (relative difference {found:.1e})")
+    result.peft = "equal" + result.peft
+    if zlib.crc32(result.model.encode()) % SHARE:
+        return
+    generator = torch.Generator().manual_seed(6)
+    for name, parameter in theirs.named_parameters():
+        if "lora_" in name and parameter.any():  # what was left at zero stays so
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.3 * parameter.shape[-1] ** -0.5)
+    theirs.save_pretrained(str(path.parent / "theirs"), save_embedding_layers=False)
+    lk.load(built.model, path.parent / "theirs", name="theirs")
+    found = apart(models, built.run(fresh), lambda: built.run(fresh), built.run)
+    lk.detach(built.model, "theirs")
+    if found is not None:
+        raise WrongError(f"a file of PEFT's gives another output (relative difference {found:.1e})")
+    result.back = "equal"

@@ -26,7 +26,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from sweep import checks
-from sweep.builder import Case, cases, default_config
+from sweep.builder import Case, cases
+from sweep.others import missing, other_cases
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 OUTPUT = ROOT / "benchmarks" / "results" / "sweep.json"
@@ -103,28 +104,56 @@ def _note(results: dict[str, Any], result: dict[str, Any]) -> None:
         print(f"{result['outcome']:16} {result['model']}: {result['reason'][:300]}", flush=True)
 
 
-def write(results: dict[str, Any], output: Path) -> None:
-    """The results with the table of the page, whole or not at all."""
+def write(results: dict[str, Any], output: Path, census: list[dict[str, Any]] | None = None) -> None:
+    """The results with the text of the page, whole or not at all; an earlier census is kept."""
     output.parent.mkdir(parents=True, exist_ok=True)
     temporary = output.with_suffix(".part")
-    record = {"markdown": table(results), "models": dict(sorted(results.items()))}
+    if census is None and output.is_file():
+        census = json.loads(output.read_text()).get("census")
+    census = census or []
+    text = "\n".join(
+        [*_headline(results), *_heads(results), *_limits(results), *_untried(results), *_census_page(census)]
+    )
+    record = {"markdown": text, "census": census, "models": dict(sorted(results.items()))}
     temporary.write_text(json.dumps(record, indent=1) + "\n")
     temporary.replace(output)
 
 
-def table(results: dict[str, Any]) -> str:
-    """The table of the page: one line per head, and every model that is refused or fails, with its reason."""
+# -- the page --------------------------------------------------------------------------------------------------------------
+
+UNTRIED = ("cannot be built", "base fails")
+
+
+def _with(results: dict[str, Any], *outcomes: str) -> list[dict[str, Any]]:
+    return [one for _, one in sorted(results.items()) if one["outcome"] in outcomes]
+
+
+def _headline(results: dict[str, Any]) -> list[str]:
+    import peft
     import torch
     import transformers
 
-    tried = [one for one in results.values() if one["outcome"] not in ("cannot be built", "base fails")]
-    passed = [one for one in tried if one["outcome"] == "passed"]
-    lines = [
-        f"**All holds in {len(passed)} of the {len(tried)} model classes** that could be built small and run, out of "
-        f"{len(results)} tried (transformers {transformers.__version__}, torch {torch.__version__}).",
+    passed, tried = _with(results, "passed"), len(results) - len(_with(results, *UNTRIED))
+    equal = [one for one in passed if one["peft"].startswith("equal")]
+    but = [one for one in equal if one["peft"] != "equal"]
+    back = sum(one["back"] == "equal" for one in passed)
+    absent = missing()
+    return [
+        f"**All holds in {len(passed)} of the {tried} model classes** that could be built small and run, out of "
+        f"{len(results)} (transformers {transformers.__version__}, torch {torch.__version__}"
+        + (f"; not installed here, so not among them: {', '.join(absent)})." if absent else ")."),
         "",
-        "| head | " + " | ".join(checks.OUTCOMES) + " | adapted share, median |",
-        "|---" * (len(checks.OUTCOMES) + 2) + "|",
+        f"PEFT {peft.__version__} loads the file that lorakit writes and gives the same output in {len(equal)} of these "
+        f"{len(passed)}, in {len(but)} of them but for layers whose weights the model reads; of a random share of {back}, a "
+        "file that PEFT writes gives the same output in lorakit.",
+        "",
+    ]
+
+
+def _heads(results: dict[str, Any]) -> list[str]:
+    lines = [
+        "| head | " + " | ".join(checks.OUTCOMES) + " | as PEFT | adapted share, median |",
+        "|---" * (len(checks.OUTCOMES) + 3) + "|",
     ]
     for head in sorted({one["head"] for one in results.values()}):
         own = [one for one in results.values() if one["head"] == head]
@@ -132,56 +161,140 @@ def table(results: dict[str, Any]) -> str:
         shares = sorted(one["share"] for one in own if one["outcome"] == "passed")
         middle = f"{shares[len(shares) // 2]:.1%}" if shares else "-"
         cells = " | ".join(str(counts[outcome] or "") for outcome in checks.OUTCOMES)
-        lines.append(f"| {head.replace('_', ' ')} | {cells} | {middle} |")
-    named = [one for one in tried if one["outcome"] != "passed"]
+        equal = sum(one["peft"].startswith("equal") for one in own)
+        lines.append(f"| {head.replace('_', ' ')} | {cells} | {equal or ''} | {middle} |")
+    return lines
+
+
+def _limits(results: dict[str, Any]) -> list[str]:
+    """What is wrong, refused, left out, or not taken by PEFT, by name."""
+    named, passed = _with(results, "WRONG", "CRASH", "refused"), _with(results, "passed")
+    lines: list[str] = []
     if named:
         lines += ["", "| model | outcome | reason |", "|---|---|---|"]
-        for one in sorted(named, key=lambda one: (one["outcome"], one["model"])):
-            reason = re.sub(r"[|<>]", " ", one["reason"])[:200]
-            lines.append(f"| `{one['model']}` | {one['outcome']} | {reason} |")
-    low = [one for one in passed if one["share"] < 0.95]
-    if low:
-        lines += ["", "Passed with less than 95% of the matrix numbers adapted by `all-linear`:", ""]
-        lines += ["| model | share | left out |", "|---|---|---|"]
-        for one in sorted(low, key=lambda one: one["share"]):
-            most = sorted(one["left"].items(), key=lambda item: -item[1])[:3]
-            words = ", ".join(f"`{kind}` {share:.1%}" for kind, share in most)
+        lines += [f"| `{one['model']}` | {one['outcome']} | {_clean(one['reason'])} |" for one in named]
+    reasons: dict[str, list[str]] = {}
+    for one in passed:
+        for reason, share in one["why"].items():
+            if share >= 0.001:
+                reasons.setdefault(reason, []).append(f"`{one['model']}` {share:.1%}")
+    if reasons:
+        lines += [
+            "",
+            "What `all-linear` leaves out, with the share of the matrix numbers (0.1% or more; small models have small blocks, so "
+            "that their stems weigh more than at full size):",
+            "",
+            "| reason | models | which |",
+            "|---|---|---|",
+        ]
+        for reason, models in sorted(reasons.items(), key=lambda item: -len(item[1])):
+            lines.append(f"| {reason} | {len(models)} | {_some(models)} |")
+    words: dict[str, list[str]] = {}
+    for one in passed:
+        if one["peft"] != "equal":
+            words.setdefault(_kind_of_problem(one["peft"]), []).append(f"`{one['model']}`")
+    if words:
+        lines += [
+            "",
+            "What PEFT does not take, or takes otherwise:",
+            "",
+            "| in PEFT's words | models | which |",
+            "|---|---|---|",
+        ]
+        for reason, models in sorted(words.items(), key=lambda item: -len(item[1])):
+            lines.append(f"| {reason} | {len(models)} | {_some(models)} |")
+    inside = [f"`{one['model']}`" for one in passed if one["inside"]]
+    if inside:
+        lines += ["", f"The output is choices, so that what the parts give is compared: {', '.join(inside)}."]
+    return lines
+
+
+def _untried(results: dict[str, Any]) -> list[str]:
+    words: dict[tuple[str, str], list[str]] = {}
+    for one in _with(results, *UNTRIED):
+        words.setdefault((one["outcome"], _kind_of_problem(one["reason"])), []).append(f"`{one['model']}`")
+    if not words:
+        return []
+    lines = [
+        "",
+        "Not tried, since the builder finds no small model that runs:",
+        "",
+        "| outcome | reason | models |",
+        "|---|---|---|",
+    ]
+    for (outcome, reason), models in sorted(words.items(), key=lambda item: (item[0][0], -len(item[1]))):
+        lines.append(f"| {outcome} | {reason} | {_some(models, 12)} |")
+    return lines
+
+
+def _clean(words: str) -> str:
+    return re.sub(r"[|<>{}\[\]*_`]", " ", " ".join(words.split()))[:160].strip()
+
+
+def _kind_of_problem(words: str) -> str:
+    """The first sentence of a reason, without what differs from model to model."""
+    words = words.partition(": ")[2] if words.startswith(("names: ", "heads kept: ")) else words
+    words = re.sub(r"\(.*", "", words.partition("; ")[0].partition(". ")[0])
+    words = re.sub(r"\b\w*(Model|For\w+|Loss|Backbone)\b", "…", words)
+    return _clean(re.sub(r"[\d,.]*\d", "N", words))
+
+
+def _some(models: list[str], most: int = 40) -> str:
+    return ", ".join(models[:most]) + (f" and {len(models) - most} more" if len(models) > most else "")
+
+
+def _census_page(found: list[dict[str, Any]]) -> list[str]:
+    built = [one for one in found if one["share"] is not None]
+    if not built:
+        return []
+    enough = sum(one["share"] >= 0.95 for one in built)
+    lines = [
+        "",
+        "## At full size",
+        "",
+        f"**`all-linear` reaches 95% or more of the matrix numbers in {enough} of {len(built)} causal architectures** with the "
+        "sizes of their default configurations, few layers. Those of which it leaves out 0.1% or more, and what:",
+        "",
+        "| model | share | left out |",
+        "|---|---|---|",
+    ]
+    for one in sorted(built, key=lambda one: one["share"]):
+        left = [(kind, share, reason) for kind, share, reason in one["left"] if share >= 0.001]
+        if left:
+            words = "; ".join(f"`{kind}` {share:.1%}: {reason}" for kind, share, reason in left)
             lines.append(f"| `{one['model']}` | {one['share']:.1%} | {words} |")
-    return "\n".join(lines)
+    for one in found:
+        if one["share"] is None:
+            lines.append(f"| `{one['model']}` | not built | {_clean(one['reason'])} |")
+    return lines
 
 
-def census() -> list[tuple[float, str, str]]:
-    """Share that all-linear reaches in every causal architecture at its default sizes, on the meta device, few layers."""
-    import torch
-    import transformers
-
+def census() -> list[dict[str, Any]]:
+    """Share that all-linear reaches in every causal architecture at its default sizes, on the meta device, few layers, and
+    what it leaves out: (kind of weight, share, reason)."""
     from lorakit.adapter.coverage import coverage
     from lorakit.adapter.targets import Targets, select
     from lorakit.errors import LorakitError
-    from sweep.builder import small_depth
+    from sweep.builder import full_size
 
-    found: list[tuple[float, str, str]] = []
+    found: list[dict[str, Any]] = []
     for case in cases():
         if case.head != "causal_lm":
             continue
         try:
-            config = default_config(case)
-            small_depth(config)
-            with torch.device("meta"):
-                model = getattr(transformers, case.name)(config)
-        except Exception as problem:
-            found.append((-1.0, case.name, f"not built: {type(problem).__name__}: {problem}"[:120]))
-            continue
-        try:
+            model = full_size(case)
             reached = coverage(model, select(model, Targets()))
-        except LorakitError as problem:
-            found.append((0.0, case.name, str(problem)))
+        except Exception as problem:
+            share = 0.0 if isinstance(problem, LorakitError) else None
+            found.append(
+                {"model": case.name, "share": share, "left": [], "reason": f"{type(problem).__name__}: {problem}"}
+            )
             continue
-        most = sorted(reached.left.items(), key=lambda item: -item[1])[:6]
-        said = "; ".join(f"{ending}: {reason}" for ending, reason in reached.reasons.items())
-        words = ", ".join(f"{kind} {count / reached.total:.1%}" for kind, count in most)
-        found.append((reached.share, case.name, words + (f" ({said})" if said else "")))
-    return sorted(found)
+        reasons = checks.why_left(model, reached)
+        left = sorted(reached.left.items(), key=lambda item: -item[1])
+        left = [(kind, round(count / reached.total, 5), reasons[kind]) for kind, count in left]
+        found.append({"model": case.name, "share": round(reached.share, 5), "left": left, "reason": ""})
+    return found
 
 
 def main() -> int:
@@ -193,18 +306,17 @@ def main() -> int:
     parser.add_argument("--again", help="outcomes to check again, e.g. WRONG,CRASH, or all")
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="models at a time")
     parser.add_argument("--limit", type=float, default=90, help="seconds per model")
-    parser.add_argument("--census", action="store_true", help="only the share of matrix numbers in causal models")
+    parser.add_argument(
+        "--census", action="store_true", help="only the share of matrix numbers in causal models at full size"
+    )
     given = parser.parse_args()
     _quiet()
     if given.census:
         found = census()
-        for share, name, words in found:
-            if share < 0.95:
-                print(f"{share:7.1%} {name}: {words}" if share >= 0 else f"        {name}: {words}")
-        built = [share for share, _, _ in found if share >= 0]
-        print(f"{sum(share >= 0.95 for share in built)} of {len(built)} causal models: 95% or more")
+        write(json.loads(given.output.read_text())["models"] if given.output.is_file() else {}, given.output, found)
+        print("\n".join(_census_page(found)))
         return 0
-    chosen = cases()
+    chosen = [*cases(), *other_cases()]
     if given.only:
         chosen = [case for case in chosen if re.search(given.only, case.name) or re.search(given.only, case.model_type)]
     if given.shard:
@@ -220,6 +332,8 @@ def main() -> int:
         }
         write(record["models"], given.output)
     results = sweep(chosen, given.output, given.workers, given.limit)
+    if not (given.only or given.shard):
+        write(results, given.output, census())
     counts = Counter(results[case.name]["outcome"] for case in chosen if case.name in results)
     print(", ".join(f"{count} {outcome}" for outcome, count in counts.most_common()))
     return 1 if counts["WRONG"] or counts["CRASH"] else 0

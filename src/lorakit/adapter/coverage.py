@@ -11,6 +11,7 @@ from typing import cast
 from torch import nn
 
 from lorakit.adapter.targets import Targets, head_paths
+from lorakit.core.known import multiplied_by
 from lorakit.core.layer import Adapted
 from lorakit.core.layout import Site
 from lorakit.core.sites import sites_of
@@ -22,7 +23,8 @@ log = logging.getLogger("lorakit")
 
 @dataclass(frozen=True)
 class Coverage:
-    """Matrix numbers: those of weights with two axes or more, input and output embeddings left out.
+    """Matrix numbers: those of weights with two axes or more by which the model multiplies, so without tables that are
+    looked up or added; input and output embeddings left out.
 
     Attributes:
         reached: numbers in matrices that the adapter changes or replaces.
@@ -68,10 +70,15 @@ def coverage(model: nn.Module, paths: Iterable[str]) -> Coverage:
             if path in wanted:
                 reached += size
             else:
-                kind = re.sub(r"\.\d+(?=\.|$)", ".N", f"{path}.{name}" if path else name)
+                kind = kind_of(f"{path}.{name}" if path else name)
                 left[kind] = left.get(kind, 0) + size
         seen |= {id(parameter) for parameter in module._parameters.values()}
     return Coverage(reached, total, left, reasons)
+
+
+def kind_of(name: str) -> str:
+    """A weight's name without the numbers of its blocks."""
+    return re.sub(r"\.\d+(?=\.|$)", ".N", name)
 
 
 def _reachable(module: nn.Module) -> tuple[list[Site], str]:
@@ -90,9 +97,10 @@ def _matrices(module: nn.Module, sites: list[Site], *known: set[int]) -> list[tu
         own = id(getattr(module, site.weight, None))
         if not any(own in ids for ids in known):
             sizes[site.weight] = sizes.get(site.weight, 0) + site.layout.shape.out * site.layout.shape.in_
+    multiplied = multiplied_by(type(module))
     for name, parameter in module._parameters.items():
         bare = parameter is not None and parameter.ndim > 1 and not any(id(parameter) in ids for ids in known)
-        if bare and not any(site.weight == name for site in sites):
+        if bare and not any(site.weight == name for site in sites) and (multiplied is None or name in multiplied):
             sizes[name] = cast(nn.Parameter, parameter).numel()
     return list(sizes.items())
 

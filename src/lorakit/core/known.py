@@ -20,8 +20,9 @@ from __future__ import annotations
 
 import ast
 import copy
+import functools
 import inspect
-import textwrap
+import sys
 from collections.abc import Callable
 from typing import Any, cast
 
@@ -147,16 +148,34 @@ def _reads(kind: type[nn.Module]) -> set[str]:
     for owner in kind.__mro__:
         if owner.__module__.partition(".")[0] == "torch" or not issubclass(owner, nn.Module):
             continue
-        try:
-            tree = ast.parse(textwrap.dedent(inspect.getsource(owner)))
-        except (OSError, TypeError, SyntaxError):
-            continue
-        methods = [one for one in ast.walk(tree) if isinstance(one, ast.FunctionDef)]
-        for method in methods:
-            if not method.name.startswith(
+        tree = _classes(owner.__module__).get(owner.__qualname__)
+        for method in ast.walk(tree) if tree is not None else ():
+            if isinstance(method, ast.FunctionDef) and not method.name.startswith(
                 ("_init", "__init", "init_", "reset", "tie", "_tie", "get_", "set_", "resize")
             ):
                 found |= _read_in(method)
+    return found
+
+
+@functools.lru_cache(maxsize=8)
+def _classes(module: str) -> dict[str, ast.ClassDef]:
+    """The classes of a module by their qualified names. A file is parsed once for all of them: `inspect.getsource` of a class
+    would parse it again each time."""
+    try:
+        tree = ast.parse(inspect.getsource(sys.modules[module]))
+    except (OSError, TypeError, SyntaxError, KeyError):
+        return {}
+    found: dict[str, ast.ClassDef] = {}
+
+    def visit(node: ast.AST, prefix: str) -> None:
+        for child in ast.iter_child_nodes(node):
+            if isinstance(child, ast.ClassDef):
+                found[prefix + child.name] = child
+                visit(child, f"{prefix}{child.name}.")
+            elif isinstance(child, ast.stmt):
+                visit(child, f"{prefix}{child.name}.<locals>." if isinstance(child, ast.FunctionDef) else prefix)
+
+    visit(tree, "")
     return found
 
 
@@ -183,3 +202,67 @@ def _read_in(method: ast.FunctionDef) -> set[str]:
         and isinstance(node.value.value, ast.Name)
         and node.value.value.id == "self"
     }
+
+
+# -- parameters that are multiplied ----------------------------------------------------------------------------------------
+
+_PRODUCTS = ("linear", "matmul", "mm", "einsum", "conv", "attention_forward")
+"""What is in the name of a function that multiplies by a matrix."""
+_VIEWS = frozenset(
+    {"T", "mT", "t", "transpose", "permute", "view", "reshape", "flatten", "unflatten", "squeeze", "unsqueeze", "expand",
+     "to", "float", "type_as", "contiguous"}
+)  # fmt: skip
+"""Attributes and methods of a tensor that give the same numbers."""
+
+
+def multiplied_by(kind: type[nn.Module]) -> frozenset[str] | None:
+    """The parameters (names of its attributes) that a class multiplies by itself, as matrices: operands of `@`, arguments of
+    linear, matmul and their kin. Tables that are looked up or added, and decays such as Mamba's A_log, are not among them.
+    None where the source does not tell: torch's own classes, and where there is none."""
+    if kind not in _MULTIPLIED:
+        trees = [
+            _classes(owner.__module__).get(owner.__qualname__)
+            for owner in kind.__mro__
+            if owner.__module__.partition(".")[0] != "torch" and issubclass(owner, nn.Module)
+        ]
+        methods = [
+            one for tree in trees if tree is not None for one in ast.walk(tree) if isinstance(one, ast.FunctionDef)
+        ]
+        _MULTIPLIED[kind] = frozenset().union(*map(_multiplied_in, methods)) if methods else None
+    return _MULTIPLIED[kind]
+
+
+_MULTIPLIED: dict[type[nn.Module], frozenset[str] | None] = {}
+
+
+def _multiplied_in(method: ast.FunctionDef) -> set[str]:
+    named: dict[str, str] = {}  # local variable -> the parameter that it is a view of
+
+    def parameter(node: ast.expr) -> str | None:
+        """The parameter of which an expression is a view."""
+        if isinstance(node, ast.Name):
+            return named.get(node.id)
+        if isinstance(node, ast.Attribute):
+            own = isinstance(node.value, ast.Name) and node.value.id == "self"
+            return node.attr if own else parameter(node.value) if node.attr in _VIEWS else None
+        if isinstance(node, ast.Call):
+            return parameter(node.func) if isinstance(node.func, ast.Attribute) and node.func.attr in _VIEWS else None
+        return parameter(node.value) if isinstance(node, ast.Subscript) else None
+
+    nodes = list(ast.walk(method))
+    for node in nodes:
+        if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
+            held = parameter(node.value)
+            if held is not None:
+                named[node.targets[0].id] = held
+    operands: list[ast.expr] = []
+    for node in nodes:
+        if isinstance(node, ast.BinOp) and isinstance(node.op, ast.MatMult):
+            operands += [node.left, node.right]
+        elif isinstance(node, ast.Call):
+            function = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
+            if any(word in function for word in _PRODUCTS):
+                added = function.startswith(("add", "baddb"))  # addmm, baddbmm: the first is a bias
+                operands += [*node.args[added:], *(one.value for one in node.keywords)]
+                operands += [node.func.value] if isinstance(node.func, ast.Attribute) else []
+    return {name for name in map(parameter, operands) if name is not None}

@@ -364,10 +364,10 @@ def config_of(adapter: Adapter, base: str | None = None) -> dict[str, Any]:
     specs = _specs(adapter, plain)
     common, patterns = _spread(adapter.method.pattern_fields, specs, functools.partial(_exact, specs))
     method = adapter.method.replace(**common) if common else adapter.method
-    modules, mixture = set(plain.values()), any(stacks_of(module) for _, module in walk(adapter.model))
+    modules = set(plain.values())
     bare = [name for name in specs if name not in modules]
-    if mixture and adapter.method.name == "lora":
-        bare += [f"{name}.weight" for name in specs if name.rpartition(".")[2] in _REWRITTEN]
+    if adapter.method.name == "lora" and _is_mixture(adapter.model):
+        bare += [f"{name}.weight" for name in specs if name in modules and name.rpartition(".")[2] in _REWRITTEN]
     layers = [name for name in specs if name in modules and f"{name}.weight" not in bare]
     config |= method_entries(method, target_modules(layers, adapter.model), adapter.targets.bias)
     if bare:
@@ -376,6 +376,14 @@ def config_of(adapter: Adapter, base: str | None = None) -> dict[str, Any]:
     for field, option in adapter.method.pattern_fields.items():
         config[option] = patterns.get(field, {})
     return {**config, **whole(adapter, specs)}
+
+
+def _is_mixture(model: nn.Module) -> bool:
+    """Whether a model is of a family with experts; PEFT rewrites names by the family, also where no block has any."""
+    configs = [getattr(model, "config", None)]
+    configs += [getattr(configs[0], "text_config", None)]
+    told = any("experts" in name for config in configs for name in getattr(config, "__dict__", ()))
+    return told or any(stacks_of(module) for _, module in walk(model))
 
 
 # -- the configuration, read -------------------------------------------------------------------------------------------------
