@@ -367,7 +367,7 @@ def config_of(adapter: Adapter, base: str | None = None) -> dict[str, Any]:
     modules, mixture = set(plain.values()), any(stacks_of(module) for _, module in walk(adapter.model))
     bare = [name for name in specs if name not in modules]
     if mixture and adapter.method.name == "lora":
-        bare += [f"{name}.weight" for name in specs if name.rpartition(".")[2] in _REWRITTEN]
+        bare += [f"{name}.weight" for name in specs if name in modules and name.rpartition(".")[2] in _REWRITTEN]
     layers = [name for name in specs if name in modules and f"{name}.weight" not in bare]
     config |= method_entries(method, target_modules(layers, adapter.model), adapter.targets.bias)
     if bare:
