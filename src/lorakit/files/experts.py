@@ -384,7 +384,7 @@ def _apart(found: Mapping[str, dict[str, Tensor]], stacks: dict[str, Stack], pat
         kind = EXPERT_MATRICES.get(name, name)
         if kind == "gate_up" and "gate_up" not in matrices and {"gate", "up"} & set(matrices):
             gates, ups = matrices.get("gate", {}), matrices.get("up", {})
-            result[name] = {e: _joined(gates.get(e), ups.get(e), stack) for e in sorted({*gates, *ups})}
+            result[name] = {e: joined(gates.get(e), ups.get(e), stack) for e in sorted({*gates, *ups})}
         elif kind in matrices:
             result[name] = matrices[kind]
     ranks = {name: {A.shape[0] for _, A in experts.values()} for name, experts in result.items()}
@@ -396,7 +396,7 @@ def _apart(found: Mapping[str, dict[str, Tensor]], stacks: dict[str, Stack], pat
     return result
 
 
-def _joined(gate: Pair | None, up: Pair | None, stack: Stack) -> Pair:
+def joined(gate: Pair | None, up: Pair | None, stack: Stack) -> Pair:
     """Gate and up of one expert as one pair for both: A's one upon the other, B block by block."""
     out = stack.layout.shape.out // 2
     halves = [pair for pair in (gate, up) if pair is not None]
@@ -418,6 +418,7 @@ __all__ = [
     "check_order",
     "in_stacks",
     "is_grouped",
+    "joined",
     "read_stacks",
     "stack_spec",
     "stack_tensors",
