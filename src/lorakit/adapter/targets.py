@@ -18,7 +18,7 @@ from torch import nn
 
 from lorakit.core.delta import Method
 from lorakit.core.layer import Adapted
-from lorakit.core.layout import Expert, Linear, Rows, Site
+from lorakit.core.layout import Bare, Expert, Linear, Rows, Site
 from lorakit.core.sites import sites_of
 from lorakit.core.stacks import stacked_sites
 from lorakit.core.walking import block_of, has_suffix, in_attention, value_for, walk
@@ -197,12 +197,17 @@ def select(model: nn.Module, targets: Targets) -> list[str]:
 
 
 def asked_sites(path: str, sites: list[Site], targets: Targets) -> list[Site]:
-    """The matrices of a chosen layer that are meant: all, or those of the parameters that are named (experts.down_proj)."""
+    """The matrices of a chosen layer that are meant: all, or those of the parameters or experts that are named
+    (experts.down_proj, experts.down_proj.3)."""
     wanted = targets.target_modules
-    if wanted in PRESETS or not any(isinstance(site.layout, Expert) for site in sites):
+    if wanted in PRESETS or not any(isinstance(site.layout, Expert | Bare) for site in sites) or _names(wanted, path):
         return sites
-    named = [site for site in sites if _names(wanted, f"{path}.{site.weight}")]
-    return sites if _names(wanted, path) or not named else named
+    return [site for site in sites if any(_names(wanted, name) for name in _own_names(path, site))] or sites
+
+
+def _own_names(path: str, site: Site) -> dict[str, None]:
+    """The names of a matrix that its module multiplies by itself: its parameter's, and its own."""
+    return dict.fromkeys((f"{path}.{site.weight}", site.place(path)))
 
 
 def _names(wanted: str | tuple[str, ...], path: str) -> bool:
@@ -213,18 +218,17 @@ def _names(wanted: str | tuple[str, ...], path: str) -> bool:
 
 
 def _stacks(modules: list[tuple[str, nn.Module]]) -> list[tuple[str, nn.Module, str]]:
-    """(path of its module, module, own path) of every parameter that a module multiplies by itself."""
+    """(path of its module, module, own path) of every parameter, and every expert, that a module multiplies by itself."""
     return [
-        (path, module, f"{path}.{weight}")
+        (path, module, name)
         for path, module in modules
-        for weight in dict.fromkeys(site.weight for site in stacked_sites(module))
+        for name in dict.fromkeys(name for site in stacked_sites(module) for name in _own_names(path, site))
     ]
 
 
 def _stacked_names(path: str, module: nn.Module) -> list[str]:
     """The names under which patterns give experts, and stacks of them, values of their own."""
-    sites = stacked_sites(module)
-    return [*dict.fromkeys(f"{path}.{site.weight}" for site in sites), *(site.place(path) for site in sites)]
+    return list(dict.fromkeys(name for site in stacked_sites(module) for name in _own_names(path, site)))
 
 
 def _part_names(paths: list[str], parts: Parts) -> list[str]:

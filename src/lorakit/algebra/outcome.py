@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
@@ -21,12 +21,14 @@ from lorakit.adapter.construction import build
 from lorakit.algebra.changes import Change, Cut
 from lorakit.algebra.sources import Live, Source, Stored
 from lorakit.core.delta import Method
-from lorakit.core.walking import as_patterns, walk
+from lorakit.core.walking import as_patterns, has_suffix, walk
+from lorakit.errors import LorakitError
 from lorakit.files.bundle import CONTENT, own_data, write_bundle
 from lorakit.files.folder import replace_folder
 from lorakit.files.formats import entries_of
-from lorakit.files.interchange import COMMON, PREFIX
+from lorakit.files.interchange import COMMON, PREFIX, asked_targets
 from lorakit.files.pairs import WHOLE
+from lorakit.files.stacked import MARKER, StackedPair
 from lorakit.methods import Full, LoRA
 
 
@@ -73,7 +75,10 @@ def report(cuts: Mapping[str, Cut], done: str, what: Mapping[str, Any], gone: Ma
 
 def method_for(cuts: Mapping[str, Cut]) -> tuple[Method, dict[str, Any]]:
     """The spec that holds these changes, and the patterns that give each place the rank that it has."""
-    ranks = {place: cut.change.rank for place, cut in cuts.items()}
+    return _method_of({place: cut.change.rank for place, cut in cuts.items()})
+
+
+def _method_of(ranks: Mapping[str, int | None]) -> tuple[Method, dict[str, Any]]:
     if any(rank is None for rank in ranks.values()):
         return Full(), {}
     common, exact = as_patterns({place: rank for place, rank in ranks.items() if rank is not None})
@@ -169,25 +174,76 @@ def _in_folder(
 ) -> Path:
     """A new folder of these changes: PEFT's two files, and lorakit.json where the first folder has one, whose base, task and
     the like are kept. `others` are tensors to write as they are."""
-    spec, patterns = method_for(cuts)
+    stacks = _stacks(given, cuts)
+    spec, patterns = _method_of(_ranks(cuts, stacks))
     named = {f"{option}_pattern": patterns.get(option, {}) for option in ("rank", "alpha")}
     tensors, whole = dict(others), isinstance(spec, Full)
-    for place, cut in cuts.items():
-        tensors.update(_packed(given, place, cut.change, whole))
+    inside = {place for _, experts in stacks for place in experts.values()}
+    for place in [place for place in cuts if place not in inside]:
+        tensors.update(_packed(given, place, cuts[place].change, whole))
+    modules = [stack.module for stack, _ in stacks]
+    for number, (stack, experts) in enumerate(stacks):
+        changes = {index: cuts[place].change for index, place in experts.items()}
+        tensors.update(_stacked(given, stack, changes, modules[number + 1 :].count(stack.module)))
     first = given[0].bundle
     config = {key: value for key, value in first.config.items() if key in COMMON}
     config |= entries_of(spec) | named
-    config["target_modules"] = _targets(given, cuts)
+    config["target_modules"] = _targets(given, cuts, inside)
     if config["target_modules"] != first.config.get("target_modules"):
         config |= dict.fromkeys(("exclude_modules", "layers_to_transform", "layers_pattern"))
     saved = dict.fromkeys(name for one in given for name in one.bundle.config.get("modules_to_save") or ())
     config["modules_to_save"] = list(saved) or None
+    if stacks:
+        config |= {"target_parameters": _parameters(given, stacks), **({} if first.own else MARKER)}
     own: dict[str, Any] = {}
     if first.own or whole:
         own = _own(given, spec, config, named, set(cuts), record)
     tensors = {key: tensor.contiguous() for key, tensor in tensors.items()}
     replace_folder(target, lambda fresh: write_bundle(fresh, config, tensors, own or None), CONTENT)
     return target
+
+
+def _stacks(given: Sequence[Stored], cuts: Mapping[str, Cut]) -> list[tuple[StackedPair, dict[int, str]]]:
+    """The stacks of the result, each with the places of its experts that have a change."""
+    found = []
+    for stack in {place: stack for one in reversed(given) for place, stack in one.stacks.items()}.values():
+        experts = {index: name for index in range(stack.count) if (name := stack.expert(index)) in cuts}
+        if not experts:
+            continue
+        whole = next((name for name in experts.values() if cuts[name].change.rank is None), None)
+        if whole is not None:
+            raise LorakitError(
+                f"{whole} has no factors in the result, and without the base model it is not known how this expert's whole "
+                "matrix lies. Give rank or energy; or lk.load the adapters and combine them on their model (--base)."
+            )
+        found.append((stack, experts))
+    return found
+
+
+def _ranks(cuts: Mapping[str, Cut], stacks: Sequence[tuple[StackedPair, Mapping[int, str]]]) -> dict[str, int | None]:
+    """The rank of every layer and of every stack, whose experts all have the largest of them in the file."""
+    ranks = {place: cut.change.rank for place, cut in cuts.items()}
+    for stack, experts in stacks:
+        ranks[stack.place] = max(cast(int, ranks.pop(place)) for place in experts.values())
+    return ranks
+
+
+def _stacked(
+    given: Sequence[Stored], stack: StackedPair, changes: Mapping[int, Change], depth: int
+) -> dict[str, Tensor]:
+    """A stack's tensors as the file has them, within `depth` other stacks of its module."""
+    one = next(one for one in given if stack.place in one.stacks)
+    dtype = one.bundle.tensors[one.pairs[stack.expert(0)][0]].dtype
+    pairs = {index: (cast(Tensor, change.A).to(dtype), change.B.to(dtype)) for index, change in changes.items()}
+    return stack.join(pairs, max(len(A) for A, _ in pairs.values()), depth)
+
+
+def _parameters(given: Sequence[Stored], stacks: Iterable[tuple[StackedPair, Any]]) -> list[str]:
+    """target_parameters of the result: the stacks that are left, and parameters that are one matrix."""
+    known = [place for one in given for place in one.stacks]
+    asked = [name for one in given for name in one.bundle.config.get("target_parameters") or ()]
+    others = [name for name in asked if not any(has_suffix(place, name) for place in known)]
+    return [*(stack.place for stack, _ in stacks), *dict.fromkeys(others)]
 
 
 def _packed(given: Sequence[Stored], place: str, change: Change, whole: bool) -> dict[str, Tensor]:
@@ -209,13 +265,18 @@ def _packed(given: Sequence[Stored], place: str, change: Change, whole: bool) ->
     }
 
 
-def _targets(given: Sequence[Stored], cuts: Mapping[str, Cut]) -> Any:
-    """The first folder's request where all ask for the same and nothing was left out; else every layer by its name."""
+def _same_places(given: Sequence[Stored], places: Iterable[str]) -> bool:
+    return set(places) == set(given[0].places())
+
+
+def _targets(given: Sequence[Stored], cuts: Mapping[str, Cut], inside: Collection[str]) -> Any:
+    """The first folder's request where all ask for the same and nothing was left out; else every layer by its name, without
+    the experts `inside` stacks."""
     asked = [one.bundle.config.get("target_modules") for one in given]
     alike = [sorted(value) if isinstance(value, list) else value for value in asked]
-    if set(cuts) == set(given[0].places()) and all(value == alike[0] for value in alike):
+    if _same_places(given, cuts) and all(value == alike[0] for value in alike):
         return asked[0]
-    return sorted({place.partition(".base_layer.")[0] for place in cuts})
+    return sorted({place.partition(".base_layer.")[0] for place in cuts if place not in inside})
 
 
 def _own(
@@ -233,12 +294,17 @@ def _own(
     targets = {key: asked[key] for key in asked if key == "layers_pattern" or not key.endswith("_pattern")}
     if targets.get("parts") and not isinstance(spec, Full):
         return {}  # parts of a fused layer are one pair in the file, and after this no longer apart: a plain LoRA of it
-    if not own or config["target_modules"] != given[0].bundle.config.get("target_modules"):
-        targets |= {"target_modules": config["target_modules"], **everywhere}
+    if (
+        not own
+        or not _same_places(given, places)
+        or config["target_modules"] != given[0].bundle.config.get("target_modules")
+    ):
+        named = asked_targets(config["target_modules"], config.get("target_parameters") or ())
+        targets |= {"target_modules": named if isinstance(named, str) else list(named), **everywhere}
     targets |= {"parts": {}, "modules_to_save": list(config.get("modules_to_save") or ())}
     targets |= {name: list(values.items()) for name, values in patterns.items()}
     prints = [one.base()["fingerprint"] for one in given]
-    same = places == set(given[0].places()) and all(
+    same = _same_places(given, places) and all(
         one and prints[0] and one["shapes"] == prints[0]["shapes"] for one in prints
     )
     # a fingerprint is over the adapted layers: it is the result's only where these are the same

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -23,6 +24,7 @@ from lorakit.files.bundle import TENSORS, read_bundle
 from lorakit.files.fingerprint import disagreement
 from lorakit.files.interchange import PREFIX, scale_in
 from lorakit.files.pairs import WHOLE, pair_of
+from lorakit.files.stacked import unstack
 from lorakit.init.calibration import Batch
 
 
@@ -195,7 +197,8 @@ class Stored(Source):
     """A folder of a LoRA or of whole matrices. All of it is read and checked at once; nothing in it is unknown.
 
     Attributes:
-        bundle: what the folder holds.
+        bundle: what the folder holds, with every expert's pair under a name of its own.
+        stacks: parameter -> the stack of experts that these pairs are in the file.
         pairs: place -> the names of A and B in the file.
         wholes: place -> the name of ΔW.
     """
@@ -212,6 +215,9 @@ class Stored(Source):
                 f"{verb}: {folder} holds {kind}, whose ΔW is not in the file but depends on the base model's layers. With its "
                 f"base: lk.load it and give the adapter; on the command line give --base."
             )
+        apart = unstack(self.bundle.tensors, self.bundle.config, f"{verb}: {where}", trusted=bool(self.bundle.own))
+        self.bundle = replace(self.bundle, tensors=apart.tensors, config=apart.config)
+        self.stacks = apart.stacks
         self.pairs: dict[str, tuple[str, str]] = {}
         self.wholes: dict[str, str] = {}
         self._replaced: dict[str, Tensor] = {}

@@ -12,10 +12,12 @@ from torch import Tensor
 
 from lorakit.conversion.content import Content, write_file
 from lorakit.conversion.description import Description, Layer
+from lorakit.conversion.experts import unsplit
 from lorakit.conversion.names import COMPONENTS, Names
 from lorakit.errors import LorakitError
 from lorakit.methods import DoRA
 
+_MERGE = " Merge the adapter into its base (lorakit merge); PEFT's format, mlx and gguf have names for experts."
 LINEAR, CONVOLUTION, EMBEDDING = "linear", "convolution", "embedding"
 
 
@@ -79,10 +81,16 @@ class Format:
                 "adapter's model is none. Say which part it is (--component), or convert to lycoris."
             )
         for _, path, layer in description.layers():
+            if unsplit(path):
+                raise LorakitError(
+                    f"convert: {path} is an expert's matrix as one model holds it, and {self.name} has gate, up and down apart "
+                    "or no names for experts. With --base (a folder with config.json, or a name on the hub) a LoRA can be "
+                    "taken apart; else merge the adapter into its base (lorakit merge)."
+                )
             if layer.layout.kind not in self.kinds:
                 raise LorakitError(
                     f"convert: {path} is a layer of kind {layer.layout.kind}, for which {self.name} has no place; it holds "
-                    f"{', '.join(self.kinds)}."
+                    f"{', '.join(self.kinds)}.{_MERGE if layer.layout.kind == 'expert' else ''}"
                 )
 
 

@@ -18,7 +18,8 @@ from typing import Any, cast
 from torch import Tensor
 
 from lorakit.conversion.content import Content
-from lorakit.conversion.description import Description, Layer, as_embedding, assemble, one_number, recognise
+from lorakit.conversion.description import Description, Layer, as_embedding, assemble, need, one_number, recognise
+from lorakit.conversion.experts import EXPERT, apart, count_of, expert_layout, stacked, unstacked
 from lorakit.conversion.format import EMBEDDING, LINEAR, Format, Target, ending, grouped, only
 from lorakit.conversion.names import Names
 from lorakit.errors import LorakitError
@@ -39,6 +40,15 @@ _FUSED = {
     "mlp.gate_up_proj": "ffn_up",
     "mlp.down_proj": "ffn_down",
 }
+_MIXTURE = {name: _BLOCK[name] for name in _BLOCK if name.startswith("self_attn")}
+_SHARED = {
+    "mlp.shared_expert.gate_proj": "ffn_gate_shexp",
+    "mlp.shared_expert.up_proj": "ffn_up_shexp",
+    "mlp.shared_expert.down_proj": "ffn_down_shexp",
+    "mlp.shared_expert_gate": "ffn_gate_inp_shexp",
+}
+_EXPERTS = {"gate_proj": "ffn_gate_exps", "up_proj": "ffn_up_exps", "down_proj": "ffn_down_exps"}
+"""An expert's matrices; A is (experts, rank, in), B (experts, out, rank)."""
 _OUTSIDE = {"model.embed_tokens": "token_embd", "lm_head": "output"}
 _WORDS = {"weight.lora_a": "lora_A.weight", "weight.lora_b": "lora_B.weight"}
 
@@ -67,8 +77,15 @@ ARCHITECTURES = {
     "gemma2": Architecture("gemma2", _BLOCK),
     "gemma3_text": Architecture("gemma3", _BLOCK),
     "phi3": Architecture("phi3", _FUSED),
+    "mixtral": Architecture("llama", _BLOCK, turned=True),
+    "qwen2_moe": Architecture("qwen2moe", {**_MIXTURE, **_SHARED}),
+    "qwen3_moe": Architecture("qwen3moe", _BLOCK),
+    "olmoe": Architecture("olmoe", _MIXTURE),
+    "gpt_oss": Architecture("gpt-oss", _MIXTURE),
 }
 """transformers' model_type -> llama.cpp's way."""
+MIXTURES = ("mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "gpt_oss")
+"""Those of them that have experts."""
 
 
 def claims(content: Content) -> bool:
@@ -116,7 +133,7 @@ def read(contents: Mapping[str, Content], names: Names) -> Description:
         )
     if "adapter.alora.invocation_tokens" in metadata:
         raise LorakitError(f"convert: {content.where} is an activated LoRA, which acts from certain tokens on only.")
-    known = {one.name: one for one in ARCHITECTURES.values()}
+    known = {one.name: one for one in reversed(ARCHITECTURES.values())}
     name = str(metadata["general.architecture"])
     if name not in known:
         raise LorakitError(
@@ -125,10 +142,20 @@ def read(contents: Mapping[str, Content], names: Names) -> Description:
     architecture = known[name]
     inside = {theirs: ours for ours, theirs in architecture.block.items()}
     outside = {theirs: ours for ours, theirs in _OUTSIDE.items()}
+    experts = {theirs: ours for ours, theirs in _EXPERTS.items()}
     layers: dict[str, Layer] = {}
     for name, words in grouped(content, lambda key: ending(key, _WORDS)).items():
         where = f"{content.where}: {name}"
         found = re.fullmatch(r"blk\.(\d+)\.(\w+)", name)
+        alpha = float(metadata.get(ALPHA) or 0.0) or None  # llama.cpp takes none, or zero, for a scale of 1
+        if found and found[2] in experts:
+            A, B = need(words, "lora_A.weight", where), need(words, "lora_B.weight", where)
+            for index, (one, other) in enumerate(unstacked(A, B, where)):
+                own = {"lora_A.weight": one, "lora_B.weight": other}
+                layer = assemble(recognise(own, alpha, where), own, where)
+                place = f"model.layers.{found[1]}.mlp.experts.{index}.{experts[found[2]]}"
+                layers[place] = expert_layout(layer, index, len(A))
+            continue
         if found and found[2] in inside:
             path = f"model.layers.{found[1]}.{inside[found[2]]}"
         elif name in outside:
@@ -144,8 +171,7 @@ def read(contents: Mapping[str, Content], names: Names) -> Description:
         if name == "token_embd" and "lora_A.weight" in words:
             words = as_embedding(words)
             words["lora_embedding_A"] = words["lora_embedding_A"].T.contiguous()
-        alpha = float(metadata.get(ALPHA) or 0.0)  # llama.cpp takes none, or zero, for a scale of 1
-        layers[path] = assemble(recognise(words, alpha or None, where), words, where)
+        layers[path] = assemble(recognise(words, alpha, where), words, where)
     return Description({"": layers})
 
 
@@ -164,7 +190,22 @@ def write(description: Description, target: Target) -> tuple[dict[str, Content],
     architecture = ARCHITECTURES[str(kind)]
     scaled, alpha = one_number(description, "GGUF", "alpha")
     tensors: dict[str, Tensor] = {}
-    for _, path, layer in scaled.layers():
+    (layers,) = scaled.components.values()
+    plain, experts = apart(layers)
+    for module, matrices in experts.items():
+        block = re.fullmatch(r"model\.(?:language_model\.)?layers\.(\d+)\.mlp\.experts", module)
+        if block is None or kind not in MIXTURES:
+            raise LorakitError(
+                f"convert: {module} has experts, which lorakit knows llama.cpp's names of for {', '.join(MIXTURES)}; the base "
+                f"is of type {kind!r}. Merge the adapter into its base (lorakit merge), and convert the model."
+            )
+        for name, own in matrices.items():
+            rank = max(layer.rank for layer in own.values())
+            level = {index: layer.scaled(alpha / rank) for index, layer in own.items()}
+            A, B = stacked(level, count_of(own, module, target.names.stacks), rank)
+            stem = f"blk.{block[1]}.{_EXPERTS[name]}.weight"
+            tensors[f"{stem}.lora_a"], tensors[f"{stem}.lora_b"] = A, B
+    for path, layer in plain.items():
         name = _name(path, architecture, config)
         A, B = layer.tensors["A"], layer.tensors["B"]
         heads = _heads(config, path)
@@ -207,11 +248,13 @@ GGUF = Format(
     file="one .gguf file",
     suffix=".gguf",
     holds=("lora",),
-    kinds=(LINEAR, EMBEDDING),
+    kinds=(LINEAR, EMBEDDING, EXPERT),
     about="one",
     scale="`adapter.lora.alpha`, one for all; the scale is alpha / each tensor's rank",
     limits="Language models of these types: "
     + ", ".join(ARCHITECTURES)
+    + "; with experts in "
+    + ", ".join(MIXTURES)
     + ". Needs the base's configuration. Linear layers "
     "(embedding and head where they are not tied). Alphas that differ are multiplied into B. No DoRA. Float32.",
     claims=claims,

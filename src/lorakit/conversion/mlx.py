@@ -17,7 +17,17 @@ import torch
 from torch import Tensor
 
 from lorakit.conversion.content import Content, write_mlx
-from lorakit.conversion.description import MAGNITUDE, Description, Layer, as_embedding, assemble, one_number, recognise
+from lorakit.conversion.description import (
+    MAGNITUDE,
+    Description,
+    Layer,
+    as_embedding,
+    assemble,
+    need,
+    one_number,
+    recognise,
+)
+from lorakit.conversion.experts import EXPERT, MATRICES, apart, count_of, expert_layout, stacked, unstacked
 from lorakit.conversion.format import LINEAR, Format, Target, all_dora, ending, grouped, only
 from lorakit.conversion.names import Names
 from lorakit.errors import LorakitError, plural
@@ -26,6 +36,16 @@ from lorakit.methods import DoRA
 _WORDS = {"lora_a": "lora_A.weight", "lora_b": "lora_B.weight", "m": MAGNITUDE}
 _BLOCK = re.compile(r"model\.layers\.\d+\.(.+)")
 EMBEDDING = "model.embed_tokens"
+_CONTAINERS = {
+    **dict.fromkeys(
+        ("qwen2_moe", "qwen3_moe", "qwen3_next", "olmoe", "deepseek_v2", "deepseek_v3", "glm4_moe"), "mlp.switch_mlp"
+    ),
+    **dict.fromkeys(("mixtral", "phimoe", "granitemoe"), "block_sparse_moe.switch_mlp"),
+    **dict.fromkeys(("gpt_oss", "afmoe", "dots1"), "mlp.experts"),
+    "llama4_text": "feed_forward.experts",
+}
+"""transformers' model_type -> the module of a block in which mlx-lm has the experts. A (experts, rank, in) and B (experts,
+out, rank) are not turned there."""
 HEAD = "lm_head"
 
 
@@ -45,6 +65,15 @@ def read(contents: Mapping[str, Content], names: Names) -> Description:
     cut = 0
     for path, words in grouped(content, lambda key: ending(key, _WORDS)).items():
         where = f"{content.where}: {path}"
+        if any(tensor.ndim == 3 for tensor in words.values()) and not dora:
+            module = _module(path, where)
+            A, B = need(words, "lora_A.weight", where), need(words, "lora_B.weight", where)
+            for index, (one, other) in enumerate(unstacked(A, B, where)):
+                own = {"lora_A.weight": one, "lora_B.weight": other}
+                layer = _without_padding(assemble(recognise(own, scale * rank, where), own, where))
+                place = f"{module}.{index}.{path.rpartition('.')[2]}"
+                layers[place] = expert_layout(layer, index, len(A))
+            continue
         words = {word: tensor if word == MAGNITUDE else _turned(tensor, where) for word, tensor in words.items()}
         if dora != (MAGNITUDE in words):
             raise LorakitError(
@@ -60,6 +89,18 @@ def read(contents: Mapping[str, Content], names: Names) -> Description:
         cut += layers[path].rank != rank
     said = f"{plural(cut, 'layer')}: pairs of rows and columns that are all zero left out, which changes nothing"
     return Description({"": layers}, content.config.get("model"), (said,) if cut else ())
+
+
+def _module(path: str, where: str) -> str:
+    """The module of the experts of a stack, by transformers' name."""
+    for container in dict.fromkeys(_CONTAINERS.values()):
+        block = re.fullmatch(rf"(model\.layers\.\d+\.){re.escape(container)}\.({'|'.join(MATRICES)})", path)
+        if block:
+            return block[1] + ("feed_forward.experts" if container.startswith("feed") else "mlp.experts")
+    raise LorakitError(
+        f"convert: {where} has a factor of experts held together, under a name that is none of mlx-lm's mixtures "
+        f"({', '.join(dict.fromkeys(_CONTAINERS.values()))})."
+    )
 
 
 def _parameters(content: Content) -> tuple[int, float]:
@@ -112,7 +153,12 @@ def write(description: Description, target: Target) -> tuple[dict[str, Content],
     scaled, scale = one_number(description, "MLX", "scale")
     (layers,) = scaled.components.values()
     dora = all_dora(layers.values(), "MLX")
-    rank = max(layer.rank for layer in layers.values())
+    layers, experts = apart(layers)
+    if dora and experts:
+        raise LorakitError(
+            f"convert: {next(iter(experts))} has experts under DoRA, which MLX has for single layers only."
+        )
+    rank = max(layer.rank for _, _, layer in scaled.layers())
     tensors: dict[str, Tensor] = {}
     keys: dict[str, None] = {}
     for path, layer in layers.items():
@@ -123,7 +169,15 @@ def write(description: Description, target: Target) -> tuple[dict[str, Content],
         tensors[f"{path}.lora_a"], tensors[f"{path}.lora_b"] = A.T.contiguous(), B.T.contiguous()
         if "m" in layer.tensors:
             tensors[f"{path}.m"] = layer.tensors["m"]
-    if smaller := sum(layer.rank != rank for layer in layers.values()):
+    for module, matrices in experts.items():
+        container = _container(module, target.names)
+        block = module.removesuffix(".feed_forward.experts").removesuffix(".mlp.experts")
+        for name, own in matrices.items():
+            keys[f"{container}.{name}"] = None
+            place = f"{block}.{container}.{name}"
+            A, B = stacked(own, count_of(own, module, target.names.stacks), rank)
+            tensors[f"{place}.lora_a"], tensors[f"{place}.lora_b"] = A, B
+    if smaller := sum(layer.rank != rank for _, _, layer in scaled.layers()):
         padded = f"{plural(smaller, 'layer')} of a smaller rank filled up with zeros to {rank}"
         scaled = scaled.noting(f"MLX has one rank: {padded}, which changes nothing")
     config = {
@@ -133,6 +187,18 @@ def write(description: Description, target: Target) -> tuple[dict[str, Content],
         "lora_parameters": {"rank": rank, "scale": scale, "dropout": 0.0, "keys": list(keys)},
     }
     return {"": Content("", tensors, {"format": "mlx"}, config)}, scaled
+
+
+def _container(module: str, names: Names) -> str:
+    """Where mlx-lm has the experts of a block."""
+    kind = (names.config.get("text_config") or names.config).get("model_type")
+    if kind not in _CONTAINERS:
+        raise LorakitError(
+            f"convert: {module} has experts, and where mlx-lm has them is known for these types of models: "
+            f"{', '.join(_CONTAINERS)}; the base is {f'of type {kind!r}' if kind else 'not named: pass --base'}. Else merge "
+            "the adapter into its base (lorakit merge)."
+        )
+    return _CONTAINERS[kind]
 
 
 def _key(path: str, layer: Layer, names: Names) -> str:
@@ -163,12 +229,14 @@ MLX = Format(
     file="folder: adapter_config.json, adapters.safetensors",
     suffix="",
     holds=("lora", "dora"),
-    kinds=(LINEAR, "embedding"),
+    kinds=(LINEAR, "embedding", EXPERT),
     about="one",
     scale="`lora_parameters`: one scale, which multiplies as it is, and one rank",
     limits="Language models whose layers are model.layers.N.… (Llama, Mistral, Qwen, Gemma, Phi and their kin). Scales "
     "that differ "
-    "are multiplied into B, smaller ranks filled up with zeros. Mixtures of experts are refused.",
+    "are multiplied into B, smaller ranks filled up with zeros. Experts need the base's configuration and are written for "
+    + ", ".join(_CONTAINERS)
+    + ".",
     claims=claims,
     read=read,
     write=write,

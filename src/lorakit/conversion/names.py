@@ -18,10 +18,12 @@ from torch import nn
 
 from lorakit.conversion.content import open_gguf
 from lorakit.conversion.description import Description, Layer
+from lorakit.conversion.experts import EXPERT, split
 from lorakit.core.layout import Convolution, Layout
 from lorakit.core.sites import sites_of
 from lorakit.core.walking import walk
 from lorakit.errors import LorakitError, unknown
+from lorakit.files.experts import Stack, stacks_of
 from lorakit.models.stored import skeleton
 
 COMPONENTS = ("unet", "transformer", "text_encoder", "text_encoder_2", "text_encoder_3")
@@ -43,11 +45,13 @@ class Names:
     Attributes:
         components: component -> path -> layout; None where only names were given. Empty: no base was given.
         config: the configuration of a model by itself, as transformers has it.
+        stacks: parameter -> the stack of experts that it is, of a model by itself.
         name: how the base was named.
     """
 
     components: dict[str, dict[str, Layout | None]] = field(default_factory=dict)
     config: dict[str, Any] = field(default_factory=dict)
+    stacks: dict[str, Stack] = field(default_factory=dict)
     name: str | None = None
 
     def of(self, component: str) -> dict[str, Layout | None] | None:
@@ -67,6 +71,11 @@ class Names:
             )
         return self.components[component]
 
+    def _is_expert(self, path: str) -> bool:
+        """Whether a path is a matrix of one of the base's experts, which is no layer of the base but a part of a stack."""
+        module = path.rpartition(".")[0].rpartition(".")[0]
+        return any(place.rpartition(".")[0] == module for place in self.stacks)
+
     def checked(self, description: Description) -> Description:
         """The description under the base's own names and layouts.
 
@@ -80,6 +89,13 @@ class Names:
             own = components.setdefault(component, {})
             known = self.of(component) or {}
             for path, layer in layers.items():
+                stack = self.stacks.get(path.rpartition(".")[0])
+                if stack is not None:
+                    own |= split(path, layer, stack)
+                    continue
+                if layer.layout.kind == EXPERT or self._is_expert(path):
+                    own[path] = layer  # checked where it is put together
+                    continue
                 # with or without the level that CLIP has lost
                 name = next((one for one in (path, CLIP + path, path.removeprefix(CLIP)) if one in known), None)
                 if name is None:
@@ -134,7 +150,9 @@ def names_of(base: Any) -> Names:
     if isinstance(base, nn.Module):
         config: Any = getattr(base, "config", None)
         values = dict(config.to_dict()) if hasattr(config, "to_dict") else dict(config or {})
-        return Names({component_of(type(base).__name__): _layers(base)}, values, getattr(base, "name_or_path", None))
+        stacks = {f"{path}.{name}": stack for path, module in walk(base) for name, stack in stacks_of(module).items()}
+        component = component_of(type(base).__name__)
+        return Names({component: _layers(base)}, values, stacks, getattr(base, "name_or_path", None))
     if isinstance(base, Mapping):
         return Names({component: _layers(module) for component, module in base.items()})
     if isinstance(base, str | Path):

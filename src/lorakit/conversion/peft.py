@@ -26,6 +26,7 @@ from lorakit.conversion.description import (
     method_name,
     with_one_factor,
 )
+from lorakit.conversion.experts import EXPERT, apart, as_stack, expert_layout, fused
 from lorakit.conversion.format import CONVOLUTION, EMBEDDING, LINEAR, Format, Target, grouped
 from lorakit.conversion.names import Names, component_of, guess_component
 from lorakit.core.delta import Method
@@ -34,6 +35,7 @@ from lorakit.errors import LorakitError
 from lorakit.files.bundle import own_data
 from lorakit.files.formats import format_of, spec_from_peft
 from lorakit.files.interchange import PREFIX, bare, method_entries
+from lorakit.files.stacked import MARKER, unstack
 from lorakit.files.table import spec_from_dict
 from lorakit.methods import DoRA, Full, LoHa, LoKr, LoRA
 
@@ -65,6 +67,11 @@ def read(contents: Mapping[str, Content], names: Names) -> Description:
 
 
 def _layers(content: Content) -> tuple[dict[str, Layer], list[str]]:
+    found = unstack(content.tensors, content.config, f"convert: {content.where}", trusted=bool(content.own))
+    content = replace(content, tensors=found.tensors, config=found.config)
+    experts = {
+        stack.expert(index): (index, stack.count) for stack in found.stacks.values() for index in range(stack.count)
+    }
     config = content.config
     method = _method(content)
     copies = [key for key in content.tensors if _COPY.fullmatch(key)]
@@ -80,6 +87,8 @@ def _layers(content: Content) -> tuple[dict[str, Layer], list[str]]:
             if value is not None:
                 changes[option] = value
         layers[name] = assemble(method.replace(**changes) if changes else method, words, where)
+        if name in experts:
+            layers[name] = expert_layout(layers[name], *experts[name])
     return layers, copies
 
 
@@ -125,14 +134,18 @@ def write(description: Description, target: Target) -> tuple[dict[str, Content],
     notes: list[str] = []
     alone = len(description.components) == 1
     for component, layers in description.components.items():
-        one, said = _one_method(layers)
+        plain, experts = apart(layers)
+        one, said = _one_method(plain)
         notes += said
-        contents["" if alone else component] = _folder(component, one, target.base or description.base)
+        stacks = {module: fused(module, matrices, target.names.stacks) for module, matrices in experts.items()}
+        contents["" if alone else component] = _folder(component, one, stacks, target.base or description.base)
     return contents, description.noting(*notes)
 
 
 def _one_method(layers: dict[str, Layer]) -> tuple[dict[str, Layer], list[str]]:
     kinds = Counter(method_name(layer.method) for layer in layers.values())
+    if not kinds:
+        return layers, []
     if len(kinds) == 1 and not all(isinstance(layer.inner, LoKr) for layer in layers.values()):
         return layers, []
     if len(kinds) == 1 and (uniform := with_one_factor(layers)) is not None:
@@ -147,8 +160,16 @@ def _one_method(layers: dict[str, Layer]) -> tuple[dict[str, Layer], list[str]]:
     return folded.components[""], list(folded.notes)
 
 
-def _folder(component: str, layers: dict[str, Layer], base: str | None) -> Content:
-    methods = {path: layer.method for path, layer in layers.items()}
+def _folder(
+    component: str,
+    layers: dict[str, Layer],
+    stacks: Mapping[str, Mapping[str, tuple[LoRA, Tensor, Tensor]]],
+    base: str | None,
+) -> Content:
+    methods: dict[str, Method] = {path: layer.method for path, layer in layers.items()}
+    methods |= {f"{module}.{name}": spec for module, own in stacks.items() for name, (spec, *_) in own.items()}
+    if stacks and not all(isinstance(method, LoRA) for method in methods.values()):
+        raise LorakitError("convert: PEFT's folder has one method, LoRA for experts, and this adapter has others too.")
     first = next(iter(methods.values()))
     common: dict[str, Any] = {}
     patterns: dict[str, dict[str, Any]] = {}
@@ -160,6 +181,11 @@ def _folder(component: str, layers: dict[str, Layer], base: str | None) -> Conte
     for path, layer in layers.items():
         for word, tensor in layer.words().items():
             tensors[f"{PREFIX}{path}.{word}"] = tensor
+    for module, parameters in stacks.items():
+        for depth, (_, A, B) in enumerate(reversed(list(parameters.values()))):
+            stem = f"{PREFIX}{module}{'.base_layer' * depth}"
+            tensors[f"{stem}.lora_A.weight"], tensors[f"{stem}.lora_B.weight"] = as_stack(A, B)
+    named = [f"{module}.{name}" for module, own in stacks.items() for name in own]
     config = {
         "task_type": None,
         "base_model_name_or_path": base,
@@ -169,6 +195,7 @@ def _folder(component: str, layers: dict[str, Layer], base: str | None) -> Conte
         "modules_to_save": None,
         **method_entries(method, sorted(layers), "none"),
         **patterns,
+        **({"target_parameters": named, "peft_version": "0.21.2", **MARKER} if stacks else {}),
     }
     own: dict[str, Any] = {}
     if format_of(method.name).peft is None or _lone_dora(method):
@@ -186,7 +213,7 @@ PEFT = Format(
     file="folder: adapter_config.json, adapter_model.safetensors",
     suffix="",
     holds=EVERY,
-    kinds=(LINEAR, CONVOLUTION, EMBEDDING),
+    kinds=(LINEAR, CONVOLUTION, EMBEDDING, EXPERT),
     about="any",
     scale="configuration: alpha and rank, patterns per layer, rsLoRA",
     limits="One method per folder; a pipeline is one folder per component. Full matrices and DoRA over LoHa or LoKr "

@@ -38,6 +38,8 @@ class Layout(ABC):
     """The layer is `x Wᵀ + b` over the last axis, so that the fused product of kernel.py applies."""
     beside: bool = True
     """ΔW can act beside the layer. Where not, the layer is called with its weights substituted."""
+    batch_axis: int | None = None
+    """Where a module's inputs cannot be taken apart by row: the axis of the batch in its first input and its outputs."""
 
     @abstractmethod
     def matrix(self, weight: Tensor) -> Tensor:
@@ -297,7 +299,10 @@ class Expert(Layout):
 
 @dataclass(frozen=True)
 class FlatExpert(Expert):
-    """An expert of a stack that lies in two axes, (experts · rows, columns)."""
+    """An expert of a stack that lies in two axes, (experts · rows, columns). Its module is called with (batch, tokens,
+    hidden) and with a choice of experts for each token."""
+
+    batch_axis: int | None = 0
 
     def matrix(self, weight: Tensor) -> Tensor:
         return self.inner.matrix(weight.unflatten(0, (self.count, -1))[self.index])
@@ -312,6 +317,7 @@ class Bare(Substituted):
     way."""
 
     turned: bool = False
+    batch_axis: int | None = None
     kind = "bare"
 
     def matrix(self, weight: Tensor) -> Tensor:

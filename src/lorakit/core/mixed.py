@@ -11,6 +11,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
 from lorakit.core.call import LayerCall
 from lorakit.core.contents import LayerContents
@@ -139,6 +140,9 @@ def _run_in_groups(
     batch_axis = 0 if getattr(attention or recurrent, "batch_first", True) else 1
     x = first_tensor(args, kwargs)
     table = routing.table_on(x.device)[:, [routing.names.index(name) for name in names]]
+    whole = next((site.layout.batch_axis for site in layer.sites.values()), None)
+    if whole is not None:
+        return _selected(layer, table, names, whole, args, kwargs)
     if stack is not None:
         table = _by_token(table, x, stack, layer.path)
     count = table.shape[0]
@@ -169,6 +173,35 @@ def _run_in_groups(
             "they have the batch; route the whole batch to one adapter."
         )
     return join(pieces, back, batch_axis, layer.path, [len(rows) for rows in order])
+
+
+def _selected(
+    layer: LayerContents, table: Tensor, names: list[str], axis: int, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Any:
+    """All rows once for each group with the same weights, and of each call the rows that are the group's: for a module whose
+    inputs cannot be taken apart."""
+    check_rows(first_tensor(args, kwargs), table.shape[0], axis, layer.path)
+    distinct, owner = torch.unique(table, dim=0, return_inverse=True)
+    found: Any = None
+    for group, weights in enumerate(distinct.tolist()):
+        blend = [(name, weight) for name, weight in zip(names, weights, strict=True) if weight != 0.0]
+        y = run_uniform(layer, blend, args, kwargs)
+        found = y if found is None else tree_map(lambda own, new: _rows_of(owner == group, new, own, axis), found, y)  # noqa: B023
+    return found
+
+
+def _rows_of(mask: Tensor, new: Any, own: Any, axis: int) -> Any:
+    """`own` with the rows of `mask` from `new`, where they are tensors."""
+    if not isinstance(new, Tensor):
+        return own
+    if new.ndim <= axis or new.shape[axis] != len(mask):
+        raise LorakitError(
+            f"use: an output of {tuple(new.shape)} has no batch of {len(mask)} on its axis {axis}, so that rows cannot have "
+            "adapters of their own; route the whole batch to one adapter."
+        )
+    shape = [1] * new.ndim
+    shape[axis] = len(mask)
+    return torch.where(mask.view(shape), new, own)
 
 
 def _joined_states(base: nn.RNNBase, pieces: Sequence[Any], back: Tensor) -> Any:

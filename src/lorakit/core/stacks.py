@@ -30,6 +30,9 @@ _BARE: dict[str, dict[str, bool]] = {
 }
 """Class -> its parameters that are multiplied as a matrix of the first axis against the others, and whether (in, out)."""
 
+_BATCH_SECOND = frozenset({"XLNetRelativeAttention"})
+"""Classes that are called with (tokens, batch, hidden)."""
+
 
 def stacked_sites(module: nn.Module) -> list[Site]:
     """The matrices that a module multiplies by itself; empty where it has none that is known."""
@@ -116,4 +119,5 @@ def _flat(module: nn.Module, name: str, turned: bool) -> list[Site]:
 
 def _bare(module: nn.Module, name: str, turned: bool) -> Site:
     first, rest = (held := module.get_parameter(name)).shape[0], held[0].numel()
-    return Site(name, name, None, Bare(Shape(*((rest, first) if turned else (first, rest)), bias=False), turned))
+    axis = 1 if type(module).__name__ in _BATCH_SECOND else None
+    return Site(name, name, None, Bare(Shape(*((rest, first) if turned else (first, rest)), bias=False), turned, axis))

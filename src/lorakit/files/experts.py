@@ -27,7 +27,7 @@ from lorakit.core.walking import has_suffix, value_for, walk
 from lorakit.errors import LorakitError
 from lorakit.files.formats import format_of
 
-_GATES = {
+EXPERT_MATRICES = {
     "gate_proj": "gate",
     "w1": "gate",
     "up_proj": "up",
@@ -131,24 +131,33 @@ class Reading:
 
 
 def read_stacks(
-    tensors: Mapping[str, Tensor], config: Mapping[str, Any], model: nn.Module, plain: Mapping[str, str]
+    tensors: Mapping[str, Tensor],
+    config: Mapping[str, Any],
+    model: nn.Module,
+    plain: Mapping[str, str],
+    trusted: bool = False,
 ) -> Reading:
-    """A file's tensors, with those of stacks of experts under lorakit's own names.
+    """A file's tensors, with those of stacks of experts under lorakit's own names; `trusted`: the file is lorakit's own, so
+    that the order of its columns is known.
 
     Raises:
         LorakitError: a stack's tensors do not fit the model's experts, or the file cannot tell how it lies.
     """
     reading = Reading(_renamed(tensors, plain), dict(config), {})
     found = {plain[path]: stacks for path, module in walk(model) if (stacks := stacks_of(module))}
-    _check_order(reading, {path: next(iter(stacks.values())).layout.count for path, stacks in found.items()})
+    if not trusted:
+        check_order(reading.config, _columns(reading.tensors, found))
     for path, stacks in found.items():
         _read_module(reading, path, stacks)
+    for path, module in walk(model):
+        if plain[path] not in reading.parameters:
+            reading.parameters.update(_own_form(reading, plain[path], stacked_sites(module)))
     asked = reading.config.get("target_modules")
     if reading.parameters and isinstance(
         asked, list
     ):  # names of layers that there are no more, now that experts are stacked
         known = plain.values()
-        gone = {one for one in asked if one in _GATES and not any(has_suffix(path, one) for path in known)}
+        gone = {one for one in asked if one in EXPERT_MATRICES and not any(has_suffix(path, one) for path in known)}
         reading.config["target_modules"] = [one for one in asked if one not in gone]
     for told in ("lora_B_layout", "unsloth_fused_expert_lora"):
         reading.config.pop(told, None)
@@ -179,8 +188,6 @@ def _read_module(reading: Reading, path: str, stacks: dict[str, Stack]) -> None:
         for name, experts in places.items():
             pairs.setdefault(name, {}).update(experts)
     if not pairs:
-        names = {name for name in stacks if any(key.startswith(f"{path}.{name}.") for key in reading.tensors)}
-        reading.parameters.update({path: [name for name in stacks if name in names]} if names else {})
         return
     for place in found:
         for letter in found[place]:
@@ -193,6 +200,18 @@ def _read_module(reading: Reading, path: str, stacks: dict[str, Stack]) -> None:
         rank = next(iter(experts.values()))[1].shape[0]
         _say_rank(reading.config, f"{path}.{name}", rank)
     _say_targets(reading.config, path, reading.parameters[path])
+
+
+def _own_form(reading: Reading, path: str, sites: list[Site]) -> dict[str, list[str]]:
+    """Which of the matrices that a module multiplies by itself a file has in lorakit's own form: the parameters of which it
+    has every expert by name, else the experts."""
+    held = [site.name for site in sites if any(key.startswith(f"{site.place(path)}.") for key in reading.tensors)]
+    names: dict[str, None] = {}
+    for site in sites:
+        if site.name in held:
+            whole = all(one.name in held for one in sites if one.weight == site.weight)
+            names[site.weight if whole else site.name] = None
+    return {path: list(names)} if names else {}
 
 
 def _say_rank(config: dict[str, Any], place: str, rank: int) -> None:
@@ -240,7 +259,7 @@ def _wrapped(
                     "rank that is a multiple of it."
                 )
             packed = (
-                B.unflatten(1, (count, rank)).mT if _grouped(reading.config, name) else B.unflatten(1, (rank, count))
+                B.unflatten(1, (count, rank)).mT if is_grouped(reading.config, name) else B.unflatten(1, (rank, count))
             )
             experts = {e: (packed[..., e], A[e * rank : (e + 1) * rank]) for e in range(count)}
         shape = stack.layout.shape
@@ -300,7 +319,7 @@ def _lies_turned(
     return stack.turned if version > (0, 19, 0) else not isinstance(stack.layout.inner, Transposed)
 
 
-def _grouped(config: Mapping[str, Any], name: str) -> bool:
+def is_grouped(config: Mapping[str, Any], name: str) -> bool:
     """Whether a file says that the columns of B lie expert by expert, as Unsloth has written them; PEFT's run over the experts
     first."""
     told = config.get("unsloth_fused_expert_lora") or {}
@@ -308,24 +327,32 @@ def _grouped(config: Mapping[str, Any], name: str) -> bool:
     return bool(layout == "grouped_by_expert")
 
 
-def _check_order(reading: Reading, stacked: Mapping[str, int]) -> None:
+def _columns(tensors: Mapping[str, Tensor], found: Mapping[str, dict[str, Stack]]) -> list[tuple[Tensor, int]]:
+    """Every B of a stack in a file, and the number of its experts."""
+    result = []
+    for path, stacks in found.items():
+        own = re.compile(rf"{re.escape(path)}\.(base_layer\.)*lora_B\.weight")
+        count = next(iter(stacks.values())).layout.count
+        result += [(tensor, count) for key, tensor in tensors.items() if own.fullmatch(key)]
+    return result
+
+
+def check_order(config: Mapping[str, Any], stacked: Iterable[tuple[Tensor, int]]) -> None:
     """Refuse a file whose columns of B look as if they lay expert by expert and that does not say so: shapes do not tell, the
-    lengths of columns do, which differ between experts more than within one. `stacked` is the number of experts by module."""
+    lengths of columns do, which differ between experts more than within one. `stacked`: each B, and its number of experts."""
     between = {"by expert": 0.0, "by rank": 0.0}
     within, groups_seen = dict(between), 0
-    if reading.config.get("lora_B_layout") or reading.config.get("unsloth_fused_expert_lora"):
+    if config.get("lora_B_layout") or config.get("unsloth_fused_expert_lora"):
         return
-    for path, count in stacked.items():
-        own = re.compile(rf"{re.escape(path)}\.(base_layer\.)*lora_B\.weight")
-        for B in (tensor for key, tensor in reading.tensors.items() if own.fullmatch(key)):
-            rank = B.shape[1] // count
-            if B.ndim != 2 or rank < 2 or count < 2 or B.shape[1] % count:
-                continue
-            length = torch.linalg.vector_norm(B.float(), dim=0).clamp_min(1e-12).log()
-            groups_seen += count
-            for kind, groups in (("by expert", length.view(count, rank)), ("by rank", length.view(rank, count).T)):
-                between[kind] += float(groups.mean(dim=1).var()) * rank
-                within[kind] += float(groups.var(dim=1).mean())
+    for B, count in stacked:
+        rank = B.shape[1] // count
+        if B.ndim != 2 or rank < 2 or count < 2 or B.shape[1] % count:
+            continue
+        length = torch.linalg.vector_norm(B.float(), dim=0).clamp_min(1e-12).log()
+        groups_seen += count
+        for kind, groups in (("by expert", length.view(count, rank)), ("by rank", length.view(rank, count).T)):
+            between[kind] += float(groups.mean(dim=1).var()) * rank
+            within[kind] += float(groups.var(dim=1).mean())
     found = {kind: between[kind] / max(within[kind], 1e-12) for kind in between}
     if groups_seen >= GROUPS and found["by expert"] > 4 and found["by rank"] < 2:
         raise LorakitError(
@@ -340,10 +367,10 @@ def _apart(found: Mapping[str, dict[str, Tensor]], stacks: dict[str, Stack], pat
     `w1.`)."""
     matrices: dict[str, dict[int, Pair]] = {}
     for place, pair in found.items():
-        match = re.fullmatch(rf"(?:(\d+)\.)?({'|'.join(_GATES)})\.", place)
+        match = re.fullmatch(rf"(?:(\d+)\.)?({'|'.join(EXPERT_MATRICES)})\.", place)
         if match is None or set(pair) != {"A", "B"}:
             continue
-        own = matrices.setdefault(_GATES[match[2]], {})
+        own = matrices.setdefault(EXPERT_MATRICES[match[2]], {})
         if match[1] is not None:
             own[int(match[1])] = (pair["B"], pair["A"])
         elif pair["A"].ndim == 3:
@@ -354,10 +381,10 @@ def _apart(found: Mapping[str, dict[str, Tensor]], stacks: dict[str, Stack], pat
             own.update({expert: (one["B"][expert], one["A"][expert]) for expert in range(count)})
     result: dict[str, dict[int, Pair]] = {}
     for name, stack in stacks.items():
-        kind = _GATES.get(name, name)
+        kind = EXPERT_MATRICES.get(name, name)
         if kind == "gate_up" and "gate_up" not in matrices and {"gate", "up"} & set(matrices):
             gates, ups = matrices.get("gate", {}), matrices.get("up", {})
-            result[name] = {e: _joined(gates.get(e), ups.get(e), stack) for e in sorted({*gates, *ups})}
+            result[name] = {e: joined(gates.get(e), ups.get(e), stack) for e in sorted({*gates, *ups})}
         elif kind in matrices:
             result[name] = matrices[kind]
     ranks = {name: {A.shape[0] for _, A in experts.values()} for name, experts in result.items()}
@@ -369,7 +396,7 @@ def _apart(found: Mapping[str, dict[str, Tensor]], stacks: dict[str, Stack], pat
     return result
 
 
-def _joined(gate: Pair | None, up: Pair | None, stack: Stack) -> Pair:
+def joined(gate: Pair | None, up: Pair | None, stack: Stack) -> Pair:
     """Gate and up of one expert as one pair for both: A's one upon the other, B block by block."""
     out = stack.layout.shape.out // 2
     halves = [pair for pair in (gate, up) if pair is not None]
@@ -385,4 +412,15 @@ def _joined(gate: Pair | None, up: Pair | None, stack: Stack) -> Pair:
     return (B.flatten(0, 1) if concatenated else B.transpose(0, 1).flatten(0, 1)), A
 
 
-__all__ = ["Reading", "in_stacks", "read_stacks", "stack_spec", "stack_tensors", "stacks_of"]
+__all__ = [
+    "EXPERT_MATRICES",
+    "Reading",
+    "check_order",
+    "in_stacks",
+    "is_grouped",
+    "joined",
+    "read_stacks",
+    "stack_spec",
+    "stack_tensors",
+    "stacks_of",
+]

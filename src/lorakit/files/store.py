@@ -254,7 +254,7 @@ def _put(model: nn.Module, bundle: Bundle, name: str, complain: Complain) -> Ada
     """An adapter of deltas or edits from a folder, on the model."""
     plain = plain_names(model)
     tensors = names_in(bundle.tensors, plain, bundle.folder / TENSORS)
-    experts = read_stacks(tensors, bundle.config, model, plain)
+    experts = read_stacks(tensors, bundle.config, model, plain, trusted=bool(bundle.own))
     tensors, bundle = experts.tensors, dataclasses.replace(bundle, config=experts.config)
     method = _method(bundle, complain)
     if isinstance(method, EditMethod):

@@ -18,6 +18,7 @@ from lorakit.files.bundle import read_config, read_own, read_tensors
 from lorakit.files.formats import adalora_scale, format_of
 from lorakit.files.interchange import alpha_in, bare, scale_in
 from lorakit.files.pairs import DIAGONAL, PAIRS, TRIPLETS, pair_of
+from lorakit.files.stacked import unstack
 
 _EXPERT = re.compile(r"(?P<path>.+)\.experts\.(?P<expert>\d+)")
 """The name of an expert's change of a matrix, in a mixture that is one file."""
@@ -85,6 +86,10 @@ def examine(folder: Path, top: int = 4) -> AdapterReport:
     Raises LorakitError for a folder that holds no readable adapter.
     """
     config, own, tensors = read_config(folder), read_own(folder), read_tensors(folder)
+    parameters = sum(tensor.numel() for tensor in tensors.values())
+    asked = config.get("target_modules") or config.get("target_parameters")
+    apart = unstack(tensors, config, f"inspect: {folder}", trusted=bool(own))
+    config, tensors = apart.config, apart.tensors
     layers: dict[str, LayerReport] = {}
     used: set[str] = set()
     for key in tensors:
@@ -99,10 +104,10 @@ def examine(folder: Path, top: int = 4) -> AdapterReport:
         folder=str(folder),
         method=_method(config, own),
         base=config.get("base_model_name_or_path"),
-        parameters=sum(tensor.numel() for tensor in tensors.values()),
+        parameters=parameters,
         bytes=sum(tensor.numel() * tensor.element_size() for tensor in tensors.values()),
         dtypes=dict(Counter(str(tensor.dtype).removeprefix("torch.") for tensor in tensors.values())),
-        targets=config.get("target_modules"),
+        targets=asked,
         layers=tuple(layers.values()),
         other={key: tuple(tensor.shape) for key, tensor in tensors.items() if key not in used},
         record=own.get("record", {}),
