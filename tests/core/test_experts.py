@@ -201,7 +201,7 @@ E, OUT, IN, RANK = 4, 12, 16, 3
 def lazy() -> tuple[LazySum, Tensor]:
     torch.manual_seed(0)
     W, U, V = torch.randn(E, OUT, IN), torch.randn(E, OUT, RANK), torch.randn(E, RANK, IN)
-    return LazySum(W, U, V), W + U @ V
+    return LazySum(W, (U, V)), W + U @ V
 
 
 CHOICE = torch.tensor([0, 2, 2, 3, 1])

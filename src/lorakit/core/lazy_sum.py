@@ -8,43 +8,103 @@ grouped products, of views, slices and gathered experts. Whatever else is asked 
 so that the result is exact for any forward.
 
 In the words of the matrix as it stands: `W` is (..., rows, columns), `U` (..., rows, rank), `V` (..., rank,
-columns).
+columns). The factors of a stack of experts stay apart, one pair for each expert, and a grouped product reads them where
+they are: put into one tensor they would be copied at each step, and so would their gradients.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
 from torch.utils._pytree import tree_map
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """The factors of a stack of experts: `scale B A` for each, B (out, rank) and A (rank, in); ranks may differ.
+
+    Attributes:
+        turned: the stack as it stands is (experts, in, out).
+    """
+
+    factors: tuple[tuple[Tensor, Tensor], ...]
+    scales: tuple[float, ...]
+    turned: bool
+
+    def transposed(self) -> Pairs:
+        """The same for the stack with its last two axes exchanged."""
+        return dataclasses.replace(self, turned=not self.turned)
+
+    def one(self, index: int) -> tuple[Tensor, Tensor]:
+        """`(U, V)` of one expert."""
+        B, A = self.factors[index]
+        B = B if self.scales[index] == 1.0 else B * self.scales[index]
+        return (A.mT, B.mT) if self.turned else (B, A)
+
+    def stacked(self, multiple: int = 1) -> tuple[Tensor, Tensor]:
+        """`(U, V)` of all experts (experts, rows, rank) and (experts, rank, columns), filled up with zeros to the largest
+        rank and to a multiple of so many."""
+        rank = max(A.shape[0] for _, A in self.factors)
+        rank += -rank % multiple
+        ones = [self.one(index) for index in range(len(self.factors))]
+        return (
+            torch.stack([F.pad(U, (0, rank - U.shape[-1])) for U, _ in ones]),
+            torch.stack([F.pad(V, (0, 0, 0, rank - V.shape[-2])) for _, V in ones]),
+        )
 
 
 class LazySum(Tensor):
     """`W + U V`, see the module."""
 
     W: Tensor
-    U: Tensor
-    V: Tensor
+    factors: tuple[Tensor, Tensor] | Pairs
     dropout: float
 
     @staticmethod
-    def __new__(cls, W: Tensor, U: Tensor, V: Tensor, dropout: float = 0.0) -> LazySum:
-        """`dropout` is the probability with which an entry of x is zeroed on its way to U."""
+    def __new__(cls, W: Tensor, factors: tuple[Tensor, Tensor] | Pairs, dropout: float = 0.0) -> LazySum:
+        """`factors`: (U, V). `dropout` is the probability with which an entry of x is zeroed on its way to U."""
         return Tensor._make_wrapper_subclass(cls, W.shape, dtype=W.dtype, device=W.device)
 
-    def __init__(self, W: Tensor, U: Tensor, V: Tensor, dropout: float = 0.0) -> None:
-        self.W, self.U, self.V, self.dropout = W, U, V, dropout
+    def __init__(self, W: Tensor, factors: tuple[Tensor, Tensor] | Pairs, dropout: float = 0.0) -> None:
+        self.W, self.factors, self.dropout = W, factors, dropout
+
+    @property
+    def U(self) -> Tensor:
+        return self.pair()[0]
+
+    @property
+    def V(self) -> Tensor:
+        return self.pair()[1]
+
+    def pair(self) -> tuple[Tensor, Tensor]:
+        """`(U, V)` as tensors."""
+        if isinstance(self.factors, Pairs):
+            self.factors = self.factors.stacked()
+        return self.factors
+
+    def pairs(self) -> Pairs:
+        """The factors of a stack, expert by expert."""
+        if isinstance(self.factors, Pairs):
+            return self.factors
+        U, V = self.factors
+        factors = tuple((B, A) for B, A in zip(U.unbind(), V.unbind(), strict=True))
+        return Pairs(factors, (1.0,) * len(factors), turned=False)
 
     def whole(self) -> Tensor:
         """The sum itself, in W's dtype; added in the better of the two."""
         precise = torch.promote_types(self.W.dtype, self.U.dtype)
         return (self.W.to(precise) + (self.U @ self.V).to(precise)).to(self.W.dtype)
 
-    def _as(self, W: Tensor, U: Tensor, V: Tensor) -> LazySum:
-        return LazySum(W, U, V, self.dropout)
+    def _as(self, W: Tensor, factors: tuple[Tensor, Tensor] | Pairs) -> LazySum:
+        return LazySum(W, factors, self.dropout)
 
     def __repr__(self, **options: Any) -> str:  # type: ignore[override]
         return f"LazySum({tuple(self.W.shape)}, rank {self.U.shape[-1]})"
@@ -133,22 +193,85 @@ def _grouped(operation: Callable[..., Any]) -> Callable[..., Any]:
         given = any(value is not None for value in options.values())
         if given or isinstance(x, LazySum) or not isinstance(weight, LazySum) or weight.ndim != 3:
             return NotImplemented
-        low = grouped(_dropped(x, weight), weight.U, offs)
-        return _sum(operation(x, weight.W, offs=offs), grouped(low, weight.V, offs))
+        y = operation(x, weight.W, offs=offs)
+        low = F.dropout(x, weight.dropout) if weight.dropout else x
+        return low_rank(operation if x.is_cuda else None, y, low, weight.pairs(), offs)
 
     return product
 
 
-def grouped(x: Tensor, weight: Tensor, offs: Tensor) -> Tensor:
-    """`x` (rows, in) in the order of the groups times `weight` (groups, in, out): (rows, out). Rows behind the last
-    are zero."""
+def low_rank(operation: Callable[..., Any] | None, y: Tensor, x: Tensor, pairs: Pairs, offs: Tensor) -> Tensor:
+    """`y` (rows, columns) plus x (rows, in) times the low-rank change of each row's expert, in y's dtype.
+
+    `operation` is a grouped product that does not need to know on the host where experts end; None: expert by expert.
+    """
+    if operation is not None:  # whose rows must be multiples of 16 bytes
+        U, V = (factor.to(x.dtype) for factor in pairs.stacked(16 // x.element_size()))
+        return _sum(y, operation(operation(x, U, offs=offs), V, offs=offs))
     ends = offs.tolist()
     sizes = [end - start for start, end in zip([0, *ends], ends, strict=False)]
-    pieces = [part @ weight[index] for index, part in enumerate(x[: ends[-1]].split(sizes)) if len(part)]
-    rest = x.shape[0] - ends[-1]
-    if rest or not pieces:
-        pieces.append(x.new_zeros(rest, weight.shape[2]) + 0 * weight.sum())
-    return torch.cat(pieces)
+    flat = [tensor for B, A in pairs.factors for tensor in ((B, A) if pairs.turned else (A.mT, B.mT))]
+    return _ByExpert.apply(y, x, sizes, pairs.scales, *flat)  # type: ignore[no-any-return, no-untyped-call]
+
+
+class _ByExpert(Function):
+    """`y_e += s_e (x_e A_eᵀ) B_eᵀ` for the rows of each expert, in place. An expert without rows costs nothing.
+
+    Thin products are computed in the factors' dtype where it is the wider: each expert has another number of rows, and for
+    each number products in bfloat16 would have a kernel made (oneDNN), which takes longer than the product.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, y: Tensor, x: Tensor, sizes: list[int], scales: tuple[float, ...], *factors: Tensor
+    ) -> Tensor:
+        lows = []
+        with torch.autocast(x.device.type, enabled=False):  # grouped products do not know it either
+            for expert, (own, into) in _parts(sizes, x, y):
+                B, A = factors[2 * expert : 2 * expert + 2]
+                lows.append(_wide(own, A) @ _wide(A, own).mT)
+                if B.dtype == into.dtype:
+                    into.addmm_(lows[-1], B.mT, alpha=scales[expert])
+                else:
+                    into.add_(lows[-1] @ _wide(B, own).mT, alpha=scales[expert])
+        ctx.mark_dirty(y)
+        ctx.save_for_backward(x, *factors, *lows)
+        ctx.sizes, ctx.scales = sizes, scales
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
+        x, *held = ctx.saved_tensors
+        factors, lows = held[: 2 * len(ctx.sizes)], iter(held[2 * len(ctx.sizes) :])
+        dx = torch.empty_like(x)
+        dx[sum(ctx.sizes) :] = 0
+        gradients: list[Tensor | None] = [None] * len(factors)
+        for expert, (own, above, below) in _parts(ctx.sizes, x, dy, dx):
+            B, A = factors[2 * expert : 2 * expert + 2]
+            above = _wide(above, B)
+            dlow = (above @ _wide(B, above)).mul_(ctx.scales[expert])
+            dB = (above.mT @ next(lows)).mul_(ctx.scales[expert])
+            dA = dlow.mT @ _wide(own, A)
+            gradients[2 * expert : 2 * expert + 2] = dB.to(B.dtype), dA.to(A.dtype)
+            below.copy_(dlow @ _wide(A, own))
+        filled = [
+            torch.zeros_like(factor) if gradient is None else gradient
+            for gradient, factor in zip(gradients, factors, strict=True)
+        ]
+        return dy, dx, None, None, *filled
+
+
+def _wide(tensor: Tensor, other: Tensor) -> Tensor:
+    """A tensor in the wider dtype of the two."""
+    return tensor.to(torch.promote_types(tensor.dtype, other.dtype))
+
+
+def _parts(sizes: list[int], *tensors: Tensor) -> Iterator[tuple[int, tuple[Tensor, ...]]]:
+    """Each expert that has rows, with them. What is behind the last is nobody's."""
+    rows = sum(sizes)
+    pieces = zip(*(tensor[:rows].split(sizes) for tensor in tensors), strict=True)
+    return ((expert, own) for expert, own in enumerate(pieces) if sizes[expert])
 
 
 # -- views -----------------------------------------------------------------------------------------------------------------
@@ -157,7 +280,9 @@ def grouped(x: Tensor, weight: Tensor, offs: Tensor) -> Tensor:
 def _transpose(weight: Any, first: int, second: int) -> Any:
     axes = {first % weight.ndim, second % weight.ndim}
     if axes == {weight.ndim - 2, weight.ndim - 1}:
-        return weight._as(weight.W.transpose(first, second), weight.V.transpose(-2, -1), weight.U.transpose(-2, -1))
+        own = weight.factors
+        turned = own.transposed() if isinstance(own, Pairs) else (own[1].mT, own[0].mT)
+        return weight._as(weight.W.transpose(first, second), turned)
     return NotImplemented
 
 
@@ -173,10 +298,12 @@ def _item(weight: Any, index: Any) -> Any:
     """One expert, or some: an index into the axes before the matrix."""
     if not isinstance(weight, LazySum) or weight.ndim < 3:
         return NotImplemented
+    if isinstance(weight.factors, Pairs) and (isinstance(index, int) or (isinstance(index, Tensor) and not index.ndim)):
+        return weight._as(weight.W[index], weight.factors.one(int(index)))
     if isinstance(index, int) or (
         isinstance(index, Tensor) and not isinstance(index, LazySum) and index.dtype != torch.bool
     ):
-        return weight._as(weight.W[index], weight.U[index], weight.V[index])
+        return weight._as(weight.W[index], (weight.U[index], weight.V[index]))
     return NotImplemented
 
 
@@ -186,13 +313,13 @@ def _same(operation: Callable[..., Any]) -> Callable[..., Any]:
     def answer(weight: Any, *args: Any, **kwargs: Any) -> Any:
         if not isinstance(weight, LazySum):
             return NotImplemented
-        return weight._as(operation(weight.W, *args, **kwargs), weight.U, weight.V)
+        return weight._as(operation(weight.W, *args, **kwargs), weight.factors)
 
     return answer
 
 
 def _detached(weight: Any) -> Any:
-    return weight._as(weight.W.detach(), weight.U.detach(), weight.V.detach())
+    return weight._as(weight.W.detach(), (weight.U.detach(), weight.V.detach()))
 
 
 _ANSWERS: dict[Any, Callable[..., Any]] = {

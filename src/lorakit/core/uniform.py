@@ -17,7 +17,7 @@ from lorakit.core.contents import LayerContents
 from lorakit.core.delta import Delta, LowRank
 from lorakit.core.kernel import autocast, product
 from lorakit.core.layout import Expert, Site, Transposed
-from lorakit.core.lazy_sum import LazySum
+from lorakit.core.lazy_sum import LazySum, Pairs
 from lorakit.core.rows import first_tensor
 from lorakit.core.storage import storage_of, value_of
 from lorakit.errors import LorakitError
@@ -151,26 +151,25 @@ def lazy_sums(layer: LayerContents, blend: Weighted) -> dict[str, LazySum] | Non
 
 
 def _lazy_sum(W: Tensor, parts: list[tuple[float, Expert, LowRank]]) -> LazySum:
-    """A stack of experts and its changes, each expert's factors of all adapters side by side and padded to one rank."""
+    """A stack of experts and its changes, each expert's factors of all adapters side by side."""
     layout, first = parts[0][1], parts[0][2]
-    pairs: list[list[tuple[Tensor, Tensor]]] = [[] for _ in range(layout.count)]
+    held: list[list[tuple[float, LowRank]]] = [[] for _ in range(layout.count)]
     for weight, own, delta in parts:
-        B, A = delta.factors()
-        gate = delta.gate()
-        pairs[own.index].append(((B if gate is None else B * gate) * (delta.scale * weight), A))
-    rank = max(sum(A.shape[0] for _, A in own) for own in pairs)
-    out, in_ = layout.shape.out, layout.shape.in_
+        held[own.index].append((weight, delta))
+    shape = layout.shape
+    none = (W.new_zeros(shape.out, 0), W.new_zeros(0, shape.in_)), 1.0
+    pairs, scales = zip(*(_pair(own) if own else none for own in held), strict=True)
+    turned = isinstance(layout.inner, Transposed)
+    return LazySum(W, Pairs(pairs, scales, turned), first.dropout if first.training else 0.0)
 
-    def joined(own: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-        left = rank - sum(A.shape[0] for _, A in own)
-        own = [*own, (W.new_zeros(out, left), W.new_zeros(left, in_))] if left else own
-        return torch.cat([B for B, _ in own], 1), torch.cat([A for _, A in own])
 
-    factors = [joined(own) for own in pairs]
-    U, V = torch.stack([B for B, _ in factors]), torch.stack([A for _, A in factors])
-    if isinstance(layout.inner, Transposed):
-        U, V = V.mT, U.mT
-    return LazySum(W, U, V, first.dropout if first.training else 0.0)
+def _pair(weighted: list[tuple[float, LowRank]]) -> tuple[tuple[Tensor, Tensor], float]:
+    """Deltas of one matrix as the factors B and A of one product, and its scale."""
+    if len(weighted) == 1:
+        ((weight, delta),) = weighted
+        return delta.gated(), delta.scale * weight
+    pairs = [(delta.gated(), delta.scale * weight) for weight, delta in weighted]
+    return (torch.cat([B * scale for (B, _), scale in pairs], 1), torch.cat([A for (_, A), _ in pairs])), 1.0
 
 
 def is_fusable(base: nn.Module, tensors: dict[str, Tensor]) -> bool:
