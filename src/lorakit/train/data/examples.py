@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lorakit.errors import LorakitError, plural
+from lorakit.files.prompt import Prompt, as_chat, opened
 from lorakit.train.config.options import DataOptions
 from lorakit.train.data.formats import RowReader, each_row, refuse_bad_rows, sort_out
 from lorakit.train.data.reading import BadRow, Row, Rows, load_rows
@@ -131,11 +132,12 @@ class Report:
 @dataclass(frozen=True)
 class Prepared:
     """Examples, and the report of how they came about. Of a classifier they are labelled texts, and `names` its classes by
-    index."""
+    index; `prompt` is the form in which the model was asked, None where it was not (plain text, a classifier)."""
 
     examples: list[Any]
     report: Report
     names: tuple[str, ...] = ()
+    prompt: Prompt | None = None
 
     def __len__(self) -> int:
         return len(self.examples)
@@ -242,7 +244,7 @@ def prepare(rows: Rows, tokenizer: Any, options: DataOptions) -> Prepared:
     )
     if not examples:
         raise LorakitError(f"prepare: no example is left of {rows.source}. " + "; ".join(report.lines()))
-    return Prepared(examples, report)
+    return Prepared(examples, report, prompt=maker.prompt(examples))
 
 
 def questions(rows: Rows, tokenizer: Any, options: DataOptions) -> list[Question]:
@@ -327,6 +329,27 @@ class _Maker:
         tokenised, more = sort_out(rendered, self.labeller.label([one for _, one in rendered]))
         return tokenised, bad + more
 
+    def prompt(self, examples: Sequence[Example]) -> Prompt | None:
+        """The form in which the model is asked in these examples, for those who ask it later."""
+        template, options, tokenizer = self.reader.template, self.reader.options, self.labeller.tokenizer
+        if self.reader.format == "text":
+            return None
+        ends = {self.labeller.ends.last_of([label for label in one.labels if label != IGNORED]) for one in examples}
+        stop = tuple(tokenizer.convert_ids_to_tokens(sorted(end for end in ends if end is not None)))
+        given: dict[str, Any] = {
+            "template": None, "system": options.system, "arguments": dict(options.template_arguments)
+        }  # fmt: skip
+        place = f"the template of its training ({self.reader.words})"
+        if isinstance(template, ChatTemplate):
+            return Prompt(template.jinja, stop, given=given, place=place)
+        head = "".join(tokenizer.convert_ids_to_tokens(self.opening))
+        opens = bool(head) and not template.text.startswith(head)
+        closing = template.closing
+        closed = bool(closing) and self.labeller.ends.closes(self.labeller.encode([closing])[0])
+        ending = "" if closed else tokenizer.eos_token or ""
+        jinja = as_chat(template.pieces, template.placeholders, options.system, head if opens else "", ending)
+        return Prompt(jinja, stop, opens, {**given, "template": template.text}, place=place)
+
     def asked(self) -> tuple[list[Question], list[BadRow]]:
         """Every row as a question."""
         reader, template = self.reader, self.reader.template
@@ -349,7 +372,7 @@ class _Maker:
                 asked.append((row, one.text[:start], one.text[start:].removesuffix(closing)))
         encoded = self.labeller.encode([prompt for _, prompt, _ in asked])
         return [
-            Question(self.labeller.opened(ids), prompt, answer.strip(), row.where)
+            Question(opened(ids, self.labeller.opening), prompt, answer.strip(), row.where)
             for (row, prompt, answer), ids in zip(asked, encoded, strict=True)
         ], bad
 

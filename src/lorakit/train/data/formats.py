@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
 from lorakit.errors import LorakitError
+from lorakit.files.prompt import Prompt
 from lorakit.train.config.options import DataOptions
 from lorakit.train.data.reading import BadRow, Row, Rows
 from lorakit.train.data.templates import (
@@ -96,6 +97,21 @@ def renamed(rows: Rows, options: DataOptions) -> list[tuple[Row, Mapping[str, An
     return kept_rows
 
 
+def with_prompt(options: DataOptions, prompt: Prompt | None, rows: Rows) -> DataOptions:
+    """The options by which rows are written as this adapter was asked in its training; plain text is asked nothing."""
+    names = {name for _, values in renamed(rows, options) for name in values}
+    is_text = options.format == "text" or (
+        options.format == "auto" and "text" in names and not {"prompt", "messages"} & names
+    )
+    if prompt is None or is_text or options.format == "classification":
+        return options
+    text = prompt.given.get("template")
+    template = prompt.template if text is None else str(text)
+    return options.replace(
+        template=template, system=None if text is None else prompt.given.get("system"), template_arguments={}
+    )
+
+
 class RowReader:
     """The rows of one source, on their way to text: their format and template, found once.
 
@@ -108,7 +124,9 @@ class RowReader:
     def __init__(self, rows: Rows, tokenizer: Any, options: DataOptions) -> None:
         self.options, self.source, self.tokenizer = options, rows.source or "the data", tokenizer
         self.fields = renamed(rows, options)
-        self.template = choose_template(options.template, tokenizer)
+        tools = any(values.get("tools") for _, values in self.fields)
+        given = (options.template, tokenizer, options.system, options.template_arguments, tools)
+        self.template = choose_template(*given)
         self.format = self._format()
         self.words = "none (text as it is)" if self.format == "text" else self.template.words
         has_place = self.template.is_chat or (
@@ -119,6 +137,8 @@ class RowReader:
                 f"data.system: the template ({self.words}) has no place for a system message; use a chat template, or "
                 "{system} in data.template"
             )
+        if options.template_arguments and (self.format == "text" or not self.template.is_chat):
+            raise LorakitError(f"data.template_arguments are for a chat template; the template is {self.words}")
 
     def _format(self) -> str:
         asked = self.options.format
@@ -187,9 +207,6 @@ class RowReader:
             learned = [i for i, m in enumerate(messages) if i >= len(before) and m["role"] == "assistant"]
             if not learned:
                 raise UnusableRow('"completion" has no assistant turn')
-        if self.options.system is not None and messages[0]["role"] != "system":
-            messages = [{"role": "system", "content": self.options.system}, *messages]
-            learned = [index + 1 for index in learned]
         tools = values.get("tools") or None
         return Conversation(messages, tuple(learned), tools)
 

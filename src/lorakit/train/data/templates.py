@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from lorakit.errors import LorakitError, first_line
+from lorakit.files.prompt import complete
 
 log = logging.getLogger("lorakit.train")
 
@@ -89,9 +90,14 @@ class TextTemplate:
         return _PLACEHOLDER.findall(self.text)
 
     @property
+    def pieces(self) -> list[str]:
+        """The text before each placeholder and after the last."""
+        return _PLACEHOLDER.split(self.text)[::2]
+
+    @property
     def closing(self) -> str:
         """What the template writes after the completion."""
-        return self.text.rpartition("}")[2]
+        return self.pieces[-1]
 
     @property
     def words(self) -> str:
@@ -123,11 +129,11 @@ JOINED = TextTemplate("{prompt}{completion}")
 
 @dataclass(frozen=True)
 class ChatTemplate:
-    """A Jinja chat template: the tokenizer's own (`jinja` None), or one from the configuration."""
+    """A Jinja chat template, the tokenizer's own or one from the configuration, complete (see `files.prompt.complete`)."""
 
     tokenizer: Any
-    jinja: str | None = None
-    origin: str = "the model's chat template"
+    jinja: str
+    origin: str
 
     is_chat: ClassVar[bool] = True
 
@@ -139,8 +145,7 @@ class ChatTemplate:
     @property
     def marks(self) -> bool:
         """Whether the template says itself what the assistant generates."""
-        source = self.tokenizer.get_chat_template() if self.jinja is None else self.jinja
-        return re.search(r"\{%-?\s*generation\s*-?%\}", str(source)) is not None
+        return re.search(r"\{%-?\s*generation\s*-?%\}", self.jinja) is not None
 
     def render(self, conversations: Sequence[Conversation]) -> list[Rendered | UnusableRow]:
         """The text of each conversation and its spans, or why it has none."""
@@ -244,19 +249,34 @@ def _diverges(whole: str, part: str, what: str) -> str:
     )
 
 
-def choose_template(given: str | None, tokenizer: Any) -> ChatTemplate | TextTemplate:
+def choose_template(
+    given: str | None,
+    tokenizer: Any,
+    system: str | None = None,
+    arguments: Mapping[str, Any] | None = None,
+    tools: bool = False,
+) -> ChatTemplate | TextTemplate:
     """The template that a configuration asks for.
 
     Args:
         given: None for the tokenizer's own (or none, if it has none); text with placeholders; a Jinja chat template;
             or the path of a file (.jinja, .j2, .txt) with either.
         tokenizer: the model's tokenizer.
+        system: the system message of conversations that have none, written into a chat template.
+        arguments: of a chat template (`enable_thinking`, ...), written into it.
+        tools: whether rows have tools, for which some tokenizers have a chat template of their own.
 
     Raises:
         LorakitError: the file cannot be read, or the placeholders do not end in a completion.
     """
+
+    def chat(jinja: str, origin: str) -> ChatTemplate:
+        return ChatTemplate(tokenizer, complete(jinja, system, arguments or {}), origin)
+
     if given is None:
-        return ChatTemplate(tokenizer) if getattr(tokenizer, "chat_template", None) else JOINED
+        if not getattr(tokenizer, "chat_template", None):
+            return JOINED
+        return chat(tokenizer.get_chat_template(tools=[{}] if tools else None), "the model's chat template")
     origin = "data.template"
     if "\n" not in given and given.endswith((".jinja", ".j2", ".txt")) and "{" not in given:
         try:
@@ -264,7 +284,7 @@ def choose_template(given: str | None, tokenizer: Any) -> ChatTemplate | TextTem
         except (OSError, UnicodeDecodeError) as error:
             raise LorakitError(f"data.template: the file {given} cannot be read: {error}") from None
     if "{%" in given or "{{" in given:
-        return ChatTemplate(tokenizer, given, f"{origin} (Jinja)")
+        return chat(given, f"{origin} (Jinja)")
     return TextTemplate(given, origin)
 
 
