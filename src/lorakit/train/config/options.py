@@ -58,6 +58,7 @@ class DataOptions(Section, frozen=True):
     )
     template_arguments: dict[str, Any] = option({}, "arguments of the chat template: {enable_thinking: false}")
     system: str | None = option(None, "system message for rows that have none")
+    ignore: Names = option((), "columns and fields of messages that are left out on purpose")
     max_length: int = option(1024, "maximum tokens per example; longer ones are handled by `overflow`", ge=2)
     overflow: Literal["cut", "cut-start", "split", "drop", "refuse"] = option(
         "cut",

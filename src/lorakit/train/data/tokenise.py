@@ -90,17 +90,26 @@ class Labeller:
     def _decode(self, ids: list[int]) -> str:
         return str(self.tokenizer.decode(ids, clean_up_tokenization_spaces=False))
 
-    def label(self, rendered: list[Rendered]) -> list[Tokenised | UnusableRow]:
-        """Tokens of every text; labels on its spans, each of which must begin at a token that the prompt ends with."""
+    def label(self, rendered: list[Rendered]) -> list[list[Tokenised] | UnusableRow]:
+        """Tokens of every text; labels on its spans, each of which must begin at a token that the prompt ends with.
+
+        A text of several answers that had to be tokenised apart becomes one for each: before every answer stand the tokens
+        that its prompt will have.
+        """
         edges = [sorted({at for span in one.spans for at in span if 0 < at < len(one.text)}) for one in rendered]
         both = list(zip(rendered, edges, strict=True))
         tokens = iter(self.encode([one.text[:at] for one, inside in both for at in (len(one.text), *inside)]))
-        results: list[Tokenised | UnusableRow] = []
+        results: list[list[Tokenised] | UnusableRow] = []
         for one, inside in both:
             ids = next(tokens)
             cuts = {at: next(tokens) for at in inside}  # character -> the tokens of the text before it
             try:
-                results.append(self._label_one(one, ids, cuts))
+                whole = self._label_one(one, ids, cuts)
+                if not whole.apart or len(one.spans) < 2 or self.learn_all:
+                    results.append([whole])
+                    continue
+                alone = self.label([Rendered(one.text[:end], ((start, end),)) for start, end in one.spans])
+                results.append([_usable(part)[0] for part in alone])
             except UnusableRow as reason:
                 results.append(reason)
         return results
@@ -122,10 +131,22 @@ class Labeller:
         labels = [IGNORED] * len(ids)
         spans = ((0, len(one.text)),) if self.learn_all else one.spans
         for start, end in spans:
-            labels[positions[start] : positions[end]] = ids[positions[start] : positions[end]]
+            said = ids[positions[start] : positions[end]]
+            if self.must_end and all(token in self.ends.ids or self.ends.is_blank(token) for token in said):
+                raise UnusableRow("an answer comes out empty, so that it would teach the model to say nothing")
+            labels[positions[start] : positions[end]] = said
         whole = opened(ids, self.opening)
         labels = [IGNORED] * (len(whole) - len(ids)) + labels
         return self._closed(Tokenised(whole, labels, apart))
+
+    @staticmethod
+    def within(mask: list[int], starts: Sequence[int], which: Sequence[int]) -> list[int]:
+        """A mask without the answers that are not asked for; `starts` are where each begins."""
+        kept = [0] * len(mask)
+        ends = [*starts[1:], len(mask)]
+        for at in which:
+            kept[starts[at] : ends[at]] = mask[starts[at] : ends[at]]
+        return kept
 
     def label_marked(self, ids: list[int], mask: list[int]) -> Tokenised:
         """Labels by a template's own 0/1 mask, and by the end of turn after each marked run where the mask leaves it out.
@@ -161,6 +182,12 @@ class Labeller:
                 "learn to stop; set tokenizer.eos_token, or end data.template with a special token"
             )
         return Tokenised([*one.ids, end], [*one.labels, end], one.apart)
+
+
+def _usable(made: list[Tokenised] | UnusableRow) -> list[Tokenised]:
+    if isinstance(made, UnusableRow):
+        raise made
+    return made
 
 
 def cut(ids: list[int], labels: list[int], limit: int, overflow: str, opens: bool) -> tuple[list[int], list[int]]:
