@@ -349,3 +349,33 @@ def test_a_prompt_too_long_for_the_model_does_not_end_the_chat(base: Path, lorak
     assert result.exit_code == 0
     assert "this model reads 128" in result.stderr
     assert len(result.stdout.splitlines()) == 1
+
+
+def test_an_adapter_is_asked_as_it_was_trained(config: Path, base: Path, lorakit: Run, tmp_path: Path) -> None:
+    """From train to generate, eval and merge: the text template of the run goes with the adapter."""
+    out = tmp_path / "asked"
+    template = [
+        "--data.template",
+        "what is {prompt} so {completion}",
+        "--train.max-steps",
+        "1",
+        "--train.output",
+        str(out),
+    ]
+    assert lorakit("train", str(config), *template).exit_code == 0
+    assert "chat_template.jinja" in {path.name for path in out.iterdir()}
+    from lorakit.cli.conversation import Speaker
+
+    speaker = Speaker(str(base), [out])
+    turns = [{"role": "user", "content": "a good film"}]
+    assert speaker.tokenizer.decode(speaker.encode(turns, "asked")) == "what is a good film so"
+    assert speaker.tokenizer.decode(speaker.encode(turns)) == "<user> a good film <assistant>"
+    found = lorakit("generate", str(base), "-a", str(out), "-p", "a good film", "--max-new-tokens", "2")
+    assert found.exit_code == 0
+    assert "is asked by the chat template of" in found.stderr
+    found = lorakit("eval", str(config), "-a", str(out), "--json")
+    assert found.exit_code == 0
+    assert "asked by the chat template of" in found.stderr
+    found = lorakit("merge", str(base), str(out), "-o", str(tmp_path / "merged"))
+    assert "asked by the chat template of" in found.stdout
+    assert "what is " in (tmp_path / "merged" / "chat_template.jinja").read_text()

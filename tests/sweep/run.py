@@ -181,8 +181,8 @@ def _limits(results: dict[str, Any]) -> list[str]:
     if reasons:
         lines += [
             "",
-            "What `all-linear` leaves out, with the share of the matrix numbers (0.1% or more; small models have small blocks, so "
-            "that their stems weigh more than at full size):",
+            "What `all-linear` leaves out, with the share of the matrix numbers (0.1% or more; small models have small blocks, "
+            "so that their stems weigh more than at full size):",
             "",
             "| reason | models | which |",
             "|---|---|---|",

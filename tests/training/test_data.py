@@ -206,13 +206,29 @@ def test_an_end_is_added_where_the_template_has_none() -> None:
         prepare(rows_of({"prompt": "a", "completion": "yes"}), byte_pairs(NO_END, eos=None), options())
 
 
-def test_a_template_that_rewrites_earlier_turns_is_refused_not_masked_wrongly() -> None:
+def test_a_template_that_rewrites_earlier_turns_gives_an_example_for_each_answer() -> None:
     tokenizer = byte_pairs(FORGETFUL)
     turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "one"}]
     [example] = prepare(rows_of({"messages": turns}), tokenizer, options()).examples
     assert learned(tokenizer, example) == ["(thinking) one<|im_end|>\n"]
-    with pytest.raises(LorakitError, match=r"row 1: the chat template writes .* differently .*generation %} marks"):
-        prepare(rows_of({"messages": turns + turns}), tokenizer, options())
+    more = [
+        {"role": "user", "content": "b"},
+        {"role": "assistant", "content": "two"},
+        {"role": "user", "content": "bye"},
+    ]
+    made = prepare(rows_of({"messages": [*turns, *more]}), tokenizer, options())
+    first, second = made.examples
+    assert first == example
+    assert learned(tokenizer, second) == ["(thinking) two<|im_end|>\n"]
+    assert "assistant\none<|im_end|>" in text_of(tokenizer, second)  # as it will stand before the next question
+    assert "1 row became an example for each answer" in "\n".join(made.report.lines())
+    marked = FORGETFUL.replace(
+        "{% if loop.last and m['role'] == 'assistant' %}(thinking) {% endif %}{{ m['content'] }}<|im_end|>\n",
+        "{% if loop.last and m['role'] == 'assistant' %}{% generation %}(thinking) {{ m['content'] }}<|im_end|>"
+        "{% endgeneration %}{% else %}{{ m['content'] }}<|im_end|>{% endif %}\n",
+    )
+    by_marks = prepare(rows_of({"messages": [*turns, *more]}), byte_pairs(marked), options()).examples
+    assert [learned(tokenizer, one) for one in by_marks] == [["(thinking) one<|im_end|>"], ["(thinking) two<|im_end|>"]]
 
 
 def test_a_prompt_that_is_not_how_the_conversation_begins_is_refused() -> None:

@@ -39,6 +39,7 @@ class Adapter:
         handles: hooks on the model, which go with the adapter.
         edits: where each of its edits stands -> the edit; empty for an adapter of deltas.
         anatomy: what the model is made of, for an adapter of edits.
+        prompt: the form in which the model is asked (`files.prompt.Prompt`), as its folder brought it; None: the base's own.
     """
 
     writer: ClassVar[Callable[..., Path] | None] = None
@@ -56,6 +57,7 @@ class Adapter:
     handles: list[RemovableHandle] = field(default_factory=list, repr=False)
     edits: dict[Place, Edit] = field(default_factory=dict, repr=False)
     anatomy: Anatomy | None = field(default=None, repr=False)
+    prompt: Any = field(default=None, repr=False)
 
     def deltas(self) -> Iterator[tuple[str, Site, Delta]]:
         """`(path, site, delta)` of every matrix it changes."""
@@ -151,13 +153,15 @@ class Adapter:
             for name, tensor in own.items():
                 tensor.copy_(state[name])
 
-    def save(self, folder: str | Path, base: str | None = None, record: Mapping[str, Any] | None = None) -> Path:
+    def save(
+        self, folder: str | Path, base: str | None = None, record: Mapping[str, Any] | None = None, prompt: Any = None
+    ) -> Path:
         """Write it as a folder that PEFT, vLLM and lorakit read: `lorakit.save(adapter, folder)` as a method."""
         if Adapter.writer is None:
             raise LorakitError(
                 "save: Adapter.save is there once lorakit.files is imported; use lorakit.save(adapter, folder)."
             )
-        return Adapter.writer(self, folder, base=base, record=record)
+        return Adapter.writer(self, folder, base=base, record=record, prompt=prompt)
 
 
 def adapters(model: nn.Module) -> dict[str, Adapter]:

@@ -23,11 +23,12 @@ from lorakit.algebra.sources import Live, Source, Stored
 from lorakit.core.delta import Method
 from lorakit.core.walking import as_patterns, has_suffix, walk
 from lorakit.errors import LorakitError
-from lorakit.files.bundle import CONTENT, own_data, write_bundle
+from lorakit.files.bundle import content_with, own_data, write_bundle
 from lorakit.files.folder import replace_folder
 from lorakit.files.formats import entries_of
 from lorakit.files.interchange import COMMON, PREFIX, asked_targets
 from lorakit.files.pairs import WHOLE
+from lorakit.files.prompt import common_prompt, read_prompt
 from lorakit.files.stacked import MARKER, StackedPair
 from lorakit.methods import Full, LoRA
 
@@ -144,6 +145,7 @@ def _on_model(
         patterns=patterns,
     )
     result = build(model, spec, targets, name, checked=False, paths=paths)
+    result.prompt = common_prompt(adapter.prompt for adapter in adapters)
     with torch.no_grad():
         for path, site, delta in result.deltas():
             place = site.place(path)
@@ -199,7 +201,10 @@ def _in_folder(
     if first.own or whole:
         own = _own(given, spec, config, named, set(cuts), record)
     tensors = {key: tensor.contiguous() for key, tensor in tensors.items()}
-    replace_folder(target, lambda fresh: write_bundle(fresh, config, tensors, own or None), CONTENT)
+    prompt = common_prompt(read_prompt(one.bundle.folder) for one in given)
+    replace_folder(
+        target, lambda fresh: write_bundle(fresh, config, tensors, own or None, prompt), content_with(prompt)
+    )
     return target
 
 

@@ -62,7 +62,7 @@ class Conversation:
         """One turn: the user's text, and the reply as it comes. An impossible turn leaves the conversation as it was."""
         turn: Message = {"role": "user", "content": text}
         head = [{"role": "system", "content": self.system}] if self.system else []
-        prompt = self.speaker.encode([*head, *self.messages, turn])
+        prompt = self.speaker.encode([*head, *self.messages, turn], self.route)
         try:
             reply = self.speaker.speak(prompt, self.route, sampling=self.sampling, on_text=write)
         except LorakitError as error:

@@ -4,14 +4,21 @@ streamed text."""
 from __future__ import annotations
 
 import contextlib
+import logging
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lorakit.core.options import option
-from lorakit.errors import LorakitError, unknown
+from lorakit.errors import LorakitError, first_line, unknown
+
+if TYPE_CHECKING:
+    from lorakit.adapter.adapter import Adapter
+    from lorakit.files.prompt import Prompter
+
+log = logging.getLogger("lorakit")
 
 Message = dict[str, str]
 
@@ -24,6 +31,12 @@ class Sampling:
     temperature: float = option(0.0, "0 picks the most likely token; higher values sample", minimum=0)
     top_p: float = option(1.0, "sample from the most likely tokens of this total probability", minimum=0, maximum=1)
     seed: int = option(0, "random seed", minimum=0)
+
+
+def _prompter_of(tokenizer: Any, prompt: Any = None) -> Prompter:
+    from lorakit.files.prompt import Prompter
+
+    return Prompter(tokenizer, prompt)
 
 
 def write(text: str) -> None:
@@ -44,7 +57,25 @@ class Speaker:
         from lorakit.models.loading import load_model
 
         self.model, self.tokenizer = load_model(base, dtype=dtype, quantize=quantize)
-        self.names = [lk.load(self.model, folder, active=False).name for folder in adapters]
+        loaded = [lk.load(self.model, folder, active=False) for folder in adapters]
+        self.names = [one.name for one in loaded]
+        self.base = _prompter_of(self.tokenizer)
+        self._prompters = {one.name: self._prompter(one) for one in loaded}
+
+    def _prompter(self, adapter: Adapter) -> Prompter:
+        """How an adapter is asked; said where that is not how the base is."""
+        if adapter.prompt is None:
+            if not self.base.prompt.template:
+                log.info("%s brings no chat template and the base has none: texts are sent as they are", adapter.name)
+            return self.base
+        found = _prompter_of(self.tokenizer, adapter.prompt)
+        if found.prompt.template != self.base.prompt.template:
+            log.info("%s is asked by %s", adapter.name, found.prompt.place)
+        return found
+
+    def prompter(self, route: Any = None) -> Prompter:
+        """How the model is asked through this adapter; None: the base."""
+        return self._prompters.get(route, self.base) if isinstance(route, str) else self.base
 
     def check(self, name: str) -> str:
         """The adapter's name if there is one; LorakitError with the known ones if not."""
@@ -58,18 +89,19 @@ class Speaker:
 
         torch.manual_seed(seed)
 
-    def encode(self, messages: Sequence[Message], *, raw: bool = False) -> list[int]:
-        """Messages as the token ids of a prompt, in the model's chat template if it has one and `raw` is not
+    def encode(self, messages: Sequence[Message], route: Any = None, *, raw: bool = False) -> list[int]:
+        """Messages as the token ids of a prompt, in the form in which this adapter was trained, or as they are if `raw` is
         asked.
 
-        Without a template the texts follow one another, a line each.
+        Raises LorakitError where the chat template refuses them.
         """
-        if raw or not self.tokenizer.chat_template:
-            return list(self.tokenizer("\n".join(message["content"] for message in messages))["input_ids"])
-        ids = self.tokenizer.apply_chat_template(
-            list(messages), add_generation_prompt=True, tokenize=True, return_dict=True
-        )["input_ids"]
-        return list(ids)
+        prompter = self.prompter(route)
+        if raw:
+            return prompter.raw("\n".join(message["content"] for message in messages))
+        try:
+            return prompter.encode(messages)
+        except Exception as problem:  # a template is a program: it may raise anything
+            raise LorakitError(f"generate: {prompter.prompt.place} refuses this: {first_line(problem)}") from problem
 
     def speak(
         self,
@@ -87,6 +119,7 @@ class Speaker:
         from transformers import TextStreamer
 
         import lorakit as lk
+        from lorakit.files.prompt import end_ids
 
         room, length = sampling.max_new_tokens, len(prompt)
         limit = getattr(self.model.config, "max_position_embeddings", None)
@@ -98,6 +131,7 @@ class Speaker:
                 )
             room = min(room, limit - length)
         pieces: list[str] = []
+        prompter = self.prompter(route)
 
         class Streamer(TextStreamer):
             def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
@@ -116,7 +150,8 @@ class Speaker:
                 attention_mask=torch.ones_like(ids),
                 max_new_tokens=room,
                 pad_token_id=self.tokenizer.pad_token_id,
-                streamer=Streamer(self.tokenizer, skip_prompt=True, skip_special_tokens=True),
+                eos_token_id=[*end_ids(self.tokenizer, self.model), *prompter.stop_ids] or None,
+                streamer=Streamer(prompter.tokenizer, skip_prompt=True, skip_special_tokens=True),
                 **drawn,
             )
         return "".join(pieces).strip()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -16,6 +17,8 @@ HELP = (
     "configuration says on which rows), or a CONFIG.yaml together with --adapter. Options of the run may be "
     "given as for train."
 )
+
+log = logging.getLogger("lorakit")
 
 CONTEXT: dict[str, Any] = {"allow_extra_args": True, "ignore_unknown_options": True}
 
@@ -33,7 +36,7 @@ def evaluate(
     """Measure, and print a table with a column for the base and for each adapter."""
     log_to(err)
     from lorakit.errors import LorakitError
-    from lorakit.train.config.run import load_config
+    from lorakit.train.config.run import TrainConfig, load_config
 
     file, adapters = what, list(adapter or ())
     if what.is_dir():
@@ -46,8 +49,10 @@ def evaluate(
     config = load_config(file, context.args)  # first, so that a mistake in it is told before transformers is imported
     show_log(err)
     import lorakit as lk
+    from lorakit.files.prompt import Prompt, Prompter
     from lorakit.train.data.examples import load_splits
-    from lorakit.train.evaluate import Evaluation, tabulate
+    from lorakit.train.data.formats import with_prompt
+    from lorakit.train.evaluate import Evaluation, EvaluationSet, tabulate
     from lorakit.train.run import class_list, evaluation_set, examine, load_base, path_for
 
     train_rows, rows = load_splits(config.data)
@@ -56,21 +61,32 @@ def evaluate(
             f"eval: {file} names no rows to evaluate on; give --data.evaluation FILE or --data.evaluation-size N"
         )
     model, tokenizer = load_base(config, train_rows)
-    held = evaluation_set(rows, tokenizer, config, class_list(model) if config.task == "seq-cls" else None)
-    loaded = [lk.load(model, folder, active=False).name for folder in adapters]
+    classes = class_list(model) if config.task == "seq-cls" else None
+    loaded = [lk.load(model, folder, active=False) for folder in adapters]
     path = path_for(config, model)
+
+    def ask(prompt: Prompt | None) -> tuple[Any, EvaluationSet, TrainConfig]:
+        """The rows in the form in which an adapter was trained: its tokenizer, its examples, its configuration."""
+        own = config.replace(data=with_prompt(config.data, prompt, rows))
+        if own != config and prompt is not None:
+            log.info("asked by %s", prompt.place)
+        reader = tokenizer if prompt is None else Prompter(tokenizer, prompt).tokenizer
+        return reader, evaluation_set(rows, reader, own, classes), own
+
+    # The base is asked as the adapter that it is compared with; without one, as the configuration says.
+    asked = {one.name: ask(one.prompt) for one in loaded}
+    first = next(iter(asked.values())) if what.is_dir() else ask(None) if base or not asked else None
+    first = first or next(iter(asked.values()))
     measured: dict[str, Evaluation] = {}
-    if base:
-        with lk.use(model, None) if loaded else contextlib.nullcontext():
-            measured["base"] = examine(model, tokenizer, held, config, path)
-    for name in loaded:
-        with lk.use(model, name):
-            measured[name] = examine(model, tokenizer, held, config, path)
+    for name in [*([None] if base else []), *asked]:
+        reader, held, own = first if name is None else asked[name]
+        with lk.use(model, name) if loaded else contextlib.nullcontext():
+            measured[name or "base"] = examine(model, reader, held, own, path)
     if as_json:
         numbers = {name: {"rows": one.rows, **one.numbers()} for name, one in measured.items()}
         print(json.dumps(numbers, indent=2))
         return
-    out.print(tabulate(measured, title=f"{config.model} on {len(held.examples):,} rows"))
+    out.print(tabulate(measured, title=f"{config.model} on {len(first[1].examples):,} rows"))
     last = list(measured.values())[-1] if measured else None
     for answer in last.answers[:samples] if last else ():
         mark = "right" if answer.right else f"expected {answer.expected}"

@@ -41,10 +41,10 @@ def generate(
     routes: list[Any] = list(speaker.names) or [None]
     for text in prompts:
         messages = [{"role": "system", "content": system}] if system else []
-        ids = speaker.encode([*messages, {"role": "user", "content": text}], raw=raw)
         for route in routes:
             if len(routes) > 1:
                 out.print(f"[bold]{route}[/bold]")
             speaker.seed(sampling.seed)
+            ids = speaker.encode([*messages, {"role": "user", "content": text}], route, raw=raw)
             speaker.speak(ids, route, sampling=sampling, on_text=write)
             write("\n")

@@ -34,6 +34,7 @@ def merge(
 
     import lorakit as lk
     from lorakit.files.bundle import read_own
+    from lorakit.files.prompt import Prompter
     from lorakit.models.loading import load_model, resolve_dtype
     from lorakit.models.quantisation import as_config, existing, holding
     from lorakit.models.stored import stored_config, stored_dtype
@@ -54,6 +55,7 @@ def merge(
         options = {"dtype": torch.float32}
     model, tokenizer = load_model(base, **options)
     loaded = lk.load(model, adapter, active=False)
+    prompt = loaded.prompt
     few = holding(model).words()
     if few and dtype == "auto":
         report = lk.merge(model, loaded.name, untie=untie)
@@ -64,6 +66,9 @@ def merge(
     else:
         report = lk.merge(model, loaded.name, untie=untie, dtype=wanted)
         form = str(wanted).removeprefix("torch.") + (f", dequantised from {few}" if few else "")
+    if prompt is not None:
+        form += f"; asked by {prompt.place}"
+    tokenizer = Prompter(tokenizer, prompt).settle(model)
     model.save_pretrained(output)
     tokenizer.save_pretrained(output)
     layers = plural(len(report.layers), "layer")

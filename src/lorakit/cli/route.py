@@ -41,14 +41,14 @@ def route(
     experts: list[str] = list(getattr(loaded.router, "members", ()))
     drawn, rows = [], []
     for text in prompt:
-        ids = speaker.encode([{"role": "user", "content": text}], raw=raw)
+        ids = speaker.encode([{"role": "user", "content": text}], loaded.name, raw=raw)
         with torch.no_grad(), lk.use(speaker.model, loaded.name), routes(speaker.model) as seen:
             speaker.model(input_ids=torch.tensor([ids], device=speaker.model.device), use_cache=False)
         layers = {name: weights.float().reshape(len(ids), -1).cpu() for name, weights in seen}
         shares = torch.stack(list(layers.values())).mean((0, 1)).tolist()  # over layers and tokens
         experts = experts or [f"expert {e}" for e in range(len(shares))]
         rows.append((text if len(text) <= 48 else f"{text[:47]}…", *(f"{share:.3f}" for share in shares)))
-        drawn.append((text, layers, [speaker.tokenizer.decode([token]) for token in ids]))
+        drawn.append((text, layers, [speaker.prompter(loaded.name).tokenizer.decode([token]) for token in ids]))
     out.print(table("prompt", *experts, rows=rows))
     if picture is not None:
         picture.write_bytes(draw_routes(drawn, experts, f"{loaded.name} ({loaded.method.name}): weight of each expert"))

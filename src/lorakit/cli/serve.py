@@ -108,6 +108,7 @@ def serve(**given: Any) -> None:
     front = Front(
         engine,
         tokenizer,
+        store=settings.store,
         name=settings.name or model_name(settings.base),
         tenants=tenants,
         bounds=Bounds(prompt=settings.max_prompt, output=settings.max_output, seconds=settings.timeout),

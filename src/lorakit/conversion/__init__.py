@@ -27,8 +27,12 @@ from lorakit.conversion.mlx import MLX
 from lorakit.conversion.names import COMPONENTS, Names, names_of
 from lorakit.conversion.peft import PEFT
 from lorakit.errors import LorakitError, unknown
+from lorakit.files.prompt import TEMPLATE, Prompt, read_prompt
 
 log = logging.getLogger("lorakit")
+
+CHAT_TEMPLATE = "tokenizer.chat_template"
+"""The key of a chat template in a GGUF file."""
 
 FORMATS: dict[str, Format] = {one.name: one for one in (PEFT, KOHYA, LYCORIS, DIFFUSERS, LORALIB, GGUF, MLX)}
 """The formats by name; a file is of the first that claims it."""
@@ -97,11 +101,35 @@ def convert(
     described = fitted(description, target.holds, target.title)
     target.check(described)
     written, said = target.write(described, Target(names, names.name or description.base))
+    prompt = read_prompt(source) if Path(source).expanduser().is_dir() else _gguf_prompt(contents, found)
+    if prompt is not None and prompt.template is not None:
+        said = said.noting(_with_prompt(prompt, target, written))
     for note in said.notes:
         tell(note) if tell is not None else log.info("convert: %s", note)
     if place is not None:
         target.save(place, written)
+        if target is PEFT and prompt is not None:
+            prompt.write(place)
     return Converted(place, found.name, to, said, said.notes)
+
+
+def _gguf_prompt(contents: Mapping[str, Content], found: Format) -> Prompt | None:
+    """The chat template that a GGUF file holds."""
+    template = next(iter(contents.values())).metadata.get(CHAT_TEMPLATE) if found is GGUF else None
+    return Prompt(str(template)) if template else None
+
+
+def _with_prompt(prompt: Prompt, target: Format, written: Mapping[str, Content]) -> str:
+    """What becomes of the adapter's chat template, in words; a GGUF file gets it."""
+    if target is PEFT:
+        return f"the chat template is written beside it ({TEMPLATE})"
+    if target is GGUF:
+        written[""].metadata[CHAT_TEMPLATE] = str(prompt.template)
+        return (
+            f"the chat template is kept in the file ({CHAT_TEMPLATE}); llama.cpp uses its base model's, unless it is given the "
+            f"adapter's: --jinja --chat-template-file {TEMPLATE}"
+        )
+    return f"{target.name} has no place for the chat template of {prompt.place}; whoever asks the adapter needs it"
 
 
 def _place(source: str | Path, output: str | Path, target: Format) -> Path:

@@ -26,6 +26,7 @@ from torch import Tensor
 
 from lorakit.errors import LorakitError
 from lorakit.files.folder import recover, stamp_of
+from lorakit.files.prompt import PROMPT, Prompt
 
 CONFIG, TENSORS, OWN = "adapter_config.json", "adapter_model.safetensors", "lorakit.json"
 CONTENT = (CONFIG, TENSORS, OWN)
@@ -112,7 +113,7 @@ def _fetch(name: str, revision: str | None) -> Path:
     )
 
     try:
-        return Path(snapshot_download(name, revision=revision, allow_patterns=list(CONTENT)))
+        return Path(snapshot_download(name, revision=revision, allow_patterns=[*CONTENT, *PROMPT]))
     except GatedRepoError as problem:
         raise LorakitError(
             f"load: {name!r} is closed on the hub; ask for access on its page, then `hf auth login`."
@@ -246,9 +247,14 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def write_bundle(
-    fresh: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor], own: Mapping[str, Any] | None
+    fresh: Path,
+    config: Mapping[str, Any],
+    tensors: Mapping[str, Tensor],
+    own: Mapping[str, Any] | None,
+    prompt: Prompt | None = None,
 ) -> None:
-    """Write the three files into an empty folder (see `folder.replace_folder`); lorakit.json only where `own` is given.
+    """Write the three files into an empty folder (see `folder.replace_folder`); lorakit.json only where `own` is given. With
+    `prompt`, how the adapter is asked.
 
     Raises:
         OSError: a file cannot be written.
@@ -262,9 +268,17 @@ def write_bundle(
     (fresh / CONFIG).write_text(text, encoding="utf-8")
     # safetensors makes its file readable by its owner alone; the adapter's files are all as readable as the rest
     path.chmod((fresh / CONFIG).stat().st_mode)
+    if prompt is not None:
+        prompt.write(fresh)
+        own = None if own is None else {**own, "prompt": prompt.data()}
     if own is not None:
         files = digests(json.loads(text), path)
         (fresh / OWN).write_text(plain({**own, "files": files}, OWN), encoding="utf-8")
+
+
+def content_with(prompt: Prompt | None) -> tuple[str, ...]:
+    """The files that saving an adapter replaces: those of an earlier prompt only where a new one takes their place."""
+    return CONTENT if prompt is None else (*CONTENT, *PROMPT)
 
 
 def own_data(

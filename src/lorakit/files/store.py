@@ -32,11 +32,11 @@ from lorakit.experts import MEMBERS, RouterSpec
 from lorakit.experts.attachment import build_router, over
 from lorakit.files.bundle import (
     CONFIG,
-    CONTENT,
     LABELS,
     OWN,
     TENSORS,
     Bundle,
+    content_with,
     own_data,
     plain,
     read_bundle,
@@ -62,6 +62,7 @@ from lorakit.files.interchange import (
     unwrapped,
 )
 from lorakit.files.packing import names_of, unpack
+from lorakit.files.prompt import Prompt, read_prompt
 from lorakit.files.table import spec_from_dict
 
 log = logging.getLogger("lorakit")
@@ -75,6 +76,7 @@ def save(
     base: str | None = None,
     record: Mapping[str, Any] | None = None,
     stored_weight: Callable[[str], Tensor] | None = None,
+    prompt: Prompt | None = None,
 ) -> Path:
     """Write an adapter as a folder, in one step.
 
@@ -84,6 +86,7 @@ def save(
         base: the base model's name for the file; by default the one transformers knows.
         record: anything to keep with it, such as how it was trained (plain data).
         stored_weight: gives a base tensor by its name, where the model is on the meta device and holds none.
+        prompt: the form in which the model is asked; by default the one that the adapter was loaded with.
 
     Raises:
         LorakitError: the adapter is on no model, the method has no file format, a tensor holds a NaN, or writing failed;
@@ -112,7 +115,8 @@ def save(
     target = Path(folder).expanduser()
     if isinstance(method, RouterSpec):
         own["members"] = _save_members(adapter, target, base)
-    replace_folder(target, lambda fresh: write_bundle(fresh, config, tensors, own), CONTENT)
+    prompt = prompt or adapter.prompt
+    replace_folder(target, lambda fresh: write_bundle(fresh, config, tensors, own, prompt), content_with(prompt))
     return target
 
 
@@ -186,6 +190,7 @@ def load(
         for added in [one for one in reversed(adapters(model)) if one not in before]:
             detach(model, added)
         raise
+    adapter.prompt = read_prompt(bundle.folder)
     adapter.requires_grad_(trainable)
     if active:
         _activate(model, name)
@@ -204,7 +209,9 @@ def _activate(model: nn.Module, name: str) -> None:
 
 def frame(bundle: Bundle) -> str:
     """What decides how a folder's adapter is built, as text: two folders of one frame differ in numbers only."""
-    own = {key: value for key, value in bundle.own.items() if key not in ("record", "files", "lorakit_version")}
+    own = {
+        key: value for key, value in bundle.own.items() if key not in ("record", "files", "lorakit_version", "prompt")
+    }
     config = {key: value for key, value in bundle.config.items() if key not in LABELS}
     shapes = {key: [str(tensor.dtype), *tensor.shape] for key, tensor in bundle.tensors.items()}
     return json.dumps([own, config, shapes], sort_keys=True, default=str)

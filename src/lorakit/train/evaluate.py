@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from lorakit.errors import LorakitError, plural
+from lorakit.files.prompt import end_ids
 from lorakit.models.evaluating import evaluating
 from lorakit.train.data.templates import shared_prefix_length
 from lorakit.train.scoring import score_choices
@@ -72,11 +73,13 @@ class Evaluation:
 @dataclass(frozen=True)
 class EvaluationSet:
     """What a model is measured on: examples for the loss (of a classifier, labelled texts), and for the answers questions
-    and the token ids of `evaluate.choices` (see `lorakit.train.data.examples.choice_ids`)."""
+    and the token ids of `evaluate.choices` (see `lorakit.train.data.examples.choice_ids`). `stops` end an answer besides the
+    model's own end tokens."""
 
     examples: Sequence[Example]
     questions: Sequence[Question] = ()
     choices: Sequence[Sequence[int]] = ()
+    stops: Sequence[int] = ()
 
 
 # -- the loss --------------------------------------------------------------------------------------
@@ -118,14 +121,15 @@ def generate_answers(
     *,
     max_new_tokens: int = 32,
     batch_size: int = 32,
+    stops: Sequence[int] = (),
 ) -> list[str]:
-    """The model's greedy answer to every prompt (token ids), as text without special tokens.
+    """The model's greedy answer to every prompt (token ids), as text without special tokens. It ends at `stops` too.
 
     Batches hold prompts of similar length, padded on the left so that every answer begins in the same column.
     """
     order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
     answers = [""] * len(prompts)
-    stops = _stop_tokens(model, tokenizer)
+    stops = list(dict.fromkeys([*end_ids(tokenizer, model), *stops]))
     with evaluating(model):
         for start in range(0, len(order), batch_size):
             rows = order[start : start + batch_size]
@@ -160,15 +164,6 @@ def match_choice(text: str, choices: Sequence[str]) -> str | None:
     return min(found)[2] if found else None
 
 
-def _stop_tokens(model: Any, tokenizer: Any) -> list[int]:
-    """Every token that ends an answer: the tokenizer's, and those of the model's generation settings."""
-    known: list[int] = []
-    for source in (tokenizer, getattr(model, "generation_config", None)):
-        token = getattr(source, "eos_token_id", None)
-        known += token if isinstance(token, list) else [token] if token is not None else []
-    return list(dict.fromkeys(known))
-
-
 # -- all together ----------------------------------------------------------------------------------
 
 
@@ -195,7 +190,7 @@ def measure(
             answers = _scored_answers(model, asked, options, held.choices, batch_size)
             accuracy = fmean(answer.right for answer in answers)
         else:
-            answers, named = _generated_answers(model, tokenizer, asked, options, batch_size)
+            answers, named = _generated_answers(model, tokenizer, asked, options, batch_size, held.stops)
             exact = fmean(answer.right for answer in answers)
             accuracy = fmean(named) if named else None
     return Evaluation(
@@ -228,12 +223,17 @@ def _scored_answers(
 
 
 def _generated_answers(
-    model: Any, tokenizer: Any, questions: Sequence[Question], options: EvaluateOptions, batch_size: int
+    model: Any,
+    tokenizer: Any,
+    questions: Sequence[Question],
+    options: EvaluateOptions,
+    batch_size: int,
+    stops: Sequence[int],
 ) -> tuple[list[Answer], list[bool]]:
     """The answers, and with choices: whether the choice that each answer names first is the one expected."""
     asked = [question.prompt_ids for question in questions]
     limits = {"max_new_tokens": options.max_new_tokens, "batch_size": batch_size}
-    given = generate_answers(model, tokenizer, asked, **limits)
+    given = generate_answers(model, tokenizer, asked, stops=stops, **limits)
     named = []
     if options.choices:
         for question, text in zip(questions, given, strict=True):

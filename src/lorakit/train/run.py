@@ -134,7 +134,7 @@ def train(config: TrainConfig, *, console: Console | None = None) -> TrainResult
     record = _record(config, adapter, tokenizer, base, prepared, held, trainer, before, after, seconds)
     history = list(trainer.state.log_history)
     if trainer.is_world_process_zero():
-        adapter.save(options.output, base=config.model, record=record.as_dict())
+        adapter.save(options.output, base=config.model, record=record.as_dict(), prompt=prepared.prompt)
         write_report(options.output, record, to_yaml(config), history)
         if record.stopped is None:
             checkpoint.finish(Path(options.output))
@@ -221,13 +221,14 @@ def evaluation_set(
     rows: Rows, tokenizer: Any, config: TrainConfig, classes: Sequence[str] | None = None
 ) -> EvaluationSet:
     """Evaluation rows made ready for what the configuration measures on them; `classes` are those of a classifier."""
-    examples = _prepared("evaluation data", rows, tokenizer, config, classes).examples
-    options = config.evaluate
+    prepared = _prepared("evaluation data", rows, tokenizer, config, classes)
+    examples, options = prepared.examples, config.evaluate
     if classes is not None or options.answers == "none":
         return EvaluationSet(examples)
     asked = questions(rows, tokenizer, config.data)
     choices = choice_ids(options.choices, rows, tokenizer, config.data) if options.answers == "score" else ()
-    return EvaluationSet(examples, asked, choices)
+    stops = prepared.prompt.stop if prepared.prompt is not None else ()
+    return EvaluationSet(examples, asked, choices, tokenizer.convert_tokens_to_ids(list(stops)))
 
 
 def _prepared(what: str, rows: Rows, tokenizer: Any, config: TrainConfig, classes: Sequence[str] | None) -> Prepared:

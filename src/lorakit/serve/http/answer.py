@@ -15,6 +15,7 @@ from pydantic import BaseModel
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
+from lorakit.files.prompt import Prompter
 from lorakit.serve.http.bodies import (
     Answer,
     AnswerMessage,
@@ -33,7 +34,7 @@ from lorakit.serve.http.bodies import (
 )
 from lorakit.serve.http.faults import Fault, fault_of
 from lorakit.serve.http.front import Front, Order, unfinished
-from lorakit.serve.http.text import Detokenizer
+from lorakit.serve.http.text import Detokenizer, TokenTexts
 from lorakit.serve.request import Ticket, Token, arrivals
 
 Reason = Literal["stop", "length"]
@@ -112,8 +113,9 @@ class Shape(ABC):
     whole: Callable[..., Answer]
     chunk_object: str
 
-    def __init__(self, front: Front, asked: ChatRequest | CompletionRequest) -> None:
-        self.front, self.asked = front, asked
+    def __init__(self, front: Front, asked: ChatRequest | CompletionRequest, prompter: Prompter) -> None:
+        self.front, self.asked, own = front, asked, prompter.tokenizer
+        self.texts = front.token_texts if own is front.tokenizer else TokenTexts(own)
 
     @abstractmethod
     def opening(self, index: int) -> dict[str, Any] | None:
@@ -185,7 +187,7 @@ class Chat(Shape):
         return ChatLogprobs(content=content)
 
     def _named(self, token: int, logprob: float) -> dict[str, Any]:
-        text, raw = self.front.token_texts(token)
+        text, raw = self.texts(token)
         return {"token": text, "bytes": raw, "logprob": logprob}
 
 
@@ -195,9 +197,9 @@ class Completion(Shape):
     whole, chunk_object = CompletionAnswer, "text_completion"
     asked: CompletionRequest
 
-    def __init__(self, front: Front, asked: CompletionRequest) -> None:
-        super().__init__(front, asked)
-        decode = front.tokenizer.decode
+    def __init__(self, front: Front, asked: CompletionRequest, prompter: Prompter) -> None:
+        super().__init__(front, asked, prompter)
+        decode = prompter.tokenizer.decode
         self.echoes = [given if isinstance(given, str) else decode(given) for given in asked.prompts if asked.echo]
         self._written = [0] * (len(asked.prompts) * asked.choices)
 
@@ -219,7 +221,7 @@ class Completion(Shape):
     def probabilities(self, index: int, steps: Iterable[Step]) -> CompletionLogprobs:
         """In parallel lists."""
         found = CompletionLogprobs(tokens=[], token_logprobs=[], top_logprobs=[], text_offset=[])
-        name = self.front.token_texts
+        name = self.texts
         for step in steps:
             if step.token.id is not None:
                 found.tokens.append(name(step.token.id)[0])
@@ -258,7 +260,7 @@ async def respond(front: Front, shape: Shape, order: Order, receive: Receive, no
         "system_fingerprint": front.fingerprint(order.blend),
     }
     lazy = not asked.stream and asked.reported is None
-    writers = [Detokenizer(front.tokenizer, asked.stops, lazy) for _ in order.tickets]
+    writers = [Detokenizer(order.prompter.tokenizer, asked.stops, lazy) for _ in order.tickets]
     watch = Watch(receive, order, note)
     steps = steps_of(order.tickets, writers)
     streams = False

@@ -17,6 +17,7 @@ from starlette.types import ASGIApp
 
 from lorakit import __version__
 from lorakit.errors import LorakitError
+from lorakit.files.prompt import Prompter
 from lorakit.serve.http.admin import router as admin
 from lorakit.serve.http.answer import Chat, Completion, Shape, respond
 from lorakit.serve.http.bodies import (
@@ -159,18 +160,28 @@ async def _blend(front: Front, asked: Generation, tenant: Tenant) -> dict[str, f
 
 
 async def _generate(
-    request: Request, asked: ChatRequest | CompletionRequest, kind: str, read: Callable[[Front], list[list[int]]]
+    request: Request,
+    asked: ChatRequest | CompletionRequest,
+    kind: str,
+    read: Callable[[Prompter, int], list[list[int]]],
 ) -> Response:
     """Names, prompts, limits, quotas, engine, answer: the same for both kinds of completion."""
     front, tenant, note = front_of(request), tenant_of(request), request.state.note
     note["model"] = asked.model
     blend = await _blend(front, asked, tenant)
     long = int(request.headers.get("content-length", "0") or 0) > _LONG
-    prompts = await run_in_threadpool(read, front) if long else read(front)
-    sampling = front.sampling(asked, prompts)
+    # an adapter's prompt may have to be read first, which takes long where it brings a tokenizer
+    prompter = front.prompts.base
+    if blend and front.store is not None:
+        prompter = await run_in_threadpool(front.prompter, blend, isinstance(asked, ChatRequest))
+    window = front.engine.context
+    prompts = await run_in_threadpool(read, prompter, window) if long else read(prompter, window)
+    sampling = front.sampling(asked, prompts, prompter)
     front.metrics.tenant.labels(front.metrics.label("tenant", tenant.name)).inc()
-    order = front.submit(asked, tenant, blend, prompts, sampling, new_key(kind))
-    shape: Shape = Chat(front, asked) if isinstance(asked, ChatRequest) else Completion(front, asked)
+    order = front.submit(asked, tenant, blend, prompts, sampling, new_key(kind), prompter)
+    shape: Shape = (
+        Chat(front, asked, prompter) if isinstance(asked, ChatRequest) else Completion(front, asked, prompter)
+    )
     return await respond(front, shape, order, request.receive, note)
 
 
@@ -185,8 +196,8 @@ _STREAM = {"text/event-stream": {"schema": {"type": "string"}}}
 async def chat_completions(request: Request, asked: ChatRequest) -> Response:
     """Answer a conversation, whole or as a stream of events."""
 
-    def read(front: Front) -> list[list[int]]:
-        return [encode_messages(front.tokenizer, asked.messages, front.engine.context)]
+    def read(prompter: Prompter, window: int) -> list[list[int]]:
+        return [encode_messages(prompter, asked.messages, window)]
 
     return await _generate(request, asked, "chatcmpl", read)
 
@@ -199,8 +210,8 @@ async def chat_completions(request: Request, asked: ChatRequest) -> Response:
 async def completions(request: Request, asked: CompletionRequest) -> Response:
     """Continue texts or token ids, whole or as a stream of events."""
 
-    def read(front: Front) -> list[list[int]]:
-        return [encode_prompt(front.tokenizer, prompt, front.engine.context) for prompt in asked.prompts]
+    def read(prompter: Prompter, window: int) -> list[list[int]]:
+        return [encode_prompt(prompter, prompt, window) for prompt in asked.prompts]
 
     return await _generate(request, asked, "cmpl", read)
 

@@ -6,11 +6,13 @@ import time
 import uuid
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
 from typing import Any
 
 from starlette.requests import HTTPConnection
 
 from lorakit.errors import LorakitError
+from lorakit.files.prompt import Prompter, Prompts
 from lorakit.serve.http.bodies import ChatRequest, CompletionRequest, Generation
 from lorakit.serve.http.faults import Fault, too_long
 from lorakit.serve.http.metrics import Metrics
@@ -53,6 +55,7 @@ class Front:
         tenants: who may ask.
         bounds: what a request may cost.
         admin: whether the admin endpoints are there. They are not where anyone may ask from another machine.
+        store: the folder of adapter folders, each of which may bring its own prompt.
         hosts: names under which requests may call this server; empty is any.
         metrics: what is counted.
         clock: seconds, for quotas.
@@ -67,6 +70,7 @@ class Front:
     hosts: frozenset[str] = frozenset()
     metrics: Metrics = field(default_factory=Metrics)
     clock: Callable[[], float] = time.monotonic
+    store: Path | None = None
     created: int = field(default_factory=lambda: int(time.time()))
     _scanned: float = -1e9
 
@@ -74,6 +78,7 @@ class Front:
     """Seconds between two looks at the store for a name that is not known."""
 
     def __post_init__(self) -> None:
+        self.prompts = Prompts(self.tokenizer)
         self.token_texts = TokenTexts(self.tokenizer)
         self.metrics.watch(self.engine)
 
@@ -102,6 +107,30 @@ class Front:
             return {}
         self._known(asked.model, tenant, "model")
         return {asked.model: 1.0}
+
+    def prompter(self, blend: Mapping[str, float], chat: bool) -> Prompter:
+        """How these adapters are asked.
+
+        Raises:
+            Fault: a conversation for a blend of adapters that are asked in different ways.
+            LorakitError: the files of a prompt cannot be read.
+        """
+        found: list[Prompter] = []
+        for name in blend if self.store is not None else ():
+            one = self.prompts.of(self.store / name)  # type: ignore[operator]
+            if not any(one.prompt.same_form(other.prompt) for other in found):
+                found.append(one)
+        if len(found) < 2:
+            return found[0] if found else self.prompts.base
+        if chat:
+            raise Fault(
+                400,
+                f"the adapters of this blend ({', '.join(blend)}) were trained with different chat templates; write the prompt "
+                "yourself and send it to /v1/completions.",
+                "prompts_differ",
+                "adapters",
+            )
+        return self.prompts.base
 
     def allowed(self, tenant: Tenant) -> list[str]:
         """The names of all adapters that a tenant may use."""
@@ -137,6 +166,7 @@ class Front:
         prompts: Sequence[Sequence[int]],
         sampling: Sequence[Sampling],
         key: str,
+        prompter: Prompter,
     ) -> Order:
         """Hand every answer of a request to the engine, all of them or none.
 
@@ -146,7 +176,7 @@ class Front:
         answers = len(prompts) * asked.choices
         ledger = self.tenants.ledger(tenant)
         ledger.enter(tenant, answers, sum(map(len, prompts)) * asked.choices, self.clock())
-        order = Order(self, tenant, dict(blend), key, answers)
+        order = Order(self, tenant, dict(blend), key, answers, prompter)
         try:
             for number in range(answers):
                 row, choice = divmod(number, asked.choices)
@@ -166,7 +196,9 @@ class Front:
             raise
         return order
 
-    def sampling(self, asked: ChatRequest | CompletionRequest, prompts: Sequence[Sequence[int]]) -> list[Sampling]:
+    def sampling(
+        self, asked: ChatRequest | CompletionRequest, prompts: Sequence[Sequence[int]], prompter: Prompter
+    ) -> list[Sampling]:
         """How to answer each prompt, held to the limits.
 
         Raises:
@@ -205,6 +237,8 @@ class Front:
                         "unknown_token",
                         param,
                     )
+        if not asked.ignore_eos:
+            given["stop_token_ids"] += tuple(prompter.stop_ids)
         given = {name: value for name, value in given.items() if value is not None}
         return [Sampling(**given | {"max_tokens": self._room(len(prompt), asked.limit)}) for prompt in prompts]
 
@@ -251,6 +285,7 @@ class Order:
     blend: dict[str, float]
     key: str
     answers: int
+    prompter: Prompter
     tickets: list[Ticket] = field(default_factory=list)
     closed: bool = False
 

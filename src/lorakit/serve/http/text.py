@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from lorakit.files.prompt import Prompter
 from lorakit.serve.http.bodies import Message
 from lorakit.serve.http.faults import Fault, too_long
 
@@ -13,41 +14,33 @@ CHARACTERS = 64
 """No text of more characters than this per token of the window is read into tokens: it could not fit."""
 
 
-def encode_messages(tokenizer: Any, messages: Sequence[Message], window: int) -> list[int]:
-    """A conversation in the model's chat template, or where it has none, its texts a line each.
+def encode_messages(prompter: Prompter, messages: Sequence[Message], window: int) -> list[int]:
+    """A conversation in the form in which the adapter was trained, or the base model's own.
 
     Raises:
         Fault: the template refuses these messages (an order of roles that it does not know), or they are far too long.
     """
     check_length(sum(len(message.text) for message in messages), window)
-    template = tokenizer.chat_template
-    if not template:
-        return encode_text(tokenizer, "\n".join(message.text for message in messages), window)
+    template = prompter.prompt.template or ""
     turns = []
     for message in messages:
         role = "system" if message.role == "developer" and "developer" not in template else message.role
         turn = {"role": role, "content": message.text}
         turns.append(turn | {"name": message.name} if message.name else turn)
     try:
-        ids = tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=True, return_dict=True)
+        return prompter.encode(turns)
     except Exception as problem:  # a template is a program of the model's: it may raise anything
         raise Fault(
             400, f"the model's chat template refuses these messages: {problem}", "template", "messages"
         ) from None
-    return list(ids["input_ids"])
 
 
-def encode_text(tokenizer: Any, text: str, window: int) -> list[int]:
-    """A text as token ids, with what the tokenizer puts before a text."""
-    check_length(len(text), window)
-    return list(tokenizer(text)["input_ids"])
-
-
-def encode_prompt(tokenizer: Any, prompt: str | list[int], window: int) -> list[int]:
+def encode_prompt(prompter: Prompter, prompt: str | list[int], window: int) -> list[int]:
     """A prompt of /v1/completions: text, or token ids as they are."""
     if isinstance(prompt, str):
-        return encode_text(tokenizer, prompt, window)
-    known = len(tokenizer)
+        check_length(len(prompt), window)
+        return prompter.raw(prompt)
+    known = len(prompter.tokenizer)
     for one in prompt:
         if one >= known:
             raise Fault(

@@ -56,7 +56,9 @@ class DataOptions(Section, frozen=True):
         "prompt template: null for the model's chat template, text with {prompt}-like placeholders ending in {completion}, a "
         "Jinja chat template, or a file with either",
     )
+    template_arguments: dict[str, Any] = option({}, "arguments of the chat template: {enable_thinking: false}")
     system: str | None = option(None, "system message for rows that have none")
+    ignore: Names = option((), "columns and fields of messages that are left out on purpose")
     max_length: int = option(1024, "maximum tokens per example; longer ones are handled by `overflow`", ge=2)
     overflow: Literal["cut", "cut-start", "split", "drop", "refuse"] = option(
         "cut",

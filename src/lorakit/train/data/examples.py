@@ -17,10 +17,11 @@ since nothing predicts it.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar
 
 from lorakit.errors import LorakitError, plural
+from lorakit.files.prompt import Prompt, as_chat, opened
 from lorakit.train.config.options import DataOptions
 from lorakit.train.data.formats import RowReader, each_row, refuse_bad_rows, sort_out
 from lorakit.train.data.reading import BadRow, Row, Rows, load_rows
@@ -29,10 +30,13 @@ from lorakit.train.data.templates import (
     Conversation,
     TextTemplate,
     UnusableRow,
+    diverges,
     shared_prefix_length,
     text_of,
 )
 from lorakit.train.data.tokenise import IGNORED, Ends, Labeller, Tokenised, cut, split
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -64,6 +68,8 @@ class Report:
         apart: rows whose prompt and completion had to be tokenised apart.
         special: rows whose text spells a special token, which the tokenizer reads as one.
         shared_prefix: tokens with which all examples begin.
+        alone: rows of several answers, each of which became an example of its own.
+        unused: columns and fields of messages that make no difference, and in how many rows.
     """
 
     source: str
@@ -84,6 +90,8 @@ class Report:
     apart: int = 0
     special: int = 0
     shared_prefix: int = 0
+    alone: int = 0
+    unused: tuple[tuple[str, int], ...] = ()
 
     def lines(self) -> list[str]:
         """The report for people: one line of facts, and one for everything that was not used as it stood."""
@@ -97,6 +105,7 @@ class Report:
                 "row",
                 f"truncated to {self.max_length} tokens: {self.tokens_cut:,} tokens lost",
             ),
+            (self.alone, "row", "became an example for each answer: its form depends on what follows"),
             (self.split, "example", f"added by splitting texts longer than {self.max_length} tokens"),
             (self.too_long, "row", f"dropped: longer than {self.max_length} tokens"),
             (self.without_labels, "row", f"dropped: no labelled token within {self.max_length} tokens"),
@@ -108,7 +117,9 @@ class Report:
                 "with special tokens as text (<|im_end|>, say): the model will treat them as real turn ends",
             ),
         ]
-        return told + [f"{plural(count, noun)} {words}" for count, noun, words in notes if count]
+        said = told + [f"{plural(count, noun)} {words}" for count, noun, words in notes if count]
+        spare = ", ".join(f"{name} ({plural(count, 'row')})" for name, count in self.unused)
+        return said + ([f"not used, since no template writes it: {spare}"] if spare else [])
 
     @classmethod
     def of(
@@ -131,11 +142,12 @@ class Report:
 @dataclass(frozen=True)
 class Prepared:
     """Examples, and the report of how they came about. Of a classifier they are labelled texts, and `names` its classes by
-    index."""
+    index; `prompt` is the form in which the model was asked, None where it was not (plain text, a classifier)."""
 
     examples: list[Any]
     report: Report
     names: tuple[str, ...] = ()
+    prompt: Prompt | None = None
 
     def __len__(self) -> int:
         return len(self.examples)
@@ -238,11 +250,13 @@ def prepare(rows: Rows, tokenizer: Any, options: DataOptions) -> Prepared:
         max_length=limit,
         special=maker.reader.count_special_tokens(),
         shared_prefix=shared_prefix_length([example.input_ids for example in examples]),
+        alone=maker.alone,
+        unused=tuple(sorted(maker.reader.unused.items())),
         **counts,
     )
     if not examples:
         raise LorakitError(f"prepare: no example is left of {rows.source}. " + "; ".join(report.lines()))
-    return Prepared(examples, report)
+    return Prepared(examples, report, prompt=maker.prompt(examples))
 
 
 def questions(rows: Rows, tokenizer: Any, options: DataOptions) -> list[Question]:
@@ -306,6 +320,7 @@ class _Maker:
             tokenizer, opens=not self.is_chat, learn_all=not options.completion_only_loss, must_end=not is_text
         )
         self.opening = self.labeller.opening
+        self.alone = 0
 
     def tokenised(self) -> tuple[list[tuple[Row, Tokenised]], list[BadRow]]:
         """Tokens and labels of every usable row, in order, and the unusable rows."""
@@ -316,16 +331,67 @@ class _Maker:
             assert isinstance(template, ChatTemplate)
             conversations, bad = self.reader.conversations()
             if self.reader.format == "messages" and template.marks and not self.labeller.learn_all:
-
-                def mark(conversation: Conversation) -> Tokenised:
-                    return self.labeller.label_marked(*template.marked(conversation))
-
-                marked, more = each_row(conversations, mark)
-                return marked, bad + more
-            rendered, more = sort_out(conversations, template.render([c for _, c in conversations]))
-            bad += more
+                marked, more = each_row(conversations, self._mark)
+                return self._each(marked), bad + more
+            texts, more = sort_out(conversations, template.render([c for _, c in conversations]))
+            rendered, bad = self._each(texts), bad + more
         tokenised, more = sort_out(rendered, self.labeller.label([one for _, one in rendered]))
-        return tokenised, bad + more
+        return self._each(tokenised), bad + more
+
+    def _each(self, rows: Sequence[tuple[Row, Sequence[T]]]) -> list[tuple[Row, T]]:
+        """Every example with its row; those that a row has more of are counted."""
+        self.alone += sum(len(made) > 1 for _, made in rows)
+        return [(row, one) for row, made in rows for one in made]
+
+    def _mark(self, conversation: Conversation) -> list[Tokenised]:
+        """The examples of a conversation by the marks of its template: one where every prompt is how the whole begins and every
+        answer is marked in it, else one for each answer."""
+        template, labeller, messages = self.reader.template, self.labeller, conversation.messages
+        assert isinstance(template, ChatTemplate)
+        answers = [at for at, message in enumerate(messages) if message["role"] == "assistant"]
+        given = template.before(conversation, [at for at in answers if at])
+        prompts = dict(zip(answers, ([] if answers[0] else [[]]) + labeller.encode(given), strict=True))
+        ids, mask = template.marked(conversation)
+        if all(ids[: len(prompt)] == prompt for prompt in prompts.values()):
+            starts = [len(prompts[at]) for at in answers]
+            each = [
+                labeller.within(mask, starts, [at]) for at in range(len(answers)) if answers[at] in conversation.learned
+            ]
+            if all(map(any, each)):
+                return [labeller.label_marked(ids, [int(any(marks)) for marks in zip(*each, strict=True)])]
+        made = []
+        for at in conversation.learned:
+            ids, mask = template.marked(replace(conversation, messages=messages[: at + 1], learned=(at,)))
+            prompt = prompts[at]
+            if ids[: len(prompt)] != prompt:
+                decode = labeller.tokenizer.decode
+                raise UnusableRow(diverges(decode(prompt), decode(ids)))
+            mask = labeller.within(mask, [len(prompt)], [0])
+            if not any(mask):
+                raise UnusableRow("the chat template's {% generation %} marks cover nothing of an answer")
+            made.append(labeller.label_marked(ids, mask))
+        return made
+
+    def prompt(self, examples: Sequence[Example]) -> Prompt | None:
+        """The form in which the model is asked in these examples, for those who ask it later."""
+        template, options, tokenizer = self.reader.template, self.reader.options, self.labeller.tokenizer
+        if self.reader.format == "text":
+            return None
+        ends = {self.labeller.ends.last_of([label for label in one.labels if label != IGNORED]) for one in examples}
+        stop = tuple(tokenizer.convert_ids_to_tokens(sorted(end for end in ends if end is not None)))
+        given: dict[str, Any] = {
+            "template": None, "system": options.system, "arguments": dict(options.template_arguments)
+        }  # fmt: skip
+        place = f"the template of its training ({self.reader.words})"
+        if isinstance(template, ChatTemplate):
+            return Prompt(template.jinja, stop, given=given, place=place)
+        head = "".join(tokenizer.convert_ids_to_tokens(self.opening))
+        opens = bool(head) and not template.text.startswith(head)
+        closing = template.closing
+        closed = bool(closing) and self.labeller.ends.closes(self.labeller.encode([closing])[0])
+        ending = "" if closed else tokenizer.eos_token or ""
+        jinja = as_chat(template.pieces, template.placeholders, options.system, head if opens else "", ending)
+        return Prompt(jinja, stop, opens, {**given, "template": template.text}, place=place)
 
     def asked(self) -> tuple[list[Question], list[BadRow]]:
         """Every row as a question."""
@@ -349,7 +415,7 @@ class _Maker:
                 asked.append((row, one.text[:start], one.text[start:].removesuffix(closing)))
         encoded = self.labeller.encode([prompt for _, prompt, _ in asked])
         return [
-            Question(self.labeller.opened(ids), prompt, answer.strip(), row.where)
+            Question(opened(ids, self.labeller.opening), prompt, answer.strip(), row.where)
             for (row, prompt, answer), ids in zip(asked, encoded, strict=True)
         ], bad
 
@@ -359,7 +425,7 @@ class _Maker:
         made, bad = self.tokenised()
         if not made:
             raise LorakitError(f"evaluate.choices: {answer!r} cannot be put after a prompt: {bad[0]}")
-        labels = made[0][1].labels
+        labels = made[-1][1].labels
         last = max(at for at, label in enumerate(labels) if label != IGNORED)
         before = max((at for at in range(last) if labels[at] == IGNORED), default=-1)
         return labels[before + 1 : last + 1]

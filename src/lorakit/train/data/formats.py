@@ -7,21 +7,27 @@ that stops everything.
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
 from lorakit.errors import LorakitError
+from lorakit.files.prompt import Prompt
 from lorakit.train.config.options import DataOptions
 from lorakit.train.data.reading import BadRow, Row, Rows
 from lorakit.train.data.templates import (
     JOINED,
+    ChatTemplate,
     Conversation,
     Message,
     Rendered,
     TextTemplate,
     UnusableRow,
+    check_roles,
     choose_template,
+    is_learned,
     read_messages,
+    read_tools,
 )
 
 Given = TypeVar("Given")
@@ -96,6 +102,29 @@ def renamed(rows: Rows, options: DataOptions) -> list[tuple[Row, Mapping[str, An
     return kept_rows
 
 
+def with_prompt(options: DataOptions, prompt: Prompt | None, rows: Rows) -> DataOptions:
+    """The options by which rows are written as this adapter was asked in its training; plain text is asked nothing."""
+    names = {name for _, values in renamed(rows, options) for name in values}
+    is_text = options.format == "text" or (
+        options.format == "auto" and "text" in names and not {"prompt", "messages"} & names
+    )
+    if prompt is None or is_text or options.format == "classification":
+        return options
+    text = prompt.given.get("template")
+    template = prompt.template if text is None else str(text)
+    return options.replace(
+        template=template, system=None if text is None else prompt.given.get("system"), template_arguments={}
+    )
+
+
+MEANT = frozenset(
+    {"system", "tools", "tool_calls", "functions", "function_call", "weight", "train", "chosen", "rejected", "label",
+     "labels", "score", "image", "images", "audio", "audios", "video", "videos", "reasoning_content", "reasoning",
+     "thinking", "thoughts", "input"}
+)  # fmt: skip
+"""Fields whose meaning is known: a row that has one is not learned as if it had none."""
+
+
 class RowReader:
     """The rows of one source, on their way to text: their format and template, found once.
 
@@ -108,8 +137,11 @@ class RowReader:
     def __init__(self, rows: Rows, tokenizer: Any, options: DataOptions) -> None:
         self.options, self.source, self.tokenizer = options, rows.source or "the data", tokenizer
         self.fields = renamed(rows, options)
-        self.template = choose_template(options.template, tokenizer)
+        tools = any(values.get("tools") for _, values in self.fields)
+        given = (options.template, tokenizer, options.system, options.template_arguments, tools)
+        self.template = choose_template(*given)
         self.format = self._format()
+        self.unused: Counter[str] = Counter()
         self.words = "none (text as it is)" if self.format == "text" else self.template.words
         has_place = self.template.is_chat or (
             isinstance(self.template, TextTemplate) and "system" in self.template.placeholders
@@ -119,6 +151,8 @@ class RowReader:
                 f"data.system: the template ({self.words}) has no place for a system message; use a chat template, or "
                 "{system} in data.template"
             )
+        if options.template_arguments and (self.format == "text" or not self.template.is_chat):
+            raise LorakitError(f"data.template_arguments are for a chat template; the template is {self.words}")
 
     def _format(self) -> str:
         asked = self.options.format
@@ -157,7 +191,21 @@ class RowReader:
         """The messages of every row for a chat template, and the unusable rows."""
         return each_row(self.fields, self._conversation)
 
+    def _account(self, values: Mapping[str, Any], used: Iterable[str], idle: Iterable[str] = ()) -> None:
+        """What of a row is not used is refused if its meaning is known, else counted."""
+        spare = [name for name, value in values.items() if name not in used and value not in (None, "", [], {})]
+        for name in dict.fromkeys([*spare, *idle]):
+            if name in self.options.ignore:
+                continue
+            if name in MEANT or name.endswith(" message"):
+                raise UnusableRow(
+                    f'"{name}" makes no difference to what is learned ({self.words}); use a template that writes it, or leave '
+                    f"it out on purpose by data.ignore: [{name}]"
+                )
+            self.unused[name] += 1
+
     def _text(self, values: Mapping[str, Any]) -> Rendered:
+        self._account(values, ("text",) if self.format == "text" else self.template.placeholders)  # type: ignore[union-attr]
         if self.format == "text":
             if not isinstance(values.get("text"), str) or not values["text"]:
                 raise UnusableRow(say_missing("text", values))
@@ -176,22 +224,32 @@ class RowReader:
         if self.format == "messages":
             if "messages" not in values:
                 raise UnusableRow(say_missing("messages", values))
-            messages = read_messages(values["messages"], "messages")
-            learned = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
-            if not learned:
-                raise UnusableRow('"messages" has no assistant turn, so there is nothing to learn')
+            messages, before = read_messages(values["messages"], "messages"), 0
         else:
-            before = self._turns(values, "prompt", "user")
-            after = self._turns(values, "completion", "assistant")
-            messages = before + after
-            learned = [i for i, m in enumerate(messages) if i >= len(before) and m["role"] == "assistant"]
-            if not learned:
-                raise UnusableRow('"completion" has no assistant turn')
-        if self.options.system is not None and messages[0]["role"] != "system":
-            messages = [{"role": "system", "content": self.options.system}, *messages]
-            learned = [index + 1 for index in learned]
-        tools = values.get("tools") or None
-        return Conversation(messages, tuple(learned), tools)
+            asked = self._turns(values, "prompt", "user")
+            messages, before = asked + self._turns(values, "completion", "assistant"), len(asked)
+        assert isinstance(self.template, ChatTemplate)
+        name = "messages" if self.format == "messages" else "completion"
+        check_roles(messages, self.template.jinja, name)
+        marked = [is_learned(message) for message in messages]
+        learned = [index for index, yes in enumerate(marked) if yes and index >= before]
+        if not learned:
+            roles = ", ".join(dict.fromkeys(message["role"] for message in messages))
+            raise UnusableRow(f'"{name}" has no assistant turn to learn; its roles are {roles}')
+        messages = [{key: item for key, item in one.items() if key not in self.options.ignore} for one in messages]
+        if isinstance(values.get("system"), str) and values["system"].strip():
+            if messages[0]["role"] == "system":
+                raise UnusableRow('it has a system message and a column "system"; keep one')
+            messages, learned = [{"role": "system", "content": values["system"]}, *messages], [at + 1 for at in learned]
+        tools = None if "tools" in self.options.ignore else read_tools(values.get("tools"))
+        conversation = Conversation(messages, tuple(learned), tools)
+        used = (
+            ("messages", "tools", "system")
+            if self.format == "messages"
+            else ("prompt", "completion", "tools", "system")
+        )
+        self._account(values, used, self.template.idle(conversation))
+        return conversation
 
     def _turns(self, values: Mapping[str, Any], name: str, role: str) -> list[Message]:
         value = values.get(name)

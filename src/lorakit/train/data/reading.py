@@ -220,7 +220,19 @@ def _read_parquet(path: Path) -> Iterator[Row | BadRow]:
     except (pyarrow.ArrowException, OSError) as error:
         raise LorakitError(f"load_rows: {path} is not a whole Parquet file: {first_line(error)}") from None
     for number, fields in enumerate(table.to_pylist(), start=1):
-        yield Row(fields, f"{path}, row {number}")
+        yield Row(_without_nulls(fields), f"{path}, row {number}")
+
+
+def _without_nulls(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """A row of Arrow's without the keys that other rows brought: it gives every object the keys of all, null where one has
+    none. A column that is null stays, since whoever uses it says that it is empty."""
+
+    def inner(value: Any) -> Any:
+        if isinstance(value, Mapping):
+            return {key: inner(item) for key, item in value.items() if item is not None}
+        return [inner(item) for item in value] if isinstance(value, list) else value
+
+    return {key: inner(value) for key, value in fields.items()}
 
 
 READERS: dict[str, Callable[[Path], Iterator[Row | BadRow]]] = {
@@ -300,5 +312,7 @@ def _from_dataset(loaded: Any, split: str, source: str) -> Rows:
         loaded = loaded[split]
     feature = (loaded.features or {}).get("label")
     names = tuple(getattr(feature, "names", None) or ()) or None
-    rows = (Row(fields, f"{source}[{split}], row {number}") for number, fields in enumerate(loaded, start=1))
+    rows = (
+        Row(_without_nulls(fields), f"{source}[{split}], row {number}") for number, fields in enumerate(loaded, start=1)
+    )
     return Rows(tuple(rows), (), f"{source} ({split})", names)

@@ -6,20 +6,22 @@ they are. Each gives for a row the whole text and the spans of it to learn from.
 
 A chat template is a program, and where an answer begins in what it writes cannot be read off. Either the template
 says so itself, by `{% generation %}` marks, or it is asked: what does it write for the messages up to the answer? If
-that is not how the whole conversation begins, no mask can be trusted, and the row is refused.
+that is not how the whole conversation begins, each answer is learned by itself, after exactly what it will be asked with.
 """
 
 from __future__ import annotations
 
+import difflib
 import json
 import logging
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
 from lorakit.errors import LorakitError, first_line
+from lorakit.files.prompt import complete
 
 log = logging.getLogger("lorakit.train")
 
@@ -89,9 +91,14 @@ class TextTemplate:
         return _PLACEHOLDER.findall(self.text)
 
     @property
+    def pieces(self) -> list[str]:
+        """The text before each placeholder and after the last."""
+        return _PLACEHOLDER.split(self.text)[::2]
+
+    @property
     def closing(self) -> str:
         """What the template writes after the completion."""
-        return self.text.rpartition("}")[2]
+        return self.pieces[-1]
 
     @property
     def words(self) -> str:
@@ -123,11 +130,11 @@ JOINED = TextTemplate("{prompt}{completion}")
 
 @dataclass(frozen=True)
 class ChatTemplate:
-    """A Jinja chat template: the tokenizer's own (`jinja` None), or one from the configuration."""
+    """A Jinja chat template, the tokenizer's own or one from the configuration, complete (see `files.prompt.complete`)."""
 
     tokenizer: Any
-    jinja: str | None = None
-    origin: str = "the model's chat template"
+    jinja: str
+    origin: str
 
     is_chat: ClassVar[bool] = True
 
@@ -139,29 +146,74 @@ class ChatTemplate:
     @property
     def marks(self) -> bool:
         """Whether the template says itself what the assistant generates."""
-        source = self.tokenizer.get_chat_template() if self.jinja is None else self.jinja
-        return re.search(r"\{%-?\s*generation\s*-?%\}", str(source)) is not None
+        return re.search(r"\{%-?\s*generation\s*-?%\}", self.jinja) is not None
 
-    def render(self, conversations: Sequence[Conversation]) -> list[Rendered | UnusableRow]:
-        """The text of each conversation and its spans, or why it has none."""
+    def render(self, conversations: Sequence[Conversation]) -> list[list[Rendered] | UnusableRow]:
+        """The texts of each conversation with their spans, or why it has none.
+
+        One text holds all answers where what the model is given before each of them, and what ends it, are how that text
+        begins. Where the template writes a turn in another way once more follows (reasoning models drop earlier thoughts),
+        each answer is a text of its own that ends with it, which is what the model will see and write.
+        """
         wholes = self._write([(c.messages, c.tools) for c in conversations], opened=False)
         answers = [(c, index) for c in conversations for index in c.learned]
         starts = [(c.messages[:index], c.tools) for c, index in answers]
         ends = [(c.messages[: index + 1], c.tools) for c, index in answers if index + 1 < len(c.messages)]
         opened, closed = iter(self._write(starts, opened=True)), iter(self._write(ends, opened=False))
-        results: list[Rendered | UnusableRow] = []
+        results: list[list[Rendered] | UnusableRow] = []
         for c, whole in zip(conversations, wholes, strict=True):
             before = [next(opened) for _ in c.learned]
             after = [next(closed) if index + 1 < len(c.messages) else whole for index in c.learned]
             try:
-                results.append(_spans(whole, before, after))
+                together = _spans(_usable(whole), [_usable(one) for one in before], [_usable(one) for one in after])
+                results.append([together] if together is not None else _each_alone(before, after))
             except UnusableRow as reason:
                 results.append(reason)
         return results
 
+    def idle(self, conversation: Conversation) -> list[str]:
+        """The fields of a conversation that make no difference to its text: "tools", or a key of a message."""
+
+        def same(changed: Conversation, index: int) -> bool:
+            """Whether a change of one message (or of the tools) is seen neither in the whole nor where that is the last."""
+            for end in dict.fromkeys((len(conversation.messages), index + 1)):
+                texts = [self._write_one(one.messages[:end], one.tools, False) for one in (conversation, changed)]
+                if isinstance(texts[0], str) and texts[0] != texts[1]:
+                    return False
+            return True
+
+        found, messages = [], conversation.messages
+        whole = self._write_one(messages, conversation.tools, False)
+        if isinstance(whole, UnusableRow):
+            return []  # which says why by itself
+        if conversation.tools and same(replace(conversation, tools=None), len(messages) - 1):
+            found.append("tools")
+        for index, message in enumerate(messages):
+            for key, value in message.items():
+                bare = {name: one for name, one in message.items() if name != key}
+                if key == "content":  # found in the text is the cheap answer
+                    text = text_of(value).strip()
+                    if not text or text in whole:
+                        continue
+                    bare["content"] = ""
+                if key != "role" and same(
+                    replace(conversation, messages=[*messages[:index], bare, *messages[index + 1 :]]), index
+                ):
+                    found.append(f"{message['role']} message" if key == "content" else key)
+        return list(dict.fromkeys(found))
+
     def prompts(self, conversations: Sequence[Conversation]) -> list[str | UnusableRow]:
         """What the model is given before the last learned message of each conversation."""
         return self._write([(c.messages[: c.learned[-1]], c.tools) for c in conversations], opened=True)
+
+    def before(self, conversation: Conversation, indices: Sequence[int]) -> list[str]:
+        """What the model is given before each of these messages.
+
+        Raises:
+            UnusableRow: the template refuses one.
+        """
+        given = [(conversation.messages[:index], conversation.tools) for index in indices]
+        return [_usable(text) for text in self._write(given, opened=True)]
 
     def marked(self, conversation: Conversation) -> tuple[list[int], list[int]]:
         """Token ids and the template's own 0/1 mask of what the assistant generates."""
@@ -177,10 +229,7 @@ class ChatTemplate:
             )
         except Exception as error:
             raise _refused(error) from error
-        ids, mask = list(encoded["input_ids"]), list(encoded["assistant_masks"])
-        if not any(mask):
-            raise UnusableRow("the chat template's {% generation %} marks cover nothing of it")
-        return ids, mask
+        return list(encoded["input_ids"]), list(encoded["assistant_masks"])
 
     def _write(self, given: list[tuple[list[Message], Any]], opened: bool) -> list[str | UnusableRow]:
         if given and all(messages and tools is None for messages, tools in given):
@@ -216,47 +265,78 @@ def _refused(error: Exception) -> UnusableRow:
     return UnusableRow(f"the chat template refuses it: {first_line(error)}")
 
 
-def _spans(
-    whole: str | UnusableRow, before: Sequence[str | UnusableRow], after: Sequence[str | UnusableRow]
-) -> Rendered:
-    for value in (whole, *before, *after):
-        if isinstance(value, UnusableRow):
-            raise value
-    text = str(whole)
+def _usable(text: str | UnusableRow) -> str:
+    if isinstance(text, UnusableRow):
+        raise text
+    return text
+
+
+def _spans(whole: str, before: Sequence[str], after: Sequence[str]) -> Rendered | None:
+    """The whole with a span from each prompt to the end of its answer; None where one is not how the whole begins."""
     spans = []
-    for start, end in zip(map(str, before), map(str, after), strict=True):
-        if not text.startswith(start):
-            raise UnusableRow(_diverges(text, start, "the prompt before an answer"))
-        if not text.startswith(end):
+    for start, end in zip(before, after, strict=True):
+        if not whole.startswith(end):
             end = end.rstrip()  # some templates end the last turn alone with a line break
-        if not text.startswith(end) or len(end) <= len(start):
-            raise UnusableRow(_diverges(text, end, "a conversation up to an answer"))
+        if not whole.startswith(start) or not whole.startswith(end) or len(end) <= len(start):
+            return None
         spans.append((len(start), len(end)))
-    return Rendered(text, tuple(spans))
+    return Rendered(whole, tuple(spans))
 
 
-def _diverges(whole: str, part: str, what: str) -> str:
-    same = shared_prefix_length([whole, part])
+def _each_alone(before: Sequence[str | UnusableRow], after: Sequence[str | UnusableRow]) -> list[Rendered]:
+    """Each answer as a text of its own.
+
+    Raises:
+        UnusableRow: an answer does not begin with what the model is given before it.
+    """
+    found = []
+    for start, end in zip(map(_usable, before), map(_usable, after), strict=True):
+        one = _spans(end, [start], [end])
+        if one is None:
+            raise UnusableRow(diverges(start, end))
+        found.append(one)
+    return found
+
+
+def diverges(start: str, whole: str) -> str:
+    """Why an answer cannot be learned after its prompt, and what would work."""
+    same = shared_prefix_length([whole, start])
     return (
-        f"the chat template writes {what} differently once more follows ({part[same : same + 30]!r} against "
-        f"{whole[same : same + 30]!r}), so where the answer begins is not certain. Use rows with one answer each, or a "
-        "template with {% generation %} marks (data.template)"
+        f"the chat template writes the prompt before an answer differently once the answer follows "
+        f"({start[same : same + 30]!r} against {whole[same : same + 30]!r}), so what it learned would never be asked. "
+        "Begin the answers with what the template opens them with (a thought, say), set data.template_arguments (such as "
+        "{enable_thinking: false}), or give another data.template"
     )
 
 
-def choose_template(given: str | None, tokenizer: Any) -> ChatTemplate | TextTemplate:
+def choose_template(
+    given: str | None,
+    tokenizer: Any,
+    system: str | None = None,
+    arguments: Mapping[str, Any] | None = None,
+    tools: bool = False,
+) -> ChatTemplate | TextTemplate:
     """The template that a configuration asks for.
 
     Args:
         given: None for the tokenizer's own (or none, if it has none); text with placeholders; a Jinja chat template;
             or the path of a file (.jinja, .j2, .txt) with either.
         tokenizer: the model's tokenizer.
+        system: the system message of conversations that have none, written into a chat template.
+        arguments: of a chat template (`enable_thinking`, ...), written into it.
+        tools: whether rows have tools, for which some tokenizers have a chat template of their own.
 
     Raises:
         LorakitError: the file cannot be read, or the placeholders do not end in a completion.
     """
+
+    def chat(jinja: str, origin: str) -> ChatTemplate:
+        return ChatTemplate(tokenizer, complete(jinja, system, arguments or {}), origin)
+
     if given is None:
-        return ChatTemplate(tokenizer) if getattr(tokenizer, "chat_template", None) else JOINED
+        if not getattr(tokenizer, "chat_template", None):
+            return JOINED
+        return chat(tokenizer.get_chat_template(tools=[{}] if tools else None), "the model's chat template")
     origin = "data.template"
     if "\n" not in given and given.endswith((".jinja", ".j2", ".txt")) and "{" not in given:
         try:
@@ -264,7 +344,7 @@ def choose_template(given: str | None, tokenizer: Any) -> ChatTemplate | TextTem
         except (OSError, UnicodeDecodeError) as error:
             raise LorakitError(f"data.template: the file {given} cannot be read: {error}") from None
     if "{%" in given or "{{" in given:
-        return ChatTemplate(tokenizer, given, f"{origin} (Jinja)")
+        return chat(given, f"{origin} (Jinja)")
     return TextTemplate(given, origin)
 
 
@@ -283,18 +363,100 @@ def read_messages(value: Any, name: str) -> list[Message]:
         raise UnusableRow(f'"{name}" is {"empty" if value == [] else "not a list of messages"}')
     messages: list[Message] = []
     for number, message in enumerate(value, start=1):
+        where = f'message {number} of "{name}"'
         if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
-            raise UnusableRow(f'message {number} of "{name}" has no role')
-        kept = {key: item for key, item in message.items() if item is not None}
+            raise UnusableRow(f"{where} has no role")
+        kept = {key: item for key, item in message.items() if item is not None and item != []}
         content, role = kept.get("content"), kept["role"]
+        if "tool_calls" in kept:
+            kept["tool_calls"] = _tool_calls(kept["tool_calls"], where)
         parts = content if isinstance(content, list) else []
         in_parts = bool(parts) and all(isinstance(part, Mapping) and part.get("type") == "text" for part in parts)
         if not isinstance(content, str) and not in_parts and not (content is None and kept.get("tool_calls")):
-            raise UnusableRow(f'message {number} of "{name}" ({role}) has no text as content')
+            raise UnusableRow(f"{where} ({role}) has no text as content")
         if role == "assistant" and not kept.get("tool_calls") and not text_of(content).strip():
-            raise UnusableRow(f'message {number} of "{name}" (assistant) is empty')
+            raise UnusableRow(f"{where} (assistant) is empty")
         messages.append(kept)
     return messages
+
+
+ROLES = ("system", "developer", "user", "assistant", "tool")
+"""Roles that every chat template is expected to know; one that a template names itself is taken too."""
+
+
+def check_roles(messages: Sequence[Message], source: str, name: str) -> None:
+    """Refuses roles that neither OpenAI's format nor this chat template (its source) has.
+
+    Raises:
+        UnusableRow: with the role and those that are known.
+    """
+    for number, message in enumerate(messages, start=1):
+        role = message["role"]
+        if role not in ROLES and not re.search(rf"""["']{re.escape(role)}["']""", source):
+            near = difflib.get_close_matches(role, ROLES, 1)
+            hint = f'; did you mean "{near[0]}"?' if near else ""
+            raise UnusableRow(f'message {number} of "{name}" has the role "{role}"; known are {", ".join(ROLES)}{hint}')
+
+
+def is_learned(message: Message) -> bool:
+    """Whether a message carries loss: an assistant's, unless its `train` or `weight` says no; both are taken out of it.
+
+    Raises:
+        UnusableRow: a weight that is neither 0 nor 1.
+    """
+    train, weight = message.pop("train", None), message.pop("weight", None)
+    if train not in (None, True, False) or weight not in (None, 0, 1):
+        said = f"train {train!r}" if train not in (None, True, False) else f"weight {weight!r}"
+        raise UnusableRow(
+            f"a message has {said}; a turn is learned (weight 1, train true) or not (weight 0, train false)"
+        )
+    return message["role"] == "assistant" and train is not False and weight != 0
+
+
+def from_json(value: Any, what: str) -> Any:
+    """A value that may be given as JSON text.
+
+    Raises:
+        UnusableRow: it is text, and no JSON.
+    """
+    if not isinstance(value, str):
+        return value
+    try:
+        return json.loads(value)
+    except json.JSONDecodeError as error:
+        raise UnusableRow(f"{what} is text that is not JSON ({error.msg} at column {error.colno})") from None
+
+
+def read_tools(value: Any) -> list[Any] | None:
+    """The tools of a row, which may be JSON text as a whole or one by one.
+
+    Raises:
+        UnusableRow: they are no list of objects.
+    """
+    tools = from_json(value or None, '"tools"')
+    if not tools:
+        return None
+    tools = [from_json(one, '"tools"') for one in tools] if isinstance(tools, list) else tools
+    if not isinstance(tools, list) or not all(isinstance(one, Mapping) for one in tools):
+        raise UnusableRow('"tools" is not a list of objects')
+    return tools
+
+
+def _tool_calls(value: Any, where: str) -> list[Any]:
+    """Tool calls with their arguments as objects: OpenAI has them as JSON text, and chat templates expect objects."""
+    calls = from_json(value, f"tool_calls of {where}")
+    if not isinstance(calls, list) or not all(isinstance(one, Mapping) for one in calls):
+        raise UnusableRow(f"tool_calls of {where} is not a list of objects")
+    read = []
+    for call in calls:
+        function = call.get("function")
+        holder = dict(function) if isinstance(function, Mapping) else dict(call)
+        if "arguments" in holder:
+            holder["arguments"] = from_json(holder["arguments"] or {}, f"the arguments of a tool call in {where}")
+            if not isinstance(holder["arguments"], Mapping):
+                raise UnusableRow(f"the arguments of a tool call in {where} are not an object")
+        read.append({**call, "function": holder} if isinstance(function, Mapping) else holder)
+    return read
 
 
 def text_of(content: Any) -> str:

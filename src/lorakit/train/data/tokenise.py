@@ -13,6 +13,7 @@ from itertools import accumulate, pairwise
 from typing import Any
 
 from lorakit.errors import LorakitError
+from lorakit.files.prompt import opened, opening_of
 from lorakit.train.data.templates import Rendered, UnusableRow
 
 IGNORED = -100
@@ -47,12 +48,12 @@ class Ends:
 
     def closes(self, ids: Sequence[int]) -> bool:
         """Whether these tokens finish with an end of turn, white space after it aside."""
-        for token in reversed(ids):
-            if token in self.ids:
-                return True
-            if not self.is_blank(token):
-                return False
-        return False
+        return self.last_of(ids) is not None
+
+    def last_of(self, ids: Sequence[int]) -> int | None:
+        """The end of turn that these tokens finish with, white space after it aside."""
+        last = next((token for token in reversed(ids) if not self.is_blank(token)), None)
+        return last if last in self.ids else None
 
     def without_end(self, ids: list[int]) -> list[int]:
         """The tokens before the first special token."""
@@ -77,16 +78,7 @@ class Labeller:
     def __init__(self, tokenizer: Any, opens: bool, learn_all: bool, must_end: bool) -> None:
         self.tokenizer, self.learn_all, self.must_end = tokenizer, learn_all, must_end
         self.ends = Ends(tokenizer)
-        self.opening = self._opening() if opens else []
-
-    def _opening(self) -> list[int]:
-        """The tokens that the tokenizer puts before every text."""
-        with_them = list(self.tokenizer("a", verbose=False)["input_ids"])
-        without = list(self.tokenizer("a", add_special_tokens=False)["input_ids"])
-        for at in range(len(with_them) - len(without) + 1):
-            if with_them[at : at + len(without)] == without:
-                return with_them[:at]
-        return []
+        self.opening = opening_of(tokenizer) if opens else []
 
     def encode(self, texts: list[str]) -> list[list[int]]:
         """Tokens of each text, without any that the tokenizer would add."""
@@ -98,21 +90,26 @@ class Labeller:
     def _decode(self, ids: list[int]) -> str:
         return str(self.tokenizer.decode(ids, clean_up_tokenization_spaces=False))
 
-    def opened(self, ids: list[int]) -> list[int]:
-        """Tokens with the tokenizer's first ones before them, unless the text wrote them itself."""
-        return ids if ids[: len(self.opening)] == self.opening else self.opening + ids
+    def label(self, rendered: list[Rendered]) -> list[list[Tokenised] | UnusableRow]:
+        """Tokens of every text; labels on its spans, each of which must begin at a token that the prompt ends with.
 
-    def label(self, rendered: list[Rendered]) -> list[Tokenised | UnusableRow]:
-        """Tokens of every text; labels on its spans, each of which must begin at a token that the prompt ends with."""
+        A text of several answers that had to be tokenised apart becomes one for each: before every answer stand the tokens
+        that its prompt will have.
+        """
         edges = [sorted({at for span in one.spans for at in span if 0 < at < len(one.text)}) for one in rendered]
         both = list(zip(rendered, edges, strict=True))
         tokens = iter(self.encode([one.text[:at] for one, inside in both for at in (len(one.text), *inside)]))
-        results: list[Tokenised | UnusableRow] = []
+        results: list[list[Tokenised] | UnusableRow] = []
         for one, inside in both:
             ids = next(tokens)
             cuts = {at: next(tokens) for at in inside}  # character -> the tokens of the text before it
             try:
-                results.append(self._label_one(one, ids, cuts))
+                whole = self._label_one(one, ids, cuts)
+                if not whole.apart or len(one.spans) < 2 or self.learn_all:
+                    results.append([whole])
+                    continue
+                alone = self.label([Rendered(one.text[:end], ((start, end),)) for start, end in one.spans])
+                results.append([_usable(part)[0] for part in alone])
             except UnusableRow as reason:
                 results.append(reason)
         return results
@@ -134,10 +131,22 @@ class Labeller:
         labels = [IGNORED] * len(ids)
         spans = ((0, len(one.text)),) if self.learn_all else one.spans
         for start, end in spans:
-            labels[positions[start] : positions[end]] = ids[positions[start] : positions[end]]
-        opened = self.opened(ids)
-        labels = [IGNORED] * (len(opened) - len(ids)) + labels
-        return self._closed(Tokenised(opened, labels, apart))
+            said = ids[positions[start] : positions[end]]
+            if self.must_end and all(token in self.ends.ids or self.ends.is_blank(token) for token in said):
+                raise UnusableRow("an answer comes out empty, so that it would teach the model to say nothing")
+            labels[positions[start] : positions[end]] = said
+        whole = opened(ids, self.opening)
+        labels = [IGNORED] * (len(whole) - len(ids)) + labels
+        return self._closed(Tokenised(whole, labels, apart))
+
+    @staticmethod
+    def within(mask: list[int], starts: Sequence[int], which: Sequence[int]) -> list[int]:
+        """A mask without the answers that are not asked for; `starts` are where each begins."""
+        kept = [0] * len(mask)
+        ends = [*starts[1:], len(mask)]
+        for at in which:
+            kept[starts[at] : ends[at]] = mask[starts[at] : ends[at]]
+        return kept
 
     def label_marked(self, ids: list[int], mask: list[int]) -> Tokenised:
         """Labels by a template's own 0/1 mask, and by the end of turn after each marked run where the mask leaves it out.
@@ -173,6 +182,12 @@ class Labeller:
                 "learn to stop; set tokenizer.eos_token, or end data.template with a special token"
             )
         return Tokenised([*one.ids, end], [*one.labels, end], one.apart)
+
+
+def _usable(made: list[Tokenised] | UnusableRow) -> list[Tokenised]:
+    if isinstance(made, UnusableRow):
+        raise made
+    return made
 
 
 def cut(ids: list[int], labels: list[int], limit: int, overflow: str, opens: bool) -> tuple[list[int], list[int]]:
