@@ -382,7 +382,8 @@ def _is_mixture(model: nn.Module) -> bool:
     """Whether a model is of a family with experts; PEFT rewrites names by the family, also where no block has any."""
     configs = [getattr(model, "config", None)]
     configs += [getattr(configs[0], "text_config", None)]
-    told = any("experts" in name for config in configs for name in getattr(config, "__dict__", ()))
+    names = [name for config in configs for name in getattr(config, "__dict__", ()) if not name.startswith("_")]
+    told = any("experts" in name for name in names)  # every configuration of transformers has a private one
     return told or any(stacks_of(module) for _, module in walk(model))
 
 
