@@ -130,6 +130,35 @@ def test_rows(kind: str) -> None:
         close(logits(model), torch.stack([alone["a"][0], base[1], alone["b"][2]]), 1e-4)
 
 
+@pytest.mark.parametrize("kind", ["qwen3-moe", "gpt-oss", "dbrx", "xlnet"])
+def test_adapters_on_different_matrices_of_one_module(kind: str) -> None:
+    """One expert, one parameter, one bare matrix: named alone, beside an adapter on all of them."""
+    one = {
+        "qwen3-moe": "experts.down_proj.1",
+        "gpt-oss": "experts.gate_up_proj",
+        "dbrx": "mlp.w1.2",
+        "xlnet": "rel_attn.v",
+    }
+    model = model_of(kind)
+    attached(model, kind, "all")
+    few = lk.attach(model, lk.LoRA(rank=2), name="few", target_modules=[one[kind]])
+    assert all(one[kind] in place for place in changes(few))
+    randomise(few)
+    with lk.use(model, {"all": 0.5, "few": 2.0}):
+        blended = logits(model)
+    with lk.merged(model, {"all": 0.5, "few": 2.0}):
+        close(logits(model), blended, 1e-4)
+    alone = {}
+    for name in ("all", "few"):
+        with lk.use(model, name):
+            alone[name] = logits(model)
+    with lk.use(model, ["few", "all", "few"]):
+        close(logits(model), torch.stack([alone["few"][0], alone["all"][1], alone["few"][2]]), 1e-4)
+    lk.detach(model, "all")
+    with lk.use(model, "few"):
+        close(logits(model), alone["few"], 1e-6)
+
+
 @kinds
 def test_blend_and_merge(kind: str) -> None:
     model = model_of(kind)

@@ -18,7 +18,7 @@ from lorakit.adapter.pretrained import share, take_over
 from lorakit.adapter.targets import PRESETS, Targets, asked_sites, select, select_saved
 from lorakit.core.delta import Delta, Method, Shape
 from lorakit.core.injection import adapt, adapted_at, parents_of, ties
-from lorakit.core.layout import Expert, Site
+from lorakit.core.layout import Bare, Expert, Site
 from lorakit.core.replacement import Replacement
 from lorakit.core.sites import sites_of, split
 from lorakit.core.stacks import stacked_sites
@@ -89,7 +89,8 @@ def build(
         layer = adapted_at(state, path) or adapt(path, modules[path], sites, state, parents)
         layer.tokens = any(path.startswith(block) for block in mixtures)
         if deltas:
-            layer.sites = {site.name: site for site in sites}
+            apart = all(isinstance(site.layout, Expert | Bare) for site in sites)
+            layer.sites = {**(layer.sites if apart else {}), **{site.name: site for site in sites}}
         layer.add(name, deltas, replacement)
         if not layer.base.training:
             layer.eval()
@@ -165,10 +166,11 @@ def _check_unmerged(state: ModelState | None) -> None:
 
 
 def _check_parts(state: ModelState | None, plan: Plan) -> None:
-    """Adapters on one layer see the same matrices."""
+    """Adapters on one layer see the same matrices; of those that a module multiplies by itself each may change some."""
     for path, planned in plan.items():
-        held = adapted_at(state, path)
-        if held is not None and held.deltas and {site.name: site for site in planned.sites} != held.sites:
+        held, own = adapted_at(state, path), {site.name: site for site in planned.sites}
+        apart = all(isinstance(site.layout, Expert | Bare) for site in planned.sites)
+        if held is not None and held.deltas and own != held.sites and not apart:
             raise LorakitError(
                 f"attach: {path} has adapters with other parts already; adapters on one layer must split its rows alike."
             )

@@ -21,6 +21,7 @@ from lorakit.adapter.construction import build
 from lorakit.algebra.changes import Change, Cut
 from lorakit.algebra.sources import Live, Source, Stored
 from lorakit.core.delta import Method
+from lorakit.core.layout import Bare, Expert
 from lorakit.core.walking import as_patterns, has_suffix, walk
 from lorakit.errors import LorakitError
 from lorakit.files.bundle import content_with, own_data, write_bundle
@@ -135,7 +136,7 @@ def _on_model(
     adapted_biases = any(path in wanted for path in replaced)
     targets = dataclasses.replace(
         adapters[0].targets,
-        target_modules=tuple(paths),
+        target_modules=tuple(name for path in paths for name in _names_at(adapters, path, cuts)),
         exclude_modules=None,
         layers=None,
         layers_pattern=None,
@@ -162,6 +163,14 @@ def _on_model(
             for key, tensor in replacement.tensors().items():
                 tensor.copy_(replaced.get(path, {}).get(key, result.layers[path].frozen(key)))
     return result
+
+
+def _names_at(adapters: Sequence[Adapter], path: str, cuts: Mapping[str, Cut]) -> list[str]:
+    """What to ask for at a layer: it; or, where it multiplies matrices by itself and only some have a change, these."""
+    held = {name: site for one in adapters if path in one.layers for name, site in one.layers[path].sites.items()}
+    places = [place for site in held.values() if (place := site.place(path)) in cuts]
+    apart = all(isinstance(site.layout, Expert | Bare) for site in held.values())
+    return places if apart and len(places) < len(held) else [path]
 
 
 # -- in a folder -----------------------------------------------------------------------------------------------------------

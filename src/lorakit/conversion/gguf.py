@@ -79,7 +79,7 @@ ARCHITECTURES = {
     "phi3": Architecture("phi3", _FUSED),
     "mixtral": Architecture("llama", _BLOCK, turned=True),
     "qwen2_moe": Architecture("qwen2moe", {**_MIXTURE, **_SHARED}),
-    "qwen3_moe": Architecture("qwen3moe", _BLOCK),
+    "qwen3_moe": Architecture("qwen3moe", _MIXTURE),
     "olmoe": Architecture("olmoe", _MIXTURE),
     "gpt_oss": Architecture("gpt-oss", _MIXTURE),
 }

@@ -74,7 +74,14 @@ class RouterContext:
                     "token. Blends and rows can use it: lk.use(model, {...})."
                 )
         for layer, site, _ in self.matrices():
-            if isinstance(site.layout, Convolution) or not site.layout.beside:
+            if not site.layout.beside:
+                raise LorakitError(
+                    f"route: {layer.path} ({site.layout.kind}) multiplies its weights by itself, so that adapters are put in "
+                    "their place and no token there can have a weight of its own. Leave it out of the adapters "
+                    f"(exclude_modules=[{layer.path.rpartition('.')[2]!r}]), or give whole rows an adapter or a blend: "
+                    "lk.use(model, [...])."
+                )
+            if isinstance(site.layout, Convolution):
                 raise LorakitError(
                     f"route: {layer.path} is a {site.layout.kind} layer, which has no tokens to weigh; routers work on linear "
                     "layers and embeddings."

@@ -19,6 +19,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from lorakit.adapter.targets import Targets, asked_sites
 from lorakit.core.delta import LowRank, Method
 from lorakit.core.layer import Adapted
 from lorakit.core.layout import Expert, Site, Transposed
@@ -135,20 +136,20 @@ def read_stacks(
     config: Mapping[str, Any],
     model: nn.Module,
     plain: Mapping[str, str],
-    trusted: bool = False,
+    targets: Targets | None = None,
 ) -> Reading:
-    """A file's tensors, with those of stacks of experts under lorakit's own names; `trusted`: the file is lorakit's own, so
-    that the order of its columns is known.
+    """A file's tensors, with those of stacks of experts under lorakit's own names; `targets`: what lorakit.json says was asked
+    for, so that the order of columns is known, and which experts are zeros because PEFT has whole stacks only.
 
     Raises:
         LorakitError: a stack's tensors do not fit the model's experts, or the file cannot tell how it lies.
     """
     reading = Reading(_renamed(tensors, plain), dict(config), {})
     found = {plain[path]: stacks for path, module in walk(model) if (stacks := stacks_of(module))}
-    if not trusted:
+    if targets is None:
         check_order(reading.config, _columns(reading.tensors, found))
     for path, stacks in found.items():
-        _read_module(reading, path, stacks)
+        _read_module(reading, path, stacks, targets)
     for path, module in walk(model):
         if plain[path] not in reading.parameters:
             reading.parameters.update(_own_form(reading, plain[path], stacked_sites(module)))
@@ -176,7 +177,7 @@ def _renamed(tensors: Mapping[str, Tensor], plain: Mapping[str, str]) -> dict[st
     return result
 
 
-def _read_module(reading: Reading, path: str, stacks: dict[str, Stack]) -> None:
+def _read_module(reading: Reading, path: str, stacks: dict[str, Stack], targets: Targets | None) -> None:
     own = re.compile(rf"{re.escape(path)}\.(.*)lora_([AB])\.weight")
     found: dict[str, dict[str, Tensor]] = {}
     for key in reading.tensors:
@@ -192,14 +193,22 @@ def _read_module(reading: Reading, path: str, stacks: dict[str, Stack]) -> None:
     for place in found:
         for letter in found[place]:
             del reading.tensors[f"{path}.{place}lora_{letter}.weight"]
-    reading.parameters[path] = [name for name in stacks if name in pairs]
+    if targets is not None:
+        asked = {site.name for site in asked_sites(path, stacked_sites(next(iter(stacks.values())).module), targets)}
+        pairs = {name: {e: pair for e, pair in own.items() if f"{name}.{e}" in asked} for name, own in pairs.items()}
+    names: dict[str, list[str]] = {
+        name: [name] if len(pairs[name]) == stack.layout.count else [f"{name}.{expert}" for expert in pairs[name]]
+        for name, stack in stacks.items()
+        if pairs.get(name)
+    }
+    reading.parameters[path] = [one for own in names.values() for one in own]
     for name, experts in pairs.items():
         for expert, (B, A) in experts.items():
             reading.tensors[f"{path}.{name}.{expert}.lora_A.weight"] = A
             reading.tensors[f"{path}.{name}.{expert}.lora_B.weight"] = B
-        rank = next(iter(experts.values()))[1].shape[0]
-        _say_rank(reading.config, f"{path}.{name}", rank)
-    _say_targets(reading.config, path, reading.parameters[path])
+        if experts:
+            _say_rank(reading.config, f"{path}.{name}", next(iter(experts.values()))[1].shape[0])
+    _say_targets(reading.config, path, names)
 
 
 def _own_form(reading: Reading, path: str, sites: list[Site]) -> dict[str, list[str]]:

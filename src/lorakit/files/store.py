@@ -240,7 +240,10 @@ def refill(adapter: Adapter, bundle: Bundle, places: Places | None = None) -> Pl
     where = bundle.folder / TENSORS
     if places is None:
         plain = plain_names(adapter.model)
-        tensors = _described(adapter.method, names_in(bundle.tensors, plain, where), bundle)
+        named = names_in(bundle.tensors, plain, where)
+        if any(layer.stack is not None for layer in adapter.layers.values()):
+            named = read_stacks(named, bundle.config, adapter.model, plain, _own_targets(bundle)).tensors
+        tensors = _described(adapter.method, named, bundle)
         places = _places(fill(adapter, tensors, plain, bundle.folder, _complaints(strict=True)), bundle)
     else:
         supply = Supply(bundle.tensors, where)
@@ -261,7 +264,7 @@ def _put(model: nn.Module, bundle: Bundle, name: str, complain: Complain) -> Ada
     """An adapter of deltas or edits from a folder, on the model."""
     plain = plain_names(model)
     tensors = names_in(bundle.tensors, plain, bundle.folder / TENSORS)
-    experts = read_stacks(tensors, bundle.config, model, plain, trusted=bool(bundle.own))
+    experts = read_stacks(tensors, bundle.config, model, plain, _own_targets(bundle))
     tensors, bundle = experts.tensors, dataclasses.replace(bundle, config=experts.config)
     method = _method(bundle, complain)
     if isinstance(method, EditMethod):
@@ -388,9 +391,12 @@ def _targets(
     bundle: Bundle, config: Mapping[str, Any], model: nn.Module, fields: Mapping[str, str], tensors: Iterable[str]
 ) -> Targets:
     """What was asked for when the adapter was made, as lorakit.json says it, or else PEFT's configuration."""
-    if bundle.own:
-        return Targets.from_data(bundle.own["targets"], bundle.folder / OWN)
-    return targets_from(config, model, fields, tensors)
+    return _own_targets(bundle) or targets_from(config, model, fields, tensors)
+
+
+def _own_targets(bundle: Bundle) -> Targets | None:
+    """What lorakit.json says was asked for; None where there is none."""
+    return Targets.from_data(bundle.own["targets"], bundle.folder / OWN) if bundle.own else None
 
 
 def _layers_in(

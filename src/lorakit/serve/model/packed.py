@@ -23,10 +23,13 @@ from torch import Tensor, nn
 from lorakit.adapter.adapter import Adapter
 from lorakit.adapter.attachment import detach
 from lorakit.core.delta import Delta, Form
-from lorakit.core.layout import Linear, Rows, Site, Transposed
+from lorakit.core.layer import Adapted
+from lorakit.core.layout import Expert, Linear, Rows, Site, Transposed
 from lorakit.core.sites import sites_of
 from lorakit.core.spectrum import triplets
+from lorakit.core.stacks import stacked_sites
 from lorakit.core.storage import storage_of
+from lorakit.core.uniform import is_product
 from lorakit.errors import LorakitError, unknown
 from lorakit.files import store
 from lorakit.files.bundle import CONTENT, TENSORS, Bundle, read_bundle
@@ -46,7 +49,8 @@ class LayerTensors(NamedTuple):
     """What an adapter adds to one layer, `y += gain · y + bias + B A x`, with scales folded in.
 
     `gain` is what multiplies y in addition to the 1 of the layer itself. B is stored rank first, (rank, out). A dense
-    change has no A: its B is ΔWᵀ, (in, out).
+    change has no A: its B is ΔWᵀ, (in, out). Of a stack of experts there are A (experts, rank, in) and B (experts, rank, out)
+    alone.
     """
 
     A: Tensor | None
@@ -104,6 +108,18 @@ def linear_layers(model: nn.Module) -> dict[str, nn.Module]:
     }
 
 
+def served_stacks(module: nn.Module) -> dict[str, Expert]:
+    """Parameter -> one of its experts, for a module that is called with all tokens in order; empty for any other."""
+    found = {site.weight: site.layout for site in stacked_sites(module)}
+    fits = all(type(layout) is Expert and layout.order for layout in found.values())
+    return cast("dict[str, Expert]", found) if fits else {}
+
+
+def expert_stacks(model: nn.Module) -> dict[str, nn.Module]:
+    """The stacks of experts in which adapters can be served: name of the parameter -> its module, in the model's order."""
+    return {f"{path}.{name}": module for path, module in model.named_modules() for name in served_stacks(module)}
+
+
 def _sites(module: nn.Module) -> Sequence[Site]:
     try:
         return sites_of(module)
@@ -133,7 +149,7 @@ class AdapterReader:
         self.skeleton = copy.deepcopy(model, shared)
         first = next(model.parameters())
         self.dtype = first.dtype if first.is_floating_point() else torch.bfloat16
-        self.index = {path: number for number, path in enumerate(linear_layers(model))}
+        self.index = {path: number for number, path in enumerate([*linear_layers(model), *expert_stacks(model)])}
         self.unfit: frozenset[str] = frozenset()
         self._lock = threading.Lock()
         self._built: dict[str, _Built] = {}
@@ -190,6 +206,9 @@ class AdapterReader:
         layers: dict[int, LayerTensors] = {}
         exactness, error = "form", 0.0
         for path, layer in adapter.layers.items():
+            if layer.stack is not None:
+                layers |= self._experts(name, path, layer, adapter.name)
+                continue
             if path not in self.index:
                 raise Refused(
                     f"adapter {name!r} changes {path}, a {type(layer.base).__name__}; adapters are served in linear layers. "
@@ -215,6 +234,37 @@ class AdapterReader:
         if not layers:
             raise Refused(f"adapter {name!r} changes no layer's weight, so there is nothing to serve in a batch.")
         return self._pack(name, layers, adapter.method.name, exactness, error)
+
+    def _experts(self, name: str, path: str, layer: Adapted, adapter: str) -> dict[int, LayerTensors]:
+        """What an adapter adds to the stacks of one module of experts; an expert that it leaves alone gets zeros."""
+        found: dict[int, LayerTensors] = {}
+        stacks: dict[str, dict[int, Form]] = {}
+        for key, delta in layer.deltas_of(adapter).items():
+            site = layer.sites[key]
+            place, layout = f"{path}.{site.weight}", cast(Expert, site.layout)
+            if place not in self.index or path in self.unfit:
+                raise Refused(
+                    f"adapter {name!r} changes the experts {path}, a {type(layer.base).__name__}, which is given its tokens "
+                    "sorted by expert or all stacks in one, so that rows of one batch cannot have adapters of their own there. "
+                    "Merge it into a base of its own."
+                )
+            if not is_product(delta):
+                raise Refused(
+                    f"adapter {name!r} changes the experts {path} by {delta.spec.name}, and experts are served with low-rank "
+                    "changes only. Merge it into a base of its own, or make a LoRA of it (lorakit resize, with --base)."
+                )
+            stacks.setdefault(site.weight, {})[layout.index] = delta.form(torch.empty(0), None)
+        for weight, forms in stacks.items():
+            count = cast(Expert, layer.stack).count
+            rank = max(len(cast(Tensor, form.A)) for form in forms.values())
+            first = next(iter(forms.values()))
+            A = torch.zeros(count, rank, cast(Tensor, first.A).shape[1])
+            B = torch.zeros(count, rank, cast(Tensor, first.B).shape[0])
+            for index, form in forms.items():
+                own_A, own_B = cast(Tensor, form.A), cast(Tensor, form.B)
+                A[index, : len(own_A)], B[index, : len(own_A)] = own_A, own_B.T
+            found[self.index[f"{path}.{weight}"]] = LayerTensors(A, B, None, None)
+        return found
 
     def _form(self, name: str, path: str, delta: Delta, W: Tensor, bias: Tensor | None) -> tuple[Form, str, float]:
         """A delta's form, how it came to be, and its relative error."""
@@ -263,8 +313,8 @@ class AdapterReader:
                 parts[layer][column] = view.data_ptr()
                 start += room
             if change.B is not None:
-                parts[layer][4] = change.B.shape[0]
-                rank = max(rank, change.B.shape[0])
+                parts[layer][4] = change.B.shape[-2]
+                rank = max(rank, change.B.shape[-2])
             views[layer] = LayerTensors(*own)
         if not finite(buffer):
             raise Refused(f"adapter {name!r} holds numbers that are not finite in {self.dtype}.")

@@ -21,8 +21,9 @@ from lorakit.serve.model import blocks, fused, native
 from lorakit.serve.model.attention import ForwardContext, serve_attention
 from lorakit.serve.model.batch import Batch, Run, assemble
 from lorakit.serve.model.cache import Cache, LayerShape, page_count
+from lorakit.serve.model.experts import ExpertForward
 from lorakit.serve.model.linear_layers import LinearForward, join
-from lorakit.serve.model.packed import linear_layers
+from lorakit.serve.model.packed import expert_stacks, linear_layers
 from lorakit.serve.request import Refused
 
 log = logging.getLogger("lorakit")
@@ -33,7 +34,7 @@ class ServingModel:
 
     Attributes:
         shapes: what each attention layer keeps of a token.
-        unfit: paths of linear layers that do not see every token (experts), in which no adapter can be served.
+        unfit: paths of linear layers and experts that do not see every token, in which no adapter can be served.
         compiled: None, or why the compiled loops are off.
     """
 
@@ -50,12 +51,14 @@ class ServingModel:
         model.eval()
         self._undo.append(serve_attention(model, self.context))
         self.layers: dict[str, LinearForward] = {}
+        self.experts: dict[str, ExpertForward] = {}
         self.unfit: set[str] = set()
         try:
             with torch.inference_mode():
                 expected = self._trial_of_the_model()
                 for number, (path, module) in enumerate(linear_layers(model).items()):
                     self._replace_forward(path, module, number, pack and obstacle is None)
+                self._replace_experts()
                 for prompt in self._prompts()[:1]:  # who reads the same as whom
                     model(input_ids=torch.tensor([prompt], device=self.device), use_cache=False)
                 join(self.layers.values())
@@ -76,6 +79,16 @@ class ServingModel:
         forward = self.layers[path] = LinearForward(module, number, self.context, pack)
         module.forward = forward
         self._undo.append(lambda: module.__dict__.pop("forward", None))
+
+    def _replace_experts(self) -> None:
+        paths = {module: path for path, module in self.model.named_modules()}
+        numbers: dict[nn.Module, dict[str, int]] = {}
+        for number, (place, module) in enumerate(expert_stacks(self.model).items(), len(self.layers)):
+            numbers.setdefault(module, {})[place.rpartition(".")[2]] = number
+        for module, own in numbers.items():
+            forward = self.experts[paths[module]] = ExpertForward(module, own, self.context)
+            module.forward = forward
+            self._undo.append(lambda module=module: module.__dict__.pop("forward", None))  # type: ignore[misc]
 
     def close(self) -> None:
         """Give the model back as it was."""
@@ -150,7 +163,8 @@ class ServingModel:
                 found[0].append(logits[: b - a])
                 found[1].append(logits[b - a :])
                 total = b - a + d - c
-                self.unfit |= {path for path, forward in self.layers.items() if forward.tokens != total}
+                forwards: dict[str, Any] = {**self.layers, **self.experts}
+                self.unfit |= {path for path, forward in forwards.items() if forward.tokens != total}
         except (Refused, TypeError, ValueError, RuntimeError) as problem:
             raise Refused(f"{type(self.model).__name__} cannot be served in batches: {problem}") from problem
         allowed = 1e-3 if self.dtype in (torch.float32, torch.float64) else 0.1
