@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers import BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
 
 import lorakit as lk
+from core.test_experts import MODELS
 from laws import storages
 from laws.storages import FORMAT, Foreign
 from lorakit.algebra.merging import merge
@@ -333,3 +334,22 @@ def test_qdylora_is_usable_at_every_rank() -> None:
         base = layer(x)
     W = storage_of(layer.base, "weight").read(layer.base, "weight")
     assert torch.allclose(base + x @ (B @ A).T, x @ (W + B @ A).T + layer.base.bias, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["fp8", "mxfp4"])
+def test_experts_that_a_library_packs_are_left_out_with_the_reason(kind: str, caplog: pytest.LogCaptureFixture) -> None:
+    """Nothing can act beside a kernel that chooses, multiplies and sums by itself; the rest of the model is adapted."""
+    from transformers.integrations.finegrained_fp8 import FP8Experts
+    from transformers.integrations.mxfp4 import Mxfp4GptOssExperts
+
+    model = MODELS["qwen3-moe" if kind == "fp8" else "gpt-oss"]()
+    for block in model.model.layers:
+        made: Any = FP8Experts(model.config, (16, 16)) if kind == "fp8" else Mxfp4GptOssExperts(model.config)
+        block.mlp.experts = made
+    adapter = lk.attach(model, lk.LoRA(rank=2), name="a")
+    assert adapter.layers
+    assert not any("experts" in path for path in adapter.layers)
+    assert "holds its experts quantised" in caplog.text
+    for target in (["experts"], ["experts.down_proj"], "model.layers.0.mlp.experts"):
+        with pytest.raises(lk.LorakitError, match=r"dequantize=True|no layer matches|matches no layer"):
+            lk.attach(model, lk.LoRA(rank=2), name="b", target_modules=target)

@@ -19,7 +19,7 @@ from torch import nn
 from lorakit.core.delta import Method
 from lorakit.core.layer import Adapted
 from lorakit.core.layout import Bare, Expert, Linear, Rows, Site
-from lorakit.core.sites import sites_of
+from lorakit.core.sites import adaptable_sites, sites_of
 from lorakit.core.stacks import stacked_sites
 from lorakit.core.walking import block_of, has_suffix, in_attention, value_for, walk
 from lorakit.errors import LorakitError
@@ -152,18 +152,11 @@ def describe_layers(model: nn.Module) -> str:
 
 def _in_presets(module: nn.Module) -> bool:
     """Whether presets mean a layer: it multiplies by matrices, in a way that is known."""
-    return any(isinstance(site.layout, Linear | Expert) and not site.named_only for site in _sites(module))
+    return any(isinstance(site.layout, Linear | Expert) and not site.named_only for site in adaptable_sites(module))
 
 
 def _adaptable(module: nn.Module) -> bool:
-    return bool(_sites(module))
-
-
-def _sites(module: nn.Module) -> list[Site]:
-    try:
-        return sites_of(module)
-    except LorakitError:
-        return []
+    return bool(adaptable_sites(module))
 
 
 def select(model: nn.Module, targets: Targets) -> list[str]:

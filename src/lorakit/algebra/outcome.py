@@ -21,7 +21,7 @@ from lorakit.adapter.construction import build
 from lorakit.algebra.changes import Change, Cut
 from lorakit.algebra.sources import Live, Source, Stored
 from lorakit.core.delta import Method
-from lorakit.core.layout import Bare, Expert
+from lorakit.core.stacks import stacked_sites
 from lorakit.core.walking import as_patterns, has_suffix, walk
 from lorakit.errors import LorakitError
 from lorakit.files.bundle import content_with, own_data, write_bundle
@@ -167,10 +167,10 @@ def _on_model(
 
 def _names_at(adapters: Sequence[Adapter], path: str, cuts: Mapping[str, Cut]) -> list[str]:
     """What to ask for at a layer: it; or, where it multiplies matrices by itself and only some have a change, these."""
-    held = {name: site for one in adapters if path in one.layers for name, site in one.layers[path].sites.items()}
-    places = [place for site in held.values() if (place := site.place(path)) in cuts]
-    apart = all(isinstance(site.layout, Expert | Bare) for site in held.values())
-    return places if apart and len(places) < len(held) else [path]
+    layer = next(one.layers[path] for one in adapters if path in one.layers)
+    own = stacked_sites(layer.base)
+    places = [place for site in own if (place := site.place(path)) in cuts]
+    return places if len(places) < len(own) else [path]
 
 
 # -- in a folder -----------------------------------------------------------------------------------------------------------

@@ -20,7 +20,7 @@ from lorakit.conversion.content import open_gguf
 from lorakit.conversion.description import Description, Layer
 from lorakit.conversion.experts import EXPERT, split
 from lorakit.core.layout import Convolution, Layout
-from lorakit.core.sites import sites_of
+from lorakit.core.sites import adaptable_sites
 from lorakit.core.walking import walk
 from lorakit.errors import LorakitError, unknown
 from lorakit.files.experts import Stack, stacks_of
@@ -186,7 +186,7 @@ def guess_component(paths: Iterable[str]) -> str:
 def _layers(model: nn.Module) -> dict[str, Layout | None]:
     layers: dict[str, Layout | None] = {}
     for path, module in walk(model):
-        sites = sites_of(module) if path else []
+        sites = adaptable_sites(module) if path else []
         if len(sites) == 1:
             layers[path] = sites[0].layout
     return layers

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from lorakit.core.delta import Shape
 from lorakit.core.known import computed_weight, is_known
 from lorakit.core.layout import Convolution, Embedding, Layout, Linear, Rows, Site, Stored, Substituted, Transposed
-from lorakit.core.stacks import stacked_sites
+from lorakit.core.stacks import packed_experts, stacked_sites
 from lorakit.errors import LorakitError
 
 
@@ -83,7 +83,22 @@ def sites_of(module: nn.Module) -> list[Site]:
             )
         shape = Shape(module.embedding_dim, module.num_embeddings, lookup=True, bias=False)
         return [_site(module, None, Embedding(shape))]
+    reason = packed_experts(module)
+    if reason:
+        raise LorakitError(
+            f"attach: {reason}, so that no adapter can act beside them. Load its experts in floats (transformers "
+            "dequantises fp8 and mxfp4 where its quantization config says dequantize=True), or leave them out "
+            '(exclude_modules=["experts"]); attention and shared experts can be adapted as they are.'
+        )
     return stacked_sites(module)
+
+
+def adaptable_sites(module: nn.Module) -> list[Site]:
+    """`sites_of`, empty too where nothing can be added to the layer's matrix."""
+    try:
+        return sites_of(module)
+    except LorakitError:
+        return []
 
 
 _KNOWN = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Embedding)

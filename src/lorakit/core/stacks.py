@@ -9,6 +9,7 @@ of the parameter (`lazy_sum.py`).
 from __future__ import annotations
 
 import inspect
+from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor, nn
@@ -44,15 +45,34 @@ def stacked_sites(module: nn.Module) -> list[Site]:
     stacks = {
         name: parameter
         for name, parameter in module._parameters.items()
-        if parameter is not None and parameter.ndim == 3 and parameter.is_floating_point()
+        if parameter is not None and parameter.ndim == 3 and not _is_packed(parameter)
     }
-    if not stacks or not _holds_experts(module, stacks):
+    if not stacks or not _holds_experts(module, stacks) or packed_experts(module):
         return []
     turned = _turned(module, list(stacks.values()))
     return [site for name, stack in stacks.items() for site in _stack(module, name, stack, turned)]
 
 
-def _holds_experts(module: nn.Module, stacks: dict[str, nn.Parameter]) -> bool:
+def _is_packed(tensor: Tensor) -> bool:
+    """Whether a tensor's entries are codes that stand for numbers only together with scales."""
+    return not tensor.is_floating_point() or tensor.itemsize == 1
+
+
+def packed_experts(module: nn.Module) -> str:
+    """Why nothing can be added to a module's experts: a quantisation library packs them for a kernel of its own that also
+    chooses and sums; empty where none does."""
+    held = {name: one for name, one in (*module._parameters.items(), *module._buffers.items()) if one is not None}
+    packed = {name: one for name, one in held.items() if one.ndim >= 3 and _is_packed(one)}
+    if not packed or not _holds_experts(module, packed):
+        return ""
+    name, tensor = next(iter(packed.items()))
+    return (
+        f"{type(module).__name__} holds its experts quantised ({name} as {str(tensor.dtype).removeprefix('torch.')}) and "
+        "multiplies them by itself"
+    )
+
+
+def _holds_experts(module: nn.Module, stacks: Mapping[str, Tensor]) -> bool:
     """Whether parameters of three axes are experts: the class says so, or counts as many."""
     counts = {stack.shape[0] for stack in stacks.values()}
     config = getattr(module, "config", None)

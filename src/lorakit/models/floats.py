@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from lorakit.core.layer import Adapted
 from lorakit.core.layout import Embedding, Linear
-from lorakit.core.sites import sites_of
+from lorakit.core.sites import adaptable_sites, sites_of
 from lorakit.core.storage import FLOAT, storage_of
 
 _MARKS = ("hf_quantizer", "quantization_method", "is_quantized", "is_loaded_in_4bit", "is_loaded_in_8bit")
@@ -39,9 +39,7 @@ def float_layer(layer: nn.Module, dtype: torch.dtype, values: Mapping[str, Tenso
 
 def is_packed(module: nn.Module) -> bool:
     """Whether a layer holds its one matrix quantised."""
-    if isinstance(module, nn.Embedding) and module.max_norm is not None:
-        return False
-    sites = sites_of(module)
+    sites = adaptable_sites(module)
     return (
         len(sites) == 1
         and isinstance(sites[0].layout, Linear | Embedding)

@@ -20,7 +20,7 @@ import torch
 from torch import nn
 
 from lorakit.core.options import check, option
-from lorakit.core.sites import sites_of
+from lorakit.core.sites import adaptable_sites
 from lorakit.core.storage import FLOAT, storage_of
 from lorakit.errors import LorakitError, plural, unknown
 
@@ -195,8 +195,7 @@ def holding(model: nn.Module) -> Holding:
     seen: set[int] = set()
     for module in model.modules():
         skip = set()
-        max_norm = isinstance(module, nn.Embedding) and module.max_norm is not None
-        for site in [] if max_norm else sites_of(module):
+        for site in adaptable_sites(module):
             if "." in site.weight:
                 continue
             storage = storage_of(module, site.weight)

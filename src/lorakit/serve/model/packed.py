@@ -25,7 +25,7 @@ from lorakit.adapter.attachment import detach
 from lorakit.core.delta import Delta, Form
 from lorakit.core.layer import Adapted
 from lorakit.core.layout import Expert, Linear, Rows, Site, Transposed
-from lorakit.core.sites import sites_of
+from lorakit.core.sites import adaptable_sites
 from lorakit.core.spectrum import triplets
 from lorakit.core.stacks import stacked_sites
 from lorakit.core.storage import storage_of
@@ -104,7 +104,7 @@ def linear_layers(model: nn.Module) -> dict[str, nn.Module]:
     return {
         path: module
         for path, module in model.named_modules()
-        if len(sites := _sites(module)) == 1 and type(sites[0].layout) in (Linear, Transposed)
+        if len(sites := adaptable_sites(module)) == 1 and type(sites[0].layout) in (Linear, Transposed)
     }
 
 
@@ -118,13 +118,6 @@ def served_stacks(module: nn.Module) -> dict[str, Expert]:
 def expert_stacks(model: nn.Module) -> dict[str, nn.Module]:
     """The stacks of experts in which adapters can be served: name of the parameter -> its module, in the model's order."""
     return {f"{path}.{name}": module for path, module in model.named_modules() for name in served_stacks(module)}
-
-
-def _sites(module: nn.Module) -> Sequence[Site]:
-    try:
-        return sites_of(module)
-    except LorakitError:
-        return ()
 
 
 @dataclass
