@@ -83,7 +83,7 @@ class ExpertForward:
                 W.device
             )  # (experts, rank, out)
             turned = isinstance(self.stacks[name].inner, Transposed)
-            sums[name] = LazySum(W, A.mT, B) if turned else LazySum(W, B.mT, A)
+            sums[name] = LazySum(W, (A.mT, B) if turned else (B.mT, A))
         self.inside = True
         try:
             return cast(Tensor, functional_call(self.module, sums, (hidden, *choice), options))
