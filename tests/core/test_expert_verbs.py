@@ -15,6 +15,8 @@ from torch import Tensor, nn
 import lorakit as lk
 from core.test_experts import IDS, MODELS, SMALL, logits, randomise
 from lorakit.algebra.merging import merge
+from lorakit.core.lazy_sum import LazySum
+from lorakit.core.uniform import lazy_sums
 from lorakit.insight.catalogue import matrices
 from lorakit.insight.inspection import examine
 from lorakit.insight.plan import plan
@@ -157,6 +159,19 @@ def test_adapters_on_different_matrices_of_one_module(kind: str) -> None:
     lk.detach(model, "all")
     with lk.use(model, "few"):
         close(logits(model), alone["few"], 1e-6)
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "xlnet"])
+def test_the_sum_is_never_built(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def built(self: LazySum) -> Tensor:
+        raise AssertionError("W + ΔW was built")
+
+    model = model_of(kind)
+    adapter = attached(model, kind, "a")
+    monkeypatch.setattr(LazySum, "whole", built)
+    assert all(lazy_sums(layer, [("a", 1.0)]) for layer in adapter.layers.values())
+    model(IDS, labels=IDS).loss.backward()
+    assert all(parameter.grad is not None for parameter in adapter.parameters())
 
 
 @kinds

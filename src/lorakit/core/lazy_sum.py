@@ -307,6 +307,15 @@ def _item(weight: Any, index: Any) -> Any:
     return NotImplemented
 
 
+def _viewed(weight: Any, *shape: Any) -> Any:
+    """A view in the shape that it has."""
+    sizes = tuple(shape[0]) if len(shape) == 1 and isinstance(shape[0], tuple | list) else shape
+    if not isinstance(weight, LazySum) or len(sizes) != weight.ndim:
+        return NotImplemented
+    same = all(size in (-1, own) for size, own in zip(sizes, weight.shape, strict=True))
+    return weight if same else NotImplemented
+
+
 def _same(operation: Callable[..., Any]) -> Callable[..., Any]:
     """What changes a dtype, a device or the memory, and no number."""
 
@@ -340,6 +349,7 @@ _ANSWERS: dict[Any, Callable[..., Any]] = {
     Tensor.T.__get__: _turned,  # type: ignore[attr-defined]
     Tensor.mT.__get__: _turned_last,  # type: ignore[attr-defined]
     Tensor.__getitem__: _item,
+    Tensor.view: _viewed,
     Tensor.to: _same(Tensor.to),
     Tensor.contiguous: _same(Tensor.contiguous),
     Tensor.detach: _detached,

@@ -16,7 +16,7 @@ from lorakit.core.call import LayerCall
 from lorakit.core.contents import LayerContents
 from lorakit.core.delta import Delta, LowRank
 from lorakit.core.kernel import autocast, product
-from lorakit.core.layout import Expert, Site, Transposed
+from lorakit.core.layout import Expert, FlatExpert, Site, Transposed
 from lorakit.core.lazy_sum import LazySum, Pairs
 from lorakit.core.rows import first_tensor
 from lorakit.core.storage import storage_of, value_of
@@ -144,7 +144,7 @@ def lazy_sums(layer: LayerContents, blend: Weighted) -> dict[str, LazySum] | Non
     for name, weight in blend:
         for key, delta in layer.deltas_of(name).items():
             site = layer.sites[key]
-            if not is_product(delta) or type(site.layout) is not Expert:
+            if not is_product(delta) or not isinstance(site.layout, Expert):
                 return None
             stacks.setdefault(site.weight, []).append((weight, site.layout, cast(LowRank, delta)))
     return {name: _lazy_sum(value_of(layer.base, name), parts) for name, parts in stacks.items()}
@@ -153,6 +153,8 @@ def lazy_sums(layer: LayerContents, blend: Weighted) -> dict[str, LazySum] | Non
 def _lazy_sum(W: Tensor, parts: list[tuple[float, Expert, LowRank]]) -> LazySum:
     """A stack of experts and its changes, each expert's factors of all adapters side by side."""
     layout, first = parts[0][1], parts[0][2]
+    if isinstance(layout, FlatExpert):  # its module views it in three axes before anything else
+        W = W.unflatten(0, (layout.count, -1))
     held: list[list[tuple[float, LowRank]]] = [[] for _ in range(layout.count)]
     for weight, own, delta in parts:
         held[own.index].append((weight, delta))
