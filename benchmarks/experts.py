@@ -188,8 +188,8 @@ def text_of(rows: list[dict[str, Any]], large: dict[str, Any], machine: dict[str
             + f". {len(busy)} of {len(rows)} processes began while others took over 5% of the cores.",
             "",
             f"LoRA of rank {RANK} on all experts and nothing else, {LAYERS} layers, {ROWS} × {LENGTH} tokens a step. "
-            "Qwen3-MoE: 64 experts, hidden size 1,024, 512 between, 8 experts a token. gpt-oss: 32 experts, 768, 768, 4 a token. Medians, "
-            f"with the range over rounds. Floors: {FASTER:g} times as fast, {SMALLER:g} of the memory.",
+            "Qwen3-MoE: 64 experts, hidden size 1,024, 512 between, 8 experts a token. gpt-oss: 32 experts, 768, 768, 4. "
+            f"Medians, with the range over rounds. Floors: {FASTER:g} times as fast, {SMALLER:g} of the memory.",
             "",
             "| model | dtype | step, lorakit | step, PEFT | times as fast | memory, lorakit | memory, PEFT | share |",
             "|---|---|---|---|---|---|---|---|",

@@ -109,3 +109,12 @@ def test_evaluation_has_the_loss_of_tokens_alone(tmp_path: Path) -> None:
     sums = trainer.loss_sums(rows(4))
     trainer.bare.eval().config.output_router_logits = False
     torch.testing.assert_close(sums.mean, float(trainer.bare(**pad(rows(4))).loss.detach()), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(("name", "router"), [("qwen3-moe", "gate"), ("gpt-oss", "router"), ("mixtral", "gate")])
+def test_routers_are_trained_where_they_are_named(name: str, router: str, tmp_path: Path) -> None:
+    trainer = trainer_of(name, tmp_path, "auto", [router])
+    assert all(path.endswith(f"mlp.{router}") for path in trainer.adapter.layers)
+    own, expected = both(trainer, rows(4, prefix=40))
+    torch.testing.assert_close(own, expected, rtol=1e-4, atol=1e-5)
+    assert all(parameter.grad is not None and parameter.grad.any() for parameter in trainer.adapter.parameters())

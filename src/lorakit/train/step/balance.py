@@ -35,16 +35,18 @@ def note_balance(model: nn.Module, outputs: Any, counts: Tensor | None = None) -
     state = found_state(model)
     if state is None or state.notes.losses is None or not is_balanced(model):
         return
-    coefficient = _own(model, "router_aux_loss_coef", "aux_loss_coef")
-    logits, of_logits = getattr(outputs, "router_logits", None), _function(model)
-    if coefficient is None or (counts is not None and (not logits or of_logits is None)):
-        return  # a model that shows its routers' logits and adds nothing for them
+    coefficient, of_logits = _own(model, "router_aux_loss_coef", "aux_loss_coef"), _function(model)
+    logits: tuple[Tensor, ...] = getattr(outputs, "router_logits", None) or ()
     if counts is None:
         balance = getattr(outputs, "aux_loss", None)
+    elif not logits or of_logits is None:  # a model that shows its routers' logits and adds nothing for them
+        return
     else:
         flat = counts.reshape(1, -1)
         mask = F.pad(flat, (logits[0].shape[0] - flat.shape[1], 0))
         balance = of_logits(logits, _own(model, "num_experts"), _own(model, "num_experts_per_tok"), mask)
+    if coefficient is None:
+        return
     if isinstance(balance, Tensor):
         state.notes.losses.append(functools.partial(balance.mul, float(coefficient)))
 
