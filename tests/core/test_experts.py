@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 
 import lorakit as lk
 from lorakit.adapter.coverage import coverage
-from lorakit.core.lazy_sum import LazySum
+from lorakit.core.lazy_sum import LazySum, Pairs
 from lorakit.errors import LorakitError
 
 SMALL: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -234,3 +235,83 @@ def test_a_lazy_sum_is_the_sum(operation: Callable[[Any], Any]) -> None:
 def test_a_lazy_sum_says_its_shape() -> None:
     own, whole = lazy()
     assert (own.shape, own.dtype, own.ndim, len(own)) == (whole.shape, whole.dtype, whole.ndim, len(whole))
+
+
+def pairs_of(turned: bool, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Pairs, list[Tensor]]:
+    """A stack of experts of unequal ranks and scales, one without any."""
+    torch.manual_seed(0)
+    W = torch.randn(E, IN, OUT) if turned else torch.randn(E, OUT, IN)
+    factors = [(torch.randn(OUT, rank), torch.randn(rank, IN)) for rank in (3, 0, 1, 4)]
+    flat = [tensor.to(dtype).requires_grad_() for pair in factors for tensor in pair]
+    held = tuple(zip(flat[::2], flat[1::2], strict=True))
+    return W.to(dtype), Pairs(held, (1.0, 2.0, 0.5, -1.0), turned), flat
+
+
+@pytest.mark.parametrize("trained", [False, True], ids=["frozen", "base trained too"])
+@pytest.mark.parametrize("ends", [(2, 2, 7, 9), (0, 5, 5, 11), (0, 0, 0, 0), (40, 41, 60, 61)], ids=str)
+@pytest.mark.parametrize("turned", [False, True])
+def test_beside_is_substituted_with_gradients(turned: bool, ends: tuple[int, ...], trained: bool) -> None:
+    """Rows of each expert, an expert without rows, rows behind the last: outputs and gradients of x, W and all factors."""
+    W, pairs, factors = pairs_of(turned)
+    W.requires_grad_(trained)
+    rows = ends[-1] + 2
+    x = torch.randn(rows, IN, requires_grad=True)
+    own = LazySum(W, pairs)
+    whole = W + torch.stack([U @ V for U, V in map(pairs.one, range(E))])
+    offs = torch.tensor(ends, dtype=torch.int32)
+    above = torch.randn(ends[-1], OUT)
+    inputs = [x, *factors, *([W] if trained else [])]
+    found, expected = [], []
+    for weight, results in ((own, found), (whole, expected)):
+        y = F.grouped_mm(x, weight if turned else weight.transpose(-2, -1), offs=offs)[: ends[-1]]
+        with torch.no_grad():
+            results.append(F.grouped_mm(x, weight if turned else weight.transpose(-2, -1), offs=offs)[: ends[-1]])
+        results.append(y)
+        of_x, *rest = torch.autograd.grad((y * above).sum(), inputs)
+        results += [of_x[: ends[-1]], *rest]  # torch leaves what is behind the last as it was in memory
+    for one, two in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-4)
+
+
+def test_dropout_acts_on_the_way_to_the_factors_alone() -> None:
+    W, pairs, factors = pairs_of(turned=True)
+    x = torch.randn(9, IN, requires_grad=True)
+    offs = torch.tensor([2, 2, 7, 9], dtype=torch.int32)
+    torch.manual_seed(1)
+    y = F.grouped_mm(x, LazySum(W, pairs, 0.5), offs=offs)
+    torch.manual_seed(1)
+    U, V = pairs.stacked()
+    expected = F.grouped_mm(x, W, offs=offs) + F.grouped_mm(F.grouped_mm(F.dropout(x, 0.5), U, offs=offs), V, offs=offs)
+    above = torch.randn_like(y)
+    torch.testing.assert_close(y, expected, rtol=1e-4, atol=1e-4)
+    for one, two in zip(
+        torch.autograd.grad(y, [x, *factors], above), torch.autograd.grad(expected, [x, *factors], above), strict=True
+    ):
+        torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("of_factors", [torch.bfloat16, torch.float32])
+def test_bfloat16_stays_within_its_roundings(of_factors: torch.dtype) -> None:
+    W, pairs, factors = pairs_of(turned=True)
+    offs, x = torch.tensor([2, 2, 7, 21], dtype=torch.int32), torch.randn(21, IN)
+    exact = F.grouped_mm(x, LazySum(W, pairs), offs=offs)
+    gradients = torch.autograd.grad(exact.sum(), factors)
+    low = [tensor.detach().to(of_factors).requires_grad_() for tensor in factors]
+    own = Pairs(tuple(zip(low[::2], low[1::2], strict=True)), pairs.scales, turned=True)
+    y = F.grouped_mm(x.bfloat16(), LazySum(W.bfloat16(), own), offs=offs)
+    assert y.dtype == torch.bfloat16
+    found = torch.autograd.grad(y.sum(), low)
+    for one, two in zip((y, *found), (exact, *gradients), strict=True):
+        assert (one.double() - two).norm() <= 0.02 * two.norm()
+    assert {tensor.dtype for tensor in found} == {of_factors}
+
+
+def test_attaching_to_every_expert_of_a_large_mixture_takes_seconds() -> None:
+    """The shape of Qwen3-30B-A3B with an eighth of its layers, on the meta device: 3 s of one core at the very most."""
+    sizes = {"hidden_size": 2048, "moe_intermediate_size": 768, "num_experts": 128, "num_hidden_layers": 6}
+    with torch.device("meta"):
+        model = T.Qwen3MoeForCausalLM(T.Qwen3MoeConfig(**sizes))
+    begin = time.process_time()
+    adapter = lk.attach(model, lk.LoRA(rank=16), target_modules=["experts"])
+    assert time.process_time() - begin < 3
+    assert sum(1 for _ in adapter.deltas()) == 6 * 2 * 128

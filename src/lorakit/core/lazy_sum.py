@@ -193,73 +193,118 @@ def _grouped(operation: Callable[..., Any]) -> Callable[..., Any]:
         given = any(value is not None for value in options.values())
         if given or isinstance(x, LazySum) or not isinstance(weight, LazySum) or weight.ndim != 3:
             return NotImplemented
-        y = operation(x, weight.W, offs=offs)
         low = F.dropout(x, weight.dropout) if weight.dropout else x
-        return low_rank(operation if x.is_cuda else None, y, low, weight.pairs(), offs)
+        if x.is_cuda:  # nothing may wait for where experts end; rows must be multiples of 16 bytes
+            U, V = (factor.to(x.dtype) for factor in weight.pairs().stacked(16 // x.element_size()))
+            return _sum(operation(x, weight.W, offs=offs), operation(operation(low, U, offs=offs), V, offs=offs))
+        alone = torch.is_grad_enabled() and not weight.W.requires_grad
+        y = None if alone else operation(x, weight.W, offs=offs)
+        return by_expert(y, x, None if low is x else low, weight.W, weight.pairs(), offs)
 
     return product
 
 
-def low_rank(operation: Callable[..., Any] | None, y: Tensor, x: Tensor, pairs: Pairs, offs: Tensor) -> Tensor:
-    """`y` (rows, columns) plus x (rows, in) times the low-rank change of each row's expert, in y's dtype.
+def by_expert(y: Tensor | None, x: Tensor, low: Tensor | None, W: Tensor, pairs: Pairs, offs: Tensor) -> Tensor:
+    """`x W` (rows, columns) plus `low`, which is x with dropout or None, times the low-rank change of each row's expert.
 
-    `operation` is a grouped product that does not need to know on the host where experts end; None: expert by expert.
+    `y` is `x W` where it is there already; it is changed in place. Else W (experts, in, columns) gets no gradient.
     """
-    if operation is not None:  # whose rows must be multiples of 16 bytes
-        U, V = (factor.to(x.dtype) for factor in pairs.stacked(16 // x.element_size()))
-        return _sum(y, operation(operation(x, U, offs=offs), V, offs=offs))
     ends = offs.tolist()
     sizes = [end - start for start, end in zip([0, *ends], ends, strict=False)]
     flat = [tensor for B, A in pairs.factors for tensor in ((B, A) if pairs.turned else (A.mT, B.mT))]
-    return _ByExpert.apply(y, x, sizes, pairs.scales, *flat)  # type: ignore[no-any-return, no-untyped-call]
+    own = (None, x if low is None else low, None) if y is not None else (x, low, W)
+    return _ByExpert.apply(y, *own, sizes, pairs.scales, *flat)  # type: ignore[no-any-return, no-untyped-call]
 
 
 class _ByExpert(Function):
-    """`y_e += s_e (x_e A_eᵀ) B_eᵀ` for the rows of each expert, in place. An expert without rows costs nothing.
+    """`y_e = x_e W_e + s_e (low_e A_eᵀ) B_eᵀ` for the rows of each expert. An expert without rows costs nothing.
 
-    Thin products are computed in the factors' dtype where it is the wider: each expert has another number of rows, and for
-    each number products in bfloat16 would have a kernel made (oneDNN), which takes longer than the product.
+    Each expert has another number of rows, and for each number oneDNN makes a kernel for a product in bfloat16, which takes
+    longer than the product and stays in memory. So rows are filled up to a multiple, and the thin products are computed in
+    the factors' dtype where it is the wider.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, y: Tensor, x: Tensor, sizes: list[int], scales: tuple[float, ...], *factors: Tensor
+        ctx: Any,
+        y: Tensor | None,
+        x: Tensor | None,
+        low: Tensor | None,
+        W: Tensor | None,
+        sizes: list[int],
+        scales: tuple[float, ...],
+        *factors: Tensor,
     ) -> Tensor:
-        lows = []
-        with torch.autocast(x.device.type, enabled=False):  # grouped products do not know it either
-            for expert, (own, into) in _parts(sizes, x, y):
+        read = x if low is None else low
+        assert read is not None
+        if y is not None:
+            ctx.mark_dirty(y)
+        else:
+            assert W is not None
+            y = read.new_empty(read.shape[0], W.shape[2])
+            y[sum(sizes) :] = 0
+        thin = []
+        with torch.autocast(read.device.type, enabled=False):  # grouped products do not know it either
+            for expert, (own, plain, into) in _parts(sizes, read, read if x is None else x, y):
                 B, A = factors[2 * expert : 2 * expert + 2]
-                lows.append(_wide(own, A) @ _wide(A, own).mT)
-                if B.dtype == into.dtype:
-                    into.addmm_(lows[-1], B.mT, alpha=scales[expert])
-                else:
-                    into.add_(lows[-1] @ _wide(B, own).mT, alpha=scales[expert])
-        ctx.mark_dirty(y)
-        ctx.save_for_backward(x, *factors, *lows)
-        ctx.sizes, ctx.scales = sizes, scales
+                if W is not None:
+                    _multiply(plain, W[expert], into)
+                thin.append(_wide(own, A) @ _wide(A, own).mT)
+                _add(into, thin[-1], B.mT, scales[expert])
+        ctx.save_for_backward(read, W, *factors, *thin)
+        ctx.sizes, ctx.scales, ctx.apart = sizes, scales, low is not None
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
-        x, *held = ctx.saved_tensors
-        factors, lows = held[: 2 * len(ctx.sizes)], iter(held[2 * len(ctx.sizes) :])
-        dx = torch.empty_like(x)
-        dx[sum(ctx.sizes) :] = 0
+        read, W, *held = ctx.saved_tensors
+        factors, thin = held[: 2 * len(ctx.sizes)], iter(held[2 * len(ctx.sizes) :])
+        dlow = torch.empty_like(read)
+        dx = torch.empty_like(read) if ctx.apart and W is not None else dlow
+        for gradient in (dlow, dx):
+            gradient[sum(ctx.sizes) :] = 0
         gradients: list[Tensor | None] = [None] * len(factors)
-        for expert, (own, above, below) in _parts(ctx.sizes, x, dy, dx):
+        for expert, (own, above, of_x, of_low) in _parts(ctx.sizes, read, dy, dx, dlow):
             B, A = factors[2 * expert : 2 * expert + 2]
+            if W is not None:
+                _multiply(above, W[expert].mT, of_x)
             above = _wide(above, B)
-            dlow = (above @ _wide(B, above)).mul_(ctx.scales[expert])
-            dB = (above.mT @ next(lows)).mul_(ctx.scales[expert])
-            dA = dlow.mT @ _wide(own, A)
+            dthin = (above @ _wide(B, above)).mul_(ctx.scales[expert])
+            dB = (above.mT @ next(thin)).mul_(ctx.scales[expert])
+            dA = dthin.mT @ _wide(own, A)
             gradients[2 * expert : 2 * expert + 2] = dB.to(B.dtype), dA.to(A.dtype)
-            below.copy_(dlow @ _wide(A, own))
+            if W is not None and dx is dlow:
+                _add(of_x, dthin, A, 1.0)
+            else:
+                of_low.copy_(dthin @ _wide(A, own))
         filled = [
             torch.zeros_like(factor) if gradient is None else gradient
             for gradient, factor in zip(gradients, factors, strict=True)
         ]
-        return dy, dx, None, None, *filled
+        if W is None:  # y came with the base's product in it
+            return dy, None, dlow, None, None, None, *filled
+        return None, dx, dlow if ctx.apart else None, None, None, None, *filled
+
+
+MULTIPLE = 16
+"""Rows of a product in low precision are filled up to a multiple of this."""
+
+
+def _multiply(x: Tensor, W: Tensor, into: Tensor) -> None:
+    """`into` becomes `x W`."""
+    if x.dtype == torch.float32:
+        torch.mm(x, W, out=into)
+    else:
+        into.copy_((F.pad(x, (0, 0, 0, -x.shape[0] % MULTIPLE)) @ W)[: x.shape[0]])
+
+
+def _add(into: Tensor, left: Tensor, right: Tensor, scale: float) -> None:
+    """`into += scale left right`, in the wider of their dtypes."""
+    if left.dtype == right.dtype == into.dtype:
+        into.addmm_(left, right, alpha=scale)
+    else:
+        into.add_(_wide(left, right) @ _wide(right, left), alpha=scale)
 
 
 def _wide(tensor: Tensor, other: Tensor) -> Tensor:

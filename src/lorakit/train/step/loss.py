@@ -28,7 +28,8 @@ from lorakit.errors import LorakitError
 from lorakit.native.elementwise import wide
 from lorakit.train.data.tokenise import IGNORED
 from lorakit.train.step import fusion
-from lorakit.train.step.attention import is_packed, packed_attention, packed_hidden
+from lorakit.train.step.attention import is_packed, packed_attention, packed_call, packed_hidden
+from lorakit.train.step.balance import is_balanced, note_balance
 from lorakit.train.step.batched_attention import to_logits
 from lorakit.train.step.last_block import asked_rows
 from lorakit.train.step.packing import PackedBatch, pack, pad
@@ -301,7 +302,7 @@ def causal_loss(
     head = read_head(model)
     decoder = decoder_of(model)
     is_open = is_packed(model)
-    if is_open and model.training and torch.is_grad_enabled():
+    if is_open and model.training and torch.is_grad_enabled() and not is_balanced(model):
         packed = asked_rows(decoder, packed, packed_hidden)
     if (
         not is_open
@@ -313,8 +314,9 @@ def causal_loss(
             "attention back; open `with packed_attention(model):` around forward and backward"
         )
     with contextlib.nullcontext() if is_open else packed_attention(model), counted(model, packed.counts):
-        hidden = packed_hidden(decoder, packed)
-    rows = hidden.index_select(0, packed.hidden_index)
+        found = packed_call(decoder, packed, use_cache=False)
+    note_balance(model, found, packed.counts)
+    rows = found.last_hidden_state[0].index_select(0, packed.hidden_index)
     total, right = target_loss(head, rows, packed.targets, packed.weights, label_smoothing=label_smoothing)
     divisor = packed.num_targets if num_items is None else num_items
     stats = LossStats(packed.num_targets, right, total.detach())
@@ -334,7 +336,9 @@ def padded_loss(
     batch = {name: tensor.to(device) for name, tensor in pad(examples).items()}
     labels = batch.pop("labels")[:, 1:]
     with prompts_known(model, [prompt_length(example.labels) for example in examples]):
-        logits = model(**batch, use_cache=False).logits[:, :-1]
+        outputs = model(**batch, use_cache=False)
+    note_balance(model, outputs)
+    logits = outputs.logits[:, :-1]
     chosen = labels != IGNORED
     return class_loss(logits[chosen], labels[chosen], num_items=num_items, label_smoothing=label_smoothing)
 
