@@ -529,7 +529,15 @@ class Inputs:
         channels = self.channels()
         frames = self.find("num_frames", "num_image_with_embedding", "frames_per_clip", default=2)
         frames = frames if isinstance(frames, int) else 2
-        mel = self.find("num_mel_bins", "feature_size", "input_feat_per_channel", "input_dim", "num_mels", default=80)
+        mel = self.find(
+            "num_mel_bins",
+            "feature_projection_input_dim",
+            "feature_size",
+            "input_feat_per_channel",
+            "input_dim",
+            "num_mels",
+            default=80,
+        )
         mel = mel if isinstance(mel, int) else 80
         length = self.find("max_source_positions", "max_length", "max_audio_length", default=64)
         length = length if isinstance(length, int) else 64
@@ -552,6 +560,9 @@ class Inputs:
             merged = 2 * (self.find("temporal_patch_size", default=1) or 1)
             flat = channels * patch * patch
             return [self.random(32, flat * merged // 2), self.random(32, flat), self.random(32, channels, patch, patch)]
+        if name == "hidden_states" and "grid_thw" in self.takes:
+            flat = channels * patch * patch
+            return [self.random(32, flat * (self.find("temporal_patch_size", default=1) or 1)), self.random(32, flat)]
         if name in ("image_grid_thw", "grid_thw"):
             return [torch.tensor([[1, 4, 4], [1, 4, 4]])]
         if name == "image_grid_hws":
@@ -568,7 +579,13 @@ class Inputs:
         if name == "pixel_values_videos":
             return [video]
         if name == "input_values":
-            return [self.random(2, 4000), self.random(2, min(length, 1024), mel), self.random(2, 1, 4000), *spectrum]
+            return [
+                self.random(2, 4000),
+                self.random(2, 12000),
+                self.random(2, min(length, 1024), mel),
+                self.random(2, 1, 4000),
+                *spectrum,
+            ]
         if name == "input_features":
             return spectrum
         if name in ("input_points",):
@@ -655,7 +672,9 @@ class Inputs:
         if not 0 < count <= 2000 or count % rows:
             return None
         own = torch.full((rows, count // rows), token)
-        return {**call, "input_ids": torch.cat([call["input_ids"][:, :2], own, call["input_ids"][:, 2:]], 1)}
+        ids = torch.cat([call["input_ids"][:, :2], own, call["input_ids"][:, 2:]], 1)
+        kinds = {"mm_token_type_ids": (ids == token).long()} if "mm_token_type_ids" in self.takes else {}
+        return {**call, "input_ids": ids, **kinds}
 
 
 def tensors_of(value: Any) -> list[Tensor]:

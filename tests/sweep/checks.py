@@ -284,7 +284,7 @@ def gradients(built: Built, adapter: lk.Adapter, result: Result) -> None:
     for path, site in missing:
         gradient = weights[path, site.weight].grad
         if gradient is not None and isinstance(site.layout, Expert):
-            gradient = gradient[site.layout.index] if gradient.shape[0] == site.layout.count else gradient
+            gradient = site.layout.matrix(gradient)
         if path in tied:  # said by `attach`: the adapter acts beside this use alone
             result.unused.append(path)
         elif gradient is not None and gradient.abs().max() > 0:
