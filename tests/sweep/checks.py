@@ -49,6 +49,7 @@ class Result:
         inside: the output is choices (codes, indices), so that what the model's parts give is compared.
         peft: begins with "equal" where PEFT loads the file and gives the same output, else what it says.
         back: the same for a file that PEFT has written and lorakit loads, for a share of the models.
+        seconds: of computing.
     """
 
     model: str
@@ -79,7 +80,7 @@ class WrongError(Exception):
 
 def check(case: Case) -> Result:
     """Build one model and hold it to everything; nothing is raised but what ends a process."""
-    result, begun = Result(case.name, case.model_type, case.head), time.perf_counter()
+    result, begun = Result(case.name, case.model_type, case.head), time.process_time()
     try:
         built = build_other(case) if case.model_type in LIBRARIES else build(case)
         result.way, result.parameters = built.way, sum(p.numel() for p in built.model.parameters())
@@ -103,7 +104,7 @@ def check(case: Case) -> Result:
         result.reason = (
             f"{type(problem).__name__}: {' '.join(str(problem).split())}"[:240] + f" at {' '.join(own[-5:])}"
         )
-    result.seconds = round(time.perf_counter() - begun, 2)
+    result.seconds = round(time.process_time() - begun, 2)
     return result
 
 
@@ -145,7 +146,9 @@ def _held(built: Built, result: Result) -> None:
     gradients(built, adapter, result)
     with torch.no_grad():
         beside = built.run()
-        if set(adapter.layers) - set(result.unused) and differs(base, beside, 0.0) is None:
+        if differs(base, beside, 0.0) is None:
+            if built.inside and not set(adapter.layers) - set(result.unused):
+                raise CannotBuildError("forward: the call that is found reaches no adapted layer")
             raise UnmovedError("random adapter values change nothing")
         merged_agrees(built, beside)
         files(built, adapter, fresh, beside, result)
@@ -177,7 +180,8 @@ def why_left(model: nn.Module, found: Coverage) -> dict[str, str]:
             elif isinstance(module, torch.nn.utils.parametrize.ParametrizationList) or name.startswith("a weight"):
                 reasons[kind] = "a weight that is computed at each call"
             elif not sites:
-                reasons[kind] = f"a parameter that `{name}` multiplies by itself"
+                verb = "holds" if type(module).__module__.startswith("torch.") else "multiplies by itself"
+                reasons[kind] = f"a parameter that `{name}` {verb}"
             elif sites[0].named_only:
                 reasons[kind] = f"`{name}` has a forward of its own; to be named"
             else:
