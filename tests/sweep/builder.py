@@ -23,6 +23,8 @@ from transformers import PreTrainedConfig
 from transformers.models.auto import modeling_auto
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
+from lorakit.core.layer import Adapted
+
 LIMIT = 30_000_000
 """Parameters of a model at most."""
 VOCABULARY = 128
@@ -708,7 +710,8 @@ class Built:
         if not self.inside:
             return tensors_of(model(**call))
         found: list[Tensor] = []
-        parts = [part for name, part in model.named_modules() if name and name.count(".") < 2]
+        parts = list(model.children())
+        parts += [inner for part in parts if not _is_adapted(part) for inner in part.children()]
         hooks = [part.register_forward_hook(lambda *given: found.extend(tensors_of(given[2]))) for part in parts]
         try:
             model(**call)
@@ -716,6 +719,11 @@ class Built:
             for hook in hooks:
                 hook.remove()
         return found
+
+
+def _is_adapted(part: nn.Module) -> bool:
+    """Whether lorakit or PEFT stands here in the place of a layer."""
+    return isinstance(part, Adapted) or hasattr(part, "base_layer")
 
 
 def build(case: Case) -> Built:
