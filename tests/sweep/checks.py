@@ -332,6 +332,21 @@ def files(built: Built, adapter: lk.Adapter, fresh: nn.Module, beside: list[Tens
         oracle(built, adapter, path, fresh, beside, result)
 
 
+def peft_otherwise(adapter: lk.Adapter) -> dict[str, tuple[str, list[nn.Module]]]:
+    """Where PEFT computes otherwise: the place of its layer -> the reason, and our deltas there."""
+    found: dict[str, tuple[str, list[nn.Module]]] = {}
+    for path, layer in adapter.layers.items():
+        deltas = layer.deltas_of(adapter.name)
+        if layer.read:
+            reason = "whose weights the model reads: PEFT's change does not act there"
+            found[path] = (reason, list(deltas.values()))
+        elif isinstance(layer.base, nn.MultiheadAttention):
+            reason = "whose change PEFT adds twice in an nn.MultiheadAttention"
+            ours = [delta for key, delta in deltas.items() if layer.sites[key].name == "out_proj"]
+            found[f"{path}.base_layer.out_proj"] = (reason, ours)
+    return found
+
+
 SHARE = 4
 """Of the models whose file PEFT loads, one in so many is tried with a file of PEFT's."""
 
@@ -357,16 +372,16 @@ def oracle(
         return
     models = [built.model, fresh]
     found = apart(models, beside, built.run, lambda: built.run(fresh))
-    read = {place: layer for place, layer in adapter.layers.items() if layer.read}
-    if found is not None and read:  # PEFT's layers act where they are called, and some of these are not
-        ours = [
-            p for layer in read.values() for delta in layer.deltas_of(adapter.name).values() for p in delta.parameters()
-        ]
-        for parameter in [*ours, *(p for name, p in fresh.named_parameters() if name.partition(".lora_")[0] in read)]:
-            parameter.zero_()
+    otherwise = peft_otherwise(adapter)
+    if found is not None and otherwise:
+        for place, (reason, deltas) in otherwise.items():
+            theirs_here = [p for name, p in fresh.named_parameters() if name.partition(".lora_")[0] == place]
+            for parameter in [*theirs_here, *(p for delta in deltas for p in delta.parameters())]:
+                parameter.zero_()
         found = apart(models, built.run(), built.run, lambda: built.run(fresh))
-        result.peft = " but for " + ", ".join(sorted({f"`{place.rpartition('.')[2]}`" for place in read}))
-        result.peft += ", whose weights the model reads: PEFT's change does not act there"
+        for reason in sorted({reason for reason, _ in otherwise.values()}):
+            names = sorted({f"`{place.rpartition('.')[2]}`" for place, (one, _) in otherwise.items() if one == reason})
+            result.peft += f" but for {', '.join(names)}, {reason}"
     if found is not None:
         raise WrongError(f"PEFT gives another output with the file (relative difference {found:.1e})")
     result.peft = "equal" + result.peft
