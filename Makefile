@@ -68,9 +68,15 @@ docs-serve: docs
 data: install
 	@$(BIN)/python $(MATERIAL) all
 
-# Every architecture of transformers against the laws; results are kept in benchmarks/results/sweep.json.
-sweep: install-test
-	OMP_NUM_THREADS=1 $(BIN)/python tests/sweep/run.py $(SWEEP_OPTIONS)
+# Every architecture against the laws; results are kept in benchmarks/results/sweep.json. timm and torchvision lie beside the
+# environment and not in it: next to a CPU build of torch, the rest of transformers cannot be imported with PyPI's torchvision.
+sweep: install-test $(VENV)/vision
+	PYTHONPATH=$(VENV)/vision OMP_NUM_THREADS=1 $(BIN)/python tests/sweep/run.py $(SWEEP_OPTIONS)
+
+$(VENV)/vision: constraints.txt | $(VENV)/installed-test
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --target $@ --upgrade --no-deps $(PIP_OPTIONS) \
+		-c constraints.txt timm torchvision || { mkdir -p $@; echo "timm and torchvision cannot be installed here: left out"; }
+	@touch $@
 
 # A benchmark prints its table, writes benchmarks/results/NAME.json and fails where a stated floor is missed.
 bench-%: install-test data

@@ -21,8 +21,9 @@ from transformers.models.mamba.modeling_mamba import MambaMixer
 from transformers.models.opt.modeling_opt import OPTLearnedPositionalEmbedding
 
 import lorakit as lk
+from lorakit.adapter.coverage import coverage
 from lorakit.core import known
-from lorakit.core.known import is_known, read_by
+from lorakit.core.known import is_known, multiplied_by, read_by
 from lorakit.errors import LorakitError
 
 
@@ -303,3 +304,28 @@ def test_layers_that_are_called_from_a_list() -> None:
             torch.testing.assert_close(model(x), beside)
     lk.detach(model)
     assert model.layers == before
+
+
+class Multiplier(nn.Module):
+    """Parameters of two axes that are multiplied as matrices, and others that are added, looked up, or a decay."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        for name in ("at", "linear", "viewed", "summed", "A_log", "table", "positions", "offset"):
+            setattr(self, name, nn.Parameter(torch.ones(4, 4)))
+        self.proj = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor, ids: Tensor) -> Tensor:
+        A = -torch.exp(self.A_log.float())
+        turned = self.viewed.float().transpose(0, 1)
+        x = self.proj(x) @ self.at + F.linear(x, self.linear) + torch.matmul(x, turned)
+        x = torch.einsum("...i,ij->...j", x, self.summed) + torch.addmm(self.offset, x, self.at)
+        return x * A + self.table[ids] + self.positions
+
+
+def test_matrices_are_what_is_multiplied() -> None:
+    assert multiplied_by(Multiplier) == {"at", "linear", "viewed", "summed"}
+    assert multiplied_by(nn.LSTM) is None
+    found = coverage(nn.ModuleDict({"a": Multiplier(), "b": nn.LSTM(4, 4)}), ["a.proj"])
+    assert (found.reached, found.total) == (16, 16 + 4 * 16 + 2 * 4 * 16)
+    assert set(found.left) == {"a.at", "a.linear", "a.viewed", "a.summed", "b.weight_ih_l0", "b.weight_hh_l0"}

@@ -23,6 +23,8 @@ from transformers import PreTrainedConfig
 from transformers.models.auto import modeling_auto
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
+from lorakit.core.layer import Adapted
+
 LIMIT = 30_000_000
 """Parameters of a model at most."""
 VOCABULARY = 128
@@ -529,7 +531,15 @@ class Inputs:
         channels = self.channels()
         frames = self.find("num_frames", "num_image_with_embedding", "frames_per_clip", default=2)
         frames = frames if isinstance(frames, int) else 2
-        mel = self.find("num_mel_bins", "feature_size", "input_feat_per_channel", "input_dim", "num_mels", default=80)
+        mel = self.find(
+            "num_mel_bins",
+            "feature_projection_input_dim",
+            "feature_size",
+            "input_feat_per_channel",
+            "input_dim",
+            "num_mels",
+            default=80,
+        )
         mel = mel if isinstance(mel, int) else 80
         length = self.find("max_source_positions", "max_length", "max_audio_length", default=64)
         length = length if isinstance(length, int) else 64
@@ -552,6 +562,9 @@ class Inputs:
             merged = 2 * (self.find("temporal_patch_size", default=1) or 1)
             flat = channels * patch * patch
             return [self.random(32, flat * merged // 2), self.random(32, flat), self.random(32, channels, patch, patch)]
+        if name == "hidden_states" and "grid_thw" in self.takes:
+            flat = channels * patch * patch
+            return [self.random(32, flat * (self.find("temporal_patch_size", default=1) or 1)), self.random(32, flat)]
         if name in ("image_grid_thw", "grid_thw"):
             return [torch.tensor([[1, 4, 4], [1, 4, 4]])]
         if name == "image_grid_hws":
@@ -568,7 +581,13 @@ class Inputs:
         if name == "pixel_values_videos":
             return [video]
         if name == "input_values":
-            return [self.random(2, 4000), self.random(2, min(length, 1024), mel), self.random(2, 1, 4000), *spectrum]
+            return [
+                self.random(2, 4000),
+                self.random(2, 12000),
+                self.random(2, min(length, 1024), mel),
+                self.random(2, 1, 4000),
+                *spectrum,
+            ]
         if name == "input_features":
             return spectrum
         if name in ("input_points",):
@@ -655,7 +674,9 @@ class Inputs:
         if not 0 < count <= 2000 or count % rows:
             return None
         own = torch.full((rows, count // rows), token)
-        return {**call, "input_ids": torch.cat([call["input_ids"][:, :2], own, call["input_ids"][:, 2:]], 1)}
+        ids = torch.cat([call["input_ids"][:, :2], own, call["input_ids"][:, 2:]], 1)
+        kinds = {"mm_token_type_ids": (ids == token).long()} if "mm_token_type_ids" in self.takes else {}
+        return {**call, "input_ids": ids, **kinds}
 
 
 def tensors_of(value: Any) -> list[Tensor]:
@@ -689,7 +710,8 @@ class Built:
         if not self.inside:
             return tensors_of(model(**call))
         found: list[Tensor] = []
-        parts = [part for name, part in model.named_modules() if name and name.count(".") < 2]
+        parts = list(model.children())
+        parts += [inner for part in parts if not _is_adapted(part) for inner in part.children()]
         hooks = [part.register_forward_hook(lambda *given: found.extend(tensors_of(given[2]))) for part in parts]
         try:
             model(**call)
@@ -697,6 +719,11 @@ class Built:
             for hook in hooks:
                 hook.remove()
         return found
+
+
+def _is_adapted(part: nn.Module) -> bool:
+    """Whether lorakit or PEFT stands here in the place of a layer."""
+    return isinstance(part, Adapted) or hasattr(part, "base_layer")
 
 
 def build(case: Case) -> Built:

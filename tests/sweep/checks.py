@@ -49,6 +49,7 @@ class Result:
         inside: the output is choices (codes, indices), so that what the model's parts give is compared.
         peft: begins with "equal" where PEFT loads the file and gives the same output, else what it says.
         back: the same for a file that PEFT has written and lorakit loads, for a share of the models.
+        seconds: of computing.
     """
 
     model: str
@@ -79,7 +80,7 @@ class WrongError(Exception):
 
 def check(case: Case) -> Result:
     """Build one model and hold it to everything; nothing is raised but what ends a process."""
-    result, begun = Result(case.name, case.model_type, case.head), time.perf_counter()
+    result, begun = Result(case.name, case.model_type, case.head), time.process_time()
     try:
         built = build_other(case) if case.model_type in LIBRARIES else build(case)
         result.way, result.parameters = built.way, sum(p.numel() for p in built.model.parameters())
@@ -103,7 +104,7 @@ def check(case: Case) -> Result:
         result.reason = (
             f"{type(problem).__name__}: {' '.join(str(problem).split())}"[:240] + f" at {' '.join(own[-5:])}"
         )
-    result.seconds = round(time.perf_counter() - begun, 2)
+    result.seconds = round(time.process_time() - begun, 2)
     return result
 
 
@@ -145,7 +146,9 @@ def _held(built: Built, result: Result) -> None:
     gradients(built, adapter, result)
     with torch.no_grad():
         beside = built.run()
-        if set(adapter.layers) - set(result.unused) and differs(base, beside, 0.0) is None:
+        if differs(base, beside, 0.0) is None:
+            if built.inside and not set(adapter.layers) - set(result.unused):
+                raise CannotBuildError("forward: the call that is found reaches no adapted layer")
             raise UnmovedError("random adapter values change nothing")
         merged_agrees(built, beside)
         files(built, adapter, fresh, beside, result)
@@ -177,7 +180,8 @@ def why_left(model: nn.Module, found: Coverage) -> dict[str, str]:
             elif isinstance(module, torch.nn.utils.parametrize.ParametrizationList) or name.startswith("a weight"):
                 reasons[kind] = "a weight that is computed at each call"
             elif not sites:
-                reasons[kind] = f"a parameter that `{name}` multiplies by itself"
+                verb = "holds" if type(module).__module__.startswith("torch.") else "multiplies by itself"
+                reasons[kind] = f"a parameter that `{name}` {verb}"
             elif sites[0].named_only:
                 reasons[kind] = f"`{name}` has a forward of its own; to be named"
             else:
@@ -284,7 +288,7 @@ def gradients(built: Built, adapter: lk.Adapter, result: Result) -> None:
     for path, site in missing:
         gradient = weights[path, site.weight].grad
         if gradient is not None and isinstance(site.layout, Expert):
-            gradient = gradient[site.layout.index] if gradient.shape[0] == site.layout.count else gradient
+            gradient = site.layout.matrix(gradient)
         if path in tied:  # said by `attach`: the adapter acts beside this use alone
             result.unused.append(path)
         elif gradient is not None and gradient.abs().max() > 0:
@@ -328,6 +332,21 @@ def files(built: Built, adapter: lk.Adapter, fresh: nn.Module, beside: list[Tens
         oracle(built, adapter, path, fresh, beside, result)
 
 
+def peft_otherwise(adapter: lk.Adapter) -> dict[str, tuple[str, list[nn.Module]]]:
+    """Where PEFT computes otherwise: the place of its layer -> the reason, and our deltas there."""
+    found: dict[str, tuple[str, list[nn.Module]]] = {}
+    for path, layer in adapter.layers.items():
+        deltas = layer.deltas_of(adapter.name)
+        if layer.read:
+            reason = "whose weights the model reads: PEFT's change does not act there"
+            found[path] = (reason, list(deltas.values()))
+        elif isinstance(layer.base, nn.MultiheadAttention):
+            reason = "whose change PEFT adds twice in an nn.MultiheadAttention"
+            ours = [delta for key, delta in deltas.items() if layer.sites[key].name == "out_proj"]
+            found[f"{path}.base_layer.out_proj"] = (reason, ours)
+    return found
+
+
 SHARE = 4
 """Of the models whose file PEFT loads, one in so many is tried with a file of PEFT's."""
 
@@ -353,16 +372,16 @@ def oracle(
         return
     models = [built.model, fresh]
     found = apart(models, beside, built.run, lambda: built.run(fresh))
-    read = {place: layer for place, layer in adapter.layers.items() if layer.read}
-    if found is not None and read:  # PEFT's layers act where they are called, and some of these are not
-        ours = [
-            p for layer in read.values() for delta in layer.deltas_of(adapter.name).values() for p in delta.parameters()
-        ]
-        for parameter in [*ours, *(p for name, p in fresh.named_parameters() if name.partition(".lora_")[0] in read)]:
-            parameter.zero_()
+    otherwise = peft_otherwise(adapter)
+    if found is not None and otherwise:
+        for place, (reason, deltas) in otherwise.items():
+            theirs_here = [p for name, p in fresh.named_parameters() if name.partition(".lora_")[0] == place]
+            for parameter in [*theirs_here, *(p for delta in deltas for p in delta.parameters())]:
+                parameter.zero_()
         found = apart(models, built.run(), built.run, lambda: built.run(fresh))
-        result.peft = " but for " + ", ".join(sorted({f"`{place.rpartition('.')[2]}`" for place in read}))
-        result.peft += ", whose weights the model reads: PEFT's change does not act there"
+        for reason in sorted({reason for reason, _ in otherwise.values()}):
+            names = sorted({f"`{place.rpartition('.')[2]}`" for place, (one, _) in otherwise.items() if one == reason})
+            result.peft += f" but for {', '.join(names)}, {reason}"
     if found is not None:
         raise WrongError(f"PEFT gives another output with the file (relative difference {found:.1e})")
     result.peft = "equal" + result.peft

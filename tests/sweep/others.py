@@ -185,6 +185,15 @@ def _shrunk(name: str, value: Any, heads_width: int) -> Any:
     return value
 
 
+_OPEN = {
+    "in_channels": 16, "out_channels": 16, "num_attention_heads": 2, "sample_size": 16, "patch_size": 2, "caption_channels": 32,
+    "cross_attention_dim": 32, "text_embed_dim": 32,
+    "num_embeds_ada_norm": 16, "clip_feat_dim": 32, "axes_dims_rope": (8, 4, 4),
+    "attention_head_dim": 16, "cap_feat_dim": 32, "caption_channels_2": 32,
+}  # fmt: skip
+"""What constructors leave open, and every checkpoint gives."""
+
+
 def _build_denoiser(case: Case) -> Built:
     import diffusers
 
@@ -192,8 +201,10 @@ def _build_denoiser(case: Case) -> Built:
     takes = inspect.signature(kind.__init__).parameters
     defaults = {k: p.default for k, p in takes.items() if k != "self" and p.default is not inspect.Parameter.empty}
     problems: list[str] = []
-    for way in ("names", "heads kept", "defaults, few layers"):
-        given = {}
+    for way in ("names", "filled", "heads kept", "defaults, few layers"):
+        given = {
+            name: _OPEN[name] for name, value in defaults.items() if value is None and name in _OPEN and way == "filled"
+        }
         for name, value in defaults.items():
             width = (
                 16
@@ -203,7 +214,7 @@ def _build_denoiser(case: Case) -> Built:
             kept = way == "heads kept" and re.search(r"head|axes|rope", name)
             few = re.search(r"layers|depth|blocks", name) and "types" not in name
             small = value if kept or (way.startswith("defaults") and not few) else _shrunk(name, value, width)
-            if small != value:
+            if small != value and name not in given:
                 given[name] = small
         try:
             with torch.device("meta"):
@@ -238,7 +249,7 @@ class _Call:
                 return value
         return default
 
-    def base(self, layout: str, one_time: bool) -> dict[str, Any]:
+    def base(self, layout: str, one_time: bool, more: bool) -> dict[str, Any]:
         draw = Draw(1)
         channels = self.size("in_channels", "latent_channels", "in_channel", "img_in_channels", default=4)
         width = self.size(
@@ -272,10 +283,20 @@ class _Call:
                 made[name] = draw.normal(2, 7, width)
             elif name == "guidance" and self.config.get("guidance_embeds", required):
                 made[name] = torch.tensor([3.0, 3.0])
-            elif required and re.search(r"class_labels|labels", name):
+            elif re.search(r"class_labels|labels", name) and (required or more):
                 made[name] = torch.tensor([1, 2])
-            elif required and re.search(r"height|width|num_frames|frame", name):
+            elif name in ("height", "width", "num_frames") and (required or more):
                 made[name] = 1 if "frame" in name else 4
+            elif name == "img_shapes":
+                made[name] = [[(1, 4, 4)]] * 2
+            elif name == "padding_mask" and more:
+                made[name] = torch.ones(1, 1, 16, 16)
+            elif required and re.search(r"cond$|latents$", name):
+                made[name] = draw.normal(*image)
+            elif required and re.search(r"size$|crop_coords", name):
+                made[name] = torch.full((2, 2), 16.0)
+            elif required and re.search(r"ids$|indices$", name):
+                made[name] = torch.zeros(23 if name == "position_ids" else 7, 3)
             elif required and one.kind not in (one.VAR_KEYWORD, one.VAR_POSITIONAL):
                 made[name] = draw.normal(2, 7, 19)
         return made
@@ -283,8 +304,8 @@ class _Call:
     def answered(self, problems: list[str], way: str) -> dict[str, Any] | None:
         furthest, words = -1, ""
         for layout in ("image", "video", "tokens", "frames", "signal", "rows"):
-            for one_time in (False, True):
-                call = self.base(layout, one_time)
+            for one_time, more in ((False, False), (False, True), (True, True)):
+                call = self.base(layout, one_time, more)
                 for _ in range(8):
                     try:
                         torch.manual_seed(3)

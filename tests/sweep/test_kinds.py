@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import peft
 import pytest
+import torch
+from torch import Tensor, nn
 
-from sweep.builder import Case, cases
-from sweep.checks import check
+from sweep.builder import Built, Case, cases
+from sweep.checks import Result, WrongError, check, held
 
 KINDS = {
     "LlamaForCausalLM": "grouped-query attention, SwiGLU",
@@ -47,12 +50,44 @@ def test_all_holds(name: str, one_thread: None) -> None:
     if result.outcome == "passed":
         assert 0 < result.share <= 1
         assert result.layers > 0
+        assert not any("not said" in reason for reason in result.why)
 
 
 def test_a_class_without_a_configuration_is_said_and_not_raised() -> None:
     result = check(Case("TimmWrapperForImageClassification", "timm_wrapper", "image_classification"))
     assert result.outcome in ("cannot be built", "passed")
     assert result.reason or result.outcome == "passed"
+
+
+class Chooser(nn.Module):
+    """Gives numbers of choices, which a change of some percent does not move."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.proj = nn.Linear(8, 8, bias=False)
+        self.proj.weight.data.copy_(100 * torch.eye(8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.proj(x).argmax(-1).float()
+
+
+def chooser() -> tuple[Built, Result]:
+    torch.manual_seed(0)
+    return Built(Chooser(), {"x": torch.eye(8)}, "by hand"), Result("Chooser", "", "")
+
+
+def test_choices_are_compared_by_what_the_parts_give(one_thread: None) -> None:
+    built, result = chooser()
+    held(built, result)
+    assert result.inside
+    assert result.peft == "equal"
+
+
+def test_a_peft_that_computes_otherwise_is_found(monkeypatch: pytest.MonkeyPatch, one_thread: None) -> None:
+    own = peft.tuners.lora.Linear.forward
+    monkeypatch.setattr(peft.tuners.lora.Linear, "forward", lambda self, x, *more, **given: 1.01 * own(self, x))
+    with pytest.raises(WrongError, match="PEFT gives another output"):
+        held(*chooser())
 
 
 def test_every_architecture_is_a_case() -> None:
