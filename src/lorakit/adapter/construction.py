@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from lorakit.adapter.adapter import Adapter, adapters_of
 from lorakit.adapter.pretrained import share, take_over
 from lorakit.adapter.targets import PRESETS, Targets, asked_sites, select, select_saved
-from lorakit.core.delta import Delta, Method
+from lorakit.core.delta import Delta, Method, Shape
 from lorakit.core.injection import adapt, adapted_at, parents_of, ties
 from lorakit.core.layout import Expert, Site
 from lorakit.core.replacement import Replacement
@@ -120,23 +120,17 @@ def _planned(path: str, module: nn.Module, method: Method, targets: Targets, che
         storage_of(module, site.weight, path)  # refused here, if it is of no kind that is known
         specs[site.name] = targets.spec_for(method, path, site)
         if checked and targets.target_modules in PRESETS:
-            specs[site.name] = _capped(specs[site.name], site, path)
+            specs[site.name] = capped(specs[site.name], site.layout.shape)  # `coverage.report` says where
         if checked:
             specs[site.name].check(site.layout.shape, site.place(path))
     return PlannedLayer(module, sites, specs)
 
 
-def _capped(spec: Method, site: Site, path: str) -> Method:
-    """The spec with the layer's largest useful rank, where a preset has chosen a layer that is smaller than the rank (a gate
+def capped(spec: Method, shape: Shape) -> Method:
+    """The spec with the largest useful rank of a matrix, where a preset has chosen one that is smaller than the rank (a gate
     with one output). The scale stays."""
-    own, most = cast(Any, spec), min(site.layout.shape.out, site.layout.shape.in_)
-    if "rank" not in own.pattern_fields or own.rank <= most:
-        return spec
-    log.warning(
-        "attach: %s gets rank %d instead of %d, the most that its %d × %d can use.",
-        path, most, own.rank, site.layout.shape.out, site.layout.shape.in_,
-    )  # fmt: skip
-    return spec.resized(most)
+    own, most = cast(Any, spec), min(shape.out, shape.in_)
+    return spec if "rank" not in own.pattern_fields or own.rank <= most else spec.resized(most)
 
 
 # -- what is refused -------------------------------------------------------------------------------------------------------

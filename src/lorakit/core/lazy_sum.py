@@ -85,7 +85,7 @@ def _whole(value: Any) -> Any:
 
 
 def _dropped(x: Tensor, W: LazySum) -> Tensor:
-    x = x.to(W.U.dtype) if not torch.is_autocast_enabled(x.device.type) else x
+    x = x.to(W.U.dtype) if x.is_meta or not torch.is_autocast_enabled(x.device.type) else x
     return F.dropout(x, W.dropout) if W.dropout else x
 
 

@@ -21,15 +21,19 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
 
 from lorakit.adapter.attachment import attach
+from lorakit.adapter.construction import capped
+from lorakit.adapter.coverage import Coverage, planned_coverage
+from lorakit.adapter.targets import Targets
 from lorakit.core.delta import Method, Shape
 from lorakit.core.using import activate
-from lorakit.errors import unknown
+from lorakit.errors import LorakitError, unknown
+from lorakit.experts.context import decoder_of
 from lorakit.insight.catalogue import matrices
 from lorakit.methods import LoRA
 from lorakit.models.attention import register
@@ -50,6 +54,7 @@ class Plan:
         numbers: of the base.
         trained: numbers that train.
         base, adapter, gradients, optimiser, activations: bytes.
+        coverage: what the adapter reaches, where there is one.
     """
 
     way: Way
@@ -60,6 +65,7 @@ class Plan:
     gradients: int
     optimiser: int
     activations: int
+    coverage: Coverage | None = None
 
     @property
     def total(self) -> int:
@@ -103,6 +109,7 @@ def bits_per_weight(form: str = "nf4", double: bool = True) -> float:
 def outline(config: Any, blocks: int | None = None, dtype: torch.dtype = torch.bfloat16) -> Any:
     """A causal model of this transformers configuration on the meta device; with `blocks`, of so many blocks."""
     from transformers import AutoModelForCausalLM
+    from transformers.integrations.moe import ExpertsInterface
 
     own = copy.deepcopy(config)
     if blocks is not None:
@@ -113,7 +120,11 @@ def outline(config: Any, blocks: int | None = None, dtype: torch.dtype = torch.b
     register("outline", _fused)
     with torch.device("meta"):
         made: Any = AutoModelForCausalLM
-        return made.from_config(own, dtype=dtype, attn_implementation="outline").train()
+        model = made.from_config(own, dtype=dtype, attn_implementation="outline").train()
+    if model._can_set_experts_implementation():
+        ExpertsInterface.register("outline", _experts)
+        model.set_experts_implementation("outline")
+    return model
 
 
 def kept_bytes(run: Any, but: Sequence[Tensor]) -> int:
@@ -173,12 +184,38 @@ def _kept(config: Any, blocks: int, method: Method | None, batch: int, length: i
                 parameter.data = parameter.data.float()
     else:
         model.requires_grad_(True)
-    body = model.get_decoder()
-    ids = torch.zeros(batch, length, dtype=torch.long, device="meta")
+    body: Any = decoder_of(model) or model
+    call = {"input_ids": torch.zeros(batch, length, dtype=torch.long, device="meta"), "use_cache": False}
     # a mask that is ready: transformers would look into one that it makes, and there is nothing to see on the meta device
     mask = torch.zeros(batch, 1, length, length, dtype=dtype, device="meta")
     there = [*model.parameters(), *model.buffers(), mask]
-    return kept_bytes(lambda: body(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state, there)
+    problem: Exception
+    for masked in ({"attention_mask": mask}, {}):  # XLNet has a mask of its own shape
+        arguments: dict[str, Any] = {**call, **masked}
+        try:
+            return kept_bytes(lambda: body(**arguments)[0], there)  # noqa: B023
+        except (RuntimeError, ValueError, TypeError) as one:
+            problem = one
+    raise LorakitError(
+        f"plan: the activations of {type(model).__name__} cannot be counted from shapes: it computes by numbers, of which the "
+        f"meta device has none ({next(iter(str(problem).splitlines()), type(problem).__name__)[:120]}). Mixtures that "
+        "transformers runs by its own interface for experts, and dense models, can be counted."
+    ) from problem
+
+
+def _experts(module: Any, hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:
+    """What a grouped product of experts keeps: every pair of token and expert as a row, through one expert's matrices. Which
+    expert it is needs numbers, and all are of one size."""
+
+    def product(x: Tensor, name: str) -> Tensor:
+        W: Tensor = getattr(module, name)[0]
+        y = x @ (W if module.is_transposed else W.T)
+        return y + cast(Tensor, getattr(module, f"{name}_bias"))[0] if module.has_bias else y
+
+    h: Tensor = product(hidden.repeat_interleave(index.shape[-1], 0), "gate_up_proj" if module.has_gate else "up_proj")
+    y: Tensor = product(module._apply_gate(h) if module.has_gate else module.act_fn(h), "down_proj")
+    pairs = (y * weights.reshape(-1, 1)).view(*index.shape, -1)
+    return pairs.sum(1).to(hidden.dtype)
 
 
 class _Attention(torch.autograd.Function):
@@ -232,19 +269,21 @@ def plan(
         raise unknown("way", way, WAYS)
     model = outline(config, None, dtype)
     shapes = list(matrices(model).values())
-    own = {id(parameter): parameter for parameter in model.parameters()}
-    numbers = sum(parameter.numel() for parameter in own.values())
+    held = {id(parameter): parameter for parameter in model.parameters()}.values()
+    numbers = sum(parameter.numel() for parameter in held)
     base = numbers * dtype.itemsize
     if way in ("full", "galore"):
         kept = activations(config, None, batch=batch, length=length, dtype=dtype, recompute=recompute)
         state = (moments or dtype).itemsize
-        held = sum(_moments(parameter, rank if way == "galore" else None) * state for parameter in own.values())
-        basis = sum(_basis(parameter, rank) for parameter in own.values()) * dtype.itemsize if way == "galore" else 0
-        return Plan(way, numbers, numbers, base, 0, numbers * dtype.itemsize, held + basis, kept)
+        moved = sum(_moments(parameter, rank if way == "galore" else None) * state for parameter in held)
+        basis = sum(_basis(parameter, rank) for parameter in held) * dtype.itemsize if way == "galore" else 0
+        return Plan(way, numbers, numbers, base, 0, numbers * dtype.itemsize, moved + basis, kept)
     spec = method or LoRA()
-    for shape in dict.fromkeys(shapes):
-        spec.check(shape, f"a layer of {shape.out} × {shape.in_}")
-    trained = sum(spec.card.parameters(shape, spec) for shape in shapes)
+    specs = {max(shapes, key=lambda shape: min(shape.out, shape.in_)): spec}  # no layer is large enough: refused
+    specs = {**{shape: capped(spec, shape) for shape in shapes}, **specs}
+    for shape, own in specs.items():
+        own.check(shape, f"a layer of {shape.out} × {shape.in_}")
+    trained = sum(specs[shape].card.parameters(shape, specs[shape]) for shape in shapes)
     trained += spec.card.pooled(shapes, spec) if spec.card.pooled else 0
     if way == "qlora":
         base += sum(
@@ -252,7 +291,8 @@ def plan(
         )
     kept = activations(config, spec, batch=batch, length=length, dtype=dtype, recompute=recompute)
     state = 2 * trained * (moments or torch.float32).itemsize
-    return Plan(way, numbers, trained, base, 4 * trained, 4 * trained, state, kept)
+    reached = planned_coverage(model, spec, Targets())
+    return Plan(way, numbers, trained, base, 4 * trained, 4 * trained, state, kept, reached)
 
 
 def _floats(shape: Shape, dtype: torch.dtype) -> int:
