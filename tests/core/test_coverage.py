@@ -66,7 +66,9 @@ def test_only_what_is_changed_counts(options: dict[str, Any], reached: int) -> N
 
 def test_parts_of_a_fused_layer_count_by_their_rows() -> None:
     model = nn.Sequential(nn.Linear(8, 24), nn.ReLU(), nn.Linear(24, 8))
-    adapter = lk.attach(model, lk.LoRA(rank=2), target_modules=["0"], parts={"0": {"q": (0, 8), "v": (16, 24)}})
+    adapter = lk.attach(
+        model, lk.LoRA(rank=2), target_modules=["0"], bias="all", parts={"0": {"q": (0, 8), "v": (16, 24)}}
+    )
     found = coverage_of(adapter)
     assert (found.reached, found.total) == (16 * 8, 2 * 24 * 8)
     assert dict(found.left) == {"0.weight": 8 * 8, "2.weight": 24 * 8}
@@ -101,6 +103,14 @@ def test_a_capped_rank_is_said_once_for_its_kind(caplog: pytest.LogCaptureFixtur
     assert coverage_of(adapter).capped == said
     assert caplog.text.count("gets rank") == 1
     assert said[0] in caplog.text
+
+
+def test_what_is_planned_says_ranks() -> None:
+    with torch.device("meta"):
+        shapes = T.Qwen2MoeForCausalLM(gated())
+    said = planned_coverage(shapes, lk.LoRA(rank=8), Targets()).capped
+    assert [text.partition(", ")[0].partition(" ")[2] for text in said] == ["gets rank 1 instead of 8"]
+    assert planned_coverage(shapes, lk.LoRA(rank=1), Targets()).capped == ()
 
 
 def test_a_preset_that_reaches_little_warns(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
