@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from laws import laws
 from laws.cases import KINDS, SPECS, Affine, AffineDelta, Case, Dense, DenseDelta
-from lorakit.core import call, kernel, layer, layout, mixed, uniform
+from lorakit.core import call, kernel, layer, layout, lazy_sum, mixed, sites, uniform
 from lorakit.core.contents import LayerContents
 from lorakit.core.delta import Form, LowRank, Pool
 from lorakit.core.routing import Routing
@@ -423,6 +423,60 @@ def adapters_missing_in_the_state(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(ModelState, "base_alone", property(lambda self: True, lambda self, value: None), raising=False)
 
 
+# -- of layers that are known by what they do, and of experts --------------------------------------------------------------
+
+
+def believes_the_class(patch: pytest.MonkeyPatch) -> None:
+    """A subclass of nn.Linear is taken for one, whatever its forward does."""
+    patch.setattr(sites, "is_known", lambda module: True)
+
+
+def _lazy_sums_by(patch: pytest.MonkeyPatch, wrong: Callable[[Any, Any], tuple[Any, Any]]) -> None:
+    """Stacks of experts under low-rank deltas made of other parts than were asked for."""
+    make = uniform._lazy_sum
+    patch.setattr(uniform, "_lazy_sum", lambda W, parts: make(*wrong(W, parts)))
+
+
+def experts_shifted_by_one(patch: pytest.MonkeyPatch) -> None:
+    """Every expert gets its neighbour's delta."""
+
+    def wrong(W: Tensor, parts: Any) -> tuple[Any, Any]:
+        moved = [(w, dataclasses.replace(own, index=(own.index + 1) % own.count), delta) for w, own, delta in parts]
+        return W, moved
+
+    _lazy_sums_by(patch, wrong)
+
+
+def stack_weights_forgotten(patch: pytest.MonkeyPatch) -> None:
+    """A blend over experts adds whole deltas."""
+    _lazy_sums_by(patch, lambda W, parts: (W, [(1.0, own, delta) for _, own, delta in parts]))
+
+
+def stack_detached(patch: pytest.MonkeyPatch) -> None:
+    """The sum's own weight is taken off the graph."""
+    _lazy_sums_by(patch, lambda W, parts: (W.detach(), parts))
+
+
+def lazy_product_without_the_change(patch: pytest.MonkeyPatch) -> None:
+    """A product by which an architecture multiplies its experts, answered with W alone."""
+    patch.setitem(lazy_sum._ANSWERS, torch.bmm, lambda x, weight: torch.bmm(x, weight.W))
+
+
+def lazy_index_forgets_a_factor(patch: pytest.MonkeyPatch) -> None:
+    """Experts are gathered from W and U, and V's first stand for all."""
+    planted = lambda w, index: w._as(w.W[index], w.U[index], w.V[torch.zeros_like(index)])  # noqa: E731
+    patch.setitem(lazy_sum._ANSWERS, Tensor.__getitem__, planted)
+
+
+def bias_of_the_first_expert(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(layout.Expert, "own_bias", lambda self, bias: bias[0])
+
+
+def tokens_taken_in_turns(patch: pytest.MonkeyPatch) -> None:
+    """Tokens of all rows lie one row after the other; here they are taken to alternate."""
+    patch.setattr(mixed, "_by_token", lambda table, x, *rest: table.repeat(x.shape[0] // table.shape[0], 1))
+
+
 PLANTED: tuple[tuple[laws.Law, Plant, Case], ...] = (
     (laws.identity_at_start, start_not_zero, case("linear")),
     (laws.executions_agree, wrong_scale_in_act, case("conv1d")),
@@ -467,6 +521,15 @@ PLANTED: tuple[tuple[laws.Law, Plant, Case], ...] = (
     (laws.unfrozen_base_gets_its_gradient, fuses_an_unfrozen_weight, case("transposed")),
     (laws.unfrozen_base_gets_its_gradient, fuses_an_unfrozen_weight, case("linear", Dense())),
     (laws.unfrozen_base_gets_its_gradient, substitutes_a_constant, case("attention")),
+    (laws.executions_agree, believes_the_class, case("own-forward")),
+    (laws.executions_agree, experts_shifted_by_one, case("experts")),
+    (laws.executions_agree, lazy_product_without_the_change, case("experts-turned-biased")),
+    (laws.executions_agree, lazy_index_forgets_a_factor, case("experts")),
+    (laws.executions_agree, bias_of_the_first_expert, case("experts-turned-biased", SPECS["ia3"][0])),
+    (laws.rows_are_independent, tokens_taken_in_turns, case("experts")),
+    (laws.blend_is_the_sum, stack_weights_forgotten, case("experts")),
+    (laws.gradients_agree, experts_shifted_by_one, case("experts-turned-biased")),
+    (laws.unfrozen_base_gets_its_gradient, stack_detached, case("experts")),
 )
 
 

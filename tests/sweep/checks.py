@@ -374,7 +374,7 @@ def oracle(
     found = apart(models, beside, built.run, lambda: built.run(fresh))
     otherwise = peft_otherwise(adapter)
     if found is not None and otherwise:
-        for place, (reason, deltas) in otherwise.items():
+        for place, (_, deltas) in otherwise.items():
             theirs_here = [p for name, p in fresh.named_parameters() if name.partition(".lora_")[0] == place]
             for parameter in [*theirs_here, *(p for delta in deltas for p in delta.parameters())]:
                 parameter.zero_()

@@ -105,7 +105,7 @@ def attach(
             )
     adapter.requires_grad_(True)
     activate(model, name)
-    report(model, targets, adapter.layers)
+    report(adapter)
     return adapter
 
 

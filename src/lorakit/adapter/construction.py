@@ -121,16 +121,7 @@ def _planned(path: str, module: nn.Module, method: Method, targets: Targets, che
         storage_of(module, site.weight, path)  # refused here, if it is of no kind that is known
         specs[site.name] = targets.spec_for(method, path, site)
         if checked and targets.target_modules in PRESETS:
-            asked, specs[site.name] = specs[site.name], capped(specs[site.name], site.layout.shape)
-            if specs[site.name] is not asked:
-                log.warning(
-                    "attach: %s gets rank %d instead of %d, the most that its %d × %d can use.",
-                    path,
-                    cast(Any, specs[site.name]).rank,
-                    cast(Any, asked).rank,
-                    site.layout.shape.out,
-                    site.layout.shape.in_,
-                )
+            specs[site.name] = capped(specs[site.name], site.layout.shape)  # `coverage.report` says where
         if checked:
             specs[site.name].check(site.layout.shape, site.place(path))
     return PlannedLayer(module, sites, specs)

@@ -46,7 +46,10 @@ def plan(
     options |= {"form": quantize, "double": double, "rank": galore_rank, "recompute": recompute}
     plans = [planned(config, way, method=spec, **options) for way in WAYS]
     if as_json:
-        print(json.dumps({one.way: {"trained": one.trained, **one.parts()} for one in plans}, indent=2))
+        data: dict[str, Any] = {one.way: {"trained": one.trained, **one.parts()} for one in plans}
+        for one in plans:
+            data[one.way] |= {"coverage": one.coverage.as_dict()} if one.coverage else {}
+        print(json.dumps(data, indent=2))
         return
     names = {"lora": method, "qlora": f"{method} on {quantize}"}
     rows = [
@@ -55,3 +58,6 @@ def plan(
     ]
     title = f"{model}: {plural(plans[0].numbers, 'parameter')}, {batch_size} × {length} tokens per step"
     out.print(table("", "trained", *plans[0].parts(), rows=rows, title=title))
+    for reached in [one.coverage for one in plans if one.coverage][:1]:
+        for sentence in (f"{method} reaches {reached}", *reached.capped):
+            out.print(f"{sentence}.", markup=False, highlight=False)

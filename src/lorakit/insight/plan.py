@@ -28,6 +28,8 @@ from torch import Tensor, nn
 
 from lorakit.adapter.attachment import attach
 from lorakit.adapter.construction import capped
+from lorakit.adapter.coverage import Coverage, planned_coverage
+from lorakit.adapter.targets import Targets
 from lorakit.core.delta import Method, Shape
 from lorakit.core.using import activate
 from lorakit.errors import LorakitError, unknown
@@ -52,6 +54,7 @@ class Plan:
         numbers: of the base.
         trained: numbers that train.
         base, adapter, gradients, optimiser, activations: bytes.
+        coverage: what the adapter reaches, where there is one.
     """
 
     way: Way
@@ -62,6 +65,7 @@ class Plan:
     gradients: int
     optimiser: int
     activations: int
+    coverage: Coverage | None = None
 
     @property
     def total(self) -> int:
@@ -287,7 +291,8 @@ def plan(
         )
     kept = activations(config, spec, batch=batch, length=length, dtype=dtype, recompute=recompute)
     state = 2 * trained * (moments or torch.float32).itemsize
-    return Plan(way, numbers, trained, base, 4 * trained, 4 * trained, state, kept)
+    reached = planned_coverage(model, spec, Targets())
+    return Plan(way, numbers, trained, base, 4 * trained, 4 * trained, state, kept, reached)
 
 
 def _floats(shape: Shape, dtype: torch.dtype) -> int:

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lorakit.adapter.coverage import Coverage
 from lorakit.errors import plural
 from lorakit.train.evaluate import Answer, Evaluation, compared
 
@@ -62,6 +63,7 @@ class RunRecord:
     base_bytes: int = 0
     quantize: str | None = None
     prompt: str = ""
+    coverage: Coverage | None = None
 
     @property
     def measured(self) -> dict[str, Evaluation]:
@@ -73,7 +75,9 @@ class RunRecord:
         """Plain values, for the training record inside `lorakit.json`."""
         plain: dict[str, Any] = {}
         for key, value in vars(self).items():
-            if isinstance(value, Evaluation):
+            if isinstance(value, Coverage):
+                value = value.as_dict()
+            elif isinstance(value, Evaluation):
                 value = {"rows": value.rows, **value.numbers()}
             elif isinstance(value, Mapping):
                 value = dict(value)
@@ -291,6 +295,7 @@ def _facts(record: RunRecord) -> list[tuple[str, str]]:
         ("method", record.method),
         *options,
         ("targets", f"`{record.targets}`"),
+        *_reached(record.coverage),
         ("base", f"`{record.base}`" + (f" ({record.base_revision})" if record.base_revision else "")),
         ("steps", f"{record.steps:,} with batch size {record.batch_size}, {record.epochs:.2f} epochs"),
         ("learning rate", f"{record.learning_rate:g}"),
@@ -306,6 +311,15 @@ def _facts(record: RunRecord) -> list[tuple[str, str]]:
         ("versions", ", ".join(f"{name} {version}" for name, version in record.versions.items())),
         *([("checkpoint", record.checkpoint)] if record.checkpoint else []),
     ]
+
+
+def _reached(coverage: Coverage | None) -> list[tuple[str, str]]:
+    """What share of the base's matrices an adapter changes, every kind of weight that it leaves out, and lowered ranks."""
+    if coverage is None:
+        return []
+    share = f"{coverage.share:.1%} of the matrix numbers ({coverage.reached:,} of {coverage.total:,})"
+    told = {"reaches": share, "leaves out": ", ".join(coverage.kinds()), "ranks": "; ".join(coverage.capped)}
+    return [(name, text) for name, text in told.items() if text]
 
 
 def _results(record: RunRecord) -> list[str]:

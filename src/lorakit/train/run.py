@@ -24,6 +24,7 @@ import transformers
 from rich.console import Console
 
 from lorakit.adapter.attachment import attach
+from lorakit.adapter.coverage import coverage_of
 from lorakit.core.using import use
 from lorakit.edits.contract import EditMethod
 from lorakit.errors import LorakitError, plural
@@ -335,6 +336,7 @@ def _record(
         method=type(config.method).__name__,
         method_options=_options(config.method),
         targets=describe_targets(config),
+        coverage=coverage_of(adapter) if adapter.layers else None,
         parameters=adapter.num_parameters(),
         base_parameters=base.numbers,
         dtype=", ".join(part for part in (_float_dtype(trainer.bare), base.words()) if part),
