@@ -64,7 +64,7 @@ class Verbs(TyperGroup):
                 raise
             if isinstance(error, LorakitError):
                 fail(str(error))
-                raise typer.Exit(2) from None
+                raise typer.Exit(getattr(error, "status", 2)) from None
             fail(_unexpected(ctx.invoked_subcommand or "lorakit", error))
             raise typer.Exit(2 if isinstance(error, OSError) else 1) from None
 

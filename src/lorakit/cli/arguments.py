@@ -11,6 +11,7 @@ Model = Annotated[str, typer.Argument(metavar="BASE", help="Base model: hub name
 Adapter = Annotated[Path, typer.Argument(metavar="ADAPTER", help="Adapter folder.")]
 Adapters = Annotated[list[Path] | None, typer.Option("--adapter", "-a", help="Adapter folder; repeat to load several.")]
 Output = Annotated[Path, typer.Option("--output", "-o", help="Folder to write.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an earlier result there.")]
 Base = Annotated[
     str | None,
     typer.Option(help="Base model; by default the one that the adapter names. Loaded only where it is needed."),

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from lorakit.algebra.recipes import RECIPES, Combination
-from lorakit.cli.arguments import Base, Output, Rows
+from lorakit.cli.arguments import Base, Output, Overwrite, Rows
 from lorakit.cli.flags import flags
 from lorakit.cli.outcome import on_base
 from lorakit.cli.screen import out
@@ -39,6 +39,7 @@ def combine(
     recipes: Annotated[
         bool, typer.Option("--recipes", is_eager=True, callback=_recipes, help="Describe the recipes, and exit.")
     ] = False,
+    overwrite: Overwrite = False,
 ) -> None:
     """Combine, and print the error."""
     from lorakit.algebra.combining import combine as combine_adapters
@@ -48,7 +49,7 @@ def combine(
             f"combine: --data was given {plural(len(data), 'time')}, for {plural(len(adapters), 'adapter')}; give it once for "
             "each, in order."
         )
-    with on_base("combine", adapters, base, output, always=bool(data)) as given:
+    with on_base("combine", adapters, base, output, overwrite, always=bool(data)) as given:
         size = 1 if asked.how == "fisher" else 8  # there each batch counts as one example
         batches = [given.batches(own, rows, size) for own in data] if data else None
         made = combine_adapters(given.adapters, batches=batches, output=given.output, **asdict(asked))

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from lorakit.cli.arguments import Energy, Output, Rank
+from lorakit.cli.arguments import Energy, Output, Overwrite, Rank
 from lorakit.cli.outcome import told
 from lorakit.cli.screen import err, out
 from lorakit.errors import plural
@@ -30,11 +30,15 @@ def extract(
         Literal["save", "report", "refuse"],
         typer.Option(help="What to do with other tensors that differ (norms, biases, embeddings)."),
     ] = "save",
+    overwrite: Overwrite = False,
 ) -> None:
     """Extract, and print the error."""
     from rich.progress import Progress
 
     from lorakit.algebra.extraction import extract as extract_adapter
+    from lorakit.cli.outcome import claim_adapter
+
+    claim_adapter("extract", output, overwrite)
 
     with Progress(console=err, transient=True) as shown:
         task = shown.add_task("extract", total=None)

@@ -7,14 +7,18 @@ rounding only.
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from lorakit.cli.arguments import Adapter, Model
+from lorakit.cli.arguments import Adapter, Model, Overwrite
 from lorakit.cli.screen import err, out, show_log
-from lorakit.errors import LorakitError, plural
+from lorakit.errors import plural
+
+SETTINGS = ("config.json", "generation_config.json", "model.safetensors.index.json")
+WEIGHTS = r"model(-\d+-of-\d+)?\.safetensors"
 
 HELP = "Merge an adapter into its base model's weights and save the result as a model folder."
 
@@ -22,11 +26,12 @@ HELP = "Merge an adapter into its base model's weights and save the result as a 
 def merge(
     base: Model,
     adapter: Adapter,
-    output: Annotated[Path, typer.Option("--output", "-o", help="Folder to write; must be empty or not exist.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder to write.")],
     dtype: Annotated[str, typer.Option(help="Dtype to save in: bf16, fp16, fp32; auto keeps the base's own.")] = "auto",
     untie: Annotated[
         bool, typer.Option(help="Give an adapted layer that shares its weight (tied embeddings) a weight of its own.")
     ] = False,
+    overwrite: Overwrite = False,
 ) -> None:
     """Merge and save."""
     show_log(err)
@@ -34,13 +39,14 @@ def merge(
 
     import lorakit as lk
     from lorakit.files.bundle import read_own
-    from lorakit.files.prompt import Prompter
+    from lorakit.files.folder import claim, replace_folder
+    from lorakit.files.prompt import PROMPT, Prompter
     from lorakit.models.loading import load_model, resolve_dtype
     from lorakit.models.quantisation import as_config, existing, holding
     from lorakit.models.stored import stored_config, stored_dtype
 
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise LorakitError(f"merge: {output} exists and is not empty; choose another --output, or delete it first")
+    earlier = [entry.name for entry in output.iterdir()] if output.is_dir() else []
+    claim(output, earlier or ["config.json"], overwrite, "merge", marks=("config.json",))
     wanted = stored_dtype(base) if dtype == "auto" else resolve_dtype(dtype)[0]
     config = stored_config(base)
     quantised = None if config is None else existing(config)
@@ -69,7 +75,13 @@ def merge(
     if prompt is not None:
         form += f"; asked by {prompt.place}"
     tokenizer = Prompter(tokenizer, prompt).settle(model)
-    model.save_pretrained(output)
-    tokenizer.save_pretrained(output)
+
+    def write(folder: Path) -> None:
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+
+    replace_folder(
+        output, write, [name for name in earlier if name in PROMPT or name in SETTINGS or re.fullmatch(WEIGHTS, name)]
+    )
     layers = plural(len(report.layers), "layer")
     out.print(f"Merged {adapter} into {layers} of {base}; saved to {output} ({form})", markup=False)

@@ -69,7 +69,12 @@ class Given:
 
 @contextmanager
 def on_base(
-    verb: str, folders: Sequence[Path], base: str | None, output: Path | None = None, always: bool = False
+    verb: str,
+    folders: Sequence[Path],
+    base: str | None,
+    output: Path | None = None,
+    overwrite: bool = False,
+    always: bool = False,
 ) -> Iterator[Given]:
     """The adapters loaded onto their base, in float32, where one of them needs it (or `always`, or `base` is named)."""
     from lorakit.algebra.sources import needs_base
@@ -79,6 +84,8 @@ def on_base(
         if output is not None and output.expanduser().resolve() == folder.expanduser().resolve():
             raise LorakitError(f"{verb}: {output} is the adapter itself; choose another --output.")
     configs = [read_config(folder) for folder in folders]
+    if output is not None:
+        claim_adapter(verb, output, overwrite)
     if base is None and not always and not any(needs_base(config) for config in configs):
         yield Given(folders, output)
         return
@@ -97,6 +104,15 @@ def on_base(
     model, tokenizer = load_model(place, dtype=torch.float32)
     loaded = [lk.load(model, folder, name=f"given-{index}", active=False) for index, folder in enumerate(folders)]
     yield Given(folders, output, place, loaded, tokenizer)
+
+
+def claim_adapter(verb: str, output: Path, overwrite: bool) -> None:
+    """Make sure that an adapter written there replaces nothing unasked."""
+    from lorakit.files.bundle import CONFIG, CONTENT
+    from lorakit.files.folder import claim
+    from lorakit.files.prompt import TEMPLATE
+
+    claim(output, (*CONTENT, TEMPLATE), overwrite, verb, marks=(CONFIG,))
 
 
 def told(output: Path, made: Made, done: str = "") -> str:

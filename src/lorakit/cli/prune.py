@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from lorakit.cli.arguments import Adapter, Base, Output, Rows
+from lorakit.cli.arguments import Adapter, Base, Output, Overwrite, Rows
 from lorakit.cli.outcome import on_base
 from lorakit.cli.screen import out
 from lorakit.errors import plural
@@ -26,12 +26,13 @@ def prune(
     ] = None,
     rows: Rows = 64,
     base: Base = None,
+    overwrite: Overwrite = False,
 ) -> None:
     """Prune, and print the error."""
     from lorakit.algebra.pruning import prune as prune_adapter
 
     by = "norm" if data is None else "loss"
-    with on_base("prune", [adapter], base, output, always=data is not None) as given:
+    with on_base("prune", [adapter], base, output, overwrite, always=data is not None) as given:
         found = prune_adapter(
             given.adapters[0],
             keep=keep if keep < 1 else int(keep),

@@ -53,7 +53,8 @@ def verify(
 
 def write_into_card(folder: Path, words: str) -> None:
     """A section of the model card, in place of an earlier one."""
-    from lorakit.train.report import CARD, write_whole
+    from lorakit.files.folder import write_whole
+    from lorakit.train.report import CARD
 
     path = folder / CARD
     text = path.read_text(encoding="utf-8") if path.is_file() else f"# {folder.name}\n"

@@ -61,7 +61,7 @@ def replace_folder(folder: Path, write: Callable[[Path], None], content: Collect
         LorakitError: `folder` cannot be replaced, or writing failed; it is as it was then.
     """
     folder = folder.resolve()
-    _check_place(folder)
+    check_place(folder)
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with _fresh_beside(folder) as fresh:
@@ -71,10 +71,10 @@ def replace_folder(folder: Path, write: Callable[[Path], None], content: Collect
                     _flush(entry)
                 _flush(fresh)
             except BaseException:
-                with _locked(folder.parent, wait=True):
+                with locked(folder.parent, wait=True):
                     shutil.rmtree(fresh, ignore_errors=True)
                 raise
-            with _locked(folder.parent, wait=True):
+            with locked(folder.parent, wait=True):
                 _settle(folder, content)
                 _swap(fresh, folder, content)  # from its exchange on, `fresh` names the old folder: no cleaning up here
     except OSError as problem:
@@ -83,8 +83,51 @@ def replace_folder(folder: Path, write: Callable[[Path], None], content: Collect
         ) from problem
 
 
-def replace_file(path: Path, write: Callable[[Path], None]) -> None:
-    """Let `write` fill a fresh file beside `path`, then put it in its place in one step.
+def write_whole(path: Path, content: bytes, mode: int | None = None) -> Path:
+    """Put a file in place whole (see `replace_file`): a reader sees the old content or the new, never a part."""
+
+    def write(fresh: Path) -> None:
+        fresh.write_bytes(content)
+
+    replace_file(path, write, mode)
+    return path
+
+
+def claim(output: Path, names: Collection[str], overwrite: bool, verb: str, marks: Collection[str] = ()) -> None:
+    """Make sure that writing a result replaces nothing that should stay: the one policy of all verbs.
+
+    Args:
+        output: the folder, or the file where `names` is empty.
+        names: what will be written into the folder.
+        overwrite: whether an earlier result may be replaced.
+        verb: who writes, for the message.
+        marks: files by which an earlier result is known; without any of them, the files there are the user's own.
+
+    Raises:
+        LorakitError: something is there.
+    """
+    output = output.expanduser()
+    if names and os.path.lexists(output) and not output.is_dir():
+        raise LorakitError(f"{verb}: {output} is a file; a folder was to be written.")
+    found = [output.name] if not names and output.exists() else [name for name in names if (output / name).exists()]
+    if not found:
+        return
+    shown = ", ".join(found[:4]) + (f" and {len(found) - 4} more" if len(found) > 4 else "")
+    if not overwrite:
+        raise LorakitError(
+            f"{verb}: {output} is there already ({shown}), and would be replaced. Choose another output, or replace it by "
+            "--overwrite."
+        )
+    if marks and not any((output / name).exists() for name in marks):
+        raise LorakitError(
+            f"{verb}: {output} holds {shown} and no earlier result ({' or '.join(marks)}), so these are files of your own; "
+            "choose another output."
+        )
+
+
+def replace_file(path: Path, write: Callable[[Path], None], mode: int | None = None) -> None:
+    """Let `write` fill a fresh file beside `path`, then put it in its place in one step. `mode` are its permissions, from the
+    first moment; by default those of the old file, or any file's.
 
     Raises:
         LorakitError: it cannot be written; what was there is as it was.
@@ -96,8 +139,9 @@ def replace_file(path: Path, write: Callable[[Path], None]) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
-            fresh.touch()  # with the permissions of any file: safetensors would make it readable by its owner alone
-            mode = (path if path.exists() else fresh).stat().st_mode
+            # with the permissions of any file by default: safetensors would make it readable by its owner alone
+            fresh.touch(0o666 if mode is None else mode)
+            mode = (path if path.exists() and mode is None else fresh).stat().st_mode
             write(fresh)
             fresh.chmod(mode)
             _flush(fresh)
@@ -119,7 +163,7 @@ def recover(folder: Path, content: Collection[str]) -> None:
     with contextlib.suppress(OSError):
         if not _leftovers(folder, _FRESH) and not _leftovers(folder, _PREVIOUS):
             return
-        with _locked(folder.parent, wait=not folder.exists()) as held:
+        with locked(folder.parent, wait=not folder.exists()) as held:
             if held:
                 _settle(folder, content)
 
@@ -127,7 +171,8 @@ def recover(folder: Path, content: Collection[str]) -> None:
 # -- steps ---------------------------------------------------------------------------------------------------------------
 
 
-def _check_place(folder: Path) -> None:
+def check_place(folder: Path) -> None:
+    """Refuse a place that cannot be replaced by a folder in one step: a file, a mount point, the current directory."""
     # No lock is held yet, and by renames the folder is away for a moment while another save swaps: whatever is asked must
     # take either answer, so its kind is asked once, and not by Path.is_mount, which asks four times.
     try:
@@ -153,17 +198,17 @@ def _fresh_beside(folder: Path) -> Iterator[Path]:
     """A new folder beside `folder`, locked while this process lives or until the block ends."""
     fresh = folder.with_name(f".{folder.name}{_FRESH}{secrets.token_hex(4)}")
     with contextlib.ExitStack() as stack:
-        with _locked(folder.parent, wait=True):  # so that nobody takes it for a leftover before its lock is held
+        with locked(folder.parent, wait=True):  # so that nobody takes it for a leftover before its lock is held
             fresh.mkdir()
-            stack.enter_context(_locked(fresh, wait=True))
+            stack.enter_context(locked(fresh, wait=True))
             if folder.exists():  # under the lock: by renames, the folder is away for a moment while another save swaps
                 shutil.copymode(folder, fresh)
         yield fresh
 
 
 @contextmanager
-def _locked(folder: Path, wait: bool) -> Iterator[bool]:
-    """Hold the system's lock of a folder, which ends with the process; yields whether it was free."""
+def locked(folder: Path, wait: bool) -> Iterator[bool]:
+    """Hold the system's lock of a folder or file, which ends with the process; yields whether it was free."""
     if sys.platform == "win32":
         yield True
         return
@@ -206,7 +251,7 @@ def _settle(folder: Path, content: Collection[str]) -> None:
         else:
             _absorb(previous, folder, content)
     for fresh in _leftovers(folder, _FRESH):
-        with _locked(fresh, wait=False) as dead:
+        with locked(fresh, wait=False) as dead:
             if dead and folder.exists():
                 _absorb(fresh, folder, content)
             elif dead:

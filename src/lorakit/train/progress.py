@@ -15,8 +15,9 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
 from transformers import TrainerCallback, TrainerControl, TrainerState
 
+from lorakit.files.folder import write_whole
 from lorakit.train.evaluate import in_words
-from lorakit.train.report import duration, json_lines, write_whole
+from lorakit.train.report import duration, json_lines
 
 
 class Pace:

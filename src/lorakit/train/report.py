@@ -14,7 +14,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +21,7 @@ from typing import Any
 
 from lorakit.adapter.coverage import Coverage
 from lorakit.errors import plural
+from lorakit.files.folder import write_whole
 from lorakit.train.evaluate import Answer, Evaluation, compared
 
 CARD, CONFIG, METRICS, CURVES = "README.md", "train.yaml", "metrics.jsonl", "curves.png"
@@ -119,24 +119,6 @@ def write_report(
         title = f"{record.name}: {record.method} on {record.base}"
         files[CURVES] = draw_curves(series_of(history), title)
     return [write_whole(Path(folder) / name, content) for name, content in files.items()]
-
-
-def write_whole(path: Path, content: bytes) -> Path:
-    """Put a file in place whole: a reader sees the old content or the new, never a part."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        # mkstemp makes files for their owner alone; an adapter folder is meant to be shared.
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
-    return path
 
 
 def json_lines(history: Iterable[Mapping[str, Any]]) -> str:

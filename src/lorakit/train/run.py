@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import logging
+import os
 import platform
 import time
 from collections.abc import Sequence
@@ -97,6 +98,14 @@ def train(config: TrainConfig, *, console: Console | None = None) -> TrainResult
         raise LorakitError(
             "train.precision: fp16 training is not supported (no loss scaling). Use bf16 or fp32; auto chooses."
         )
+    if int(os.environ.get("RANK", "0")):  # one process of several writes
+        return _run(config, console)
+    with checkpoint.claimed(Path(options.output), options.resume, config.overwrite):
+        return _run(config, console)
+
+
+def _run(config: TrainConfig, console: Console | None) -> TrainResult:
+    options = config.train
     train_rows, held_rows = load_splits(config.data)
     device = "cuda" if torch.cuda.is_available() else None
     model, tokenizer = load_base(config, train_rows, device=device)
@@ -136,7 +145,7 @@ def train(config: TrainConfig, *, console: Console | None = None) -> TrainResult
     history = list(trainer.state.log_history)
     if trainer.is_world_process_zero():
         adapter.save(options.output, base=config.model, record=record.as_dict(), prompt=prepared.prompt)
-        write_report(options.output, record, to_yaml(config), history)
+        write_report(options.output, record, to_yaml(config.replace(overwrite=False)), history)
         if record.stopped is None:
             checkpoint.finish(Path(options.output))
         log.info("adapter saved to %s", options.output)

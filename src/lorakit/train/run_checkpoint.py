@@ -14,17 +14,23 @@ refused with the reason; nothing is loaded in part.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import logging
 import re
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lorakit.errors import LorakitError, plural
-from lorakit.train.report import write_whole
+from lorakit.files.bundle import CONFIG, CONTENT
+from lorakit.files.folder import check_place, claim, locked, write_whole
+from lorakit.files.prompt import TEMPLATE
+from lorakit.train.report import CARD, CURVES, METRICS
+from lorakit.train.report import CONFIG as RUN
 
 if TYPE_CHECKING:
     from lorakit.train.data.examples import Example
@@ -36,9 +42,11 @@ ADAPTER = "adapter_state.safetensors"
 SCHEDULE = "schedule_state.safetensors"
 MANIFEST = "checkpoint.json"
 FINISHED = "finished"
+LOCK = "lock"
 
 FREE = {
     "name",
+    "overwrite",
     "evaluate",
     "train.output",
     "train.resume",
@@ -161,21 +169,76 @@ def _check_config(folder: Path, saved: Mapping[str, Any], now: Mapping[str, Any]
         log.warning("resume: %s was %s, is %s: the learning rate schedule follows the new length", *changed)
 
 
-def begin(output: Path) -> None:
-    """Make room for a fresh run: checkpoints of a finished one are removed, those of an unfinished one refused.
+@contextmanager
+def claimed(output: Path, resume: bool | str, overwrite: bool) -> Iterator[None]:
+    """Hold the output folder of a run while it goes on: nothing in it is replaced unasked, and no other run writes there. The
+    lock is the operating system's, so that it ends with the process, however that ends.
 
-    Raises LorakitError when an earlier run in the same folder was interrupted: its work is not thrown away unasked.
+    Raises:
+        LorakitError: another run writes there; something is there that would be replaced; it cannot be written; there is no
+            checkpoint to resume from.
     """
+    check_place(output.resolve())
+    try:
+        (output / FOLDER).mkdir(parents=True, exist_ok=True)
+        (output / FOLDER / LOCK).touch()
+    except OSError as problem:
+        raise LorakitError(
+            f"train: train.output {output} cannot be written ({problem.strerror or problem})."
+        ) from problem
+    with locked(output / FOLDER / LOCK, wait=False) as free:
+        if not free:
+            raise LorakitError(
+                f"train: another run is writing to {output}; choose another train.output, or wait for it."
+            )
+        try:
+            if resume:
+                find_checkpoint(output, resume)
+            else:
+                check_unfinished(output, overwrite)
+                names = [*CONTENT, TEMPLATE, CARD, RUN, CURVES, *([] if _is_log(output / METRICS) else [METRICS])]
+                claim(output, names, overwrite, "train", marks=(CONFIG, f"{FOLDER}/{FINISHED}", *_names(output)))
+            yield
+        finally:
+            if [entry.name for entry in (output / FOLDER).glob("*")] == [LOCK]:  # nothing came of it
+                (output / FOLDER / LOCK).unlink()
+                (output / FOLDER).rmdir()
+                with contextlib.suppress(OSError):
+                    output.rmdir()
+
+
+def _names(output: Path) -> list[str]:
+    return [f"{FOLDER}/{one.name}" for one in checkpoints_in(output)]
+
+
+def _is_log(path: Path) -> bool:
+    """Whether a file is what a run logs, which one that failed early leaves behind."""
+    try:
+        with path.open("rb") as file:
+            first = file.readline()
+        return not first or "step" in json.loads(first)
+    except (OSError, ValueError, TypeError):
+        return False
+
+
+def check_unfinished(output: Path, overwrite: bool) -> None:
+    """Raises LorakitError when an earlier run in the same folder was interrupted: its work is not thrown away unasked."""
     earlier = checkpoints_in(output)
-    if earlier and not (output / FOLDER / FINISHED).exists():
+    if earlier and not overwrite and not (output / FOLDER / FINISHED).exists():
         raise LorakitError(
             f"train: {output} holds an unfinished run ({plural(len(earlier), 'checkpoint')}, the newest {earlier[-1].name}). "
-            f"Continue with --train.resume true, choose another train.output, or delete {output / FOLDER}"
+            "Continue with --train.resume true, choose another train.output, or begin anew with --overwrite"
         )
+
+
+def begin(output: Path, overwrite: bool = False) -> None:
+    """Make room for a fresh run: the checkpoints of an earlier one are removed (see `check_unfinished`)."""
+    check_unfinished(output, overwrite)
+    earlier = checkpoints_in(output)
     for folder in earlier:
         shutil.rmtree(folder)
     if earlier:
-        log.info("overwriting the finished run in %s: removed its %s", output, plural(len(earlier), "checkpoint"))
+        log.info("overwriting the earlier run in %s: removed its %s", output, plural(len(earlier), "checkpoint"))
     (output / FOLDER / FINISHED).unlink(missing_ok=True)
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import shutil
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -20,17 +21,19 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 import transformers
 from rich.console import Console
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from lorakit.core.using import noted
-from lorakit.errors import LorakitError
+from lorakit.errors import LorakitError, first_line
 from lorakit.optim import build_optimizer, correct_gradients, corrections_of, parameter_groups
 from lorakit.train import run_checkpoint as checkpoint
 from lorakit.train.config.run import TrainConfig, to_tree
 from lorakit.train.data.tokenise import IGNORED
 from lorakit.train.evaluate import evaluate_loss
 from lorakit.train.health import HealthCallback, HealthWatch
+from lorakit.train.interruption import Interruption
 from lorakit.train.progress import MetricsFile, ProgressCallback
 from lorakit.train.schedules.table import ScheduleCallback, schedule_for
 from lorakit.train.step.loss import PADDED, LossPath, LossStats
@@ -80,7 +83,10 @@ class LoraTrainer(transformers.Trainer):
         self._tokens_at_log = 0
         self._earlier_findings: list[str] = []
         self._data = checkpoint.digest_examples(train_examples)
-        own: list[transformers.TrainerCallback] = [self.health, MetricsFile(self.output / "metrics.jsonl")]
+        self.interruption = Interruption()
+        own: list[transformers.TrainerCallback] = [
+            self.health, MetricsFile(self.output / "metrics.jsonl"), self.interruption
+        ]  # fmt: skip
         if self.schedule is not None:  # after the health watch, which takes the gradients of a skipped step away
             own.insert(1, ScheduleCallback(self.schedule))
         if self.progress is not None:
@@ -222,11 +228,14 @@ class LoraTrainer(transformers.Trainer):
             self._earlier_findings = manifest["findings"]
             log.info("resuming from %s", folder)
         elif self.is_world_process_zero():
-            checkpoint.begin(self.output)
+            checkpoint.begin(self.output, self.lora_config.overwrite)
         self._since = time.perf_counter()
         cache = getattr(getattr(self.bare, "config", None), "use_cache", None)
         try:
-            return self.train(resume_from_checkpoint=str(folder) if folder else None)
+            with self.interruption.watching():
+                result = self.train(resume_from_checkpoint=str(folder) if folder else None)
+            self.interruption.check(self.output, self.state.global_step, self.state.max_steps)
+            return result
         finally:
             if self.progress is not None:
                 self.progress.close()
@@ -251,7 +260,16 @@ class LoraTrainer(transformers.Trainer):
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         folder = Path(str(self.args.output_dir)) / f"checkpoint-{self.state.global_step}"
         (folder / checkpoint.MANIFEST).unlink(missing_ok=True)
-        super()._save_checkpoint(model, trial)
+        best = self.state.best_model_checkpoint
+        try:
+            super()._save_checkpoint(model, trial)
+        except (OSError, SafetensorError, RuntimeError) as problem:
+            # torch's own writer says RuntimeError for a full disk, in words of its own
+            if isinstance(problem, RuntimeError) and "writ" not in str(problem):
+                raise
+            shutil.rmtree(folder, ignore_errors=True)
+            self.state.best_model_checkpoint = best
+            log.error("%s could not be written (%s) and is left out; the run goes on", folder.name, first_line(problem))
         if self.args.world_size > 1:
             torch.distributed.barrier()
         if self.args.should_save and folder.is_dir():

@@ -18,9 +18,7 @@ import hashlib
 import hmac
 import json
 import logging
-import os
 import secrets
-import tempfile
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -33,7 +31,7 @@ from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, Validat
 from pydantic.dataclasses import dataclass
 
 from lorakit.errors import LorakitError, unknown
-from lorakit.files.folder import Stamp, stamp_of
+from lorakit.files.folder import Stamp, stamp_of, write_whole
 from lorakit.serve.http.faults import Fault, later
 
 log = logging.getLogger("lorakit.serve")
@@ -361,18 +359,5 @@ def add_key(file: Path, tenant: Tenant) -> str:
             entries.append(entry)
         entry["keys"] = [*_listed(entry.get("keys") or []), digest(key)]
     write = json.dumps(data, indent=2) if file.suffix == ".json" else yaml.safe_dump(data, sort_keys=False)
-    _replace(file, write)
+    write_whole(file, write.encode(), mode=0o600)  # a server that reads it meanwhile sees the old or the new
     return key
-
-
-def _replace(file: Path, text: str) -> None:
-    """Write a file in one step, readable by its owner alone: a server that reads it meanwhile sees the old or the new."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=file.parent, prefix=f".{file.name}.")  # made with mode 600
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as fresh:
-            fresh.write(text)
-        os.replace(name, file)
-    except BaseException:
-        os.unlink(name)
-        raise

@@ -217,6 +217,7 @@ class TrainConfig(Section, frozen=True):
     bias: Literal["none", "all", "lora_only"] = option(
         "none", "biases to train: none, all, or lora_only (those of adapted layers)"
     )
+    overwrite: bool = option(False, "replace the result of an earlier run in `train.output`")
     data: DataOptions
     train: TrainOptions = TrainOptions()
     evaluate: EvaluateOptions = EvaluateOptions()
