@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import inspect
+import pickle
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -71,14 +75,27 @@ def test_the_same_script_gives_the_same(
     assert_same(logits(merged, name), wanted)
 
 
-def test_every_field_is_accepted() -> None:
-    """The fields and defaults are PEFT's own, so that no configuration fails for a name."""
-    theirs = {one.name: getattr(peft.LoraConfig(), one.name) for one in dataclasses.fields(peft.LoraConfig)}
-    own = ours.LoraConfig().to_dict()
-    assert set(own) == set(theirs)
-    for name, value in own.items():
-        if name not in ("peft_type", "runtime_config", "peft_version"):
-            assert theirs[name] == value, name
+@pytest.mark.parametrize("name", ["LoraConfig", *ours.CONFIGS])
+def test_every_field_is_accepted(name: str) -> None:
+    """The fields and defaults are PEFT's own, so that no configuration fails for a name; isinstance holds for PEFT's class."""
+    if name == "CordaConfig":
+        from peft.tuners.lora.config import CordaConfig as Theirs
+    else:
+        Theirs = getattr(peft, name)
+    Own = getattr(ours, name)
+    required = {"total_step": 9} if name == "AdaLoraConfig" else {"loftq_bits": 4} if name == "LoftQConfig" else {}
+    with quiet():
+        theirs = Theirs(**required)
+    own = Own(**required)
+    defaults = {one.name: getattr(theirs, one.name) for one in dataclasses.fields(Theirs)}
+    assert set(defaults) <= {one.name for one in dataclasses.fields(Own)}
+    for field, value in defaults.items():
+        if field not in ("runtime_config", "peft_version"):
+            assert getattr(own, field) == value, field
+    if hasattr(peft, name):
+        assert isinstance(own, Theirs)
+        assert type(own) is Own
+    assert type(dataclasses.replace(own)) is Own
 
 
 @pytest.mark.parametrize(
@@ -100,8 +117,6 @@ def test_every_field_is_accepted() -> None:
         ("corda_config", {"verbose": True}),
         ("lora_ga_config", {"scale": "stable"}),
         ("loftq_config", {"loftq_bits": 4}),
-        ("init_lora_weights", False),
-        ("init_lora_weights", "pissa"),
         ("init_lora_weights", "gausian"),
         ("runtime_config", peft.LoraRuntimeConfig(ephemeral_gpu_offload=True)),
     ],
@@ -111,6 +126,198 @@ def test_what_is_not_honoured_is_refused_by_name(option: str, value: Any) -> Non
     with pytest.raises(LorakitError, match=option):
         ours.get_peft_model(model, ours.LoraConfig(target_modules=["q_proj"], **{option: value}))
     assert not ours.adapters(model)
+
+
+STARTS = [False, "orthogonal", "olora", "pissa", "pissa_niter_4", "loftq", "corda", "lora_ga", "eva", "gaussian"]
+
+
+@pytest.mark.parametrize("start", STARTS)
+def test_every_start_is_honoured(start: Any, tmp_path: Path) -> None:
+    """The start is lorakit's of that name; False alone is away from the base; the file says what it does."""
+    model = MODELS["llama"]()
+    wanted, batch = logits(model, "llama"), {"input_ids": inputs("llama")["input_ids"]}
+    config = ours.LoraConfig(target_modules=["q_proj", "v_proj"], r=4, init_lora_weights=start)
+    if start == "corda":
+        ours.preprocess_corda(model, config, lambda: model(**batch))
+    if start == "lora_ga":
+        ours.preprocess_loraga(model, config, lambda: model(**batch, labels=batch["input_ids"]).loss.backward())
+    own = ours.get_peft_model(model, config)
+    if start == "eva":
+        plain = next(lk.adapters(model)["default"].parameters()).clone()
+        ours.initialize_lora_eva_weights(own, [batch])
+        assert not torch.equal(next(lk.adapters(model)["default"].parameters()), plain)
+    found = logits(own, "llama")
+    if start is False:
+        assert (found - wanted).abs().max() > 1e-3
+    elif start not in ("loftq",):
+        assert_same(found, wanted)
+    if start in ("pissa", "olora", "corda", "lora_ga"):
+        scramble(lk.adapters(model)["default"].named_parameters())
+        found = logits(own, "llama")
+    own.save_pretrained(tmp_path)
+    if start != "loftq":  # whose base is the rounded one
+        with quiet():
+            read = peft.PeftModel.from_pretrained(MODELS["llama"](), str(tmp_path))
+        assert_same(logits(read, "llama"), found)
+
+
+def test_every_name_of_pefts_is_here_or_raises_by_name() -> None:
+    offered = {name for name in peft.__all__ if name in ours.__all__}
+    assert all(getattr(ours, name) is not None for name in offered)
+    for name in set(peft.__all__) - offered:
+        with pytest.raises(ImportError, match=name):
+            getattr(ours, name)
+    with pytest.raises(ImportError, match=r"no MissConfig, and lorakit has nothing like it"):
+        from lorakit.peft import MissConfig  # noqa: F401
+    with pytest.raises(ImportError, match=r"convert_to_lora; in lorakit it is lorakit\.resize"):
+        from lorakit.peft import convert_to_lora  # noqa: F401
+    assert not hasattr(ours, "nothing_of_peft")
+
+
+def test_what_the_wrapper_lacks_does_not_reach_the_model() -> None:
+    own = ours.get_peft_model(MODELS["llama"](), ours.LoraConfig(target_modules=["q_proj"]))
+    with pytest.raises(AttributeError, match=r"set_requires_grad is not offered; in lorakit it is"):
+        own.set_requires_grad("default")
+    known = {name for name in dir(peft.PeftModel) if not name.startswith("_")} - set(dir(torch.nn.Module))
+    for name in known - set(dir(own)):
+        with pytest.raises(AttributeError, match="is not offered"):
+            getattr(own, name)
+
+
+def test_modules_that_import_peft_get_this_one() -> None:
+    """In a process of its own: sys.modules["peft"] = lorakit.peft, also for names below peft."""
+    script = """
+import sys, lorakit.peft
+sys.modules["peft"] = lorakit.peft
+import peft.utils.other
+from peft import LoraConfig
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import get_peft_model_state_dict
+import torch, transformers
+from transformers.trainer_utils import _is_peft_model
+model = transformers.GPT2LMHeadModel(transformers.GPT2Config(n_layer=1, n_head=2, n_embd=16, vocab_size=20))
+wrapped = peft.get_peft_model(model, LoraConfig(r=2))
+assert _is_peft_model(wrapped) and type(wrapped).__module__ == "lorakit.peft.model"
+assert any(isinstance(one, BaseTunerLayer) for one in model.modules())
+assert get_peft_model_state_dict(wrapped)
+print("ran")
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert done.stdout.strip() == "ran", done.stderr
+
+
+METHODS: list[tuple[str, dict[str, Any]]] = [
+    ("AdaptionPromptConfig", {"adapter_len": 3, "adapter_layers": 1}),
+    ("BOFTConfig", {"boft_block_size": 4}),
+    ("C3AConfig", {"block_size": 4}),
+    ("FourierFTConfig", {"n_frequency": 20}),
+    ("HiraConfig", {"r": 3}),
+    ("IA3Config", {}),
+    ("LoHaConfig", {"r": 2}),
+    ("LoKrConfig", {"r": 2}),
+    ("OFTConfig", {"oft_block_size": 4}),
+    ("PrefixTuningConfig", {"num_virtual_tokens": 3}),
+    ("PrefixTuningConfig", {"num_virtual_tokens": 3, "prefix_projection": True, "encoder_hidden_size": 5}),
+    ("PromptEncoderConfig", {"num_virtual_tokens": 3, "encoder_hidden_size": 6}),
+    ("PromptTuningConfig", {"num_virtual_tokens": 3}),
+    ("RandLoraConfig", {"r": 4}),
+    ("ShiraConfig", {"r": 2}),
+    ("VBLoRAConfig", {"num_vectors": 8, "vector_length": 4}),
+    ("VeraConfig", {"r": 4}),
+]
+
+
+@pytest.mark.parametrize(("name", "options"), METHODS, ids=[f"{name}{len(own)}" for name, own in METHODS])
+def test_every_method_trains_and_is_read_by_peft(name: str, options: dict[str, Any], tmp_path: Path) -> None:
+    """As many trained numbers as PEFT's; a step changes the loss; what is saved is the same function in PEFT."""
+    options = {**options, "task_type": "CAUSAL_LM"}
+    with quiet():
+        theirs = peft.get_peft_model(MODELS["llama"](), getattr(peft, name)(**options))
+    own = ours.get_peft_model(MODELS["llama"](), getattr(ours, name)(**options))
+    assert isinstance(own, peft.PeftModel)
+    if name != "PromptEncoderConfig" and not options.get("prefix_projection"):
+        assert own.get_nb_trainable_parameters()[0] == theirs.get_nb_trainable_parameters()[0]
+    ids = inputs("llama")["input_ids"]
+    optimizer = torch.optim.SGD([one for one in own.parameters() if one.requires_grad], lr=0.5)
+    before = own(input_ids=ids, labels=ids).loss
+    before.backward()
+    optimizer.step()
+    assert own(input_ids=ids, labels=ids).loss != before
+    own.eval().save_pretrained(tmp_path)
+    with quiet():
+        read = peft.PeftModel.from_pretrained(MODELS["llama"](), str(tmp_path))
+    ours_now, theirs_now = (model(input_ids=ids).logits[:, -ids.shape[1] :] for model in (own, read.eval()))
+    if name in ("AdaptionPromptConfig", "C3AConfig", "FourierFTConfig"):  # which PEFT computes in float32
+        torch.testing.assert_close(ours_now, theirs_now, rtol=1e-5, atol=1e-6)
+    else:
+        assert_same(ours_now, theirs_now)
+
+
+def test_merging_for_a_while_and_the_base() -> None:
+    own = ours.get_peft_model(MODELS["llama"](), ours.LoraConfig(target_modules=["q_proj"], init_lora_weights=False))
+    base, adapted = logits(MODELS["llama"](), "llama"), logits(own, "llama")
+    own.merge_adapter()
+    assert ours.get_model_status(own).merged_adapters == ["default"]
+    assert_same(logits(own, "llama"), adapted)
+    with own.disable_adapter():
+        assert_same(logits(own, "llama"), base)
+    assert_same(logits(own, "llama"), adapted)
+    own.unmerge_adapter()
+    assert_same(logits(own, "llama"), adapted)
+    status = ours.get_model_status(own)
+    assert (status.enabled, status.active_adapters, status.merged_adapters) == (True, ["default"], [])
+    with lk.merged(own.get_base_model(), "default"), pytest.raises(LorakitError, match="leave that block first"):
+        own.disable_adapter().__enter__()
+
+
+def test_a_weighted_sum_adds_what_adapters_do() -> None:
+    """Also with rsLoRA and ranks that differ, where PEFT's is another sum."""
+    model = MODELS["llama"]()
+    own = ours.get_peft_model(model, ours.LoraConfig(target_modules=["lm_head"], r=4, use_rslora=True))
+    own.add_adapter("other", ours.LoraConfig(target_modules=["lm_head"], r=2, lora_alpha=3))
+    for index, adapter in enumerate(ours.adapters(model).values()):
+        scramble(adapter.named_parameters(), seed=index)
+    alone = []
+    for name in (None, "default", "other"):
+        with lk.use(model, name):
+            alone.append(logits(model, "llama"))
+    own.add_weighted_adapter(["default", "other"], [0.5, 2.0], "sum", combination_type="linear")
+    own.set_adapter("sum")
+    assert_same(logits(own, "llama"), alone[0] + 0.5 * (alone[1] - alone[0]) + 2.0 * (alone[2] - alone[0]))
+
+
+def test_deleting_the_active_adapter_says_which_acts(caplog: pytest.LogCaptureFixture) -> None:
+    own = ours.get_peft_model(MODELS["llama"](), ours.LoraConfig(target_modules=["q_proj"]))
+    own.add_adapter("two", ours.LoraConfig(target_modules=["q_proj"]))
+    own.delete_adapter("default")
+    assert own.active_adapters == ["two"]
+    assert "default acted; two acts now" in caplog.text
+
+
+def test_reading_puts_the_model_into_evaluation_mode(tmp_path: Path) -> None:
+    config = ours.LoraConfig(target_modules=["q_proj"], lora_dropout=0.5, init_lora_weights=False)
+    ours.get_peft_model(MODELS["llama"](), config).save_pretrained(tmp_path)
+    read = ours.PeftModel.from_pretrained(MODELS["llama"]().train(), tmp_path)
+    assert not any(one.training for one in read.modules())
+    assert not any(one.requires_grad for one in read.parameters())
+    assert ours.PeftModel.from_pretrained(MODELS["llama"]().train(), tmp_path, is_trainable=True).training
+
+
+def test_pickled_and_copied() -> None:
+    own = ours.get_peft_model(MODELS["llama"](), ours.LoraConfig(target_modules=["q_proj"], init_lora_weights=False))
+    wanted = logits(own.eval(), "llama")
+    for twin_of in (copy.deepcopy(own), pickle.loads(pickle.dumps(own))):
+        assert type(twin_of) is type(own)
+        assert_same(logits(twin_of, "llama"), wanted)
+
+
+def test_loraplus_gives_b_its_own_rate() -> None:
+    own = ours.get_peft_model(MODELS["llama"](), ours.LoraConfig(target_modules=["q_proj"], r=2))
+    optimizer = ours.create_loraplus_optimizer(own, torch.optim.AdamW, lr=1e-3, loraplus_lr_ratio=16)
+    rates = {id(one): group["lr"] for group in optimizer.param_groups for one in group["params"]}
+    adapter = lk.adapters(own.get_base_model())["default"]
+    found = {adapter.roles()[name]: rates[id(one)] for name, one in adapter.named_parameters()}
+    assert found == {"A": 1e-3, "B": pytest.approx(16e-3)}
 
 
 def test_dora_is_honoured() -> None:

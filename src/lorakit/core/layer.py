@@ -29,7 +29,7 @@ class Adapted(LayerContents):
             return self.base(*args, **kwargs)
         if first_tensor(args, kwargs).is_nested:
             return run_nested(self, args, kwargs)
-        if routing.weights is None or not state.routers.keys().isdisjoint(routing.names):
+        if routing.weights is None or any(name in state.routers for name in routing.names):
             return run_mixed(self, routing, here, args, kwargs)
         weights = dict(zip(routing.names, routing.weights, strict=True))
         return run_uniform(self, [(name, weights[name]) for name in here], args, kwargs)
@@ -44,7 +44,7 @@ class Adapted(LayerContents):
         here = [one for one in self.state.members(routing) if one in self.deltas or one in self.replacements]
         if not here:
             return value
-        if routing.weights is None or not self.state.routers.keys().isdisjoint(routing.names):
+        if routing.weights is None or any(name in self.state.routers for name in routing.names):
             raise LorakitError(
                 f"{self.path}: the model reads the {name} of this layer by itself, so that it is one for the whole batch; rows "
                 "or tokens with adapters of their own cannot have it. Give the batch one adapter or blend, or leave the layer "

@@ -27,7 +27,7 @@ def run_mixed(
     layer: LayerContents, routing: Routing, names: list[str], args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Any:
     """The layer's output with every row's (or token's) own weights; `names` are the adapters at this layer."""
-    routed = not layer.state.routers.keys().isdisjoint(routing.names)
+    routed = any(name in layer.state.routers for name in routing.names)
     replacing = [name for name in names if name in layer.replacements]
     if replacing or not layer.beside:
         if routed:

@@ -1,0 +1,242 @@
+"""An adapter as PEFT's configuration describes it; whatever cannot be honoured is refused by its name."""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Callable, Iterable
+from typing import Any, cast
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import nn
+
+from lorakit.adapter.adapter import Adapter
+from lorakit.adapter.attachment import attach
+from lorakit.core.delta import LowRank, Method
+from lorakit.core.walking import has_suffix, walk
+from lorakit.edits.contract import EditMethod
+from lorakit.errors import LorakitError
+from lorakit.files.formats import format_of, known_entries, spec_from_peft
+from lorakit.files.interchange import COMMON, asked_targets, heads_for
+from lorakit.init import EVA, CorDA, Initialiser, LoftQ, LoRAGA, Orthogonal, PiSSA
+from lorakit.init.calibration import Batch
+from lorakit.peft.configs import PeftConfig, default_of
+from lorakit.peft.targets import default_targets, feedforward_targets
+
+_seen: WeakKeyDictionary[nn.Module, list[Batch]] = WeakKeyDictionary()
+"""Base model -> the batches that `preprocess_corda` or `preprocess_loraga` saw, until the adapter that they are for is made."""
+
+_STARTS = frozenset({"init_lora_weights", "init_weights", "init_ia3_weights"})
+_OF_STARTS = frozenset({"eva_config", "corda_config", "lora_ga_config", "loftq_config"})
+_OF_THE_MODEL = frozenset({"num_layers", "num_attention_heads", "num_transformer_submodules", "token_dim"})
+
+
+def attach_config(
+    model: nn.Module, config: PeftConfig, name: str, start: str | Initialiser | None = None, batches: Any = None
+) -> Adapter:
+    """The adapter that a configuration asks for, on the model."""
+    if not isinstance(config, PeftConfig):
+        raise LorakitError(
+            f"get_peft_model: the configuration is a {type(config).__module__}.{type(config).__name__}; one of lorakit.peft, "
+            "such as LoraConfig, is needed."
+        )
+    options = config.to_dict()
+    options["peft_type"] = str(config.peft_type)
+    spec = _spec(config, options)
+    saved = list(options.get("modules_to_save") or [])
+    paths = [path for path, _ in walk(model)]
+    for head in heads_for(config.task_type):
+        if head not in saved and any(has_suffix(path, head) for path in paths):
+            saved.append(head)
+    if isinstance(spec, EditMethod):
+        adapter = attach(model, spec, name=name, modules_to_save=saved)
+    else:
+        if start is None:
+            start = _start(options, default_of(config, "init_weights") if "init_weights" in options else True)
+            batches = _seen.pop(model, None) if isinstance(start, CorDA | LoRAGA) else None
+        adapter = attach(
+            model,
+            _complete(cast(Method, spec), model, options),
+            name=name,
+            target_modules=_targets(model, options),
+            exclude_modules=options.get("exclude_modules"),
+            layers=None if options.get("layers_to_transform") == [] else options.get("layers_to_transform"),
+            layers_pattern=options.get("layers_pattern") or None,
+            patterns=_patterns(cast(Method, spec), options),
+            modules_to_save=saved,
+            bias="lora_only" if str(options.get("bias", "none")).endswith("_only") else options.get("bias", "none"),
+            init=start,
+            batches=batches,
+        )
+        if options.get("init_lora_weights") is False or (
+            options.get("init_weights") is False and default_of(config, "init_weights") is True
+        ):
+            _away_from_base(adapter)
+    if config.inference_mode:
+        adapter.requires_grad_(False)
+    return adapter
+
+
+def _spec(config: PeftConfig, options: dict[str, Any]) -> Any:
+    """The method with the options of the configuration; those that would be dropped are refused."""
+    spec = spec_from_peft({**options, "init_lora_weights": True, "peft_version": "0.21.2"})
+    known = COMMON | known_entries(spec) | _STARTS | _OF_STARTS
+    dropped = format_of(spec.name).ignored - _OF_STARTS - _STARTS - _OF_THE_MODEL - {"num_virtual_tokens"}
+    for name, value in options.items():
+        if (name not in known or name in dropped) and value not in (default_of(config, name), None, False, {}, []):
+            raise LorakitError(f"{type(config).__name__}: {name}={value!r} is not offered.")
+    if (options.get("runtime_config") or {}).get("ephemeral_gpu_offload"):
+        raise LorakitError("LoraConfig: runtime_config.ephemeral_gpu_offload is not offered.")
+    if options["peft_type"] == "PREFIX_TUNING":
+        if options["init_weights"] is not None:
+            raise LorakitError(f"PrefixTuningConfig: init_weights={options['init_weights']!r} is not offered.")
+        return spec.replace(width=options["encoder_hidden_size"] if options["prefix_projection"] else None)
+    if options["peft_type"] == "PROMPT_TUNING":
+        how = str(getattr(options["prompt_tuning_init"], "value", options["prompt_tuning_init"]))
+        start = {"TEXT": "text", "SAMPLE_VOCAB": "vocabulary", "RANDOM": "random"}[how]
+        text = options["prompt_tuning_init_text"] if start == "text" else None
+        return spec.replace(start=start, text=text, tokenizer=options["tokenizer_name_or_path"] if text else None)
+    return spec
+
+
+def _complete(spec: Method, model: nn.Module, options: dict[str, Any]) -> Method:
+    """IA3's default layers that scale their input."""
+    if options["peft_type"] == "IA3" and options["target_modules"] is None:
+        kind = getattr(getattr(model, "config", None), "model_type", None)
+        return spec.replace(feedforward_modules=tuple(feedforward_targets(kind)))
+    return spec
+
+
+def _patterns(spec: Method, options: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Option -> {pattern: value} of those that may differ per layer."""
+    given = {option: options.get(entry) for option, entry in spec.pattern_fields.items()}
+    return {option: values for option, values in given.items() if values}
+
+
+def _targets(model: nn.Module, options: dict[str, Any]) -> Any:
+    targets, parameters = options.get("target_modules"), options.get("target_parameters") or ()
+    if targets is None and not parameters:
+        targets = default_targets(options["peft_type"], getattr(getattr(model, "config", None), "model_type", None))
+    return asked_targets(targets if isinstance(targets, str) else tuple(targets or ()), parameters)
+
+
+def _start(options: dict[str, Any], default: Any) -> str | Initialiser:
+    """The initialiser that PEFT's `init_lora_weights` names, with its options."""
+    value = options.get("init_lora_weights", options.get("init_weights", True))
+    if "init_lora_weights" not in options:
+        if value not in (True, False, None, default):
+            raise LorakitError(
+                f"{options['peft_type']}: init_weights={value!r} is not offered; {default!r} and False are."
+            )
+        return "default"
+    name, _, rounds = str(value).partition("_niter_")
+    used = {"eva": "eva_config", "corda": "corda_config", "lora_ga": "lora_ga_config", "loftq": "loftq_config"}
+    for entry in _OF_STARTS:
+        if options[entry] and used.get(name) != entry:
+            raise LorakitError(f"LoraConfig: {entry} was given, and init_lora_weights={value!r} does not read it.")
+    if value in (True, False):
+        return "default"
+    own = options[used[name]] or {} if name in used else {}
+    starts: dict[str, Callable[[], str | Initialiser]] = {
+        "gaussian": lambda: "gaussian",
+        "orthogonal": Orthogonal,
+        "olora": lambda: "olora",
+        "pissa": lambda: PiSSA(iterations=int(rounds) if rounds else None),
+        "eva": lambda: "default",  # until initialize_lora_eva_weights
+        "corda": lambda: CorDA(mode="knowledge" if own.get("corda_method") == "kpm" else "instruction"),
+        "lora_ga": lambda: LoRAGA(
+            direction=own.get("direction", "ArB2r"),
+            size={"gd_scale": "gd", "weight_svd": "weight"}.get(own.get("scale", "stable"), own.get("scale", "stable")),
+            gamma=own.get("stable_gamma", 16),
+        ),
+        "loftq": lambda: _loftq(own),
+    }
+    if name not in starts:
+        raise LorakitError(
+            f"LoraConfig: init_lora_weights={value!r} is not offered; True, False, {', '.join(map(repr, starts))} and "
+            '"pissa_niter_4" are.'
+        )
+    return starts[name]()
+
+
+def _loftq(own: dict[str, Any]) -> LoftQ:
+    if own.get("loftq_bits", 4) != 4:
+        raise LorakitError(
+            f"LoraConfig: loftq_config has loftq_bits={own['loftq_bits']}; 4 (NF4) is offered under PEFT's names, "
+            "lk.attach(init=lk.init.LoftQ(quantiser=…)) has more."
+        )
+    return LoftQ(rounds=own.get("loftq_iter", 1))
+
+
+def _away_from_base(adapter: Adapter) -> None:
+    """PEFT's `init_lora_weights=False`: the factor that starts at zero is drawn as the other is, so that the adapter acts."""
+    for _, _, delta in adapter.deltas():
+        if not isinstance(delta, LowRank) or getattr(delta, "B", None) is None:
+            raise LorakitError(
+                f"init_weights=False is not offered for {adapter.method.name}; only for methods with B and A."
+            )
+        B = cast(torch.Tensor, delta.B)
+        with torch.no_grad():
+            B.uniform_(-1 / math.sqrt(B.shape[-1]), 1 / math.sqrt(B.shape[-1]))
+
+
+def full_precision(adapter: Adapter) -> None:
+    """The trained tensors of deltas in float32, where the base's are narrower floats, as PEFT has them."""
+    for _, _, delta in adapter.deltas():
+        for parameter in delta.parameters():
+            if parameter.dtype in (torch.float16, torch.bfloat16):
+                parameter.data = parameter.data.float()
+
+
+# -- starts that measure ----------------------------------------------------------------------------------------------------
+
+
+def _watch(model: nn.Module, run: Callable[[], Any]) -> None:
+    batches: list[Batch] = []
+    signature = inspect.signature(model.forward)
+
+    def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        batches.append({**signature.bind_partial(*args).arguments, **kwargs})
+
+    handle = model.register_forward_pre_hook(note, with_kwargs=True)
+    try:
+        run()
+    finally:
+        handle.remove()
+    model.zero_grad()
+    if not batches:
+        raise LorakitError(
+            "the function that was given never called the model, so that there is nothing to measure on."
+        )
+    _seen[model] = batches
+
+
+def preprocess_corda(model: nn.Module, lora_config: PeftConfig, run_model: Callable[[], Any] | None = None) -> None:
+    """Note what `run_model` feeds the model; the next adapter with init_lora_weights="corda" starts from it."""
+    if run_model is None:
+        raise LorakitError("preprocess_corda: run_model is needed; files of covariances are not read.")
+    _watch(model, run_model)
+
+
+def preprocess_loraga(model: nn.Module, lora_config: PeftConfig, train_step: Callable[[], Any]) -> None:
+    """Note what `train_step` feeds the model; the next adapter with init_lora_weights="lora_ga" starts from its gradients."""
+    _watch(model, train_step)
+
+
+def eva_start(config: PeftConfig, batches: Iterable[Batch]) -> tuple[EVA, list[Batch]]:
+    """EVA with the options of a configuration, and its data."""
+    own = config.to_dict().get("eva_config") or {}
+    if own.get("label_mask_value", -100) != -100 or not own.get("adjust_scaling_factors", True):
+        raise LorakitError(
+            "EvaConfig: label_mask_value other than -100 and adjust_scaling_factors=False are not offered."
+        )
+    return (
+        EVA(
+            rho=own.get("rho", 2.0),
+            cosine=own.get("tau", 0.99),
+            whiten=own.get("whiten", False),
+            labelled=own.get("use_label_mask", True),
+        ),
+        list(batches),
+    )

@@ -1,0 +1,296 @@
+"""PEFT's functions over a model that is wrapped or carries adapters."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from lorakit.adapter.adapter import Adapter, adapters
+from lorakit.adapter.attachment import detach
+from lorakit.algebra.swapping import swap
+from lorakit.core.state import state_of
+from lorakit.core.using import activate
+from lorakit.errors import LorakitError, unknown
+from lorakit.files.bundle import read_tensors
+from lorakit.files.filling import fill
+from lorakit.files.interchange import PREFIX, names_in, plain_names, tensors_of
+from lorakit.optim.groups import parameter_groups
+from lorakit.peft.attaching import attach_config, eva_start, full_precision
+from lorakit.peft.configs import PeftConfig
+from lorakit.peft.model import MODEL_TYPE_TO_PEFT_MODEL_MAPPING, PeftModel
+
+
+def _base(model: nn.Module) -> nn.Module:
+    return model.base_model.model if isinstance(model, PeftModel) else model
+
+
+def _adapter(model: nn.Module, name: str) -> Adapter:
+    known = adapters(_base(model))
+    if name not in known:
+        raise unknown("adapter", name, known)
+    return known[name]
+
+
+def inject_adapter_in_model(
+    peft_config: PeftConfig,
+    model: nn.Module,
+    adapter_name: str = "default",
+    low_cpu_mem_usage: bool = False,
+    state_dict: Mapping[str, Tensor] | None = None,
+) -> nn.Module:
+    """A new adapter on the model itself, without a wrapper."""
+    attach_config(model, peft_config, adapter_name)
+    if state_dict is not None:
+        set_peft_model_state_dict(model, state_dict, adapter_name)
+    return model
+
+
+def get_peft_model_state_dict(
+    model: nn.Module, state_dict: Mapping[str, Tensor] | None = None, adapter_name: str = "default", **_: Any
+) -> dict[str, Tensor]:
+    """The adapter's tensors under the names of PEFT's files; without their prefix where the model is not wrapped."""
+    tensors = tensors_of(_adapter(model, adapter_name))
+    return tensors if isinstance(model, PeftModel) else {key.removeprefix(PREFIX): one for key, one in tensors.items()}
+
+
+def set_peft_model_state_dict(
+    model: nn.Module, peft_model_state_dict: Mapping[str, Tensor], adapter_name: str = "default", **_: Any
+) -> Any:
+    """Put tensors under the names of PEFT's files into an adapter, in place. LorakitError where one lacks or is left over."""
+    adapter = _adapter(model, adapter_name)
+    if adapter.edits:
+        raise LorakitError(
+            f"set_peft_model_state_dict: {adapter_name!r} is {adapter.method.name}, which is read from its folder by "
+            "load_adapter."
+        )
+    plain, where = plain_names(adapter.model), Path("peft_model_state_dict")
+
+    def refuse(message: str) -> None:
+        raise LorakitError(message)
+
+    fill(adapter, names_in(peft_model_state_dict, plain, where), plain, where, refuse)
+    return torch.nn.modules.module._IncompatibleKeys([], [])
+
+
+def load_peft_weights(model_id: str | Path, device: str | None = None, **_: Any) -> dict[str, Tensor]:
+    """The tensors of an adapter folder."""
+    return {key: one if device is None else one.to(device) for key, one in read_tensors(model_id).items()}
+
+
+def initialize_lora_eva_weights(
+    model: nn.Module, dataloader: Iterable[Any] | None = None, adapter_name: str = "default", **_: Any
+) -> None:
+    """Start an adapter of init_lora_weights="eva" anew from data: its parameters are new ones, so make optimisers later."""
+    if not isinstance(model, PeftModel) or dataloader is None:
+        raise LorakitError("initialize_lora_eva_weights: a model of get_peft_model and a dataloader are needed.")
+    config, base = model.peft_config[adapter_name], model.base_model.model
+    start, batches = eva_start(config, dataloader)
+    routing = state_of(base).routing
+    detach(base, adapter_name)
+    full_precision(attach_config(base, config, adapter_name, start, batches))
+    activate(base, routing)
+
+
+def prepare_model_for_kbit_training(
+    model: nn.Module,
+    use_gradient_checkpointing: bool = True,
+    gradient_checkpointing_kwargs: Mapping[str, Any] | None = None,
+) -> nn.Module:
+    """Freeze a quantised model, put its float parameters into float32, and turn gradient checkpointing on."""
+    model.requires_grad_(False)
+    for parameter in model.parameters():
+        if parameter.dtype in (torch.float16, torch.bfloat16):
+            parameter.data = parameter.data.float()
+    if use_gradient_checkpointing:
+        options = dict(gradient_checkpointing_kwargs or {"use_reentrant": True})
+        if options.get("use_reentrant", True):
+            cast(Any, model).enable_input_require_grads()
+        cast(Any, model).gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
+    return model
+
+
+def cast_mixed_precision_params(model: nn.Module, dtype: torch.dtype) -> None:
+    """Trainable parameters in float32, all others in `dtype`."""
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(torch.float32 if parameter.requires_grad else dtype)
+
+
+def create_loraplus_optimizer(
+    model: nn.Module,
+    optimizer_cls: type[torch.optim.Optimizer],
+    *,
+    lr: float,
+    loraplus_lr_ratio: float,
+    loraplus_weight_decay: float = 0.0,
+    **options: Any,
+) -> torch.optim.Optimizer:
+    """LoRA+: every B learns `loraplus_lr_ratio` times as fast as its A."""
+    options.pop("loraplus_lr_embedding", None)
+    roles = {
+        id(parameter): role
+        for adapter in adapters(_base(model)).values()
+        for (name, parameter), role in zip(adapter.named_parameters(), adapter.roles().values(), strict=True)
+        if name
+    }
+    named = list(model.named_parameters())
+    groups = parameter_groups(
+        named, {name: roles.get(id(one), "") for name, one in named}, lr, loraplus_weight_decay, loraplus_lr_ratio
+    )
+    return optimizer_cls([{key: one for key, one in own.items() if key != "names"} for own in groups], **options)
+
+
+def hotswap_adapter(
+    model: nn.Module, model_name_or_path: str | Path, adapter_name: str = "default", torch_device: Any = None, **_: Any
+) -> None:
+    """Put another LoRA's numbers into a live one, in place: nothing is compiled again."""
+    swap(_adapter(model, adapter_name), model_name_or_path)
+
+
+@dataclass
+class TunerModelStatus:
+    """What `get_model_status` finds."""
+
+    base_model_type: str
+    adapter_model_type: str
+    peft_types: dict[str, str]
+    trainable_params: int
+    total_params: int
+    num_adapter_layers: int
+    enabled: bool
+    active_adapters: list[str]
+    merged_adapters: list[str]
+    requires_grad: dict[str, Any]
+    available_adapters: list[str]
+    devices: dict[str, list[str]] = field(default_factory=dict)
+
+
+def get_model_status(model: nn.Module) -> TunerModelStatus:
+    """Which adapters are on a model, and how they are."""
+    base = _base(model)
+    state, known = state_of(base), adapters(base)
+    flags = {name: {one.requires_grad for one in own.parameters()} for name, own in known.items()}
+    devices = {name: sorted({str(one.device) for one in own.parameters()}) for name, own in known.items()}
+    total = list(base.parameters())
+    configs = getattr(model, "peft_config", {}) if isinstance(model, PeftModel) else {}
+    return TunerModelStatus(
+        base_model_type=type(base).__name__,
+        adapter_model_type=type(model).__name__,
+        peft_types={name: str(one.peft_type) for name, one in configs.items()},
+        trainable_params=sum(one.numel() for one in total if one.requires_grad),
+        total_params=sum(one.numel() for one in total),
+        num_adapter_layers=len({path for own in known.values() for path in own.layers}),
+        enabled=bool(state.routing.names or state.merged),
+        active_adapters=list(state.routing.names),
+        merged_adapters=sorted(state.merged),
+        requires_grad={name: own.pop() if len(own) == 1 else "irregular" for name, own in flags.items()},
+        available_adapters=sorted(known),
+        devices=devices,
+    )
+
+
+@dataclass
+class TunerLayerStatus:
+    """What `get_layer_status` finds of one layer."""
+
+    name: str
+    module_type: str
+    enabled: bool
+    active_adapters: list[str]
+    merged_adapters: list[str]
+    available_adapters: list[str]
+
+
+def get_layer_status(model: nn.Module) -> list[TunerLayerStatus]:
+    """The adapters of each adapted layer."""
+    base = _base(model)
+    state, known = state_of(base), adapters(base)
+    paths = dict.fromkeys(path for own in known.values() for path in own.layers)
+    own = {path: [name for name, one in known.items() if path in one.layers] for path in paths}
+    return [
+        TunerLayerStatus(
+            path,
+            ", ".join(known[name].method.name for name in names),
+            bool(set(names) & {*state.routing.names, *state.merged}),
+            [name for name in names if name in state.routing.names],
+            [name for name in names if name in state.merged],
+            names,
+        )
+        for path, names in own.items()
+    ]
+
+
+class AutoPeftModel:
+    """The base model that an adapter folder names, with the adapter on it."""
+
+    task: str | None = None
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        model_id: str | Path,
+        adapter_name: str = "default",
+        is_trainable: bool = False,
+        config: PeftConfig | None = None,
+        revision: str | None = None,
+        **options: Any,
+    ) -> PeftModel:
+        """Load both. `options` go to the base model's `from_pretrained`."""
+        import transformers
+
+        config = config or PeftConfig.from_pretrained(model_id)
+        if config.base_model_name_or_path is None:
+            raise LorakitError(
+                f"AutoPeftModel: {model_id} does not say which base it is for; load that, then PeftModel.from_pretrained."
+            )
+        auto = _AUTO.get(str(cls.task or config.task_type))
+        mapping = config.auto_mapping or {}
+        name = auto or mapping.get("base_model_class")
+        if name is None or not hasattr(transformers, name):
+            raise LorakitError(f"AutoPeftModel: {model_id} has neither a task_type nor the class of its base model.")
+        options.setdefault("revision", config.revision)
+        base = getattr(transformers, name).from_pretrained(config.base_model_name_or_path, **options)
+        wrapper = MODEL_TYPE_TO_PEFT_MODEL_MAPPING.get(str(cls.task or config.task_type), PeftModel)
+        return wrapper.from_pretrained(base, model_id, adapter_name, is_trainable, revision=revision)
+
+
+_AUTO = {
+    "CAUSAL_LM": "AutoModelForCausalLM",
+    "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
+    "SEQ_CLS": "AutoModelForSequenceClassification",
+    "TOKEN_CLS": "AutoModelForTokenClassification",
+    "QUESTION_ANS": "AutoModelForQuestionAnswering",
+    "FEATURE_EXTRACTION": "AutoModel",
+}
+AUTO: dict[str, type[AutoPeftModel]] = {
+    name.replace("AutoModel", "AutoPeftModel")
+    if task != "FEATURE_EXTRACTION"
+    else "AutoPeftModelForFeatureExtraction": type(
+        name.replace("AutoModel", "AutoPeftModel")
+        if task != "FEATURE_EXTRACTION"
+        else "AutoPeftModelForFeatureExtraction",
+        (AutoPeftModel,),
+        {"task": task, "__doc__": f"The same for {task}.", "__module__": __name__},
+    )
+    for task, name in _AUTO.items()
+}
+"""Name of the class -> the class for its task."""
+
+
+def update_signature(model: PeftModel, method: str = "all") -> None:
+    """Nothing to do: the wrapper's forward has the model's signature."""
+    inspect.signature(model.forward)
+
+
+def check_if_peft_model(model_name_or_path: str | Path) -> bool:
+    """Whether a folder holds an adapter."""
+    try:
+        PeftConfig.from_pretrained(model_name_or_path)
+    except LorakitError:
+        return False
+    return True

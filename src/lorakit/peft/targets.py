@@ -1,0 +1,78 @@
+"""The layers that PEFT adapts where none are named, by the model_type of the model's configuration."""
+
+from __future__ import annotations
+
+from lorakit.errors import LorakitError
+
+_QUERY_VALUE = {
+    (
+        "q_proj",
+        "v_proj",
+    ): "bart opt gptj gpt_neo llama llama4 mistral mixtral stablelm gemma gemma2 gemma3_text qwen2 qwen3",
+    ("query", "value"): "bert roberta xlm-roberta electra layoutlm",
+    ("q", "v"): "t5 mt5",
+    ("query_key_value",): "bloom gpt_neox chatglm falcon RefinedWeb RefinedWebModel",
+    ("c_attn",): "gpt2 gpt_bigcode",
+    ("Wqkv",): "mpt",
+    ("query_proj", "value_proj"): "deberta-v2",
+    ("in_proj",): "deberta",
+    ("qkv_proj",): "codegen",
+    ("q_proj", "v_proj", "fc1", "fc2"): "phi",
+}
+DEFAULT_TARGETS = {kind: list(names) for names, kinds in _QUERY_VALUE.items() for kind in kinds.split()}
+"""config.model_type -> the layers that are adapted where target_modules is not given."""
+
+_ALL_OF_SOME = {
+    "t5": "q k v o wi wo",
+    "mt5": "q k v o wi_0 wi_1 wo",
+    "bart": "q_proj k_proj v_proj out_proj fc1 fc2",
+    "opt": "q_proj k_proj v_proj out_proj fc1 fc2",
+    "deberta-v2": "query_proj key_proj value_proj dense",
+}
+_SQUARE = {"gpt2": "mlp.c_proj", "gpt_bigcode": "mlp.c_proj"}
+_PHI = {"phi": "q_proj v_proj"}
+_OTHERS = {
+    "ADALORA": {**_ALL_OF_SOME, "roberta": "query key value dense"},
+    "VBLORA": _ALL_OF_SOME,
+    "C3A": _SQUARE,
+    "FOURIERFT": _SQUARE,
+    "SHIRA": _PHI,
+    "VERA": _PHI,
+}
+_IA3 = {
+    ("k", "v", "wo"): ("wo", "t5"),
+    ("k", "v", "wi_1"): ("", "mt5"),
+    ("c_attn", "mlp.c_proj"): ("mlp.c_proj", "gpt2 gpt_bigcode"),
+    ("query_key_value", "mlp.dense_4h_to_h"): ("mlp.dense_4h_to_h", "bloom"),
+    ("query_key_value", "dense_4h_to_h"): ("dense_4h_to_h", "gpt_neox RefinedWeb RefinedWebModel falcon"),
+    ("key", "value", "output.dense"): ("output.dense", "bert roberta"),
+    ("key_proj", "value_proj", "output.dense"): ("output.dense", "deberta-v2"),
+    ("in_proj", "output.dense"): ("output.dense", "deberta"),
+    ("q_proj", "k_proj", "fc2"): ("fc2", "opt"),
+    ("q_proj", "v_proj", "fc2"): ("fc2", "bart phi"),
+    ("q_proj", "v_proj", "fc_out"): ("fc_out", "gptj"),
+    ("q_proj", "v_proj", "c_proj"): ("c_proj", "gpt_neo"),
+    ("k_proj", "v_proj", "down_proj"): ("down_proj", "llama mistral"),
+    ("k_proj", "v_proj", "w2"): ("w2", "mixtral"),
+    ("q_proj", "v_proj", "down_proj"): ("down_proj", "llama4 gemma gemma2 gemma3_text qwen2 qwen3"),
+}
+"""IA3's layers -> those of them that scale their input, and the architectures."""
+
+
+def default_targets(method: str, kind: str | None) -> list[str]:
+    """The layers that PEFT's method adapts in a model of this model_type. LorakitError where PEFT has no default."""
+    if method == "IA3":
+        own = {one: list(names) for names, (_, kinds) in _IA3.items() for one in kinds.split()}
+    else:
+        own = {**DEFAULT_TARGETS, **{one: names.split() for one, names in _OTHERS.get(method, {}).items()}}
+    if kind not in own:
+        raise LorakitError(
+            f"get_peft_model: target_modules was not given, and there is no default for model_type {kind!r}; "
+            '"all-linear" or a list of layer names would work.'
+        )
+    return own[str(kind)]
+
+
+def feedforward_targets(kind: str | None) -> list[str]:
+    """The layers of IA3's default that scale their input."""
+    return [inner for inner, kinds in _IA3.values() if kind in kinds.split() and inner]
