@@ -195,8 +195,9 @@ def attached(model: nn.Module, result: Result) -> lk.Adapter:
     try:
         return lk.attach(model, lk.LoRA(rank=2), name="sweep", target_modules="all-linear")
     except lk.LorakitError as problem:
+        reasons = "; ".join(f"{ending}: {reason}" for ending, reason in coverage(model, []).reasons.items())
         if "found no such linear layer" not in str(problem) or not convolutions:
-            raise
+            raise lk.LorakitError(f"{reasons} ({problem})" if reasons else str(problem)) from problem
     result.said["all-linear"] = "finds no linear layer; convolutions are adapted by name"
     return lk.attach(model, lk.LoRA(rank=2), name="sweep", target_modules=convolutions)
 
