@@ -1,7 +1,7 @@
 """Training the experts of a mixture, side by side: lorakit, and PEFT with `target_parameters`.
 
     make bench-experts                                          some four minutes on two quiet cores
-    make bench-experts BENCH_OPTIONS="--rounds 1 --steps 3"
+    make bench-experts BENCH_OPTIONS="--rounds 5"          steadier
 
 Models have the form of Qwen3-MoE and of gpt-oss and random weights. Each measurement is a process of its own, and the
 sides take turns at being first. Both train LoRA of one rank on both projections of all experts, and nothing else, with
@@ -204,8 +204,8 @@ def text_of(rows: list[dict[str, Any]], large: dict[str, Any], machine: dict[str
 def main() -> int:
     """Measure, compare, write; 1 where a floor is missed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=4)
+    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--steps", type=int, default=3)
     parser.add_argument("--patience", type=float, default=0.0, help="seconds to wait for a quiet machine before each")
     parser.add_argument("--side", nargs="+")
     parser.add_argument("--output", type=Path, default=RESULTS)

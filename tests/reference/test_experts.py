@@ -262,3 +262,26 @@ def test_what_does_not_fit_is_said(tmp_path: Path) -> None:
     save_file(tensors, short / TENSORS)
     with pytest.raises(LorakitError, match="expert 3 is missing"):
         loaded("qwen3-moe", short)
+
+
+@pytest.mark.parametrize(("name", "router"), [("qwen3-moe", "gate"), ("gpt-oss", "router"), ("mixtral", "gate")])
+def test_routers_by_name(name: str, router: str, tmp_path: Path) -> None:
+    """Adapted where they are named: merged equal, row by row, and in PEFT's form, where they are parameters."""
+    model = model_of(name)
+    base, alone = logits(model), {}
+    for own in ("a", "b"):
+        adapter = lk.attach(model, lk.LoRA(rank=2), name=own, target_modules=[router])
+        randomise(adapter)
+        with lk.use(model, own):
+            alone[own] = logits(model)
+        with lk.merged(model, own):
+            torch.testing.assert_close(logits(model), alone[own], rtol=1e-4, atol=1e-4)
+        assert (alone[own] - base).abs().max() > 0.05
+    rows = len(base)
+    with lk.use(model, ["b", None, "a"][:rows]):
+        expected = torch.stack([alone["b"][0], base[1], alone["a"][2]][:rows])
+        torch.testing.assert_close(logits(model), expected, rtol=1e-4, atol=1e-4)
+    lk.save(adapter, tmp_path / "b")
+    close(loaded(name, tmp_path / "b"), alone["b"])
+    theirs = peft.PeftModel.from_pretrained(model_of(name), tmp_path / "b")
+    close(logits(theirs), alone["b"])

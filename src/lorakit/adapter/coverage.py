@@ -18,6 +18,7 @@ from lorakit.core.delta import Method
 from lorakit.core.known import multiplied_by
 from lorakit.core.layout import Site
 from lorakit.core.sites import sites_of
+from lorakit.core.stacks import is_router
 from lorakit.core.walking import walk
 from lorakit.errors import LorakitError
 
@@ -143,6 +144,8 @@ def _reachable(module: nn.Module) -> tuple[list[Site], str]:
         sites = sites_of(module)
     except LorakitError as problem:
         return [], str(problem).removeprefix("attach: ").partition(",")[0]
+    if is_router(module):  # left out on purpose, of which nobody needs to be warned
+        return sites, ""
     return sites, next((site.named_only for site in sites if site.named_only), "")
 
 

@@ -143,7 +143,7 @@ def _run_in_groups(
     whole = next((site.layout.batch_axis for site in layer.sites.values()), None)
     if whole is not None:
         return _selected(layer, table, names, whole, args, kwargs)
-    if stack is not None:
+    if stack is not None or (layer.tokens and x.ndim == 2 and x.shape[0] != routing.rows):
         table = _by_token(table, x, stack, layer.path)
     count = table.shape[0]
     if attention is not None and x.ndim == 2:

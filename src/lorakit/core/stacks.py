@@ -42,6 +42,10 @@ def stacked_sites(module: nn.Module) -> list[Site]:
         return [_bare(module, name, turned) for name, turned in _BARE[kind].items()]
     if kind in _FLAT:
         return [site for name, turned in _FLAT[kind] for site in _flat(module, name, turned)]
+    if is_router(module):
+        out, in_ = module._parameters["weight"].shape  # type: ignore[union-attr]
+        layout = Bare(Shape(out, in_, bias=False))
+        return [Site("", "weight", None, layout, named_only=f"{kind} is a router, which learns where it is named")]
     stacks = {
         name: parameter
         for name, parameter in module._parameters.items()
@@ -51,6 +55,19 @@ def stacked_sites(module: nn.Module) -> list[Site]:
         return []
     turned = _turned(module, list(stacks.values()))
     return [site for name, stack in stacks.items() for site in _stack(module, name, stack, turned)]
+
+
+def is_router(module: nn.Module) -> bool:
+    """Whether a module is a router of transformers that multiplies by its own (experts, hidden) weight."""
+    weight = module._parameters.get("weight")
+    return (
+        "router" in type(module).__name__.lower()
+        and not isinstance(module, nn.Linear)
+        and not module._modules
+        and weight is not None
+        and weight.ndim == 2
+        and weight.is_floating_point()
+    )
 
 
 def _is_packed(tensor: Tensor) -> bool:

@@ -23,6 +23,7 @@ from lorakit.core.delta import LowRank, Method
 from lorakit.core.layer import Adapted
 from lorakit.core.layout import Rows, Site
 from lorakit.core.offset import Offset
+from lorakit.core.stacks import is_router
 from lorakit.core.walking import as_patterns, exactly, has_suffix, value_for, walk
 from lorakit.errors import LorakitError
 from lorakit.files.experts import in_stacks, stack_spec, stack_tensors, stacks_of
@@ -366,8 +367,12 @@ def config_of(adapter: Adapter, base: str | None = None) -> dict[str, Any]:
     method = adapter.method.replace(**common) if common else adapter.method
     modules = set(plain.values())
     bare = [name for name in specs if name not in modules]
+    routers = {plain[path] for path, layer in adapter.layers.items() if is_router(layer.base)}
     if adapter.method.name == "lora" and _is_mixture(adapter.model):
-        bare += [f"{name}.weight" for name in specs if name in modules and name.rpartition(".")[2] in _REWRITTEN]
+        named = [
+            name for name in specs if name in routers or (name in modules and name.rpartition(".")[2] in _REWRITTEN)
+        ]
+        bare += [f"{name}.weight" for name in named]
     layers = [name for name in specs if name in modules and f"{name}.weight" not in bare]
     config |= method_entries(method, target_modules(layers, adapter.model), adapter.targets.bias)
     if bare:
