@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
 import transformers as T
@@ -255,6 +256,26 @@ def test_algebra_on_a_model_and_in_folders(kind: str, operation: str, tmp_path: 
     found = fresh(kind, folder)
     all_close({place: found[place] for place in expected}, expected)
     assert all(not change.any() for place, change in found.items() if place not in expected)
+
+
+@pytest.mark.parametrize("whole", [True, False], ids=["both parameters", "one is gone"])
+@pytest.mark.parametrize("kind", ["qwen3-moe", "gpt-oss"])
+def test_peft_reads_what_becomes_of_a_folder(kind: str, whole: bool, tmp_path: Path) -> None:
+    adapter = attached(model_of(kind), kind, "a")
+    if not whole:  # the smaller ones, which are pruned
+        with torch.no_grad():
+            for _, site, delta in adapter.deltas():
+                if site.weight == "down_proj":
+                    for parameter in delta.parameters():
+                        parameter.mul_(1e-3)
+    adapter.save(tmp_path / "a")
+    lk.prune(tmp_path / "a", keep=1.0 if whole else 0.5, output=tmp_path / "b")
+    lk.resize(tmp_path / "b", rank=2, output=tmp_path / "c")
+    model = model_of(kind)
+    lk.load(model, tmp_path / "c", name="c")
+    theirs = peft.PeftModel.from_pretrained(model_of(kind), tmp_path / "c").eval()
+    close(logits(theirs), logits(model), 1e-4)
+    assert (logits(theirs) - logits(model_of(kind))).abs().max() > 0.05
 
 
 @kinds

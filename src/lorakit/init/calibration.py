@@ -113,7 +113,7 @@ def _check_layer(name: str, matrix: Matrix, start: CalibrationRequest) -> None:
     layout = matrix.site.layout
     why = ""
     if not layout.beside:
-        why = "is reached by substitution only: nn.MultiheadAttention never calls its projections, so that they are not seen"
+        why = "is reached by substitution only: its module multiplies by it without calling a layer, so that this is not seen"
     elif layout.shape.lookup and start.needs == "inputs":
         why = "is an embedding: its inputs are one-hot, so that their directions are single vocabulary entries"
     if why:
