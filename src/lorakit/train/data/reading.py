@@ -1,8 +1,8 @@
 """Rows of training data, each with the file and line it came from.
 
-Sources are JSONL, JSON, CSV, TSV, Parquet, Arrow and text files, patterns, folders of these, folders that `datasets` saved, and `datasets`
-names. Everything is read into memory: fine-tuning data is small beside the model. A line that cannot be parsed does
-not stop the reading; it becomes a `BadRow` that says why, and what is done about it is decided where rows are used.
+Sources are JSONL, JSON, CSV, TSV, Parquet, Arrow and text files, patterns, folders of these, folders that `datasets` saved,
+and `datasets` names. Everything is read into memory: fine-tuning data is small beside the model. A line that cannot be parsed
+does not stop the reading; it becomes a `BadRow` that says why, and what is done about it is decided where rows are used.
 """
 
 from __future__ import annotations
