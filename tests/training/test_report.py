@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from lorakit.train import report
+from lorakit.errors import LorakitError
+from lorakit.files import folder
 from lorakit.train.evaluate import Answer, Evaluation
 from lorakit.train.report import RunRecord, draw_curves, json_lines, model_card, series_of, write_report
 
@@ -113,9 +114,9 @@ def test_a_write_that_fails_leaves_the_old_file(tmp_path: Path, monkeypatch: pyt
     def fail(*_: object) -> None:
         raise OSError("disk full")
 
-    monkeypatch.setattr(report.os, "replace", fail)
-    with pytest.raises(OSError, match="disk full"):
-        report.write_whole(tmp_path / "train.yaml", b"new")
+    monkeypatch.setattr(folder.os, "replace", fail)
+    with pytest.raises(LorakitError, match="disk full"):
+        folder.write_whole(tmp_path / "train.yaml", b"new")
     assert [path.name for path in tmp_path.iterdir()] == ["train.yaml"]
     assert (tmp_path / "train.yaml").read_text() == "old"
 

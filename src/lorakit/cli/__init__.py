@@ -25,6 +25,7 @@ from lorakit.cli import diff as diff_verb
 from lorakit.cli import evaluate as eval_verb
 from lorakit.cli import extract as extract_verb
 from lorakit.cli import generate as generate_verb
+from lorakit.cli import init as init_verb
 from lorakit.cli import inspect as inspect_verb
 from lorakit.cli import keys as keys_verb
 from lorakit.cli import merge as merge_verb
@@ -117,6 +118,7 @@ def _main(
 app.command(name="train", help=train_verb.HELP, context_settings=train_verb.CONTEXT, add_help_option=False)(
     train_verb.train
 )
+app.command(name="init", help=init_verb.HELP)(init_verb.init)
 app.command(name="eval", help=eval_verb.HELP, context_settings=eval_verb.CONTEXT)(eval_verb.evaluate)
 app.command(name="generate", help=generate_verb.HELP)(generate_verb.generate)
 app.command(name="chat", help=chat_verb.HELP)(chat_verb.chat)

@@ -27,6 +27,10 @@ ABOUT = (
 SEE_ALSO = (
     ("lorakit train --method dora --help", "the options of a method too (rank, alpha, dropout, ...)"),
     ("lorakit methods [dora]", "all methods, or all about one"),
+    (
+        "lorakit train CONFIG.yaml --check",
+        "check everything but the weights; show the first rows as the model sees them",
+    ),
     ("lorakit train --schema", "the JSON schema of the file, for editors"),
 )
 
@@ -47,12 +51,21 @@ def train(
     if not arguments or {"--help", "-h"} & set(arguments):
         out.print(usage([word for word in arguments if word not in ("--help", "-h")]))
         raise typer.Exit(0 if arguments else 2)
-    file, overrides = split_arguments(arguments)
+    only_check = "--check" in arguments
+    file, overrides = split_arguments([word for word in arguments if word != "--check"])
     log_to(err)
     from lorakit.train.config.run import load_config
 
     config = load_config(file, overrides)  # first, so that a mistake in it is told before transformers is imported
     show_log(err)
+    if only_check:
+        from lorakit.train import run_checkpoint
+        from lorakit.train.check import check, lines
+
+        with run_checkpoint.claimed(Path(config.train.output), config.train.resume, config.overwrite):
+            for line in lines(check(config), config):
+                out.print(line, markup=False)
+        return
     from lorakit.train.run import end_processes
     from lorakit.train.run import train as run
 

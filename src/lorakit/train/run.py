@@ -38,6 +38,7 @@ from lorakit.models.loading import load_model
 from lorakit.models.quantisation import Holding, holding
 from lorakit.models.tasks import check_causal
 from lorakit.train import run_checkpoint as checkpoint
+from lorakit.train.check import check_options
 from lorakit.train.config.run import TrainConfig, to_tree, to_yaml
 from lorakit.train.data.calibration_batches import calibration_batches
 from lorakit.train.data.classification import LabelledExample, class_names, prepare_labels
@@ -106,6 +107,7 @@ def train(config: TrainConfig, *, console: Console | None = None) -> TrainResult
 
 def _run(config: TrainConfig, console: Console | None) -> TrainResult:
     options = config.train
+    check_options(options)
     train_rows, held_rows = load_splits(config.data)
     device = "cuda" if torch.cuda.is_available() else None
     model, tokenizer = load_base(config, train_rows, device=device)

@@ -33,7 +33,8 @@ class DataOptions(Section, frozen=True):
     HEADINGS: ClassVar[Mapping[str, str]] = {"train": "Data", "format": "Rows, templates and labels"}
 
     train: str | Names = Field(
-        description="rows to train on: a JSONL, JSON, CSV, TSV or Parquet file, a folder, a `datasets` name, or a list of these"
+        description="rows to train on: a JSONL, JSON, CSV, TSV, Parquet, Arrow or text file, a pattern, a folder, a `datasets` "
+        "name, or a list of these"
     )
     evaluation: str | Names | None = option(None, "rows to evaluate on, given as for `train`")
     evaluation_size: int | float = option(

@@ -56,7 +56,8 @@ def detect_format(columns: Sequence[str], source: str = "the data") -> str:
     if found:
         raise LorakitError(f"{source}: the columns ({listed}) fit {' and '.join(found)}; choose by data.format")
     raise LorakitError(
-        f"{source}: the columns are {listed}; expected prompt and completion, or messages, or text. "
+        f"{source}: the columns are {listed}; expected prompt and completion, messages, "
+        "instruction and output (Alpaca), conversations (ShareGPT), or text. "
         "Say which columns these are by data.columns, e.g. {prompt: question, completion: answer}, "
         "or use them in a data.template with placeholders."
     )
@@ -117,6 +118,38 @@ def with_prompt(options: DataOptions, prompt: Prompt | None, rows: Rows) -> Data
     )
 
 
+SHAREGPT = {
+    "human": "user", "user": "user", "gpt": "assistant", "chatgpt": "assistant", "assistant": "assistant", "model": "assistant",
+    "system": "system", "observation": "tool", "tool": "tool", "function_call": "assistant",
+}  # fmt: skip
+"""ShareGPT's names of who speaks, and the roles."""
+
+
+def as_known(values: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A row in Alpaca's or ShareGPT's form as prompt and completion, or as messages; any other as it is."""
+    if {"instruction", "output"} <= set(values) and not {"prompt", "completion"} & set(values):
+        rest = {name: value for name, value in values.items() if name not in ("instruction", "input", "output")}
+        asked = [values["instruction"], *([values["input"]] if values.get("input") else [])]
+        prompt = "\n\n".join(asked) if all(isinstance(one, str) for one in asked) else values["instruction"]
+        return {**rest, "prompt": prompt, "completion": values["output"]}
+    if "conversations" in values and "messages" not in values:
+        rest = {name: value for name, value in values.items() if name != "conversations"}
+        turns = values["conversations"]
+        return {**rest, "messages": [_turn(one) for one in turns] if isinstance(turns, list) else turns}
+    return values
+
+
+def _turn(turn: Any) -> Any:
+    """A turn of ShareGPT's as a message; whoever speaks under another name keeps it, and is refused as a role."""
+    if not isinstance(turn, Mapping) or "from" not in turn:
+        return turn
+    speaker, value = str(turn["from"]), turn.get("value")
+    rest = {name: item for name, item in turn.items() if name not in ("from", "value")}
+    if speaker == "function_call" and isinstance(value, str):
+        return {**rest, "role": "assistant", "tool_calls": f'[{{"type": "function", "function": {value}}}]'}
+    return {**rest, "role": SHAREGPT.get(speaker, speaker), "content": value}
+
+
 MEANT = frozenset(
     {"system", "tools", "tool_calls", "functions", "function_call", "weight", "train", "chosen", "rejected", "label",
      "labels", "score", "image", "images", "audio", "audios", "video", "videos", "reasoning_content", "reasoning",
@@ -140,6 +173,8 @@ class RowReader:
         tools = any(values.get("tools") for _, values in self.fields)
         given = (options.template, tokenizer, options.system, options.template_arguments, tools)
         self.template = choose_template(*given)
+        if self.template is JOINED or self.template.is_chat:  # placeholders name the columns as they are
+            self.fields = [(row, as_known(values)) for row, values in self.fields]
         self.format = self._format()
         self.unused: Counter[str] = Counter()
         self.words = "none (text as it is)" if self.format == "text" else self.template.words

@@ -1,15 +1,18 @@
 """Rows of training data, each with the file and line it came from.
 
-Sources are JSONL, JSON, CSV, TSV and Parquet files, folders of these, folders that `datasets` saved, and `datasets`
-names. Everything is read into memory: fine-tuning data is small beside the model. A line that cannot be parsed does
-not stop the reading; it becomes a `BadRow` that says why, and what is done about it is decided where rows are used.
+Sources are JSONL, JSON, CSV, TSV, Parquet, Arrow and text files, patterns, folders of these, folders that `datasets` saved,
+and `datasets` names. Everything is read into memory: fine-tuning data is small beside the model. A line that cannot be parsed
+does not stop the reading; it becomes a `BadRow` that says why, and what is done about it is decided where rows are used.
 """
 
 from __future__ import annotations
 
+import bz2
 import csv
+import gzip
 import io
 import json
+import lzma
 import random
 import re
 import sys
@@ -94,6 +97,11 @@ def load_rows(source: str | Path | Sequence[str | Path], *, split: str = "train"
             raise LorakitError("load_rows: no source was given; name a file, a folder or a dataset")
         return _joined(parts, ", ".join(part.source for part in parts))
     path = Path(source)
+    if not path.exists() and re.search(r"[*?\[]", str(source)):
+        matched = sorted(one for one in path.parent.glob(path.name) if one.is_file())
+        if not matched:
+            raise LorakitError(f"load_rows: no file matches {source}")
+        return _joined([_read_file(one) for one in matched], str(source))
     if path.is_file():
         found = _read_file(path)
     elif path.is_dir():
@@ -110,15 +118,44 @@ def load_rows(source: str | Path | Sequence[str | Path], *, split: str = "train"
 
 
 def _read_file(path: Path) -> Rows:
-    reader = READERS.get(path.suffix.lower())
+    reader = READERS.get(_kind_of(path))
     if reader is None:
-        raise LorakitError(f"load_rows: {path} is not of a known kind; known are {', '.join(READERS)}")
+        raise LorakitError(
+            f"load_rows: {path} is not of a known kind; known are {', '.join(READERS)}, and these compressed "
+            f"({', '.join(COMPRESSED)})"
+        )
     try:
         found = list(reader(path))
     except OSError as error:
         raise LorakitError(f"load_rows: {path} cannot be read: {error}") from error
     bad = tuple(one for one in found if isinstance(one, BadRow))
     return Rows(tuple(one for one in found if isinstance(one, Row)), bad, str(path))
+
+
+COMPRESSED: dict[str, Callable[[bytes], bytes]] = {
+    ".gz": gzip.decompress, ".bz2": bz2.decompress, ".xz": lzma.decompress
+}  # fmt: skip
+"""Ways of compression by suffix: rows.jsonl.gz."""
+
+
+def _kind_of(path: Path) -> str:
+    """The suffix that says what a file holds, behind that of its compression."""
+    name = path.name.lower()
+    suffix = Path(name).suffix
+    return Path(Path(name).stem).suffix if suffix in COMPRESSED else suffix
+
+
+def _bytes(path: Path) -> bytes:
+    """A file's content, decompressed."""
+    raw = path.read_bytes()
+    if path.suffix.lower() in COMPRESSED:
+        try:
+            raw = COMPRESSED[path.suffix.lower()](raw)
+        except (OSError, EOFError, ValueError, lzma.LZMAError) as error:
+            raise LorakitError(f"load_rows: {path} is not a whole {path.suffix} file: {first_line(error)}") from None
+    if raw[:2] in (b"\xff\xfe", b"\xfe\xff"):
+        raise LorakitError(f"load_rows: {path} looks like UTF-16; save it as UTF-8")
+    return raw
 
 
 def _row(value: Any, where: str) -> Row | BadRow:
@@ -134,7 +171,7 @@ def _kind(value: Any) -> str:
 
 def _read_json_lines(path: Path) -> Iterator[Row | BadRow]:
     # Bytes are split at line feeds alone: text may hold U+2028 and its kin, which str.splitlines would split at.
-    for number, raw in enumerate(path.read_bytes().removeprefix(b"\xef\xbb\xbf").split(b"\n"), start=1):
+    for number, raw in enumerate(_bytes(path).removeprefix(b"\xef\xbb\xbf").split(b"\n"), start=1):
         where = f"{path}, line {number}"
         if not raw.strip():
             continue
@@ -149,7 +186,7 @@ def _read_json_lines(path: Path) -> Iterator[Row | BadRow]:
 
 
 def _decoded(path: Path) -> str:
-    raw = path.read_bytes()
+    raw = _bytes(path)
     try:
         return raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -161,6 +198,11 @@ def _read_json(path: Path) -> Iterator[Row | BadRow]:
     text = _decoded(path)
     start = len(text) - len(text.lstrip())
     if text[start : start + 1] != "[":
+        if (inner := _list_inside(text)) is not None:  # {"data": [...]}
+            name, values = inner
+            for number, value in enumerate(values, start=1):
+                yield _row(value, f"{path}, item {number} of {name}")
+            return
         yield from _read_json_lines(path)  # many a .json file holds an object per line
         return
     decoder = json.JSONDecoder()
@@ -182,9 +224,34 @@ def _read_json(path: Path) -> Iterator[Row | BadRow]:
         yield _row(value, f"{path}, line {line}")
 
 
-def _read_table(path: Path) -> Iterator[Row | BadRow]:
-    delimiter = "\t" if path.suffix.lower() == ".tsv" else ","
+def _list_inside(text: str) -> tuple[str, list[Any]] | None:
+    """The list of objects that a JSON object holds, if it holds one, and its name."""
+    try:
+        whole = json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+    lists = [
+        (name, value)
+        for name, value in (whole.items() if isinstance(whole, dict) else ())
+        if isinstance(value, list) and value and all(isinstance(one, dict) for one in value)
+    ]
+    # a row of messages is itself an object with one list of objects
+    return (
+        lists[0] if len(lists) == 1 and len(whole) == 1 and lists[0][0] not in ("messages", "conversations") else None
+    )
+
+
+def _read_text(path: Path) -> Iterator[Row | BadRow]:
     text = _decoded(path)
+    if text.strip():
+        yield Row({"text": text}, str(path))
+
+
+def _read_table(path: Path) -> Iterator[Row | BadRow]:
+    text = _decoded(path)
+    delimiter, head = "\t" if _kind_of(path) == ".tsv" else ",", text.split("\n", 1)[0]
+    if delimiter == "," and "," not in head and ";" in head:  # as spreadsheets write it where the comma is in numbers
+        delimiter = ";"
     limit = csv.field_size_limit(sys.maxsize)  # the default refuses texts above 128 KiB
     try:
         reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
@@ -219,8 +286,30 @@ def _read_parquet(path: Path) -> Iterator[Row | BadRow]:
         table = pyarrow.parquet.read_table(path)
     except (pyarrow.ArrowException, OSError) as error:
         raise LorakitError(f"load_rows: {path} is not a whole Parquet file: {first_line(error)}") from None
+    yield from _rows_of(table, path)
+
+
+def _rows_of(table: Any, path: Path) -> Iterator[Row]:
     for number, fields in enumerate(table.to_pylist(), start=1):
         yield Row(_without_nulls(fields), f"{path}, row {number}")
+
+
+def _read_arrow(path: Path) -> Iterator[Row | BadRow]:
+    try:
+        import pyarrow
+        import pyarrow.ipc  # type: ignore[import-untyped]
+    except ImportError:
+        raise LorakitError("load_rows: reading Arrow needs pyarrow: pip install pyarrow") from None
+    try:
+        with pyarrow.memory_map(str(path)) as file:
+            try:
+                table = pyarrow.ipc.open_file(file).read_all()
+            except pyarrow.ArrowInvalid:  # as `datasets` keeps them
+                file.seek(0)
+                table = pyarrow.ipc.open_stream(file).read_all()
+            yield from _rows_of(table, path)
+    except pyarrow.ArrowException as error:
+        raise LorakitError(f"load_rows: {path} is not a whole Arrow file: {first_line(error)}") from None
 
 
 def _without_nulls(fields: Mapping[str, Any]) -> dict[str, Any]:
@@ -242,6 +331,9 @@ READERS: dict[str, Callable[[Path], Iterator[Row | BadRow]]] = {
     ".csv": _read_table,
     ".tsv": _read_table,
     ".parquet": _read_parquet,
+    ".arrow": _read_arrow,
+    ".txt": _read_text,
+    ".md": _read_text,
 }
 """Kinds of files by their suffix."""
 
@@ -249,7 +341,9 @@ READERS: dict[str, Callable[[Path], Iterator[Row | BadRow]]] = {
 def _read_folder(path: Path, split: str) -> Rows:
     if (path / "dataset_info.json").is_file() or (path / "dataset_dict.json").is_file():
         return _saved_dataset(path, split)
-    files = sorted(p for p in path.iterdir() if p.is_file() and p.suffix.lower() in READERS)
+    files = sorted(p for p in path.iterdir() if p.is_file() and _kind_of(p) in READERS)
+    texts = [p for p in files if _kind_of(p) in (".txt", ".md")]
+    files = [p for p in files if p not in texts] or texts  # a README beside rows is no row
     if not files:
         raise LorakitError(f"load_rows: {path} holds no data files; known are {', '.join(READERS)}")
     named = {p: _split_of(p.stem) for p in files}

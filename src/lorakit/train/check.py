@@ -1,0 +1,182 @@
+"""What can be found wrong with a run before a weight of its base is read, and what the run will do.
+
+`check` reads the rows, the tokenizer and the base's configuration alone. A run begins with the same checks, so that a misspelt
+column, tracker, optimizer or layer does not wait for a model; `lorakit train --check` stops there and shows what it found.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+import math
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from lorakit.adapter.adapter import Adapter
+from lorakit.adapter.attachment import attach
+from lorakit.edits.contract import EditMethod
+from lorakit.errors import LorakitError, plural, unknown
+from lorakit.experts import RouterSpec
+from lorakit.models.loading import find_local, load_tokenizer
+from lorakit.models.stored import skeleton
+from lorakit.train.config.options import TrainConfig, TrainOptions
+from lorakit.train.data.examples import Example, Prepared, load_splits, prepare
+from lorakit.train.data.tokenise import IGNORED
+from lorakit.train.trainer import make_optimizer, training_arguments
+
+log = logging.getLogger("lorakit.train")
+
+TRACKERS = {
+    "tensorboard": ("tensorboard", "tensorboardX"), "wandb": ("wandb",), "trackio": ("trackio",), "mlflow": ("mlflow",),
+    "comet_ml": ("comet_ml",), "neptune": ("neptune",), "clearml": ("clearml",), "swanlab": ("swanlab",),
+    "dvclive": ("dvclive",), "codecarbon": ("codecarbon",), "flyte": ("flytekit",), "azure_ml": ("azureml",),
+    "dagshub": ("dagshub", "mlflow"),
+}  # fmt: skip
+"""transformers' names of experiment trackers, and the packages any of which each needs."""
+
+
+@dataclass(frozen=True)
+class Checked:
+    """What a check found.
+
+    Attributes:
+        prepared: the training examples and their report; None for a classifier, whose head needs the model.
+        evaluation: rows held out, None for none.
+        adapter: the adapter on the base's shapes, without weights; None where these cannot be had.
+        steps: optimiser steps of the run.
+        tokenizer: the base's.
+    """
+
+    prepared: Prepared | None
+    evaluation: Prepared | None
+    adapter: Adapter | None
+    steps: int
+    tokenizer: Any
+
+    def shown(self, count: int = 2) -> list[str]:
+        """The first examples as the model will see them, each learned stretch between ⟦ and ⟧."""
+        return [marked(one, self.tokenizer) for one in (self.prepared.examples[:count] if self.prepared else ())]
+
+
+def marked(example: Example, tokenizer: Any) -> str:
+    """An example's text, each learned stretch between ⟦ and ⟧."""
+    pieces, start = [], 0
+    flags = [label != IGNORED for label in example.labels]
+    for at in range(1, len(flags) + 1):
+        if at == len(flags) or flags[at] != flags[at - 1]:
+            text = str(tokenizer.decode(example.input_ids[start:at]))
+            pieces.append(f"⟦{text}⟧" if flags[start] else text)
+            start = at
+    return "".join(pieces)
+
+
+def check_options(options: TrainOptions) -> None:
+    """Refuse an optimizer or a tracker that this run could not use.
+
+    Raises:
+        LorakitError: with what would work.
+    """
+    for tracker in options.report_to:
+        if tracker in ("none", "all"):
+            continue
+        if tracker not in TRACKERS:
+            raise unknown("experiment tracker", tracker, TRACKERS)
+        if not any(importlib.util.find_spec(name) for name in TRACKERS[tracker]):
+            raise LorakitError(f"train.report_to: {tracker} is not installed: pip install {TRACKERS[tracker][0]}")
+    if options.optimizer.lower() == "lbfgs":
+        raise LorakitError(
+            "train.optimizer: LBFGS asks for the loss several times a step, which a run over batches cannot give; use adamw"
+        )
+    trial = nn.Parameter(torch.zeros(2, 2))
+    if "galore" not in options.optimizer and "paged" not in options.optimizer and "8bit" not in options.optimizer:
+        make_optimizer(options.optimizer, [{"params": [trial]}], options.learning_rate, options.optimizer_options)
+
+
+def check(config: TrainConfig) -> Checked:
+    """Check a run without reading the weights of its base.
+
+    Raises:
+        LorakitError: the first thing that is wrong.
+    """
+    check_options(config.train)
+    rows, held = load_splits(config.data)
+    local = find_local(config.model)
+    tokenizer: Any = None
+    if local is None or (local.is_dir() and (local / "config.json").exists()):
+        tokenizer = load_tokenizer(config.model if local is None else str(local), {})
+    prepared = evaluation = None
+    if tokenizer is not None and config.task == "causal-lm":
+        prepared = prepare(rows, tokenizer, config.data)
+        evaluation = prepare(held, tokenizer, config.data) if held is not None else None
+    training_arguments(config, evaluates=held is not None)
+    adapter = on_shapes(config, tokenizer) if config.task == "causal-lm" and tokenizer is not None else None
+    if adapter is not None:
+        check_space(config, adapter.num_parameters())
+    examples = len(prepared.examples) if prepared is not None else len(rows)
+    per_epoch = math.ceil(examples / (config.train.batch_size * config.train.gradient_accumulation))
+    steps = config.train.max_steps or math.ceil(per_epoch * config.train.epochs)
+    return Checked(prepared, evaluation, adapter, steps, tokenizer)
+
+
+def on_shapes(config: TrainConfig, tokenizer: Any) -> Adapter | None:
+    """The adapter of a run on the shapes of its base, on the meta device: targets, ranks and patterns must fit; None where the
+    base's class is none of transformers', or the method needs more than shapes."""
+    if isinstance(config.method, RouterSpec) or config.quantize is not None:
+        return None
+    local = find_local(config.model)
+    try:
+        model = skeleton(config.model if local is None else local, guess=True)
+    except (LorakitError, OSError, ValueError) as problem:
+        log.debug("no shapes of %s: %s", config.model, problem)
+        return None
+    method = config.method
+    if isinstance(method, EditMethod):
+        method = method.with_tokenizer(tokenizer)
+    arguments = {**config.attach_arguments(), "init": "default"}
+    return attach(model, method, **arguments)
+
+
+def check_space(config: TrainConfig, parameters: int) -> None:
+    """Refuse a run whose checkpoints do not fit on the disk: float32 tensors and two moments of each.
+
+    Raises:
+        LorakitError: with what is needed and what is free.
+    """
+    place = Path(config.train.output).absolute()
+    while not place.exists():
+        place = place.parent
+    kept = config.train.save_total_limit or 1
+    needed, free = parameters * 4 * (3 * kept + 1), shutil.disk_usage(place).free
+    if needed > free:
+        raise LorakitError(
+            f"train: {plural(kept, 'checkpoint')} and the adapter need {needed / 1e9:.1f} GB, and {place} has {free / 1e9:.1f} "
+            "GB free; choose another train.output, or a smaller train.save_total_limit"
+        )
+
+
+def lines(checked: Checked, config: TrainConfig) -> Sequence[str]:
+    """What a check found, in words."""
+    said: list[str] = []
+    for what, one in (("data", checked.prepared), ("evaluation data", checked.evaluation)):
+        said += [f"{what}: {line}" for line in one.report.lines()] if one is not None else []
+    for number, text in enumerate(checked.shown(), start=1):
+        said += ["", f"example {number}, learned between ⟦ and ⟧:", text]
+    said.append("")
+    if checked.adapter is not None:
+        paths = list(checked.adapter.layers)
+        shown = ", ".join(paths[:6]) + (f" and {len(paths) - 6} more" if len(paths) > 6 else "")
+        said.append(
+            f"adapter: {checked.adapter.num_parameters():,} parameters on {plural(len(paths), 'layer')}: {shown}"
+        )
+        trained = f"{checked.adapter.num_parameters() * 16 / 1e9:.2f} GB"
+        said.append(f"memory of the adapter, its gradients and AdamW's moments: {trained} (lorakit plan: all of it)")
+    else:
+        said.append("adapter: not checked, since the base gives no shapes without its weights here")
+    said.append(f"steps: {checked.steps:,}, batch size {config.train.batch_size * config.train.gradient_accumulation}")
+    return said

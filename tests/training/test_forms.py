@@ -1,0 +1,98 @@
+"""Rows as people have them: Alpaca, ShareGPT, compressed files, globs, texts, and files that are almost right."""
+
+from __future__ import annotations
+
+import bz2
+import gzip
+import json
+import lzma
+from pathlib import Path
+
+import pytest
+from tests.training.test_data import CHAT, byte_pairs, learned, options, rows_of, text_of, write
+from tests.training.test_rows import TOOL, TOOLS
+
+from lorakit.errors import LorakitError
+from lorakit.train.data.examples import prepare
+from lorakit.train.data.reading import load_rows
+
+PAIRS = [{"prompt": "a", "completion": "yes"}, {"prompt": "b", "completion": "no"}]
+
+
+def test_alpaca_with_and_without_input() -> None:
+    tokenizer = byte_pairs(CHAT)
+    rows = [{"instruction": "add", "input": "2+2", "output": "4"}, {"instruction": "add", "input": "", "output": "4"}]
+    made = prepare(rows_of(*rows), tokenizer, options())
+    assert "user\nadd\n\n2+2<|im_end|>" in text_of(tokenizer, made.examples[0])
+    assert "user\nadd<|im_end|>" in text_of(tokenizer, made.examples[1])
+    assert learned(tokenizer, made.examples[1]) == ["4<|im_end|>\n"]
+    same = prepare(rows_of(rows[0]), tokenizer, options(template="{instruction}|{input}|{output}")).examples
+    assert text_of(tokenizer, same[0]).startswith("add|2+2|4")  # a template names the columns as they are
+
+
+def test_sharegpt() -> None:
+    turns = [{"from": "human", "value": "rain?"}, {"from": "gpt", "value": "no."}]
+    tokenizer = byte_pairs(CHAT)
+    row = {"conversations": [{"from": "system", "value": "S"}, *turns]}
+    [example] = prepare(rows_of(row), tokenizer, options()).examples
+    assert text_of(tokenizer, example).startswith("<|im_start|>system\nS<|im_end|>\n<|im_start|>user\nrain?")
+    assert learned(tokenizer, example) == ["no.<|im_end|>\n"]
+    called = [
+        turns[0],
+        {"from": "function_call", "value": '{"name": "rain", "arguments": {"city": "Rome"}}'},
+        {"from": "observation", "value": "none"},
+        turns[1],
+    ]
+    tokenizer = byte_pairs(TOOLS)
+    [example] = prepare(rows_of({"conversations": called, "tools": json.dumps([TOOL])}), tokenizer, options()).examples
+    assert learned(tokenizer, example)[0] == '<call>rain {"city": "Rome"}</call><|im_end|>\n'
+    with pytest.raises(LorakitError, match='has the role "humna"'):
+        prepare(rows_of({"conversations": [{"from": "humna", "value": "a"}, turns[1]]}), tokenizer, options())
+
+
+@pytest.mark.parametrize(("suffix", "pack"), [(".gz", gzip.compress), (".bz2", bz2.compress), (".xz", lzma.compress)])
+def test_compressed_files(suffix: str, pack: object, tmp_path: Path) -> None:
+    plain = write(tmp_path / "rows.jsonl", PAIRS)
+    packed = tmp_path / f"rows.jsonl{suffix}"
+    packed.write_bytes(pack(plain.read_bytes()))  # type: ignore[operator]
+    assert [row.fields for row in load_rows(packed).rows] == PAIRS
+    packed.write_bytes(packed.read_bytes()[:20])
+    with pytest.raises(LorakitError, match="is not a whole"):
+        load_rows(packed)
+
+
+def test_globs_texts_and_arrow(tmp_path: Path) -> None:
+    import pyarrow
+
+    for number, row in enumerate(PAIRS):
+        write(tmp_path / f"part-{number}.jsonl", [row])
+    assert [row.fields for row in load_rows(str(tmp_path / "part-*.jsonl")).rows] == PAIRS
+    with pytest.raises(LorakitError, match="no file matches"):
+        load_rows(str(tmp_path / "absent-*.jsonl"))
+    (tmp_path / "README.md").write_text("not a row")
+    assert len(load_rows(tmp_path)) == 2
+    texts = tmp_path / "texts"
+    texts.mkdir()
+    (texts / "a.md").write_text("# one")
+    (texts / "b.txt").write_text("two")
+    assert [row.fields for row in load_rows(texts).rows] == [{"text": "# one"}, {"text": "two"}]
+    table = pyarrow.Table.from_pylist(PAIRS)
+    for opened, name in ((pyarrow.ipc.new_file, "file"), (pyarrow.ipc.new_stream, "stream")):
+        with opened(str(tmp_path / f"{name}.arrow"), table.schema) as writer:
+            writer.write_table(table)
+        assert [row.fields for row in load_rows(tmp_path / f"{name}.arrow").rows] == PAIRS
+    (tmp_path / "file.arrow").write_bytes(b"none")
+    with pytest.raises(LorakitError, match="not a whole Arrow file"):
+        load_rows(tmp_path / "file.arrow")
+
+
+def test_files_that_are_almost_right(tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_text(json.dumps({"data": PAIRS}, indent=2))
+    assert [row.fields for row in load_rows(tmp_path / "a.json").rows] == PAIRS
+    (tmp_path / "b.json").write_text(json.dumps({"messages": [{"role": "user", "content": "a"}]}))
+    assert load_rows(tmp_path / "b.json").columns == ("messages",)
+    (tmp_path / "c.csv").write_text("prompt;completion\na;yes\nb;no\n")
+    assert [row.fields for row in load_rows(tmp_path / "c.csv").rows] == PAIRS
+    (tmp_path / "d.jsonl").write_text(json.dumps(PAIRS[0]), encoding="utf-16")
+    with pytest.raises(LorakitError, match="looks like UTF-16"):
+        load_rows(tmp_path / "d.jsonl")
