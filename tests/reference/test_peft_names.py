@@ -253,6 +253,21 @@ def test_every_method_trains_and_is_read_by_peft(name: str, options: dict[str, A
         assert_same(ours_now, theirs_now)
 
 
+def test_adalora_has_the_penalty_of_peft() -> None:
+    options = {"init_r": 3, "target_r": 2, "total_step": 10, "target_modules": ["q_proj"], "task_type": "CAUSAL_LM"}
+    with quiet():
+        theirs = peft.get_peft_model(MODELS["llama"](), peft.AdaLoraConfig(**options))
+    own = ours.get_peft_model(MODELS["llama"](), ours.AdaLoraConfig(**options))
+    trained = [(key, one) for key, one in theirs.named_parameters() if one.requires_grad and "ranknum" not in key]
+    scramble(iter(trained))
+    values = {key: one.clone() for key, one in peft.get_peft_model_state_dict(theirs).items()}
+    ours.set_peft_model_state_dict(own, values)
+    ids = inputs("llama")["input_ids"]
+    found, wanted = (model.eval()(input_ids=ids, labels=ids).loss for model in (own, theirs))
+    torch.testing.assert_close(found, wanted, check_dtype=False, rtol=1e-5, atol=1e-6)
+    assert (own.get_base_model()(input_ids=ids, labels=ids).loss - found).abs() > 0.1
+
+
 def test_merging_for_a_while_and_the_base() -> None:
     own = ours.get_peft_model(MODELS["llama"](), ours.LoraConfig(target_modules=["q_proj"], init_lora_weights=False))
     base, adapted = logits(MODELS["llama"](), "llama"), logits(own, "llama")

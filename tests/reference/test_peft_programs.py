@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -301,6 +303,65 @@ def test_compile_and_export() -> None:
         torch.testing.assert_close(compiled(input_ids=ids, use_cache=False).logits, wanted)
         program = torch.export.export(model, (), {"input_ids": ids, "use_cache": False})
         torch.testing.assert_close(program.module()(input_ids=ids, use_cache=False).logits, wanted)
+
+
+# -- programs that import PEFT by themselves -----------------------------------------------------------------------------------
+
+SCRIPTS = {
+    "transformers": """
+model = transformers.LlamaForCausalLM(transformers.LlamaConfig(vocab_size=43, hidden_size=32, intermediate_size=48,
+    num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2))
+ids = torch.arange(8)[None] + 3
+run = lambda: model(input_ids=ids).logits.detach()
+wanted = run()
+model.add_adapter(peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False), adapter_name="one")
+model.add_adapter(peft.LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False), adapter_name="two")
+assert model.active_adapters() == ["two"]
+""",
+    "diffusers": """
+import diffusers
+model = diffusers.UNet2DConditionModel(sample_size=8, in_channels=4, out_channels=4, layers_per_block=1,
+    block_out_channels=(32, 64), down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+    up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"), cross_attention_dim=32, attention_head_dim=8, norm_num_groups=8)
+model.eval().requires_grad_(False)
+noise, text = torch.randn(2, 4, 8, 8), torch.randn(2, 5, 32)
+run = lambda: model(noise, torch.tensor([3, 7]), encoder_hidden_states=text).sample.detach()
+wanted = run()
+names = ["to_k", "to_q", "to_v", "to_out.0"]
+model.add_adapter(peft.LoraConfig(r=4, target_modules=names, init_lora_weights=False), adapter_name="one")
+model.add_adapter(peft.LoraConfig(r=2, target_modules=names, init_lora_weights=False), adapter_name="two")
+""",
+}
+ENDING = """
+two = run()
+assert not torch.allclose(two, wanted)
+model.set_adapter("one")
+one = run()
+assert not torch.allclose(one, two)
+for switch, expected in (("disable", wanted), ("enable", one)):
+    (getattr(model, f"{switch}_adapters", None) or getattr(model, f"{switch}_lora"))()
+    assert torch.allclose(run(), expected, atol=1e-6), switch
+assert all("lora" in name or "deltas" in name for name, p in model.named_parameters() if p.requires_grad)
+"""
+SAVED = """
+folder = tempfile.mkdtemp()
+model.save_lora_adapter(folder, adapter_name="one")
+model.delete_adapters(["one", "two"])
+assert torch.allclose(run(), wanted, atol=1e-6)
+model.load_lora_adapter(folder, prefix=None, adapter_name="again", weight_name="pytorch_lora_weights.safetensors")
+assert torch.allclose(run(), one, atol=1e-6)
+print("ran", folder)
+"""
+
+
+@pytest.mark.parametrize("library", SCRIPTS)
+def test_models_with_adapters_of_their_own(library: str) -> None:
+    """add_adapter, set_adapter, switching off and on, and diffusers' files, with sys.modules["peft"] = lorakit.peft."""
+    start = "import sys, tempfile, torch, lorakit.peft as peft\nsys.modules['peft'] = peft\nimport transformers\n"
+    ending = ENDING + (SAVED if library == "diffusers" else "print('ran')")
+    script = start + "torch.manual_seed(0)" + SCRIPTS[library] + ending
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert done.stdout.startswith("ran"), done.stderr[-3000:]
 
 
 # -- the hub -------------------------------------------------------------------------------------------------------------------

@@ -24,8 +24,6 @@ from types import ModuleType
 from typing import Any
 
 from lorakit.adapter.adapter import adapters as adapters
-from lorakit.core.layer import Adapted as BaseTunerLayer
-from lorakit.core.layer import Adapted as LoraLayer
 from lorakit.core.replacement import Replacement as ModulesToSaveWrapper
 from lorakit.errors import LorakitError as PeftError
 from lorakit.peft.attaching import preprocess_corda, preprocess_loraga
@@ -47,6 +45,7 @@ from lorakit.peft.functions import (
     cast_mixed_precision_params,
     check_if_peft_model,
     create_loraplus_optimizer,
+    delete_adapter,
     get_layer_status,
     get_model_status,
     get_peft_model_state_dict,
@@ -58,6 +57,7 @@ from lorakit.peft.functions import (
     set_peft_model_state_dict,
     update_signature,
 )
+from lorakit.peft.layers import BaseTunerLayer
 from lorakit.peft.model import (
     MODEL_TYPE_TO_PEFT_MODEL_MAPPING,
     PeftMixedModel,
@@ -77,6 +77,7 @@ __version__ = "0.21.2"
 """The version of PEFT whose names these are."""
 TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING = DEFAULT_TARGETS
 LoraModel = Tuner
+LoraLayer = BaseTunerLayer
 
 _ELSEWHERE = {
     "ArrowConfig": "lorakit.route with a router over adapters",
@@ -86,6 +87,7 @@ _ELSEWHERE = {
     "save_as_lora": "lorakit.resize and Adapter.save",
     "create_arrow_model": "lorakit.route with a router over adapters",
     "create_lorafa_optimizer": "lorakit.LoRAFA",
+    "build_peft_weight_mapping": "lorakit.load(model, folder)",
     "find_kappa_target_modules": "",
     "get_base_model_state_dict": "model.get_base_model().state_dict()",
     "set_base_model_state_dict": "model.get_base_model().load_state_dict",
@@ -231,6 +233,7 @@ __all__ = [
     "cast_mixed_precision_params",
     "check_if_peft_model",
     "create_loraplus_optimizer",
+    "delete_adapter",
     "get_layer_status",
     "get_model_status",
     "get_peft_config",

@@ -22,6 +22,7 @@ from lorakit.files.interchange import COMMON, asked_targets, heads_for
 from lorakit.init import EVA, CorDA, Initialiser, LoftQ, LoRAGA, Orthogonal, PiSSA
 from lorakit.init.calibration import Batch
 from lorakit.peft.configs import PeftConfig, default_of
+from lorakit.peft.layers import as_tuner_layers
 from lorakit.peft.targets import default_targets, feedforward_targets
 
 _seen: WeakKeyDictionary[nn.Module, list[Batch]] = WeakKeyDictionary()
@@ -73,6 +74,7 @@ def attach_config(
             options.get("init_weights") is False and default_of(config, "init_weights") is True
         ):
             _away_from_base(adapter)
+    as_tuner_layers(model)
     if config.inference_mode:
         adapter.requires_grad_(False)
     return adapter

@@ -19,6 +19,7 @@ from lorakit.core.using import activate
 from lorakit.errors import LorakitError, unknown
 from lorakit.files.bundle import read_tensors
 from lorakit.files.filling import fill
+from lorakit.files.formats import format_of
 from lorakit.files.interchange import PREFIX, names_in, plain_names, tensors_of
 from lorakit.optim.groups import parameter_groups
 from lorakit.peft.attaching import attach_config, eva_start, full_precision
@@ -46,9 +47,15 @@ def inject_adapter_in_model(
 ) -> nn.Module:
     """A new adapter on the model itself, without a wrapper."""
     attach_config(model, peft_config, adapter_name)
+    cast(Any, model).peft_config = {**getattr(model, "peft_config", {}), adapter_name: peft_config}
     if state_dict is not None:
         set_peft_model_state_dict(model, state_dict, adapter_name)
     return model
+
+
+def delete_adapter(model: nn.Module, adapter_name: str, prefix: str = "") -> None:
+    """Take an adapter off the model itself."""
+    detach(_base(model), adapter_name)
 
 
 def get_peft_model_state_dict(
@@ -74,7 +81,8 @@ def set_peft_model_state_dict(
     def refuse(message: str) -> None:
         raise LorakitError(message)
 
-    fill(adapter, names_in(peft_model_state_dict, plain, where), plain, where, refuse)
+    named = names_in(peft_model_state_dict, plain, where)
+    fill(adapter, format_of(adapter.method.name).from_file(adapter.method, named, {}, ()), plain, where, refuse)
     return torch.nn.modules.module._IncompatibleKeys([], [])
 
 

@@ -66,6 +66,18 @@ class Tuner(nn.Module):
             return getattr(self.model, name)
 
 
+def _penalty(tuner: Any, args: Any, output: Any) -> Any:
+    """After a call: AdaLoRA's share of the loss, how far the factors of the adapters that act are from orthonormal ones."""
+    loss, known = getattr(output, "loss", None), adapters(tuner.model)
+    for name in state_of(tuner.model).routing.names if loss is not None else ():
+        deltas: list[Any] = [delta for _, _, delta in known[name].deltas()]
+        if known[name].method.name == "adalora":
+            squares = [square for own in deltas for square in (own.Q @ own.Q.T, own.P.T @ own.P)]
+            apart = [torch.linalg.matrix_norm(one - torch.eye(len(one)).to(one)) for one in squares]
+            output.loss = loss = loss + known[name].method.orthogonality * torch.stack(apart).mean()
+    return output
+
+
 _SIGNED: dict[tuple[type, type], Any] = {}
 
 
@@ -190,6 +202,8 @@ class PeftModel(AlsoPefts, nn.Module):
             full_precision(adapter)
         if before is not None:
             activate(model, before)
+        if peft_config.peft_type == "ADALORA" and not self.base_model._forward_hooks:
+            self.base_model.register_forward_hook(_penalty)
         self.peft_config[adapter_name] = peft_config
 
     def delete_adapter(self, adapter_name: str) -> None:
