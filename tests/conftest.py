@@ -5,6 +5,7 @@ such a test is skipped with a reason, unless LORAKIT_REQUIRE_MODEL is set, as `m
 instead, so that no run looks complete that was not.
 """
 
+import gc
 import logging
 import os
 from collections.abc import Iterator
@@ -37,6 +38,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("model"):
             item.add_marker(pytest.mark.skip(reason="the model is not fetched; `make data` does"))
+
+
+def pytest_collection_finish() -> None:
+    """What has been imported and collected stays: the garbage collector need not look through it again and again."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)
