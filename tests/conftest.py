@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 
 import material
+from parts import Parts
 
 # Test runs print no progress bars, and ask no network whatever the machine has.
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
@@ -29,6 +30,17 @@ def has_material() -> bool:
     """Whether the model and the four texts are there; their content was checked when they were fetched."""
     texts = [material.cache_root() / "texts" / source.file for source in material.TEXTS.values()]
     return all(path.exists() for path in [MODEL, *texts])
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """What `make test` asks for."""
+    parser.addoption("--parts", action="store_true", help="one line per part (a folder of tests) instead of dots")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Lines per part come from the process that reports, and from no worker."""
+    if config.getoption("--parts") and not hasattr(config, "workerinput"):
+        config.pluginmanager.register(Parts(config))
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
