@@ -16,6 +16,9 @@ TESTS ?=
 # The first of these that is new enough makes .venv; PYTHON=... names another.
 PYTHON ?=
 
+# What `make test` shows of a run: a line per part, and all about a failure.
+SHOWN := -q --no-header --disable-warnings --parts
+
 .DEFAULT_GOAL := help
 .PHONY: help demo test lint format docs docs-serve sweep install install-test data clean
 .DELETE_ON_ERROR:
@@ -45,8 +48,10 @@ demo: data
 
 # The fast tests on every processor, a thread each; those on the real model after them, one by one.
 test: install-test $(if $(FAST),,data)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto -m "not model and not slow" $(TESTS)
-	$(if $(FAST),,LORAKIT_REQUIRE_MODEL=1 $(BIN)/python -m pytest -m "model or slow" $(TESTS))
+	@echo "fast tests: passed, skipped and seconds by part"
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto $(SHOWN) -m "not model and not slow" $(TESTS)
+	$(if $(FAST),,@echo "tests on the real model, and slow ones")
+	$(if $(FAST),,@LORAKIT_REQUIRE_MODEL=1 $(BIN)/python -m pytest $(SHOWN) -m "model or slow" $(TESTS))
 
 lint: install-test
 	$(BIN)/ruff format --check .

@@ -5,6 +5,7 @@ such a test is skipped with a reason, unless LORAKIT_REQUIRE_MODEL is set, as `m
 instead, so that no run looks complete that was not.
 """
 
+import gc
 import logging
 import os
 from collections.abc import Iterator
@@ -14,6 +15,7 @@ from typing import Any
 import pytest
 
 import material
+from parts import Parts
 
 # Test runs print no progress bars, and ask no network whatever the machine has.
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
@@ -30,6 +32,17 @@ def has_material() -> bool:
     return all(path.exists() for path in [MODEL, *texts])
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """What `make test` asks for."""
+    parser.addoption("--parts", action="store_true", help="one line per part (a folder of tests) instead of dots")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Lines per part come from the process that reports, and from no worker."""
+    if config.getoption("--parts") and not hasattr(config, "workerinput"):
+        config.pluginmanager.register(Parts(config))
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Skip the model tests where the material is missing and nobody insists."""
     if has_material() or os.environ.get("LORAKIT_REQUIRE_MODEL"):
@@ -37,6 +50,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("model"):
             item.add_marker(pytest.mark.skip(reason="the model is not fetched; `make data` does"))
+
+
+def pytest_collection_finish() -> None:
+    """What has been imported and collected stays: the garbage collector need not look through it again and again."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

@@ -133,13 +133,13 @@ def written_expert_by_expert(patch: pytest.MonkeyPatch) -> None:
 
 
 def up_for_gate(patch: pytest.MonkeyPatch) -> None:
-    join = experts._joined
-    patch.setattr(experts, "_joined", lambda gate, up, stack: join(up, gate, stack))
+    join = experts.joined
+    patch.setattr(experts, "joined", lambda gate, up, stack: join(up, gate, stack))
 
 
 def layout_not_asked(patch: pytest.MonkeyPatch) -> None:
     """What a file says of its columns is not read."""
-    patch.setattr(experts, "_grouped", lambda config, name: False)
+    patch.setattr(experts, "is_grouped", lambda config, name: False)
 
 
 PLANTED: tuple[tuple[Law, Plant], ...] = (

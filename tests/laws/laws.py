@@ -366,12 +366,13 @@ def forward_writes_nothing(case: Case) -> None:
         subject = case.subject("one", "other", batch=len(ROUTE))
         subject.model.train(training)
         routes: list[Any] = ["one", {"one": 0.7, "other": -0.4}, None, ROUTE]
+        before = snapshot(subject)
         for call in subject.calls[: case.kind.batched if training else 1]:
             for route in routes:
-                before = snapshot(subject)
                 first = subject.run(route, call)
                 assert_same(before, snapshot(subject))
                 assert torch.equal(first, subject.run(route, call)), "a second pass gives another result"
+        assert_same(before, snapshot(subject))
 
 
 def snapshot(subject: Subject) -> dict[str, Any]:

@@ -464,7 +464,7 @@ def lazy_product_without_the_change(patch: pytest.MonkeyPatch) -> None:
 
 def lazy_index_forgets_a_factor(patch: pytest.MonkeyPatch) -> None:
     """Experts are gathered from W and U, and V's first stand for all."""
-    planted = lambda w, index: w._as(w.W[index], w.U[index], w.V[torch.zeros_like(index)])  # noqa: E731
+    planted = lambda w, index: w._as(w.W[index], (w.U[index], w.V[torch.zeros_like(index)]))  # noqa: E731
     patch.setitem(lazy_sum._ANSWERS, Tensor.__getitem__, planted)
 
 

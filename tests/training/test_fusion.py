@@ -5,6 +5,7 @@ Compiling takes seconds, so most tests run the functions uncompiled (they are pl
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -12,7 +13,7 @@ import pytest
 import torch
 import transformers as tf
 from tests.training.test_packed import MODELS, build, gradients, make_examples, oracle
-from torch import Tensor
+from torch import Tensor, nn
 
 from lorakit.native import replacement
 from lorakit.train.step import fusion
@@ -133,6 +134,39 @@ def test_a_module_that_only_looks_like_one_is_left_alone(uncompiled: None) -> No
     with fused(model) as report:
         assert "forward" not in vars(model.model.norm)
         assert report.norms == 2 * model.config.num_hidden_layers
+
+
+@pytest.mark.parametrize(
+    "problem", [KeyError("layer_idx"), AttributeError("config"), None], ids=["key", "attribute", "tuple"]
+)
+def test_what_raises_when_it_is_tried_is_left_alone(
+    problem: Exception | None, uncompiled: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A trial that fails in any way means "not this way", and the run goes on (gpt-oss)."""
+    model: Any = MODELS["llama"]()
+
+    def fails(x: Tensor, *_: Any) -> Any:
+        if problem is not None:
+            raise problem
+        return (x,)
+
+    class AskingRMSNorm(type(model.model.norm)):  # type: ignore[misc]
+        def forward(self, x: Tensor) -> Any:
+            return fails(super().forward(x))
+
+    class Asking(nn.Module):
+        def forward(self, x: Tensor) -> Any:
+            return fails(x)
+
+    model.model.norm.__class__ = AskingRMSNorm
+    model.model.layers[0].mlp.act_fn = Asking()
+    monkeypatch.setattr(sys.modules[type(model).__module__], "apply_rotary_pos_emb", fails)
+    with fused(model) as report:
+        assert "forward" not in vars(model.model.norm)
+        assert "forward" not in vars(model.model.layers[0].mlp)
+        assert report.norms == 2 * model.config.num_hidden_layers
+        assert report.gates == model.config.num_hidden_layers - 1
+        assert report.rotaries == 0
 
 
 def test_no_compiler_means_off(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:

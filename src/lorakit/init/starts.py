@@ -6,6 +6,7 @@ This is where an initialiser, which knows numbers, meets a model, which has laye
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 from collections.abc import Generator, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -235,13 +236,14 @@ def settable(delta: Delta) -> LowRank | None:
     return None if low is None or type(low).set_factors is LowRank.set_factors else low
 
 
-def _settable_methods() -> list[str]:
+@functools.cache
+def _settable_methods() -> tuple[str, ...]:
     names, shape = [], Shape(64, 64)
     for name, method in METHODS.items():
         with contextlib.suppress(LorakitError, TypeError):  # a method with options that have no default
             if settable(method().build(shape, Pool([shape]))) is not None:
                 names.append(name)
-    return names
+    return tuple(names)
 
 
 # -- ranks -----------------------------------------------------------------------------------------------------------------

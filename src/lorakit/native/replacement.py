@@ -133,10 +133,12 @@ def find_gated(module: nn.Module) -> Gated | None:
     act: Any = parts[3]
     x = torch.linspace(-4, 4, 33, device=first.device)
     one = torch.ones_like(x)
-    with torch.no_grad():
-        kind = next(
-            (kind for kind, (formula, _) in GATES.items() if torch.allclose(act(x), formula(x, one), atol=1e-6)), ""
-        )
+    try:
+        with torch.no_grad():
+            found = (kind for kind, (formula, _) in GATES.items() if torch.allclose(act(x), formula(x, one), atol=1e-6))
+            kind = next(found, "")
+    except Exception:  # an activation may ask for anything: then it is none of these
+        return None
     if not kind or not _agrees(module, Gated(module, kind).formula, (1, 3, width), first):
         return None
     return Gated(module, kind)
@@ -150,14 +152,14 @@ def _agrees(module: nn.Module, formula: Forward, shape: tuple[int, ...], like: T
     try:
         module.eval()  # an adapter's dropout would tell the two apart
         with torch.no_grad():
-            expected, found = module(x), formula(x)
-    except (RuntimeError, TypeError):
+            expected, found = module(x).double(), formula(x).double()
+            gap, largest = (expected - found).abs().max(), expected.abs().max().clamp_min(1e-30)
+    except Exception:  # whatever a module wants otherwise, or returns: it is not this one
         return False
     finally:
         module.train(training)
     bound = 8 * torch.finfo(dtype).eps if dtype != torch.float64 else 1e-5
-    gap = (expected.double() - found.double()).abs().max()
-    return bool(gap <= bound * expected.double().abs().max().clamp_min(1e-30))
+    return bool(gap <= bound * largest)
 
 
 def _replace_rotary(modelling: Any, turn: Turn, undo: list[Callable[[], None]]) -> bool:
@@ -177,7 +179,7 @@ def _replace_rotary(modelling: Any, turn: Turn, undo: list[Callable[[], None]]) 
             turned = [(rotate(x[0].transpose(0, 1), cos, sin).transpose(0, 1)[None], expected) for x, expected in pairs]
             if not all(torch.allclose(found, expected, atol=1e-5) for found, expected in turned):
                 return False
-        except (RuntimeError, TypeError, ValueError):
+        except Exception:  # a rotary function of another form may fail in any way
             return False
         rotary = modelling.apply_rotary_pos_emb = Rotary(rotary)
     rotary.turns.append(turn)
