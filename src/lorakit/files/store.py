@@ -63,6 +63,7 @@ from lorakit.files.interchange import (
 )
 from lorakit.files.packing import names_of, unpack
 from lorakit.files.prompt import Prompt, read_prompt
+from lorakit.files.renamed import nearest, under_todays_names
 from lorakit.files.table import spec_from_dict
 
 log = logging.getLogger("lorakit")
@@ -240,7 +241,10 @@ def refill(adapter: Adapter, bundle: Bundle, places: Places | None = None) -> Pl
     where = bundle.folder / TENSORS
     if places is None:
         plain = plain_names(adapter.model)
-        tensors = _described(adapter.method, names_in(bundle.tensors, plain, where), bundle)
+        named = names_in(bundle.tensors, plain, where)
+        if not bundle.own:
+            named, _ = under_todays_names(named, bundle.config, adapter.model, plain)
+        tensors = _described(adapter.method, named, bundle)
         places = _places(fill(adapter, tensors, plain, bundle.folder, _complaints(strict=True)), bundle)
     else:
         supply = Supply(bundle.tensors, where)
@@ -261,6 +265,9 @@ def _put(model: nn.Module, bundle: Bundle, name: str, complain: Complain) -> Ada
     """An adapter of deltas or edits from a folder, on the model."""
     plain = plain_names(model)
     tensors = names_in(bundle.tensors, plain, bundle.folder / TENSORS)
+    if not bundle.own:
+        tensors, renamed = under_todays_names(tensors, bundle.config, model, plain)
+        bundle = dataclasses.replace(bundle, config=renamed)
     experts = read_stacks(tensors, bundle.config, model, plain, trusted=bool(bundle.own))
     tensors, bundle = experts.tensors, dataclasses.replace(bundle, config=experts.config)
     method = _method(bundle, complain)
@@ -400,7 +407,8 @@ def _layers_in(
     names = re.compile(rf"(.+?)\.(?:{ending_of(method)})")
     known = set(plain.values())
     inside = {site.place(plain[path]): plain[path] for path, module in walk(model) for site in stacked_sites(module)}
-    found = set()
+    found: dict[str, str] = {}
+    lost: dict[str, str] = {}
     for key in tensors:
         match = names.fullmatch(key)
         if match is None:
@@ -408,12 +416,13 @@ def _layers_in(
         layer = inside.get(match[1], match[1])
         if layer not in known:
             layer = layer.partition(".base_layer.")[0]  # a matrix within nn.MultiheadAttention
-        if layer not in known:
-            raise LorakitError(
-                f"load: {folder / TENSORS} holds {key!r}, and this model has no layer of that name. It was made for "
-                "another architecture, or saved under another prefix."
-            )
-        found.add(layer)
+        (found if layer in known else lost).setdefault(layer, key)
+    if lost:
+        raise LorakitError(
+            f"load: {folder / TENSORS} holds {next(iter(lost.values()))!r}, and this model has no layer of that name"
+            f"{f' (nor {len(lost) - 1} others)' if len(lost) > 1 else ''}. It was made for another architecture, or saved "
+            f"under another prefix.{nearest(plain.values(), list(lost))}"
+        )
     return [path for path, name in plain.items() if name in found]
 
 
