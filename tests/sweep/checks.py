@@ -336,9 +336,14 @@ def files(built: Built, adapter: lk.Adapter, fresh: nn.Module, beside: list[Tens
 def peft_otherwise(adapter: lk.Adapter) -> dict[str, tuple[str, list[nn.Module]]]:
     """Where PEFT computes otherwise: the place of its layer -> the reason, and our deltas there."""
     found: dict[str, tuple[str, list[nn.Module]]] = {}
+    lists = [held for part in adapter.model.modules() for held in vars(part).values() if type(held) is list]
+    listed = {id(one) for held in lists for one in held}
     for path, layer in adapter.layers.items():
         deltas = layer.deltas_of(adapter.name)
-        if layer.read:
+        if id(layer) in listed:
+            reason = "which the model calls from a plain list: PEFT's layer is not in it"
+            found[path] = (reason, list(deltas.values()))
+        elif layer.read:
             reason = "whose weights the model reads: PEFT's change does not act there"
             found[path] = (reason, list(deltas.values()))
         elif isinstance(layer.base, nn.MultiheadAttention):
