@@ -137,7 +137,7 @@ def test_extract_two_folders(base: Path, lorakit: Run, tmp_path: Path) -> None:
     assert "12 layers equal to the base" in result.stdout
     assert "saved whole: 5 other tensors" in result.stdout
     result = lorakit(
-        "extract", str(base), str(tmp_path / "tuned"), "--rank", "3", "--rest", "report", "-o", str(tmp_path / "out")
+        "extract", str(base), str(tmp_path / "tuned"), "--rank", "3", "--rest", "report", "-o", str(tmp_path / "report")
     )
     assert "LEFT OUT: 5 other tensors" in result.stdout
     tensors = load_file(tmp_path / "tuned" / "model.safetensors")

@@ -205,11 +205,11 @@ def test_train_without_arguments_says_how(lorakit: Run) -> None:
     assert "Usage" in result.output
 
 
-def test_a_second_run_into_a_finished_folder_replaces_it(config: Path, lorakit: Run, tmp_path: Path) -> None:
+def test_a_second_run_into_a_finished_folder_replaces_it_when_asked(config: Path, lorakit: Run, tmp_path: Path) -> None:
     (tmp_path / "a").mkdir()
     (tmp_path / "a" / "notes.txt").write_text("mine")
-    for steps in ("2", "3"):
-        result = lorakit("train", str(config), "--train.max-steps", steps, f"--train.output={tmp_path / 'a'}")
+    for steps, more in (("2", []), ("3", ["--overwrite"])):
+        result = lorakit("train", str(config), "--train.max-steps", steps, f"--train.output={tmp_path / 'a'}", *more)
         assert result.exit_code == 0, result.output
     assert json.loads((tmp_path / "a" / "lorakit.json").read_text())["record"]["steps"] == 3
     assert (tmp_path / "a" / "notes.txt").read_text() == "mine"
@@ -280,7 +280,7 @@ def test_merge_writes_a_model_that_transformers_loads(base: Path, adapter: Path,
     assert AutoTokenizer.from_pretrained(output).chat_template
     again = lorakit("merge", str(base), str(adapter), "--output", str(output))
     assert again.exit_code == 2
-    assert "not empty" in again.stderr
+    assert "--overwrite" in again.stderr
     half = lorakit("merge", str(base), str(adapter), "--output", str(tmp_path / "half"), "--dtype", "bf16")
     assert half.exit_code == 0
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "half", dtype="auto").dtype == torch.bfloat16
