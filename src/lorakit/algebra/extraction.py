@@ -124,6 +124,14 @@ def extract(
         if key not in seen and (key in ours or key in theirs) and (found := _difference(ours, theirs, key)) is not None:
             size = float(found[0].norm())
             differing[key] = float(found[1].norm()) / size if size else 1.0
+    unknown = {key: 1.0 for key in theirs.unnamed() if not _same(ours.source, theirs.source, key)}
+    if unknown:
+        log.warning(
+            "extract: %s (%d such tensors) differs between the folders, and a %s has no tensor of that name; left out.",
+            next(iter(unknown)),
+            len(unknown),
+            type(model).__name__,
+        )
     if not cuts and not differing:
         raise LorakitError("extract: the two models do not differ in any tensor.")
     if not cuts:
@@ -131,13 +139,14 @@ def extract(
             f"extract: none of the {len(paths)} targeted layers differs; what differs is for example {next(iter(differing))}. "
             "Name layers that do (target_modules, --target)."
         )
-    if differing and rest == "refuse":
+    others = {**differing, **unknown}
+    if others and rest == "refuse":
         raise LorakitError(
-            f"extract: {next(iter(differing))} and {len(differing) - 1} other tensors differ that are no targeted matrix; "
+            f"extract: {next(iter(others))} and {len(others) - 1} other tensors differ that are no targeted matrix; "
             "rest 'save' keeps them whole, 'report' leaves them out."
         )
     keep = rest == "save"
-    saved, left = (differing, {}) if keep else ({}, differing)
+    saved, left = (differing, unknown) if keep else ({}, others)
     biases, whole = _whole(modules, saved, adapted)
     adapter = _filled(model, name, cuts, biases, whole, theirs, list(adapted))
     told = report(cuts, "extracted", {"from": str(tuned), "rank": rank, "energy": energy, "left": left})
@@ -174,6 +183,13 @@ def _opened(base: Any, tuned: Any, output: Any) -> tuple[nn.Module, Named, Named
     if first is not None:
         model.to(dtype=named[first].dtype)
     return model, Named(ours, model), Named(theirs, other)
+
+
+def _same(base: Any, tuned: Any, key: str) -> bool:
+    """Whether both folders hold the same tensor; of a model in memory every tensor has a name."""
+    if not isinstance(tuned, Checkpoint):
+        return True
+    return key in base.files and torch.equal(base.read(key), tuned.read(key))
 
 
 def _difference(ours: Named, theirs: Named, key: str) -> tuple[Tensor, Tensor] | None:

@@ -63,6 +63,7 @@ from lorakit.files.interchange import (
 )
 from lorakit.files.packing import names_of, unpack
 from lorakit.files.prompt import Prompt, read_prompt
+from lorakit.files.renamed import nearest, under_todays_names
 from lorakit.files.table import spec_from_dict
 
 log = logging.getLogger("lorakit")
@@ -241,8 +242,11 @@ def refill(adapter: Adapter, bundle: Bundle, places: Places | None = None) -> Pl
     if places is None:
         plain = plain_names(adapter.model)
         named = names_in(bundle.tensors, plain, where)
+        config = bundle.config
+        if not bundle.own:
+            named, config = under_todays_names(named, config, adapter.model, plain)
         if any(layer.stack is not None for layer in adapter.layers.values()):
-            named = read_stacks(named, bundle.config, adapter.model, plain, _own_targets(bundle)).tensors
+            named = read_stacks(named, config, adapter.model, plain, _own_targets(bundle)).tensors
         tensors = _described(adapter.method, named, bundle)
         places = _places(fill(adapter, tensors, plain, bundle.folder, _complaints(strict=True)), bundle)
     else:
@@ -264,6 +268,9 @@ def _put(model: nn.Module, bundle: Bundle, name: str, complain: Complain) -> Ada
     """An adapter of deltas or edits from a folder, on the model."""
     plain = plain_names(model)
     tensors = names_in(bundle.tensors, plain, bundle.folder / TENSORS)
+    if not bundle.own:
+        tensors, renamed = under_todays_names(tensors, bundle.config, model, plain)
+        bundle = dataclasses.replace(bundle, config=renamed)
     experts = read_stacks(tensors, bundle.config, model, plain, _own_targets(bundle))
     tensors, bundle = experts.tensors, dataclasses.replace(bundle, config=experts.config)
     method = _method(bundle, complain)
@@ -406,7 +413,8 @@ def _layers_in(
     names = re.compile(rf"(.+?)\.(?:{ending_of(method)})")
     known = set(plain.values())
     inside = {site.place(plain[path]): plain[path] for path, module in walk(model) for site in stacked_sites(module)}
-    found = set()
+    found: dict[str, str] = {}
+    lost: dict[str, str] = {}
     for key in tensors:
         match = names.fullmatch(key)
         if match is None:
@@ -414,12 +422,13 @@ def _layers_in(
         layer = inside.get(match[1], match[1])
         if layer not in known:
             layer = layer.partition(".base_layer.")[0]  # a matrix within nn.MultiheadAttention
-        if layer not in known:
-            raise LorakitError(
-                f"load: {folder / TENSORS} holds {key!r}, and this model has no layer of that name. It was made for "
-                "another architecture, or saved under another prefix."
-            )
-        found.add(layer)
+        (found if layer in known else lost).setdefault(layer, key)
+    if lost:
+        raise LorakitError(
+            f"load: {folder / TENSORS} holds {next(iter(lost.values()))!r}, and this model has no layer of that name"
+            f"{f' (nor {len(lost) - 1} others)' if len(lost) > 1 else ''}. It was made for another architecture, or saved "
+            f"under another prefix.{nearest(plain.values(), list(lost))}"
+        )
     return [path for path, name in plain.items() if name in found]
 
 

@@ -11,6 +11,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from lorakit.errors import LorakitError
+from lorakit.models.renaming import converted
 
 INDEX, WHOLE = "model.safetensors.index.json", "model.safetensors"
 
@@ -81,15 +82,19 @@ class Named:
                 if found is not None:
                     self.names[name] = found
                     break
+        self.made, self.converted = converted(like, held) if isinstance(source, Checkpoint) else ({}, set())
+        """The model's name -> what makes the tensor of those of the source, where `from_pretrained` renames or converts."""
 
     def __contains__(self, name: str) -> bool:
-        return name in self.names
+        return name in self.names or name in self.made
 
     def __getitem__(self, name: str) -> Tensor:
+        if name in self.made and isinstance(self.source, Checkpoint):
+            return self.made[name](self.source.read)
         key = self.names[name]
         return self.source.read(key) if isinstance(self.source, Checkpoint) else self.held[key].detach()
 
     def unnamed(self) -> list[str]:
         """What the source holds and the model has no name for."""
-        used = set(self.names.values())
+        used = {*self.names.values(), *self.converted}
         return [key for key in self.held if key not in used]
