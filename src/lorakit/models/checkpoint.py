@@ -32,7 +32,12 @@ class Checkpoint:
             )
         index = self.folder / INDEX
         if index.is_file():
-            names: Mapping[str, str] = json.loads(index.read_text(encoding="utf-8")).get("weight_map", {})
+            try:
+                names: Mapping[str, str] = dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
+            except (ValueError, TypeError, KeyError) as problem:
+                raise LorakitError(
+                    f"{verb}: {index} is no index of shards: a JSON object with weight_map is wanted."
+                ) from problem
             missing = sorted({file for file in names.values() if not (self.folder / file).is_file()})
             if missing:
                 raise LorakitError(f"{verb}: {index} names {missing[0]} ({len(missing)} such), which is not there.")

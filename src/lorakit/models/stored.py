@@ -19,7 +19,23 @@ def stored_config(base: str) -> Any:
     place = find_local(base)
     if place is not None and not (place / "config.json").exists():
         return None
-    return transformers.AutoConfig.from_pretrained(str(place) if place is not None else hub.find_on_hub(base, {}))
+    return read_config(str(place) if place is not None else hub.find_on_hub(base, {}))
+
+
+def read_config(where: str | Path) -> Any:
+    """transformers' configuration in a folder.
+
+    Raises:
+        LorakitError: it is no JSON, or of a model that this version of transformers does not know.
+        OSError: it cannot be read.
+    """
+    try:
+        return transformers.AutoConfig.from_pretrained(where)
+    except (ValueError, TypeError, KeyError, AttributeError) as problem:
+        raise LorakitError(
+            f"{where}: config.json is not one that transformers {transformers.__version__} reads "
+            f"({(str(problem) or type(problem).__name__).splitlines()[0]})."
+        ) from problem
 
 
 def stored_dtype(base: str) -> torch.dtype:
@@ -38,10 +54,10 @@ def skeleton(where: str | Path, guess: bool = False) -> nn.Module:
         guess: take transformers' class for the configuration where the named architecture is none of transformers'.
 
     Raises:
-        LorakitError: the architecture is none of transformers'.
-        OSError, ValueError: the configuration cannot be read.
+        LorakitError: the architecture is none of transformers', or its configuration is none.
+        OSError: the configuration cannot be read.
     """
-    config = transformers.AutoConfig.from_pretrained(where)
+    config = read_config(where)
     names = getattr(config, "architectures", None) or [None]
     kind = getattr(transformers, names[0] or "", None)
     if kind is None and guess:  # a class of the user's own, or a configuration that nobody has saved with its model
