@@ -216,3 +216,9 @@ def test_extraction_says_a_tensor_that_the_model_does_not_know(
     assert "foreign" in caplog.text
     with pytest.raises(LorakitError, match="foreign"):
         lk.extract(tmp_path / "base", tmp_path / "tuned", rank=1, rest="refuse", output=tmp_path / "no")
+
+
+def test_the_adapters_name_within_a_tensors_name_is_taken_off(tmp_path: Path) -> None:
+    name = "model.language_model.layers.1.self_attn.q_proj"
+    tensors = {f"{name}.lora_A.default.weight": torch.ones(2, 32), f"{name}.lora_B.default.weight": torch.ones(32, 2)}
+    assert list(lk.load(made("llava"), write(tmp_path / "a", tensors, target_modules=[name])).layers) == [name]

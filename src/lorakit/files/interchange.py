@@ -189,10 +189,13 @@ def names_in(tensors: Mapping[str, Tensor], plain: Mapping[str, str], where: obj
     """The tensors of a file under their names below the model's own modules (`plain`, see `plain_names`): PEFT's prefix and
     all wrappers taken off."""
     tops = {path.partition(".")[0] for path in plain.values()}
+    own = {path.rpartition(".")[2] for path in plain.values()}
     result: dict[str, Tensor] = {}
     whole: set[str] = set()
     for key, tensor in tensors.items():
         steps = [step for step in bare(key).split(".") if step not in _PRIVATE and step != "modules_to_save"]
+        if "default" not in own:  # the adapter's name, in a state dict that was saved by hand
+            steps = [step for step in steps if step != "default"]
         if steps[0] == "module" and "module" not in tops:  # DistributedDataParallel's
             steps = steps[1:]
         if "original_module" in steps:  # with bias="all" PEFT writes the base's own bias beside that of modules_to_save
