@@ -44,7 +44,7 @@ help:
 	@echo "  PYTHON=python3.12                                                      which Python makes .venv"
 
 demo: data
-	$(BIN)/lorakit train examples/reviews.yaml
+	$(BIN)/lorakit train examples/reviews.yaml --overwrite
 
 # The fast tests on every processor, a thread each; those on the real model after them, one by one.
 test: install-test $(if $(FAST),,data)
