@@ -75,17 +75,19 @@ def test_files_and_names_of_the_code_are_there(path: Path) -> None:
 
 
 def test_every_row_format_is_shown_and_recognised() -> None:
-    from lorakit.train.data.formats import detect_format
+    from lorakit.train.data.formats import as_known, detect_format
 
     text = (ROOT / "docs" / "data.md").read_text()
     shown = text[text.index("## Row formats") : text.index("## Templates")]
     found = {}
     for heading, row in re.findall(r"^### (.*?)\n.*?^```json\n(.*?)^```", shown, re.DOTALL | re.MULTILINE):
-        columns = list(json.loads(row))
+        columns = list(as_known(json.loads(row)))
         found[heading] = "classification" if columns == ["text", "label"] else detect_format(columns)
     assert found == {
         "Prompt and completion": "prompt-completion",
         "Messages": "messages",
+        "ShareGPT": "messages",
+        "Alpaca": "prompt-completion",
         "Text": "text",
         "Text and label": "classification",
     }
