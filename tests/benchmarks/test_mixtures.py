@@ -8,13 +8,13 @@ from typing import Any
 
 import pytest
 
-PATH = Path(__file__).resolve().parents[2] / "benchmarks" / "experts.py"
+PATH = Path(__file__).resolve().parents[2] / "benchmarks" / "expert_training.py"
 
 
 @pytest.fixture(scope="module")
 def bench() -> Any:
     """The benchmark's module, whose name is also that of a room of tests."""
-    spec = importlib.util.spec_from_file_location("bench_experts", PATH)
+    spec = importlib.util.spec_from_file_location("expert_training", PATH)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)

@@ -5,7 +5,10 @@ from __future__ import annotations
 import functools
 import re
 import shlex
+import sys
+from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -19,6 +22,21 @@ WITH_PYTHON = [path for path in sources() if any(blocks(path, "python"))]
 MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 
 
+@pytest.fixture
+def own_peft() -> Iterator[None]:
+    """PEFT's modules as they are, after a page that puts lorakit.peft in their place."""
+
+    def held() -> dict[str, ModuleType]:
+        return {name: module for name, module in sys.modules.items() if name.partition(".")[0] == "peft"}
+
+    before = held()
+    yield
+    for name in held():
+        del sys.modules[name]
+    sys.modules.update(before)
+
+
+@pytest.mark.usefixtures("own_peft")
 @pytest.mark.parametrize("path", WITH_PYTHON, ids=named)
 def test_python_runs(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """All blocks of a page in order, in one namespace; one that says why it is not run is read by the compiler alone."""

@@ -1,13 +1,13 @@
 """Training the experts of a mixture, side by side: lorakit, and PEFT with `target_parameters`.
 
-    make bench-experts                                          some four minutes on two quiet cores
-    make bench-experts BENCH_OPTIONS="--rounds 5"          steadier
+    make bench-expert-training                                          some four minutes on two quiet cores
+    make bench-expert-training BENCH_OPTIONS="--rounds 5"          steadier
 
 Models have the form of Qwen3-MoE and of gpt-oss and random weights. Each measurement is a process of its own, and the
 sides take turns at being first. Both train LoRA of one rank on both projections of all experts, and nothing else, with
 the same base weights, tokens and optimiser; the first loss, before anything is trained, must be the same. A step is
 forward, backward and AdamW; the first of each process is not counted. Memory is by how much the process grew at its
-peak above the base model: adapter, gradients, moments and activations. Results go to benchmarks/results/experts.json;
+peak above the base model: adapter, gradients, moments and activations. Results go to benchmarks/results/expert_training.json;
 the exit status is 1 where a floor is missed.
 """
 
@@ -27,7 +27,7 @@ from typing import Any
 
 from trainers.machine import describe, forget_peak, gemm_peak, memory, others_share, wait_until_quiet
 
-RESULTS = Path(__file__).resolve().parent / "results" / "experts.json"
+RESULTS = Path(__file__).resolve().parent / "results" / "expert_training.json"
 LIBRARIES = ("lorakit", "torch", "transformers", "peft")
 SIDES = ("lorakit", "peft")
 FASTER, SMALLER = 3.0, 0.5
