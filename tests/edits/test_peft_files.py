@@ -14,11 +14,12 @@ from typing import Any
 import peft
 import pytest
 import torch
+import transformers
 
 import lorakit as lk
 from edits.laws import Case
 from edits.models import inputs, make
-from lorakit.edits import LLaMAAdapter, PrefixTuning, PTuning
+from lorakit.edits import LLaMAAdapter, PrefixTuning, PromptTuning, PTuning
 from lorakit.errors import LorakitError
 from lorakit.files.store import read_config
 
@@ -76,6 +77,36 @@ def test_ours_load_there(kind: str, name: str, tmp_path: Path) -> None:
     expected = model(**given).logits
     found = loaded(**given).logits[:, -expected.shape[1] :]
     assert torch.allclose(found, expected, atol=2e-5)
+
+
+@pytest.mark.parametrize("kind", [transformers.LlamaForSequenceClassification, transformers.BertForTokenClassification])
+@pytest.mark.parametrize(
+    "method", [PromptTuning(tokens=3), PTuning(tokens=3, width=5), PrefixTuning(tokens=3, width=5)]
+)
+def test_a_prompt_with_a_head_loads_there(kind: Any, method: Any, tmp_path: Path) -> None:
+    """PEFT's names of what is saved whole have one step less for prompts than for layers."""
+    sizes = {"vocab_size": 40, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_labels": 3}
+    config = kind.config_class(**sizes, num_attention_heads=2, pad_token_id=0)
+
+    def classifier() -> Any:
+        torch.manual_seed(3)
+        return kind(config).eval()
+
+    model, ids = classifier(), torch.arange(2, 9)[None]
+    head = "score" if hasattr(model, "score") else "classifier"
+    adapter = lk.attach(model, method, name="a", modules_to_save=[head])
+    with torch.no_grad():
+        for parameter in adapter.parameters():
+            parameter.add_(torch.randn_like(parameter))
+    model.eval()
+    adapter.save(tmp_path / "a")
+    again = classifier()
+    lk.load(again, tmp_path / "a")
+    expected = model(input_ids=ids).logits
+    assert torch.allclose(again(input_ids=ids).logits, expected, atol=1e-5)
+    theirs = peft.PeftModel.from_pretrained(classifier(), tmp_path / "a").eval()
+    found = theirs(input_ids=ids, attention_mask=torch.ones_like(ids)).logits
+    assert torch.allclose(found[:, -expected.shape[1] :] if found.ndim == 3 else found, expected, atol=2e-5)
 
 
 def take_steps(model: Any, given: dict[str, torch.Tensor], prompt: int) -> list[float]:

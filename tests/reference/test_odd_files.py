@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,21 @@ def bert() -> Any:
     return transformers.BertForSequenceClassification(transformers.BertConfig(vocab_size=64, **SMALL)).eval()
 
 
+def gpt2() -> Any:
+    torch.manual_seed(0)
+    return transformers.GPT2LMHeadModel(transformers.GPT2Config(vocab_size=64, n_embd=32, n_layer=2, n_head=4)).eval()
+
+
+def qwen2_moe() -> Any:
+    """Experts and a shared expert, whose layers have the names of the experts' parameters."""
+    torch.manual_seed(0)
+    config = transformers.Qwen2MoeConfig(
+        vocab_size=64, **SMALL, moe_intermediate_size=16, shared_expert_intermediate_size=24, num_experts=4,
+        num_experts_per_tok=2, num_key_value_heads=2,
+    )  # fmt: skip
+    return transformers.Qwen2MoeForCausalLM(config).eval()
+
+
 def logits(model: Any) -> Tensor:
     with torch.no_grad():
         return model(torch.arange(5, 15)[None]).logits  # type: ignore[no-any-return]
@@ -55,6 +71,12 @@ CONFIGS: dict[str, tuple[Callable[[], Any], Any]] = {
     "an exclusion of nothing": (llama, peft.LoraConfig(target_modules=["q_proj"], exclude_modules=["none"])),
     "a pattern of nothing": (llama, peft.LoraConfig(target_modules=["q_proj"], rank_pattern={"v_proj": 3})),
     "a rank above the layer": (llama, peft.LoraConfig(target_modules=["q_proj"], r=64)),
+    "a pattern that does not act": (gpt2, peft.HiraConfig(target_modules=["c_attn"], r=2, rank_pattern={"c_attn": 3})),
+    "layers called as parameters are": (qwen2_moe, peft.LoraConfig(target_modules=["q_proj", "down_proj"], r=4)),
+    "parameters called as layers are": (
+        qwen2_moe,
+        peft.LoraConfig(target_modules=["q_proj"], target_parameters=["gate_up_proj", "down_proj"], r=4),
+    ),
     "boft": (llama, peft.BOFTConfig(target_modules=["q_proj"], boft_block_size=4, boft_n_butterfly_factor=2)),
     "loha": (llama, peft.LoHaConfig(target_modules=["q_proj"], use_effective_conv2d=True)),
     "lokr": (llama, peft.LoKrConfig(target_modules=["q_proj"], use_effective_conv2d=True)),
@@ -98,3 +120,54 @@ def test_a_resized_vocabulary_is_named(options: dict[str, Any], tmp_path: Path) 
     fitting.resize_token_embeddings(64)
     lk.load(fitting, tmp_path)
     torch.testing.assert_close(logits(fitting), expected)
+
+
+def rewritten(folder: Path, rename: Callable[[str], str] = str, **config: Any) -> None:
+    """The folder's tensors under other names, and other entries in its configuration."""
+    file, told = folder / "adapter_model.safetensors", folder / "adapter_config.json"
+    save_file({rename(key): tensor for key, tensor in load_file(file).items()}, file)
+    told.write_text(json.dumps({**json.loads(told.read_text()), **config}))
+
+
+PREFIX = "base_model.model."
+ODD: dict[str, tuple[Callable[[str], str], dict[str, Any]]] = {
+    "wrapped twice": (lambda key: PREFIX + key, {}),
+    "wrapped three times": (lambda key: 2 * PREFIX + key, {}),
+    "ranks as floats": (str, {"r": 4.0, "lora_alpha": 8.0, "rank_pattern": {"v_proj": 2.0}}),
+    "of the first PEFT": (str, {"merge_weights": True, "enable_lora": None}),
+}
+
+
+@pytest.mark.parametrize("which", ODD)
+def test_another_tools_names_and_entries_are_read(which: str, tmp_path: Path) -> None:
+    config = peft.LoraConfig(target_modules=["q_proj", "v_proj"], r=4, lora_alpha=8, rank_pattern={"v_proj": 2})
+    expected = written(llama(), config, tmp_path)
+    rename, entries = ODD[which]
+    rewritten(tmp_path, rename, **entries)
+    model = llama()
+    lk.load(model, tmp_path)
+    torch.testing.assert_close(logits(model), expected)
+
+
+@pytest.mark.parametrize("entries", [{"r": 8}, {"rank_pattern": {"layers.1.self_attn.q_proj": 8}}])
+@pytest.mark.parametrize("method", ["lora", "dora", "loha"])
+def test_a_rank_that_the_tensors_do_not_have_is_named(method: str, entries: dict[str, Any], tmp_path: Path) -> None:
+    configs = {
+        "lora": peft.LoraConfig(target_modules=["q_proj"], r=2),
+        "dora": peft.LoraConfig(target_modules=["q_proj"], r=2, use_dora=True),
+        "loha": peft.LoHaConfig(target_modules=["q_proj"], r=2),
+    }
+    written(llama(), configs[method], tmp_path)
+    rewritten(tmp_path, **entries)
+    with pytest.raises(
+        LorakitError, match=r"has rank 2, and adapter_config\.json says 8 for this layer \(r, rank_pattern\)"
+    ):
+        lk.load(llama(), tmp_path)
+
+
+def test_tensors_that_were_not_gathered_are_named(tmp_path: Path) -> None:
+    written(llama(), peft.LoraConfig(target_modules=["q_proj"]), tmp_path)
+    file = tmp_path / "adapter_model.safetensors"
+    save_file({key: torch.empty(0) for key in load_file(file)}, file)
+    with pytest.raises(LorakitError, match="empty: the model was spread over processes"):
+        lk.load(llama(), tmp_path)

@@ -14,7 +14,7 @@ from lorakit.adapter.adapter import Adapter
 from lorakit.core.layout import Rows
 from lorakit.core.walking import walk
 from lorakit.errors import LorakitError
-from lorakit.files.bundle import OWN, TENSORS
+from lorakit.files.bundle import CONFIG, OWN, TENSORS
 from lorakit.files.formats import format_of
 from lorakit.files.interchange import blocks, parts_of, replacement_key, site_prefix
 from lorakit.files.packing import unpack, views
@@ -56,6 +56,8 @@ class Supply:
         self.where = where
         self.vocabulary = vocabulary
         """How many tokens the model's embedding has."""
+        self.rank: int | None = None
+        """The rank of the layer that is being filled, where its method has one."""
         self.copies: list[tuple[Tensor, Tensor]] = []
         """(tensor of the adapter, value) of all that was put."""
 
@@ -69,15 +71,31 @@ class Supply:
     def put(self, target: Tensor, value: Tensor, key: str) -> None:
         """Copy a value of the file into a tensor of the adapter."""
         if target.shape != value.shape:
+            why = resized(value.shape, target.shape, self.vocabulary) or self._why(target, value)
             raise LorakitError(
                 f"load: {key} in {self.where} has shape {tuple(value.shape)}; this model's layer needs "
-                f"{tuple(target.shape)}.{resized(value.shape, target.shape, self.vocabulary)}"
+                f"{tuple(target.shape)}.{why}"
             )
         if value.is_floating_point() and not finite(value):
             raise LorakitError(f"load: {key} in {self.where} holds a NaN or an infinity.")
         with torch.no_grad():
             target.copy_(value)
         self.copies.append((target, value))
+
+    def _why(self, target: Tensor, value: Tensor) -> str:
+        """What to say of two shapes where it can be told why they differ; empty where it cannot."""
+        if not value.numel():
+            return (
+                " It is empty: the model was spread over processes (DeepSpeed ZeRO-3, FSDP) and saved without gathering its "
+                "tensors. Save the adapter again from the training checkpoint, gathered."
+            )
+        apart = [pair for pair in zip(value.shape, target.shape, strict=False) if pair[0] != pair[1]]
+        if value.ndim != target.ndim or len(apart) != 1 or apart[0][1] != self.rank:
+            return ""
+        return (
+            f" The file's tensor has rank {apart[0][0]}, and {CONFIG} says {self.rank} for this layer (r, rank_pattern). "
+            "Correct the entry that is wrong: a scale of alpha / r follows from it."
+        )
 
     def finish(self, complain: Complain) -> None:
         """Complain about what nobody has taken."""
@@ -106,11 +124,12 @@ def fill(
             _fill_parts(adapter, path, plain[path], supply)
             continue
         for site_name, delta in layer.deltas_of(adapter.name).items():
-            site = layer.sites[site_name]
+            site, supply.rank = layer.sites[site_name], getattr((delta.low_rank() or delta).spec, "rank", None)
             for name, view in views(delta, site.layout.kind).items():
                 key = f"{plain[path]}.{site_prefix(site)}{name}"
                 for tensor, piece in view.pieces(unpack(site.layout, supply.take(key), view.axes)):
                     supply.put(tensor, piece, key)
+    supply.rank = None
     fill_replacements(adapter, plain, supply)
     for name, tensor in adapter.pool.state_dict().items():
         supply.put(tensor, supply.take(name), name)

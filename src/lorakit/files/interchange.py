@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import inspect
 import math
 import re
 from collections.abc import Callable, Collection, Iterable, Mapping
@@ -45,6 +46,12 @@ _HEADS = {
     "QUESTION_ANS": ("qa_outputs",),
 }
 """modules_to_save that PEFT adds by itself for a task, whether the model has them or not."""
+_TASKS = {
+    "ForSequenceClassification": "SEQ_CLS",
+    "ForTokenClassification": "TOKEN_CLS",
+    "ForQuestionAnswering": "QUESTION_ANS",
+}
+"""End of a class of transformers -> PEFT's task type."""
 _REWRITTEN = frozenset({"gate_proj", "up_proj", "down_proj", "gate", "w1", "w2", "w3"})
 """Names of layers that PEFT takes for those of the experts of transformers 4, in shared experts too, and forgets: in a
 mixture of experts they are named as parameters, which it leaves alone and computes in the same way."""
@@ -161,7 +168,9 @@ def tensors_of(adapter: Adapter) -> dict[str, Tensor]:
     for (path, name), tensor in edits.items():
         if path:
             result[f"{plain[path]}.{name}"] = tensor
-    result = {PREFIX + key: gathered(tensor).contiguous() for key, tensor in result.items()}
+    # PEFT has no tuner around the model of a prompt, and so no second step in the names of modules that are saved whole
+    prefix = "base_model." if edits and not any(path for path, _ in edits) else PREFIX
+    result = {prefix + key: gathered(tensor).contiguous() for key, tensor in result.items()}
     for name, tensor in adapter.pool.state_dict().items():
         result[f"base_model.{name}"] = gathered(tensor).contiguous()
     for (path, name), tensor in edits.items():
@@ -181,8 +190,10 @@ def tensors_of(adapter: Adapter) -> dict[str, Tensor]:
 
 
 def bare(key: str) -> str:
-    """A tensor's name in a file without PEFT's prefix."""
-    return key.removeprefix(PREFIX if key.startswith(PREFIX) else "base_model.")
+    """A tensor's name in a file without PEFT's prefix, however often a model was wrapped before it was saved."""
+    while key.startswith(PREFIX):
+        key = key.removeprefix(PREFIX)
+    return key.removeprefix("base_model.")
 
 
 def names_in(tensors: Mapping[str, Tensor], plain: Mapping[str, str], where: object) -> dict[str, Tensor]:
@@ -320,21 +331,23 @@ def unwrapped(model: nn.Module) -> nn.Module:
 
 
 def _task(model: nn.Module) -> str | None:
-    """PEFT's task type, where PEFT attaches no conditions to it (for classification it adds modules_to_save)."""
+    """PEFT's task type, where PEFT attaches no conditions to it: for classification it adds modules_to_save, and for
+    SEQ_2_SEQ_LM it hands the model `input_ids`, which one that hears does not take."""
     name = type(model).__name__
     if name.endswith(("ForCausalLM", "LMHeadModel")):
         return "CAUSAL_LM"
-    if name.endswith("ForConditionalGeneration") and getattr(
+    both = name.endswith("ForConditionalGeneration") and getattr(
         getattr(model, "config", None), "is_encoder_decoder", False
-    ):
-        return "SEQ_2_SEQ_LM"
-    return None
+    )
+    return "SEQ_2_SEQ_LM" if both and "input_ids" in inspect.signature(model.forward).parameters else None
 
 
 def _general(adapter: Adapter, base: str | None) -> dict[str, Any]:
     """Entries of PEFT's configuration that every kind of adapter has."""
     model = unwrapped(adapter.model)
     task = _task(model)
+    if adapter.edits:  # without a task PEFT reads a prompt, and never puts it before the input
+        task = task or next((word for end, word in _TASKS.items() if type(model).__name__.endswith(end)), None)
     # PEFT's AutoPeftModel needs the model's class where there is no task.
     mapping = {"base_model_class": type(model).__name__, "parent_library": type(model).__module__}
     return {

@@ -25,7 +25,7 @@ from lorakit.adapter.targets import Targets, select
 from lorakit.core.stacks import stacked_sites
 from lorakit.core.state import state_of
 from lorakit.core.using import activate
-from lorakit.core.walking import exactly, value_for, walk
+from lorakit.core.walking import exactly, has_suffix, value_for, walk
 from lorakit.edits.contract import EditMethod
 from lorakit.errors import LorakitError
 from lorakit.experts import MEMBERS, RouterSpec
@@ -52,6 +52,7 @@ from lorakit.files.folder import replace_folder
 from lorakit.files.formats import ending_of, format_of, known_entries, spec_from_peft
 from lorakit.files.interchange import (
     COMMON,
+    bare,
     config_of,
     names_in,
     plain_names,
@@ -359,6 +360,7 @@ def _complaints(strict: bool) -> Complain:
 
 
 _TUCKER = re.compile(r"\.(hada_t[12]|lokr_t2)$")
+_HIRA = re.compile(r"(.+)\.hira_(?:embedding_)?A")
 
 
 def _decided(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, Any]:
@@ -369,6 +371,9 @@ def _decided(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[s
     turned = [tensor for key, tensor in tensors.items() if key.endswith(".boft_R")]
     if turned and "boft_n_butterfly_factor" in decided:
         decided["boft_n_butterfly_factor"] = turned[0].shape[0]  # PEFT takes 1 where its kernel does not compile
+    ranks = {exactly(bare(found[1])): len(tensors[key]) for key in tensors if (found := _HIRA.fullmatch(key))}
+    if ranks:
+        decided["rank_pattern"] = ranks  # PEFT passes it over for Conv1D, and the rank scales nothing
     return decided
 
 
@@ -466,7 +471,8 @@ def _check_targets(
     except LorakitError as problem:
         complain(f"load: the configuration does not fit this model: {problem}")
         return
-    missing = [path for path in selected if path not in set(found)]
+    modules = dict(walk(model))
+    missing = [path for path in selected if path not in set(found) and not _passed_over(path, modules[path], config)]
     if missing:
         complain(
             f"load: the configuration targets {missing[0]} ({len(missing)} such layers), for which the file holds no "
@@ -478,6 +484,17 @@ def _check_targets(
             f"load: the file holds tensors for {extra[0]} ({len(extra)} such layers), which its configuration does not "
             "target, so that PEFT would leave them out."
         )
+
+
+def _passed_over(path: str, module: nn.Module, config: Mapping[str, Any]) -> bool:
+    """Whether PEFT takes a name for something else than this layer: its target_modules never mean a parameter, nor its
+    target_parameters a layer, though both may be called down_proj (in experts, and in a shared expert beside them)."""
+    parameters, asked = config.get("target_parameters") or (), config.get("target_modules") or ()
+    held = [f"{path}.{name}" for name, _ in module.named_parameters()]
+    if any(has_suffix(name, one) for name in held for one in parameters):
+        return False
+    named = isinstance(asked, str) or any(has_suffix(path, one) for one in asked)
+    return bool(stacked_sites(module)) or (not named and any(has_suffix(path, one) for one in parameters))
 
 
 def _check_base(adapter: Adapter, bundle: Bundle, complain: Complain) -> None:

@@ -48,7 +48,7 @@ _LORA = Format(
     fixed={"use_dora": False, "lora_bias": False, "fan_in_fan_out": False, "init_lora_weights": True},
     ignored=frozenset(
         {"ensure_weight_tying", "eva_config", "corda_config", "lora_ga_config", "loftq_config", "megatron_core"}
-        | {"qalora_group_size"}
+        | {"qalora_group_size", "merge_weights"}  # the first PEFT's: whether to merge while it is not trained
     ),
     refused=_REFUSED,
     read=_of_the_original_base,
