@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
 import transformers
@@ -199,6 +200,60 @@ def test_extraction_compares_what_the_model_holds(kind: str, tmp_path: Path) -> 
     after = changed(base)
     for name, parameter in model.named_parameters():
         torch.testing.assert_close(after[name], parameter.detach(), atol=1e-5, rtol=1e-5)
+
+
+TIED: dict[str, Callable[[], Any]] = {
+    "t5": lambda: transformers.T5ForConditionalGeneration(
+        transformers.T5Config(vocab_size=40, d_model=16, d_kv=8, d_ff=24, num_layers=2, num_heads=2)
+    ),
+    "whisper": lambda: transformers.WhisperForConditionalGeneration(
+        transformers.WhisperConfig(
+            vocab_size=40, d_model=16, encoder_layers=1, decoder_layers=1, encoder_attention_heads=2,
+            decoder_attention_heads=2, encoder_ffn_dim=24, decoder_ffn_dim=24, num_mel_bins=4, max_source_positions=8,
+            max_target_positions=8, pad_token_id=0, bos_token_id=1, eos_token_id=2, decoder_start_token_id=1,
+        )
+    ),
+    "gpt2": lambda: transformers.GPT2LMHeadModel(transformers.GPT2Config(vocab_size=40, n_embd=16, n_layer=1, n_head=2)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", TIED)
+def test_a_changed_vocabulary_that_is_tied_is_extracted_and_stays_tied(kind: str, tmp_path: Path) -> None:
+    torch.manual_seed(4)
+    model = TIED[kind]().eval()
+    ids = torch.arange(3, 9)[None]
+    given: dict[str, Any] = {"decoder_input_ids": ids} if kind != "gpt2" else {"input_ids": ids}
+    given |= {"t5": {"input_ids": ids}, "whisper": {"input_features": torch.randn(1, 4, 16)}}.get(kind, {})
+    model.save_pretrained(tmp_path / "base")
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.1)
+    model.save_pretrained(tmp_path / "tuned")
+    expected = model(**given).logits
+    lk.extract(tmp_path / "base", tmp_path / "tuned", energy=1.0, output=tmp_path / "out")
+    base = type(model).from_pretrained(tmp_path / "base").eval()
+    assert (base(**given).logits - expected).abs().max() > 1e-2
+    lk.load(base, tmp_path / "out", name="tuned")
+    torch.testing.assert_close(base(**given).logits, expected, atol=1e-4, rtol=1e-4)
+    lk.merge(base, "tuned")
+    torch.testing.assert_close(base(**given).logits, expected, atol=1e-4, rtol=1e-4)
+    assert base.get_output_embeddings().weight is base.get_input_embeddings().weight
+    theirs = peft.PeftModel.from_pretrained(
+        type(model).from_pretrained(tmp_path / "base"), str(tmp_path / "out")
+    ).eval()
+    torch.testing.assert_close(theirs(**given).logits, expected, atol=1e-4, rtol=1e-4)
+
+
+def test_tied_weights_that_would_differ_are_not_merged_as_one() -> None:
+    torch.manual_seed(4)
+    model = TIED["gpt2"]().eval()
+    adapter = lk.attach(model, lk.LoRA(rank=2), name="a", target_modules=["c_attn"], modules_to_save=["wte", "lm_head"])
+    lk.merge(model, "a")  # both still hold the base's own weight
+    adapter = lk.attach(model, lk.LoRA(rank=2), name="a", target_modules=["c_attn"], modules_to_save=["wte", "lm_head"])
+    with torch.no_grad():
+        next(one for key, one in adapter.named_parameters() if one.shape[0] == 40)[3, 5] += 1
+    with pytest.raises(LorakitError, match="untie=True"):
+        lk.merge(model, "a")
 
 
 def test_extraction_says_a_tensor_that_the_model_does_not_know(

@@ -264,7 +264,8 @@ def _warn_of_ties(modules: Mapping[str, nn.Module], paths: list[str]) -> None:
     for path in paths:
         if path in tied:
             log.warning(
-                "%s shares its weight with %s. The adapter acts beside %s alone; merging will need untie=True.",
+                "%s shares its weight with %s. The adapter acts beside %s alone; merging will need untie=True, unless all of "
+                "them get the same weight.",
                 path,
                 ", ".join(tied[path]),
                 path,

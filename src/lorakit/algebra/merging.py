@@ -6,12 +6,12 @@ Merging is an explicit act and leaves no flag behind. `merge` is for good: the w
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lorakit.adapter.adapter import adapters, adapters_of
 from lorakit.adapter.attachment import detach
@@ -85,6 +85,7 @@ def _check(
             if not torch.isfinite(parameter).all():
                 raise LorakitError(f"merge: {key} of adapter {name!r} holds a NaN or an infinity; nothing was merged.")
     tied = ties(dict(walk(model)))
+    agreed = {} if untie else _agreed(layers, tied, blend)
     for path, layer in layers.items():
         for site in layer.sites.values():
             reason = storage_of(layer.base, site.weight, path).refusal(layer.base, site.weight)
@@ -93,13 +94,30 @@ def _check(
                     f"merge: nothing can be written into {path}: {reason}. Merge into a float copy: "
                     "lk.merge(model, name, dtype=torch.bfloat16), or lorakit merge BASE ADAPTER --dtype bf16."
                 )
-        if path in tied and not untie:
+        if path in tied and not untie and path not in agreed:
             raise LorakitError(
                 f"merge: {path} shares its weight with {', '.join(tied[path])}, which would change too. untie=True (--untie) "
                 f"gives {path} a weight of its own (and the model's files will hold both)."
             )
     for layer in layers.values():
         _check_values(layer, blend, dtype)
+
+
+def _agreed(layers: dict[str, Adapted], tied: Mapping[str, list[str]], blend: Weighted) -> dict[str, dict[str, Tensor]]:
+    """The values of layers that share a weight and would all hold the same one, as a vocabulary that is saved whole under each
+    of its names: it stays shared."""
+    with torch.no_grad():
+        values = {path: layer.substitutes(blend) for path, layer in layers.items() if path in tied}
+
+    def agrees(path: str, other: str) -> bool:
+        if other not in values:
+            return False
+        here, there = layers[path].base._parameters, layers[other].base._parameters
+        names = [(one, two) for one in here for two in there if here[one] is not None and here[one] is there[two]]
+        held, theirs = values[path], values[other]
+        return all(one in held and two in theirs and torch.equal(held[one], theirs[two]) for one, two in names)
+
+    return {path: own for path, own in values.items() if all(agrees(path, other) for other in tied[path])}
 
 
 def _check_values(layer: Adapted, blend: Weighted, dtype: torch.dtype | None) -> None:
@@ -123,12 +141,18 @@ def _storage(layer: Adapted, name: str) -> Storage:
     return storage_of(layer.base, name, layer.path) if name in weights else FLOAT
 
 
-def _write(layer: Adapted, blend: Weighted, kept: dict[str, Snapshot] | None, shared: bool = False) -> float:
-    """Write one layer's blend into its base; with `kept`, remember the tensor objects that were there; where they are
-    `shared` with another layer, this one gets its own."""
+def _write(
+    layer: Adapted,
+    blend: Weighted,
+    kept: dict[str, Snapshot] | None,
+    shared: bool = False,
+    values: Mapping[str, Tensor] | None = None,
+) -> float:
+    """Write one layer's blend (`values`, if they are there already) into its base; with `kept`, remember the tensor objects
+    that were there; where they are `shared` with another layer, this one gets its own."""
     error = 0.0
     with torch.no_grad():
-        values = layer.substitutes(blend)
+        values = layer.substitutes(blend) if values is None else values
     for name, value in values.items():
         storage = _storage(layer, name)
         if kept is not None:
@@ -161,7 +185,8 @@ def merge(model: nn.Module, route: str | Blend, untie: bool = False, dtype: torc
     Args:
         model: a model with the adapters.
         route: a name or a blend {name: weight}.
-        untie: give a layer that shares its weight with another (tied embeddings) a weight of its own first.
+        untie: give a layer that shares its weight with another (tied embeddings) a weight of its own first. Not needed where
+            all that share it get the same.
         dtype: make the whole base a float model of this dtype.
 
     Raises:
@@ -178,9 +203,11 @@ def merge(model: nn.Module, route: str | Blend, untie: bool = False, dtype: torc
     _check(model, state, blend, layers, untie, dtype)
     report = MergeReport(tuple(layers))
     tied = ties(dict(walk(model)))
+    agreed = {} if untie else _agreed(layers, tied, blend)
     for path, layer in layers.items():
         if dtype is None:
-            report.error[path] = _write(layer, blend, None, shared=path in tied)
+            own = agreed.get(path)
+            report.error[path] = _write(layer, blend, None, shared=path in tied and own is None, values=own)
         else:
             _into_floats(layer, blend, dtype)
             report.error[path] = 0.0
