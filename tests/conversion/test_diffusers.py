@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import nn
 
 import lorakit as lk
@@ -171,3 +172,36 @@ def test_ranks_alphas_and_rslora_come_back(tmp_path: Path) -> None:
     convert(tmp_path / "again", tmp_path / "b.safetensors", "diffusers")
     equal(read(tmp_path / "b.safetensors")[0], read(tmp_path / "a.safetensors")[0])
     assert read(tmp_path / "b.safetensors")[1] == read(tmp_path / "a.safetensors")[1]
+
+
+ALONE = "single_transformer_blocks.1.attn.to_k"
+
+
+@pytest.mark.parametrize(
+    ("ends", "extra", "scale"),
+    [
+        (("lora_A.weight", "lora_B.weight"), {}, 1.0),
+        (("lora_A.default.weight", "lora_B.default.weight"), {}, 1.0),
+        (("lora.down.weight", "lora.up.weight"), {"alpha": 1.0}, 0.5),
+        (("lora_A.weight", "lora_B.weight"), {"metadata": {"r": 2, "lora_alpha": 6}}, 3.0),
+    ],
+)
+def test_a_file_of_one_part_without_its_name(
+    ends: tuple[str, str], extra: dict[str, Any], scale: float, tmp_path: Path
+) -> None:
+    """As `save_lora_adapter` of a model writes it, with its configuration in the metadata, and other tools without one."""
+    words = {f"{ALONE}.{ends[0]}": random(0, 2, 8), f"{ALONE}.{ends[1]}": random(1, 6, 2)}
+    if "alpha" in extra:
+        words[f"{ALONE}.alpha"] = torch.tensor(extra["alpha"])
+    file = tmp_path / "a.safetensors"
+    told = {"lora_adapter_metadata": json.dumps(extra["metadata"])} if "metadata" in extra else None
+    save_file(words, file, metadata=told)
+    found = convert(file, tmp_path / "k.safetensors", "kohya")
+    ((component, path, layer),) = found.description.layers()
+    assert (found.source, component, path, layer.scale) == ("diffusers", "transformer", ALONE, scale)
+    back = convert(tmp_path / "k.safetensors", None, "peft")  # its underscores are cut without the model
+    ((component, path, again),) = back.description.layers()
+    assert (component, path, again.scale) == ("transformer", ALONE, scale)
+    assert torch.equal(
+        again.tensors["B"] @ again.tensors["A"], words[f"{ALONE}.{ends[1]}"] @ words[f"{ALONE}.{ends[0]}"]
+    )

@@ -51,6 +51,40 @@ MIXED_UP: dict[str, tuple[Callable[[Words], Words], str]] = {
         lambda words: {**words, f"{NAME}.gain": torch.ones(1)},
         "gain', which is no tensor of this format",
     ),
+    **{
+        end: (
+            lambda words, end=end: {**words, f"{NAME}.{end}": torch.ones(1)},
+            rf"which is no tensor of this format: {what}",
+        )
+        for end, what in {
+            "a1.weight": "it is GLoRA's",
+            "on_input": r"it is LyCORIS' \(IA\)³",
+            "oft_blocks": "it is a rotation",
+            "w_norm": "it is a change of a norm",
+        }.items()
+    },
+    "a token's embedding": (
+        lambda words: {**words, "bundle_emb.word.string_to_param.*": torch.ones(2, 8)},
+        r"string_to_param\.\*', which is no tensor of this format: it is a token's embedding",
+    ),
+    "a model's original names": (
+        lambda words: {
+            f"lora_unet_double_blocks_0_img_attn_qkv.{key.partition('.')[2]}": one for key, one in words.items()
+        },
+        "named as in the model's original code. Diffusers turns such names into its own",
+    ),
+    "ComfyUI's names": (
+        lambda words: {f"diffusion_model.blocks.0.q.{key}.weight": torch.ones(2, 2) for key in ("lora_A", "lora_B")},
+        "of no format .* named as in the model's original code. Diffusers turns such names into its own",
+    ),
+    "XLabs' names": (
+        lambda words: {"double_blocks.0.processor.qkv_lora1.down.weight": torch.ones(2, 2)},
+        "of no format .* named as in the model's original code",
+    ),
+    "PEFT's tensors alone": (
+        lambda words: {f"base_model.model.q.{key}.weight": torch.ones(2, 2) for key in ("lora_A", "lora_B")},
+        r"of no format .* whose adapter_config\.json says their scale; name the folder",
+    ),
     "a NaN": (with_nan, r"proj_in\.lora_B\.weight holds a NaN or an infinity"),
     "ranks that differ": (
         lambda words: {**words, f"{NAME}.lora_up.weight": random(1, 16, 3, 1, 1)},

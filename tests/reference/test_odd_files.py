@@ -70,6 +70,15 @@ CONFIGS: dict[str, tuple[Callable[[], Any], Any]] = {
     "bias with a head": (bert, peft.LoraConfig(task_type="SEQ_CLS", target_modules=["query"], bias="all")),
     "an exclusion of nothing": (llama, peft.LoraConfig(target_modules=["q_proj"], exclude_modules=["none"])),
     "a pattern of nothing": (llama, peft.LoraConfig(target_modules=["q_proj"], rank_pattern={"v_proj": 3})),
+    "patterns of what is excluded": (
+        llama,
+        peft.LoraConfig(
+            target_modules=["q_proj", "k_proj"],
+            exclude_modules=["q_proj"],
+            rank_pattern={"q_proj": 3},
+            alpha_pattern={"q_proj": 5},
+        ),
+    ),
     "a rank above the layer": (llama, peft.LoraConfig(target_modules=["q_proj"], r=64)),
     "a pattern that does not act": (gpt2, peft.HiraConfig(target_modules=["c_attn"], r=2, rank_pattern={"c_attn": 3})),
     "layers called as parameters are": (qwen2_moe, peft.LoraConfig(target_modules=["q_proj", "down_proj"], r=4)),

@@ -26,7 +26,10 @@ from lorakit.conversion.lycoris import LYCORIS
 from lorakit.conversion.mlx import MLX
 from lorakit.conversion.names import COMPONENTS, Names, names_of
 from lorakit.conversion.peft import PEFT
+from lorakit.conversion.underscores import original
 from lorakit.errors import LorakitError, unknown
+from lorakit.files.bundle import CONFIG
+from lorakit.files.interchange import PREFIX
 from lorakit.files.prompt import TEMPLATE, Prompt, read_prompt
 
 log = logging.getLogger("lorakit")
@@ -159,9 +162,13 @@ def _format_of(contents: Mapping[str, Content], origin: str | None) -> Format:
     for format in FORMATS.values():
         if all(format.claims(one) for one in contents.values()):
             return format
-    example = ", ".join(sorted(content.tensors)[:3]) or "no tensors"
+    keys = sorted(content.tensors)
+    example = ", ".join(keys[:3]) or "no tensors"
+    hint = next((told for key in keys if (told := original(key))), "")
+    if any(key.startswith(PREFIX) for key in keys):
+        hint = f" These are the tensors of a PEFT folder, whose {CONFIG} says their scale; name the folder that holds both."
     raise LorakitError(
-        f"convert: {content.where} is of no format that lorakit knows ({', '.join(FORMATS)}); it holds {example}."
+        f"convert: {content.where} is of no format that lorakit knows ({', '.join(FORMATS)}); it holds {example}.{hint}"
     )
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any, cast
 
 from torch import Tensor
@@ -19,7 +20,7 @@ from torch import Tensor
 from lorakit.conversion.content import Content
 from lorakit.conversion.description import MAGNITUDE, Description, Layer, assemble, recognise
 from lorakit.conversion.format import CONVOLUTION, LINEAR, Format, Target, all_dora, ending, grouped, only
-from lorakit.conversion.names import CLIP, COMPONENTS, Names
+from lorakit.conversion.names import CLIP, COMPONENTS, Names, guess_component
 from lorakit.core.delta import Method
 from lorakit.core.walking import as_patterns, exactly, value_for
 from lorakit.errors import LorakitError
@@ -46,12 +47,33 @@ _CLIP_NAMES = {"to_q": "q_proj", "to_k": "k_proj", "to_v": "v_proj", "to_out": "
 
 
 def claims(content: Content) -> bool:
-    return bool(content.tensors) and all(key.partition(".")[0] in COMPONENTS for key in content.tensors)
+    inside = all(key.partition(".")[0] in COMPONENTS for key in content.tensors)
+    return bool(content.tensors) and (inside or bool(_alone(content)))
+
+
+def _alone(content: Content) -> str:
+    """The component of a file of one part, whose names do not say it: `transformer_blocks.0.attn.to_q.lora_A.weight`."""
+    found = [_cut(key.replace(".default.", ".")) for key in content.tensors]
+    paths = [one[0] for one in found if one is not None]
+    component = guess_component(paths) if len(paths) == len(found) else ""
+    return component if component in ("unet", "transformer") else ""
+
+
+def _under(content: Content, component: str) -> Content:
+    """Such a file with the names of a whole pipeline's, in its metadata too."""
+    tensors = {f"{component}.{key.replace('.default.', '.')}": tensor for key, tensor in content.tensors.items()}
+    metadata = dict(content.metadata)
+    if METADATA in metadata:
+        own = _json(content)
+        metadata[METADATA] = json.dumps({f"{component}.{key}": value for key, value in own.items()})
+    return replace(content, tensors=tensors, metadata=metadata)
 
 
 def read(contents: Mapping[str, Content], names: Names) -> Description:
     """A file of `save_lora_weights`, of this or an older Diffusers."""
     content = only(contents, "Diffusers' format")
+    alone = _alone(content)
+    content = _under(content, alone) if alone else content
     metadata = _metadata(content)
     components: dict[str, dict[str, Layer]] = {}
     for name, words in grouped(content, _cut).items():
@@ -77,17 +99,18 @@ def _cut(key: str) -> tuple[str, str] | None:
     return f"{old['layer']}.{name}", "lora_A.weight" if old["half"] == "down" else "lora_B.weight"
 
 
-def _metadata(content: Content) -> dict[str, dict[str, Any]]:
-    """PEFT's configuration per component."""
-    text = content.metadata.get(METADATA)
-    if text is None:
-        return {}
+def _json(content: Content) -> dict[str, Any]:
+    """What the metadata says of the adapter; empty where it says nothing."""
     try:
-        values = json.loads(text)
+        return dict(json.loads(content.metadata.get(METADATA, "{}")))
     except ValueError as problem:
         raise LorakitError(f"convert: {content.where} has {METADATA} that is no JSON ({problem}).") from problem
+
+
+def _metadata(content: Content) -> dict[str, dict[str, Any]]:
+    """PEFT's configuration per component."""
     result: dict[str, dict[str, Any]] = {}
-    for key, value in values.items():
+    for key, value in _json(content).items():
         component, _, option = key.partition(".")
         result.setdefault(component, {})[option] = value
     return result

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -94,6 +95,16 @@ class Format:
                 )
 
 
+_OTHERS = {
+    r"\.[ab][12]\.weight$": "it is GLoRA's, which no other tool's files have",
+    r"\.on_input$": "it is LyCORIS' (IA)³, whose scales have no other form",
+    r"\.oft_(blocks|diag)$|\.boft": "it is a rotation (OFT, BOFT) in LyCORIS' form, which is not PEFT's",
+    r"\.[wb]_norm$|norm\w*\.diff(_b)?$": "it is a change of a norm, and no matrix",
+    r"^(bundle_)?emb|string_to_param": "it is a token's embedding (pivotal tuning), which is no change of a layer",
+}
+"""Tensors that other tools write and that are not converted: what a name matches -> what it is."""
+
+
 def grouped(content: Content, cut: Callable[[str], tuple[str, str] | None]) -> dict[str, dict[str, Tensor]]:
     """The tensors of a file by layer: name -> word -> tensor.
 
@@ -108,7 +119,8 @@ def grouped(content: Content, cut: Callable[[str], tuple[str, str] | None]) -> d
     for key, tensor in content.tensors.items():
         found = cut(key)
         if found is None:
-            raise LorakitError(f"convert: {content.where} holds {key!r}, which is no tensor of this format.")
+            what = next((f": {word}" for end, word in _OTHERS.items() if re.search(end, key)), "")
+            raise LorakitError(f"convert: {content.where} holds {key!r}, which is no tensor of this format{what}.")
         name, word = found
         if word in layers[name]:
             raise LorakitError(f"convert: {content.where} holds {word} of {name} twice, the second as {key!r}.")

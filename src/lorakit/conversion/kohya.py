@@ -37,6 +37,8 @@ PREFIXES = {
 WORDS = {
     "lora_down.weight": "lora_A.weight",
     "lora_up.weight": "lora_B.weight",
+    "lora_A.weight": "lora_A.weight",
+    "lora_B.weight": "lora_B.weight",
     "lora_mid.weight": "lora_mid.weight",
     "dora_scale": MAGNITUDE,
     "alpha": "alpha",

@@ -177,6 +177,8 @@ def guess_component(paths: Iterable[str]) -> str:
     first = {path.partition(".")[0] for path in paths}
     if first & {"down_blocks", "up_blocks", "mid_block"}:
         return "unet"
+    if first & {"transformer_blocks", "single_transformer_blocks"}:
+        return "transformer"
     clip = ("text_model.encoder.layers.", "encoder.layers.")
     if all(path.startswith(clip) and (".self_attn." in path or ".mlp." in path) for path in paths):
         return "text_encoder"

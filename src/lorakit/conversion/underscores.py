@@ -19,9 +19,25 @@ _UNET = (
     "to_q to_k to_v to_out ff net proj"
 )
 _CLIP = "text_model encoder layers self_attn q_proj k_proj v_proj out_proj mlp fc1 fc2 text_projection"
+_TRANSFORMER = "single_transformer_blocks attn add_q_proj add_k_proj add_v_proj to_add_out ff_context"
 _LLAMA = "model lm_head o_proj gate_proj up_proj down_proj"
-WORDS = frozenset(f"{_UNET} {_CLIP} {_LLAMA}".split())
+WORDS = frozenset(f"{_UNET} {_TRANSFORMER} {_CLIP} {_LLAMA}".split())
 """Attributes on the way to a layer, in models whose names can be cut without the model."""
+
+
+_ORIGINAL = re.compile(
+    r"diffusion_model\.|(?:double|single|joint)_blocks?[._]|.+\.processor\.\w*lora\d|blocks_\d+_(?:self|cross)_attn_"
+)
+
+
+def original(name: str) -> str:
+    """What to say of a name that the model's original code has, and Diffusers does not; empty for others."""
+    if not _ORIGINAL.match(name):
+        return ""
+    return (
+        " Its layers are named as in the model's original code. Diffusers turns such names into its own: "
+        "load_lora_weights(file) of the pipeline, then save_lora_adapter(folder) of its transformer; that file converts."
+    )
 
 
 def flat(path: str) -> str:
@@ -53,11 +69,12 @@ def inverted(name: str, known: Iterable[str] | None) -> str:
         )
     if known is not None:
         raise LorakitError(
-            f"convert: the base has no layer whose name with underscores is {name!r}; the adapter was made for another base."
+            f"convert: the base has no layer whose name with underscores is {name!r}; the adapter was made for another base"
+            f"{' or under other names.' + original(name) if original(name) else '.'}"
         )
     raise LorakitError(
         f"convert: {name!r} cannot be cut into layer names without the model: underscores stand for dots there. Name its "
-        "base (--base, a folder with config.json is enough)."
+        f"base (--base, a folder with config.json is enough).{original(name)}"
     )
 
 

@@ -26,6 +26,7 @@ from torch import Tensor
 
 from lorakit.errors import LorakitError
 from lorakit.files.folder import recover, stamp_of
+from lorakit.files.formats import with_integers
 from lorakit.files.prompt import PROMPT, Prompt
 
 CONFIG, TENSORS, OWN = "adapter_config.json", "adapter_model.safetensors", "lorakit.json"
@@ -141,12 +142,11 @@ def read_bundle(folder: str | Path, revision: str | None = None, later: bool = F
     path = locate(folder, revision)
 
     def read() -> Bundle:
-        own = _own(path)
-        config = _config(path, float if own else _number)
+        config, own = _config(path), _own(path)
         beside = ThreadPoolExecutor(1)
         try:
             stale = beside.submit(_stale, path, config, own)
-            return Bundle(path, config, own, _tensors(path), stale.result)
+            return Bundle(path, config if own else with_integers(config), own, _tensors(path), stale.result)
         finally:
             beside.shutdown(wait=not later)
 
@@ -185,14 +185,8 @@ def _unmoved(path: Path, read: Callable[[], T]) -> T:
     raise LorakitError(f"load: {path} was replaced {_ATTEMPTS} times while it was read; save to it less often.")
 
 
-def _number(text: str) -> float:
-    """A number with a point as it was meant: PEFT's files are also written by hand and by tools that write a rank as 8.0."""
-    value = float(text)
-    return int(value) if value.is_integer() else value
-
-
-def _config(path: Path, number: Callable[[str], float] = float) -> dict[str, Any]:
-    config = _read_json(path / CONFIG, number)
+def _config(path: Path) -> dict[str, Any]:
+    config = _read_json(path / CONFIG)
     if not isinstance(config.get("peft_type"), str):
         raise LorakitError(f"load: {path / CONFIG} names no peft_type.")
     return config
@@ -240,9 +234,9 @@ def computable(tensor: Tensor) -> Tensor:
     return tensor.float() if tensor.is_floating_point() and tensor.dtype.itemsize == 1 else tensor
 
 
-def _read_json(path: Path, number: Callable[[str], float] = float) -> dict[str, Any]:
+def _read_json(path: Path) -> dict[str, Any]:
     try:
-        value = json.loads(path.read_text(encoding="utf-8"), parse_float=number)
+        value = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as problem:
         raise LorakitError(f"load: {path} cannot be read as JSON ({problem}).") from problem
     if not isinstance(value, dict):

@@ -7,6 +7,7 @@ layer that finds no tensor, an option that cannot be honoured, another base mode
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import logging
@@ -462,12 +463,13 @@ def _check_targets(
     targets = targets_from(config, model, fields)
     if not targets.target_modules or any(path != name for path, name in plain_names(model).items()):
         return
+    # a rank of nothing says nothing, nor does a pattern of what is excluded: what the tensors are decides
+    patterns = {option: own for option, own in targets.patterns.items() if option != "rank"}
     try:
-        try:
-            selected = select(model, targets)
-        except LorakitError:  # an exclusion of nothing, a rank of nothing: what the tensors are decides
-            patterns = {option: own for option, own in targets.patterns.items() if option != "rank"}
-            selected = select(model, dataclasses.replace(targets, exclude_modules=None, patterns=patterns))
+        selected = select(model, dataclasses.replace(targets, exclude_modules=None, patterns=patterns))
+        if targets.exclude_modules:
+            with contextlib.suppress(LorakitError):  # an exclusion of nothing
+                selected = select(model, dataclasses.replace(targets, patterns={}))
     except LorakitError as problem:
         complain(f"load: the configuration does not fit this model: {problem}")
         return

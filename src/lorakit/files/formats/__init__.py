@@ -60,6 +60,25 @@ def spec_from_peft(config: Mapping[str, Any]) -> Spec:
     return _read(name, config)
 
 
+def with_integers(config: Mapping[str, Any]) -> dict[str, Any]:
+    """PEFT's configuration with integers where its options are such: hands and other tools write a rank as 8.0."""
+    counts = {
+        entry
+        for name, row in FORMATS.items()
+        if row.peft == config.get("peft_type")
+        for declared in options_of(TABLE[name]).values()
+        if declared.type in (int, int | None)
+        for entry in (declared.option.peft, declared.option.pattern)
+    }
+
+    def whole(value: Any) -> Any:
+        if isinstance(value, Mapping):
+            return {key: whole(one) for key, one in value.items()}
+        return int(value) if isinstance(value, float) and value.is_integer() else value
+
+    return {key: whole(value) if key in counts else value for key, value in config.items()}
+
+
 def _read(name: str, config: Mapping[str, Any]) -> Spec:
     row, method = format_of(name), TABLE[name]
     for entry, why in row.refused.items():
