@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import peft
 import pytest
@@ -16,6 +17,7 @@ from lorakit.core.delta import Pool, Shape
 from lorakit.core.sites import sites_of
 from lorakit.errors import LorakitError
 from lorakit.files.formats import spec_from_peft
+from lorakit.files.store import read_config
 from lorakit.methods.lokr import LoKrDelta, split_size
 from methods.both_ways import both_ways, trained_by_peft
 
@@ -103,6 +105,35 @@ def test_whole_d_in_peft_on_one_dimensional_convolutions() -> None:
     assert (found - product).abs().max() > 0.01
     garbled = torch.einsum("ac,bdk->badck", C, D).reshape(6, 4, 3)
     torch.testing.assert_close(found, garbled)
+
+
+def test_whole_d_on_one_dimensional_convolutions_is_not_exchanged_with_peft(tmp_path: Path) -> None:
+    """Theirs is refused; ours is read here, is not called PEFT's, and goes through LyCORIS' format and back."""
+
+    def model() -> Any:
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Conv1d(4, 6, 3))
+
+    trained_by_peft(model(), peft.LoKrConfig(target_modules=["0"], r=4, alpha=4)).save_pretrained(
+        str(tmp_path / "theirs")
+    )
+    with pytest.raises(LorakitError, match=r"lokr_w2 is of a Conv1d, on which PEFT's LoKr with a whole w2"):
+        lk.load(model(), tmp_path / "theirs")
+    with pytest.raises(LorakitError, match="of a Conv1d"):
+        lk.convert(tmp_path / "theirs", None, "lycoris")
+    ours, x = model(), torch.randn(2, 4, 9)
+    adapter = lk.attach(ours, lk.LoKr(rank=4), name="a", target_modules=["0"])
+    with torch.no_grad():
+        for parameter in adapter.parameters():
+            parameter.add_(torch.randn_like(parameter))
+    adapter.save(tmp_path / "ours")
+    lk.convert(tmp_path / "ours", tmp_path / "a.safetensors", "lycoris")
+    lk.convert(tmp_path / "a.safetensors", tmp_path / "back", "peft", base=model())
+    for name in ("ours", "back"):
+        assert read_config(tmp_path / name)["peft_type"] == "LOKR_CONV1D"
+        again = model()
+        lk.load(again, tmp_path / name)
+        torch.testing.assert_close(again(x), ours(x))
 
 
 def test_lycoris_scale_in_a_peft_file(tmp_path: Path) -> None:

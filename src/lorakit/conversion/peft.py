@@ -30,10 +30,11 @@ from lorakit.conversion.experts import EXPERT, apart, as_stack, expert_layout, f
 from lorakit.conversion.format import CONVOLUTION, EMBEDDING, LINEAR, Format, Target, grouped
 from lorakit.conversion.names import Names, component_of, guess_component
 from lorakit.core.delta import Method
+from lorakit.core.layout import Convolution
 from lorakit.core.walking import as_patterns, value_for
 from lorakit.errors import LorakitError
 from lorakit.files.bundle import own_data
-from lorakit.files.formats import format_of, spec_from_peft
+from lorakit.files.formats import OTHER_AXES, format_of, spec_from_peft
 from lorakit.files.interchange import PREFIX, bare, method_entries
 from lorakit.files.stacked import MARKER, unstack
 from lorakit.files.table import spec_from_dict
@@ -96,7 +97,8 @@ def _method(content: Content) -> Method:
     """The common spec, as a plain LoRA where lorakit has another word for one."""
     own = content.own.get("method", {})
     spec: Any = spec_from_dict(own, content.where) if own else None
-    if spec is None or (format_of(spec.name).peft is not None and not _lone_dora(spec)):
+    theirs = content.config.get("peft_type") == format_of(spec.name).peft if spec is not None else True
+    if spec is None or (theirs and not _lone_dora(spec)):
         spec = spec_from_peft(content.config)
     inner = spec.inner if isinstance(spec, DoRA) else spec
     if not isinstance(inner, LoRA | LoHa | LoKr | Full):
@@ -198,7 +200,11 @@ def _folder(
         **({"target_parameters": named, "peft_version": "0.21.2", **MARKER} if stacks else {}),
     }
     own: dict[str, Any] = {}
-    if format_of(method.name).peft is None or _lone_dora(method):
+    windows = [layer.layout.window for layer in layers.values() if isinstance(layer.layout, Convolution)]
+    turned = any(key.endswith(".lokr_w2") for key in tensors) and any(len(window) == 2 for window in windows)
+    if turned:
+        config["peft_type"] = OTHER_AXES
+    if format_of(method.name).peft is None or _lone_dora(method) or turned:
         targets = Targets(
             target_modules=tuple(sorted(layers)),
             patterns={name: patterns[option] for name, option in first.pattern_fields.items()},

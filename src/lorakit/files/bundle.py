@@ -26,7 +26,7 @@ from torch import Tensor
 
 from lorakit.errors import LorakitError
 from lorakit.files.folder import recover, stamp_of
-from lorakit.files.formats import with_integers
+from lorakit.files.formats import check_axes, with_integers
 from lorakit.files.prompt import PROMPT, Prompt
 
 CONFIG, TENSORS, OWN = "adapter_config.json", "adapter_model.safetensors", "lorakit.json"
@@ -146,7 +146,11 @@ def read_bundle(folder: str | Path, revision: str | None = None, later: bool = F
         beside = ThreadPoolExecutor(1)
         try:
             stale = beside.submit(_stale, path, config, own)
-            return Bundle(path, config if own else with_integers(config), own, _tensors(path), stale.result)
+            tensors = _tensors(path)
+            if not own:
+                config = with_integers(config)
+                check_axes(config, tensors)
+            return Bundle(path, config, own, tensors, stale.result)
         finally:
             beside.shutdown(wait=not later)
 

@@ -9,7 +9,8 @@ The rank of ΔW is rank(C) · rank(D).
 D is stored whole where rank >= max(o2, i2) / 2; C is a product `C_a C_b` only with decompose_both and rank below
 max(o1, i1) / 2. PEFT divides by the rank in every case; LyCORIS takes s = 1 where both C and D are whole: scale_rule says
 which. For a convolution C spans channels and D the rest with the kernel. (PEFT's files with a whole D on a Conv1d mean
-something else: there C meets the wrong axes; see the test.) Yeh et al. 2023, arXiv 2309.14859.
+something else: there C meets the wrong axes; they are refused, and ours are not called PEFT's.) Yeh et al. 2023, arXiv
+2309.14859.
 """
 
 from __future__ import annotations

@@ -17,7 +17,9 @@ from lorakit.errors import LorakitError, unknown
 from lorakit.files.formats.edits import EDITS, ROUTERS
 from lorakit.files.formats.format import Format as Format
 from lorakit.files.formats.methods import METHODS
+from lorakit.files.formats.methods import OTHER_AXES as OTHER_AXES
 from lorakit.files.formats.methods import adalora_scale as adalora_scale
+from lorakit.files.formats.methods import check_axes as check_axes
 from lorakit.files.table import TABLE
 
 FORMATS: dict[str, Format] = {**METHODS, **EDITS, **ROUTERS}

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from lorakit.core.layout import Convolution
 from lorakit.errors import LorakitError
 from lorakit.files.formats.format import Config, Format, Tensors
 from lorakit.methods import LoRA
@@ -216,6 +217,28 @@ def _rotations(config: Config) -> dict[str, Any]:
     return {}
 
 
+OTHER_AXES = "LOKR_CONV1D"
+"""What a file calls itself where PEFT would read another function of it: LoKr with a whole D on a Conv1d."""
+
+
+def _on_other_axes(adapter: Any, specs: Mapping[str, Any]) -> dict[str, Any]:
+    found = (
+        isinstance(site.layout, Convolution) and len(site.layout.window) == 2 and hasattr(delta, "D")
+        for _, site, delta in adapter.deltas()
+    )
+    return {"peft_type": OTHER_AXES} if any(found) else {}
+
+
+def check_axes(config: Config, tensors: Tensors) -> None:
+    """Refuse a file of PEFT's whose LoKr multiplies a matrix with an array of three axes: C meets the wrong ones there."""
+    key = next((key for key, one in tensors.items() if key.endswith(".lokr_w2") and one.ndim == 3), None)
+    if key is not None and config.get("peft_type") == "LOKR":
+        raise LorakitError(
+            f"load: {key} is of a Conv1d, on which PEFT's LoKr with a whole w2 is no Kronecker product (its w1 meets the "
+            "kernel's axes), so that no LoKr is what its author saw. PEFT can merge it into its base."
+        )
+
+
 def _feedforward(spec: Any) -> dict[str, Any]:
     given = spec.feedforward_modules or ()
     if not isinstance(given, str) and given:
@@ -270,6 +293,7 @@ METHODS: dict[str, Format] = {
         {"C": "lokr_w1", "C_a": "lokr_w1_a", "C_b": "lokr_w1_b", "D": "lokr_w2:taps", "D_a": "lokr_w2_a", "D_b": "lokr_w2_b"},
         ignored=_DROPOUTS,
         refused=_tucker("LoKr", "D is then a Tucker decomposition of three tensors"),
+        whole=_on_other_axes,
     ),
     "oft": Format(
         "OFT",
