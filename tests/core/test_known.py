@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -151,8 +153,67 @@ def test_presets_leave_it_out_aloud_and_by_name_it_goes_by_substitution(
 
 @pytest.mark.parametrize("layer", COMPUTED.values(), ids=COMPUTED)
 def test_a_computed_weight_is_refused_with_the_reason(layer: nn.Module) -> None:
-    with pytest.raises(LorakitError, match="its weight is computed at each call"):
-        lk.attach(nn.ModuleDict({"layer": layer, "other": nn.Linear(2, 2)}), lk.LoRA(rank=2), target_modules=["layer"])
+    model = nn.ModuleDict({"layer": layer, "other": nn.Linear(2, 2)})
+    for targets in (["layer"], "la.er"):
+        with pytest.raises(LorakitError, match="matches layer: its weight is computed at each call"):
+            lk.attach(model, lk.LoRA(rank=2), target_modules=targets)
+
+
+def test_an_expression_leaves_a_computed_weight_out_aloud(caplog: pytest.LogCaptureFixture) -> None:
+    model = Around(parametrizations.weight_norm(nn.Linear(8, 6)))
+    adapter = lk.attach(model, lk.LoRA(rank=2), target_modules="first|layer")
+    assert list(adapter.layers) == ["first"]
+    assert "matches layer, which is left out: its weight is computed at each call" in caplog.text
+
+
+class Words(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Embedding(9, 6, max_norm=1.0)
+
+    def forward(self, x: Tensor) -> Any:
+        return self.layer((x[:, 0] > 0).long())
+
+
+WHOLE: dict[str, Callable[[], nn.Module]] = {
+    "weight_norm": lambda: Around(parametrizations.weight_norm(nn.Linear(8, 6))),
+    "spectral_norm": lambda: Around(parametrizations.spectral_norm(nn.Linear(8, 6))),
+    "orthogonal": lambda: Around(parametrizations.orthogonal(nn.Linear(8, 8))),
+    "weight_norm by hooks": lambda: Around(old_weight_norm(nn.Linear(8, 6))),
+    "inside a module": lambda: Around(nn.Sequential(parametrizations.weight_norm(nn.Linear(8, 6)), nn.Tanh())),
+    "max_norm": Words,
+}
+"""Layers to which nothing can be added, trained whole as their refusal says."""
+
+
+@pytest.mark.parametrize("build", WHOLE.values(), ids=WHOLE)
+def test_what_computes_its_weight_trains_whole(build: Callable[[], nn.Module], tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model, x = build().eval(), torch.randn(4, 8)
+    names, outputs = list(model.state_dict()), {}
+    with torch.no_grad():
+        base = model(x).clone()
+        for name in ("one", "two"):
+            adapter = lk.attach(model, lk.LoRA(rank=2), name=name, target_modules=[], modules_to_save=["layer"])
+            lk.activate(model, name)
+            assert torch.equal(model(x), base)
+            for parameter in adapter.parameters():
+                parameter.add_(torch.randn_like(parameter) * 0.3)
+            model(x)  # max_norm writes the adapter's own rows at the first call
+            outputs[name] = model(x)
+            assert not torch.allclose(outputs[name], base, atol=1e-3)
+            with lk.merged(model, name):
+                torch.testing.assert_close(model(x), outputs[name])
+        with lk.use(model, ["one", "two", "one", "two"]):
+            rows = model(x)
+        torch.testing.assert_close(rows[::2], outputs["one"][::2])
+        torch.testing.assert_close(rows[1::2], outputs["two"][1::2])
+        lk.adapters(model)["one"].save(tmp_path)
+        lk.detach(model)
+        assert torch.equal(model(x), base)
+        assert list(model.state_dict()) == names
+        lk.load(model, tmp_path)
+        torch.testing.assert_close(model(x), outputs["one"])
 
 
 def test_the_trial_can_fail(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -95,10 +95,16 @@ def sites_of(module: nn.Module) -> list[Site]:
 
 def adaptable_sites(module: nn.Module) -> list[Site]:
     """`sites_of`, empty too where nothing can be added to the layer's matrix."""
+    return [] if refusal(module) else sites_of(module)
+
+
+def refusal(module: nn.Module) -> str:
+    """Why nothing can be added to a layer's matrix; empty where something can, or where it has none."""
     try:
-        return sites_of(module)
-    except LorakitError:
-        return []
+        sites_of(module)
+    except LorakitError as problem:
+        return str(problem).removeprefix("attach: ")
+    return ""
 
 
 _KNOWN = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Embedding)
