@@ -180,8 +180,8 @@ def report(adapter: Adapter) -> None:
     if targets.target_modules != "all-linear" or targets.layers is not None or targets.exclude_modules is not None:
         return
     for ending, reason in found.reasons.items():
-        log.warning(
-            "attach: all-linear leaves out %s: %s. Name it in target_modules to adapt it all the same.", ending, reason
-        )
+        fixed = any(refusal(module) for path, module in walk(adapter.model) if path.rpartition(".")[2] == ending)
+        where = "modules_to_save to train it whole" if fixed else "target_modules to adapt it all the same"
+        log.warning("attach: all-linear leaves out %s: %s. Name it in %s.", ending, reason, where)
     if found.share < 0.95:
         log.warning("attach: all-linear reaches %s.", found)

@@ -152,7 +152,10 @@ def describe_layers(model: nn.Module) -> str:
 
 def _in_presets(module: nn.Module) -> bool:
     """Whether presets mean a layer: it multiplies by matrices, in a way that is known."""
-    return any(isinstance(site.layout, Linear | Expert) and not site.named_only for site in adaptable_sites(module))
+    return any(
+        isinstance(getattr(site.layout, "inner", site.layout), Linear) and not site.named_only
+        for site in adaptable_sites(module)
+    )
 
 
 def _adaptable(module: nn.Module) -> bool:
