@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from pathlib import Path
+from types import MethodType
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file
 from torch import Tensor, nn
-from torch.nn.utils import parametrizations
+from torch.nn.utils import parametrizations, prune
 from torch.nn.utils import weight_norm as old_weight_norm
 from transformers.models.bit.modeling_bit import WeightStandardizedConv2d
 from transformers.models.falcon.modeling_falcon import FalconLinear
@@ -19,6 +23,7 @@ from transformers.models.llama4.configuration_llama4 import Llama4TextConfig
 from transformers.models.llama4.modeling_llama4 import Llama4Router
 from transformers.models.mamba.modeling_mamba import MambaMixer
 from transformers.models.opt.modeling_opt import OPTLearnedPositionalEmbedding
+from transformers.pytorch_utils import Conv1D
 
 import lorakit as lk
 from lorakit.adapter.coverage import coverage
@@ -82,13 +87,47 @@ OTHER: dict[str, nn.Module] = {
     "OPT's positions": OPTLearnedPositionalEmbedding(9, 4),
     "Llama 4's router": router(),
 }
+
+
+def hooked_weight() -> nn.Linear:
+    """A user's own norm: the weight is written anew before each call."""
+    layer = nn.Linear(8, 6)
+    layer.raw = layer._parameters.pop("weight")
+
+    def write(module: Any, inputs: Any) -> None:
+        module.weight = module.raw / module.raw.norm()
+
+    write(layer, None)
+    layer.register_forward_pre_hook(write)
+    return layer
+
+
+def pruned() -> nn.Module:
+    return prune.l1_unstructured(nn.Linear(8, 6), "weight", 0.5)
+
+
 COMPUTED: dict[str, nn.Module] = {
     "weight_norm": parametrizations.weight_norm(nn.Linear(8, 6)),
     "weight_norm of a convolution": parametrizations.weight_norm(nn.Conv1d(4, 6, 3)),
     "spectral_norm": parametrizations.spectral_norm(nn.Linear(8, 6)),
     "orthogonal": parametrizations.orthogonal(nn.Linear(6, 6)),
     "weight_norm by hooks": old_weight_norm(nn.Linear(8, 6)),
+    "pruned": pruned(),
+    "by a hook": hooked_weight(),
 }
+
+
+def around(layer: nn.Module, what: str) -> nn.Module:
+    """A layer object of a known class around which a user has set something."""
+    if what == "output":
+        layer.register_forward_hook(lambda module, inputs, output: output * 3)
+    elif what == "input":
+        layer.register_forward_pre_hook(lambda module, inputs: (inputs[0] * 3,))
+    elif what == "observer":
+        layer.register_forward_hook(lambda module, inputs, output: None)
+    else:
+        layer.forward = MethodType(lambda self, x: type(self).forward(self, x) * 3, layer)  # type: ignore[method-assign]
+    return layer
 
 
 @pytest.mark.parametrize("layer", SAME.values(), ids=SAME)
@@ -151,8 +190,106 @@ def test_presets_leave_it_out_aloud_and_by_name_it_goes_by_substitution(
 
 @pytest.mark.parametrize("layer", COMPUTED.values(), ids=COMPUTED)
 def test_a_computed_weight_is_refused_with_the_reason(layer: nn.Module) -> None:
-    with pytest.raises(LorakitError, match="its weight is computed at each call"):
-        lk.attach(nn.ModuleDict({"layer": layer, "other": nn.Linear(2, 2)}), lk.LoRA(rank=2), target_modules=["layer"])
+    model = nn.ModuleDict({"layer": layer, "other": nn.Linear(2, 2)})
+    for targets in (["layer"], "la.er"):
+        with pytest.raises(LorakitError, match="matches layer: its weight is computed at each call"):
+            lk.attach(model, lk.LoRA(rank=2), target_modules=targets)
+
+
+def test_an_expression_leaves_a_computed_weight_out_aloud(caplog: pytest.LogCaptureFixture) -> None:
+    model = Around(parametrizations.weight_norm(nn.Linear(8, 6)))
+    adapter = lk.attach(model, lk.LoRA(rank=2), target_modules="first|layer")
+    assert list(adapter.layers) == ["first"]
+    assert "matches layer, which is left out: its weight is computed at each call" in caplog.text
+
+
+class Words(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Embedding(9, 6, max_norm=1.0)
+
+    def forward(self, x: Tensor) -> Any:
+        return self.layer((x[:, 0] > 0).long())
+
+
+WHOLE: dict[str, Callable[[], nn.Module]] = {
+    "weight_norm": lambda: Around(parametrizations.weight_norm(nn.Linear(8, 6))),
+    "spectral_norm": lambda: Around(parametrizations.spectral_norm(nn.Linear(8, 6))),
+    "orthogonal": lambda: Around(parametrizations.orthogonal(nn.Linear(8, 8))),
+    "weight_norm by hooks": lambda: Around(old_weight_norm(nn.Linear(8, 6))),
+    "pruned": lambda: Around(pruned()),
+    "by a hook": lambda: Around(hooked_weight()),
+    "inside a module": lambda: Around(nn.Sequential(parametrizations.weight_norm(nn.Linear(8, 6)), nn.Tanh())),
+    "max_norm": Words,
+}
+"""Layers to which nothing can be added, trained whole as their refusal says."""
+
+
+@pytest.mark.parametrize("build", WHOLE.values(), ids=WHOLE)
+def test_what_computes_its_weight_trains_whole(build: Callable[[], nn.Module], tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model, x = build().eval(), torch.randn(4, 8)
+    names, outputs = list(model.state_dict()), {}
+    with torch.no_grad():
+        base = model(x).clone()
+        for name in ("one", "two"):
+            adapter = lk.attach(model, lk.LoRA(rank=2), name=name, target_modules=[], modules_to_save=["layer"])
+            lk.activate(model, name)
+            assert torch.equal(model(x), base)
+            for parameter in adapter.parameters():
+                parameter.add_(torch.randn_like(parameter) * 0.3)
+            model(x)  # max_norm writes the adapter's own rows at the first call
+            outputs[name] = model(x)
+            assert not torch.allclose(outputs[name], base, atol=1e-3)
+            with lk.merged(model, name):
+                torch.testing.assert_close(model(x), outputs[name])
+        with lk.use(model, ["one", "two", "one", "two"]):
+            rows = model(x)
+        torch.testing.assert_close(rows[::2], outputs["one"][::2])
+        torch.testing.assert_close(rows[1::2], outputs["two"][1::2])
+        lk.adapters(model)["one"].save(tmp_path)
+        lk.detach(model)
+        assert torch.equal(model(x), base)
+        assert list(model.state_dict()) == names
+        lk.load(model, tmp_path)
+        torch.testing.assert_close(model(x), outputs["one"])
+
+
+@pytest.mark.parametrize("what", ["output", "input", "observer", "forward"])
+@pytest.mark.parametrize("kind", [nn.Linear, Conv1D])
+def test_what_stands_around_a_layer_acts_on_its_change_too(kind: type[nn.Module], what: str, tmp_path: Path) -> None:
+    """Beside, merged and loaded onto a layer without it: the change is that of the weight. Presets take layers with hooks."""
+    torch.manual_seed(0)
+    model, x = Around(around(kind(8, 8), what)).eval(), torch.randn(3, 8)
+    preset = lk.attach(model, lk.LoRA(rank=2), name="preset")
+    assert ("layer" in preset.layers) == (what != "forward")
+    lk.detach(model)
+    adapter = lk.attach(model, lk.LoRA(rank=2), name="one", target_modules=["layer"])
+    with torch.no_grad():
+        base = model(x)
+        for parameter in adapter.parameters():
+            nn.init.normal_(parameter)
+        beside = model(x)
+        assert not torch.allclose(beside, base)
+        with lk.merged(model, "one"):
+            torch.testing.assert_close(model(x), beside)
+        adapter.save(tmp_path)
+        bare = Around(kind(8, 8)).eval()
+        bare.load_state_dict(model.state_dict(), strict=False)
+        lk.load(bare, tmp_path)
+        times = {"output": 3.0, "forward": 3.0}.get(what, 1.0)
+        if what == "input":
+            bare.layer.register_forward_pre_hook(lambda module, inputs: (inputs[0] * 3,))
+        torch.testing.assert_close(bare(x) * times, beside)
+
+
+def test_a_layer_of_its_own_forward_has_its_kinds_names_in_files(tmp_path: Path) -> None:
+    for layer in (Trebled(9, 4), nn.Embedding(9, 4)):
+        model = nn.ModuleDict({"layer": layer})
+        lk.attach(model, lk.LoRA(rank=2), target_modules=["layer"]).save(tmp_path / type(layer).__name__)
+        assert "base_model.model.layer.lora_embedding_A" in load_file(
+            tmp_path / type(layer).__name__ / "adapter_model.safetensors"
+        )
 
 
 def test_the_trial_can_fail(monkeypatch: pytest.MonkeyPatch) -> None:

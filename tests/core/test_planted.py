@@ -200,7 +200,7 @@ def idle_is_said() -> None:
 
 def saved_whole(folder: Path) -> None:
     """What test_usable demands of `save_pretrained`, for a LoRA that is not trained."""
-    test_usable.test_save_pretrained_is_the_base_and_the_adapter_beside_it("lora", False, False, folder)
+    test_usable.test_save_pretrained_is_the_base_and_the_adapter_beside_it("lora", False, False, False, folder)
 
 
 @pytest.mark.parametrize(("law", "plant"), PLANTED, ids=[plant.__name__ for _, plant in PLANTED])

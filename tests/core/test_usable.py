@@ -113,18 +113,19 @@ def test_the_base_loads_under_its_adapters() -> None:
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("trained", [False, True])
+@pytest.mark.parametrize("checkpoint", [False, True], ids=["by hand", "by a Trainer"])
 def test_save_pretrained_is_the_base_and_the_adapter_beside_it(
-    way: str, tied: bool, trained: bool, tmp_path: Path
+    way: str, tied: bool, trained: bool, checkpoint: bool, tmp_path: Path
 ) -> None:
     method, options = WAYS[way]
     model = llama(tied)
     base = logits(model)
     adapter = noisy(lk.attach(model, method, name="one", **options)).requires_grad_(trained)
     acting = logits(model)
-    model.save_pretrained(tmp_path)
+    model.save_pretrained(tmp_path, **({"state_dict": None} if checkpoint else {}))
     with safe_open(tmp_path / "model.safetensors", "pt") as file:
         keys = set(file.keys())
-    assert any("lorakit" in key for key in keys) == trained
+    assert any("lorakit" in key for key in keys) == (trained and checkpoint)
     opened, about = transformers.LlamaForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
     assert not about["missing_keys"]
     assert not about["mismatched_keys"]

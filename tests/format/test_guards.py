@@ -9,9 +9,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+import transformers as T
 from torch import nn
 
 import lorakit as lk
@@ -137,3 +139,47 @@ def test_likeness_tells_a_quantised_copy_from_another_model() -> None:
         assert fingerprint.disagreement(floats, mixed) == ""
     with planted("LIKENESS", 0.9999):
         assert fingerprint.disagreement(floats, quantised(4, base())) != ""
+
+
+# -- settings that the weights do not show ---------------------------------------------------------------------------------
+
+_SIZES: dict[str, Any] = {
+    "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 4,
+    "vocab_size": 64, "head_dim": 8,
+}  # fmt: skip
+_MIXTURE = {**_SIZES, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+SETTINGS: dict[str, tuple[type, type, dict[str, Any], dict[str, Any], str]] = {
+    "scaled rotary positions": (
+        T.LlamaConfig, T.LlamaForCausalLM, _SIZES,
+        {"rope_parameters": {"rope_type": "linear", "factor": 4.0, "rope_theta": 1e4}}, "rope_parameters.rope_type 'linear'",
+    ),
+    "another factor": (
+        T.LlamaConfig, T.LlamaForCausalLM,
+        {**_SIZES, "rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}},
+        {"rope_parameters": {"rope_type": "linear", "factor": 4.0, "rope_theta": 1e4}}, "rope_parameters.factor 4.0",
+    ),
+    "a narrower window": (T.MistralConfig, T.MistralForCausalLM, _SIZES, {"sliding_window": 4}, "sliding_window 4"),
+    "another activation": (T.LlamaConfig, T.LlamaForCausalLM, _SIZES, {"hidden_act": "gelu"}, "hidden_act 'gelu'"),
+    "fewer experts of a token": (
+        T.Qwen3MoeConfig, T.Qwen3MoeForCausalLM, _MIXTURE, {"num_experts_per_tok": 1}, "num_experts_per_tok 1",
+    ),
+    "dropout": (T.LlamaConfig, T.LlamaForCausalLM, _SIZES, {"attention_dropout": 0.5}, ""),
+    "rounded": (T.LlamaConfig, T.LlamaForCausalLM, _SIZES, {"rms_norm_eps": 9.999999974752427e-07}, ""),
+    "what does not act": (T.LlamaConfig, T.LlamaForCausalLM, _SIZES, {"use_cache": False, "bos_token_id": 3}, ""),
+}  # fmt: skip
+"""Configuration, model, settings here; those of the training beside them; what is said."""
+
+
+@pytest.mark.parametrize("case", SETTINGS.values(), ids=SETTINGS)
+def test_the_same_weights_under_other_settings(
+    case: tuple[type, type, dict[str, Any], dict[str, Any], str], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    config, kind, here, there, words = case
+    models = []
+    for settings in ({**here, **there}, here):
+        torch.manual_seed(0)
+        models.append(kind(config(**settings)).eval())
+    lk.attach(models[0], lk.LoRA(rank=2), target_modules=["q_proj"]).save(tmp_path)
+    lk.load(models[1], tmp_path)
+    assert ("was trained on a base with" in caplog.text) == bool(words)
+    assert f"{words} (here " in caplog.text if words else True

@@ -18,9 +18,10 @@ from lorakit.adapter.pretrained import share, take_over
 from lorakit.adapter.targets import PRESETS, Targets, asked_sites, select, select_saved
 from lorakit.core.delta import Delta, Method, Shape
 from lorakit.core.injection import adapt, adapted_at, parents_of, ties
+from lorakit.core.known import computed_weight
 from lorakit.core.layout import Bare, Expert, Site
 from lorakit.core.replacement import Replacement
-from lorakit.core.sites import sites_of, split
+from lorakit.core.sites import adaptable_sites, sites_of, split
 from lorakit.core.stacks import stacked_sites
 from lorakit.core.state import ModelState, found_state, open_state
 from lorakit.core.storage import FLOAT, storage_of
@@ -80,7 +81,7 @@ def build(
         replacement = Replacement(module, names, torch.float32) if names else None
         made.append((path, planned.sites, built.deltas[path], replacement))
     for path, names in _replaced(modules, targets, set(built.plan), saved):
-        made.append((path, sites_of(modules[path]), {}, Replacement(modules[path], names, torch.float32)))
+        made.append((path, adaptable_sites(modules[path]), {}, Replacement(modules[path], names, torch.float32)))
     _warn_of_ties(modules, [path for path, *_ in made])
     state = open_state(model)
     parents = parents_of(model)
@@ -199,8 +200,8 @@ def _check_storage(modules: Mapping[str, nn.Module], plan: Plan, saved: list[str
         for path, module in modules.items():
             if path != whole and not path.startswith(whole + "."):
                 continue
-            if isinstance(module, nn.Embedding) and module.max_norm is not None:
-                continue  # nothing to adapt, and floats
+            if (isinstance(module, nn.Embedding) and module.max_norm is not None) or computed_weight(module):
+                continue  # nothing to add to, and floats
             for site in sites_of(module):
                 storage = storage_of(module, site.weight, path)
                 if storage is not FLOAT:

@@ -13,14 +13,13 @@ from torch import nn
 
 from lorakit.adapter.adapter import Adapter
 from lorakit.adapter.construction import capped
-from lorakit.adapter.targets import PRESETS, Targets, head_paths, select
+from lorakit.adapter.targets import PRESETS, Targets, head_paths, left_out, select
 from lorakit.core.delta import Method
 from lorakit.core.known import multiplied_by
 from lorakit.core.layout import Site
-from lorakit.core.sites import sites_of
+from lorakit.core.sites import refusal, sites_of
 from lorakit.core.stacks import is_router
 from lorakit.core.walking import walk
-from lorakit.errors import LorakitError
 
 log = logging.getLogger("lorakit")
 
@@ -140,10 +139,9 @@ def kind_of(name: str) -> str:
 
 def _reachable(module: nn.Module) -> tuple[list[Site], str]:
     """The matrices of one module that a delta can change, and why presets leave one of them out."""
-    try:
-        sites = sites_of(module)
-    except LorakitError as problem:
-        return [], str(problem).removeprefix("attach: ").partition(",")[0]
+    if reason := refusal(module):
+        return [], reason.partition(",")[0]
+    sites = sites_of(module)
     if is_router(module):  # left out on purpose, of which nobody needs to be warned
         return sites, ""
     return sites, next((site.named_only for site in sites if site.named_only), "")
@@ -172,11 +170,18 @@ def report(adapter: Adapter) -> None:
     log.info("the adapter reaches %s", found)
     for sentence in found.capped:
         log.warning("attach: %s.", sentence)
+    if (
+        isinstance(targets.target_modules, str)
+        and targets.target_modules not in PRESETS
+        and not targets.exclude_modules
+    ):
+        for path, reason in left_out(adapter.model, targets.target_modules).items():
+            log.warning("attach: target_modules matches %s, which is left out: %s", path, reason)
     if targets.target_modules != "all-linear" or targets.layers is not None or targets.exclude_modules is not None:
         return
     for ending, reason in found.reasons.items():
-        log.warning(
-            "attach: all-linear leaves out %s: %s. Name it in target_modules to adapt it all the same.", ending, reason
-        )
+        fixed = any(refusal(module) for path, module in walk(adapter.model) if path.rpartition(".")[2] == ending)
+        where = "modules_to_save to train it whole" if fixed else "target_modules to adapt it all the same"
+        log.warning("attach: all-linear leaves out %s: %s. Name it in %s.", ending, reason, where)
     if found.share < 0.95:
         log.warning("attach: all-linear reaches %s.", found)

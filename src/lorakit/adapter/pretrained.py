@@ -1,10 +1,9 @@
 """What transformers' own methods do on a model with adapters: `save_pretrained` and `resize_token_embeddings`.
 
 A model that has adapters is still saved as its base, under the base's own names, and each adapter as a folder in PEFT's form
-beside it. While an adapter is trained, its tensors are in the model's file too, behind names that the base has not
-(`from_pretrained` passes over them), since a Trainer resumes from that file alone. The two methods are set on
-the model object with the first
-adapter and taken off with the last; a copy or a pickle of the model has them for itself.
+beside it. In a Trainer's checkpoint the tensors of an adapter that is trained are in the model's file too, behind names that
+the base has not (`from_pretrained` passes over them), since a Trainer resumes from that file alone. The two methods are set
+on the model object with the first adapter and taken off with the last; a copy or a pickle of the model has them for itself.
 """
 
 from __future__ import annotations
@@ -47,12 +46,13 @@ class SavePretrained:
                 "first, or lk.merge for good and save then."
             )
         on = adapters(model)
+        checkpoint = "state_dict" in kwargs  # how Trainer calls it, with None too; nobody else has a reason to
         trained = any(parameter.requires_grad for adapter in on.values() for parameter in adapter.parameters())
-        if trained:
+        if checkpoint and trained:
             kwargs.setdefault("save_original_format", False)  # a run resumes by the names that the model has now
         elif kwargs.get("state_dict") is not None:
             kwargs["state_dict"] = {key: tensor for key, tensor in kwargs["state_dict"].items() if not _is_ours(key)}
-        with _written(model, alone=not trained):
+        with _written(model, alone=not (checkpoint and trained)):
             result = cast(Any, type(model)).save_pretrained(model, save_directory, *args, **kwargs)
         if kwargs.get("is_main_process", True):
             for adapter in on.values():

@@ -19,7 +19,7 @@ from torch import nn
 from lorakit.core.delta import Method
 from lorakit.core.layer import Adapted
 from lorakit.core.layout import Bare, Expert, Linear, Rows, Site
-from lorakit.core.sites import adaptable_sites, sites_of
+from lorakit.core.sites import adaptable_sites, refusal, sites_of
 from lorakit.core.stacks import stacked_sites
 from lorakit.core.walking import block_of, has_suffix, in_attention, value_for, walk
 from lorakit.errors import LorakitError
@@ -152,7 +152,10 @@ def describe_layers(model: nn.Module) -> str:
 
 def _in_presets(module: nn.Module) -> bool:
     """Whether presets mean a layer: it multiplies by matrices, in a way that is known."""
-    return any(isinstance(site.layout, Linear | Expert) and not site.named_only for site in adaptable_sites(module))
+    return any(
+        isinstance(getattr(site.layout, "inner", site.layout), Linear) and not site.named_only
+        for site in adaptable_sites(module)
+    )
 
 
 def _adaptable(module: nn.Module) -> bool:
@@ -255,6 +258,8 @@ def _chosen(model: nn.Module, modules: list[tuple[str, nn.Module]], targets: Tar
         chosen |= {path for path, _, own in _stacks(modules) if pattern.fullmatch(own)}
         paths = [path for path, _ in modules if path in chosen]
         if not paths:
+            for path, reason in left_out(model, wanted).items():
+                raise LorakitError(f'attach: the regular expression "{wanted}" matches {path}: {reason}')
             raise LorakitError(
                 f'attach: the regular expression "{wanted}" matches no layer\'s whole name (for example '
                 f"{next((path for path, module in modules if _adaptable(module)), '-')}). Layers here end in: "
@@ -268,6 +273,8 @@ def _chosen(model: nn.Module, modules: list[tuple[str, nn.Module]], targets: Tar
         if not matching:
             raise LorakitError(f'attach: no layer matches "{suffix}". Layers here end in: {describe_layers(model)}.')
         for path, module in matching:
+            if reason := refusal(module):
+                raise LorakitError(f'attach: "{suffix}" matches {path}: {reason}')
             if not sites_of(module):
                 raise LorakitError(
                     f'attach: "{suffix}" matches {path}, a {type(module).__name__}, which has no matrix to adapt. To train '
@@ -276,6 +283,12 @@ def _chosen(model: nn.Module, modules: list[tuple[str, nn.Module]], targets: Tar
             paths.append(path)
     order = {path: index for index, (path, _) in enumerate(modules)}
     return sorted(dict.fromkeys(paths), key=order.__getitem__)
+
+
+def left_out(model: nn.Module, pattern: str) -> dict[str, str]:
+    """The layers whose names a regular expression matches and whose matrices nothing can be added to -> why not."""
+    matches = _compile(pattern, "target_modules").fullmatch
+    return {path: reason for path, module in walk(model) if matches(path) and (reason := refusal(module))}
 
 
 def _without_excluded(paths: list[str], targets: Targets) -> list[str]:

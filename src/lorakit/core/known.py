@@ -7,10 +7,11 @@ base only if it is the known function of a weight that is a tensor of its own:
 - its forward is torch's own, or gives the same numbers on trial (some classes only write `x @ W.T` otherwise). The
   trial runs on a copy of the layer with small random weights, so that it costs nothing and works for a model
   without weights. Once per class.
-- nothing computes its weight: no parametrisation, no hook of `weight_norm` or `spectral_norm`.
+- nothing computes its weight: no parametrisation, no property, no hook (`weight_norm`, `spectral_norm`, pruning).
+- nothing stands around this one layer: no forward set on the object, no hook that a user has registered.
 
-Another layer is reached by substitution, where its weight is a plain parameter: exact for any forward, and only by
-name.
+Another layer is reached by substitution, where its weight is a plain parameter: exact for any forward. Presets leave it
+out if its forward is another.
 
 Some models read a layer's weight besides calling it, or instead (Mamba's `dt_proj`, LayoutLMv3's `rel_pos_bias`). The
 source of the class that owns the layer tells (`read_by`).
@@ -23,6 +24,7 @@ import copy
 import functools
 import inspect
 import sys
+from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any, cast
 
@@ -43,6 +45,28 @@ _OWN: dict[type[nn.Module], tuple[Any, ...]] = {
 _TRIED: dict[type[nn.Module], bool] = {}
 
 
+_LIBRARIES = ("torch", "transformers", "accelerate", "lorakit")
+"""Whose hooks and forwards on a layer leave what it computes as it is: they move, record, checkpoint, or speed up. The norms of
+torch.nn.utils are known apart."""
+
+
+def _foreign(function: Any) -> bool:
+    """Whether a hook or a forward is a user's."""
+    function = getattr(function, "func", function)  # inside a partial, such as accelerate's
+    module = getattr(function, "__module__", None) or type(function).__module__
+    return function is not None and module.partition(".")[0] not in _LIBRARIES
+
+
+def has_own_forward(module: nn.Module) -> bool:
+    """Whether a user has set a forward on this one object."""
+    return _foreign(vars(module).get("forward"))
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether a user has registered hooks on the layer, which may change what goes in or comes out."""
+    return any(map(_foreign, (*module._forward_pre_hooks.values(), *module._forward_hooks.values())))
+
+
 def computed_weight(module: nn.Module) -> str:
     """What computes the layer's weight at each call, in words; empty where the weight is a tensor of its own."""
     if parametrize.is_parametrized(module):
@@ -50,6 +74,9 @@ def computed_weight(module: nn.Module) -> str:
     for hook in module._forward_pre_hooks.values():
         if hasattr(hook, "name") and "norm" in type(hook).__name__.lower():
             return f"its weight is computed at each call (torch.nn.utils {type(hook).__name__})"
+    held = "weight" in module._parameters or "weight" in module._buffers
+    if isinstance(module, tuple(_OWN)) and not held and isinstance(getattr(module, "weight", None), Tensor):
+        return "its weight is computed at each call (a hook or a property gives it)"
     return ""
 
 
@@ -57,7 +84,7 @@ def is_known(module: nn.Module) -> bool:
     """Whether a linear layer, an embedding or a convolution with float weights computes just that. A class that only has the
     sizes of a linear layer is tried as one."""
     kind = next((kind for kind in _OWN if isinstance(module, kind)), nn.Linear)
-    if computed_weight(module):
+    if computed_weight(module) or has_own_forward(module):
         return False
     if type(module).forward in _OWN[kind]:
         return True
@@ -97,6 +124,8 @@ def _probe(module: nn.Module, kind: type[nn.Module]) -> tuple[nn.Module, Callabl
         for key, value in module._buffers.items()
     }
     probe._modules = {}
+    probe._forward_hooks, probe._forward_pre_hooks = OrderedDict(), OrderedDict()
+    probe.__dict__.pop("forward", None)  # both are this object's, and the trial is about its class
     shape = tuple(cast(Tensor, module.weight).shape)
     size = shape if kind in (nn.Conv1d, nn.Conv2d, nn.Conv3d) else (7, 5)
     for name, parameter in module._parameters.items():

@@ -241,7 +241,11 @@ class Stored(Substituted):
     """A layer of another layout that can only be reached by substituting its weight, since its forward is its own."""
 
     inner: Layout
-    kind = "stored"
+
+    @property
+    def kind(self) -> str:  # type: ignore[override]
+        """The layer's own: files name its tensors by it."""
+        return self.inner.kind
 
     def matrix(self, weight: Tensor) -> Tensor:
         return self.inner.matrix(weight)

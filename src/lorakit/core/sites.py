@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lorakit.core.delta import Shape
-from lorakit.core.known import computed_weight, is_known
+from lorakit.core.known import computed_weight, has_hooks, has_own_forward, is_known
 from lorakit.core.layout import Convolution, Embedding, Layout, Linear, Rows, Site, Stored, Substituted, Transposed
 from lorakit.core.stacks import packed_experts, stacked_sites
 from lorakit.errors import LorakitError
@@ -55,21 +55,20 @@ def sites_of(module: nn.Module) -> list[Site]:
         LorakitError: the layer has a matrix that nothing can be added to, with the reason.
     """
     bias = "bias" if isinstance(getattr(module, "bias", None), Tensor) else None
+    if reason := computed_weight(module):
+        raise LorakitError(
+            f"attach: {reason}, so that a change would be overwritten at the next call. Give it a plain weight first "
+            "(torch.nn.utils.parametrize.remove_parametrizations, remove_weight_norm, or prune.remove), or train the layer "
+            "whole by modules_to_save."
+        )
     if isinstance(module, nn.MultiheadAttention):
         return _attention_sites(module)
-    reason = computed_weight(module) if isinstance(module, _KNOWN) else ""
-    if reason:
-        raise LorakitError(
-            f"attach: {reason}, so that a change would be overwritten at the next call. Take the norm off first "
-            "(torch.nn.utils.parametrize.remove_parametrizations, or remove_weight_norm), or train the layer whole by "
-            "modules_to_save."
-        )
     if isinstance(module, nn.Linear) or has_linear_face(module):
         shape = Shape(cast(int, module.out_features), cast(int, module.in_features), bias=bias is not None)
         return [_site(module, bias, Linear(shape))]
     if _is_conv1d(module):
         width, height = cast(Tensor, module.weight).shape
-        return [Site("", "weight", bias, Transposed(Shape(height, width, bias=bias is not None)))]
+        return [_site(module, bias, Transposed(Shape(height, width, bias=bias is not None)))]
     if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d):
         window = tuple(module.weight.shape[1:])
         taps = math.prod(window[1:])
@@ -95,13 +94,16 @@ def sites_of(module: nn.Module) -> list[Site]:
 
 def adaptable_sites(module: nn.Module) -> list[Site]:
     """`sites_of`, empty too where nothing can be added to the layer's matrix."""
+    return [] if refusal(module) else sites_of(module)
+
+
+def refusal(module: nn.Module) -> str:
+    """Why nothing can be added to a layer's matrix; empty where something can, or where it has none."""
     try:
-        return sites_of(module)
-    except LorakitError:
-        return []
-
-
-_KNOWN = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Embedding)
+        sites_of(module)
+    except LorakitError as problem:
+        return str(problem).removeprefix("attach: ")
+    return ""
 
 
 def _site(module: nn.Module, bias: str | None, layout: Layout) -> Site:
@@ -114,8 +116,11 @@ def _site(module: nn.Module, bias: str | None, layout: Layout) -> Site:
         and weight.is_floating_point()
         and weight.itemsize > 1
     )
-    if not plain or is_known(module):
+    known = not has_own_forward(module) if _is_conv1d(module) else is_known(module)
+    if not plain or (known and not has_hooks(module)):
         return Site("", "weight", bias, layout)
+    if known:
+        return Site("", "weight", bias, Stored(layout.shape, layout))
     reason = f"{type(module).__name__} has a forward of its own, which is not {layout.kind}'s"
     return Site("", "weight", bias, Stored(layout.shape, layout), named_only=reason)
 

@@ -7,12 +7,18 @@ a further fine-tuned one does not. A quantised base is told by the correlation o
 An adapter that was trained on a quantised base answers what that base computes. On the floats, or on another quantised
 copy, it acts on other weights: usually near enough, and everybody does it, so that is logged and not refused. Where the
 start put the weights there itself (LoftQ), it is refused.
+
+The same weights compute something else under other settings (scaled rotary positions, a window of attention, another
+activation). Those that an adapter was trained with are kept too, and a difference is logged: it may be meant, as where a
+context is extended afterwards.
 """
 
 from __future__ import annotations
 
 import hashlib
 import logging
+import math
+import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,6 +44,15 @@ DIFFERING = 0.02
 
 LIKENESS = 0.85
 """The least cosine between samples of one model held in two ways. Four bits give 0.995, two bits 0.95, two models 0."""
+
+
+_ACTS = re.compile(
+    r"rope|rotary|alibi|window|sliding|layer_types|act$|act_fn|activation|eps$|epsilon|cap(ping)?$|multiplier|scal(e|ing)|"
+    r"clip|top_?k_|topk|per_tok|heads$|n_head|causal|is_decoder"
+)
+"""Names of settings that change what the same weights compute."""
+_ACTS_NOT = re.compile(r"init|drop|loss|quantization|gradient|task_specific|rescale")
+"""Names among them that only concern the start, training or storage."""
 
 
 @dataclass(frozen=True)
@@ -113,7 +128,43 @@ def fingerprint(adapter: Adapter, stored: Callable[[str], Tensor] | None = None)
         "sample": [round(value, 8) for value in values.to(torch.bfloat16).tolist()],
         "storage": sorted({one.storage for one in weights}),
         "rewritten": bool(adapter.originals),
+        "settings": settings_of(unwrapped(adapter.model)),
     }
+
+
+def settings_of(model: nn.Module) -> dict[str, Any]:
+    """The settings of a model's configuration that change what its weights compute; parts joined by dots."""
+    config: Any = getattr(model, "config", None)
+    found: dict[str, Any] = {}
+
+    def gather(values: Mapping[str, Any], prefix: str) -> None:
+        for name, value in values.items():
+            place = f"{prefix}{name}"
+            if isinstance(value, Mapping):
+                gather(value, f"{place}.")
+            elif (
+                isinstance(value, list | tuple | str | int | float)
+                and _ACTS.search(place)
+                and not _ACTS_NOT.search(place)
+            ):
+                found[place] = list(value) if isinstance(value, tuple) else value
+
+    gather(config.to_dict() if hasattr(config, "to_dict") else config if isinstance(config, Mapping) else {}, "")
+    return dict(sorted(found.items()))
+
+
+def _other_settings(expected: Mapping[str, Any], found: Mapping[str, Any]) -> list[str]:
+    """What two models that name the same settings have set otherwise, in words."""
+
+    def same(one: Any, other: Any) -> bool:
+        numbers = all(isinstance(value, int | float) for value in (one, other))
+        return math.isclose(one, other, rel_tol=1e-5) if numbers else bool(one == other)
+
+    return [
+        f"{name} {value!r} (here {found[name]!r})"
+        for name, value in expected.items()
+        if name in found and not same(value, found[name])
+    ]
 
 
 def check(adapter: Adapter, expected: Mapping[str, Any] | None, path: Path, complain: Callable[[str], None]) -> None:
@@ -135,7 +186,15 @@ def check(adapter: Adapter, expected: Mapping[str, Any] | None, path: Path, comp
         )
         told = reason if expected.get("rewritten") else ""
         complain(f"load: {path} was made for another base model: {wrong} (here is a {found['architecture']}).{told}")
-    elif _differing(expected, found) > DIFFERING:
+        return
+    if others := _other_settings(expected.get("settings", {}), found["settings"]):
+        log.warning(
+            "load: %s was trained on a base with %s. The weights are the same, but the model computes something else. Set it "
+            "in the base's configuration (from_pretrained takes it by name), unless the difference is meant.",
+            path,
+            ", ".join(others),
+        )
+    if _differing(expected, found) > DIFFERING:
         trained, held = _storage(expected), _storage(found)
         log.warning(
             "load: %s was trained on a base held as %s, and this one is held as %s: the same model with weights rounded "
