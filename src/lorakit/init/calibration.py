@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from lorakit.core.hooks import hooked
-from lorakit.core.layout import Layout, Linear, Rows, Site
+from lorakit.core.layout import Layout, Linear, Rows, Site, Stored
 from lorakit.core.routing import BASE, Route, Routing
 from lorakit.core.rows import first_tensor
 from lorakit.core.state import found_state
@@ -51,6 +51,12 @@ class Matrix:
     def measured(self, statistic: Any) -> Measured:
         """With what was measured of it."""
         return Measured(self.site.layout.shape, self.rank, self.scale, statistic)
+
+    @property
+    def layout(self) -> Layout:
+        """How the layer multiplies: a known one with a user's hooks on it multiplies as without them."""
+        layout = self.site.layout
+        return layout.inner if isinstance(layout, Stored) and not self.site.named_only else layout
 
 
 def calibrate(
@@ -110,7 +116,7 @@ def _checked(batches: Iterable[Batch] | None, start: CalibrationRequest) -> list
 
 
 def _check_layer(name: str, matrix: Matrix, start: CalibrationRequest) -> None:
-    layout = matrix.site.layout
+    layout = matrix.layout
     why = ""
     if not layout.beside:
         why = "is reached by substitution only: its module multiplies by it without calling a layer, so that this is not seen"
@@ -220,7 +226,7 @@ def _sharers(model: nn.Module, matrices: Mapping[str, Matrix], batch: Batch) -> 
 
     handles = []
     for module, names in _by_layer(matrices).items():
-        if all(isinstance(matrices[name].site.layout, Linear | Rows) for name in names):
+        if all(isinstance(matrices[name].layout, Linear | Rows) for name in names):
             hook = _seeing(lambda x, names=names, module=module: see(names, x, module))  # type: ignore[misc]
             handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
     with hooked(handles), torch.no_grad():
@@ -286,7 +292,7 @@ def _measure(
     def lead(first: str, x: Tensor) -> None:
         matrix = matrices[first]
         latest[first] = weakref.ref(x)
-        collected[first] += samples_of(matrix.site.layout, matrix.layer, x, masks, first)
+        collected[first] += samples_of(matrix.layout, matrix.layer, x, masks, first)
 
     def follow(first: str, name: str, x: Tensor) -> None:
         if first not in latest or latest[first]() is not x:
@@ -330,8 +336,8 @@ def _gradients(
         passed: dict[str, Tensor] = {} if start.squares else sums
         handles = []
         for module, names in _by_layer({name: matrices[name] for name in run}).items():
-            hook = _watching({name: matrices[name].site.layout for name in names}, passed)
-            handles.append(module.register_forward_hook(hook, with_kwargs=True))
+            hook = _watching({name: matrices[name].layout for name in names}, passed)
+            handles.append(module.register_forward_hook(hook, with_kwargs=True, prepend=True))  # before a user's
         with hooked(handles), torch.enable_grad():
             for batch in batches:
                 torch.autograd.backward(_loss(_run(model, batch), start))
