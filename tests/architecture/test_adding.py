@@ -111,7 +111,7 @@ def test_a_method_is_one_file_a_row_and_a_case(tmp_path: Path) -> None:
     """Four files: the method's own, the table, the list of public names, and the laws' examples."""
     for part in ("src/lorakit", "tests/laws", "tests/architecture", "examples"):
         shutil.copytree(ROOT / part, tmp_path / part, ignore=shutil.ignore_patterns("__pycache__"))
-    for part in ("pyproject.toml", "tests/conftest.py"):
+    for part in ("pyproject.toml", "tests/conftest.py", "tests/parts.py"):
         shutil.copy(ROOT / part, tmp_path / part)
     package = tmp_path / "src/lorakit"
     (package / "methods/stripes.py").write_text(METHOD, "utf-8")

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import MISSING, dataclass, field, fields, make_dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 from lorakit.errors import unknown
 from lorakit.files.bundle import CONFIG, read_config
@@ -139,6 +139,10 @@ class PeftConfig(AlsoPefts):
         return own(**{name: value for name, value in values.items() if name in known})
 
 
+_VARIANT = {"is_lora_variant": True}
+"""What PEFT's layers ask of a field, where a trainer gives this configuration to PEFT itself."""
+
+
 @dataclass
 class LoraConfig(PeftConfig):
     """PEFT's configuration of LoRA, field by field with PEFT's defaults."""
@@ -153,7 +157,7 @@ class LoraConfig(PeftConfig):
     bias: str = "none"
     use_rslora: bool = False
     modules_to_save: Iterable[str] | None = None
-    init_lora_weights: bool | str = True
+    init_lora_weights: bool | str = field(default=True, metadata={"lora_variants": ["mica"]})
     layers_to_transform: list[int] | int | None = None
     layers_pattern: list[str] | str | None = None
     rank_pattern: dict[str, int] = field(default_factory=dict)
@@ -165,20 +169,21 @@ class LoraConfig(PeftConfig):
     eva_config: Any = None
     corda_config: Any = None
     lora_ga_config: Any = None
-    use_dora: bool = False
-    velora_config: Any = None
-    alora_invocation_tokens: list[int] | None = None
+    use_dora: bool = field(default=False, metadata=_VARIANT)
+    velora_config: Any = field(default=None, metadata=_VARIANT)
+    alora_invocation_tokens: list[int] | None = field(default=None, metadata=_VARIANT)
     use_qalora: bool = False
     qalora_group_size: int = 16
-    monteclora_config: Any = None
+    monteclora_config: Any = field(default=None, metadata=_VARIANT)
     layer_replication: list[tuple[int, int]] | None = None
     runtime_config: Any = field(default_factory=lambda: CONFIGS["LoraRuntimeConfig"]())
     lora_bias: bool = False
     target_parameters: list[str] | None = None
-    use_bdlora: Any = None
-    arrow_config: Any = None
-    kasa_config: Any = None
+    use_bdlora: Any = field(default=None, metadata=_VARIANT)
+    arrow_config: Any = field(default=None, metadata=_VARIANT)
+    kasa_config: Any = field(default=None, metadata=_VARIANT)
     ensure_weight_tying: bool = False
+    _custom_modules: ClassVar[None] = None  # read by PEFT, where a trainer gives this configuration to it
 
 
 @dataclass
