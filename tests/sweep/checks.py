@@ -346,6 +346,9 @@ def peft_otherwise(adapter: lk.Adapter) -> dict[str, tuple[str, list[nn.Module]]
         elif layer.read:
             reason = "whose weights the model reads: PEFT's change does not act there"
             found[path] = (reason, list(deltas.values()))
+        elif any(site.named_only for site in layer.sites.values()):
+            reason = "whose forward is its own: PEFT adds what a plain layer would make of the change"
+            found[path] = (reason, list(deltas.values()))
         elif isinstance(layer.base, nn.MultiheadAttention):
             reason = "whose change PEFT adds twice in an nn.MultiheadAttention"
             ours = [delta for key, delta in deltas.items() if layer.sites[key].name == "out_proj"]
@@ -377,7 +380,11 @@ def oracle(
         result.peft = f"leaves out: {left}"[:200]
         return
     models = [built.model, fresh]
-    found = apart(models, beside, built.run, lambda: built.run(fresh))
+    try:
+        found = apart(models, beside, built.run, lambda: built.run(fresh))
+    except Exception as problem:  # PEFT's own forward: a dilated convolution, for example
+        result.peft = f"in its forward, {type(problem).__name__}: {' '.join(str(problem).split())}"[:200]
+        return
     otherwise = peft_otherwise(adapter)
     if found is not None and otherwise:
         for place, (_, deltas) in otherwise.items():
