@@ -466,3 +466,12 @@ def test_matrices_are_what_is_multiplied() -> None:
     found = coverage(nn.ModuleDict({"a": Multiplier(), "b": nn.LSTM(4, 4)}), ["a.proj"])
     assert (found.reached, found.total) == (16, 16 + 4 * 16 + 2 * 4 * 16)
     assert set(found.left) == {"a.at", "a.linear", "a.viewed", "a.summed", "b.weight_ih_l0", "b.weight_hh_l0"}
+
+
+def test_saving_says_where_peft_reads_the_folder_otherwise(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    model = nn.Sequential(Cosine(6, 4), nn.Linear(4, 3))
+    lk.attach(model, lk.LoRA(rank=2), name="all", target_modules=["0", "1"]).save(tmp_path / "all")
+    assert caplog.text.count("save: Cosine: a class with a forward of its own. PEFT will add") == 1
+    caplog.clear()
+    lk.attach(model, lk.LoRA(rank=2), name="plain", target_modules=["1"]).save(tmp_path / "plain")
+    assert "a forward of its own. PEFT" not in caplog.text

@@ -23,6 +23,7 @@ from lorakit.adapter.adapter import Adapter, adapters
 from lorakit.adapter.attachment import detach
 from lorakit.adapter.construction import build, build_edits
 from lorakit.adapter.targets import Targets, select
+from lorakit.core.layout import Stored
 from lorakit.core.stacks import stacked_sites
 from lorakit.core.state import state_of
 from lorakit.core.using import activate
@@ -115,6 +116,7 @@ def save(
     for value, name in ((config, CONFIG), (own, OWN)):
         plain(value, name)  # refused before anything is written
 
+    _warn_of_own_forwards(adapter)
     target = Path(folder).expanduser()
     if isinstance(method, RouterSpec):
         own["members"] = _save_members(adapter, target, base)
@@ -124,6 +126,21 @@ def save(
 
 
 Adapter.writer = save
+
+
+def _warn_of_own_forwards(adapter: Adapter) -> None:
+    """PEFT goes by a layer's class, and so reads the file otherwise where the class computes something else."""
+    kinds = {
+        type(layer.base).__name__
+        for layer in adapter.layers.values()
+        if any(isinstance(site.layout, Stored) and site.named_only for site in layer.sites.values())
+    }
+    if kinds:
+        log.warning(
+            "save: %s: a class with a forward of its own. PEFT will add to its output what a plain layer makes of the "
+            "change, which is another output; lorakit reads the folder rightly.",
+            ", ".join(sorted(kinds)),
+        )
 
 
 def _quantization(model: nn.Module) -> dict[str, Any] | None:
