@@ -17,7 +17,7 @@ from lorakit.adapter.targets import PRESETS, Targets, head_paths, left_out, sele
 from lorakit.core.delta import Method
 from lorakit.core.known import multiplied_by
 from lorakit.core.layout import Site
-from lorakit.core.sites import refusal, sites_of
+from lorakit.core.sites import refusal, sites_of, sites_or_refusal
 from lorakit.core.stacks import is_router
 from lorakit.core.walking import walk
 
@@ -139,9 +139,9 @@ def kind_of(name: str) -> str:
 
 def _reachable(module: nn.Module) -> tuple[list[Site], str]:
     """The matrices of one module that a delta can change, and why presets leave one of them out."""
-    if reason := refusal(module):
+    sites, reason = sites_or_refusal(module)
+    if reason:
         return [], reason.partition(",")[0]
-    sites = sites_of(module)
     if is_router(module):  # left out on purpose, of which nobody needs to be warned
         return sites, ""
     return sites, next((site.named_only for site in sites if site.named_only), "")

@@ -73,11 +73,9 @@ class LayerContents(nn.Module):
         self.deltas = ByName()
         """adapter -> site -> Delta; the site's empty name is written "self"."""
         self.replacements = ByName()
-        self.__dict__ |= {"sites": {site.name: site for site in sites}, "path": path, "state": state, "tokens": False}
-        self.__dict__ |= {
-            "read": frozenset(),
-            "unmerged": {},
-        }  # plain: a module's own __setattr__ is most of attach's time
+        own = {site.name: site for site in sites}
+        # Past a module's own __setattr__, which is most of the time that attaching takes.
+        self.__dict__.update(sites=own, path=path, state=state, tokens=False, read=frozenset(), unmerged={})
         self.register_load_state_dict_post_hook(_own_names)  # type: ignore[no-untyped-call]
 
     def __getattr__(self, name: str) -> Any:

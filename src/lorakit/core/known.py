@@ -165,25 +165,20 @@ def read_by(kind: type[nn.Module]) -> frozenset[str]:
     """The layers of a class of modules (names of its attributes) of which its methods read the weight or the bias, instead of
     calling them. Empty for torch's own classes, and where there is no source."""
     if kind not in _READ:
-        _READ[kind] = frozenset(_reads(kind))
+        other = ("_init", "__init", "init_", "reset", "tie", "_tie", "get_", "set_", "resize")
+        _READ[kind] = frozenset().union(*(_read_in(one) for one in _methods(kind) if not one.name.startswith(other)))
     return _READ[kind]
 
 
 _READ: dict[type[nn.Module], frozenset[str]] = {}
 
 
-def _reads(kind: type[nn.Module]) -> set[str]:
-    found: set[str] = set()
-    for owner in kind.__mro__:
-        if owner.__module__.partition(".")[0] == "torch" or not issubclass(owner, nn.Module):
-            continue
-        tree = _classes(owner.__module__).get(owner.__qualname__)
-        for method in ast.walk(tree) if tree is not None else ():
-            if isinstance(method, ast.FunctionDef) and not method.name.startswith(
-                ("_init", "__init", "init_", "reset", "tie", "_tie", "get_", "set_", "resize")
-            ):
-                found |= _read_in(method)
-    return found
+def _methods(kind: type[nn.Module]) -> list[ast.FunctionDef]:
+    """The source of a class's methods and of those that it inherits, but torch's own; empty where there is none."""
+    owners = [one for one in kind.__mro__ if one.__module__.partition(".")[0] != "torch" and issubclass(one, nn.Module)]
+    trees = [_classes(owner.__module__).get(owner.__qualname__) for owner in owners]
+    nodes = (node for tree in trees if tree is not None for node in ast.walk(tree))
+    return [node for node in nodes if isinstance(node, ast.FunctionDef)]
 
 
 @functools.lru_cache(maxsize=8)
@@ -249,14 +244,7 @@ def multiplied_by(kind: type[nn.Module]) -> frozenset[str] | None:
     linear, matmul and their kin. Tables that are looked up or added, and decays such as Mamba's A_log, are not among them.
     None where the source does not tell: torch's own classes, and where there is none."""
     if kind not in _MULTIPLIED:
-        trees = [
-            _classes(owner.__module__).get(owner.__qualname__)
-            for owner in kind.__mro__
-            if owner.__module__.partition(".")[0] != "torch" and issubclass(owner, nn.Module)
-        ]
-        methods = [
-            one for tree in trees if tree is not None for one in ast.walk(tree) if isinstance(one, ast.FunctionDef)
-        ]
+        methods = _methods(kind)
         _MULTIPLIED[kind] = frozenset().union(*map(_multiplied_in, methods)) if methods else None
     return _MULTIPLIED[kind]
 

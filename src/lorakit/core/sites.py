@@ -92,18 +92,22 @@ def sites_of(module: nn.Module) -> list[Site]:
     return stacked_sites(module)
 
 
+def sites_or_refusal(module: nn.Module) -> tuple[list[Site], str]:
+    """`sites_of` and "", or no sites and why nothing can be added to the layer's matrix."""
+    try:
+        return sites_of(module), ""
+    except LorakitError as problem:
+        return [], str(problem).removeprefix("attach: ")
+
+
 def adaptable_sites(module: nn.Module) -> list[Site]:
     """`sites_of`, empty too where nothing can be added to the layer's matrix."""
-    return [] if refusal(module) else sites_of(module)
+    return sites_or_refusal(module)[0]
 
 
 def refusal(module: nn.Module) -> str:
     """Why nothing can be added to a layer's matrix; empty where something can, or where it has none."""
-    try:
-        sites_of(module)
-    except LorakitError as problem:
-        return str(problem).removeprefix("attach: ")
-    return ""
+    return sites_or_refusal(module)[1]
 
 
 def _site(module: nn.Module, bias: str | None, layout: Layout) -> Site:

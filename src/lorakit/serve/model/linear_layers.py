@@ -120,7 +120,7 @@ def ways(width: int) -> list[str]:
 class Group:
     """Layers that read the same input, computed by the first that is asked for."""
 
-    def __init__(self, layers: list[LinearForward]) -> None:
+    def __init__(self, layers: list[LinearForward], buffer: WeightBuffer) -> None:
         self.numbers = [layer.number for layer in layers]
         self.weights = [cast(Tensor, layer.weight) for layer in layers]
         self.biases = [layer.bias for layer in layers]
@@ -129,13 +129,14 @@ class Group:
         self.input: Tensor | None = None
         self.outputs: dict[int, Tensor] = {}
 
+        self.product: Product = self.order(self.fastest(), buffer)
+
     def order(self, way: str, buffer: WeightBuffer) -> Product:
         """A way to compute this group, with its weights in that way's order."""
-        made = Panels if way == "panels" else Ordered
-        return made(self.numbers, self.weights, self.biases, buffer)
+        return Panels(self, buffer) if way == "panels" else Ordered(self)
 
-    def choose(self, buffer: WeightBuffer) -> None:
-        """Order the weights for the way that is the fastest here."""
+    def fastest(self) -> str:
+        """The way that is the fastest here."""
         inputs = self.weights[0].shape[1]
 
         def cases(way: str) -> list[Callable[[], object]]:
@@ -143,8 +144,7 @@ class Group:
             xs = [torch.ones(rows, inputs, dtype=torch.bfloat16) for rows in ROWS if rows == 1 or rows <= most]
             return [functools.partial(product, x, None) for x in xs]
 
-        way = fastest("linear", (inputs, *self.outs), {way: functools.partial(cases, way) for way in ways(inputs)})
-        self.product = self.order(way, buffer)
+        return fastest("linear", (inputs, *self.outs), {way: functools.partial(cases, way) for way in ways(inputs)})
 
     def output(self, number: int, x: Tensor, batch: Batch) -> Tensor:
         """One layer's output for x (..., tokens, in)."""
@@ -184,19 +184,15 @@ class _Layer(ctypes.Structure):
 class Panels:
     """By our own loops, adapters in the same pass."""
 
-    def __init__(
-        self, numbers: list[int], weights: list[Tensor], biases: list[Tensor | None], buffer: WeightBuffer
-    ) -> None:
-        self.width = sum(weight.shape[0] for weight in weights)
-        self.tensors = [pack_weight(weight, buffer) for weight in weights]
-        self.biases = biases  # both must live as long as their addresses
-        self.layers = (_Layer * len(weights))(
-            *(
-                _Layer(
-                    panels.data_ptr(), 0 if bias is None else bias.data_ptr(), weight.shape[1], weight.shape[0], number
-                )
-                for panels, bias, weight, number in zip(self.tensors, biases, weights, numbers, strict=True)
-            )
+    def __init__(self, group: Group, buffer: WeightBuffer) -> None:
+        self.width = group.width
+        self.tensors = [
+            (pack_weight(weight, buffer), bias) for weight, bias in zip(group.weights, group.biases, strict=True)
+        ]  # must live as long as their addresses
+        addresses = ([0 if tensor is None else tensor.data_ptr() for tensor in pair] for pair in self.tensors)
+        about = zip(addresses, group.weights, group.numbers, strict=True)
+        self.layers = (_Layer * len(group.weights))(
+            *(_Layer(*own, weight.shape[1], weight.shape[0], number) for own, weight, number in about)
         )
         self.address = ctypes.addressof(self.layers)
         function = native.find("linear", torch.bfloat16)
@@ -223,20 +219,14 @@ class Panels:
 class Ordered:
     """By oneDNN, all layers as one product over weights that it has ordered for itself; adapters after."""
 
-    def __init__(
-        self, numbers: list[int], weights: list[Tensor], biases: list[Tensor | None], buffer: WeightBuffer
-    ) -> None:
-        self.numbers, self.outs = numbers, [weight.shape[0] for weight in weights]
-        self.weight = torch.ops.mkldnn._reorder_linear_weight(
-            torch.cat(weights) if len(weights) > 1 else weights[0], TYPICAL
-        )
-        self.bias = None
-        if any(bias is not None for bias in biases):
-            own = [
-                weight.new_zeros(weight.shape[0]) if bias is None else bias
-                for weight, bias in zip(weights, biases, strict=True)
-            ]
-            self.bias = torch.cat(own)
+    def __init__(self, group: Group) -> None:
+        self.numbers, self.outs, weights = group.numbers, group.outs, group.weights
+        whole = torch.cat(weights) if len(weights) > 1 else weights[0]
+        self.weight = torch.ops.mkldnn._reorder_linear_weight(whole, TYPICAL)
+        self.bias: Tensor | None = None
+        if any(bias is not None for bias in group.biases):
+            pairs = zip(weights, group.biases, strict=True)
+            self.bias = torch.cat([weight.new_zeros(len(weight)) if bias is None else bias for weight, bias in pairs])
 
     def __call__(self, x: Tensor, batch: Batch | None) -> Tensor:
         y: Tensor = torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
@@ -257,8 +247,7 @@ def join(layers: Iterable[LinearForward]) -> None:
             groups.setdefault(-forward.number - 1 if alone else id(forward.input), []).append(forward)
     buffer = WeightBuffer()
     for members in groups.values():
-        group = Group(members)
-        group.choose(buffer)
+        group = Group(members, buffer)
         for forward in members:
             forward.group = group
     for forward in layers:
