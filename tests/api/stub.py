@@ -123,7 +123,7 @@ class StubEngine:
         self.context, self.pause, self.limit = context, pause, 64
         self.answer: Answer = echo_of
         self.tickets: list[Ticket] = []
-        self.fails = ""
+        self.fails = self.failure = ""
         self.held = threading.Event()
         self._running: list[tuple[Ticket, list[int]]] = []
         self._changed = threading.Condition()

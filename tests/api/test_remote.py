@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from api.conftest import running
 from lorakit.errors import LorakitError
 from lorakit.serve.http.front import Front
-from lorakit.serve.remote.vllm import Interface, VllmEngine
+from lorakit.serve.remote.vllm import Interface, VllmEngine, rank_for
 from lorakit.serve.request import Failed, Refused, Request, Sampling
 
 
@@ -91,7 +91,7 @@ def vllm(tmp_path: Path, tokenizer: Any) -> Iterator[tuple[VllmEngine, Llm]]:
     write(tmp_path / "ia3", 4, peft_type="IA3")
     llm = Llm()
     interface = Interface(lambda **values: SimpleNamespace(**values), Lora, "delta")
-    engine = VllmEngine(lambda: llm, interface, tmp_path, tokenizer, context=100, rank=8)
+    engine = VllmEngine(lambda: llm, interface, tmp_path, tokenizer, context=100, rank=rank_for(None), cut=True)
     yield engine, llm
     engine.stop()
     assert llm.over or not llm.asked
@@ -144,6 +144,11 @@ def test_vllm_gets_what_it_accepts_or_the_operator_hears_why(vllm: tuple[VllmEng
     assert 0 < info.error < 1
     folder = Path(llm.asked[-1]["lora_request"].lora_path)
     assert json.loads((folder / "adapter_config.json").read_text())["r"] == 8
+    engine.cut = False  # nothing is cut unasked
+    engine.adapters.unload("large")
+    with pytest.raises(Refused, match=r"rank 9, and vLLM was started for ranks up to 8.*svd"):
+        engine.submit(request("large")).result(10)
+    assert rank_for(engine.folders.folder) == 16
     blend = Request("b", (66,), {"plain": 0.5, "large": 0.5}, sampling=Sampling(max_tokens=4))
     with pytest.raises(Refused, match="combine"):
         engine.submit(blend).result(10)

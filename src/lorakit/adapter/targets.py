@@ -7,7 +7,6 @@ was asked for may match nothing.
 from __future__ import annotations
 
 import dataclasses
-import re
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -19,6 +18,7 @@ from torch import nn
 from lorakit.core.delta import Method
 from lorakit.core.layer import Adapted
 from lorakit.core.layout import Bare, Expert, Linear, Rows, Site
+from lorakit.core.patterns import matches, mistake
 from lorakit.core.sites import adaptable_sites, refusal, sites_of
 from lorakit.core.stacks import stacked_sites
 from lorakit.core.walking import block_of, has_suffix, in_attention, value_for, walk
@@ -131,14 +131,12 @@ def head_paths(model: nn.Module) -> set[str]:
     return heads
 
 
-def _compile(pattern: str, option: str) -> re.Pattern[str]:
-    try:
-        return re.compile(pattern)
-    except re.error as problem:
+def _compile(pattern: str, option: str) -> None:
+    if wrong := mistake(pattern):
         raise LorakitError(
-            f"attach: {option} was given as {pattern!r}, one string, which is read as a regular expression over whole "
-            f"module names, and it is not one ({problem}). A list of suffixes, or {', '.join(PRESETS)}, would work too."
-        ) from problem
+            f"attach: {option} was given as {pattern[:200]!r}, one string, which is read as a regular expression over whole "
+            f"module names, and it is not one ({wrong}). A list of suffixes, or {', '.join(PRESETS)}, would work too."
+        )
 
 
 def describe_layers(model: nn.Module) -> str:
@@ -209,7 +207,7 @@ def _own_names(path: str, site: Site) -> dict[str, None]:
 def _names(wanted: str | tuple[str, ...], path: str) -> bool:
     """Whether a request by names or by one expression means a path."""
     if isinstance(wanted, str):
-        return bool(re.fullmatch(wanted, path))
+        return matches(wanted, path)
     return any(has_suffix(path, suffix) for suffix in wanted)
 
 
@@ -253,9 +251,9 @@ def _chosen(model: nn.Module, modules: list[tuple[str, nn.Module]], targets: Tar
             )
         return paths
     if isinstance(wanted, str):
-        pattern = _compile(wanted, "target_modules")
-        chosen = {path for path, module in modules if pattern.fullmatch(path) and _adaptable(module)}
-        chosen |= {path for path, _, own in _stacks(modules) if pattern.fullmatch(own)}
+        _compile(wanted, "target_modules")
+        chosen = {path for path, module in modules if matches(wanted, path) and _adaptable(module)}
+        chosen |= {path for path, _, own in _stacks(modules) if matches(wanted, own)}
         paths = [path for path, _ in modules if path in chosen]
         if not paths:
             for path, reason in left_out(model, wanted).items():
@@ -287,8 +285,8 @@ def _chosen(model: nn.Module, modules: list[tuple[str, nn.Module]], targets: Tar
 
 def left_out(model: nn.Module, pattern: str) -> dict[str, str]:
     """The layers whose names a regular expression matches and whose matrices nothing can be added to -> why not."""
-    matches = _compile(pattern, "target_modules").fullmatch
-    return {path: reason for path, module in walk(model) if matches(path) and (reason := refusal(module))}
+    _compile(pattern, "target_modules")
+    return {path: reason for path, module in walk(model) if matches(pattern, path) and (reason := refusal(module))}
 
 
 def _without_excluded(paths: list[str], targets: Targets) -> list[str]:
@@ -296,8 +294,8 @@ def _without_excluded(paths: list[str], targets: Targets) -> list[str]:
     if not excluded:
         return paths
     if isinstance(excluded, str):
-        pattern = _compile(excluded, "exclude_modules")
-        left = [path for path in paths if not pattern.fullmatch(path)]
+        _compile(excluded, "exclude_modules")
+        left = [path for path in paths if not matches(excluded, path)]
         if len(left) == len(paths):
             raise LorakitError(
                 f'attach: the expression exclude_modules="{excluded}" matches none of the targeted layers.'

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import os
 import re
 import sys
+import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +25,8 @@ HELP = "Serve a base model and a folder of adapters over HTTP with OpenAI's API.
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 SHOWN = 20
+LAST = 10.0
+"""Seconds beyond the grace after which a process that was told to end is ended, whatever still hangs in it."""
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30}
 
 
@@ -130,7 +134,12 @@ def serve(**given: Any) -> None:
         err.print(f"serving on {url}/v1 after {time.monotonic() - began:.1f} s; SIGTERM stops it", markup=False)
         log_to(sys.stdout)
 
-    run(front, settings.host, settings.port, settings.grace, started)
+    def ending() -> None:
+        end = threading.Timer(settings.grace + LAST, os._exit, [1])
+        end.daemon = True
+        end.start()
+
+    run(front, settings.host, settings.port, settings.grace, started, ending)
     err.print("stopped", markup=False)
 
 
@@ -144,7 +153,7 @@ def start(settings: Settings) -> tuple[Engine, Any]:
     if settings.engine == "vllm":
         from lorakit.serve.remote.vllm import VllmEngine
 
-        remote = VllmEngine.over(base, settings.store, limits)
+        remote = VllmEngine.over(base, settings.store, limits, cut=settings.formless == "svd")
         remote.start()
         return remote, remote.tokenizer
     if settings.cluster:
@@ -191,11 +200,13 @@ def describe(folder: Path) -> str:
     """An adapter in a few words, or what is wrong with it."""
     from lorakit.errors import LorakitError
     from lorakit.files import store
+    from lorakit.serve.limits import check_files, without_path
 
     try:
+        check_files(folder)
         config = store.read_config(folder)
     except LorakitError as problem:
-        return str(problem)
+        return f"unusable: {without_path(str(problem), folder)}"
     kind = str(config.get("peft_type", "?")).lower()
     rank = f", rank {config['r']}" if "r" in config else ""
     size = 0

@@ -13,6 +13,7 @@ from typing import TypeVar
 from torch import nn
 
 from lorakit.core.layer import Adapted
+from lorakit.core.patterns import match, matches
 
 _ATTENTION = re.compile(r"(^|\.)[^.]*att(n|ention)[^.]*(\.|$)", re.IGNORECASE)
 _BLOCK = re.compile(r"(?:^|\.)(\d+)\.")
@@ -59,19 +60,19 @@ def has_suffix(path: str, suffix: str) -> bool:
 def block_of(path: str, lists: Sequence[str] | None = None) -> int | None:
     """The number of the block that a module stands in: the first number of its path (after one of `lists`, if given)."""
     if not lists:
-        match = _BLOCK.search(path)
-        return int(match.group(1)) if match else None
+        number = _BLOCK.search(path)
+        return int(number.group(1)) if number else None
     for name in lists:
-        match = re.match(rf"(?:^|.*?\.){name}\.(\d+)\.", path)
-        if match:
-            return int(match.group(1))
+        found = match(rf"(?:^|.*?\.){name}\.(\d+)\.", path)
+        if found:
+            return int(found.group(1))
     return None
 
 
 def value_for(patterns: Mapping[str, T], path: str) -> T | None:
     """The value of the first pattern that matches a path, by PEFT's rule: the pattern ends the path at a dot."""
     for pattern, value in patterns.items():
-        if re.match(rf"(.*\.)?({pattern})$", path):
+        if matches(rf"(.*\.)?({pattern})$", path, whole=False):
             return value
     return None
 

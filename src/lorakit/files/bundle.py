@@ -241,7 +241,7 @@ def computable(tensor: Tensor) -> Tensor:
 def _read_json(path: Path) -> dict[str, Any]:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as problem:
+    except (OSError, ValueError, RecursionError) as problem:
         raise LorakitError(f"load: {path} cannot be read as JSON ({problem}).") from problem
     if not isinstance(value, dict):
         raise LorakitError(f"load: {path} holds a {type(value).__name__}; a configuration is an object.")

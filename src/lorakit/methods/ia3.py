@@ -12,7 +12,6 @@ group the same ones). Liu et al. 2022, arXiv 2205.05638.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -23,6 +22,7 @@ from torch import Tensor, nn
 
 from lorakit.core.delta import Call, Card, Delta, Form, Method, Pool, Shape
 from lorakit.core.options import option
+from lorakit.core.patterns import matches, mistake
 from lorakit.errors import LorakitError
 
 
@@ -55,19 +55,16 @@ class IA3(Method):
         if isinstance(given, Iterable) and not isinstance(given, str):
             object.__setattr__(self, "feedforward_modules", tuple(given))
         super().__post_init__()
-        if isinstance(given, str):
-            try:
-                re.compile(given)
-            except re.error as problem:
-                raise LorakitError(
-                    f"ia3: feedforward_modules was given as {given!r}, one string, which is read as a regular expression "
-                    f"over whole names and is not one ({problem}). A list of endings would work too."
-                ) from problem
+        if isinstance(given, str) and (wrong := mistake(given)):
+            raise LorakitError(
+                f"ia3: feedforward_modules was given as {given!r}, one string, which is read as a regular expression over "
+                f"whole names and is not one ({wrong}). A list of endings would work too."
+            )
 
     def _scales_input(self, path: str) -> bool:
         given = self.feedforward_modules or ()
         if isinstance(given, str):
-            return re.fullmatch(given, path) is not None
+            return matches(given, path)
         return any(path == ending or path.endswith("." + ending) for ending in given)
 
     def at(self, path: str) -> Method:

@@ -17,6 +17,7 @@ class Lifecycle(ABC):
         self._lock = threading.Condition()
         self._state = "new"
         self._context = 0
+        self._failure = ""
         self._finished: Counter[str] = Counter()
         self._refused: Counter[str] = Counter()
 
@@ -32,6 +33,11 @@ class Lifecycle(ABC):
     def context(self) -> int:
         """Tokens of prompt and answer together that one request may have."""
         return self._context
+
+    @property
+    def failure(self) -> str:
+        """Why it has given up for good, or "": what ends its process."""
+        return self._failure
 
     def ready(self) -> bool:
         """Whether requests are taken."""

@@ -25,11 +25,12 @@ State = Literal["on disk", "loading", "resident", "pinned", "draining", "refused
 
 
 class Refused(LorakitError):  # noqa: N818 - named by what is wrong
-    """A request or an adapter that this engine will not serve; `reason` says why and what would work (HTTP 400)."""
+    """A request or an adapter that this engine will not serve; `reason` says why and what would work (HTTP 400), `param` which
+    part of the request is meant."""
 
-    def __init__(self, reason: str) -> None:
+    def __init__(self, reason: str, param: str | None = None) -> None:
         super().__init__(reason)
-        self.reason = reason
+        self.reason, self.param = reason, param
 
 
 class UnknownAdapter(Refused):
@@ -97,11 +98,12 @@ class Sampling:
         for name, (low, high) in {**self.RANGES, "min_tokens": (0, self.max_tokens)}.items():
             value = getattr(self, name)
             if not (value is None or low <= value <= high):  # also refuses nan
-                raise Refused(f"{name} was given as {value}; expected a number from {low} to {high}.")
+                raise Refused(f"{name} was given as {value}; expected a number from {low} to {high}.", name)
         for token, number in self.logit_bias.items():
             if not -1000 <= number <= 1000:
                 raise Refused(
-                    f"logit_bias of token {token} was given as {number}; expected a number from -1000 to 1000."
+                    f"logit_bias of token {token} was given as {number}; expected a number from -1000 to 1000.",
+                    "logit_bias",
                 )
 
 
@@ -116,6 +118,8 @@ class Request:
         tenant: whose virtual counter pays, "" for nobody's in particular: then each blend pays for itself.
         weight: share of the machine against other payers; 2 gets twice as many tokens under load as 1.
         deadline: seconds after submission at which the request ends with "timeout" if it has not ended before.
+        domain: requests of one domain share the pages of equal beginnings; those of another never do, so that nobody learns
+            from an answer's time what another has asked.
         sampling: how to choose tokens.
     """
 
@@ -125,16 +129,20 @@ class Request:
     tenant: str = ""
     weight: float = 1.0
     deadline: float | None = None
+    domain: str = ""
     sampling: Sampling = Sampling()
 
     def __post_init__(self) -> None:
         if not self.prompt:
-            raise Refused("the prompt is empty; it needs one token at least.")
+            raise Refused("the prompt is empty; it needs one token at least.", "prompt")
         if not 0 < self.weight < float("inf"):
             raise Refused(f"weight was given as {self.weight}; a share of the machine is a positive number.")
         for name, weight in self.blend.items():
             if not -1000 < weight < 1000:
-                raise Refused(f"adapter {name!r} was given the weight {weight}; a weight is a number, usually 0 to 1.")
+                raise Refused(
+                    f"adapter {name!r} was given the weight {weight}; a weight is a number, usually 0 to 1.",
+                    f"adapters.{name}",
+                )
 
     @property
     def payer(self) -> str:
@@ -347,6 +355,7 @@ class AdapterInfo:
     hits: Annotated[int, About("requests that found it in memory", "counter")] = 0
     loads: Annotated[int, About("times that it was read", "counter")] = 0
     evictions: Annotated[int, About("times that it was dropped to make room", "counter")] = 0
+    faults: Annotated[int, About("answers that ended because its numbers were not finite", "counter")] = 0
 
 
 def empty() -> Any:
@@ -437,6 +446,10 @@ class Engine(Protocol):
 
     def start(self) -> None:
         """Begin to serve; returns when requests can be submitted."""
+
+    @property
+    def failure(self) -> str:
+        """Why it has given up for good, or "": what ends its process."""
 
     def drain(self, timeout: float | None = None) -> bool:
         """Accept nothing more and wait until every accepted request has ended; False after `timeout` seconds."""

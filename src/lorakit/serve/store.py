@@ -6,6 +6,7 @@ engine to say (`engine/pool.py`, or `remote/folders.py` where the engine is anot
 
 from __future__ import annotations
 
+import logging
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
@@ -17,7 +18,12 @@ from lorakit.files.bundle import CONFIG, CONTENT
 from lorakit.files.folder import Stamp, stamp_of
 from lorakit.serve.request import AdapterInfo, Refused, UnknownAdapter
 
+log = logging.getLogger("lorakit")
+
 Signature = Stamp
+
+LONGEST_NAME = 200
+"""Characters of an adapter's name."""
 
 
 def signature(folder: Path) -> Signature:
@@ -37,6 +43,7 @@ class Entry(ABC):
     hits: int = 0
     loads: int = 0
     evictions: int = 0
+    faults: int = 0
 
     @abstractmethod
     def info(self) -> AdapterInfo:
@@ -44,7 +51,7 @@ class Entry(ABC):
 
     def counts(self) -> dict[str, Any]:
         """What has happened to it, by the names of `AdapterInfo`."""
-        return {name: getattr(self, name) for name in ("using", "requests", "hits", "loads", "evictions")}
+        return {name: getattr(self, name) for name in ("using", "requests", "hits", "loads", "evictions", "faults")}
 
 
 E = TypeVar("E", bound=Entry)
@@ -65,6 +72,7 @@ class AdapterStore(ABC, Generic[E]):
         self.folder = None if folder is None else folder.expanduser()
         self._make = make
         self._entries: dict[str, E] = {}
+        self._left_out: set[str] = set()
         self._lock = threading.Condition()
         self.scan()
 
@@ -98,8 +106,8 @@ class AdapterStore(ABC, Generic[E]):
                     f"the adapter store {self.folder.name} is not a folder; give one whose folders are adapters."
                 )
             # Only what lies in the store itself: a link out of it is the operator's, a path in a name is nobody's.
-            for folder in self.folder.iterdir():
-                if not folder.name.startswith(".") and (folder / CONFIG).is_file():
+            for folder in self._folders():
+                if is_name(folder.name) and (folder / CONFIG).is_file():
                     found[folder.name] = folder
         with self._lock:
             for name in set(self._entries) - set(found):
@@ -108,6 +116,23 @@ class AdapterStore(ABC, Generic[E]):
             for name in set(found) - set(self._entries):
                 self._entries[name] = self._make(name, found[name])
         return self.names()
+
+    def _folders(self) -> list[Path]:
+        """What lies in the store; what no request could name is left out, and that is said once."""
+        assert self.folder is not None
+        try:
+            found = sorted(self.folder.iterdir())
+        except OSError as problem:
+            raise Refused(f"the adapter store {self.folder.name} cannot be read ({problem.strerror}).") from problem
+        for folder in found:
+            if not folder.name.startswith(".") and not is_name(folder.name) and folder.name not in self._left_out:
+                self._left_out.add(folder.name)
+                log.warning(
+                    "serve: %s is not served: requests could not name it. A name has %d printable characters at most.",
+                    ascii(folder.name),
+                    LONGEST_NAME,
+                )
+        return found
 
     def info(self, name: str) -> AdapterInfo:
         """One adapter."""
@@ -154,6 +179,10 @@ class AdapterStore(ABC, Generic[E]):
             return entry.info()
 
     def _entry(self, name: str) -> E:
+        """The entry of a name, also of a folder that has come since the last look (called within the lock)."""
+        new = self.folder / name if name not in self._entries and self.folder is not None and is_name(name) else None
+        if new is not None and (new / CONFIG).is_file():
+            self._entries[name] = self._make(name, new)
         if name not in self._entries:
             some = sorted(self._entries)[:8]
             more = f" and {len(self._entries) - 8} more" if len(self._entries) > 8 else ""
@@ -162,5 +191,8 @@ class AdapterStore(ABC, Generic[E]):
 
 
 def is_name(name: str) -> bool:
-    """Whether a name is one folder's and nothing else: no path, no parent, nothing hidden."""
-    return bool(name) and not name.startswith(".") and not set(name) & set("/\\\0")
+    """Whether a name is one folder's and nothing else, and one that a request can hold: no path, no parent, nothing hidden, no
+    character that is none."""
+    return (
+        0 < len(name) <= LONGEST_NAME and not name.startswith(".") and not set(name) & set("/\\") and name.isprintable()
+    )

@@ -17,7 +17,7 @@ from torch import nn
 
 from lorakit.errors import LorakitError
 from lorakit.serve.engine.pool import Lease, Pool
-from lorakit.serve.engine.sampling import Choice, Chooser, choose
+from lorakit.serve.engine.sampling import Choice, Chooser, NoChoice, choose
 from lorakit.serve.engine.scheduler import Job, Limits, Scheduler, Share
 from lorakit.serve.lifecycle import Lifecycle
 from lorakit.serve.model import native
@@ -99,7 +99,6 @@ class LocalEngine(Lifecycle):
         self.pool = Pool(adapter_readers, None if store is None else Path(store), limits.adapter_bytes, self._wake)
         self._arrivals: deque[Job] = deque()
         self._thread: threading.Thread | None = None
-        self._failure = ""
         self._ids: set[str] = set()
         self._ends = _end_tokens(model)
         self._vocabulary = int(model.get_input_embeddings().num_embeddings)  # type: ignore[operator]
@@ -179,17 +178,18 @@ class LocalEngine(Lifecycle):
 
     def _accept(self, request: Request) -> Ticket:
         if self._failure:
-            raise Overloaded(f"the engine has failed: {self._failure}", retry_after=60.0)
+            raise Failed(f"the engine has failed: {self._failure}")
         if self._state in ("draining", "stopped"):
             raise Overloaded("the engine is shutting down.", retry_after=5.0)
         wanted = len(request.prompt) + request.sampling.max_tokens
         if wanted > self._context:
             raise TooLong(
                 f"the prompt has {len(request.prompt)} tokens and {request.sampling.max_tokens} more are asked for; prompt and "
-                f"answer together have {self._context} at most."
+                f"answer together have {self._context} at most.",
+                "max_tokens",
             )
         if not all(0 <= token < self._vocabulary for token in request.prompt):
-            raise Refused(f"the prompt holds a token id outside of 0 to {self._vocabulary - 1}.")
+            raise Refused(f"the prompt holds a token id outside of 0 to {self._vocabulary - 1}.", "prompt")
         ends = frozenset(request.sampling.stop_token_ids)
         if not request.sampling.ignore_eos:
             ends |= self._ends
@@ -219,20 +219,24 @@ class LocalEngine(Lifecycle):
         while self._state != "stopped":
             self._woken = False
             try:
-                if not self.step():
-                    with self._lock:
-                        if not self._woken and self._state != "stopped":
-                            # With requests that only wait for an adapter, deadlines are looked at now and then.
-                            self._lock.wait(0.02 if self._ids else None)
-                failures = 0
-            except Exception as problem:  # one bad step must not end everybody's service
+                if self.step():
+                    failures = 0
+                    continue
+                with self._lock:
+                    if not self._woken and self._state != "stopped":
+                        # With requests that only wait for an adapter, deadlines are looked at now and then.
+                        self._lock.wait(0.02 if self._ids else None)
+            except (
+                Exception
+            ) as problem:  # one bad step must not end everybody's service; rows' own faults do not come here
                 failures += 1
                 log.exception("serve: a step failed")
                 with self._lock:
-                    for job in list(self.scheduler.running):
-                        self._end(job, Failed(f"the forward failed: {str(problem) or type(problem).__name__}"))
                     if failures >= ATTEMPTS:
                         self._failure = f"{failures} steps failed one after the other, the last with: {problem}"
+                    for job in list(self.scheduler.running):
+                        self._end(job, Failed(f"the forward failed: {str(problem) or type(problem).__name__}"))
+                    if self._failure:
                         self._fail_all(Failed(self._failure))
                         return
 
@@ -316,7 +320,7 @@ class LocalEngine(Lifecycle):
         ]
         return assemble(runs, self.model.device, self._mixture[1])
 
-    def _deliver(self, shares: Sequence[Share], choices: dict[Job, Choice]) -> None:
+    def _deliver(self, shares: Sequence[Share], choices: dict[Job, Choice | NoChoice]) -> None:
         self._steps += 1
         for share in shares:
             job = share.job
@@ -325,6 +329,9 @@ class LocalEngine(Lifecycle):
             self.scheduler.done(share)
             choice = choices.get(job)
             if choice is None:
+                continue
+            if isinstance(choice, NoChoice):
+                self._end(job, self._fault(job, choice))
                 continue
             self._generated_tokens += 1
             job.tokens.append(choice.token)
@@ -339,6 +346,17 @@ class LocalEngine(Lifecycle):
                 job.ticket.put(step)
             else:
                 self._end(job, step)
+
+    def _fault(self, job: Job, why: NoChoice) -> Failed:
+        """What ends a request whose row gave no token; its adapters are told apart where the numbers are theirs."""
+        names = [lease.entry.name for lease, _ in job.leases]
+        if not why.finite:
+            for lease, _ in job.leases:
+                lease.entry.faults += 1
+            log.warning("serve: %s %s", ", ".join(names) or "the base model", why.reason)
+        kind = "adapter" if len(names) == 1 else "the blend of"
+        who = f"{kind} {', '.join(map(repr, names))}" if names else "the base model"
+        return Failed(f"{who} {why.reason}; this answer ends here.")
 
     def _end(self, job: Job, outcome: Token | Finish | LorakitError) -> None:
         """Let a job go: its pages, its adapters, its id; and tell its client."""

@@ -22,7 +22,7 @@ from lorakit.files.bundle import CONFIG, TENSORS
 from lorakit.serve.model import native
 from lorakit.serve.model.packed import AdapterReader, PackedAdapter
 from lorakit.serve.request import AdapterInfo, Refused, State, UnknownAdapter
-from lorakit.serve.store import AdapterStore, Entry, Signature, is_name, signature
+from lorakit.serve.store import AdapterStore, Entry, Signature, signature
 
 log = logging.getLogger("lorakit")
 
@@ -189,9 +189,6 @@ class Pool(AdapterStore[PoolEntry]):
     def claim(self, name: str) -> Lease:
         """A request names an adapter: begin to read it if there is room. Raises UnknownAdapter or Refused."""
         with self._lock:
-            new = self.folder / name if self.folder is not None and is_name(name) else None
-            if name not in self._entries and new is not None and (new / CONFIG).is_file():  # come since the last look
-                self._entries[name] = PoolEntry(name, new)
             entry = self._entry(name)
             self._notice_change(entry)
             if entry.current is None and not entry.loading and not (entry.folder / CONFIG).is_file():
@@ -209,6 +206,9 @@ class Pool(AdapterStore[PoolEntry]):
             else:
                 self.misses += 1
                 self._request(entry, evict=False)
+                if isinstance(entry.now, Unusable):
+                    entry.using -= 1
+                    raise Refused(entry.now.reason)
             return Lease(entry)
 
     def place(self, leases: Sequence[Lease]) -> bool | None:
@@ -231,6 +231,8 @@ class Pool(AdapterStore[PoolEntry]):
                     raise Refused(entry.now.reason)
                 if not self._request(entry, keep=keep):
                     return False
+                if isinstance(entry.now, Unusable):
+                    raise Refused(entry.now.reason)
                 result = None
             if result:
                 for lease in leases:
@@ -306,11 +308,20 @@ class Pool(AdapterStore[PoolEntry]):
             size = (entry.folder / TENSORS).stat().st_size
         except OSError:
             size = 0  # reading will say what is wrong
+        if size > self.budget:
+            entry.now = Unusable(self._too_large(entry.name, size, "on disk"), signature(entry.folder))
+            return True
         if not self._make_room(size, evict, keep):
             return False
         entry.now = Loading(size)
         self._jobs.put(entry)
         return True
+
+    def _too_large(self, name: str, size: int, where: str) -> str:
+        return (
+            f"adapter {name!r} takes {size} bytes {where}, more than the whole budget of {self.budget}. The operator can "
+            "give adapters more memory (--memory)."
+        )
 
     def _make_room(self, size: int, evict: bool = True, keep: Collection[str] = ()) -> bool:
         missing = self.bytes + size - self.budget
@@ -345,14 +356,11 @@ class Pool(AdapterStore[PoolEntry]):
                 result = reader.read(entry.name, entry.folder)
             except Refused as problem:
                 result = problem.reason
-            except Exception as problem:  # a thread that ends would leave every later adapter waiting
+            except Exception:  # a thread that ends would leave every later adapter waiting
                 log.exception("serve: reading adapter %s failed", entry.name)
-                result = f"adapter {entry.name!r} could not be read: {type(problem).__name__}: {problem}"
+                result = f"adapter {entry.name!r} could not be read; the server's log has the details."
             if isinstance(result, PackedAdapter) and result.bytes > self.budget:
-                result = (
-                    f"adapter {entry.name!r} takes {result.bytes} bytes in memory, more than the whole budget of "
-                    f"{self.budget}. The operator can give adapters more memory (--memory)."
-                )
+                result = self._too_large(entry.name, result.bytes, "in memory")
             with self._lock:
                 entry.now = OnDisk()  # from here on nothing is reserved
                 if isinstance(result, str):

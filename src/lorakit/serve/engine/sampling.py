@@ -22,6 +22,19 @@ class Choice:
 
 
 @dataclass
+class NoChoice:
+    """Why a row gives no token; its request ends with this reason, and no other request does.
+
+    Attributes:
+        reason: in words, going on after the request's adapters have been named.
+        finite: False where the model's numbers are not.
+    """
+
+    reason: str
+    finite: bool = True
+
+
+@dataclass
 class Chooser:
     """How one request's tokens are chosen.
 
@@ -60,33 +73,57 @@ class Chooser:
         return self._generator
 
 
-def choose(logits: Tensor, choosers: Sequence[Chooser]) -> list[Choice]:
-    """One token for every row of `logits` (rows, vocabulary)."""
+LEAST_TEMPERATURE = 1e-6
+"""Lower ones (but for 0) are this one: what is 1e-4 below the largest logit then has a probability of e^-100."""
+
+LEAST_LOGPROB = -9999.0
+"""What is reported of a token that cannot come: JSON has no infinity."""
+
+_NOT_FINITE = NoChoice("gives numbers that are not finite", finite=False)
+
+
+def choose(logits: Tensor, choosers: Sequence[Chooser]) -> list[Choice | NoChoice]:
+    """One token for every row of `logits` (rows, vocabulary). What is wrong with a row is that row's alone."""
     if all(chooser.plain for chooser in choosers):
-        return [Choice(token) for token in _greedy(logits).tolist()]
+        return _greedy(logits)
     plain = [row for row, chooser in enumerate(choosers) if chooser.plain]
-    greedy = dict(zip(plain, _greedy(logits[plain]).tolist(), strict=True)) if plain else {}
+    greedy = dict(zip(plain, _greedy(logits[plain]), strict=True)) if plain else {}
     return [
-        Choice(greedy[row]) if row in greedy else _choose(logits[row].float(), chooser)
-        for row, chooser in enumerate(choosers)
+        greedy[row] if row in greedy else _choose(logits[row].float(), chooser) for row, chooser in enumerate(choosers)
     ]
 
 
-def _greedy(logits: Tensor) -> Tensor:
+def _greedy(logits: Tensor) -> list[Choice | NoChoice]:
+    tokens = _greatest(logits)
+    finite = logits.gather(1, tokens[:, None])[:, 0].isfinite()
+    return [
+        Choice(token) if sound else _NOT_FINITE for token, sound in zip(tokens.tolist(), finite.tolist(), strict=True)
+    ]
+
+
+def _greatest(logits: Tensor) -> Tensor:
     if logits.device.type == "cpu" and logits.is_contiguous() and native.find("greatest", logits.dtype) is not None:
         return native.greatest(logits)  # torch's argmax of bfloat16 is a tenth of a step
     return logits.argmax(-1)
 
 
-def _choose(logits: Tensor, chooser: Chooser) -> Choice:
+def _choose(logits: Tensor, chooser: Chooser) -> Choice | NoChoice:
     """One token from one row of logits (vocabulary,)."""
     s = chooser.sampling
+    if not logits.max().isfinite():  # NaN is the largest of all
+        return _NOT_FINITE
     logits = _penalised(logits, chooser)
-    logprobs = None if s.logprobs is None else logits.log_softmax(-1)
-    token = int(logits.argmax()) if s.temperature == 0 else _draw(logits / s.temperature, chooser)
-    if logprobs is None:
+    top = logits.max()
+    if not top.isfinite():
+        return NoChoice("has logits that are not finite any more under these penalties; ask for weaker ones")
+    try:
+        token = int(logits.argmax()) if s.temperature == 0 else _draw(logits - top, chooser)
+    except RuntimeError as problem:  # one row's numbers must not end the step of all
+        return NoChoice(f"has probabilities that cannot be drawn from ({problem})")
+    if s.logprobs is None:
         return Choice(token)
-    values, ids = logprobs.topk(min(s.logprobs or 0, logprobs.shape[0]))
+    logprobs = logits.log_softmax(-1).clamp(min=LEAST_LOGPROB)
+    values, ids = logprobs.topk(min(s.logprobs, logprobs.shape[0]))
     return Choice(token, float(logprobs[token]), tuple(zip(ids.tolist(), values.tolist(), strict=True)))
 
 
@@ -109,8 +146,9 @@ def _penalised(logits: Tensor, chooser: Chooser) -> Tensor:
 
 
 def _draw(logits: Tensor, chooser: Chooser) -> int:
-    """A random token from what top-k, top-p and min-p leave."""
+    """A random token from what top-k, top-p and min-p leave of logits whose largest is 0."""
     s = chooser.sampling
+    logits = logits / max(s.temperature, LEAST_TEMPERATURE)
     if s.top_k and s.top_k < logits.shape[0]:
         logits, ids = logits.topk(s.top_k)
     elif s.top_p < 1:

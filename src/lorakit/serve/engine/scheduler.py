@@ -222,7 +222,9 @@ class Scheduler:
 
     def _take_pages(self, job: Job) -> bool:
         """Find the pages that are there already, and take those for the rest of its tokens and one more."""
-        job.root = root_key((adapter.content, weight) for adapter, weight in job.blend or ())
+        job.root = root_key(
+            ((adapter.content, weight) for adapter, weight in job.blend or ()), job.ticket.request.domain
+        )
         shared, keys = self.cache.find(job.root, job.tokens)
         fresh = page_count(len(job.tokens) + 1) - len(shared)
         # Each running job will soon want a page more; a margin saves sending one back at once.

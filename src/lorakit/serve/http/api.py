@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from typing import Any
 
 from fastapi import APIRouter, Depends, FastAPI
@@ -49,7 +49,8 @@ public = APIRouter()
 router = APIRouter(dependencies=[Depends(KEY)])
 
 _LONG = 20_000
-"""Prompts of more characters are read into tokens in another thread, so that nobody waits for them."""
+"""The prompts of bodies of more bytes are read into tokens in another thread, so that nobody waits for them; and so are all
+prompts in the form of an adapter, whose template is a program of its maker's."""
 
 _BRANCH = re.compile(r"str|int|constrained-\w+|list\[.*|function-.*|\[key\]")
 """How pydantic names the kinds that a value may be of; no word of the client's."""
@@ -128,7 +129,10 @@ async def _invalid(request: Request, error: Exception) -> Response:
     assert isinstance(error, RequestValidationError)
     found = error.errors()
     # where a value may be one of several kinds, each kind has its complaint; the one that got furthest is the client's
-    first = max((one for one in found if one["loc"][:2] == found[0]["loc"][:2]), key=lambda one: len(one["loc"]))
+    first = max(
+        (one for one in found if one["loc"][:2] == found[0]["loc"][:2]),
+        key=lambda one: (one["type"] == "too_long", len(one["loc"])),
+    )
     place = [str(one) for one in first["loc"] if one != "body"]
     # a place within a union ends in the name of the branch that was tried: none of the client's words
     param = ".".join(one for one in place if not _BRANCH.fullmatch(one))
@@ -140,7 +144,8 @@ async def _invalid(request: Request, error: Exception) -> Response:
         case "json_invalid":
             message, code, param = "the body is not valid JSON.", "invalid_json", ""
         case "value_error":
-            message, code = str(first["ctx"]["error"]), "invalid_value"
+            error = first["ctx"]["error"]
+            message, code, param = str(error), "invalid_value", getattr(error, "param", param)
         case _:
             message, code = f'"{param or "the body"}": {first["msg"]}.', "invalid_value"
     return _answer(request, Fault(400, message, code, param or None))
@@ -168,13 +173,14 @@ async def _generate(
     """Names, prompts, limits, quotas, engine, answer: the same for both kinds of completion."""
     front, tenant, note = front_of(request), tenant_of(request), request.state.note
     note["model"] = asked.model
+    front.check_count(asked)  # what is cheap comes first
     blend = await _blend(front, asked, tenant)
-    long = int(request.headers.get("content-length", "0") or 0) > _LONG
     # an adapter's prompt may have to be read first, which takes long where it brings a tokenizer
     prompter = front.prompts.base
     if blend and front.store is not None:
         prompter = await run_in_threadpool(front.prompter, blend, isinstance(asked, ChatRequest))
     window = front.engine.context
+    long = getattr(request.state, "size", _LONG + 1) > _LONG or prompter is not front.prompts.base
     prompts = await run_in_threadpool(read, prompter, window) if long else read(prompter, window)
     sampling = front.sampling(asked, prompts, prompter)
     front.metrics.tenant.labels(front.metrics.label("tenant", tenant.name)).inc()
@@ -219,31 +225,36 @@ async def completions(request: Request, asked: CompletionRequest) -> Response:
 # -- what there is -------------------------------------------------------------------------------------------------------------
 
 
-def _models(request: Request) -> list[Model]:
+async def _models(request: Request) -> list[Model]:
     front, tenant = front_of(request), tenant_of(request)
+    with suppress(LorakitError):  # a store that is away for a moment: what is known is answered
+        await run_in_threadpool(front.scan)
     base = [Model(id=front.name, created=front.created)] if tenant.base else []
-    return base + [Model(id=name, created=front.created, parent=front.name) for name in front.allowed(tenant)]
+    usable = await run_in_threadpool(front.usable, tenant)
+    return base + [Model(id=name, created=front.created, parent=front.name) for name in usable]
 
 
 @router.get("/v1/models", responses=_UNKNOWN_KEY)
 async def models(request: Request) -> Models:
-    """The base model and the adapters that this key may use."""
-    return Models(data=_models(request))
+    """The base model and the adapters that this key may use; without those that have turned out to be unusable, of which
+    /admin/adapters says why."""
+    return Models(data=await _models(request))
 
 
 @router.get("/v1/models/{model}", responses=_UNKNOWN_KEY | errors(e404="No such model for this key."))
 async def model(request: Request, model: str) -> Model:
     """One of them."""
-    for found in _models(request):
+    for found in await _models(request):
         if found.id == model:
             return found
     raise Fault(404, f'this key has no model "{model}".', "model_not_found", "model")
 
 
-@public.get("/health")
-async def health() -> Health:
-    """Whether the process answers."""
-    return Health(status="ok")
+@public.get("/health", response_model=Health, responses={503: {"model": Health}})
+async def health(request: Request) -> Response:
+    """Whether the process answers and its engine has not given up; a supervisor restarts it while this is 503."""
+    failed = front_of(request).engine.failure
+    return JSONResponse({"status": "failed" if failed else "ok"}, 503 if failed else 200)
 
 
 @public.get("/ready", response_model=Health, responses={503: {"model": Health}})

@@ -51,7 +51,20 @@ Text = Annotated[str, AfterValidator(_whole)]
 Name = Annotated[Text, StringConstraints(min_length=1, max_length=200)]
 Stop = Annotated[Text, StringConstraints(min_length=1, max_length=1000)]
 Id = Annotated[str, StringConstraints(pattern=r"^[0-9]{1,9}$")]
-TokenIds = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
+TokenIds = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1, fail_fast=True)]
+PROMPTS = 2048
+"""Prompts of one body; how many answers one may ask for is the operator's."""
+SOME = Field(min_length=1, max_length=PROMPTS, fail_fast=True)
+"""What every list of prompts keeps to. The first wrong entry is the last that is looked at: a megabyte of wrong ones would take
+seconds to complain of."""
+
+
+class Wrong(ValueError):  # noqa: N818 - named by what it says
+    """A complaint about one parameter, which it names."""
+
+    def __init__(self, param: str, message: str) -> None:
+        super().__init__(message)
+        self.param = param
 
 
 class Strict(BaseModel):
@@ -81,7 +94,7 @@ class Message(Strict):
     """One turn of a conversation."""
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: Text | list[Part] | None = None
+    content: Text | Annotated[list[Part], Field(fail_fast=True)] | None = None
     name: Text | None = None
     tool_call_id: Text | None = None
 
@@ -129,6 +142,9 @@ class Generation(Strict):
     presence_penalty: float | None = Field(default=None, ge=-2, le=2)
     frequency_penalty: float | None = Field(default=None, ge=-2, le=2)
     repetition_penalty: float | None = Field(default=None, ge=0.01, le=100)
+    cache_salt: Annotated[Text, StringConstraints(min_length=1, max_length=1024)] | None = Field(
+        default=None, description="Prompts share cached beginnings with those of the same salt alone."
+    )
     stream: bool | None = None
     stream_options: StreamOptions | None = None
 
@@ -144,7 +160,7 @@ class Generation(Strict):
                 kept[name] = value
             elif name in NEUTRAL:
                 if value is not None and not any(value == one and type(value) is type(one) for one in NEUTRAL[name]):
-                    raise ValueError(f"{name} {cls.unsupported}; leave it out.")
+                    raise Wrong(name, f"{name} {cls.unsupported}; leave it out.")
             elif name not in INERT:
                 kept[name] = value
         return kept
@@ -152,7 +168,7 @@ class Generation(Strict):
     @model_validator(mode="after")
     def _agree(self) -> Generation:
         if self.stream_options is not None and not self.stream:
-            raise ValueError("stream_options goes with stream: true only.")
+            raise Wrong("stream_options", "stream_options goes with stream: true only.")
         return self
 
     @property
@@ -169,7 +185,7 @@ class Generation(Strict):
 class ChatRequest(Generation):
     """The body of /v1/chat/completions."""
 
-    messages: list[Message] = Field(min_length=1)
+    messages: Annotated[list[Message], Field(min_length=1, fail_fast=True)]
     max_completion_tokens: int | None = Field(default=None, ge=1)
     logprobs: bool | None = None
     top_logprobs: int | None = Field(default=None, ge=0, le=20)
@@ -177,10 +193,12 @@ class ChatRequest(Generation):
     @model_validator(mode="after")
     def _logprobs(self) -> ChatRequest:
         if self.top_logprobs and not self.logprobs:
-            raise ValueError("top_logprobs goes with logprobs: true only.")
+            raise Wrong("top_logprobs", "top_logprobs goes with logprobs: true only.")
         if None not in (self.max_tokens, self.max_completion_tokens) and self.max_tokens != self.max_completion_tokens:
-            raise ValueError("max_tokens and max_completion_tokens differ; give one of them.")
+            raise Wrong("max_completion_tokens", "max_tokens and max_completion_tokens differ; give one of them.")
         return self
+
+    prompt_count: ClassVar[int] = 1
 
     @property
     def limit(self) -> int | None:
@@ -196,19 +214,22 @@ class ChatRequest(Generation):
 class CompletionRequest(Generation):
     """The body of /v1/completions."""
 
-    prompt: (
-        Text | Annotated[list[Text], Field(min_length=1)] | TokenIds | Annotated[list[TokenIds], Field(min_length=1)]
-    )
+    prompt: Text | Annotated[list[Text], SOME] | TokenIds | Annotated[list[TokenIds], SOME]
     echo: bool | None = Field(default=None, description="The prompt before the answer.")
     logprobs: int | None = Field(default=None, ge=0, le=20)
 
     @model_validator(mode="after")
     def _whole(self) -> CompletionRequest:
         if self.echo and self.logprobs is not None:
-            raise ValueError(
-                "echo with logprobs asks for the prompt's probabilities, which are not computed; drop one."
+            raise Wrong(
+                "logprobs", "echo with logprobs asks for the prompt's probabilities, which are not computed; drop one."
             )
         return self
+
+    @property
+    def prompt_count(self) -> int:
+        """How many prompts there are."""
+        return 1 if isinstance(self.prompt, str) or isinstance(self.prompt[0], int) else len(self.prompt)
 
     @property
     def prompts(self) -> list[str | list[int]]:

@@ -54,8 +54,10 @@ class Fault(LorakitError):  # noqa: N818 - named by what it is
 
 
 def later(seconds: float) -> dict[str, str]:
-    """The header that says when to try again, in whole seconds, at least one."""
-    return {"Retry-After": str(max(1, math.ceil(seconds)))}
+    """The headers that say when to try again, in whole seconds, at least one. OpenAI's clients wait for two minutes at most,
+    and else try at once."""
+    wait = max(1, math.ceil(seconds))
+    return {"Retry-After": str(wait)} | ({"x-should-retry": "false"} if wait > 120 else {})
 
 
 def too_long(text: str, param: str) -> Fault:
@@ -71,13 +73,13 @@ def fault_of(error: BaseException) -> Fault:
         case UnknownAdapter():
             return Fault(404, error.reason, "model_not_found", "model")
         case TooLong():
-            return Fault(400, error.reason, "context_length_exceeded")
+            return Fault(400, error.reason, "context_length_exceeded", error.param or "prompt")
         case Refused():
-            return Fault(400, error.reason, "refused")
+            return Fault(400, error.reason, "refused", error.param or "model")
         case Overloaded():
             return Fault(429, str(error), "overloaded", headers=later(error.retry_after))
         case Failed():
             return Fault(500, str(error), "engine_failed")
         case LorakitError():
-            return Fault(400, str(error), "refused")
+            return Fault(400, str(error), "refused", "model")
     return Fault(500, "internal error; the server's log has the details under this request id.", "internal")

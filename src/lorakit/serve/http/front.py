@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 import uuid
 from collections.abc import Callable, Mapping, Sequence
@@ -18,7 +19,16 @@ from lorakit.serve.http.faults import Fault, too_long
 from lorakit.serve.http.metrics import Metrics
 from lorakit.serve.http.tenants import ANYONE, Tenant, Tenants
 from lorakit.serve.http.text import TokenTexts
+from lorakit.serve.limits import check_files, without_path
 from lorakit.serve.request import Engine, Request, Sampling, Ticket, UnknownAdapter
+
+log = logging.getLogger("lorakit")
+
+NOTHING = 1e-6
+"""A blend whose weights add up to less is the base model."""
+
+ESTIMATE = 1024
+"""Tokens of an answer that a quota sets aside where the request does not limit it."""
 
 
 @dataclass(frozen=True)
@@ -81,6 +91,9 @@ class Front:
         self.prompts = Prompts(self.tokenizer)
         self.token_texts = TokenTexts(self.tokenizer)
         self.metrics.watch(self.engine)
+        self.reserved = frozenset({self.name, "base"})
+        self._said: set[str] = set()
+        self._say_reserved(self.engine.adapters.names())
 
     # -- names -----------------------------------------------------------------------------------------------------------
     def blend(self, asked: Generation, tenant: Tenant) -> dict[str, float]:
@@ -89,7 +102,7 @@ class Front:
         A name is only ever compared with those of the store: it is no path, no URL and no hub name. One that is not there
         and one that is not allowed get the same answer, so that nobody learns the names of others.
         """
-        base = asked.model in (self.name, "base")
+        base = asked.model in self.reserved
         if asked.adapters is not None:
             if not base:
                 raise Fault(
@@ -100,7 +113,10 @@ class Front:
                 )
             for name in asked.adapters:
                 self._known(name, tenant, f"adapters.{name}")
-            return dict(asked.adapters)
+            # what leaves the base as it is asks for the base, and needs the right to it
+            if sum(map(abs, asked.adapters.values())) < NOTHING and not tenant.base:
+                raise self._absent(asked.model, tenant, "adapters")
+            return {name: weight for name, weight in asked.adapters.items() if weight}
         if base:
             if not tenant.base:
                 raise self._absent(asked.model, tenant, "model")
@@ -117,7 +133,12 @@ class Front:
         """
         found: list[Prompter] = []
         for name in blend if self.store is not None else ():
-            one = self.prompts.of(self.store / name)  # type: ignore[operator]
+            folder = self.store / name  # type: ignore[operator]
+            try:
+                check_files(folder)
+                one = self.prompts.of(folder)
+            except LorakitError as problem:
+                raise Fault(400, without_path(str(problem), folder), "refused", "model") from problem
             if not any(one.prompt.same_form(other.prompt) for other in found):
                 found.append(one)
         if len(found) < 2:
@@ -134,15 +155,30 @@ class Front:
 
     def allowed(self, tenant: Tenant) -> list[str]:
         """The names of all adapters that a tenant may use."""
-        return [name for name in self.engine.adapters.names() if tenant.may_use(name)]
+        return [name for name in self.engine.adapters.names() if tenant.may_use(name) and name not in self.reserved]
+
+    def usable(self, tenant: Tenant) -> list[str]:
+        """Of these, the ones that have not turned out to be unusable."""
+        refused = {info.name for info in self.engine.adapters.all() if info.state == "refused"}
+        return [name for name in self.allowed(tenant) if name not in refused]
 
     def scan(self) -> bool:
         """Look for new folders in the store, unless that was done a moment ago; whether it was done now."""
         if self.clock() - self._scanned < self.SCANS:
             return False
         self._scanned = self.clock()
-        self.engine.adapters.scan()
+        self._say_reserved(self.engine.adapters.scan())
         return True
+
+    def _say_reserved(self, names: Sequence[str]) -> None:
+        """An adapter that is named like the base can never be asked for; said once for each."""
+        for name in sorted({*names} & self.reserved - self._said):
+            log.warning(
+                "serve: the adapter %s is not served: requests call the base model so. Give its folder another name, or "
+                "the base (--name).",
+                name,
+            )
+            self._said.add(name)
 
     def _known(self, name: str, tenant: Tenant, param: str) -> None:
         if not tenant.may_use(name):
@@ -160,7 +196,7 @@ class Front:
     # -- submitting --------------------------------------------------------------------------------------------------------
     def submit(
         self,
-        asked: Generation,
+        asked: ChatRequest | CompletionRequest,
         tenant: Tenant,
         blend: Mapping[str, float],
         prompts: Sequence[Sequence[int]],
@@ -175,8 +211,14 @@ class Front:
         """
         answers = len(prompts) * asked.choices
         ledger = self.tenants.ledger(tenant)
-        ledger.enter(tenant, answers, sum(map(len, prompts)) * asked.choices, self.clock())
-        order = Order(self, tenant, dict(blend), key, answers, prompter)
+        written = sum(map(len, prompts)) * asked.choices
+        # what is asked for; where nothing is said, an estimate, and the rest is paid at the end
+        reserved = asked.choices * sum(
+            one.max_tokens if asked.limit is not None else min(one.max_tokens, ESTIMATE) for one in sampling
+        )
+        ledger.enter(tenant, answers, written + reserved, self.clock())
+        order = Order(self, tenant, dict(blend), key, answers, prompter, reserved=reserved)
+        domain = "" if self.tenants.open else "shared" if tenant.cache == "shared" else f"tenant {tenant.name}"
         try:
             for number in range(answers):
                 row, choice = divmod(number, asked.choices)
@@ -188,6 +230,7 @@ class Front:
                     tenant="" if self.tenants.open else tenant.name,
                     weight=tenant.weight,
                     deadline=self.bounds.seconds,
+                    domain=f"{domain}\0{asked.cache_salt or ''}",
                     sampling=how if how.seed is None else replace(how, seed=(how.seed + choice) % 2**63),
                 )
                 order.tickets.append(self.engine.submit(request))
@@ -196,23 +239,31 @@ class Front:
             raise
         return order
 
+    def check_count(self, asked: ChatRequest | CompletionRequest) -> None:
+        """Refuse too many answers before time is spent on any.
+
+        Raises:
+            Fault: prompts × n are more than one request may ask for.
+        """
+        answers = asked.prompt_count * asked.choices
+        if answers > self.bounds.answers:
+            raise Fault(
+                400,
+                f"{asked.prompt_count} prompts with n={asked.choices} ask for {answers} answers; {self.bounds.answers} in one "
+                "request are the most.",
+                "too_many_answers",
+                "n" if asked.choices > 1 else "prompt",
+            )
+
     def sampling(
         self, asked: ChatRequest | CompletionRequest, prompts: Sequence[Sequence[int]], prompter: Prompter
     ) -> list[Sampling]:
         """How to answer each prompt, held to the limits.
 
         Raises:
-            Fault: too many answers, a prompt or an answer that does not fit.
+            Fault: a prompt or an answer that does not fit.
         """
-        bounds, answers = self.bounds, len(prompts) * asked.choices
-        if answers > bounds.answers:
-            raise Fault(
-                400,
-                f"{len(prompts)} prompts with n={asked.choices} ask for {answers} answers; {bounds.answers} in one request "
-                "are the most.",
-                "too_many_answers",
-                "n",
-            )
+        bounds = self.bounds
         if asked.limit is not None and bounds.output is not None and asked.limit > bounds.output:
             raise Fault(
                 400,
@@ -288,6 +339,7 @@ class Order:
     prompter: Prompter
     tickets: list[Ticket] = field(default_factory=list)
     closed: bool = False
+    reserved: int = 0
 
     def cancel(self) -> None:
         """Stop what has not ended."""
@@ -302,7 +354,9 @@ class Order:
         self.closed = True
         self.cancel()
         generated = sum(ticket.usage.generated for ticket in self.tickets)
-        self.front.tenants.ledger(self.tenant).leave(self.tenant, self.answers, generated, self.front.clock())
+        self.front.tenants.ledger(self.tenant).leave(
+            self.tenant, self.answers, generated - self.reserved, self.front.clock()
+        )
         self.front.metrics.finished(self.blend, self.tickets)
 
     def note(self) -> dict[str, Any]:

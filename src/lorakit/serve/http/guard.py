@@ -114,6 +114,7 @@ class _Passage:
                 if tenant is not None:
                     self.note["tenant"] = tenant.name
                 body = await self._body()
+                self.scope["state"]["size"] = len(body)
                 await self.guard.app(self.scope, _replay(body, self.receive), self.send)
             except Fault as fault:
                 self.note["code"] = fault.code

@@ -24,7 +24,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import fields
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, ValidationError
@@ -85,6 +85,8 @@ class Tenant:
         tokens_per_minute: of prompts and answers together; 0 is no limit.
         concurrent: answers at once; 0 is no limit.
         weight: its share of the machine under load.
+        cache: whose computed beginnings of prompts it may find: its "own", or those of all tenants that say "shared". Who
+            shares can learn from the time to a first token what others have asked.
         admin: may use the admin endpoints.
     """
 
@@ -96,6 +98,7 @@ class Tenant:
     tokens_per_minute: Count = 0
     concurrent: Count = 0
     weight: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.0
+    cache: Literal["own", "shared"] = "own"
     admin: bool = False
 
     def may_use(self, adapter: str) -> bool:
@@ -139,9 +142,10 @@ class Ledger:
         self._buckets: dict[str, Bucket] = {}
         self._lock = threading.Lock()
 
-    def enter(self, tenant: Tenant, answers: int, prompt_tokens: int, now: float) -> None:
-        """Count a request that begins, or raise the Fault that says which quota it exceeds and when to try again."""
-        asked = {"requests_per_minute": 1, "tokens_per_minute": prompt_tokens}
+    def enter(self, tenant: Tenant, answers: int, tokens: int, now: float) -> None:
+        """Count a request that begins, with the tokens of its prompts and what is set aside for its answers; or raise the Fault
+        that says which quota it exceeds and when to try again."""
+        asked = {"requests_per_minute": 1, "tokens_per_minute": tokens}
         with self._lock:
             most = tenant.concurrent
             if most and answers > most:
@@ -162,11 +166,12 @@ class Ledger:
                 self._take(tenant, name, amount, now)
             self.running += answers
 
-    def leave(self, tenant: Tenant, answers: int, generated: int, now: float) -> None:
-        """Count what a request has generated, once it has ended in whatever way."""
+    def leave(self, tenant: Tenant, answers: int, further: int, now: float) -> None:
+        """Settle a request that has ended in whatever way: the tokens that it generated beyond those set aside, which are given
+        back where it generated fewer."""
         with self._lock:
             self.running -= answers
-            self._take(tenant, "tokens_per_minute", generated, now)
+            self._take(tenant, "tokens_per_minute", further, now)
 
     def _bucket(self, tenant: Tenant, name: str, now: float) -> Bucket | None:
         limit: int = getattr(tenant, name)
@@ -182,7 +187,7 @@ class Ledger:
         bucket = self._bucket(tenant, name, now)
         if bucket is not None:
             bucket.refill(now)
-            bucket.level -= amount
+            bucket.level = min(bucket.level - amount, float(bucket.per_minute))
 
 
 # -- the file ----------------------------------------------------------------------------------------------------------------

@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+import sys
+import time
+from collections.abc import Callable, Sequence
+from types import FrameType
+from typing import Any, TypeVar
 
 from lorakit.files.prompt import Prompter
 from lorakit.serve.http.bodies import Message
 from lorakit.serve.http.faults import Fault, too_long
 
 _PARTIAL = "\N{REPLACEMENT CHARACTER}"
+T = TypeVar("T")
+
+SECONDS = 5.0
+"""For a chat template; real ones take milliseconds."""
+
 CHARACTERS = 64
 """No text of more characters than this per token of the window is read into tokens: it could not fit."""
 
@@ -28,7 +36,7 @@ def encode_messages(prompter: Prompter, messages: Sequence[Message], window: int
         turn = {"role": role, "content": message.text}
         turns.append(turn | {"name": message.name} if message.name else turn)
     try:
-        return prompter.encode(turns)
+        return limited(SECONDS, lambda: prompter.encode(turns))
     except Exception as problem:  # a template is a program of the model's: it may raise anything
         raise Fault(
             400, f"the model's chat template refuses these messages: {problem}", "template", "messages"
@@ -47,6 +55,31 @@ def encode_prompt(prompter: Prompter, prompt: str | list[int], window: int) -> l
                 400, f"prompt holds the token id {one}; this model has {known} tokens.", "unknown_token", "prompt"
             )
     return prompt
+
+
+def limited(seconds: float, function: Callable[[], T]) -> T:
+    """Call a function that renders a chat template, with a time limit: a template is a program, and that of an adapter a
+    stranger's. Python cannot end a thread, so the template's own lines look at the clock.
+
+    Raises:
+        TimeoutError: it takes longer.
+    """
+    until = time.monotonic() + seconds
+
+    def line(frame: FrameType, event: str, argument: Any) -> Any:
+        if time.monotonic() > until:
+            raise TimeoutError(f"it takes more than {seconds:.0f} s")
+        return line
+
+    def call(frame: FrameType, event: str, argument: Any) -> Any:
+        return line if frame.f_code.co_filename == "<template>" else None
+
+    before = sys.gettrace()
+    sys.settrace(call)
+    try:
+        return function()
+    finally:
+        sys.settrace(before)
 
 
 def check_length(characters: int, window: int) -> None:

@@ -1,9 +1,10 @@
 """Keys and values of all requests, in pages of sixteen tokens; and which finished pages later requests may share.
 
 A request takes pages as it grows, so memory is what its tokens need and no more. A full page has a key: a digest of who wrote
-it (the adapters' contents and weights) and of all tokens up to its end. A later prompt that begins the same, under the
-same adapters of the same content, takes the pages instead of computing them. A reloaded adapter has another content, so
-nothing stale is ever found. Pages that nobody uses stay findable until the room is needed, the longest unused going first.
+it (the adapters' contents and weights), of whose it is (`Request.domain`) and of all tokens up to its end. A later prompt of
+the same domain that begins the same, under the same adapters of the same content, takes the pages instead of computing them. A
+reloaded adapter has another content, so nothing stale is ever found. Pages that nobody uses stay findable until the room is
+needed, the longest unused going first.
 """
 
 from __future__ import annotations
@@ -35,9 +36,10 @@ class LayerShape:
         return self.heads * (self.key + self.value)
 
 
-def root_key(writers: Iterable[tuple[str, float]]) -> bytes:
-    """The key before the first page: a digest of the adapters (content, weight) that compute a request."""
-    return hashlib.blake2b(repr(sorted(writers)).encode(), digest_size=16).digest()
+def root_key(writers: Iterable[tuple[str, float]], domain: str = "") -> bytes:
+    """The key before the first page: a digest of the adapters (content, weight) that compute a request, and of the domain
+    within which pages may be shared."""
+    return hashlib.blake2b(repr((sorted(writers), domain)).encode(), digest_size=16).digest()
 
 
 def next_key(before: bytes, tokens: Sequence[int]) -> bytes:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import logging
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -34,9 +35,12 @@ from lorakit.errors import LorakitError, unknown
 from lorakit.files import store
 from lorakit.files.bundle import CONTENT, TENSORS, Bundle, read_bundle
 from lorakit.files.filling import finite
+from lorakit.serve.limits import check_files, without_path
 from lorakit.serve.model.native import large_pages, padded
 from lorakit.serve.request import Refused
 from lorakit.serve.store import signature
+
+log = logging.getLogger("lorakit")
 
 Formless = Literal["refuse", "dense", "svd"]
 """What becomes of a delta without a form: nothing; ΔW itself, as large as the layer; a low-rank stand-in at a stated error."""
@@ -159,13 +163,19 @@ class AdapterReader:
                 before = signature(folder)
                 try:
                     packed = self._read(name, folder)
-                except (LorakitError, OSError, KeyError, TypeError, ValueError, RuntimeError) as problem:
+                except (
+                    Exception
+                ) as problem:  # a stranger's files; clients read why, no path of the server and no Python
                     if signature(folder) != before:
                         continue
                     if isinstance(problem, Refused):
                         raise
-                    # clients see this too, and no path of the server
-                    raise Refused(f"adapter {name!r}: {str(problem).replace(str(folder), name)}") from problem
+                    if not isinstance(problem, LorakitError):
+                        log.warning("serve: reading adapter %s failed", name, exc_info=True)
+                        raise Refused(
+                            f"adapter {name!r} could not be read; the server's log has the details."
+                        ) from problem
+                    raise Refused(f"adapter {name!r}: {without_path(str(problem), folder)}") from problem
                 if signature(folder) == before:
                     return packed
         raise Refused(
@@ -174,6 +184,7 @@ class AdapterReader:
 
     @torch.no_grad()
     def _read(self, name: str, folder: Path) -> PackedAdapter:
+        check_files(folder)
         bundle = read_bundle(folder, later=True)  # `read` looks whether the files have stayed the same
         frame = store.frame(bundle)
         built = self._built.get(frame)

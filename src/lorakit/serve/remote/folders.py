@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from lorakit.errors import LorakitError
+from lorakit.serve.limits import check_files, without_path
 from lorakit.serve.request import AdapterInfo, Refused
 from lorakit.serve.store import AdapterStore, Entry, Signature, signature
 
@@ -71,10 +72,11 @@ class Folders(AdapterStore[Folder]):
             files = signature(entry.folder)
             if entry.files != files:
                 try:
+                    check_files(entry.folder)
                     entry.facts, entry.path = self.prepare(name, entry.folder)
                 except LorakitError as problem:
                     # clients see this too, and no path of the server
-                    entry.files, entry.refusal = (), str(problem).replace(str(entry.folder), name)
+                    entry.files, entry.refusal = (), without_path(str(problem), entry.folder)
                     raise Refused(entry.refusal) from problem
                 entry.files, entry.refusal, entry.pinned = files, "", False  # what was pinned was another version
                 entry.loads += 1

@@ -1,7 +1,8 @@
 """vLLM behind the same front: tenants, quotas, names and limits are lorakit's, the tokens are vLLM's.
 
-vLLM takes plain LoRA of a rank up to a limit that is set when it starts. A plain LoRA of a larger rank is written again at that
-rank, to a stated error; other methods are refused with what would work. A blend needs one adapter that is the blend: vLLM
+vLLM takes plain LoRA of a rank up to a limit that is set when it starts: the largest of the store. One of a larger rank that
+comes later is refused, or written again at that rank to a stated error where the operator asked for it; other methods are
+refused with what would work. A blend needs one adapter that is the blend: vLLM
 has no weights per request.
 
 The tests run against a stub of the interface that is used here: `generate`, `abort`,
@@ -22,6 +23,7 @@ from typing import Any
 from lorakit.algebra.resizing import resize
 from lorakit.errors import LorakitError
 from lorakit.files import store as adapter_store
+from lorakit.serve.limits import check_files
 from lorakit.serve.remote.folders import Folder, Folders
 from lorakit.serve.remote.remote_engine import RemoteEngine
 from lorakit.serve.request import AdapterInfo, Finish, Refused, Request, Sampling, Ticket, Token
@@ -53,6 +55,7 @@ class VllmEngine(RemoteEngine):
         tokenizer: of the base.
         context: tokens of prompt and answer together.
         rank: the largest rank that vLLM was started for.
+        cut: write adapters of a larger rank again at that rank, instead of refusing them.
         limit: requests at once.
     """
 
@@ -65,8 +68,9 @@ class VllmEngine(RemoteEngine):
         context: int,
         rank: int = 64,
         limit: int = 1024,
+        cut: bool = False,
     ) -> None:
-        self.rank, self.tokenizer = rank, tokenizer
+        self.rank, self.tokenizer, self.cut = rank, tokenizer, cut
         self._made = tempfile.TemporaryDirectory(prefix="lorakit-vllm-")
         self._open_llm, self._interface = open_llm, interface
         self._llm: Any = None
@@ -74,8 +78,8 @@ class VllmEngine(RemoteEngine):
         super().__init__(Folders(store, self._prepare, self._pin), context, limit)
 
     @classmethod
-    def over(cls, base: str, store: Path | None, limits: Mapping[str, Any], rank: int = 64) -> VllmEngine:
-        """vLLM on a base model.
+    def over(cls, base: str, store: Path | None, limits: Mapping[str, Any], cut: bool = False) -> VllmEngine:
+        """vLLM on a base model, started for the largest rank that the store holds now.
 
         Raises:
             LorakitError: vLLM is not installed.
@@ -92,6 +96,7 @@ class VllmEngine(RemoteEngine):
             ) from missing
         from lorakit.models.loading import load_tokenizer
 
+        rank = rank_for(store)
         arguments = AsyncEngineArgs(
             model=base,
             enable_lora=store is not None,
@@ -107,7 +112,7 @@ class VllmEngine(RemoteEngine):
 
         interface = Interface(SamplingParams, LoRARequest, RequestOutputKind.DELTA)
         limit = limits["batch"] + limits["queue"]
-        return cls(open_llm, interface, store, load_tokenizer(base, {}), context, rank, limit)
+        return cls(open_llm, interface, store, load_tokenizer(base, {}), context, rank, limit, cut)
 
     # -- adapters --------------------------------------------------------------------------------------------------------
     def _prepare(self, name: str, folder: Path) -> tuple[AdapterInfo, Path]:
@@ -118,10 +123,16 @@ class VllmEngine(RemoteEngine):
                 f"adapter {name!r}: vLLM takes plain LoRA, and {reason}. What works: `lorakit extract` writes a LoRA of what "
                 "it adds; --engine lorakit serves it as it is."
             )
-        rank, how, error = max([int(config.get("r") or 0), *(config.get("rank_pattern") or {}).values()]), "form", 0.0
+        rank, how, error = largest_rank(config), "form", 0.0
         tensors = folder / adapter_store.TENSORS
         if not tensors.is_file() or not tensors.stat().st_size:
             raise LorakitError(f"adapter {name!r} has no {adapter_store.TENSORS}.")
+        if rank > self.rank and not self.cut:
+            raise LorakitError(
+                f"adapter {name!r} has rank {rank}, and vLLM was started for ranks up to {self.rank}. It is started for the "
+                f"largest rank of the store (at most {RANKS[-1]}): start it again; or `lorakit resize` makes one of a smaller "
+                "rank, as does --formless svd with every such adapter."
+            )
         if rank > self.rank:
             source, folder = folder, Path(self._made.name) / name
             error, how = resize(source, output=folder, rank=self.rank).error, "svd"
@@ -209,6 +220,27 @@ class VllmEngine(RemoteEngine):
         how = {one.name: getattr(request.sampling, one.name) for one in fields(Sampling)}
         how |= {"stop_token_ids": list(request.sampling.stop_token_ids), "logit_bias": dict(how["logit_bias"]) or None}
         return self._interface.sampling(**how, detokenize=False, output_kind=self._interface.delta)
+
+
+def largest_rank(config: Mapping[str, Any]) -> int:
+    """The largest rank of a LoRA's configuration."""
+    pattern = config.get("rank_pattern")
+    return max(int(config.get("r") or 0), *(int(one) for one in pattern.values()) if pattern else (0,))
+
+
+def rank_for(store: Path | None) -> int:
+    """What vLLM has to be started with to serve every plain LoRA that a store holds: one of `RANKS`. An adapter that cannot be
+    looked at is none of them, and is refused when it is asked for."""
+    most = 0
+    for folder in sorted(store.iterdir()) if store is not None else ():
+        try:
+            check_files(folder)
+            config = adapter_store.read_config(folder)
+            if not obstacle(config):
+                most = max(most, largest_rank(config))
+        except (LorakitError, TypeError, ValueError):
+            continue
+    return next((rank for rank in RANKS[1:] if rank >= most), RANKS[-1])
 
 
 def obstacle(config: Mapping[str, Any]) -> str:
