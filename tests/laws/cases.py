@@ -49,6 +49,7 @@ from lorakit.methods import (
     ReLoRA,
     SHiRA,
     TiedLoRA,
+    TrainableTokens,
     VBLoRA,
     VeRA,
 )
@@ -144,6 +145,7 @@ SPECS: dict[str, tuple[Method, ...]] = {
     "ia3": (IA3(feedforward_modules=()), IA3(feedforward_modules=("layer",))),
     "bitfit": (BitFit(),),
     "full": (Full(),),
+    "trainable-tokens": (TrainableTokens(tokens=(3, 1, 0, 2)),),
 }
 """Method name -> example specs; a test holds the keys to METHODS. Ranks are 2: every layer here is at least that wide."""
 

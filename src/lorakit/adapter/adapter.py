@@ -20,6 +20,7 @@ from lorakit.core.state import ModelState, found_state
 from lorakit.core.storage import Snapshot
 from lorakit.edits.contract import Anatomy, Edit, Place
 from lorakit.errors import LorakitError
+from lorakit.methods.tokens import TokenRows, TrainableTokens
 
 
 @dataclass
@@ -64,6 +65,10 @@ class Adapter:
         for path, layer in self.layers.items():
             for key, delta in layer.deltas_of(self.name).items():
                 yield path, layer.sites[key], delta
+
+    def beside(self, delta: Delta) -> bool:
+        """Whether a delta of this adapter is rows of a table that train alone, beside what its method changes."""
+        return isinstance(delta, TokenRows) and not isinstance(self.method, TrainableTokens)
 
     def replacements(self) -> Iterator[tuple[str, Replacement]]:
         """`(path, replacement)` of every layer in which it replaces tensors (biases, modules_to_save)."""

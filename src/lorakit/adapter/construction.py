@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from lorakit.adapter.adapter import Adapter, adapters_of
 from lorakit.adapter.pretrained import share, take_over
-from lorakit.adapter.targets import PRESETS, Targets, asked_sites, select, select_saved
+from lorakit.adapter.targets import PRESETS, Targets, asked_sites, select, select_saved, select_tokens
 from lorakit.core.delta import Delta, Method, Shape
 from lorakit.core.injection import adapt, adapted_at, parents_of, ties
 from lorakit.core.known import computed_weight
@@ -32,8 +32,9 @@ from lorakit.edits.hooks import edit_hooks
 from lorakit.errors import LorakitError
 from lorakit.init import Default, Initialiser
 from lorakit.init.calibration import Batch
-from lorakit.init.starts import Plan, PlannedLayer, build_deltas, rewrite
-from lorakit.methods import LoRA
+from lorakit.init.starts import BuiltDeltas, Plan, PlannedLayer, build_deltas, rewrite
+from lorakit.methods import LoRA, TrainableTokens
+from lorakit.methods.tokens import TokenRows, follows
 
 log = logging.getLogger("lorakit")
 
@@ -69,8 +70,12 @@ def build(
     _check_parts(state, plan)
     _check_nesting(state, modules, targets, set(paths), saved)
     _check_rewriting(start, state)
-    _check_storage(modules, plan, saved)
+    rows = _planned_rows(model, modules, targets, set(paths), saved)
+    _check_parts(state, rows)
+    _check_storage(modules, {**plan, **rows}, saved)
     built = build_deltas(model, plan, start, batches, shifted, originals)
+    if rows or isinstance(method, TrainableTokens):
+        _add_rows(built, build_deltas(model, rows, Default()), modules)
     if built.patterns:
         targets = dataclasses.replace(targets, patterns={**targets.patterns, **built.patterns})
     adapter = Adapter(name, model, method, targets, built.pool, saved=tuple(saved))
@@ -82,7 +87,8 @@ def build(
         made.append((path, planned.sites, built.deltas[path], replacement))
     for path, names in _replaced(modules, targets, set(built.plan), saved):
         made.append((path, adaptable_sites(modules[path]), {}, Replacement(modules[path], names, torch.float32)))
-    _warn_of_ties(modules, [path for path, *_ in made])
+    following = {path for path, deltas in built.deltas.items() if any(map(follows, deltas.values()))}
+    _warn_of_ties(modules, [path for path, *_ in made], following)
     state = open_state(model)
     parents = parents_of(model)
     mixtures = _mixtures(modules)
@@ -126,6 +132,49 @@ def _planned(path: str, module: nn.Module, method: Method, targets: Targets, che
         if checked:
             specs[site.name].check(site.layout.shape, site.place(path))
     return PlannedLayer(module, sites, specs)
+
+
+def _planned_rows(
+    model: nn.Module, modules: Mapping[str, nn.Module], targets: Targets, adapted: set[str], saved: list[str]
+) -> Plan:
+    """The tables of which some rows train alone, beside the adapter's own method."""
+    plan: Plan = {}
+    for path, tokens in select_tokens(model, targets).items():
+        whole = next((one for one in saved if path == one or path.startswith(one + ".")), None)
+        if whole is not None or path in adapted:
+            other = (
+                f"modules_to_save names {whole}, of which" if whole is not None else f"the method changes {path}, and"
+            )
+            raise LorakitError(
+                f"attach: {other} trainable_tokens trains some rows of {path} alone; a table has one or the other. Leave it "
+                "out of one of the two."
+            )
+        sites, spec = sites_of(modules[path]), TrainableTokens(tokens=tokens)
+        for site in sites:
+            spec.check(site.layout.shape, site.place(path))
+        plan[path] = PlannedLayer(modules[path], sites, {site.name: spec for site in sites})
+    return plan
+
+
+def _add_rows(built: BuiltDeltas, rows: BuiltDeltas, modules: Mapping[str, nn.Module]) -> None:
+    """Put rows that train alone among the adapter's deltas. Rows of an embedding act in all layers that share its weight (a
+    tied head), but in one that has rows of its own or that the method changes."""
+    built.plan.update(rows.plan)
+    built.deltas.update(rows.deltas)
+    tied = ties(modules)
+    for path in [path for path in tied if isinstance(modules[path], nn.Embedding) and path in built.plan]:
+        for other in tied[path]:
+            (leader,), sites = built.deltas[path].values(), sites_of(modules[other])
+            if not isinstance(leader, TokenRows) or follows(leader) or len(sites) != 1:
+                continue
+            (site,) = sites
+            held = built.deltas.get(other, {}).get(site.name)
+            if held is not None and held.spec != leader.spec:
+                continue
+            follower = TokenRows(leader.spec, site.layout.shape, leader.pool)
+            follower.follow(leader)
+            built.plan[other] = PlannedLayer(modules[other], sites, {site.name: leader.spec})
+            built.deltas[other] = {site.name: follower}
 
 
 def capped(spec: Method, shape: Shape) -> Method:
@@ -260,10 +309,10 @@ def _mixtures(modules: Mapping[str, nn.Module]) -> list[str]:
     return blocks
 
 
-def _warn_of_ties(modules: Mapping[str, nn.Module], paths: list[str]) -> None:
+def _warn_of_ties(modules: Mapping[str, nn.Module], paths: list[str], following: set[str]) -> None:
     tied = ties(modules)
     for path in paths:
-        if path in tied:
+        if path in tied and following.isdisjoint((path, *tied[path])):
             log.warning(
                 "%s shares its weight with %s. The adapter acts beside %s alone; merging will need untie=True, unless all of "
                 "them get the same weight.",

@@ -108,6 +108,9 @@ class Call(Protocol):
         """`linear(M())` for a matrix that has a cheaper way: `f` maps inputs (..., in) to outputs (..., out). It is used
         where the layer meets its inputs as they are (linear layers); elsewhere (convolutions, lookups) `M` is made."""
 
+    def some(self, D: Tensor, index: Tensor) -> Tensor:
+        """`linear` of the matrix whose rows at `index` (an embedding's columns) are those of `D` (n, ·), all others zero."""
+
     def product(
         self,
         B: Tensor,

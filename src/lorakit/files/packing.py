@@ -34,6 +34,7 @@ from lorakit.methods.ia3 import InputGain
 from lorakit.methods.lokr import LoKrDelta
 from lorakit.methods.lora import LoRA
 from lorakit.methods.relora import ReLoRADelta
+from lorakit.methods.tokens import TokenRows
 
 
 @dataclass(frozen=True)
@@ -146,6 +147,12 @@ def _(delta: Experts, kind: str) -> dict[str, View]:
         for e, expert in enumerate(delta.experts)
         for name, view in views(cast(Delta, expert), kind).items()
     }
+
+
+@views.register
+def _(delta: TokenRows, kind: str) -> dict[str, View]:
+    described = format_of(delta.spec.name).tensors["R"]
+    return {described: View((delta.rows().detach(),))}
 
 
 @views.register

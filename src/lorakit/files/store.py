@@ -23,6 +23,7 @@ from lorakit.adapter.adapter import Adapter, adapters
 from lorakit.adapter.attachment import detach
 from lorakit.adapter.construction import build, build_edits
 from lorakit.adapter.targets import Targets, select
+from lorakit.core.injection import ties
 from lorakit.core.layout import Stored
 from lorakit.core.stacks import stacked_sites
 from lorakit.core.state import state_of
@@ -469,7 +470,8 @@ def _resolved(
         values = {path: value_for(patterns, plain[path]) for path in paths}
         exact[option] = {exactly(path): value for path, value in values.items() if value is not None}
     saved = tuple(actual.get(name, name) for name in targets.modules_to_save)
-    return dataclasses.replace(resolved, modules_to_save=saved, patterns=exact)
+    tokens = {actual.get(name, name): rows for name, rows in targets.trainable_tokens.items()}
+    return dataclasses.replace(resolved, modules_to_save=saved, patterns=exact, trainable_tokens=tokens)
 
 
 def _check_targets(
@@ -497,7 +499,8 @@ def _check_targets(
             f"load: the configuration targets {missing[0]} ({len(missing)} such layers), for which the file holds no "
             "tensors."
         )
-    extra = [path for path in found if path not in set(selected)]
+    shared = ties(modules)  # a head follows the embedding that it is tied to, unasked
+    extra = [path for path in found if set(selected).isdisjoint((path, *shared.get(path, ())))]
     if extra:
         complain(
             f"load: the file holds tensors for {extra[0]} ({len(extra)} such layers), which its configuration does not "

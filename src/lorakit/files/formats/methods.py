@@ -18,7 +18,6 @@ from lorakit.methods import LoRA
 _REFUSED = {
     "lora_bias": "a bias on B is not part of ΔW",
     "layer_replication": "it repeats layers of the base, which changes the model itself",
-    "trainable_token_indices": "it replaces rows of an embedding",
     "alora_invocation_tokens": "the adapter acts from certain tokens on only",
     "use_qalora": "its A reads pooled inputs",
     "use_bdlora": "its factors are block-diagonal and stored compactly",
@@ -316,6 +315,7 @@ METHODS: dict[str, Format] = {
         ignored=frozenset({"init_ia3_weights"}),
         write=_feedforward,
     ),
+    "trainable-tokens": Format("TRAINABLE_TOKENS", {"R": "trainable_tokens_delta"}, ignored=frozenset({"init_weights"})),
     "1lora": Format(tensors={"v": "onelora_v"}),
     "tied-lora": Format(tensors={"u": "tied_u", "v": "tied_v"}),
 }  # fmt: skip
