@@ -112,7 +112,7 @@ PROBES: tuple[Method, ...] = (Dense(), Affine())
 # -- the methods -----------------------------------------------------------------------------------------------------------
 
 SPECS: dict[str, tuple[Method, ...]] = {
-    "lora": (LoRA(rank=2, alpha=3.0), LoRA(rank=2, alpha=3.0, rslora=True)),
+    "lora": (LoRA(rank=2, alpha=3.0), LoRA(rank=2, alpha=3.0, rslora=True), LoRA(rank=2, alpha=3.0, lora_bias=True)),
     "lora-fa": (LoRAFA(rank=2, alpha=3.0),),
     "dora": (DoRA(inner=LoRA(rank=2, alpha=3.0)),),
     "adalora": (AdaLoRA(rank=2, alpha=3.0),),

@@ -14,9 +14,11 @@ import torch
 from torch import nn
 
 import lorakit as lk
+import lorakit.peft as ours
 from lorakit.adapter import construction
 from lorakit.errors import LorakitError
-from reference.models import assert_same, inputs, logits, quiet, scramble
+from lorakit.methods.lora import BiasedDelta
+from reference.models import MODELS, assert_same, inputs, logits, quiet, scramble
 
 
 def _small(tied: bool) -> nn.Module:
@@ -186,3 +188,96 @@ def test_a_head_that_does_not_follow_is_seen(tmp_path: Path, monkeypatch: pytest
     monkeypatch.setattr(construction, "ties", lambda modules: {})
     with pytest.raises(AssertionError, match="rounding allows"):
         both_ways(TOKENS["lora, tied"][1](), tmp_path, lambda: base(True))
+
+
+# -- a bias beside B -------------------------------------------------------------------------------------------------------
+
+BIASES: dict[str, tuple[str, dict[str, Any]]] = {
+    "gpt2": ("gpt2", {"target_modules": ["c_attn", "c_fc"], "fan_in_fan_out": True, "use_rslora": True}),
+    "bert": ("bert", {"target_modules": ["query", "dense"], "bias": "lora_only", "alpha_pattern": {"query": 5}}),
+    "convolutions": ("convolutions", {"target_modules": ["one", "three", "head"]}),
+    "llama": ("llama", {"target_modules": ["q_proj"]}),
+}
+
+
+@pytest.mark.parametrize("case", BIASES)
+def test_lora_bias_both_ways(case: str, tmp_path: Path) -> None:
+    name, options = BIASES[case]
+    config = peft.LoraConfig(r=2, lora_alpha=7, lora_bias=True, **options)
+    both_ways(config, tmp_path, MODELS[name], name, merges=name != "llama")  # whose layers have no bias to merge into
+
+
+def test_lora_bias_that_is_forgotten_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(BiasedDelta, "shift", lambda self, b: self.b)
+    with pytest.raises(AssertionError, match="rounding allows"):
+        both_ways(
+            peft.LoraConfig(r=2, lora_alpha=7, lora_bias=True, target_modules=["query"]),
+            tmp_path,
+            MODELS["bert"],
+            "bert",
+        )
+
+
+# -- weights that are tied -------------------------------------------------------------------------------------------------
+
+TIES: dict[str, dict[str, Any]] = {
+    "both targets": {"target_modules": ["embed_tokens", "lm_head", "q_proj"], "ensure_weight_tying": True},
+    "the head": {"target_modules": ["lm_head", "v_proj"], "ensure_weight_tying": True, "use_rslora": True},
+    "the embedding": {"target_modules": ["embed_tokens"], "ensure_weight_tying": True, "lora_dropout": 0.1},
+    "saved": {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens"], "ensure_weight_tying": True},
+    "the head saved": {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"], "ensure_weight_tying": True},
+    "both saved": {
+        "target_modules": ["q_proj"],
+        "modules_to_save": ["lm_head", "embed_tokens"],
+        "ensure_weight_tying": True,
+    },
+    "nothing tied is meant": {"target_modules": ["q_proj"], "ensure_weight_tying": True},
+    "saved, untied": {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens"]},
+    "the head saved, untied": {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]},
+    "target, untied": {"target_modules": ["lm_head"]},
+}
+
+
+@pytest.mark.parametrize("case", TIES)
+def test_tied_weights_both_ways(case: str, tmp_path: Path) -> None:
+    config = peft.LoraConfig(r=3, lora_alpha=5, **TIES[case])
+    adapter = both_ways(config, tmp_path, lambda: base(True), merges="untied" not in case)
+    model = lk.attach(base(True), lk.LoRA(rank=3), name="fresh", **_here(TIES[case]))
+    assert model.num_parameters() == adapter.num_parameters()
+
+
+def _here(options: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in options.items() if key not in ("use_rslora", "lora_dropout")}
+
+
+def test_a_tied_pair_trains_as_one() -> None:
+    """The gradients of an embedding's factors are the sum of both layers', as a dense change of the shared weight has them."""
+    model = base(True)
+    adapter = lk.attach(model, lk.LoRA(rank=3), target_modules=["lm_head"], ensure_weight_tying=True)
+    scramble(adapter.named_parameters())
+    own = dict(adapter.named_parameters())
+    assert sorted(own) == ["model.embed_tokens.A", "model.embed_tokens.B"]
+    batch = {**inputs("llama"), "labels": inputs("llama")["input_ids"]}
+    model(**batch).loss.backward()
+    plain = base(True)
+    W, A, B = plain.model.embed_tokens.weight, *(own[f"model.embed_tokens.{letter}"] for letter in "AB")
+    scale = 16 / 3
+    with torch.no_grad():
+        W += scale * (B @ A).T
+    plain(**batch).loss.backward()
+    torch.testing.assert_close(B.grad, scale * W.grad.T @ A.T, rtol=1e-8, atol=1e-12)
+    torch.testing.assert_close(A.grad, scale * B.T @ W.grad.T, rtol=1e-8, atol=1e-12)
+
+
+def test_the_same_configurations_under_pefts_names() -> None:
+    """`lorakit.peft` makes the adapter that PEFT makes: as many numbers, in tensors of the same names and shapes."""
+    options: list[tuple[str, dict[str, Any]]] = [("TrainableTokensConfig", {"token_indices": [3, 4]})]
+    options += [("LoraConfig", {"r": 3, **own}) for own in TIES.values()]
+    options += [("LoraConfig", {"r": 3, "target_modules": ["q_proj"], "trainable_token_indices": [3, 4]})]
+    options += [("LoraConfig", {"r": 3, "target_modules": ["q_proj"], "lora_bias": True})]
+    for kind, own in options:
+        with quiet():
+            theirs: Any = peft.get_peft_model(base(True), getattr(peft, kind)(**copy.deepcopy(own)))
+            expected = peft.get_peft_model_state_dict(theirs, save_embedding_layers=False)
+        found = ours.get_peft_model_state_dict(ours.get_peft_model(base(True), getattr(ours, kind)(**own)))
+        assert {key: one.shape for key, one in found.items()} == {key: one.shape for key, one in expected.items()}, own

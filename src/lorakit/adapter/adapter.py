@@ -93,7 +93,7 @@ class Adapter:
                 yield f"{prefix}.{name}", parameter
         for path, replacement in self.replacements():
             for name, tensor in replacement.tensors().items():
-                if isinstance(tensor, nn.Parameter):
+                if isinstance(tensor, nn.Parameter) and name not in replacement.shared:
                     yield f"{path}.{name}", tensor
 
     def parameters(self) -> Iterator[nn.Parameter]:
@@ -112,6 +112,8 @@ class Adapter:
         whole = set(self.saved)
         for path, replacement in self.replacements():
             for name in replacement.names:
+                if name in replacement.shared:
+                    continue
                 roles[f"{path}.{name}"] = "saved" if path in whole else "bias"
         return roles
 

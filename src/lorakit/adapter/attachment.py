@@ -54,6 +54,7 @@ def attach(
     parts: Mapping[str, Mapping[str, Any]] | None = None,
     originals: Mapping[str, Tensor] | None = None,
     trainable_tokens: Sequence[int] | Mapping[str, Sequence[int]] | None = None,
+    ensure_weight_tying: bool = False,
 ) -> Adapter:
     """Put a new adapter on a model, freeze the base, and make the adapter trainable and active.
 
@@ -76,6 +77,8 @@ def attach(
         originals: the float model's parameters by name, for starts that answer a quantised base's error (loftq).
         trainable_tokens: rows of the input embedding (and of a head tied to it) that train alone, beside the method; for
             other layers {layer suffix: rows}.
+        ensure_weight_tying: what the adapter does to an embedding it does to a head that shares its weight, by the same
+            tensors: in target_modules (LoRA and its kin) and modules_to_save.
 
     Raises:
         LorakitError: a name matches nothing, an option does not fit; the model is unchanged then.
@@ -93,6 +96,7 @@ def attach(
         bias=bias,
         parts={layer: dict(own) for layer, own in (parts or {}).items()},
         trainable_tokens=_tokens(model, trainable_tokens),
+        ensure_weight_tying=ensure_weight_tying,
     )
     if isinstance(method, EditMethod):
         _check_edit_options(method, targets, initialiser(init), batches)

@@ -25,6 +25,7 @@ from lorakit.core.sites import adaptable_sites, sites_of, split
 from lorakit.core.stacks import stacked_sites
 from lorakit.core.state import ModelState, found_state, open_state
 from lorakit.core.storage import FLOAT, storage_of
+from lorakit.core.tied import follower
 from lorakit.core.walking import has_suffix, walk
 from lorakit.edits.anatomy import anatomy_of
 from lorakit.edits.contract import EditMethod
@@ -34,7 +35,7 @@ from lorakit.init import Default, Initialiser
 from lorakit.init.calibration import Batch
 from lorakit.init.starts import BuiltDeltas, Plan, PlannedLayer, build_deltas, rewrite
 from lorakit.methods import LoRA, TrainableTokens
-from lorakit.methods.tokens import TokenRows, follows
+from lorakit.methods.tokens import TokenRows
 
 log = logging.getLogger("lorakit")
 
@@ -64,8 +65,11 @@ def build(
         paths = select(model, targets) if targets.target_modules else []
     if checked:
         method.check_layers(paths)
-    saved = select_saved(model, targets)
     modules = dict(walk(model))
+    tied = ties(modules)
+    saved, kept_tied = _with_followers(targets, modules, tied, select_saved(model, targets))
+    saved += kept_tied
+    paths, following = _with_followers(targets, modules, tied, paths)
     plan = {path: _planned(path, modules[path], method, targets, checked) for path in paths}
     _check_parts(state, plan)
     _check_nesting(state, modules, targets, set(paths), saved)
@@ -75,7 +79,11 @@ def build(
     _check_storage(modules, {**plan, **rows}, saved)
     built = build_deltas(model, plan, start, batches, shifted, originals)
     if rows or isinstance(method, TrainableTokens):
-        _add_rows(built, build_deltas(model, rows, Default()), modules)
+        of_rows = build_deltas(model, rows, Default())
+        built.plan.update(of_rows.plan)
+        built.deltas.update(of_rows.deltas)
+        following |= _rows_follow(built, modules, tied, targets)
+    _follow(built, modules, following)
     if built.patterns:
         targets = dataclasses.replace(targets, patterns={**targets.patterns, **built.patterns})
     adapter = Adapter(name, model, method, targets, built.pool, saved=tuple(saved))
@@ -86,9 +94,10 @@ def build(
         replacement = Replacement(module, names, torch.float32) if names else None
         made.append((path, planned.sites, built.deltas[path], replacement))
     for path, names in _replaced(modules, targets, set(built.plan), saved):
-        made.append((path, adaptable_sites(modules[path]), {}, Replacement(modules[path], names, torch.float32)))
-    following = {path for path, deltas in built.deltas.items() if any(map(follows, deltas.values()))}
-    _warn_of_ties(modules, [path for path, *_ in made], following)
+        leader = next((own for at, _, _, own in made if at == kept_tied.get(path)), None)
+        own = Replacement(modules[path], names, torch.float32, shared={} if leader is None else leader.tensors())
+        made.append((path, adaptable_sites(modules[path]), {}, own))
+    _warn_of_ties(tied, [path for path, *_ in made], set(following) | set(kept_tied))
     state = open_state(model)
     parents = parents_of(model)
     mixtures = _mixtures(modules)
@@ -156,25 +165,51 @@ def _planned_rows(
     return plan
 
 
-def _add_rows(built: BuiltDeltas, rows: BuiltDeltas, modules: Mapping[str, nn.Module]) -> None:
-    """Put rows that train alone among the adapter's deltas. Rows of an embedding act in all layers that share its weight (a
-    tied head), but in one that has rows of its own or that the method changes."""
-    built.plan.update(rows.plan)
-    built.deltas.update(rows.deltas)
-    tied = ties(modules)
-    for path in [path for path in tied if isinstance(modules[path], nn.Embedding) and path in built.plan]:
-        for other in tied[path]:
-            (leader,), sites = built.deltas[path].values(), sites_of(modules[other])
-            if not isinstance(leader, TokenRows) or follows(leader) or len(sites) != 1:
-                continue
-            (site,) = sites
-            held = built.deltas.get(other, {}).get(site.name)
-            if held is not None and held.spec != leader.spec:
-                continue
-            follower = TokenRows(leader.spec, site.layout.shape, leader.pool)
-            follower.follow(leader)
-            built.plan[other] = PlannedLayer(modules[other], sites, {site.name: leader.spec})
-            built.deltas[other] = {site.name: follower}
+def _with_followers(
+    targets: Targets, modules: Mapping[str, nn.Module], tied: Mapping[str, list[str]], paths: list[str]
+) -> tuple[list[str], dict[str, str]]:
+    """Where tied layers stay tied: the layers to adapt, an embedding for all that share its weight; and path ->
+    embedding of those that follow one."""
+    following: dict[str, str] = {}
+    for path in [path for path in tied if targets.ensure_weight_tying and isinstance(modules[path], nn.Embedding)]:
+        if path not in following and not {path, *tied[path]}.isdisjoint(paths):
+            following |= dict.fromkeys(tied[path], path)
+    if not following:
+        return paths, {}
+    leaders = {*following.values(), *paths}
+    return [path for path in modules if path in leaders and path not in following], following
+
+
+def _follow(built: BuiltDeltas, modules: Mapping[str, nn.Module], following: Mapping[str, str]) -> None:
+    """Add the deltas of layers that follow an embedding: path -> path of the embedding."""
+    for path, embedding in following.items():
+        (leader,), sites = built.deltas[embedding].values(), sites_of(modules[path])
+        if len(sites) != 1:
+            continue
+        built.plan[path] = PlannedLayer(modules[path], sites, {sites[0].name: leader.spec})
+        built.deltas[path] = {sites[0].name: follower(leader, sites[0].layout.shape, path)}
+
+
+def _rows_follow(
+    built: BuiltDeltas, modules: Mapping[str, nn.Module], tied: Mapping[str, list[str]], targets: Targets
+) -> dict[str, str]:
+    """Path -> embedding of the layers in which rows of an embedding act too: all that share its weight (a tied head), but for
+    those that have other rows of their own, or that the method changes."""
+    following: dict[str, str] = {}
+    for path, others in tied.items():
+        leader = next(iter(built.deltas.get(path, {}).values()), None)
+        if not isinstance(leader, TokenRows) or not isinstance(modules[path], nn.Embedding) or path in following:
+            continue
+        for other in others:
+            held = next(iter(built.deltas.get(other, {}).values()), None)
+            if held is None or held.spec == leader.spec:
+                following[other] = path
+            elif targets.ensure_weight_tying:
+                raise LorakitError(
+                    f"attach: {path} and {other} share their weight, and other rows of them are to be trained; give both the "
+                    "same tokens, or leave ensure_weight_tying off."
+                )
+    return following
 
 
 def capped(spec: Method, shape: Shape) -> Method:
@@ -309,8 +344,7 @@ def _mixtures(modules: Mapping[str, nn.Module]) -> list[str]:
     return blocks
 
 
-def _warn_of_ties(modules: Mapping[str, nn.Module], paths: list[str], following: set[str]) -> None:
-    tied = ties(modules)
+def _warn_of_ties(tied: Mapping[str, list[str]], paths: list[str], following: set[str]) -> None:
     for path in paths:
         if path in tied and following.isdisjoint((path, *tied[path])):
             log.warning(

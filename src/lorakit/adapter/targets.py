@@ -44,6 +44,7 @@ class Targets:
         bias: "none"; "lora_only": biases of adapted layers train; "all": every bias of the model.
         parts: layer suffix -> part name -> row range(s): every part of a fused layer gets its own delta.
         trainable_tokens: layer suffix -> the rows of its table that train alone, beside what the method changes.
+        ensure_weight_tying: what is asked for an embedding, or for a layer that shares its weight, is one for all of them.
     """
 
     target_modules: str | tuple[str, ...] = "all-linear"
@@ -55,6 +56,7 @@ class Targets:
     bias: str = "none"
     parts: Parts = field(default_factory=dict)
     trainable_tokens: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    ensure_weight_tying: bool = False
 
     def __post_init__(self) -> None:
         if self.bias not in ("none", "all", "lora_only"):
@@ -99,7 +101,7 @@ class Targets:
         written = {key for key in data if key.endswith("_pattern") and key != "layers_pattern"}
         values = {key: data[key] for key in data if key not in written}
         values["patterns"] = {key.removesuffix("_pattern"): dict(data[key]) for key in written}
-        values.setdefault("trainable_tokens", {})  # of a folder that was written before there were any
+        values = {"trainable_tokens": {}, "ensure_weight_tying": False, **values}  # which older folders do not have
         known = {field.name for field in dataclasses.fields(cls)}
         if set(values) != known:
             raise LorakitError(

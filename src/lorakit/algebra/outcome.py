@@ -145,6 +145,7 @@ def _on_model(
         parts={layer: parts for adapter in adapters for layer, parts in adapter.targets.parts.items()},
         patterns=patterns,
         trainable_tokens={},  # they are among the changes
+        ensure_weight_tying=False,  # what they have in common is written out for each
     )
     result = build(model, spec, targets, name, checked=False, paths=paths)
     result.prompt = common_prompt(adapter.prompt for adapter in adapters)

@@ -236,6 +236,9 @@ class Pool(nn.Module):
 class Delta(nn.Module, ABC):
     """What one adapter adds to one matrix. Trainable tensors are attributes named with the paper's letters."""
 
+    leader: tuple[Any, ...] = ()
+    """The delta whose tensors it has, where its layer shares a weight with that one's. In a tuple: it is no child of this."""
+
     def __init_subclass__(cls, of: type[Method] | None = None, **rest: Any) -> None:
         super().__init_subclass__(**rest)
         if of is not None:
@@ -258,6 +261,11 @@ class Delta(nn.Module, ABC):
 
     def shift(self, b: Tensor | None) -> Tensor | None:
         """Δb (out,) for the frozen bias `b` (None where the layer has none), or None: no change."""
+        return None
+
+    def follower(self, shape: Shape) -> Delta | None:
+        """A delta with these tensors, for a layer that has the same weight as (in, out); None where it has no form of its own
+        (see `core.tied`)."""
         return None
 
     def begin(self, W: Tensor) -> None:

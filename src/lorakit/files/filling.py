@@ -18,7 +18,6 @@ from lorakit.files.bundle import CONFIG, OWN, TENSORS
 from lorakit.files.formats import format_of
 from lorakit.files.interchange import blocks, parts_of, replacement_key, site_prefix
 from lorakit.files.packing import unpack, views
-from lorakit.methods.tokens import follows
 
 Complain = Callable[[str], None]
 """Raises or logs, as `load` was told to (`strict`)."""
@@ -125,7 +124,7 @@ def fill(
             _fill_parts(adapter, path, plain[path], supply)
             continue
         for site_name, delta in layer.deltas_of(adapter.name).items():
-            if adapter.beside(delta) and follows(delta):
+            if adapter.beside(delta) and delta.leader:
                 continue  # its rows are those of the layer that it is tied to
             site, supply.rank = layer.sites[site_name], getattr((delta.low_rank() or delta).spec, "rank", None)
             for name, view in views(delta, site.layout.kind).items():

@@ -25,12 +25,13 @@ from lorakit.core.layer import Adapted
 from lorakit.core.layout import Rows, Site
 from lorakit.core.offset import Offset
 from lorakit.core.stacks import is_router
+from lorakit.core.uniform import is_product
 from lorakit.core.walking import as_patterns, exactly, has_suffix, value_for, walk
 from lorakit.errors import LorakitError
 from lorakit.files.experts import in_stacks, stack_spec, stack_tensors, stacks_of
 from lorakit.files.formats import entries_of, format_of
 from lorakit.files.packing import edit_tensors, pack, spec_in_file, views
-from lorakit.methods.tokens import TokenRows, follows
+from lorakit.methods.tokens import TokenRows
 
 PREFIX = "base_model.model."
 _WRAPPERS = {
@@ -59,7 +60,7 @@ mixture of experts they are named as parameters, which it leaves alone and compu
 COMMON = frozenset(
     {"peft_type", "task_type", "base_model_name_or_path", "revision", "inference_mode", "auto_mapping", "peft_version",
      "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save", "bias",
-     "rank_pattern", "alpha_pattern", "target_parameters", "trainable_token_indices"}
+     "rank_pattern", "alpha_pattern", "target_parameters", "trainable_token_indices", "ensure_weight_tying"}
 )  # fmt: skip
 """Entries of PEFT's configuration that are read for every method."""
 
@@ -111,10 +112,10 @@ def parts_of(layer: Adapted, adapter: str) -> list[tuple[Site, LowRank]]:
     if not sites or not isinstance(sites[0][0].layout, Rows):
         return []
     for _, delta in sites:
-        if not isinstance(delta, LowRank) or format_of(delta.spec.name).peft != "LORA":
+        if not is_product(delta) or format_of(delta.spec.name).peft != "LORA":
             raise LorakitError(
-                f"save: {layer.path} is split into parts, which PEFT's format has for LoRA alone; its method is "
-                f"{delta.spec.name}."
+                f"save: {layer.path} is split into parts, which PEFT's format has for LoRA without a bias alone; its method "
+                f"is {delta.spec.name}."
             )
     return [(site, cast(LowRank, delta)) for site, delta in sites]
 
@@ -162,7 +163,7 @@ def tensors_of(adapter: Adapter) -> dict[str, Tensor]:
             continue
         for key, delta in layer.deltas_of(adapter.name).items():
             site = layer.sites[key]
-            if adapter.beside(delta) and follows(delta):
+            if adapter.beside(delta) and delta.leader:
                 continue
             for name, view in views(delta, site.layout.kind).items():
                 result[f"{plain[path]}.{site_prefix(adapter, site, delta)}{name}"] = pack(
@@ -275,7 +276,7 @@ def _specs(adapter: Adapter, plain: Mapping[str, str]) -> dict[str, Method]:
     """Plain layer name (or that of a stack of experts) -> the spec that the file gives for it."""
     specs: dict[str, Method] = {}
     for path, layer in adapter.layers.items():
-        deltas = [one for one in layer.deltas_of(adapter.name).values() if not adapter.beside(one) and not follows(one)]
+        deltas = [one for one in layer.deltas_of(adapter.name).values() if not adapter.beside(one) and not one.leader]
         stacks = in_stacks(layer, adapter.name)
         for parameter, experts in stacks.items():
             specs[f"{plain[path]}.{parameter}"] = stack_spec(experts)
@@ -296,7 +297,7 @@ def stored(adapter: Adapter) -> tuple[Any, Targets]:
     halves = shifted(adapter)
     stacks = {path: in_stacks(layer, adapter.name) for path, layer in adapter.layers.items()}
     for path, site, delta in adapter.deltas():
-        if adapter.beside(delta):
+        if adapter.beside(delta) or delta.leader:
             continue
         where, stack = site.place(path), stacks[path].get(site.weight)
         asked[where] = adapter.targets.spec_for(adapter.method, path, site)
@@ -413,7 +414,8 @@ def config_of(adapter: Adapter, base: str | None = None) -> dict[str, Any]:
     }
     if rows and config["peft_type"] not in ("LORA", "ADALORA"):
         config["peft_type"] += "-TOKENS"  # PEFT has rows that train alone beside these two
-    return {**config, **({"trainable_token_indices": rows} if rows else {})}
+    tying = {"ensure_weight_tying": True} if adapter.targets.ensure_weight_tying else {}
+    return {**config, **tying, **({"trainable_token_indices": rows} if rows else {})}
 
 
 def _is_mixture(model: nn.Module) -> bool:
@@ -463,6 +465,7 @@ def targets_from(
         patterns={option: config.get(name) or {} for option, name in fields.items()},
         modules_to_save=tuple(saved),
         trainable_tokens=tokens_in(config, model),
+        ensure_weight_tying=bool(config.get("ensure_weight_tying")),
         bias="lora_only" if bias.endswith("_only") else bias,  # "oft_only" and the like: each method has its own word
     )
 

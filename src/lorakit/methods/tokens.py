@@ -13,7 +13,7 @@ Beside another method: attach(model, LoRA(), trainable_tokens=[...]).
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -74,17 +74,16 @@ class TokenRows(Delta, of=TrainableTokens):
         super().__init__(spec, shape, pool)
         self.R = nn.Parameter(torch.zeros(len(spec.tokens), shape.out if shape.lookup else shape.in_))
         self.register_buffer("index", torch.tensor(spec.tokens, dtype=torch.long), persistent=False)
-        self.leader: tuple[TokenRows, ...] = ()
-        """The delta whose rows these are, of a layer with the same weight; in a tuple, since it is its own layer's child."""
 
-    def follow(self, leader: TokenRows) -> None:
-        """Have no rows of one's own but those of `leader`, whose layer has the same weight."""
-        self.leader = (leader,)
-        del self.R
+    def follower(self, shape: Shape) -> Delta:
+        own = TokenRows(self.spec, shape, self.pool)
+        del own.R
+        own.leader = (self,)
+        return own
 
     def rows(self) -> Tensor:
         """R, its own or that of the layer that it follows."""
-        return self.leader[0].R if self.leader else self.R
+        return cast(Tensor, self.leader[0].R if self.leader else self.R)
 
     def _table(self, W: Tensor) -> Tensor:
         return W.T if self.shape.lookup else W
@@ -112,8 +111,3 @@ class TokenRows(Delta, of=TrainableTokens):
         places = D.new_zeros(self._table(W).shape[0], len(index))
         places[index, torch.arange(len(index), device=places.device)] = 1
         return Form(B=D.T, A=places.T) if self.shape.lookup else Form(B=places, A=D)
-
-
-def follows(delta: Delta) -> bool:
-    """Whether a delta's rows are those of another layer."""
-    return isinstance(delta, TokenRows) and bool(delta.leader)

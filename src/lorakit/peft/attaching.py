@@ -68,6 +68,7 @@ def attach_config(
             layers_pattern=options.get("layers_pattern") or None,
             patterns=_patterns(cast(Method, spec), options),
             trainable_tokens=options.get("trainable_token_indices"),
+            ensure_weight_tying=bool(options.get("ensure_weight_tying")),
             modules_to_save=saved,
             bias="lora_only" if str(options.get("bias", "none")).endswith("_only") else options.get("bias", "none"),
             init=start,
