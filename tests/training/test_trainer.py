@@ -192,12 +192,13 @@ def test_two_processes_train_as_one_with_the_same_batch(tmp_path: Path, fast_pat
 
 
 def test_a_checkpoint_holds_the_adapter_and_nothing_of_the_base(tmp_path: Path) -> None:
-    from safetensors.torch import load_file
-
     trainer = make(configure(tmp_path, max_steps=2, save_steps=2))
     trainer.train_from()
     (folder,) = checkpoint.checkpoints_in(tmp_path)
     assert {path.name for path in folder.iterdir()} == {
+        "adapter_config.json",
+        "adapter_model.safetensors",
+        "lorakit.json",
         "adapter_state.safetensors",
         "optimizer.pt",
         "scheduler.pt",
@@ -205,7 +206,7 @@ def test_a_checkpoint_holds_the_adapter_and_nothing_of_the_base(tmp_path: Path) 
         "trainer_state.json",
         "checkpoint.json",
     }
-    assert_bit_equal(load_file(folder / checkpoint.ADAPTER), tensors(trainer))
+    assert_bit_equal(checkpoint.read_state(folder), tensors(trainer))
     moments = torch.load(folder / "optimizer.pt", weights_only=True)["state"]
     assert sum(state["exp_avg"].numel() for state in moments.values()) == trainer.adapter.num_parameters()
 
@@ -234,7 +235,10 @@ def interrupted(cut_run: Path, tmp_path: Path) -> tuple[TrainConfig, Path]:
     return config, checkpoint.checkpoints_in(tmp_path / "run")[-1]
 
 
-@pytest.mark.parametrize("name", ["adapter_state.safetensors", "optimizer.pt", "rng_state.pth", "trainer_state.json"])
+@pytest.mark.parametrize(
+    "name",
+    ["adapter_model.safetensors", "adapter_state.safetensors", "optimizer.pt", "rng_state.pth", "trainer_state.json"],
+)
 @pytest.mark.parametrize("damage", ["truncated", "changed", "missing"])
 def test_a_damaged_checkpoint_is_refused_with_the_reason(
     interrupted: tuple[TrainConfig, Path], name: str, damage: str
@@ -333,7 +337,6 @@ def test_resume_without_any_checkpoint_is_refused(tmp_path: Path) -> None:
 
 def test_the_best_checkpoint_comes_back_at_the_end(tmp_path: Path) -> None:
     """A learning rate that ruins the adapter: the best evaluation is not the last one."""
-    from safetensors.torch import load_file
 
     class Ruin(TrainerCallback):
         def on_step_begin(self, args: Any, state: Any, control: Any, optimizer: Any = None, **_: Any) -> None:
@@ -348,7 +351,7 @@ def test_the_best_checkpoint_comes_back_at_the_end(tmp_path: Path) -> None:
     best = min(events, key=lambda step: events[step])
     assert best < 12, "the run must end worse than its best for this test to mean anything"
     assert trainer.evaluate()["eval_loss"] == events[best]
-    assert_bit_equal(load_file(tmp_path / f"checkpoints/checkpoint-{best}" / checkpoint.ADAPTER), tensors(trainer))
+    assert_bit_equal(checkpoint.read_state(tmp_path / f"checkpoints/checkpoint-{best}"), tensors(trainer))
 
 
 def test_early_stopping_ends_a_run_that_gets_no_better(tmp_path: Path) -> None:

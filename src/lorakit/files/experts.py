@@ -281,7 +281,7 @@ def _wrapped(
                     f"load: {where} has shape {tuple(A.shape)} and its B {tuple(B.shape)}; the experts of {path}.{name} are "
                     f"{shape.out} × {shape.in_}."
                 )
-            result.setdefault(name, {})[expert] = (own_B.contiguous(), own_A.contiguous())
+            result.setdefault(name, {})[expert] = (own_B, own_A)  # views: nothing is copied twice
     return result
 
 

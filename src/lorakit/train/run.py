@@ -129,6 +129,7 @@ def _run(config: TrainConfig, console: Console | None) -> TrainResult:
         method = config.method.with_tokenizer(tokenizer) if isinstance(config.method, EditMethod) else config.method
         originals = float_weights(config, model)
         adapter = attach(model, method, **attach_arguments(config, model), batches=batches, originals=originals)
+    adapter.prompt = prepared.prompt or adapter.prompt
     log.info("adapter: %s", describe(adapter, base.numbers))
     path = path_for(config, model)
     with contextlib.ExitStack() as stack:
@@ -146,7 +147,7 @@ def _run(config: TrainConfig, console: Console | None) -> TrainResult:
     record = _record(config, adapter, tokenizer, base, prepared, held, trainer, before, after, seconds)
     history = list(trainer.state.log_history)
     if trainer.is_world_process_zero():
-        adapter.save(options.output, base=config.model, record=record.as_dict(), prompt=prepared.prompt)
+        adapter.save(options.output, base=config.model, record=record.as_dict())
         write_report(options.output, record, to_yaml(config.replace(overwrite=False)), history)
         if record.stopped is None:
             checkpoint.finish(Path(options.output))

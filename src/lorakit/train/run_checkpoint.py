@@ -1,15 +1,17 @@
-"""Checkpoints of a run: the adapter and what is needed to resume exactly, and nothing of the base model.
+"""Checkpoints of a run: an adapter's folder, what is needed to resume exactly beside it, and nothing of the base model.
 
     checkpoint-120/
-        adapter_state.safetensors   the adapter's tensors, exact
+        adapter_config.json  adapter_model.safetensors  lorakit.json  chat_template.jinja  ...   the adapter, as ever
+        adapter_state.safetensors   the tensors that the adapter's file holds in another form or not at all, and where in that
+                                    file each of the others is
         schedule_state.safetensors  what its schedule remembers, where the method has one
         optimizer.pt  scheduler.pt  rng_state.pth  trainer_state.json      written by transformers
         checkpoint.json             written last: the run's configuration, its data, every file's size and
         hash
 
-A checkpoint without `checkpoint.json` was being written when the run was killed. One whose files do not agree
-with it is damaged. One of another configuration or of other rows would go on as a run that never was. Each is
-refused with the reason; nothing is loaded in part.
+Whatever loads an adapter loads a checkpoint. One without `checkpoint.json` was being written when the run was killed.
+One whose files do not agree with it is damaged. One of another configuration or of other rows would go on as a run
+that never was. Each is refused with the reason; nothing is loaded in part.
 """
 
 from __future__ import annotations
@@ -25,14 +27,21 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
 from lorakit.errors import LorakitError, plural
-from lorakit.files.bundle import CONFIG, CONTENT
+from lorakit.files.bundle import CONFIG, CONTENT, OWN, TENSORS, read_own
 from lorakit.files.folder import check_place, claim, locked, write_whole
 from lorakit.files.prompt import TEMPLATE
+from lorakit.files.store import contents, kept_in, save_within
 from lorakit.train.report import CARD, CURVES, METRICS
 from lorakit.train.report import CONFIG as RUN
 
 if TYPE_CHECKING:
+    from lorakit.adapter.adapter import Adapter
     from lorakit.train.data.examples import Example
 
 log = logging.getLogger("lorakit.train")
@@ -75,10 +84,70 @@ def digest_examples(examples: Iterable[Example]) -> str:
     return digest.hexdigest()
 
 
+# -- the adapter's tensors ---------------------------------------------------------------------------------------------------
+
+
+def write_adapter(
+    folder: Path, adapter: Adapter, base: str, record: Mapping[str, Any], sampled: Mapping[str, Any] | None = None
+) -> Mapping[str, Any]:
+    """Write the adapter of a checkpoint: its folder as ever, and beside that what its file does not hold to the bit, and where
+    it holds the rest.
+
+    Returns the base's fingerprint, to be given again as `sampled`: the base is frozen, and slow to read where it is quantised.
+
+    Raises:
+        OSError, SafetensorError: it cannot be written.
+        LorakitError: the adapter cannot be saved.
+    """
+    bundle = contents(adapter, folder, base, record, sampled=sampled)
+    others = (one for one in reversed(checkpoints_in(folder.parent.parent)) if one.name != folder.name)
+    save_within(bundle, adapter, base, next(others, None))
+    state = adapter.state_dict()
+    files = {tensor.untyped_storage().data_ptr(): (key, tensor) for key, tensor in bundle.tensors.items()}
+    own = {tensor.untyped_storage().data_ptr(): name for name, tensor in state.items()}
+    found: dict[str, dict[str, list[Any]]] = {}
+    for target, value in kept_in(adapter, bundle):
+        name, file = own.get(target.untyped_storage().data_ptr()), files.get(value.untyped_storage().data_ptr())
+        if name is not None and file is not None:
+            piece = [*_view(target, state[name]), file[0], *_view(value, file[1])]
+            found.setdefault(name, {})[str(piece)] = piece
+    whole = {
+        name: [list(state[name].shape), str(state[name].dtype).removeprefix("torch."), list(pieces.values())]
+        for name, pieces in found.items()
+        if sum(torch.Size(piece[0]).numel() for piece in pieces.values()) == state[name].numel()
+    }
+    # Copies of their own: tensors that share memory cannot be written side by side.
+    rest = {name: tensor.contiguous().clone() for name, tensor in state.items() if name not in whole}
+    save_file(rest, folder / ADAPTER, metadata={"kept": json.dumps(whole)})
+    fingerprint: Mapping[str, Any] = bundle.own["base"]["fingerprint"]
+    return fingerprint
+
+
+def _view(part: Tensor, whole: Tensor) -> tuple[list[int], list[int], int]:
+    """Shape, strides and offset of a view within a contiguous tensor."""
+    return list(part.shape), list(part.stride()), int(part.storage_offset() - whole.storage_offset())
+
+
+def read_state(folder: Path) -> dict[str, Tensor]:
+    """The adapter's tensors of a checkpoint, to the bit."""
+    with safe_open(folder / ADAPTER, framework="pt") as file:
+        kept = json.loads((file.metadata() or {}).get("kept", "{}"))  # one of an earlier version has them all here
+    state, written = load_file(folder / ADAPTER), load_file(folder / TENSORS) if kept else {}
+    for name, (shape, dtype, pieces) in kept.items():
+        state[name] = torch.empty(shape, dtype=getattr(torch, dtype))
+        for *target, key, size, stride, offset in pieces:
+            state[name].as_strided(*target).copy_(written[key].contiguous().view(-1).as_strided(size, stride, offset))
+    return state
+
+
+# -- the seal ----------------------------------------------------------------------------------------------------------------
+
+
 def write_manifest(folder: Path, *, config: Mapping[str, Any], data: str, step: int, findings: Sequence[str]) -> None:
     """Seal a checkpoint: only from now on is it one."""
+    known = {TENSORS: read_own(folder)["files"][TENSORS]} if (folder / OWN).is_file() else {}
     files = {
-        path.name: {"size": path.stat().st_size, "sha256": _digest(path)}
+        path.name: {"size": path.stat().st_size, "sha256": known.get(path.name) or _digest(path)}
         for path in sorted(folder.iterdir())
         if path.is_file() and path.name != MANIFEST
     }

@@ -14,7 +14,7 @@ import contextlib
 import logging
 import shutil
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -84,6 +84,9 @@ class LoraTrainer(transformers.Trainer):
         self._earlier_findings: list[str] = []
         self._data = checkpoint.digest_examples(train_examples)
         self.interruption = Interruption()
+        self.record: dict[str, Any] = {}
+        """What the adapter's record says in checkpoints, besides the steps."""
+        self._sampled: Mapping[str, Any] | None = None
         own: list[transformers.TrainerCallback] = [
             self.health, MetricsFile(self.output / "metrics.jsonl"), self.interruption
         ]  # fmt: skip
@@ -251,9 +254,9 @@ class LoraTrainer(transformers.Trainer):
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         folder = Path(str(output_dir or self.args.output_dir))
         folder.mkdir(parents=True, exist_ok=True)
-        # Contiguous copies: tensors that share memory cannot be written side by side.
-        state = {name: tensor.contiguous().clone() for name, tensor in self.adapter.state_dict().items()}
-        save_file(state, folder / checkpoint.ADAPTER)
+        record = {**self.record, "steps": self.state.global_step}
+        model = self.lora_config.model
+        self._sampled = checkpoint.write_adapter(folder, self.adapter, model, record, self._sampled)
         if self.schedule is not None:
             save_file(self.schedule.state_dict(), folder / checkpoint.SCHEDULE)
 
@@ -283,7 +286,7 @@ class LoraTrainer(transformers.Trainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         folder = Path(resume_from_checkpoint)
-        state = load_file(folder / checkpoint.ADAPTER)
+        state = checkpoint.read_state(folder)
         if self.schedule is not None:  # ranks may have changed, so this comes first
             self.schedule.load_state_dict(load_file(folder / checkpoint.SCHEDULE), state)
         self.adapter.load_state_dict(state)
