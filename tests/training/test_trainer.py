@@ -280,9 +280,9 @@ def test_a_checkpoint_cut_off_by_a_kill_is_passed_over_and_said_so(
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"train__learning_rate": 2e-2}, r"train\.learning_rate was 0\.01, is 0\.02"),
-        ({"train__batch_size": 2}, r"train\.batch_size was 4, is 2"),
-        ({"method": lk.LoRA(rank=4, alpha=6.0, dropout=0.2)}, r"method\.rank was 3, is 4"),
+        ({"train__weight_decay": 2e-2}, r"train\.weight_decay was 0\.0, is 0\.02"),
+        ({"train__batch_size": 2}, r"train\.batch_size was 4, is 2 \(its batches would be others\)"),
+        ({"method": lk.LoRA(rank=4, alpha=6.0, dropout=0.2)}, r"method\.rank was 3, is 4 \(the adapter would be"),
         ({"target_modules": "attention"}, r"target_modules was 'all-linear', is 'attention'"),
         ({"train__seed": 5}, r"train\.seed was 0, is 5"),
     ],
@@ -306,6 +306,43 @@ def test_options_that_move_no_parameter_may_differ(interrupted: tuple[TrainConfi
     trainer = make(config.replace(train__logging_steps=3, train__save_total_limit=1, train__resume=True))
     trainer.train_from(resume=True)
     assert trainer.state.global_step == 18
+
+
+def test_a_resume_may_change_the_learning_rate_aloud(
+    interrupted: tuple[TrainConfig, Path], caplog: pytest.LogCaptureFixture
+) -> None:
+    """From the checkpoint on the rates are those of a run that had the new one from its start; the planted bug is transformers'
+    own resume, which restores the old rate."""
+    config, folder = interrupted
+    changed = config.replace(train__learning_rate=5e-2, train__save_steps=7, train__logging_steps=2)
+    fresh = make(changed.replace(train__output=str(folder.parents[2] / "fresh")))
+    fresh.train_from()
+    resumed = make(changed)
+    with caplog.at_level(logging.WARNING, logger="lorakit.train"):
+        resumed.train_from(resume=True)
+    (line,) = [record.getMessage() for record in caplog.records if "resume:" in record.getMessage()]
+    for words in (
+        "learning_rate was 0.01, is 0.05",
+        "save_steps was 2, is 7",
+        "logging_steps was 1, is 2",
+        "from here on",
+    ):
+        assert words in line
+    rates = [
+        {event["step"]: event["learning_rate"] for event in run.state.log_history if "learning_rate" in event}
+        for run in (fresh, resumed)
+    ]
+    late = {step: rate for step, rate in rates[1].items() if step > 4}
+    assert list(late) == [6, 8, 10, 12, 14, 16, 18], "logged by the new interval"
+    assert late == {step: rates[0][step] for step in late}
+    steps = [one.name for one in checkpoint.checkpoints_in(Path(config.train.output))]
+    assert steps == ["checkpoint-14", "checkpoint-18"], "saved by the new interval, and at the end"
+
+
+def test_a_run_cannot_be_made_shorter_than_it_is(interrupted: tuple[TrainConfig, Path]) -> None:
+    config, _ = interrupted
+    with pytest.raises(LorakitError, match="the checkpoint is of step 4, and the run would now have 3"):
+        make(config.replace(train__max_steps=3)).train_from(resume=True)
 
 
 def test_a_longer_run_goes_on_and_says_what_that_means(

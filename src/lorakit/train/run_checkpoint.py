@@ -71,8 +71,21 @@ FREE = {
 }
 """Options that may differ between a checkpoint and the run that resumes from it: they move no parameter."""
 
-LENGTH = {"train.epochs", "train.max_steps"}
-"""Options that may differ too, since a run may be made longer; the learning rate then follows the new length."""
+MAY_CHANGE = {"train.epochs", "train.max_steps", "train.learning_rate"}
+"""Options that may differ too: from here on the learning rate follows the schedule of the new run."""
+
+UNSAID = {"overwrite", "train.output", "train.resume"}
+"""Options that may differ without a word."""
+
+REASONS = {
+    "model quantize task train.precision": "the base would be another",
+    "method adapters init target_modules exclude_modules layers patterns modules_to_save bias train.from_": "the adapter would "
+    "be another",
+    "data": "the rows would be others",
+    "train.seed train.batch_size train.gradient_accumulation": "its batches would be others",
+    "train": "its steps would be others than those that were made",
+}
+"""Why an option may not differ; the first that fits."""
 
 
 def digest_examples(examples: Iterable[Example]) -> str:
@@ -183,7 +196,8 @@ def find_checkpoint(output: Path, resume: bool | str) -> Path:
 
 
 def check_checkpoint(folder: Path, *, config: Mapping[str, Any], data: str) -> dict[str, Any]:
-    """Read a checkpoint's manifest and make sure that going on from it is the same run; returns the manifest.
+    """Read a checkpoint's manifest and make sure that going on from it is the same run; returns the manifest, and as "changed"
+    the options that differ.
 
     Raises LorakitError for a checkpoint that is incomplete, damaged, of another configuration or of other rows.
     """
@@ -210,32 +224,49 @@ def check_checkpoint(folder: Path, *, config: Mapping[str, Any], data: str) -> d
         raise LorakitError(
             f"resume: {folder} is damaged: {name} {problem}; use an earlier checkpoint, or start without train.resume"
         )
-    _check_config(folder, saved, config)
+    changed = _check_config(folder, saved, config)
     if manifest["data"] != data:
         raise LorakitError(
             f"resume: {folder} was trained on other rows (the options are the same, the tokens are not); restore the data of "
             "that run, or start without train.resume"
         )
-    return manifest
+    return {**manifest, "changed": changed}
 
 
-def _check_config(folder: Path, saved: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+def _check_config(folder: Path, saved: Mapping[str, Any], now: Mapping[str, Any]) -> set[str]:
+    """The options that differ, each allowed and told.
+
+    Raises:
+        LorakitError: one would make the run another.
+    """
     before, after = dict(_leaves(saved)), dict(_leaves(now))
-    differing = [
-        name
-        for name in dict.fromkeys([*before, *after])
-        if before.get(name) != after.get(name) and not any(f"{name}.".startswith(f"{free}.") for free in FREE)
-    ]
-    refused = [name for name in differing if name not in LENGTH]
+    differing = [name for name in dict.fromkeys([*before, *after]) if before.get(name) != after.get(name)]
+    told = {name: f"{name} was {before.get(name)!r}, is {after.get(name)!r}" for name in differing}
+    refused = [name for name in differing if not _within(name, FREE | MAY_CHANGE)]
     if refused:
-        shown = "; ".join(f"{name} was {before.get(name)!r}, is {after.get(name)!r}" for name in refused[:5])
+        shown = "; ".join(f"{told[name]} ({_reason(name)})" for name in refused[:5])
         more = f" and {len(refused) - 5} more" if len(refused) > 5 else ""
         raise LorakitError(
-            f"resume: {folder} has another configuration: {shown}{more}. Restore these, or start without train.resume"
+            f"resume: {folder} has another configuration: {shown}{more}. Restore these; or, to begin a new run from this "
+            f"adapter with other settings, give it as --from {folder} and another train.output"
         )
-    for name in differing:
-        changed = (name, before.get(name), after.get(name))
-        log.warning("resume: %s was %s, is %s: the learning rate schedule follows the new length", *changed)
+    changed = [name for name in differing if not _within(name, UNSAID)]
+    if changed:
+        follows = (
+            " (the learning rate follows the schedule of the new run from here on)" if MAY_CHANGE & set(changed) else ""
+        )
+        log.warning("resume: %s%s", "; ".join(told[name] for name in changed), follows)
+    return set(changed)
+
+
+def _within(name: str, options: Iterable[str]) -> bool:
+    return any(f"{name}.".startswith(f"{one}.") for one in options)
+
+
+def _reason(name: str) -> str:
+    return next(
+        (reason for options, reason in REASONS.items() if _within(name, options.split())), "the run would be another"
+    )
 
 
 @contextmanager

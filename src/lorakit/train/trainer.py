@@ -82,6 +82,7 @@ class LoraTrainer(transformers.Trainer):
         self._since = time.perf_counter()
         self._tokens_at_log = 0
         self._earlier_findings: list[str] = []
+        self._changed: set[str] = set()
         self._data = checkpoint.digest_examples(train_examples)
         self.interruption = Interruption()
         self.record: dict[str, Any] = {}
@@ -229,6 +230,7 @@ class LoraTrainer(transformers.Trainer):
             folder = checkpoint.find_checkpoint(self.output, resume)
             manifest = checkpoint.check_checkpoint(folder, config=to_tree(self.lora_config), data=self._data)
             self._earlier_findings = manifest["findings"]
+            self._changed = manifest["changed"] & checkpoint.MAY_CHANGE
             log.info("resuming from %s", folder)
         elif self.is_world_process_zero():
             checkpoint.begin(self.output, self.lora_config.overwrite)
@@ -290,6 +292,37 @@ class LoraTrainer(transformers.Trainer):
         if self.schedule is not None:  # ranks may have changed, so this comes first
             self.schedule.load_state_dict(load_file(folder / checkpoint.SCHEDULE), state)
         self.adapter.load_state_dict(state)
+
+    def _init_training_state(self, max_steps: int, *given: Any, **named: Any) -> Any:
+        """Resumed or not, the intervals of logs, evaluations and checkpoints are those of this run's options."""
+        found = super()._init_training_state(max_steps, *given, **named)
+        self.state.compute_steps(self.args, max_steps)
+        if self.state.global_step > max_steps:
+            raise LorakitError(
+                f"resume: the checkpoint is of step {self.state.global_step:,}, and the run would now have {max_steps:,}; give "
+                "more train.max_steps or train.epochs, or an earlier checkpoint as train.resume"
+            )
+        return found
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """What the checkpoint has; where the learning rate or the length of the run is another, the new rate at this step."""
+        groups = cast(Any, self.optimizer).param_groups
+        rates = [group.get("initial_lr", group["lr"]) for group in groups]
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is None or not self._changed:
+            return
+        scheduler = cast(Any, self.lr_scheduler)
+        scheduler = getattr(scheduler, "scheduler", scheduler)
+        factors = [one(scheduler.last_epoch) for one in getattr(scheduler, "lr_lambdas", ())]
+        for index, (group, rate) in enumerate(zip(cast(Any, self.optimizer).param_groups, rates, strict=True)):
+            group["lr"] = (
+                rate * factors[index] if factors else group["lr"] * rate / group.get("initial_lr", group["lr"])
+            )
+            group["initial_lr"] = rate
+        scheduler.base_lrs, scheduler._last_lr = (
+            rates,
+            [group["lr"] for group in cast(Any, self.optimizer).param_groups],
+        )
 
     def _load_best_model(self) -> None:
         log.info("best checkpoint: %s", Path(str(self.state.best_model_checkpoint)).name)
