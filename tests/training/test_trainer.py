@@ -199,6 +199,7 @@ def test_a_checkpoint_holds_the_adapter_and_nothing_of_the_base(tmp_path: Path) 
         "adapter_config.json",
         "adapter_model.safetensors",
         "lorakit.json",
+        "train.yaml",
         "adapter_state.safetensors",
         "optimizer.pt",
         "scheduler.pt",

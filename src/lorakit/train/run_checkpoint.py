@@ -79,8 +79,9 @@ UNSAID = {"overwrite", "train.output", "train.resume"}
 
 REASONS = {
     "model quantize task train.precision": "the base would be another",
-    "method adapters init target_modules exclude_modules layers patterns modules_to_save bias train.from_": "the adapter would "
-    "be another",
+    "method adapters init target_modules exclude_modules layers patterns modules_to_save bias continue_from": (
+        "the adapter would be another"
+    ),
     "data": "the rows would be others",
     "train.seed train.batch_size train.gradient_accumulation": "its batches would be others",
     "train": "its steps would be others than those that were made",

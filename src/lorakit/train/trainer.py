@@ -29,12 +29,13 @@ from lorakit.core.using import noted
 from lorakit.errors import LorakitError, first_line
 from lorakit.optim import build_optimizer, correct_gradients, corrections_of, parameter_groups
 from lorakit.train import run_checkpoint as checkpoint
-from lorakit.train.config.run import TrainConfig, to_tree
+from lorakit.train.config.run import TrainConfig, to_tree, to_yaml
 from lorakit.train.data.tokenise import IGNORED
 from lorakit.train.evaluate import evaluate_loss
 from lorakit.train.health import HealthCallback, HealthWatch
 from lorakit.train.interruption import Interruption
 from lorakit.train.progress import MetricsFile, ProgressCallback
+from lorakit.train.report import CONFIG
 from lorakit.train.schedules.table import ScheduleCallback, schedule_for
 from lorakit.train.step.loss import PADDED, LossPath, LossStats
 
@@ -259,6 +260,7 @@ class LoraTrainer(transformers.Trainer):
         record = {**self.record, "steps": self.state.global_step}
         model = self.lora_config.model
         self._sampled = checkpoint.write_adapter(folder, self.adapter, model, record, self._sampled)
+        (folder / CONFIG).write_text(to_yaml(self.lora_config.replace(overwrite=False)), encoding="utf-8")
         if self.schedule is not None:
             save_file(self.schedule.state_dict(), folder / checkpoint.SCHEDULE)
 
@@ -296,7 +298,7 @@ class LoraTrainer(transformers.Trainer):
     def _init_training_state(self, max_steps: int, *given: Any, **named: Any) -> Any:
         """Resumed or not, the intervals of logs, evaluations and checkpoints are those of this run's options."""
         found = super()._init_training_state(max_steps, *given, **named)
-        self.state.compute_steps(self.args, max_steps)
+        cast(Any, self.state).compute_steps(self.args, max_steps)
         if self.state.global_step > max_steps:
             raise LorakitError(
                 f"resume: the checkpoint is of step {self.state.global_step:,}, and the run would now have {max_steps:,}; give "

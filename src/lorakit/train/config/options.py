@@ -200,6 +200,11 @@ class TrainConfig(Section, frozen=True):
     adapters: Names = option(
         (), "adapter folders, for a method that routes adapters (arrow, lorahub, mole, retrieval, xlora)"
     )
+    continue_from: str | None = option(
+        None,
+        "--from: go on from this adapter (a folder, a checkpoint, PEFT's, a hub name), which says the method, the layers and "
+        "the prompt",
+    )
     init: Annotated[Any, INIT] = option(
         "default",
         "initial values: default (the method's own), a name such as pissa or eva, or {name: pissa, iterations: 4}; those that "
@@ -264,7 +269,7 @@ class TrainConfig(Section, frozen=True):
                 )
         method, answers, layout = METHOD.name_of(self.method), self.evaluate.answers, self.data.format
         classifies, routes = self.task == "seq-cls", isinstance(self.method, RouterSpec)
-        if routes and not self.adapters:
+        if routes and not self.adapters and self.continue_from is None:
             yield f"method is {method}, which routes adapters; name their folders in adapters"
         if self.adapters and not routes:
             yield f"method is {method}, which routes none; adapters are for routers"
