@@ -109,6 +109,10 @@ def train(config: TrainConfig, *, console: Console | None = None) -> TrainResult
 def _run(config: TrainConfig, console: Console | None) -> TrainResult:
     options = config.train
     check_options(options)
+    if options.resume and config.data.date is None:
+        config = config.replace(
+            data__date=checkpoint.date_of(checkpoint.find_checkpoint(Path(options.output), options.resume))
+        )
     source = source_of(config)
     train_rows, held_rows = load_splits(config.data)
     device = "cuda" if torch.cuda.is_available() else None

@@ -35,7 +35,7 @@ from torch import Tensor
 from lorakit.errors import LorakitError, plural
 from lorakit.files.bundle import CONFIG, CONTENT, OWN, TENSORS, read_own
 from lorakit.files.folder import check_place, claim, locked, write_whole
-from lorakit.files.prompt import TEMPLATE
+from lorakit.files.prompt import TEMPLATE, read_prompt
 from lorakit.files.store import contents, kept_in, save_within
 from lorakit.train.report import CARD, CURVES, METRICS
 from lorakit.train.report import CONFIG as RUN
@@ -68,13 +68,14 @@ FREE = {
     "train.early_stopping_patience",
     "train.evaluation_batch_size",
     "data.evaluation_limit",
+    "data.date",  # the rows say whether it moves anything
 }
 """Options that may differ between a checkpoint and the run that resumes from it: they move no parameter."""
 
 MAY_CHANGE = {"train.epochs", "train.max_steps", "train.learning_rate"}
 """Options that may differ too: from here on the learning rate follows the schedule of the new run."""
 
-UNSAID = {"overwrite", "train.output", "train.resume"}
+UNSAID = {"overwrite", "train.output", "train.resume", "data.date"}
 """Options that may differ without a word."""
 
 REASONS = {
@@ -194,6 +195,12 @@ def find_checkpoint(output: Path, resume: bool | str) -> Path:
         f"resume: found no complete checkpoint in {output / FOLDER}. "
         "Start without train.resume, or name a checkpoint folder"
     )
+
+
+def date_of(folder: Path) -> str | None:
+    """The date that the chat template of a checkpoint writes, where it writes one."""
+    prompt = read_prompt(folder)
+    return None if prompt is None else prompt.given.get("date")
 
 
 def check_checkpoint(folder: Path, *, config: Mapping[str, Any], data: str) -> dict[str, Any]:

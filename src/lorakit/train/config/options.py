@@ -7,6 +7,7 @@ their specs (`lorakit.core.options`) and chosen here by name (`choices.py`).
 
 from __future__ import annotations
 
+import datetime
 from collections.abc import Iterator, Mapping
 from typing import Annotated, Any, ClassVar, Literal, Self
 
@@ -58,6 +59,11 @@ class DataOptions(Section, frozen=True):
         "Jinja chat template, or a file with either",
     )
     template_arguments: dict[str, Any] = option({}, "arguments of the chat template: {enable_thinking: false}")
+    date: str | None = option(
+        None,
+        "what a chat template that writes today's date writes instead, in training and ever after (YYYY-MM-DD); null: the day "
+        "of the training",
+    )
     system: str | None = option(None, "system message for rows that have none")
     ignore: Names = option((), "columns and fields of messages that are left out on purpose")
     max_length: int = option(1024, "maximum tokens per example; longer ones are handled by `overflow`", ge=2)
@@ -69,6 +75,14 @@ class DataOptions(Section, frozen=True):
     on_bad_row: Literal["raise", "skip"] = option(
         "raise", "a row that cannot be used: raise an error, or skip and count it"
     )
+
+    @model_validator(mode="after")
+    def _a_date(self) -> Self:
+        try:
+            datetime.date.fromisoformat(self.date or "2000-01-01")
+        except ValueError:
+            raise rule(f"data.date is {self.date!r}; a date is written YYYY-MM-DD", "date") from None
+        return self
 
     @model_validator(mode="after")
     def _one_evaluation(self) -> Self:

@@ -171,7 +171,7 @@ class RowReader:
         self.options, self.source, self.tokenizer = options, rows.source or "the data", tokenizer
         self.fields = renamed(rows, options)
         tools = any(values.get("tools") for _, values in self.fields)
-        given = (options.template, tokenizer, options.system, options.template_arguments, tools)
+        given = (options.template, tokenizer, options.system, options.template_arguments, tools, options.date)
         self.template = choose_template(*given)
         if self.template is JOINED or self.template.is_chat:  # placeholders name the columns as they are
             self.fields = [(row, as_known(values)) for row, values in self.fields]
