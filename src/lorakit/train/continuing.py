@@ -67,6 +67,19 @@ class Source:
             return options
         return own.replace(**{name: getattr(options, name) for name in given})
 
+    def check_tokens(self, options: DataOptions, tokenizer: Any) -> None:
+        """Refuse special tokens that the adapter does not have.
+
+        Raises:
+            LorakitError: with the tokens.
+        """
+        known = tokenizer.get_vocab()
+        if new := [token for token in options.special_tokens if token not in known]:
+            raise LorakitError(
+                f"data.special_tokens: {self.given} has no rows for {', '.join(new)}, and an adapter gets no more of them. "
+                "Begin a new adapter with these tokens, or leave them out"
+            )
+
     def along(self, prompt: Prompt | None) -> Prompt | None:
         """The prompt of the run, with the adapter's tokenizer."""
         if prompt is None or self.prompt is None or self.prompt.tokenizer is None:

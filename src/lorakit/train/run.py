@@ -13,6 +13,7 @@ import dataclasses
 import logging
 import os
 import platform
+import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -32,7 +33,9 @@ from lorakit.errors import LorakitError, plural
 from lorakit.experts import RouterSpec
 from lorakit.experts.attachment import route
 from lorakit.files.interchange import heads_for
+from lorakit.files.prompt import Prompt, read_prompt
 from lorakit.files.store import load
+from lorakit.files.vocabulary import add_tokens, grow, make_room, token_rows
 from lorakit.models.evaluating import evaluating
 from lorakit.models.loading import load_model
 from lorakit.models.quantisation import Holding, holding
@@ -100,13 +103,15 @@ def train(config: TrainConfig, *, console: Console | None = None) -> TrainResult
         raise LorakitError(
             "train.precision: fp16 training is not supported (no loss scaling). Use bf16 or fp32; auto chooses."
         )
-    if int(os.environ.get("RANK", "0")):  # one process of several writes
-        return _run(config, console)
-    with checkpoint.claimed(Path(options.output), options.resume, config.overwrite):
-        return _run(config, console)
+    with contextlib.ExitStack() as stack:
+        if not int(os.environ.get("RANK", "0")):  # one process of several writes
+            stack.enter_context(checkpoint.claimed(Path(options.output), options.resume, config.overwrite))
+        beside = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        return _run(config, console, beside)
 
 
-def _run(config: TrainConfig, console: Console | None) -> TrainResult:
+def _run(config: TrainConfig, console: Console | None, beside: Path) -> TrainResult:
+    """The run; `beside` is a folder for what belongs to the adapter and has no other place before it is saved."""
     options = config.train
     check_options(options)
     if options.resume and config.data.date is None:
@@ -123,6 +128,11 @@ def _run(config: TrainConfig, console: Console | None) -> TrainResult:
     if source is not None:
         tokenizer = source.tokenizer(tokenizer)
         config = config.replace(data=source.data(config.data, train_rows))
+        source.check_tokens(config.data, tokenizer)
+        make_room(model, [source.folder])
+    tokens = add_tokens(tokenizer, config.data.special_tokens) if source is None else []
+    if tokens:
+        grow(model, len(tokenizer))
     prepared = _prepared("data", train_rows, tokenizer, config, classes)
     held = evaluation_set(held_rows, tokenizer, config, classes) if held_rows is not None else None
 
@@ -140,8 +150,13 @@ def _run(config: TrainConfig, console: Console | None) -> TrainResult:
     else:
         method = config.method.with_tokenizer(tokenizer) if isinstance(config.method, EditMethod) else config.method
         originals = float_weights(config, model)
-        adapter = attach(model, method, **attach_arguments(config, model), batches=batches, originals=originals)
+        arguments = {**attach_arguments(config, model), "batches": batches, "originals": originals}
+        rows = token_rows(model, tokens, arguments["modules_to_save"] or ())
+        adapter = attach(model, method, **arguments, trainable_tokens=rows)
     adapter.prompt = (prepared.prompt if source is None else source.along(prepared.prompt)) or adapter.prompt
+    if tokens:
+        tokenizer.save_pretrained(beside)
+        adapter.prompt = dataclasses.replace(adapter.prompt or Prompt(None), tokenizer=beside)
     log.info("adapter: %s", describe(adapter, base.numbers))
     path = path_for(config, model)
     with contextlib.ExitStack() as stack:
@@ -163,6 +178,7 @@ def _run(config: TrainConfig, console: Console | None) -> TrainResult:
     history = list(trainer.state.log_history)
     if trainer.is_world_process_zero():
         adapter.save(options.output, base=config.model, record=record.as_dict())
+        adapter.prompt = read_prompt(options.output)
         write_report(options.output, record, to_yaml(config.replace(overwrite=False)), history)
         if record.stopped is None:
             checkpoint.finish(Path(options.output))

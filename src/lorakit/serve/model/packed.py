@@ -34,6 +34,7 @@ from lorakit.errors import LorakitError, unknown
 from lorakit.files import store
 from lorakit.files.bundle import CONTENT, TENSORS, Bundle, read_bundle
 from lorakit.files.filling import finite
+from lorakit.files.vocabulary import tokens_trained
 from lorakit.serve.model.native import large_pages, padded
 from lorakit.serve.request import Refused
 from lorakit.serve.store import signature
@@ -175,6 +176,11 @@ class AdapterReader:
     @torch.no_grad()
     def _read(self, name: str, folder: Path) -> PackedAdapter:
         bundle = read_bundle(folder, later=True)  # `read` looks whether the files have stayed the same
+        if tokens_trained(folder):
+            raise Refused(
+                f"adapter {name!r} has rows of its own in the embedding for tokens that it has trained; adapters are served in "
+                "linear layers. Merge it into a base of its own."
+            )
         frame = store.frame(bundle)
         built = self._built.get(frame)
         if built is None:

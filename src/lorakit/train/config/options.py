@@ -65,6 +65,10 @@ class DataOptions(Section, frozen=True):
         "of the training",
     )
     system: str | None = option(None, "system message for rows that have none")
+    special_tokens: Names = option(
+        (),
+        "new special tokens: their rows of the embedding (and of the output head) train with the adapter, and no others",
+    )
     ignore: Names = option((), "columns and fields of messages that are left out on purpose")
     max_length: int = option(1024, "maximum tokens per example; longer ones are handled by `overflow`", ge=2)
     overflow: Literal["cut", "cut-start", "split", "drop", "refuse"] = option(
@@ -285,6 +289,8 @@ class TrainConfig(Section, frozen=True):
         classifies, routes = self.task == "seq-cls", isinstance(self.method, RouterSpec)
         if routes and not self.adapters and self.continue_from is None:
             yield f"method is {method}, which routes adapters; name their folders in adapters"
+        if routes and self.data.special_tokens:
+            yield f"data.special_tokens is given, but method is {method}, which trains no embeddings; give them to an adapter"
         if self.adapters and not routes:
             yield f"method is {method}, which routes none; adapters are for routers"
         if classifies and layout not in ("auto", "classification"):

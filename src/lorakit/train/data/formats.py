@@ -312,6 +312,7 @@ class RowReader:
         if self.format == "text" or not self.template.is_chat:
             return 0
         names = sorted({str(token) for token in self.tokenizer.all_special_tokens if str(token).strip()})
+        names = [name for name in names if name not in self.options.special_tokens]  # which are meant
         if not names:
             return 0
         pattern = re.compile("|".join(map(re.escape, names)))
