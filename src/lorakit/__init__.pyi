@@ -71,6 +71,7 @@ from lorakit.methods import RandLoRA as RandLoRA
 from lorakit.methods import ReLoRA as ReLoRA
 from lorakit.methods import SHiRA as SHiRA
 from lorakit.methods import TiedLoRA as TiedLoRA
+from lorakit.methods import TrainableTokens as TrainableTokens
 from lorakit.methods import VBLoRA as VBLoRA
 from lorakit.methods import VeRA as VeRA
 

@@ -18,8 +18,8 @@ from safetensors.torch import load_file
 
 from lorakit.errors import LorakitError
 from lorakit.files.folder import claim, write_whole
+from lorakit.files.prompt import read_prompt
 from lorakit.train import run_checkpoint as checkpoint
-from lorakit.train import trainer as trainer_module
 from lorakit.train.interruption import Interruption
 from lorakit.train.trainer import LoraTrainer
 
@@ -152,7 +152,14 @@ def test_a_signal_ends_the_run_after_its_step_with_a_checkpoint(
     assert done.exit_code == status, done.output
     assert "after step 3 of 6" in done.stderr
     assert "--train.resume true" in done.stderr
-    assert [one.name for one in checkpoint.checkpoints_in(tmp_path / "out")] == ["checkpoint-3"]
+    (made,) = checkpoint.checkpoints_in(tmp_path / "out")
+    assert made.name == "checkpoint-3"
+    unfinished = lorakit("inspect", str(tmp_path / "out"))
+    assert (unfinished.exit_code, str(made) in unfinished.stderr) == (2, True), unfinished.output
+    assert lorakit("inspect", str(made)).exit_code == 0
+    prompt = read_prompt(made)
+    assert prompt is not None
+    assert prompt.stop
     assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == handlers
     done = lorakit(*words)
     assert "holds an unfinished run" in done.stderr
@@ -174,7 +181,7 @@ def test_a_second_signal_ends_at_once() -> None:
 def test_a_full_disk_costs_the_present_checkpoint_alone(
     config: Path, lorakit: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    save, calls = trainer_module.save_file, []
+    save, calls = checkpoint.save_file, []
 
     def full(*given: Any, **named: Any) -> None:
         calls.append(given)
@@ -182,7 +189,7 @@ def test_a_full_disk_costs_the_present_checkpoint_alone(
             raise OSError(errno.ENOSPC, "No space left on device")
         save(*given, **named)
 
-    monkeypatch.setattr(trainer_module, "save_file", full)
+    monkeypatch.setattr(checkpoint, "save_file", full)
     words = ["train", str(config), "--train.max-steps", "6", "--train.save-steps", "2", "--evaluate.answers", "none"]
     with caplog.at_level(logging.ERROR, logger="lorakit.train"):
         done = lorakit(*words, "--train.output", str(tmp_path / "out"), "--train.save-total-limit", "5")

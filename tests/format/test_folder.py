@@ -351,7 +351,7 @@ DAMAGE: dict[str, tuple[Any, str]] = {
         lambda folder: edit(folder / CONFIG, use_magic=True),
         r"sets use_magic=True, which lorakit does not know for lora",
     ),
-    "refused option": (lambda folder: edit(folder / CONFIG, lora_bias=True), r"sets lora_bias=True"),
+    "refused option": (lambda folder: edit(folder / CONFIG, kasa_config={"beta": 1}), r"sets kasa_config="),
     "shifted base": (
         lambda folder: edit(folder / CONFIG, init_lora_weights="pissa_niter_4"),
         r"init_lora_weights='pissa_niter_4', so the tensors belong to a base whose weights",

@@ -49,6 +49,7 @@ from lorakit.methods import (
     ReLoRA,
     SHiRA,
     TiedLoRA,
+    TrainableTokens,
     VBLoRA,
     VeRA,
 )
@@ -111,7 +112,7 @@ PROBES: tuple[Method, ...] = (Dense(), Affine())
 # -- the methods -----------------------------------------------------------------------------------------------------------
 
 SPECS: dict[str, tuple[Method, ...]] = {
-    "lora": (LoRA(rank=2, alpha=3.0), LoRA(rank=2, alpha=3.0, rslora=True)),
+    "lora": (LoRA(rank=2, alpha=3.0), LoRA(rank=2, alpha=3.0, rslora=True), LoRA(rank=2, alpha=3.0, lora_bias=True)),
     "lora-fa": (LoRAFA(rank=2, alpha=3.0),),
     "dora": (DoRA(inner=LoRA(rank=2, alpha=3.0)),),
     "adalora": (AdaLoRA(rank=2, alpha=3.0),),
@@ -144,6 +145,7 @@ SPECS: dict[str, tuple[Method, ...]] = {
     "ia3": (IA3(feedforward_modules=()), IA3(feedforward_modules=("layer",))),
     "bitfit": (BitFit(),),
     "full": (Full(),),
+    "trainable-tokens": (TrainableTokens(tokens=(3, 1, 0, 2)),),
 }
 """Method name -> example specs; a test holds the keys to METHODS. Ranks are 2: every layer here is at least that wide."""
 

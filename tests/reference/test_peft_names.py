@@ -101,9 +101,7 @@ def test_every_field_is_accepted(name: str) -> None:
 @pytest.mark.parametrize(
     ("option", "value"),
     [
-        ("lora_bias", True),
         ("layer_replication", [(0, 2), (1, 2)]),
-        ("trainable_token_indices", [1]),
         ("alora_invocation_tokens", [1, 2]),
         ("use_qalora", True),
         ("use_bdlora", {"nblocks": 2}),
@@ -112,7 +110,6 @@ def test_every_field_is_accepted(name: str) -> None:
         ("velora_config", {"scale": 1}),
         ("monteclora_config", {"num_samples": 2}),
         ("megatron_config", {"a": 1}),
-        ("ensure_weight_tying", True),
         ("eva_config", {"rho": 2}),
         ("corda_config", {"verbose": True}),
         ("lora_ga_config", {"scale": "stable"}),

@@ -5,6 +5,7 @@ Over templates and tokenizers on one side and verbs on the other; with bugs plan
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -39,6 +40,7 @@ THINKING = (  # what it writes depends on an argument
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% if enable_thinking is not defined or enable_thinking %}(hm)"
     "{% endif %}{% endif %}"
 )
+DATED = "{%- set now = strftime_now('%d %b %Y %f') -%}{{ now }}|" + CHAT  # another text at every call
 PAIR = {"prompt": "is it good? {x} 🙂\r\n", "completion": "yes"}
 TALK = {
     "messages": [
@@ -75,6 +77,7 @@ CASES = {
     "another Jinja with a system message": Case(PAIR, template=NO_END, more=(("system", "S"),)),
     "arguments": Case(PAIR, template=THINKING, more=(("template_arguments", {"enable_thinking": False}),)),
     "marks": Case(TALK, own=MARKED),
+    "the time": Case(TALK, own=DATED),
     "text": Case(PAIR, template="Q: {prompt}\nA: {completion}\n###"),
     "text with a BOS": Case(PAIR, template="Q: {prompt}\nA: {completion}", bos=True),
     "text that writes the BOS": Case(PAIR, template="<s>Q: {prompt}\nA: {completion}", bos=True),
@@ -409,3 +412,47 @@ def test_template_arguments_need_a_chat_template() -> None:
     case = Case(PAIR, own=None, more=(("template_arguments", {"a": 1}),))
     with pytest.raises(LorakitError, match="are for a chat template"):
         trained(case)
+
+
+def test_a_template_writes_the_date_of_its_training_ever_after() -> None:
+    case = Case(TALK, own=DATED, more=(("date", "2024-02-29"),))
+    made = trained(case)
+    assert made.prompt is not None
+    assert made.prompt.template is not None
+    assert "29 Feb 2024" in case.tokenizer().decode(made.examples[0].input_ids)
+    assert "29 Feb 2024" in made.prompt.template
+    assert made.prompt.given["date"] == "2024-02-29"
+    assert any("2024-02-29 from now on" in line for line in made.report.lines())
+    with pytest.raises(LorakitError, match="no plain text"):
+        trained(Case(TALK, own="{{ strftime_now(format_of_mine) }}" + CHAT))
+    with pytest.raises(LorakitError, match="YYYY-MM-DD"):
+        DataOptions(train="x", date="1 May")
+
+
+def test_extract_keeps_how_the_tuned_model_is_asked(model: LlamaForCausalLM, tmp_path: Path) -> None:
+    """What merging wrote into a model (template, end tokens, added tokens) comes out of it again."""
+    case = CASES["text"]
+    model.save_pretrained(tmp_path / "base")
+    case.tokenizer().save_pretrained(tmp_path / "base")
+    with torch.no_grad():
+        tuned = copy.deepcopy(model)
+        tuned.model.layers[0].mlp.up_proj.weight.add_(torch.ones(24, 2) @ torch.ones(2, 16) * 0.01)
+    tokenizer = case.tokenizer()
+    assert lk.extract(tmp_path / "base", saved(tuned, tokenizer, tmp_path / "same"), rank=2, output=tmp_path / "a")
+    assert read_prompt(tmp_path / "a") is None
+    prompt = trained(case).prompt
+    tokenizer = Prompter(case.tokenizer(), prompt).settle(tuned)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<new>"]})
+    lk.extract(tmp_path / "base", saved(tuned, tokenizer, tmp_path / "tuned"), rank=2, output=tmp_path / "b")
+    found = read_prompt(tmp_path / "b")
+    assert found is not None
+    ours, theirs = Prompter(case.tokenizer(), found), Prompter(tokenizer, prompt)
+    messages = [{"role": "user", "content": "a <new> thing"}]
+    assert ours.encode(messages) == tokenizer.apply_chat_template(messages, add_generation_prompt=True)["input_ids"]
+    assert set(theirs.stop_ids) <= {*ours.stop_ids, *prompts.end_ids(case.tokenizer())}
+
+
+def saved(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: Path) -> Path:
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder

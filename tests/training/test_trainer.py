@@ -192,12 +192,14 @@ def test_two_processes_train_as_one_with_the_same_batch(tmp_path: Path, fast_pat
 
 
 def test_a_checkpoint_holds_the_adapter_and_nothing_of_the_base(tmp_path: Path) -> None:
-    from safetensors.torch import load_file
-
     trainer = make(configure(tmp_path, max_steps=2, save_steps=2))
     trainer.train_from()
     (folder,) = checkpoint.checkpoints_in(tmp_path)
     assert {path.name for path in folder.iterdir()} == {
+        "adapter_config.json",
+        "adapter_model.safetensors",
+        "lorakit.json",
+        "train.yaml",
         "adapter_state.safetensors",
         "optimizer.pt",
         "scheduler.pt",
@@ -205,7 +207,7 @@ def test_a_checkpoint_holds_the_adapter_and_nothing_of_the_base(tmp_path: Path) 
         "trainer_state.json",
         "checkpoint.json",
     }
-    assert_bit_equal(load_file(folder / checkpoint.ADAPTER), tensors(trainer))
+    assert_bit_equal(checkpoint.read_state(folder), tensors(trainer))
     moments = torch.load(folder / "optimizer.pt", weights_only=True)["state"]
     assert sum(state["exp_avg"].numel() for state in moments.values()) == trainer.adapter.num_parameters()
 
@@ -234,7 +236,10 @@ def interrupted(cut_run: Path, tmp_path: Path) -> tuple[TrainConfig, Path]:
     return config, checkpoint.checkpoints_in(tmp_path / "run")[-1]
 
 
-@pytest.mark.parametrize("name", ["adapter_state.safetensors", "optimizer.pt", "rng_state.pth", "trainer_state.json"])
+@pytest.mark.parametrize(
+    "name",
+    ["adapter_model.safetensors", "adapter_state.safetensors", "optimizer.pt", "rng_state.pth", "trainer_state.json"],
+)
 @pytest.mark.parametrize("damage", ["truncated", "changed", "missing"])
 def test_a_damaged_checkpoint_is_refused_with_the_reason(
     interrupted: tuple[TrainConfig, Path], name: str, damage: str
@@ -276,9 +281,9 @@ def test_a_checkpoint_cut_off_by_a_kill_is_passed_over_and_said_so(
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"train__learning_rate": 2e-2}, r"train\.learning_rate was 0\.01, is 0\.02"),
-        ({"train__batch_size": 2}, r"train\.batch_size was 4, is 2"),
-        ({"method": lk.LoRA(rank=4, alpha=6.0, dropout=0.2)}, r"method\.rank was 3, is 4"),
+        ({"train__weight_decay": 2e-2}, r"train\.weight_decay was 0\.0, is 0\.02"),
+        ({"train__batch_size": 2}, r"train\.batch_size was 4, is 2 \(its batches would be others\)"),
+        ({"method": lk.LoRA(rank=4, alpha=6.0, dropout=0.2)}, r"method\.rank was 3, is 4 \(the adapter would be"),
         ({"target_modules": "attention"}, r"target_modules was 'all-linear', is 'attention'"),
         ({"train__seed": 5}, r"train\.seed was 0, is 5"),
     ],
@@ -302,6 +307,43 @@ def test_options_that_move_no_parameter_may_differ(interrupted: tuple[TrainConfi
     trainer = make(config.replace(train__logging_steps=3, train__save_total_limit=1, train__resume=True))
     trainer.train_from(resume=True)
     assert trainer.state.global_step == 18
+
+
+def test_a_resume_may_change_the_learning_rate_aloud(
+    interrupted: tuple[TrainConfig, Path], caplog: pytest.LogCaptureFixture
+) -> None:
+    """From the checkpoint on the rates are those of a run that had the new one from its start; the planted bug is transformers'
+    own resume, which restores the old rate."""
+    config, folder = interrupted
+    changed = config.replace(train__learning_rate=5e-2, train__save_steps=7, train__logging_steps=2)
+    fresh = make(changed.replace(train__output=str(folder.parents[2] / "fresh")))
+    fresh.train_from()
+    resumed = make(changed)
+    with caplog.at_level(logging.WARNING, logger="lorakit.train"):
+        resumed.train_from(resume=True)
+    (line,) = [record.getMessage() for record in caplog.records if "resume:" in record.getMessage()]
+    for words in (
+        "learning_rate was 0.01, is 0.05",
+        "save_steps was 2, is 7",
+        "logging_steps was 1, is 2",
+        "from here on",
+    ):
+        assert words in line
+    rates = [
+        {event["step"]: event["learning_rate"] for event in run.state.log_history if "learning_rate" in event}
+        for run in (fresh, resumed)
+    ]
+    late = {step: rate for step, rate in rates[1].items() if step > 4}
+    assert list(late) == [6, 8, 10, 12, 14, 16, 18], "logged by the new interval"
+    assert late == {step: rates[0][step] for step in late}
+    steps = [one.name for one in checkpoint.checkpoints_in(Path(config.train.output))]
+    assert steps == ["checkpoint-14", "checkpoint-18"], "saved by the new interval, and at the end"
+
+
+def test_a_run_cannot_be_made_shorter_than_it_is(interrupted: tuple[TrainConfig, Path]) -> None:
+    config, _ = interrupted
+    with pytest.raises(LorakitError, match="the checkpoint is of step 4, and the run would now have 3"):
+        make(config.replace(train__max_steps=3)).train_from(resume=True)
 
 
 def test_a_longer_run_goes_on_and_says_what_that_means(
@@ -333,7 +375,6 @@ def test_resume_without_any_checkpoint_is_refused(tmp_path: Path) -> None:
 
 def test_the_best_checkpoint_comes_back_at_the_end(tmp_path: Path) -> None:
     """A learning rate that ruins the adapter: the best evaluation is not the last one."""
-    from safetensors.torch import load_file
 
     class Ruin(TrainerCallback):
         def on_step_begin(self, args: Any, state: Any, control: Any, optimizer: Any = None, **_: Any) -> None:
@@ -348,7 +389,7 @@ def test_the_best_checkpoint_comes_back_at_the_end(tmp_path: Path) -> None:
     best = min(events, key=lambda step: events[step])
     assert best < 12, "the run must end worse than its best for this test to mean anything"
     assert trainer.evaluate()["eval_loss"] == events[best]
-    assert_bit_equal(load_file(tmp_path / f"checkpoints/checkpoint-{best}" / checkpoint.ADAPTER), tensors(trainer))
+    assert_bit_equal(checkpoint.read_state(tmp_path / f"checkpoints/checkpoint-{best}"), tensors(trainer))
 
 
 def test_early_stopping_ends_a_run_that_gets_no_better(tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ from lorakit.core.state import ModelState, found_state
 from lorakit.core.storage import Snapshot
 from lorakit.edits.contract import Anatomy, Edit, Place
 from lorakit.errors import LorakitError
+from lorakit.methods.tokens import TokenRows, TrainableTokens
 
 
 @dataclass
@@ -65,6 +66,10 @@ class Adapter:
             for key, delta in layer.deltas_of(self.name).items():
                 yield path, layer.sites[key], delta
 
+    def beside(self, delta: Delta) -> bool:
+        """Whether a delta of this adapter is rows of a table that train alone, beside what its method changes."""
+        return isinstance(delta, TokenRows) and not isinstance(self.method, TrainableTokens)
+
     def replacements(self) -> Iterator[tuple[str, Replacement]]:
         """`(path, replacement)` of every layer in which it replaces tensors (biases, modules_to_save)."""
         for path, layer in self.layers.items():
@@ -88,7 +93,7 @@ class Adapter:
                 yield f"{prefix}.{name}", parameter
         for path, replacement in self.replacements():
             for name, tensor in replacement.tensors().items():
-                if isinstance(tensor, nn.Parameter):
+                if isinstance(tensor, nn.Parameter) and name not in replacement.shared:
                     yield f"{path}.{name}", tensor
 
     def parameters(self) -> Iterator[nn.Parameter]:
@@ -107,6 +112,8 @@ class Adapter:
         whole = set(self.saved)
         for path, replacement in self.replacements():
             for name in replacement.names:
+                if name in replacement.shared:
+                    continue
                 roles[f"{path}.{name}"] = "saved" if path in whole else "bias"
         return roles
 

@@ -20,7 +20,7 @@ from lorakit.adapter.adapter import Adapter, adapters_of
 from lorakit.adapter.construction import build, build_edits
 from lorakit.adapter.coverage import report
 from lorakit.adapter.pretrained import give_back, unshare
-from lorakit.adapter.targets import Targets
+from lorakit.adapter.targets import Targets, input_embedding
 from lorakit.core.delta import Method
 from lorakit.core.injection import parents_of, replace_module
 from lorakit.core.routing import BASE
@@ -30,7 +30,7 @@ from lorakit.edits.contract import EditMethod
 from lorakit.errors import LorakitError, unknown
 from lorakit.init import Default, Initialiser, initialiser
 from lorakit.init.calibration import Batch
-from lorakit.methods import LoRA
+from lorakit.methods import LoRA, TrainableTokens
 
 log = logging.getLogger("lorakit")
 
@@ -53,6 +53,8 @@ def attach(
     batches: Iterable[Batch] | None = None,
     parts: Mapping[str, Mapping[str, Any]] | None = None,
     originals: Mapping[str, Tensor] | None = None,
+    trainable_tokens: Sequence[int] | Mapping[str, Sequence[int]] | None = None,
+    ensure_weight_tying: bool = False,
 ) -> Adapter:
     """Put a new adapter on a model, freeze the base, and make the adapter trainable and active.
 
@@ -73,10 +75,16 @@ def attach(
         batches: data for starts that measure the model (eva, corda, lora-ga): each the arguments of one `model(**batch)`.
         parts: {layer suffix: {part: (start, stop) or [(start, stop), …]}}: each part of a fused layer its own delta.
         originals: the float model's parameters by name, for starts that answer a quantised base's error (loftq).
+        trainable_tokens: rows of the input embedding (and of a head tied to it) that train alone, beside the method; for
+            other layers {layer suffix: rows}.
+        ensure_weight_tying: what the adapter does to an embedding it does to a head that shares its weight, by the same
+            tensors: in target_modules (LoRA and its kin) and modules_to_save.
 
     Raises:
         LorakitError: a name matches nothing, an option does not fit; the model is unchanged then.
     """
+    if isinstance(method, TrainableTokens) and target_modules == "all-linear":
+        target_modules = [input_embedding(model)]
     lists = (layers_pattern,) if isinstance(layers_pattern, str) else layers_pattern
     targets = Targets(
         target_modules=_tuple(target_modules, "target_modules"),
@@ -87,6 +95,8 @@ def attach(
         modules_to_save=tuple(modules_to_save or ()),
         bias=bias,
         parts={layer: dict(own) for layer, own in (parts or {}).items()},
+        trainable_tokens=_tokens(model, trainable_tokens),
+        ensure_weight_tying=ensure_weight_tying,
     )
     if isinstance(method, EditMethod):
         _check_edit_options(method, targets, initialiser(init), batches)
@@ -118,6 +128,14 @@ def _tuple(value: Any, option: str) -> Any:
         if all(isinstance(name, str) for name in names):
             return names
     raise LorakitError(f"attach: {option} was given as {value!r}; it is a list of names or one string.")
+
+
+def _tokens(model: nn.Module, given: Any) -> dict[str, tuple[int, ...]]:
+    """Layer suffix -> rows that train alone."""
+    if not given:
+        return {}
+    asked = given if isinstance(given, Mapping) else {input_embedding(model): given}
+    return {layer: TrainableTokens(tokens=tokens).tokens for layer, tokens in asked.items()}
 
 
 def _patterns(
@@ -161,6 +179,7 @@ def _check_edit_options(method: EditMethod, targets: Targets, start: Initialiser
         **{f"{option}_pattern": True for option in targets.patterns},
         "bias": targets.bias == "lora_only",
         "parts": bool(targets.parts),
+        "trainable_tokens": bool(targets.trainable_tokens),
         "init": not isinstance(start, Default),
         "batches": batches is not None,
     }

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from lorakit.adapter.adapter import Adapter, adapters_of
 from lorakit.adapter.pretrained import share, take_over
-from lorakit.adapter.targets import PRESETS, Targets, asked_sites, select, select_saved
+from lorakit.adapter.targets import PRESETS, Targets, asked_sites, select, select_saved, select_tokens
 from lorakit.core.delta import Delta, Method, Shape
 from lorakit.core.injection import adapt, adapted_at, parents_of, ties
 from lorakit.core.known import computed_weight
@@ -25,6 +25,7 @@ from lorakit.core.sites import adaptable_sites, sites_of, split
 from lorakit.core.stacks import stacked_sites
 from lorakit.core.state import ModelState, found_state, open_state
 from lorakit.core.storage import FLOAT, storage_of
+from lorakit.core.tied import follower
 from lorakit.core.walking import has_suffix, walk
 from lorakit.edits.anatomy import anatomy_of
 from lorakit.edits.contract import EditMethod
@@ -32,8 +33,9 @@ from lorakit.edits.hooks import edit_hooks
 from lorakit.errors import LorakitError
 from lorakit.init import Default, Initialiser
 from lorakit.init.calibration import Batch
-from lorakit.init.starts import Plan, PlannedLayer, build_deltas, rewrite
-from lorakit.methods import LoRA
+from lorakit.init.starts import BuiltDeltas, Plan, PlannedLayer, build_deltas, rewrite
+from lorakit.methods import LoRA, TrainableTokens
+from lorakit.methods.tokens import TokenRows
 
 log = logging.getLogger("lorakit")
 
@@ -63,14 +65,25 @@ def build(
         paths = select(model, targets) if targets.target_modules else []
     if checked:
         method.check_layers(paths)
-    saved = select_saved(model, targets)
     modules = dict(walk(model))
+    tied = ties(modules)
+    saved, kept_tied = _with_followers(targets, modules, tied, select_saved(model, targets))
+    saved += kept_tied
+    paths, following = _with_followers(targets, modules, tied, paths)
     plan = {path: _planned(path, modules[path], method, targets, checked) for path in paths}
     _check_parts(state, plan)
     _check_nesting(state, modules, targets, set(paths), saved)
     _check_rewriting(start, state)
-    _check_storage(modules, plan, saved)
+    rows = _planned_rows(model, modules, targets, set(paths), saved)
+    _check_parts(state, rows)
+    _check_storage(modules, {**plan, **rows}, saved)
     built = build_deltas(model, plan, start, batches, shifted, originals)
+    if rows or isinstance(method, TrainableTokens):
+        of_rows = build_deltas(model, rows, Default())
+        built.plan.update(of_rows.plan)
+        built.deltas.update(of_rows.deltas)
+        following |= _rows_follow(built, modules, tied, targets)
+    _follow(built, modules, following)
     if built.patterns:
         targets = dataclasses.replace(targets, patterns={**targets.patterns, **built.patterns})
     adapter = Adapter(name, model, method, targets, built.pool, saved=tuple(saved))
@@ -81,8 +94,10 @@ def build(
         replacement = Replacement(module, names, torch.float32) if names else None
         made.append((path, planned.sites, built.deltas[path], replacement))
     for path, names in _replaced(modules, targets, set(built.plan), saved):
-        made.append((path, adaptable_sites(modules[path]), {}, Replacement(modules[path], names, torch.float32)))
-    _warn_of_ties(modules, [path for path, *_ in made])
+        leader = next((own for at, _, _, own in made if at == kept_tied.get(path)), None)
+        own = Replacement(modules[path], names, torch.float32, shared={} if leader is None else leader.tensors())
+        made.append((path, adaptable_sites(modules[path]), {}, own))
+    _warn_of_ties(tied, [path for path, *_ in made], set(following) | set(kept_tied))
     state = open_state(model)
     parents = parents_of(model)
     mixtures = _mixtures(modules)
@@ -126,6 +141,75 @@ def _planned(path: str, module: nn.Module, method: Method, targets: Targets, che
         if checked:
             specs[site.name].check(site.layout.shape, site.place(path))
     return PlannedLayer(module, sites, specs)
+
+
+def _planned_rows(
+    model: nn.Module, modules: Mapping[str, nn.Module], targets: Targets, adapted: set[str], saved: list[str]
+) -> Plan:
+    """The tables of which some rows train alone, beside the adapter's own method."""
+    plan: Plan = {}
+    for path, tokens in select_tokens(model, targets).items():
+        whole = next((one for one in saved if path == one or path.startswith(one + ".")), None)
+        if whole is not None or path in adapted:
+            other = (
+                f"modules_to_save names {whole}, of which" if whole is not None else f"the method changes {path}, and"
+            )
+            raise LorakitError(
+                f"attach: {other} trainable_tokens trains some rows of {path} alone; a table has one or the other. Leave it "
+                "out of one of the two."
+            )
+        sites, spec = sites_of(modules[path]), TrainableTokens(tokens=tokens)
+        for site in sites:
+            spec.check(site.layout.shape, site.place(path))
+        plan[path] = PlannedLayer(modules[path], sites, {site.name: spec for site in sites})
+    return plan
+
+
+def _with_followers(
+    targets: Targets, modules: Mapping[str, nn.Module], tied: Mapping[str, list[str]], paths: list[str]
+) -> tuple[list[str], dict[str, str]]:
+    """Where tied layers stay tied: the layers to adapt, an embedding for all that share its weight; and path ->
+    embedding of those that follow one."""
+    following: dict[str, str] = {}
+    for path in [path for path in tied if targets.ensure_weight_tying and isinstance(modules[path], nn.Embedding)]:
+        if path not in following and not {path, *tied[path]}.isdisjoint(paths):
+            following |= dict.fromkeys(tied[path], path)
+    if not following:
+        return paths, {}
+    leaders = {*following.values(), *paths}
+    return [path for path in modules if path in leaders and path not in following], following
+
+
+def _follow(built: BuiltDeltas, modules: Mapping[str, nn.Module], following: Mapping[str, str]) -> None:
+    """Add the deltas of layers that follow an embedding: path -> path of the embedding."""
+    for path, embedding in following.items():
+        (leader,), sites = built.deltas[embedding].values(), sites_of(modules[path])
+        if len(sites) != 1:
+            continue
+        built.plan[path] = PlannedLayer(modules[path], sites, {sites[0].name: leader.spec})
+        built.deltas[path] = {sites[0].name: follower(leader, sites[0].layout.shape, path)}
+
+
+def _rows_follow(
+    built: BuiltDeltas, modules: Mapping[str, nn.Module], tied: Mapping[str, list[str]], targets: Targets
+) -> dict[str, str]:
+    """Path -> embedding of the layers in which rows of an embedding act too: all that share its weight (a tied head), but for
+    those that have other rows of their own, or that the method changes."""
+    following: dict[str, str] = {}
+    for path, others in tied.items():
+        leader = next(iter(built.deltas.get(path, {}).values()), None)
+        if not isinstance(leader, TokenRows) or not isinstance(modules[path], nn.Embedding) or path in following:
+            continue
+        for other in others:
+            held = next(iter(built.deltas.get(other, {}).values()), None)
+            if held is None or held.spec == leader.spec:
+                following[other] = path
+            elif targets.ensure_weight_tying:
+                raise LorakitError(
+                    f"attach: {path} and {other} share their weight, and other rows of them are to be trained; give both the "
+                    "same tokens, or leave ensure_weight_tying off."
+                )
+    return following
 
 
 def capped(spec: Method, shape: Shape) -> Method:
@@ -260,10 +344,9 @@ def _mixtures(modules: Mapping[str, nn.Module]) -> list[str]:
     return blocks
 
 
-def _warn_of_ties(modules: Mapping[str, nn.Module], paths: list[str]) -> None:
-    tied = ties(modules)
+def _warn_of_ties(tied: Mapping[str, list[str]], paths: list[str], following: set[str]) -> None:
     for path in paths:
-        if path in tied:
+        if path in tied and following.isdisjoint((path, *tied[path])):
             log.warning(
                 "%s shares its weight with %s. The adapter acts beside %s alone; merging will need untie=True, unless all of "
                 "them get the same weight.",

@@ -43,6 +43,8 @@ class Targets:
         modules_to_save: suffixes of modules that are trained and saved whole.
         bias: "none"; "lora_only": biases of adapted layers train; "all": every bias of the model.
         parts: layer suffix -> part name -> row range(s): every part of a fused layer gets its own delta.
+        trainable_tokens: layer suffix -> the rows of its table that train alone, beside what the method changes.
+        ensure_weight_tying: what is asked for an embedding, or for a layer that shares its weight, is one for all of them.
     """
 
     target_modules: str | tuple[str, ...] = "all-linear"
@@ -53,6 +55,8 @@ class Targets:
     modules_to_save: tuple[str, ...] = ()
     bias: str = "none"
     parts: Parts = field(default_factory=dict)
+    trainable_tokens: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    ensure_weight_tying: bool = False
 
     def __post_init__(self) -> None:
         if self.bias not in ("none", "all", "lora_only"):
@@ -97,6 +101,7 @@ class Targets:
         written = {key for key in data if key.endswith("_pattern") and key != "layers_pattern"}
         values = {key: data[key] for key in data if key not in written}
         values["patterns"] = {key.removesuffix("_pattern"): dict(data[key]) for key in written}
+        values = {"trainable_tokens": {}, "ensure_weight_tying": False, **values}  # which older folders do not have
         known = {field.name for field in dataclasses.fields(cls)}
         if set(values) != known:
             raise LorakitError(
@@ -109,6 +114,7 @@ class Targets:
         values["parts"] = {
             layer: {part: _ranges(given) for part, given in parts.items()} for layer, parts in values["parts"].items()
         }
+        values["trainable_tokens"] = {layer: tuple(tokens) for layer, tokens in values["trainable_tokens"].items()}
         return cls(**values)
 
 
@@ -339,3 +345,31 @@ def select_saved(model: nn.Module, targets: Targets) -> list[str]:
             )
         paths += matching
     return list(dict.fromkeys(paths))
+
+
+def select_tokens(model: nn.Module, targets: Targets) -> dict[str, tuple[int, ...]]:
+    """The path of every table of which some rows train alone -> which rows."""
+    found: dict[str, tuple[int, ...]] = {}
+    for suffix, tokens in targets.trainable_tokens.items():
+        paths = [path for path, module in walk(model) if path and has_suffix(path, suffix) and _adaptable(module)]
+        if not paths:
+            raise LorakitError(
+                f'attach: trainable_tokens names "{suffix}", and no layer of that name has rows. Layers here end in: '
+                f"{describe_layers(model)}."
+            )
+        found |= dict.fromkeys(paths, tokens)
+    return found
+
+
+def input_embedding(model: nn.Module) -> str:
+    """The path of the table that a model looks its input tokens up in, as transformers' models tell."""
+    find = cast("Callable[[], nn.Module | None] | None", getattr(model, "get_input_embeddings", None))
+    table = find() if find is not None else None
+    table = table.base if isinstance(table, Adapted) else table
+    path = next((path for path, module in walk(model) if table is not None and module is table), None)
+    if path is None:
+        raise LorakitError(
+            f"attach: {type(model).__name__} does not say which layer its input embedding is; name it: "
+            'trainable_tokens={"embed_tokens": [...]}, or target_modules with lk.TrainableTokens.'
+        )
+    return path

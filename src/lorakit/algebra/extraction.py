@@ -15,7 +15,7 @@ import logging
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +29,7 @@ from lorakit.core.sites import sites_of
 from lorakit.core.spectrum import check_request
 from lorakit.core.walking import walk
 from lorakit.errors import LorakitError
+from lorakit.files.prompt import tuned_prompt
 from lorakit.files.store import save
 from lorakit.models.checkpoint import Checkpoint, Named
 from lorakit.models.stored import skeleton
@@ -152,7 +153,10 @@ def extract(
     told = report(cuts, "extracted", {"from": str(tuned), "rank": rank, "energy": energy, "left": left})
     if output is None:
         return Extracted(replace(told, adapter=adapter), tuple(unchanged), saved, left)
-    folder = save(adapter, output, base=str(base), record=told.record, stored_weight=ours.__getitem__)
+    prompt = tuned_prompt(*(cast(Checkpoint, side.source).folder for side in (ours, theirs)))
+    if prompt is not None:
+        log.info("extract: the tuned model is asked by %s, which goes with the adapter", prompt.place)
+    folder = save(adapter, output, base=str(base), record=told.record, stored_weight=ours.__getitem__, prompt=prompt)
     return Extracted(replace(told, folder=folder), tuple(unchanged), saved, left)
 
 

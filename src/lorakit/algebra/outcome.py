@@ -144,6 +144,8 @@ def _on_model(
         bias="all" if any(one.targets.bias == "all" for one in adapters) else "lora_only" if adapted_biases else "none",
         parts={layer: parts for adapter in adapters for layer, parts in adapter.targets.parts.items()},
         patterns=patterns,
+        trainable_tokens={},  # they are among the changes
+        ensure_weight_tying=False,  # what they have in common is written out for each
     )
     result = build(model, spec, targets, name, checked=False, paths=paths)
     result.prompt = common_prompt(adapter.prompt for adapter in adapters)

@@ -54,9 +54,11 @@ class Speaker:
 
     def __init__(self, base: str, adapters: Sequence[Path], dtype: str = "auto", quantize: str | None = None) -> None:
         import lorakit as lk
+        from lorakit.files.vocabulary import make_room
         from lorakit.models.loading import load_model
 
         self.model, self.tokenizer = load_model(base, dtype=dtype, quantize=quantize)
+        make_room(self.model, adapters)
         loaded = [lk.load(self.model, folder, active=False) for folder in adapters]
         self.names = [one.name for one in loaded]
         self.base = _prompter_of(self.tokenizer)

@@ -50,6 +50,7 @@ def evaluate(
     show_log(err)
     import lorakit as lk
     from lorakit.files.prompt import Prompt, Prompter
+    from lorakit.files.vocabulary import make_room
     from lorakit.train.data.examples import load_splits
     from lorakit.train.data.formats import with_prompt
     from lorakit.train.evaluate import Evaluation, EvaluationSet, tabulate
@@ -62,6 +63,7 @@ def evaluate(
         )
     model, tokenizer = load_base(config, train_rows)
     classes = class_list(model) if config.task == "seq-cls" else None
+    make_room(model, adapters)
     loaded = [lk.load(model, folder, active=False) for folder in adapters]
     path = path_for(config, model)
 

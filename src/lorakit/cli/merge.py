@@ -41,6 +41,7 @@ def merge(
     from lorakit.files.bundle import read_own
     from lorakit.files.folder import claim, replace_folder
     from lorakit.files.prompt import PROMPT, Prompter
+    from lorakit.files.vocabulary import make_room
     from lorakit.models.loading import load_model, resolve_dtype
     from lorakit.models.quantisation import as_config, existing, holding
     from lorakit.models.stored import stored_config, stored_dtype
@@ -60,6 +61,7 @@ def merge(
         # The sum is made in float32 and rounded once; adding in bf16 would round it to the grid of the base's weights.
         options = {"dtype": torch.float32}
     model, tokenizer = load_model(base, **options)
+    make_room(model, [adapter])
     loaded = lk.load(model, adapter, active=False)
     prompt = loaded.prompt
     few = holding(model).words()

@@ -93,6 +93,7 @@ def on_base(
     import torch
 
     import lorakit as lk
+    from lorakit.files.vocabulary import make_room
     from lorakit.models.loading import load_model
 
     names = dict.fromkeys(str(config.get("base_model_name_or_path") or "") for config in configs)
@@ -102,6 +103,7 @@ def on_base(
     if base is None and len(names) > 1:
         raise LorakitError(f"{verb}: the adapters name different base models: {', '.join(names)}; give --base.")
     model, tokenizer = load_model(place, dtype=torch.float32)
+    make_room(model, folders)
     loaded = [lk.load(model, folder, name=f"given-{index}", active=False) for index, folder in enumerate(folders)]
     yield Given(folders, output, place, loaded, tokenizer)
 

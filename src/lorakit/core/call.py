@@ -65,6 +65,9 @@ class LayerCall:
         y = self.site.layout.through(self.x, f)
         return self.linear(M()) if y is None else y
 
+    def some(self, D: Tensor, index: Tensor) -> Tensor:
+        return self.site.layout.some(self.layer, self.x, self._cast(D), index)
+
     def product(
         self,
         B: Tensor,

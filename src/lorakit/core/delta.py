@@ -108,6 +108,9 @@ class Call(Protocol):
         """`linear(M())` for a matrix that has a cheaper way: `f` maps inputs (..., in) to outputs (..., out). It is used
         where the layer meets its inputs as they are (linear layers); elsewhere (convolutions, lookups) `M` is made."""
 
+    def some(self, D: Tensor, index: Tensor) -> Tensor:
+        """`linear` of the matrix whose rows at `index` (an embedding's columns) are those of `D` (n, ·), all others zero."""
+
     def product(
         self,
         B: Tensor,
@@ -233,6 +236,9 @@ class Pool(nn.Module):
 class Delta(nn.Module, ABC):
     """What one adapter adds to one matrix. Trainable tensors are attributes named with the paper's letters."""
 
+    leader: tuple[Any, ...] = ()
+    """The delta whose tensors it has, where its layer shares a weight with that one's. In a tuple: it is no child of this."""
+
     def __init_subclass__(cls, of: type[Method] | None = None, **rest: Any) -> None:
         super().__init_subclass__(**rest)
         if of is not None:
@@ -255,6 +261,11 @@ class Delta(nn.Module, ABC):
 
     def shift(self, b: Tensor | None) -> Tensor | None:
         """Δb (out,) for the frozen bias `b` (None where the layer has none), or None: no change."""
+        return None
+
+    def follower(self, shape: Shape) -> Delta | None:
+        """A delta with these tensors, for a layer that has the same weight as (in, out); None where it has no form of its own
+        (see `core.tied`)."""
         return None
 
     def begin(self, W: Tensor) -> None:

@@ -57,6 +57,10 @@ class Layout(ABC):
         """`linear` by a function of inputs with features last, or None where the layer does not meet its inputs so."""
         return None
 
+    def some(self, layer: nn.Module, x: Tensor, D: Tensor, index: Tensor) -> Tensor:
+        """`linear` of the matrix whose rows at `index` (an embedding's columns) are those of `D` (n, ·), all others zero."""
+        return self.linear(layer, x, D.new_zeros(self.shape.out, self.shape.in_).index_copy(0, index, D))
+
     def down(self, layer: nn.Module, x: Tensor, A: Tensor) -> Tensor:
         """The input side of a low-rank product: (..., rank), features last (grouped layers: (..., groups, rank))."""
         return self.linear(layer, x, A)
@@ -97,6 +101,10 @@ class Linear(Layout):
 
     def through(self, x: Tensor, f: Callable[[Tensor], Tensor]) -> Tensor | None:
         return f(x)
+
+    def some(self, layer: nn.Module, x: Tensor, D: Tensor, index: Tensor) -> Tensor:
+        y = F.linear(x, D)
+        return y.new_zeros(*y.shape[:-1], self.shape.out).index_copy(-1, index, y)
 
 
 @dataclass(frozen=True)
@@ -166,7 +174,19 @@ class Embedding(Layout):
         return M.T
 
     def linear(self, layer: nn.Module, x: Tensor, M: Tensor) -> Tensor:
-        rows = F.embedding(x, M.T, cast(nn.Embedding, layer).padding_idx)
+        return self._scaled(layer, F.embedding(x, M.T, cast(nn.Embedding, layer).padding_idx))
+
+    def some(self, layer: nn.Module, x: Tensor, D: Tensor, index: Tensor) -> Tensor:
+        index, order = index.sort()
+        D = torch.cat([D[order], D.new_zeros(1, D.shape[1])])
+        place = torch.searchsorted(index, x).clamp_max(len(index) - 1)
+        rows = F.embedding(torch.where(index[place] == x, place, len(index)), D)
+        padding = cast(nn.Embedding, layer).padding_idx  # whose row has no gradient in a lookup of the whole table
+        return self._scaled(
+            layer, rows if padding is None else torch.where((x == padding)[..., None], rows.detach(), rows)
+        )
+
+    def _scaled(self, layer: nn.Module, rows: Tensor) -> Tensor:
         scale = getattr(layer, "embed_scale", None)  # transformers' scaled word embeddings (Gemma, BART)
         return rows if scale is None else rows * torch.as_tensor(scale).to(rows.dtype)
 

@@ -61,6 +61,11 @@ class Offset(Combined, LowRank):
 def offset(delta: Delta) -> Delta:
     """The delta with its low-rank part less what that part is now; within a combinator, the part inside it."""
     if isinstance(delta, LowRank):
+        if type(delta).shift is not Delta.shift:
+            raise LorakitError(
+                f"attach: {delta.spec.name} has a bias of its own here (lora_bias=True), and a start that is taken off again "
+                'has no place for one; init="default" and the other starts with B at zero work.'
+            )
         return Offset(delta)
     if not isinstance(delta, Combined):
         raise LorakitError(f"{delta.spec.name} has no low-rank factors, so it has no start to take off.")

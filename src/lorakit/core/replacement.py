@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import cast
 
 import torch
@@ -16,10 +17,20 @@ class Replacement(nn.Module):
     As with deltas, several blend: the layer runs with `base + Σ weight · (own - base)`.
     """
 
-    def __init__(self, base: nn.Module, names: list[str], dtype: torch.dtype | None = None) -> None:
+    def __init__(
+        self,
+        base: nn.Module,
+        names: list[str],
+        dtype: torch.dtype | None = None,
+        shared: Mapping[str, Tensor] | None = None,
+    ) -> None:
+        """`shared`: name -> the value of another layer that has the same weight, which is this layer's too."""
         super().__init__()
         self.names = tuple(names)
+        self.shared = {name: tensor for name, tensor in (shared or {}).items() if name in names}
         for index, name in enumerate(names):
+            if name in self.shared:
+                continue
             value = value_of(base, name).detach().clone()
             if not value.is_floating_point():
                 self.register_buffer(f"tensor_{index}", value)
@@ -32,4 +43,7 @@ class Replacement(nn.Module):
 
     def tensors(self) -> dict[str, Tensor]:
         """The layer's tensor names -> this adapter's values."""
-        return {name: cast(Tensor, getattr(self, f"tensor_{index}")) for index, name in enumerate(self.names)}
+        return {
+            name: self.shared[name] if name in self.shared else cast(Tensor, getattr(self, f"tensor_{index}"))
+            for index, name in enumerate(self.names)
+        }

@@ -90,6 +90,9 @@ def locate(folder: str | Path, revision: str | None = None) -> Path:
     if not (path / CONFIG).is_file():
         inside = sorted(entry.parent.name for entry in path.glob(f"*/{CONFIG}"))
         hint = f" It has adapters below it: {', '.join(inside[:8])}; name one of these." if inside else ""
+        unfinished = sorted(path.glob(f"checkpoints/checkpoint-*/{CONFIG}"), key=lambda file: file.stat().st_mtime)
+        if unfinished:
+            hint = f" It is an unfinished run; its newest checkpoint is an adapter too: {unfinished[-1].parent}."
         raise LorakitError(f"load: {path} has no {CONFIG}.{hint}")
     return path
 

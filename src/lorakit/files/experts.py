@@ -24,6 +24,7 @@ from lorakit.core.delta import LowRank, Method
 from lorakit.core.layer import Adapted
 from lorakit.core.layout import Expert, Site, Transposed
 from lorakit.core.stacks import stacked_sites
+from lorakit.core.uniform import is_product
 from lorakit.core.walking import has_suffix, value_for, walk
 from lorakit.errors import LorakitError
 from lorakit.files.formats import format_of
@@ -79,9 +80,9 @@ def in_stacks(layer: Adapted, adapter: str) -> dict[str, dict[int, LowRank]]:
     found: dict[str, dict[int, LowRank]] = {}
     for key, delta in layer.deltas_of(adapter).items():
         layout = layer.sites[key].layout
-        if type(layout) is not Expert or format_of(delta.spec.name).peft != "LORA" or not isinstance(delta, LowRank):
+        if type(layout) is not Expert or format_of(delta.spec.name).peft != "LORA" or not is_product(delta):
             return {}
-        found.setdefault(layer.sites[key].weight, {})[layout.index] = delta
+        found.setdefault(layer.sites[key].weight, {})[layout.index] = cast(LowRank, delta)
     return found
 
 
@@ -280,7 +281,7 @@ def _wrapped(
                     f"load: {where} has shape {tuple(A.shape)} and its B {tuple(B.shape)}; the experts of {path}.{name} are "
                     f"{shape.out} × {shape.in_}."
                 )
-            result.setdefault(name, {})[expert] = (own_B.contiguous(), own_A.contiguous())
+            result.setdefault(name, {})[expert] = (own_B, own_A)  # views: nothing is copied twice
     return result
 
 

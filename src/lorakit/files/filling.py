@@ -106,27 +106,41 @@ class Supply:
             )
 
 
+class Same(Supply):
+    """Copies nothing: `copies` are the places that hold the file's value to the bit."""
+
+    def put(self, target: Tensor, value: Tensor, key: str) -> None:
+        """Note an equal pair."""
+        if target.shape == value.shape and target.dtype == value.dtype and torch.equal(target, value):
+            self.copies.append((target, value))
+
+
 def fill(
     adapter: Adapter,
     tensors: Mapping[str, Tensor],
     plain: Mapping[str, str],
     folder: Path,
     complain: Complain,
+    supply: Supply | None = None,
 ) -> list[tuple[Tensor, Tensor]]:
     """Copy the file's tensors into a built adapter; every tensor must be taken and every place filled.
 
-    Returns what was copied: a tensor of the adapter, and the file's tensor or a part of it.
+    Returns what was copied: a tensor of the adapter, and the file's tensor or a part of it. `supply` takes the tensors
+    another way (`Same`).
     """
     vocabulary = vocabulary_of(adapter.model)
-    supply = Supply(tensors, folder / TENSORS, vocabulary)
+    supply = supply or Supply({}, folder / TENSORS, vocabulary)
+    supply.left = dict(tensors)
     for path, layer in adapter.layers.items():
         if parts_of(layer, adapter.name):
             _fill_parts(adapter, path, plain[path], supply)
             continue
         for site_name, delta in layer.deltas_of(adapter.name).items():
+            if adapter.beside(delta) and delta.leader:
+                continue  # its rows are those of the layer that it is tied to
             site, supply.rank = layer.sites[site_name], getattr((delta.low_rank() or delta).spec, "rank", None)
             for name, view in views(delta, site.layout.kind).items():
-                key = f"{plain[path]}.{site_prefix(site)}{name}"
+                key = f"{plain[path]}.{site_prefix(adapter, site, delta)}{name}"
                 for tensor, piece in view.pieces(unpack(site.layout, supply.take(key), view.axes)):
                     supply.put(tensor, piece, key)
     supply.rank = None

@@ -19,17 +19,19 @@ import torch
 from torch import Tensor, nn
 
 from lorakit.adapter.adapter import Adapter
-from lorakit.adapter.targets import PRESETS, Targets
-from lorakit.core.delta import LowRank, Method
+from lorakit.adapter.targets import PRESETS, Targets, input_embedding
+from lorakit.core.delta import Delta, LowRank, Method
 from lorakit.core.layer import Adapted
 from lorakit.core.layout import Rows, Site
 from lorakit.core.offset import Offset
 from lorakit.core.stacks import is_router
+from lorakit.core.uniform import is_product
 from lorakit.core.walking import as_patterns, exactly, has_suffix, value_for, walk
 from lorakit.errors import LorakitError
 from lorakit.files.experts import in_stacks, stack_spec, stack_tensors, stacks_of
 from lorakit.files.formats import entries_of, format_of
 from lorakit.files.packing import edit_tensors, pack, spec_in_file, views
+from lorakit.methods.tokens import TokenRows
 
 PREFIX = "base_model.model."
 _WRAPPERS = {
@@ -58,7 +60,7 @@ mixture of experts they are named as parameters, which it leaves alone and compu
 COMMON = frozenset(
     {"peft_type", "task_type", "base_model_name_or_path", "revision", "inference_mode", "auto_mapping", "peft_version",
      "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save", "bias",
-     "rank_pattern", "alpha_pattern", "target_parameters"}
+     "rank_pattern", "alpha_pattern", "target_parameters", "trainable_token_indices", "ensure_weight_tying"}
 )  # fmt: skip
 """Entries of PEFT's configuration that are read for every method."""
 
@@ -82,8 +84,10 @@ def plain_names(model: nn.Module) -> dict[str, str]:
 # -- tensors ---------------------------------------------------------------------------------------------------------------
 
 
-def site_prefix(site: Site) -> str:
-    """Where PEFT puts a site's tensors below its layer."""
+def site_prefix(adapter: Adapter, site: Site, delta: Delta) -> str:
+    """Where PEFT puts the tensors of a site's delta below its layer."""
+    if adapter.beside(delta):
+        return "token_adapter."
     if site.name in ("", "in_proj"):
         return ""
     return f"base_layer.{site.name}." if site.layout.kind == "attention" else f"{site.name}."
@@ -108,10 +112,10 @@ def parts_of(layer: Adapted, adapter: str) -> list[tuple[Site, LowRank]]:
     if not sites or not isinstance(sites[0][0].layout, Rows):
         return []
     for _, delta in sites:
-        if not isinstance(delta, LowRank) or format_of(delta.spec.name).peft != "LORA":
+        if not is_product(delta) or format_of(delta.spec.name).peft != "LORA":
             raise LorakitError(
-                f"save: {layer.path} is split into parts, which PEFT's format has for LoRA alone; its method is "
-                f"{delta.spec.name}."
+                f"save: {layer.path} is split into parts, which PEFT's format has for LoRA without a bias alone; its method "
+                f"is {delta.spec.name}."
             )
     return [(site, cast(LowRank, delta)) for site, delta in sites]
 
@@ -159,8 +163,12 @@ def tensors_of(adapter: Adapter) -> dict[str, Tensor]:
             continue
         for key, delta in layer.deltas_of(adapter.name).items():
             site = layer.sites[key]
+            if adapter.beside(delta) and delta.leader:
+                continue
             for name, view in views(delta, site.layout.kind).items():
-                result[f"{plain[path]}.{site_prefix(site)}{name}"] = pack(site.layout, view.whole(), view.axes)
+                result[f"{plain[path]}.{site_prefix(adapter, site, delta)}{name}"] = pack(
+                    site.layout, view.whole(), view.axes
+                )
     for path, replacement in adapter.replacements():
         for name, tensor in replacement.tensors().items():
             result[replacement_key(adapter, path, plain[path], name)] = tensor.detach()
@@ -268,7 +276,7 @@ def _specs(adapter: Adapter, plain: Mapping[str, str]) -> dict[str, Method]:
     """Plain layer name (or that of a stack of experts) -> the spec that the file gives for it."""
     specs: dict[str, Method] = {}
     for path, layer in adapter.layers.items():
-        deltas = list(layer.deltas_of(adapter.name).values())
+        deltas = [one for one in layer.deltas_of(adapter.name).values() if not adapter.beside(one) and not one.leader]
         stacks = in_stacks(layer, adapter.name)
         for parameter, experts in stacks.items():
             specs[f"{plain[path]}.{parameter}"] = stack_spec(experts)
@@ -289,6 +297,8 @@ def stored(adapter: Adapter) -> tuple[Any, Targets]:
     halves = shifted(adapter)
     stacks = {path: in_stacks(layer, adapter.name) for path, layer in adapter.layers.items()}
     for path, site, delta in adapter.deltas():
+        if adapter.beside(delta) or delta.leader:
+            continue
         where, stack = site.place(path), stacks[path].get(site.weight)
         asked[where] = adapter.targets.spec_for(adapter.method, path, site)
         found[where] = asked[where] if halves else stack_spec(stack) if stack else spec_in_file(delta)
@@ -396,7 +406,16 @@ def config_of(adapter: Adapter, base: str | None = None) -> dict[str, Any]:
         config |= {"target_parameters": bare, "lora_dropout": 0.0, "peft_version": "0.21.2"}
     for field, option in adapter.method.pattern_fields.items():
         config[option] = patterns.get(field, {})
-    return {**config, **whole(adapter, specs)}
+    config |= whole(adapter, specs)
+    rows = {
+        plain[path]: list(delta.spec.tokens)
+        for path, _, delta in adapter.deltas()
+        if isinstance(delta, TokenRows) and adapter.beside(delta) and not delta.leader
+    }
+    if rows and config["peft_type"] not in ("LORA", "ADALORA"):
+        config["peft_type"] += "-TOKENS"  # PEFT has rows that train alone beside these two
+    tying = {"ensure_weight_tying": True} if adapter.targets.ensure_weight_tying else {}
+    return {**config, **tying, **({"trainable_token_indices": rows} if rows else {})}
 
 
 def _is_mixture(model: nn.Module) -> bool:
@@ -445,8 +464,19 @@ def targets_from(
         layers_pattern=(lists,) if isinstance(lists, str) else None if lists is None else tuple(lists),
         patterns={option: config.get(name) or {} for option, name in fields.items()},
         modules_to_save=tuple(saved),
+        trainable_tokens=tokens_in(config, model),
+        ensure_weight_tying=bool(config.get("ensure_weight_tying")),
         bias="lora_only" if bias.endswith("_only") else bias,  # "oft_only" and the like: each method has its own word
     )
+
+
+def tokens_in(config: Mapping[str, Any], model: nn.Module) -> dict[str, tuple[int, ...]]:
+    """The rows that a configuration trains alone, by the name of their table."""
+    given = config.get("trainable_token_indices")
+    if not given:
+        return {}
+    named = given if isinstance(given, Mapping) else {input_embedding(model): given}
+    return {name: tuple(tokens) for name, tokens in named.items()}
 
 
 def asked_targets(modules: str | tuple[str, ...], parameters: Iterable[str]) -> str | tuple[str, ...]:

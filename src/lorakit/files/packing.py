@@ -25,6 +25,7 @@ from lorakit.core.combinator import Combined
 from lorakit.core.delta import Delta, Method
 from lorakit.core.layout import Convolution, Layout, Stored
 from lorakit.core.offset import Offset
+from lorakit.core.tied import Tied
 from lorakit.edits.contract import Edit
 from lorakit.errors import LorakitError
 from lorakit.experts.mixlora import Experts
@@ -34,6 +35,7 @@ from lorakit.methods.ia3 import InputGain
 from lorakit.methods.lokr import LoKrDelta
 from lorakit.methods.lora import LoRA
 from lorakit.methods.relora import ReLoRADelta
+from lorakit.methods.tokens import TokenRows
 
 
 @dataclass(frozen=True)
@@ -146,6 +148,24 @@ def _(delta: Experts, kind: str) -> dict[str, View]:
         for e, expert in enumerate(delta.experts)
         for name, view in views(cast(Delta, expert), kind).items()
     }
+
+
+@views.register
+def _(delta: TokenRows, kind: str) -> dict[str, View]:
+    described = format_of(delta.spec.name).tensors["R"]
+    return {described: View((delta.rows().detach(),))}
+
+
+@views.register
+def _(delta: Tied, kind: str) -> dict[str, View]:
+    (leader,), row = delta.leader, format_of(delta.spec.name)
+    given = views(leader, "embedding")
+    theirs, own = row.kinds.get("embedding", row.tensors), row.kinds.get(kind, row.tensors)
+    result = {}
+    for letter, other in (("A", "B"), ("B", "A")):
+        view, (name, _, axes) = given[theirs[other].partition(":")[0]], own[letter].partition(":")
+        result[name] = View(tuple(tensor.T for tensor in view.tensors), axes, 1 - view.dim)
+    return result
 
 
 @views.register

@@ -13,8 +13,10 @@ what it has of them. Training, generation, evaluation, merging and serving all m
 from __future__ import annotations
 
 import dataclasses
+import datetime
 import json
 import logging
+import re
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -47,7 +49,8 @@ class Prompt:
         stop: the tokens that end an answer besides the model's own, as text.
         opens: the tokenizer's first tokens (a BOS) are put before the text instead of being read from it; they differ only
             for tokenizers that treat the beginning of a text in a way of its own.
-        given: what the training was given, as plain data: "template", "system", "arguments".
+        given: what the training was given, as plain data: "template", "system", "arguments", and the "date" that the template
+            writes where it would write that of the day.
         tokenizer: the folder whose tokenizer belongs to it; None: the base's.
         place: where it was found, in words.
     """
@@ -148,6 +151,33 @@ def literal(value: Any) -> str:
     return "none" if value is None else json.dumps(value, ensure_ascii=False)
 
 
+_TODAY = re.compile(r"""\bstrftime_now\(\s*(?:format\s*=\s*)?(["'])(.*?)\1\s*\)""")
+"""Where a chat template writes the time at which it is asked."""
+
+
+def writes_date(template: str | None) -> bool:
+    """Whether a chat template writes the date on which it is used."""
+    return template is not None and "strftime_now(" in template
+
+
+def at_date(template: str, date: datetime.date) -> str:
+    """A chat template that writes this date, whenever it is used: else the model would be asked otherwise every day.
+
+    Raises:
+        LorakitError: how it writes the date is decided while it runs.
+    """
+    fixed = _TODAY.sub(
+        lambda found: literal(datetime.datetime.combine(date, datetime.time()).strftime(found[2])), template
+    )
+    if writes_date(fixed):
+        raise LorakitError(
+            "data.template: the chat template calls strftime_now with a format that is no plain text, so that the date cannot "
+            "be fixed, and the model would be asked otherwise every day. Give a data.template that writes it by "
+            'strftime_now("%d %b %Y"), or none.'
+        )
+    return fixed
+
+
 def complete(template: str, system: str | None, arguments: Mapping[str, Any]) -> str:
     """A chat template with its arguments and the system message of conversations that have none written into it."""
     lines = [
@@ -194,6 +224,35 @@ def as_chat(pieces: Sequence[str], names: Sequence[str], system: str | None, ope
         f"{{%- elif message['role'] == 'assistant' -%}}{{{{- text ~ {literal(pieces[-1] + ending)} -}}}}"
         f"{{%- else -%}}{{{{- {asked} -}}}}{{%- endif -%}}{{%- endfor -%}}"
     )
+
+
+def tuned_prompt(base: Path, tuned: Path) -> Prompt | None:
+    """How a fine-tuned model is asked, where that is not how its base is: chat template, tokens that end an answer, tokenizer.
+    None where nothing differs, or a folder has no tokenizer."""
+    import transformers
+
+    found = []
+    for folder in (base, tuned):
+        try:
+            tokenizer = transformers.AutoTokenizer.from_pretrained(str(folder))
+            settings = folder / "generation_config.json"
+            ends = json.loads(settings.read_text("utf-8")).get("eos_token_id") if settings.is_file() else None
+        except (OSError, ValueError) as problem:
+            log.warning("the tokenizer of %s cannot be read (%s), so no prompt is kept", folder, first_line(problem))
+            return None
+        ends = ends if isinstance(ends, list) else [ends]
+        found.append((tokenizer, {*tokenizer.convert_ids_to_tokens([*end_ids(tokenizer), *filter(_is_id, ends)])}))
+    (before, stops), (after, others) = found
+    own = before.get_vocab() != after.get_vocab()
+    if before.chat_template == after.chat_template and not own and others <= stops:
+        return None
+    template = after.get_chat_template() if after.chat_template else None
+    place = f"the chat template of {tuned}" if template else f"the tokenizer of {tuned}"
+    return Prompt(template, tuple(sorted(others - stops)), tokenizer=tuned if own else None, place=place)
+
+
+def _is_id(value: Any) -> bool:
+    return isinstance(value, int)
 
 
 # -- tokens ------------------------------------------------------------------------------------------------------------------

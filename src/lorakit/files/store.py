@@ -11,7 +11,9 @@ import contextlib
 import dataclasses
 import json
 import logging
+import os
 import re
+import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -23,6 +25,7 @@ from lorakit.adapter.adapter import Adapter, adapters
 from lorakit.adapter.attachment import detach
 from lorakit.adapter.construction import build, build_edits
 from lorakit.adapter.targets import Targets, select
+from lorakit.core.injection import ties
 from lorakit.core.layout import Stored
 from lorakit.core.stacks import stacked_sites
 from lorakit.core.state import state_of
@@ -48,7 +51,7 @@ from lorakit.files.bundle import (
     write_bundle,
 )
 from lorakit.files.experts import read_stacks
-from lorakit.files.filling import Complain, Supply, fill, fill_replacements
+from lorakit.files.filling import Complain, Same, Supply, fill, fill_replacements
 from lorakit.files.fingerprint import check, fingerprint
 from lorakit.files.folder import replace_folder
 from lorakit.files.formats import ending_of, format_of, known_entries, spec_from_peft
@@ -96,6 +99,36 @@ def save(
         LorakitError: the adapter is on no model, the method has no file format, a tensor holds a NaN, or writing failed;
             the folder is as it was.
     """
+    bundle = contents(adapter, folder, base, record, stored_weight)
+    target = Path(folder).expanduser()
+    if isinstance(adapter.method, RouterSpec):
+        bundle.own["members"] = _save_members(adapter, target, base)
+    prompt = prompt or adapter.prompt
+    replace_folder(
+        target,
+        lambda fresh: write_bundle(fresh, bundle.config, bundle.tensors, bundle.own, prompt),
+        content_with(prompt),
+    )
+    return target
+
+
+def contents(
+    adapter: Adapter,
+    folder: str | Path,
+    base: str | None = None,
+    record: Mapping[str, Any] | None = None,
+    stored_weight: Callable[[str], Tensor] | None = None,
+    sampled: Mapping[str, Any] | None = None,
+) -> Bundle:
+    """What the files of an adapter hold that is about to be written, but for the members of a router.
+
+    Args:
+        adapter, folder, base, record, stored_weight: as for `save`.
+        sampled: the fingerprint of the base, where it is known already.
+
+    Raises:
+        LorakitError: as `save`; nothing is written.
+    """
     if adapters(adapter.model).get(adapter.name) is not adapter:
         raise LorakitError(
             f"save: adapter {adapter.name!r} has been taken off its model, and its tensors with it; save it before lk.detach "
@@ -109,20 +142,14 @@ def save(
     method, targets = stored(adapter)
     found = {
         "name": config["base_model_name_or_path"],
-        "fingerprint": fingerprint(adapter, stored_weight),
+        "fingerprint": sampled or fingerprint(adapter, stored_weight),
         "quantization": _quantization(adapter.model),
     }
     own = own_data(method.to_dict(), targets.as_data(), found, record or {}, shifted(adapter))
     for value, name in ((config, CONFIG), (own, OWN)):
         plain(value, name)  # refused before anything is written
-
     _warn_of_own_forwards(adapter)
-    target = Path(folder).expanduser()
-    if isinstance(method, RouterSpec):
-        own["members"] = _save_members(adapter, target, base)
-    prompt = prompt or adapter.prompt
-    replace_folder(target, lambda fresh: write_bundle(fresh, config, tensors, own, prompt), content_with(prompt))
-    return target
+    return Bundle(Path(folder), config, own, tensors)
 
 
 Adapter.writer = save
@@ -161,6 +188,35 @@ def _save_members(adapter: Adapter, folder: Path, base: str | None) -> list[list
         path = save(adapters(adapter.model)[name], folder / MEMBERS / name, base)
         members.append([name, read_own(path)["files"][TENSORS]])
     return members
+
+
+def save_within(bundle: Bundle, adapter: Adapter, base: str | None = None, earlier: Path | None = None) -> None:
+    """Write an adapter's files beside others into a folder that is not used yet (a checkpoint that is being made).
+
+    Args:
+        bundle: what `contents` gave.
+        adapter: of which it is; the members of a router are written too.
+        base: the base model's name for the file.
+        earlier: an earlier folder of this router: its members, which nobody has changed, are linked instead of written.
+
+    Raises:
+        OSError: a file cannot be written.
+    """
+    own = bundle.own
+    if isinstance(adapter.method, RouterSpec):
+        known = read_own(earlier).get("members") if earlier is not None and (earlier / MEMBERS).is_dir() else None
+        if known is not None and earlier is not None:
+            shutil.copytree(earlier / MEMBERS, bundle.folder / MEMBERS, copy_function=_link)
+        own = {**own, "members": known or _save_members(adapter, bundle.folder, base)}
+    write_bundle(bundle.folder, bundle.config, bundle.tensors, own, adapter.prompt)
+
+
+def _link(source: str, target: str) -> None:
+    """A second name for a file, or a copy where the file system has none."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copy2(source, target)
 
 
 # -- loading -----------------------------------------------------------------------------------------------------------------
@@ -260,18 +316,40 @@ def refill(adapter: Adapter, bundle: Bundle, places: Places | None = None) -> Pl
     where = bundle.folder / TENSORS
     if places is None:
         plain = plain_names(adapter.model)
-        named, config = names_in(bundle.tensors, plain, where), bundle.config
-        if not bundle.own:
-            named, config = under_todays_names(named, config, adapter.model, plain)
-        if any(layer.stack is not None for layer in adapter.layers.values()):
-            named = read_stacks(named, config, adapter.model, plain, _own_targets(bundle)).tensors
-        tensors = _described(adapter.method, named, bundle)
+        tensors = _for_filling(adapter, bundle, plain)
         places = _places(fill(adapter, tensors, plain, bundle.folder, _complaints(strict=True)), bundle)
     else:
         supply = Supply(bundle.tensors, where)
         for target, key in places:
             supply.put(target, supply.take(key), key)
     return places
+
+
+def _for_filling(adapter: Adapter, bundle: Bundle, plain: Mapping[str, str]) -> Mapping[str, Tensor]:
+    """The tensors of a folder under the names by which an adapter of its frame is filled."""
+    named, config = names_in(bundle.tensors, plain, bundle.folder / TENSORS), bundle.config
+    if not bundle.own:
+        named, config = under_todays_names(named, config, adapter.model, plain)
+    if any(layer.stack is not None for layer in adapter.layers.values()):
+        named = read_stacks(named, config, adapter.model, plain, _own_targets(bundle)).tensors
+    return _described(adapter.method, named, bundle)
+
+
+def kept_in(adapter: Adapter, bundle: Bundle) -> list[tuple[Tensor, Tensor]]:
+    """The tensors of an adapter, or parts of them, that its file holds to the bit: (tensor of the adapter, the same in the
+    file), each a view of the whole one. What a file holds in another form (folded, scaled, of masked ranks) is not among them.
+    """
+    if adapter.edits:
+        held = {tensor.data_ptr(): tensor for tensor in bundle.tensors.values()}
+        own = [tensor for tensor in adapter.state_dict().values() if tensor.is_contiguous()]
+        there = [(tensor, held[tensor.data_ptr()]) for tensor in own if tensor.data_ptr() in held]
+        return [(one, other.view(one.shape)) for one, other in there if one.numel() == other.numel()]
+    plain, supply = plain_names(adapter.model), Same(bundle.tensors, bundle.folder / TENSORS)
+    try:
+        fill(adapter, _for_filling(adapter, bundle, plain), plain, bundle.folder, log.debug, supply)
+    except LorakitError as problem:  # as a method that is written as another one
+        log.debug("checkpoint: %s", problem)
+    return supply.copies
 
 
 def _places(copies: Sequence[tuple[Tensor, Tensor]], bundle: Bundle) -> Places | None:
@@ -469,7 +547,8 @@ def _resolved(
         values = {path: value_for(patterns, plain[path]) for path in paths}
         exact[option] = {exactly(path): value for path, value in values.items() if value is not None}
     saved = tuple(actual.get(name, name) for name in targets.modules_to_save)
-    return dataclasses.replace(resolved, modules_to_save=saved, patterns=exact)
+    tokens = {actual.get(name, name): rows for name, rows in targets.trainable_tokens.items()}
+    return dataclasses.replace(resolved, modules_to_save=saved, patterns=exact, trainable_tokens=tokens)
 
 
 def _check_targets(
@@ -497,7 +576,8 @@ def _check_targets(
             f"load: the configuration targets {missing[0]} ({len(missing)} such layers), for which the file holds no "
             "tensors."
         )
-    extra = [path for path in found if path not in set(selected)]
+    shared = ties(modules)  # a head follows the embedding that it is tied to, unasked
+    extra = [path for path in found if set(selected).isdisjoint((path, *shared.get(path, ())))]
     if extra:
         complain(
             f"load: the file holds tensors for {extra[0]} ({len(extra)} such layers), which its configuration does not "

@@ -26,6 +26,7 @@ from lorakit.methods.randlora import RandLoRA as RandLoRA
 from lorakit.methods.relora import ReLoRA as ReLoRA
 from lorakit.methods.shira import SHiRA as SHiRA
 from lorakit.methods.tiedlora import TiedLoRA as TiedLoRA
+from lorakit.methods.tokens import TrainableTokens as TrainableTokens
 from lorakit.methods.vblora import VBLoRA as VBLoRA
 from lorakit.methods.vera import VeRA as VeRA
 
@@ -55,4 +56,5 @@ METHODS: dict[str, type[Method]] = {
     "ia3": IA3,
     "bitfit": BitFit,
     "full": Full,
+    "trainable-tokens": TrainableTokens,
 }

@@ -9,6 +9,7 @@ the zero one. One running example: a 576 → 1536 layer at rank 16 trains 16 · 
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from dataclasses import dataclass
 from typing import Any
@@ -16,8 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lorakit.core.delta import Card, Delta, LowRank, Pool, Shape
+from lorakit.core.delta import Card, Delta, Form, LowRank, Pool, Shape
 from lorakit.core.options import option
+from lorakit.errors import LorakitError
 from lorakit.methods.options import Bounded, Scaled, alpha_option, dropout_option, rank_option
 
 
@@ -44,10 +46,23 @@ class LoRA(LoRAOptions):
     card = Card(
         title="LoRA",
         formula="ΔW = s B A, s = alpha / rank (rsLoRA: alpha / √rank)",
-        parameters=lambda shape, spec: spec.rank * (shape.out + shape.in_),
+        parameters=lambda shape, spec: spec.rank * (shape.out + shape.in_) + shape.out * spec.lora_bias,
         paper="arXiv 2106.09685; rsLoRA arXiv 2312.03732",
         use="The default: cheap, merges exactly, every server reads it.",
     )
+
+    lora_bias: bool = option(False, "a bias trained beside B: s b is added to the layer's bias", peft="lora_bias")
+
+    def check(self, shape: Shape, path: str) -> None:
+        super().check(shape, path)
+        if self.lora_bias and shape.lookup:
+            raise LorakitError(
+                f"attach: lora_bias=True adds a bias, and {path} is an embedding, which has no place for one. Leave it out of "
+                "the target modules, or give it an adapter of its own."
+            )
+
+    def build(self, shape: Shape, pool: Pool) -> Delta:
+        return (BiasedDelta if self.lora_bias else LoRADelta)(self, shape, pool)
 
 
 class Trained(Delta):
@@ -81,6 +96,23 @@ class LoRADelta(TwoFactors, of=LoRA):
 
     def factors(self) -> tuple[Tensor, Tensor]:
         return self.B, self.A
+
+
+class BiasedDelta(LoRADelta):
+    """A and B of one matrix, and b (out,), which starts at zero and is scaled as their product is."""
+
+    def __init__(self, spec: LoRAOptions, shape: Shape, pool: Pool) -> None:
+        super().__init__(spec, shape, pool)
+        self.b = nn.Parameter(torch.zeros(shape.out))
+
+    def shift(self, b: Tensor | None) -> Tensor | None:
+        return self.scale * self.b
+
+    def form(self, W: Tensor, b: Tensor | None) -> Form:
+        return dataclasses.replace(super().form(W, b), bias=self.shift(b))
+
+    def roles(self) -> dict[str, str]:
+        return {**super().roles(), "b": "bias"}
 
 
 def start_factors(shape: Shape, rank: int) -> tuple[Tensor, Tensor]:

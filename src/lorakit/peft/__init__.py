@@ -117,6 +117,7 @@ _ELSEWHERE = {
                 "IA3Model",
             ),
             *("LoHaModel", "LoKrModel", "OFTModel", "RandLoraModel", "ShiraModel", "VBLoRAModel", "VeraModel"),
+            "TrainableTokensModel",
         ),
         "get_peft_model",
     ),
@@ -162,7 +163,7 @@ _ELSEWHERE = {
                 "Shadow",
                 "Supertuning",
             ),
-            *("TinyLora", "TrainableTokens", "UniLora", "WaveFT"),
+            *("TinyLora", "UniLora", "WaveFT"),
         )
     },
 }

@@ -13,6 +13,7 @@ from torch import nn
 
 from lorakit.adapter.adapter import Adapter
 from lorakit.adapter.attachment import attach
+from lorakit.adapter.targets import input_embedding
 from lorakit.core.delta import LowRank, Method
 from lorakit.core.walking import has_suffix, walk
 from lorakit.edits.contract import EditMethod
@@ -21,6 +22,7 @@ from lorakit.files.formats import format_of, known_entries, spec_from_peft
 from lorakit.files.interchange import COMMON, asked_targets, heads_for
 from lorakit.init import EVA, CorDA, Initialiser, LoftQ, LoRAGA, Orthogonal, PiSSA
 from lorakit.init.calibration import Batch
+from lorakit.methods.tokens import TokenRows
 from lorakit.peft.configs import PeftConfig, default_of
 from lorakit.peft.layers import as_tuner_layers
 from lorakit.peft.targets import default_targets, feedforward_targets
@@ -65,6 +67,8 @@ def attach_config(
             layers=None if options.get("layers_to_transform") == [] else options.get("layers_to_transform"),
             layers_pattern=options.get("layers_pattern") or None,
             patterns=_patterns(cast(Method, spec), options),
+            trainable_tokens=options.get("trainable_token_indices"),
+            ensure_weight_tying=bool(options.get("ensure_weight_tying")),
             modules_to_save=saved,
             bias="lora_only" if str(options.get("bias", "none")).endswith("_only") else options.get("bias", "none"),
             init=start,
@@ -118,7 +122,9 @@ def _patterns(spec: Method, options: dict[str, Any]) -> dict[str, dict[str, Any]
 
 def _targets(model: nn.Module, options: dict[str, Any]) -> Any:
     targets, parameters = options.get("target_modules"), options.get("target_parameters") or ()
-    if targets is None and not parameters:
+    if options["peft_type"] == "TRAINABLE_TOKENS":
+        targets = targets or [input_embedding(model)]
+    elif targets is None and not parameters:
         targets = default_targets(options["peft_type"], getattr(getattr(model, "config", None), "model_type", None))
     return asked_targets(targets if isinstance(targets, str) else tuple(targets or ()), parameters)
 
@@ -174,6 +180,10 @@ def _loftq(own: dict[str, Any]) -> LoftQ:
 def _away_from_base(adapter: Adapter) -> None:
     """PEFT's `init_lora_weights=False`: the factor that starts at zero is drawn as the other is, so that the adapter acts."""
     for _, _, delta in adapter.deltas():
+        if isinstance(delta, TokenRows):
+            if not adapter.beside(delta):
+                nn.init.normal_(delta.rows())
+            continue
         if not isinstance(delta, LowRank) or getattr(delta, "B", None) is None:
             raise LorakitError(
                 f"init_weights=False is not offered for {adapter.method.name}; only for methods with B and A."

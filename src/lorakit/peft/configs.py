@@ -200,7 +200,7 @@ class PromptLearningConfig(PeftConfig):
 
 def _made(name: str, base: type, values: Mapping[str, Any], what: str) -> Any:
     entries = [
-        (key, Any, field(default_factory=type(value)) if isinstance(value, dict) else field(default=value))
+        (key, Any, field(default_factory=type(value)) if isinstance(value, dict | list) else field(default=value))
         for key, value in values.items()
     ]
     made = make_dataclass(name, entries, bases=(base,), namespace={"__doc__": what, "__module__": __name__})
@@ -299,6 +299,11 @@ _TABLE: dict[str, tuple[str, type, dict[str, Any]]] = {
         | {"randlora_alpha": 640},
     ),
     "ShiraConfig": ("SHIRA", PeftConfig, {**_MATRICES, "r": 32, "mask_type": "random", "random_seed": None}),
+    "TrainableTokensConfig": (
+        "TRAINABLE_TOKENS",
+        PeftConfig,
+        {"token_indices": [], "target_modules": None, "init_weights": True},
+    ),
     "VBLoRAConfig": (
         "VBLORA",
         PeftConfig,

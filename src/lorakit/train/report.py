@@ -30,7 +30,8 @@ CARD, CONFIG, METRICS, CURVES = "README.md", "train.yaml", "metrics.jsonl", "cur
 @dataclass(frozen=True)
 class RunRecord:
     """The facts of a run for its report. Counts are the whole run's, across resumes; `seconds` this session's. `classes` are a
-    classifier's, by their index; `prompt` is what an answer follows in the first training row, as text."""
+    classifier's, by their index; `lineage` the adapters that it goes on from, the oldest first; `prompt` is what an answer
+    follows in the first training row, as text."""
 
     name: str
     base: str
@@ -64,6 +65,7 @@ class RunRecord:
     quantize: str | None = None
     prompt: str = ""
     coverage: Coverage | None = None
+    lineage: Sequence[Mapping[str, Any]] = ()
 
     @property
     def measured(self) -> dict[str, Evaluation]:
@@ -292,7 +294,13 @@ def _facts(record: RunRecord) -> list[tuple[str, str]]:
         ),
         ("versions", ", ".join(f"{name} {version}" for name, version in record.versions.items())),
         *([("checkpoint", record.checkpoint)] if record.checkpoint else []),
+        *([("goes on from", ", then ".join(map(_ancestor, record.lineage)))] if record.lineage else []),
     ]
+
+
+def _ancestor(one: Mapping[str, Any]) -> str:
+    steps = f", {plural(one['steps'], 'step')}" if one.get("steps") else ""
+    return f"`{one['adapter']}` (sha256 {str(one['sha256'])[:12]}{steps})"
 
 
 def _reached(coverage: Coverage | None) -> list[tuple[str, str]]:

@@ -13,6 +13,7 @@ import dataclasses
 import logging
 import os
 import platform
+import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -32,7 +33,9 @@ from lorakit.errors import LorakitError, plural
 from lorakit.experts import RouterSpec
 from lorakit.experts.attachment import route
 from lorakit.files.interchange import heads_for
+from lorakit.files.prompt import Prompt, read_prompt
 from lorakit.files.store import load
+from lorakit.files.vocabulary import add_tokens, grow, make_room, token_rows
 from lorakit.models.evaluating import evaluating
 from lorakit.models.loading import load_model
 from lorakit.models.quantisation import Holding, holding
@@ -40,6 +43,7 @@ from lorakit.models.tasks import check_causal
 from lorakit.train import run_checkpoint as checkpoint
 from lorakit.train.check import check_options
 from lorakit.train.config.run import TrainConfig, to_tree, to_yaml
+from lorakit.train.continuing import continued, plain_options, resolved, source_of
 from lorakit.train.data.calibration_batches import calibration_batches
 from lorakit.train.data.classification import LabelledExample, class_names, prepare_labels
 from lorakit.train.data.examples import Prepared, choice_ids, load_splits, prepare, questions
@@ -99,36 +103,60 @@ def train(config: TrainConfig, *, console: Console | None = None) -> TrainResult
         raise LorakitError(
             "train.precision: fp16 training is not supported (no loss scaling). Use bf16 or fp32; auto chooses."
         )
-    if int(os.environ.get("RANK", "0")):  # one process of several writes
-        return _run(config, console)
-    with checkpoint.claimed(Path(options.output), options.resume, config.overwrite):
-        return _run(config, console)
+    with contextlib.ExitStack() as stack:
+        if not int(os.environ.get("RANK", "0")):  # one process of several writes
+            stack.enter_context(checkpoint.claimed(Path(options.output), options.resume, config.overwrite))
+        beside = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        return _run(config, console, beside)
 
 
-def _run(config: TrainConfig, console: Console | None) -> TrainResult:
+def _run(config: TrainConfig, console: Console | None, beside: Path) -> TrainResult:
+    """The run; `beside` is a folder for what belongs to the adapter and has no other place before it is saved."""
     options = config.train
     check_options(options)
+    if options.resume and config.data.date is None:
+        config = config.replace(
+            data__date=checkpoint.date_of(checkpoint.find_checkpoint(Path(options.output), options.resume))
+        )
+    source = source_of(config)
     train_rows, held_rows = load_splits(config.data)
     device = "cuda" if torch.cuda.is_available() else None
     model, tokenizer = load_base(config, train_rows, device=device)
     if config.task == "causal-lm":
         check_causal(model, config.model)
     classes = class_list(model) if config.task == "seq-cls" else None
+    if source is not None:
+        tokenizer = source.tokenizer(tokenizer)
+        config = config.replace(data=source.data(config.data, train_rows))
+        source.check_tokens(config.data, tokenizer)
+        make_room(model, [source.folder])
+    tokens = add_tokens(tokenizer, config.data.special_tokens) if source is None else []
+    if tokens:
+        grow(model, len(tokenizer))
     prepared = _prepared("data", train_rows, tokenizer, config, classes)
     held = evaluation_set(held_rows, tokenizer, config, classes) if held_rows is not None else None
 
     base = holding(model)
     transformers.set_seed(options.seed)
-    batches = calibration_batches(prepared.examples, config.init, options.seed)
+    batches = calibration_batches(prepared.examples, config.init, options.seed) if source is None else None
     if batches is not None:
         needs = (config.init.name, config.init.needs, plural(len(batches), "batch", "batches"))
         log.info("init %s measures the %s of every layer on %s", *needs)
-    if isinstance(config.method, RouterSpec):
+    if source is not None:
+        adapter = continued(config, model, source, classes)
+        config = resolved(config, adapter)
+    elif isinstance(config.method, RouterSpec):
         adapter = _routed(config, model)
     else:
         method = config.method.with_tokenizer(tokenizer) if isinstance(config.method, EditMethod) else config.method
         originals = float_weights(config, model)
-        adapter = attach(model, method, **attach_arguments(config, model), batches=batches, originals=originals)
+        arguments = {**attach_arguments(config, model), "batches": batches, "originals": originals}
+        rows = token_rows(model, tokens, arguments["modules_to_save"] or ())
+        adapter = attach(model, method, **arguments, trainable_tokens=rows)
+    adapter.prompt = (prepared.prompt if source is None else source.along(prepared.prompt)) or adapter.prompt
+    if tokens:
+        tokenizer.save_pretrained(beside)
+        adapter.prompt = dataclasses.replace(adapter.prompt or Prompt(None), tokenizer=beside)
     log.info("adapter: %s", describe(adapter, base.numbers))
     path = path_for(config, model)
     with contextlib.ExitStack() as stack:
@@ -138,15 +166,19 @@ def _run(config: TrainConfig, console: Console | None) -> TrainResult:
         stack.enter_context(recomputing(model, options.memory))
         evaluated = held.examples if held else None
         trainer = LoraTrainer(model, adapter, config, prepared.examples, evaluated, path=path, console=console)
+        lineage = [] if source is None else list(source.lineage)
+        trainer.record["lineage"] = lineage
         start = time.perf_counter()
         trainer.train_from(options.resume)
         seconds = time.perf_counter() - start
         with use(model, adapter.name):
             after = examine(model, tokenizer, held, config, path) if held else None
     record = _record(config, adapter, tokenizer, base, prepared, held, trainer, before, after, seconds)
+    record = dataclasses.replace(record, lineage=lineage)
     history = list(trainer.state.log_history)
     if trainer.is_world_process_zero():
-        adapter.save(options.output, base=config.model, record=record.as_dict(), prompt=prepared.prompt)
+        adapter.save(options.output, base=config.model, record=record.as_dict())
+        adapter.prompt = read_prompt(options.output)
         write_report(options.output, record, to_yaml(config.replace(overwrite=False)), history)
         if record.stopped is None:
             checkpoint.finish(Path(options.output))
@@ -273,7 +305,7 @@ def describe_targets(config: TrainConfig) -> str:
 def describe(adapter: Adapter, base_parameters: int) -> str:
     """An adapter in one line: its method, how many layers, how large, against the base."""
     options = ", ".join(
-        f"{name} {value}" for name, value in _options(adapter.method).items() if value not in (None, False, ())
+        f"{name} {value}" for name, value in plain_options(adapter.method).items() if value not in (None, False, ())
     )
     places = len(adapter.edits)
     where = f"at {plural(places, 'place')}" if places else f"on {plural(len(adapter.layers), 'layer')}"
@@ -345,7 +377,7 @@ def _record(
         classes=class_list(trainer.bare) if config.task == "seq-cls" else (),
         prompt=_shown_prompt(tokenizer, prepared.examples[0]),
         method=type(config.method).__name__,
-        method_options=_options(config.method),
+        method_options=plain_options(config.method),
         targets=describe_targets(config),
         coverage=coverage_of(adapter) if adapter.layers else None,
         parameters=adapter.num_parameters(),
@@ -388,15 +420,6 @@ def _samples(answers: Sequence[Answer], count: int) -> list[Answer]:
     wrong = [answer for answer in answers if not answer.right][: min(1, count)]
     right = [answer for answer in answers if answer.right][: count - len(wrong)]
     return [*right, *wrong]
-
-
-def _options(method: Any) -> dict[str, Any]:
-    """A spec's options as plain values, an inner spec's among them."""
-    plain: dict[str, Any] = {}
-    for one in dataclasses.fields(method):
-        value = getattr(method, one.name)
-        plain |= _options(value) if dataclasses.is_dataclass(value) else {one.name: value}
-    return plain
 
 
 def _version(package: str) -> str | None:

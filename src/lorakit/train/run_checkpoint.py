@@ -1,15 +1,17 @@
-"""Checkpoints of a run: the adapter and what is needed to resume exactly, and nothing of the base model.
+"""Checkpoints of a run: an adapter's folder, what is needed to resume exactly beside it, and nothing of the base model.
 
     checkpoint-120/
-        adapter_state.safetensors   the adapter's tensors, exact
+        adapter_config.json  adapter_model.safetensors  lorakit.json  chat_template.jinja  ...   the adapter, as ever
+        adapter_state.safetensors   the tensors that the adapter's file holds in another form or not at all, and where in that
+                                    file each of the others is
         schedule_state.safetensors  what its schedule remembers, where the method has one
         optimizer.pt  scheduler.pt  rng_state.pth  trainer_state.json      written by transformers
         checkpoint.json             written last: the run's configuration, its data, every file's size and
         hash
 
-A checkpoint without `checkpoint.json` was being written when the run was killed. One whose files do not agree
-with it is damaged. One of another configuration or of other rows would go on as a run that never was. Each is
-refused with the reason; nothing is loaded in part.
+Whatever loads an adapter loads a checkpoint. One without `checkpoint.json` was being written when the run was killed.
+One whose files do not agree with it is damaged. One of another configuration or of other rows would go on as a run
+that never was. Each is refused with the reason; nothing is loaded in part.
 """
 
 from __future__ import annotations
@@ -25,14 +27,21 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
 from lorakit.errors import LorakitError, plural
-from lorakit.files.bundle import CONFIG, CONTENT
+from lorakit.files.bundle import CONFIG, CONTENT, OWN, TENSORS, read_own
 from lorakit.files.folder import check_place, claim, locked, write_whole
-from lorakit.files.prompt import TEMPLATE
+from lorakit.files.prompt import TEMPLATE, read_prompt
+from lorakit.files.store import contents, kept_in, save_within
 from lorakit.train.report import CARD, CURVES, METRICS
 from lorakit.train.report import CONFIG as RUN
 
 if TYPE_CHECKING:
+    from lorakit.adapter.adapter import Adapter
     from lorakit.train.data.examples import Example
 
 log = logging.getLogger("lorakit.train")
@@ -59,11 +68,26 @@ FREE = {
     "train.early_stopping_patience",
     "train.evaluation_batch_size",
     "data.evaluation_limit",
+    "data.date",  # the rows say whether it moves anything
 }
 """Options that may differ between a checkpoint and the run that resumes from it: they move no parameter."""
 
-LENGTH = {"train.epochs", "train.max_steps"}
-"""Options that may differ too, since a run may be made longer; the learning rate then follows the new length."""
+MAY_CHANGE = {"train.epochs", "train.max_steps", "train.learning_rate"}
+"""Options that may differ too: from here on the learning rate follows the schedule of the new run."""
+
+UNSAID = {"overwrite", "train.output", "train.resume", "data.date"}
+"""Options that may differ without a word."""
+
+REASONS = {
+    "model quantize task train.precision": "the base would be another",
+    "method adapters init target_modules exclude_modules layers patterns modules_to_save bias continue_from": (
+        "the adapter would be another"
+    ),
+    "data": "the rows would be others",
+    "train.seed train.batch_size train.gradient_accumulation": "its batches would be others",
+    "train": "its steps would be others than those that were made",
+}
+"""Why an option may not differ; the first that fits."""
 
 
 def digest_examples(examples: Iterable[Example]) -> str:
@@ -75,10 +99,70 @@ def digest_examples(examples: Iterable[Example]) -> str:
     return digest.hexdigest()
 
 
+# -- the adapter's tensors ---------------------------------------------------------------------------------------------------
+
+
+def write_adapter(
+    folder: Path, adapter: Adapter, base: str, record: Mapping[str, Any], sampled: Mapping[str, Any] | None = None
+) -> Mapping[str, Any]:
+    """Write the adapter of a checkpoint: its folder as ever, and beside that what its file does not hold to the bit, and where
+    it holds the rest.
+
+    Returns the base's fingerprint, to be given again as `sampled`: the base is frozen, and slow to read where it is quantised.
+
+    Raises:
+        OSError, SafetensorError: it cannot be written.
+        LorakitError: the adapter cannot be saved.
+    """
+    bundle = contents(adapter, folder, base, record, sampled=sampled)
+    others = (one for one in reversed(checkpoints_in(folder.parent.parent)) if one.name != folder.name)
+    save_within(bundle, adapter, base, next(others, None))
+    state = adapter.state_dict()
+    files = {tensor.untyped_storage().data_ptr(): (key, tensor) for key, tensor in bundle.tensors.items()}
+    own = {tensor.untyped_storage().data_ptr(): name for name, tensor in state.items()}
+    found: dict[str, dict[str, list[Any]]] = {}
+    for target, value in kept_in(adapter, bundle):
+        name, file = own.get(target.untyped_storage().data_ptr()), files.get(value.untyped_storage().data_ptr())
+        if name is not None and file is not None:
+            piece = [*_view(target, state[name]), file[0], *_view(value, file[1])]
+            found.setdefault(name, {})[str(piece)] = piece
+    whole = {
+        name: [list(state[name].shape), str(state[name].dtype).removeprefix("torch."), list(pieces.values())]
+        for name, pieces in found.items()
+        if sum(torch.Size(piece[0]).numel() for piece in pieces.values()) == state[name].numel()
+    }
+    # Copies of their own: tensors that share memory cannot be written side by side.
+    rest = {name: tensor.contiguous().clone() for name, tensor in state.items() if name not in whole}
+    save_file(rest, folder / ADAPTER, metadata={"kept": json.dumps(whole)})
+    fingerprint: Mapping[str, Any] = bundle.own["base"]["fingerprint"]
+    return fingerprint
+
+
+def _view(part: Tensor, whole: Tensor) -> tuple[list[int], list[int], int]:
+    """Shape, strides and offset of a view within a contiguous tensor."""
+    return list(part.shape), list(part.stride()), int(part.storage_offset() - whole.storage_offset())
+
+
+def read_state(folder: Path) -> dict[str, Tensor]:
+    """The adapter's tensors of a checkpoint, to the bit."""
+    with safe_open(folder / ADAPTER, framework="pt") as file:
+        kept = json.loads((file.metadata() or {}).get("kept", "{}"))  # one of an earlier version has them all here
+    state, written = load_file(folder / ADAPTER), load_file(folder / TENSORS) if kept else {}
+    for name, (shape, dtype, pieces) in kept.items():
+        state[name] = torch.empty(shape, dtype=getattr(torch, dtype))
+        for *target, key, size, stride, offset in pieces:
+            state[name].as_strided(*target).copy_(written[key].contiguous().view(-1).as_strided(size, stride, offset))
+    return state
+
+
+# -- the seal ----------------------------------------------------------------------------------------------------------------
+
+
 def write_manifest(folder: Path, *, config: Mapping[str, Any], data: str, step: int, findings: Sequence[str]) -> None:
     """Seal a checkpoint: only from now on is it one."""
+    known = {TENSORS: read_own(folder)["files"][TENSORS]} if (folder / OWN).is_file() else {}
     files = {
-        path.name: {"size": path.stat().st_size, "sha256": _digest(path)}
+        path.name: {"size": path.stat().st_size, "sha256": known.get(path.name) or _digest(path)}
         for path in sorted(folder.iterdir())
         if path.is_file() and path.name != MANIFEST
     }
@@ -113,8 +197,15 @@ def find_checkpoint(output: Path, resume: bool | str) -> Path:
     )
 
 
+def date_of(folder: Path) -> str | None:
+    """The date that the chat template of a checkpoint writes, where it writes one."""
+    prompt = read_prompt(folder)
+    return None if prompt is None else prompt.given.get("date")
+
+
 def check_checkpoint(folder: Path, *, config: Mapping[str, Any], data: str) -> dict[str, Any]:
-    """Read a checkpoint's manifest and make sure that going on from it is the same run; returns the manifest.
+    """Read a checkpoint's manifest and make sure that going on from it is the same run; returns the manifest, and as "changed"
+    the options that differ.
 
     Raises LorakitError for a checkpoint that is incomplete, damaged, of another configuration or of other rows.
     """
@@ -141,32 +232,49 @@ def check_checkpoint(folder: Path, *, config: Mapping[str, Any], data: str) -> d
         raise LorakitError(
             f"resume: {folder} is damaged: {name} {problem}; use an earlier checkpoint, or start without train.resume"
         )
-    _check_config(folder, saved, config)
+    changed = _check_config(folder, saved, config)
     if manifest["data"] != data:
         raise LorakitError(
             f"resume: {folder} was trained on other rows (the options are the same, the tokens are not); restore the data of "
             "that run, or start without train.resume"
         )
-    return manifest
+    return {**manifest, "changed": changed}
 
 
-def _check_config(folder: Path, saved: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+def _check_config(folder: Path, saved: Mapping[str, Any], now: Mapping[str, Any]) -> set[str]:
+    """The options that differ, each allowed and told.
+
+    Raises:
+        LorakitError: one would make the run another.
+    """
     before, after = dict(_leaves(saved)), dict(_leaves(now))
-    differing = [
-        name
-        for name in dict.fromkeys([*before, *after])
-        if before.get(name) != after.get(name) and not any(f"{name}.".startswith(f"{free}.") for free in FREE)
-    ]
-    refused = [name for name in differing if name not in LENGTH]
+    differing = [name for name in dict.fromkeys([*before, *after]) if before.get(name) != after.get(name)]
+    told = {name: f"{name} was {before.get(name)!r}, is {after.get(name)!r}" for name in differing}
+    refused = [name for name in differing if not _within(name, FREE | MAY_CHANGE)]
     if refused:
-        shown = "; ".join(f"{name} was {before.get(name)!r}, is {after.get(name)!r}" for name in refused[:5])
+        shown = "; ".join(f"{told[name]} ({_reason(name)})" for name in refused[:5])
         more = f" and {len(refused) - 5} more" if len(refused) > 5 else ""
         raise LorakitError(
-            f"resume: {folder} has another configuration: {shown}{more}. Restore these, or start without train.resume"
+            f"resume: {folder} has another configuration: {shown}{more}. Restore these; or, to begin a new run from this "
+            f"adapter with other settings, give it as --from {folder} and another train.output"
         )
-    for name in differing:
-        changed = (name, before.get(name), after.get(name))
-        log.warning("resume: %s was %s, is %s: the learning rate schedule follows the new length", *changed)
+    changed = [name for name in differing if not _within(name, UNSAID)]
+    if changed:
+        follows = (
+            " (the learning rate follows the schedule of the new run from here on)" if MAY_CHANGE & set(changed) else ""
+        )
+        log.warning("resume: %s%s", "; ".join(told[name] for name in changed), follows)
+    return set(changed)
+
+
+def _within(name: str, options: Iterable[str]) -> bool:
+    return any(f"{name}.".startswith(f"{one}.") for one in options)
+
+
+def _reason(name: str) -> str:
+    return next(
+        (reason for options, reason in REASONS.items() if _within(name, options.split())), "the run would be another"
+    )
 
 
 @contextmanager

@@ -14,7 +14,7 @@ import contextlib
 import logging
 import shutil
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -29,12 +29,13 @@ from lorakit.core.using import noted
 from lorakit.errors import LorakitError, first_line
 from lorakit.optim import build_optimizer, correct_gradients, corrections_of, parameter_groups
 from lorakit.train import run_checkpoint as checkpoint
-from lorakit.train.config.run import TrainConfig, to_tree
+from lorakit.train.config.run import TrainConfig, to_tree, to_yaml
 from lorakit.train.data.tokenise import IGNORED
 from lorakit.train.evaluate import evaluate_loss
 from lorakit.train.health import HealthCallback, HealthWatch
 from lorakit.train.interruption import Interruption
 from lorakit.train.progress import MetricsFile, ProgressCallback
+from lorakit.train.report import CONFIG
 from lorakit.train.schedules.table import ScheduleCallback, schedule_for
 from lorakit.train.step.loss import PADDED, LossPath, LossStats
 
@@ -82,8 +83,12 @@ class LoraTrainer(transformers.Trainer):
         self._since = time.perf_counter()
         self._tokens_at_log = 0
         self._earlier_findings: list[str] = []
+        self._changed: set[str] = set()
         self._data = checkpoint.digest_examples(train_examples)
         self.interruption = Interruption()
+        self.record: dict[str, Any] = {}
+        """What the adapter's record says in checkpoints, besides the steps."""
+        self._sampled: Mapping[str, Any] | None = None
         own: list[transformers.TrainerCallback] = [
             self.health, MetricsFile(self.output / "metrics.jsonl"), self.interruption
         ]  # fmt: skip
@@ -226,6 +231,7 @@ class LoraTrainer(transformers.Trainer):
             folder = checkpoint.find_checkpoint(self.output, resume)
             manifest = checkpoint.check_checkpoint(folder, config=to_tree(self.lora_config), data=self._data)
             self._earlier_findings = manifest["findings"]
+            self._changed = manifest["changed"] & checkpoint.MAY_CHANGE
             log.info("resuming from %s", folder)
         elif self.is_world_process_zero():
             checkpoint.begin(self.output, self.lora_config.overwrite)
@@ -251,9 +257,10 @@ class LoraTrainer(transformers.Trainer):
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         folder = Path(str(output_dir or self.args.output_dir))
         folder.mkdir(parents=True, exist_ok=True)
-        # Contiguous copies: tensors that share memory cannot be written side by side.
-        state = {name: tensor.contiguous().clone() for name, tensor in self.adapter.state_dict().items()}
-        save_file(state, folder / checkpoint.ADAPTER)
+        record = {**self.record, "steps": self.state.global_step}
+        model = self.lora_config.model
+        self._sampled = checkpoint.write_adapter(folder, self.adapter, model, record, self._sampled)
+        (folder / CONFIG).write_text(to_yaml(self.lora_config.replace(overwrite=False)), encoding="utf-8")
         if self.schedule is not None:
             save_file(self.schedule.state_dict(), folder / checkpoint.SCHEDULE)
 
@@ -283,10 +290,41 @@ class LoraTrainer(transformers.Trainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         folder = Path(resume_from_checkpoint)
-        state = load_file(folder / checkpoint.ADAPTER)
+        state = checkpoint.read_state(folder)
         if self.schedule is not None:  # ranks may have changed, so this comes first
             self.schedule.load_state_dict(load_file(folder / checkpoint.SCHEDULE), state)
         self.adapter.load_state_dict(state)
+
+    def _init_training_state(self, max_steps: int, *given: Any, **named: Any) -> Any:
+        """Resumed or not, the intervals of logs, evaluations and checkpoints are those of this run's options."""
+        found = super()._init_training_state(max_steps, *given, **named)
+        cast(Any, self.state).compute_steps(self.args, max_steps)
+        if self.state.global_step > max_steps:
+            raise LorakitError(
+                f"resume: the checkpoint is of step {self.state.global_step:,}, and the run would now have {max_steps:,}; give "
+                "more train.max_steps or train.epochs, or an earlier checkpoint as train.resume"
+            )
+        return found
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """What the checkpoint has; where the learning rate or the length of the run is another, the new rate at this step."""
+        groups = cast(Any, self.optimizer).param_groups
+        rates = [group.get("initial_lr", group["lr"]) for group in groups]
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is None or not self._changed:
+            return
+        scheduler = cast(Any, self.lr_scheduler)
+        scheduler = getattr(scheduler, "scheduler", scheduler)
+        factors = [one(scheduler.last_epoch) for one in getattr(scheduler, "lr_lambdas", ())]
+        for index, (group, rate) in enumerate(zip(cast(Any, self.optimizer).param_groups, rates, strict=True)):
+            group["lr"] = (
+                rate * factors[index] if factors else group["lr"] * rate / group.get("initial_lr", group["lr"])
+            )
+            group["initial_lr"] = rate
+        scheduler.base_lrs, scheduler._last_lr = (
+            rates,
+            [group["lr"] for group in cast(Any, self.optimizer).param_groups],
+        )
 
     def _load_best_model(self) -> None:
         log.info("best checkpoint: %s", Path(str(self.state.best_model_checkpoint)).name)

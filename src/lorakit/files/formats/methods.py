@@ -16,9 +16,7 @@ from lorakit.methods import LoRA
 # -- LoRA and its kin --------------------------------------------------------------------------------------------------------
 
 _REFUSED = {
-    "lora_bias": "a bias on B is not part of ΔW",
     "layer_replication": "it repeats layers of the base, which changes the model itself",
-    "trainable_token_indices": "it replaces rows of an embedding",
     "alora_invocation_tokens": "the adapter acts from certain tokens on only",
     "use_qalora": "its A reads pooled inputs",
     "use_bdlora": "its factors are block-diagonal and stored compactly",
@@ -44,11 +42,11 @@ def _of_the_original_base(config: Config) -> dict[str, Any]:
 
 _LORA = Format(
     "LORA",
-    {"A": "lora_A.weight:in", "B": "lora_B.weight:out"},
+    {"A": "lora_A.weight:in", "B": "lora_B.weight:out", "b": "lora_B.bias"},
     {"embedding": {"A": "lora_embedding_A:in", "B": "lora_embedding_B:out"}},
-    fixed={"use_dora": False, "lora_bias": False, "fan_in_fan_out": False, "init_lora_weights": True},
+    fixed={"use_dora": False, "fan_in_fan_out": False, "init_lora_weights": True},
     ignored=frozenset(
-        {"ensure_weight_tying", "eva_config", "corda_config", "lora_ga_config", "loftq_config", "megatron_core"}
+        {"eva_config", "corda_config", "lora_ga_config", "loftq_config", "megatron_core"}
         | {"qalora_group_size", "merge_weights"}  # the first PEFT's: whether to merge while it is not trained
     ),
     refused=_REFUSED,
@@ -123,7 +121,7 @@ _ADALORA = Format(
     "ADALORA",
     {"Q": "lora_A", "P": "lora_B", "lam": "lora_E:column"},
     fixed={**_LORA.fixed, "use_rslora": False, "r": 8},  # PEFT does not use r, and warns of any other value
-    ignored=_LORA.ignored,
+    ignored=_LORA.ignored | {"lora_bias"},  # its layers have none, whatever this says
     refused=_REFUSED,
     read=lambda config: _of_the_original_base(config) | {"alpha": adalora_scale(config) * config.get("init_r", 12)},
     write=_triplets,
@@ -316,6 +314,7 @@ METHODS: dict[str, Format] = {
         ignored=frozenset({"init_ia3_weights"}),
         write=_feedforward,
     ),
+    "trainable-tokens": Format("TRAINABLE_TOKENS", {"R": "trainable_tokens_delta"}, ignored=frozenset({"init_weights"})),
     "1lora": Format(tensors={"v": "onelora_v"}),
     "tied-lora": Format(tensors={"u": "tied_u", "v": "tied_v"}),
 }  # fmt: skip

@@ -35,6 +35,7 @@ from lorakit.errors import LorakitError, unknown
 from lorakit.files import store
 from lorakit.files.bundle import CONTENT, TENSORS, Bundle, read_bundle
 from lorakit.files.filling import finite
+from lorakit.files.vocabulary import tokens_trained
 from lorakit.serve.limits import check_files, without_path
 from lorakit.serve.model.native import large_pages, padded
 from lorakit.serve.request import Refused
@@ -186,6 +187,11 @@ class AdapterReader:
     def _read(self, name: str, folder: Path) -> PackedAdapter:
         check_files(folder)
         bundle = read_bundle(folder, later=True)  # `read` looks whether the files have stayed the same
+        if tokens_trained(folder):
+            raise Refused(
+                f"adapter {name!r} has rows of its own in the embedding for tokens that it has trained; adapters are served in "
+                "linear layers. Merge it into a base of its own."
+            )
         frame = store.frame(bundle)
         built = self._built.get(frame)
         if built is None:

@@ -247,7 +247,8 @@ def obstacle(config: Mapping[str, Any]) -> str:
     """Why vLLM would not take a folder with this configuration, in words; "" where it takes it."""
     if config.get("peft_type") != "LORA":
         return f"its method is {config.get('peft_type')}"
-    for name in ("use_dora", "lora_bias", "alora_invocation_tokens", "layer_replication", "use_bdlora", "use_qalora"):
+    names = ("use_dora", "lora_bias", "alora_invocation_tokens", "layer_replication", "use_bdlora", "use_qalora")
+    for name in (*names, "trainable_token_indices"):
         if config.get(name):
             return f"it sets {name}"
     if config.get("bias") not in (None, "none"):

@@ -57,6 +57,10 @@ FOREIGN = {
 """Our names to those of PEFT, the Hugging Face Trainer and others: for the hint of a refusal, never as aliases."""
 
 
+SHORT = {"from": "continue_from"}
+"""Options by a name that Python keeps for itself."""
+
+
 class Names:
     """The names of all options. Those of methods are asked for only where no other has the name: that imports torch."""
 
@@ -91,7 +95,7 @@ class Names:
         Raises:
             LorakitError: no option is called so.
         """
-        name = asked.replace("-", "_")
+        name = SHORT.get(asked, asked.replace("-", "_"))
         if name in self.own:
             return tuple(name.split("."))
         for option in self.own:
@@ -177,7 +181,9 @@ def merged(
 def _lifted(names: Names, tree: Mapping[str, Any], places: dict[str, str]) -> dict[str, Any]:
     """A file's values with `rank: 8` moved to `method: {rank: 8}`, its owner, and choices as mappings; names are checked."""
     values: dict[str, Any] = {}
+    places |= {long: places[short] for short, long in SHORT.items() if short in places}
     for key, value in tree.items():
+        key = SHORT.get(key, key)
         if key in CHOICES and not isinstance(value, Mapping):
             values[key] = {"name": value}
         elif key in TrainConfig.model_fields:
@@ -185,7 +191,7 @@ def _lifted(names: Names, tree: Mapping[str, Any], places: dict[str, str]) -> di
         for inner in value if key in names.sections and isinstance(value, Mapping) else ():
             if f"{key}.{inner}" not in names.own:
                 raise names.refusal(f"{key}.{inner}", places[f"{key}.{inner}"])
-    for key in [key for key in tree if key not in values]:
+    for key in [key for key in tree if SHORT.get(key, key) not in values]:
         section, dot, leaf = key.partition(".")
         if dot and key in names.own:
             raise LorakitError(

@@ -7,6 +7,7 @@ their specs (`lorakit.core.options`) and chosen here by name (`choices.py`).
 
 from __future__ import annotations
 
+import datetime
 from collections.abc import Iterator, Mapping
 from typing import Annotated, Any, ClassVar, Literal, Self
 
@@ -58,7 +59,16 @@ class DataOptions(Section, frozen=True):
         "Jinja chat template, or a file with either",
     )
     template_arguments: dict[str, Any] = option({}, "arguments of the chat template: {enable_thinking: false}")
+    date: str | None = option(
+        None,
+        "what a chat template that writes today's date writes instead, in training and ever after (YYYY-MM-DD); null: the day "
+        "of the training",
+    )
     system: str | None = option(None, "system message for rows that have none")
+    special_tokens: Names = option(
+        (),
+        "new special tokens: their rows of the embedding (and of the output head) train with the adapter, and no others",
+    )
     ignore: Names = option((), "columns and fields of messages that are left out on purpose")
     max_length: int = option(1024, "maximum tokens per example; longer ones are handled by `overflow`", ge=2)
     overflow: Literal["cut", "cut-start", "split", "drop", "refuse"] = option(
@@ -69,6 +79,14 @@ class DataOptions(Section, frozen=True):
     on_bad_row: Literal["raise", "skip"] = option(
         "raise", "a row that cannot be used: raise an error, or skip and count it"
     )
+
+    @model_validator(mode="after")
+    def _a_date(self) -> Self:
+        try:
+            datetime.date.fromisoformat(self.date or "2000-01-01")
+        except ValueError:
+            raise rule(f"data.date is {self.date!r}; a date is written YYYY-MM-DD", "date") from None
+        return self
 
     @model_validator(mode="after")
     def _one_evaluation(self) -> Self:
@@ -200,6 +218,11 @@ class TrainConfig(Section, frozen=True):
     adapters: Names = option(
         (), "adapter folders, for a method that routes adapters (arrow, lorahub, mole, retrieval, xlora)"
     )
+    continue_from: str | None = option(
+        None,
+        "--from: go on from this adapter (a folder, a checkpoint, PEFT's, a hub name), which says the method, the layers and "
+        "the prompt",
+    )
     init: Annotated[Any, INIT] = option(
         "default",
         "initial values: default (the method's own), a name such as pissa or eva, or {name: pissa, iterations: 4}; those that "
@@ -264,8 +287,10 @@ class TrainConfig(Section, frozen=True):
                 )
         method, answers, layout = METHOD.name_of(self.method), self.evaluate.answers, self.data.format
         classifies, routes = self.task == "seq-cls", isinstance(self.method, RouterSpec)
-        if routes and not self.adapters:
+        if routes and not self.adapters and self.continue_from is None:
             yield f"method is {method}, which routes adapters; name their folders in adapters"
+        if routes and self.data.special_tokens:
+            yield f"data.special_tokens is given, but method is {method}, which trains no embeddings; give them to an adapter"
         if self.adapters and not routes:
             yield f"method is {method}, which routes none; adapters are for routers"
         if classifies and layout not in ("auto", "classification"):

@@ -384,6 +384,7 @@ class _Maker:
         }  # fmt: skip
         place = f"the template of its training ({self.reader.words})"
         if isinstance(template, ChatTemplate):
+            given |= {"date": template.date} if template.date else {}
             return Prompt(template.jinja, stop, given=given, place=place)
         head = "".join(tokenizer.convert_ids_to_tokens(self.opening))
         opens = bool(head) and not template.text.startswith(head)

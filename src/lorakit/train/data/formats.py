@@ -171,7 +171,7 @@ class RowReader:
         self.options, self.source, self.tokenizer = options, rows.source or "the data", tokenizer
         self.fields = renamed(rows, options)
         tools = any(values.get("tools") for _, values in self.fields)
-        given = (options.template, tokenizer, options.system, options.template_arguments, tools)
+        given = (options.template, tokenizer, options.system, options.template_arguments, tools, options.date)
         self.template = choose_template(*given)
         if self.template is JOINED or self.template.is_chat:  # placeholders name the columns as they are
             self.fields = [(row, as_known(values)) for row, values in self.fields]
@@ -312,6 +312,7 @@ class RowReader:
         if self.format == "text" or not self.template.is_chat:
             return 0
         names = sorted({str(token) for token in self.tokenizer.all_special_tokens if str(token).strip()})
+        names = [name for name in names if name not in self.options.special_tokens]  # which are meant
         if not names:
             return 0
         pattern = re.compile("|".join(map(re.escape, names)))

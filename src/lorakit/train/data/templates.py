@@ -11,6 +11,7 @@ that is not how the whole conversation begins, each answer is learned by itself,
 
 from __future__ import annotations
 
+import datetime
 import difflib
 import json
 import logging
@@ -21,7 +22,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from lorakit.errors import LorakitError, first_line
-from lorakit.files.prompt import complete
+from lorakit.files.prompt import at_date, complete
 
 log = logging.getLogger("lorakit.train")
 
@@ -135,13 +136,16 @@ class ChatTemplate:
     tokenizer: Any
     jinja: str
     origin: str
+    date: str | None = None
+    """What it writes where it would write the date of the day; None where it writes none."""
 
     is_chat: ClassVar[bool] = True
 
     @property
     def words(self) -> str:
         """The template in words, for the report."""
-        return self.origin + (", which marks what the assistant says" if self.marks else "")
+        dated = f", which writes the date {self.date} from now on (data.date)" if self.date else ""
+        return self.origin + (", which marks what the assistant says" if self.marks else "") + dated
 
     @property
     def marks(self) -> bool:
@@ -315,6 +319,7 @@ def choose_template(
     system: str | None = None,
     arguments: Mapping[str, Any] | None = None,
     tools: bool = False,
+    date: str | None = None,
 ) -> ChatTemplate | TextTemplate:
     """The template that a configuration asks for.
 
@@ -325,13 +330,17 @@ def choose_template(
         system: the system message of conversations that have none, written into a chat template.
         arguments: of a chat template (`enable_thinking`, ...), written into it.
         tools: whether rows have tools, for which some tokenizers have a chat template of their own.
+        date: what a chat template writes that writes the date of the day (YYYY-MM-DD); today by default.
 
     Raises:
         LorakitError: the file cannot be read, or the placeholders do not end in a completion.
     """
 
     def chat(jinja: str, origin: str) -> ChatTemplate:
-        return ChatTemplate(tokenizer, complete(jinja, system, arguments or {}), origin)
+        day = datetime.date.fromisoformat(date) if date else datetime.date.today()
+        fixed = at_date(jinja, day)
+        text = complete(fixed, system, arguments or {})
+        return ChatTemplate(tokenizer, text, origin, None if fixed == jinja else day.isoformat())
 
     if given is None:
         if not getattr(tokenizer, "chat_template", None):

@@ -1,0 +1,283 @@
+"""Fields of PEFT's configurations, both ways beside PEFT: the same logits whoever wrote the file and whoever reads it."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import random
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+from torch import nn
+
+import lorakit as lk
+import lorakit.peft as ours
+from lorakit.adapter import construction
+from lorakit.errors import LorakitError
+from lorakit.methods.lora import BiasedDelta
+from reference.models import MODELS, assert_same, inputs, logits, quiet, scramble
+
+
+def _small(tied: bool) -> nn.Module:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from reference.models import _made
+
+    config = LlamaConfig(
+        vocab_size=43, hidden_size=24, intermediate_size=40, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=32, tie_word_embeddings=tied,
+    )  # fmt: skip
+    return _made(LlamaForCausalLM, config)
+
+
+_first = functools.cache(_small)
+
+
+def base(tied: bool = False) -> nn.Module:
+    """A new copy of a model with its own head, or a tied one."""
+    return copy.deepcopy(_first(tied))
+
+
+def peft_model(model: nn.Module, config: Any, seed: int = 3) -> Any:
+    """PEFT's adapter on a model, with values as after training."""
+    with quiet():
+        wrapped: Any = peft.get_peft_model(model, config)
+    scramble(((key, one) for key, one in wrapped.named_parameters() if one.requires_grad), seed)
+    return wrapped.eval()
+
+
+def both_ways(config: Any, folder: Path, make: Any, name: str = "llama", merges: bool = True) -> lk.Adapter:
+    """PEFT's file read here, written here, read by PEFT: the same logits each time, and merged."""
+    theirs = peft_model(make(), config)
+    expected = logits(theirs, name)
+    with quiet():
+        theirs.save_pretrained(folder / "theirs")
+    model = make()
+    before = logits(model, name)
+    adapter = lk.load(model, folder / "theirs", trainable=True)
+    assert_same(logits(model, name), expected)
+    assert (expected - before).abs().max() > 1e-3
+    adapter.save(folder / "ours")
+    with quiet():
+        again = peft.PeftModel.from_pretrained(make(), str(folder / "ours")).eval()
+    assert_same(logits(again, name), expected)
+    second = make()
+    lk.load(second, folder / "ours")
+    assert_same(logits(second, name), expected)
+    if merges:
+        lk.merge(second, "ours")
+        assert_same(logits(second, name), expected)
+    return adapter
+
+
+# -- rows of a table that train alone --------------------------------------------------------------------------------------
+
+TOKENS: dict[str, tuple[bool, Any]] = {
+    "alone": (False, lambda: peft.TrainableTokensConfig(token_indices=[3, 7, 42])),
+    "alone, tied": (True, lambda: peft.TrainableTokensConfig(token_indices=[12, 5])),
+    "alone, a head": (False, lambda: peft.TrainableTokensConfig(token_indices=[1, 2], target_modules=["lm_head"])),
+    "lora": (False, lambda: peft.LoraConfig(r=3, target_modules=["q_proj"], trainable_token_indices=[40, 2])),
+    "lora, tied": (True, lambda: peft.LoraConfig(r=3, target_modules=["q_proj"], trainable_token_indices=[40, 2])),
+    "lora, two tables": (
+        False,
+        lambda: peft.LoraConfig(
+            r=3, target_modules="all-linear", trainable_token_indices={"embed_tokens": [4, 9], "lm_head": [1, 2, 3]}
+        ),
+    ),
+    "lora, tied, other tokens": (
+        True,
+        lambda: peft.LoraConfig(
+            r=3, target_modules=["v_proj"], trainable_token_indices={"embed_tokens": [4, 9], "lm_head": [1, 2, 3]}
+        ),
+    ),
+    "dora": (
+        True,
+        lambda: peft.LoraConfig(r=3, target_modules=["v_proj"], use_dora=True, trainable_token_indices=[4, 9]),
+    ),
+    "saved": (
+        False,
+        lambda: peft.LoraConfig(
+            r=3, target_modules=["v_proj"], modules_to_save=["lm_head"], trainable_token_indices=[4, 9]
+        ),
+    ),
+}
+
+
+@pytest.mark.parametrize("case", TOKENS)
+def test_tokens_both_ways(case: str, tmp_path: Path) -> None:
+    tied, config = TOKENS[case]
+    both_ways(config(), tmp_path, lambda: base(tied), merges="other tokens" not in case)
+
+
+def test_tokens_of_random_draws(tmp_path: Path) -> None:
+    """Which tokens, of which layers, beside what: whatever PEFT is told."""
+    for seed in range(6):
+        draw = random.Random(seed)
+        tokens = draw.sample(range(43), draw.randint(1, 40))
+        tied = draw.random() < 0.5
+        given: Any = tokens if draw.random() < 0.5 else {"embed_tokens": tokens}
+        config = peft.LoraConfig(
+            r=draw.randint(1, 4),
+            use_rslora=draw.random() < 0.5,
+            target_modules=draw.sample(["q_proj", "k_proj", "o_proj", "down_proj"], 2),
+            trainable_token_indices=given,
+            ensure_weight_tying=tied and draw.random() < 0.5,
+        )
+        both_ways(config, tmp_path / str(seed), functools.partial(base, tied))
+
+
+def test_tokens_train_as_pefts_do() -> None:
+    """The same gradients, and with a tied head one tensor that gets both."""
+    theirs = peft_model(base(True), peft.LoraConfig(r=3, target_modules=["q_proj"], trainable_token_indices=[40, 2]))
+    model = base(True)
+    adapter = lk.attach(model, lk.LoRA(rank=3, alpha=8), target_modules=["q_proj"], trainable_tokens=[40, 2])
+    own = dict(adapter.named_parameters())
+    rows = own["model.embed_tokens.R"]
+    assert [name for name in own if name.endswith(".R")] == ["model.embed_tokens.R"]
+    twins = {key: one for key, one in theirs.named_parameters() if one.requires_grad}
+    with torch.no_grad():
+        rows.copy_(next(one for key, one in twins.items() if "trainable_tokens" in key))
+        for key, one in twins.items():
+            if "lora_" in key:
+                name = key.removeprefix("base_model.model.").replace(".lora_", ".").removesuffix(".default.weight")
+                own[name].copy_(one)
+    batch = {**inputs("llama"), "labels": inputs("llama")["input_ids"]}
+    batch["input_ids"][:, 2] = 40
+    for one in (model, theirs):
+        one(**batch).loss.backward()
+    expected = next(one.grad for key, one in twins.items() if "trainable_tokens" in key)
+    torch.testing.assert_close(rows.grad, expected, rtol=1e-9, atol=1e-12)
+
+
+def test_tokens_of_each_row_of_a_batch() -> None:
+    """Two adapters with rows of their own for the same token, and a blend, in one batch."""
+    model = base(True)
+    for seed, name in enumerate(("one", "two")):
+        adapter = lk.attach(model, lk.TrainableTokens(tokens=[5, 7 + seed]), name=name)
+        scramble(adapter.named_parameters(), seed)
+    batch = inputs("llama")["input_ids"]
+    batch[:, :3] = torch.tensor([5, 7, 8])
+    routes: list[Any] = ["one", None, {"one": 0.5, "two": 2.0}]
+    with torch.no_grad():
+        with lk.use(model, routes):
+            together = model(batch).logits
+        for row, route in enumerate(routes):
+            with lk.use(model, route):
+                assert_same(together[row], model(batch[row : row + 1]).logits[0])
+
+
+def test_tokens_are_refused_by_name() -> None:
+    model = base()
+    for asked, message in (
+        ({"trainable_tokens": [43]}, "43 rows, and none for token 43"),
+        ({"trainable_tokens": [3, 3]}, "token 3 is named twice"),
+        ({"trainable_tokens": {"nothing": [3]}}, 'names "nothing"'),
+        ({"trainable_tokens": [3], "target_modules": ["embed_tokens"]}, "a table has one or the other"),
+        ({"trainable_tokens": [3], "modules_to_save": ["embed_tokens"]}, "a table has one or the other"),
+    ):
+        with pytest.raises(LorakitError, match=message):
+            lk.attach(model, lk.LoRA(rank=2), **asked)
+        assert not lk.adapters(model)
+
+
+def test_a_head_that_does_not_follow_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The comparison with PEFT fails where a tied head does not follow."""
+    monkeypatch.setattr(construction, "ties", lambda modules: {})
+    with pytest.raises(AssertionError, match="rounding allows"):
+        both_ways(TOKENS["lora, tied"][1](), tmp_path, lambda: base(True))
+
+
+# -- a bias beside B -------------------------------------------------------------------------------------------------------
+
+BIASES: dict[str, tuple[str, dict[str, Any]]] = {
+    "gpt2": ("gpt2", {"target_modules": ["c_attn", "c_fc"], "fan_in_fan_out": True, "use_rslora": True}),
+    "bert": ("bert", {"target_modules": ["query", "dense"], "bias": "lora_only", "alpha_pattern": {"query": 5}}),
+    "convolutions": ("convolutions", {"target_modules": ["one", "three", "head"]}),
+    "llama": ("llama", {"target_modules": ["q_proj"]}),
+}
+
+
+@pytest.mark.parametrize("case", BIASES)
+def test_lora_bias_both_ways(case: str, tmp_path: Path) -> None:
+    name, options = BIASES[case]
+    config = peft.LoraConfig(r=2, lora_alpha=7, lora_bias=True, **options)
+    both_ways(config, tmp_path, MODELS[name], name, merges=name != "llama")  # whose layers have no bias to merge into
+
+
+def test_lora_bias_that_is_forgotten_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(BiasedDelta, "shift", lambda self, b: self.b)
+    with pytest.raises(AssertionError, match="rounding allows"):
+        both_ways(
+            peft.LoraConfig(r=2, lora_alpha=7, lora_bias=True, target_modules=["query"]),
+            tmp_path,
+            MODELS["bert"],
+            "bert",
+        )
+
+
+# -- weights that are tied -------------------------------------------------------------------------------------------------
+
+TIES: dict[str, dict[str, Any]] = {
+    "both targets": {"target_modules": ["embed_tokens", "lm_head", "q_proj"], "ensure_weight_tying": True},
+    "the head": {"target_modules": ["lm_head", "v_proj"], "ensure_weight_tying": True, "use_rslora": True},
+    "the embedding": {"target_modules": ["embed_tokens"], "ensure_weight_tying": True, "lora_dropout": 0.1},
+    "saved": {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens"], "ensure_weight_tying": True},
+    "the head saved": {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"], "ensure_weight_tying": True},
+    "both saved": {
+        "target_modules": ["q_proj"],
+        "modules_to_save": ["lm_head", "embed_tokens"],
+        "ensure_weight_tying": True,
+    },
+    "nothing tied is meant": {"target_modules": ["q_proj"], "ensure_weight_tying": True},
+    "saved, untied": {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens"]},
+    "the head saved, untied": {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]},
+    "target, untied": {"target_modules": ["lm_head"]},
+}
+
+
+@pytest.mark.parametrize("case", TIES)
+def test_tied_weights_both_ways(case: str, tmp_path: Path) -> None:
+    config = peft.LoraConfig(r=3, lora_alpha=5, **TIES[case])
+    adapter = both_ways(config, tmp_path, lambda: base(True), merges="untied" not in case)
+    model = lk.attach(base(True), lk.LoRA(rank=3), name="fresh", **_here(TIES[case]))
+    assert model.num_parameters() == adapter.num_parameters()
+
+
+def _here(options: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in options.items() if key not in ("use_rslora", "lora_dropout")}
+
+
+def test_a_tied_pair_trains_as_one() -> None:
+    """The gradients of an embedding's factors are the sum of both layers', as a dense change of the shared weight has them."""
+    model = base(True)
+    adapter = lk.attach(model, lk.LoRA(rank=3), target_modules=["lm_head"], ensure_weight_tying=True)
+    scramble(adapter.named_parameters())
+    own = dict(adapter.named_parameters())
+    assert sorted(own) == ["model.embed_tokens.A", "model.embed_tokens.B"]
+    batch = {**inputs("llama"), "labels": inputs("llama")["input_ids"]}
+    model(**batch).loss.backward()
+    plain = base(True)
+    W, A, B = plain.model.embed_tokens.weight, *(own[f"model.embed_tokens.{letter}"] for letter in "AB")
+    scale = 16 / 3
+    with torch.no_grad():
+        W += scale * (B @ A).T
+    plain(**batch).loss.backward()
+    torch.testing.assert_close(B.grad, scale * W.grad.T @ A.T, rtol=1e-8, atol=1e-12)
+    torch.testing.assert_close(A.grad, scale * B.T @ W.grad.T, rtol=1e-8, atol=1e-12)
+
+
+def test_the_same_configurations_under_pefts_names() -> None:
+    """`lorakit.peft` makes the adapter that PEFT makes: as many numbers, in tensors of the same names and shapes."""
+    options: list[tuple[str, dict[str, Any]]] = [("TrainableTokensConfig", {"token_indices": [3, 4]})]
+    options += [("LoraConfig", {"r": 3, **own}) for own in TIES.values()]
+    options += [("LoraConfig", {"r": 3, "target_modules": ["q_proj"], "trainable_token_indices": [3, 4]})]
+    options += [("LoraConfig", {"r": 3, "target_modules": ["q_proj"], "lora_bias": True})]
+    for kind, own in options:
+        with quiet():
+            theirs: Any = peft.get_peft_model(base(True), getattr(peft, kind)(**copy.deepcopy(own)))
+            expected = peft.get_peft_model_state_dict(theirs, save_embedding_layers=False)
+        found = ours.get_peft_model_state_dict(ours.get_peft_model(base(True), getattr(ours, kind)(**own)))
+        assert {key: one.shape for key, one in found.items()} == {key: one.shape for key, one in expected.items()}, own
