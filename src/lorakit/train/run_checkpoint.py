@@ -3,6 +3,9 @@
     checkpoint-120/
         adapter_state.safetensors   the adapter's tensors, exact
         schedule_state.safetensors  what its schedule remembers, where the method has one
+        average_state.safetensors   the moving average of the weights, with train.ema
+        used_state.safetensors      the tensors to be used, where they are an average of those that are trained
+        loss_scale.pt               the loss scale, in fp16
         optimizer.pt  scheduler.pt  rng_state.pth  trainer_state.json      written by transformers
         checkpoint.json             written last: the run's configuration, its data, every file's size and
         hash
@@ -40,6 +43,9 @@ log = logging.getLogger("lorakit.train")
 FOLDER = "checkpoints"
 ADAPTER = "adapter_state.safetensors"
 SCHEDULE = "schedule_state.safetensors"
+AVERAGE = "average_state.safetensors"
+USED = "used_state.safetensors"
+SCALER = "loss_scale.pt"
 MANIFEST = "checkpoint.json"
 FINISHED = "finished"
 LOCK = "lock"
