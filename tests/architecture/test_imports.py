@@ -33,7 +33,7 @@ FLOORS: tuple[str, ...] = (
 
 NARROW: dict[str, frozenset[str]] = {
     "methods": frozenset({"core", "errors"}),
-    "optim": frozenset({"adapter", "errors"}),
+    "optim": frozenset({"adapter", "core", "errors"}),
 }
 """Rooms that see less than their floor would allow."""
 

@@ -70,8 +70,17 @@ def test_train_help_shows_every_option_within_the_terminal(
     assert max(map(len, result.output.splitlines())) <= columns
     own = {option.flag for option in run_fields()}
     assert own <= set(result.output.split())
-    assert "0.0002" in result.output
-    for words in ("gradient checkpointing", "packing", "device", "quantise", "resume"):
+    assert "default 0.03" in result.output
+    for words in (
+        "gradient checkpointing",
+        "packing",
+        "device",
+        "gpu",
+        "quantise",
+        "resume",
+        "neftune",
+        "learning rate",
+    ):
         assert words in result.output, words
     others = {option.flag for option in config_fields()} - own
     assert not others & set(result.output.split()), "the options of a method come with that method"

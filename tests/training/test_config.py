@@ -160,7 +160,7 @@ REFUSED = [
     ("train: {max_steps: 1.5}\n", [], r"train\.max_steps: expected an integer of at least 1, or null, found 1\.5"),
     ("train: {batch_size: true}\n", [], r"train\.batch_size: expected an integer of at least 1, found true"),
     ("train: {batch_size: 010}\n", [], r"train\.batch_size: expected an integer of at least 1, found '010'"),
-    ("train: {learning_rate: .nan}\n", [], r"train\.learning_rate: expected a number above 0, found nan"),
+    ("train: {learning_rate: .nan}\n", [], r"train\.learning_rate: expected a number above 0, or null, found nan"),
     ("data: {template: 3}\n", [], "is given twice"),
     ("name: 3\n", [], r"name: expected text, found 3"),
     ("train: 3\n", [], r"train: expected a section with options, found 3"),
@@ -175,7 +175,7 @@ REFUSED = [
     ("", ["rank"], r'"rank": expected --NAME VALUE'),
     ("", ["--set", "rank"], r"expected NAME=VALUE"),
     ("", ["--train", "3"], r"train is a section; set one of its options: train\.output"),
-    ("train: {learning_rate: 0}\n", [], r"train\.learning_rate: expected a number above 0, found 0 .*line 3"),
+    ("train: {learning_rate: 0}\n", [], r"train\.learning_rate: expected a number above 0, or null, found 0 .*line 3"),
     (
         "train: {label_smoothing: 1}\n",
         [],
@@ -330,7 +330,8 @@ def test_fields_describe_every_option_and_each_makes_a_flag(tmp_path: Path) -> N
     assert fields["rank"].default == 16
     assert fields["rslora"].is_switch
     assert fields["train.precision"].choices == ("auto", "bf16", "fp16", "fp32")
-    assert fields["train.learning_rate"].default_text == "0.0002"
+    assert fields["train.learning_rate"].default_text == "null"
+    assert fields["train.warmup"].default_text == "0.03"
     config = TrainConfig(model="m", data=DataOptions(train="rows.jsonl"))
     for field in fields.values():  # the default, given as a flag, changes nothing
         if not field.is_required and (

@@ -452,7 +452,7 @@ def test_the_optimizer_holds_the_adapter_and_nothing_else(tmp_path: Path) -> Non
 
 def test_an_unknown_optimizer_or_option_is_refused() -> None:
     groups = [{"params": [torch.nn.Parameter(torch.zeros(2))]}]
-    with pytest.raises(LorakitError, match="AdamW"):
+    with pytest.raises(LorakitError, match="adamw"):
         make_optimizer("adamv", groups, 1e-3, {})
     with pytest.raises(LorakitError, match="beta"):
         make_optimizer("adamw", groups, 1e-3, {"beta": 0.9})

@@ -12,7 +12,8 @@ from typing import Any
 
 from torch import nn
 
-from lorakit.errors import LorakitError
+from lorakit.core.walking import value_for
+from lorakit.errors import LorakitError, unknown
 
 
 def parameter_groups(
@@ -21,6 +22,7 @@ def parameter_groups(
     learning_rate: float,
     weight_decay: float = 0.0,
     ratio: float = 1.0,
+    rates: Mapping[str, float] | None = None,
 ) -> list[dict[str, Any]]:
     """Every trainable parameter in exactly one group, each group with its own `lr` and `weight_decay`.
 
@@ -30,17 +32,28 @@ def parameter_groups(
         learning_rate: the rate of every tensor but the zero-started factors.
         weight_decay: for tensors of two or more dimensions.
         ratio: LoRA+'s λ, the rate of the zero-started factor over `learning_rate`; 1 is the plain optimiser.
+        rates: other learning rates by pattern, which ends the path of a layer, of a module around it, or the name of a
+            tensor: `{"embed_tokens": 1e-5, "layers.0": 1e-4, "B": 1e-3}`. The nearest to the tensor counts, then the first.
 
     Raises:
-        LorakitError: nothing trains, or the ratio is below 1.
+        LorakitError: nothing trains, the ratio is below 1, or a pattern matches nothing that trains.
     """
     if ratio < 1.0:
         raise LorakitError(f"optimiser: loraplus ratio was given as {ratio}; it is at least 1 (the paper suggests 16).")
     groups: dict[tuple[float, float], dict[str, Any]] = {}
+    parameters, own = list(parameters), dict(rates or {})
+    for pattern in own:
+        names = [name for name, parameter in parameters if parameter.requires_grad]
+        if not any(value_for({pattern: 1}, part) for name in names for part in _around(name)):
+            known = dict.fromkeys(part for name in names for part in reversed(name.split(".")) if not part.isdigit())
+            raise unknown("pattern", pattern, known, where="rates, since nothing that trains matches it")
     for name, parameter in parameters:
         if not parameter.requires_grad:
             continue
-        rate = learning_rate * (ratio if roles.get(name) == "B" else 1.0)
+        given = (value_for(own, part) for part in _around(name))
+        rate = next((one for one in given if one is not None), learning_rate) * (
+            ratio if roles.get(name) == "B" else 1.0
+        )
         decay = weight_decay if parameter.ndim > 1 else 0.0
         group = groups.setdefault((rate, decay), {"params": [], "names": [], "lr": rate, "weight_decay": decay})
         group["params"].append(parameter)
@@ -48,3 +61,9 @@ def parameter_groups(
     if not groups:
         raise LorakitError("optimiser: no parameter of the adapter trains; call adapter.requires_grad_(True).")
     return list(groups.values())
+
+
+def _around(name: str) -> list[str]:
+    """The name of a tensor, the path of its layer, of the module around that, and so on."""
+    parts = name.split(".")
+    return [".".join(parts[:count]) for count in range(len(parts), 0, -1)]

@@ -21,14 +21,18 @@ from torch import nn
 from lorakit.adapter.adapter import Adapter
 from lorakit.adapter.attachment import attach
 from lorakit.edits.contract import EditMethod
-from lorakit.errors import LorakitError, plural, unknown
+from lorakit.errors import LorakitError, first_line, plural, unknown
 from lorakit.experts import RouterSpec
+from lorakit.models.device import resolve_device
 from lorakit.models.loading import find_local, load_tokenizer
-from lorakit.models.stored import skeleton
+from lorakit.models.stored import skeleton, stored_config
+from lorakit.optim import parameter_groups
+from lorakit.optim.optimisers import averages
 from lorakit.train.config.options import TrainConfig, TrainOptions
 from lorakit.train.data.examples import Example, Prepared, load_splits, prepare
 from lorakit.train.data.tokenise import IGNORED
-from lorakit.train.trainer import make_optimizer, training_arguments
+from lorakit.train.rate import with_rate
+from lorakit.train.trainer import make_optimizer, make_scheduler, training_arguments
 
 log = logging.getLogger("lorakit.train")
 
@@ -89,13 +93,21 @@ def check_options(options: TrainOptions) -> None:
             raise unknown("experiment tracker", tracker, TRACKERS)
         if not any(importlib.util.find_spec(name) for name in TRACKERS[tracker]):
             raise LorakitError(f"train.report_to: {tracker} is not installed: pip install {TRACKERS[tracker][0]}")
-    if options.optimizer.lower() == "lbfgs":
+    device = resolve_device(options.device)
+    if "paged" in options.optimizer and device.type == "cuda":
+        return
+    trial = nn.Parameter(torch.ones(2, 2))
+    made = make_optimizer(options.optimizer, [{"params": [trial]}], options.learning_rate, options.optimizer_options)
+    make_scheduler(options, made, 1, 10)
+    try:
+        if averages(made):
+            made.train()  # type: ignore[attr-defined]
+        trial.grad = torch.ones(2, 2)
+        made.step()
+    except Exception as problem:  # another package's: whatever it asks of its caller
         raise LorakitError(
-            "train.optimizer: LBFGS asks for the loss several times a step, which a run over batches cannot give; use adamw"
-        )
-    trial = nn.Parameter(torch.zeros(2, 2))
-    if "galore" not in options.optimizer and "paged" not in options.optimizer and "8bit" not in options.optimizer:
-        make_optimizer(options.optimizer, [{"params": [trial]}], options.learning_rate, options.optimizer_options)
+            f"train.optimizer: {options.optimizer} cannot take the steps of a run ({first_line(problem)}); use adamw"
+        ) from None
 
 
 def check(config: TrainConfig) -> Checked:
@@ -118,10 +130,20 @@ def check(config: TrainConfig) -> Checked:
     adapter = on_shapes(config, tokenizer) if config.task == "causal-lm" and tokenizer is not None else None
     if adapter is not None:
         check_space(config, adapter.num_parameters())
+        parameter_groups(adapter.named_parameters(), adapter.roles(), 1.0, rates=config.train.rates)
+    config = with_rate(config, _config_of(config.model))
     examples = len(prepared.examples) if prepared is not None else len(rows)
     per_epoch = math.ceil(examples / (config.train.batch_size * config.train.gradient_accumulation))
     steps = config.train.max_steps or math.ceil(per_epoch * config.train.epochs)
     return Checked(prepared, evaluation, adapter, steps, tokenizer)
+
+
+def _config_of(base: str) -> Any:
+    """transformers' configuration of a base; None where it cannot be read."""
+    try:
+        return stored_config(base)
+    except (LorakitError, OSError):
+        return None
 
 
 def on_shapes(config: TrainConfig, tokenizer: Any) -> Adapter | None:

@@ -209,6 +209,8 @@ class HealthCallback(TrainerCallback):
     def __init__(self, watch: HealthWatch, named_parameters: Iterable[tuple[str, Tensor]]) -> None:
         self.watch = watch
         self.stopped: str | None = None
+        self.overflowed = False
+        """Whether the loss scale of fp16 was too large for this step, which is then skipped as a matter of course."""
         self._parameters = dict(named_parameters)
         self._losses: list[Tensor] = []
 
@@ -220,6 +222,8 @@ class HealthCallback(TrainerCallback):
         self._losses.clear()
 
     def on_pre_optimizer_step(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        if self.overflowed:
+            return
         step = state.global_step + 1
         loss = float(torch.stack(self._losses).sum()) if self._losses else 0.0
         gradients = {name: p.grad for name, p in self._parameters.items() if p.grad is not None}

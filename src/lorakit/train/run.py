@@ -36,6 +36,7 @@ from lorakit.files.interchange import heads_for
 from lorakit.files.prompt import Prompt, read_prompt
 from lorakit.files.store import load
 from lorakit.files.vocabulary import add_tokens, grow, make_room, token_rows
+from lorakit.models.device import resolve_device
 from lorakit.models.evaluating import evaluating
 from lorakit.models.loading import load_model
 from lorakit.models.quantisation import Holding, holding
@@ -99,10 +100,6 @@ def train(config: TrainConfig, *, console: Console | None = None) -> TrainResult
         a checkpoint to resume from is unusable, or the output folder holds an unfinished run.
     """
     options = config.train
-    if options.precision == "fp16":
-        raise LorakitError(
-            "train.precision: fp16 training is not supported (no loss scaling). Use bf16 or fp32; auto chooses."
-        )
     with contextlib.ExitStack() as stack:
         if not int(os.environ.get("RANK", "0")):  # one process of several writes
             stack.enter_context(checkpoint.claimed(Path(options.output), options.resume, config.overwrite))
@@ -120,8 +117,8 @@ def _run(config: TrainConfig, console: Console | None, beside: Path) -> TrainRes
         )
     source = source_of(config)
     train_rows, held_rows = load_splits(config.data)
-    device = "cuda" if torch.cuda.is_available() else None
-    model, tokenizer = load_base(config, train_rows, device=device)
+    device = resolve_device(options.device)
+    model, tokenizer = load_base(config, train_rows, device=None if device.type == "cpu" else str(device))
     if config.task == "causal-lm":
         check_causal(model, config.model)
     classes = class_list(model) if config.task == "seq-cls" else None
@@ -168,6 +165,7 @@ def _run(config: TrainConfig, console: Console | None, beside: Path) -> TrainRes
         trainer = LoraTrainer(model, adapter, config, prepared.examples, evaluated, path=path, console=console)
         lineage = [] if source is None else list(source.lineage)
         trainer.record["lineage"] = lineage
+        config = trainer.lora_config  # with the learning rate, where it was left open
         start = time.perf_counter()
         trainer.train_from(options.resume)
         seconds = time.perf_counter() - start
@@ -243,7 +241,7 @@ def path_for(config: TrainConfig, model: Any) -> LossPath:
         return choose_path(model, config.train.fast_path)
     from lorakit.train.step.classes import choose_class_path
 
-    return choose_class_path(model, config.train.fast_path)
+    return choose_class_path(model, "off" if config.train.neftune else config.train.fast_path)
 
 
 def attach_arguments(config: TrainConfig, model: Any) -> dict[str, Any]:
@@ -364,6 +362,7 @@ def _record(
     seconds: float,
 ) -> RunRecord:
     options = config.train
+    assert options.learning_rate is not None
     tree = to_tree(config)
     names = ("lorakit", "torch", "transformers", "peft")
     versions = {"python": platform.python_version()} | {name: found for name in names if (found := _version(name))}

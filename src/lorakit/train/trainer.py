@@ -27,17 +27,24 @@ from torch import Tensor, nn
 
 from lorakit.core.using import noted
 from lorakit.errors import LorakitError, first_line
-from lorakit.optim import build_optimizer, correct_gradients, corrections_of, parameter_groups
+from lorakit.models.device import resolve_device
+from lorakit.optim import build_optimizer, build_scheduler, correct_gradients, corrections_of, parameter_groups
+from lorakit.optim.average import Average, settle, used
+from lorakit.optim.optimisers import averages
+from lorakit.optim.scheduler import FOLLOWS_EVALUATION
 from lorakit.train import run_checkpoint as checkpoint
-from lorakit.train.config.run import TrainConfig, to_tree, to_yaml
+from lorakit.train.config.run import TrainConfig, TrainOptions, to_tree, to_yaml
 from lorakit.train.data.tokenise import IGNORED
 from lorakit.train.evaluate import evaluate_loss
 from lorakit.train.health import HealthCallback, HealthWatch
 from lorakit.train.interruption import Interruption
+from lorakit.train.order import ByLength
 from lorakit.train.progress import MetricsFile, ProgressCallback
+from lorakit.train.rate import with_rate
 from lorakit.train.report import CONFIG
 from lorakit.train.schedules.table import ScheduleCallback, schedule_for
 from lorakit.train.step.loss import PADDED, LossPath, LossStats
+from lorakit.train.step.noise import embedding_noise
 
 if TYPE_CHECKING:
     from lorakit.adapter.adapter import Adapter
@@ -72,7 +79,7 @@ class LoraTrainer(transformers.Trainer):
         self.adapter = adapter
         # The model itself, never a wrapper around it for several processes.
         self.bare: Any = model
-        self.lora_config = config
+        config = self.lora_config = with_rate(config, getattr(model, "config", None))
         self.path = path
         self.output = Path(config.train.output)
         self.health = HealthCallback(HealthWatch(), adapter.named_parameters())
@@ -89,6 +96,8 @@ class LoraTrainer(transformers.Trainer):
         self.record: dict[str, Any] = {}
         """What the adapter's record says in checkpoints, besides the steps."""
         self._sampled: Mapping[str, Any] | None = None
+        self.average = Average(adapter.named_parameters(), config.train.ema) if config.train.ema else None
+        self._settled = False
         own: list[transformers.TrainerCallback] = [
             self.health, MetricsFile(self.output / "metrics.jsonl"), self.interruption
         ]  # fmt: skip
@@ -107,6 +116,7 @@ class LoraTrainer(transformers.Trainer):
                 eval_dataset=list(eval_examples) if eval_examples else None,
                 callbacks=[*own, *callbacks],
             )
+        self.scaler = torch.amp.GradScaler(self.args.device.type) if config.train.precision == "fp16" else None
         # What transformers prints at every log event is said by the progress callback.
         self.remove_callback(transformers.PrinterCallback)
         self.model_accepts_loss_kwargs = True
@@ -121,8 +131,10 @@ class LoraTrainer(transformers.Trainer):
     def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
         """Forward and backward of one micro-batch. `inputs` is a list of examples."""
         # The bare model: a wrapper for several processes would have to see every forward, and the packed path has its own.
-        with self.path.opened(self.bare):
+        with self.path.opened(self.bare), embedding_noise(self.bare, self.lora_config.train.neftune):
             loss: Tensor = super().training_step(self.bare, inputs, num_items_in_batch)
+        if self.scaler is not None:
+            loss = loss / self.scaler.get_scale()
         if self.args.world_size > 1:
             if self.accelerator.sync_gradients:
                 for parameter in self.adapter.parameters():
@@ -131,10 +143,24 @@ class LoraTrainer(transformers.Trainer):
                             parameter.grad = torch.zeros_like(parameter)
                         torch.distributed.all_reduce(parameter.grad)
             torch.distributed.all_reduce(loss)
+        if self.scaler is not None and self.accelerator.sync_gradients:
+            self._unscale(self.scaler)
         if self.schedule is not None and self.accelerator.sync_gradients:
             self.schedule.penalise()
         self.health.add_loss(loss)
         return loss
+
+    def _unscale(self, scaler: torch.amp.GradScaler) -> None:
+        """Take the loss scale out of the gradients. Where it made them overflow they are dropped, so that the optimiser skips
+        the step, and the scale falls; at a scale of 1 they are left to the health watch, which ends such a run."""
+        scaler.unscale_(cast(Any, self.optimizer).optimizer)
+        gradients = [p.grad for p in self.adapter.parameters() if p.grad is not None]
+        self.health.overflowed = scaler.get_scale() > 1 and not all(bool(g.isfinite().all()) for g in gradients)
+        if self.health.overflowed:
+            log.debug("fp16: the gradients overflow at a loss scale of %g; the step is skipped", scaler.get_scale())
+            for parameter in self.adapter.parameters():
+                parameter.grad = None
+        scaler.update()
 
     def compute_loss(
         self, model: nn.Module, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
@@ -154,7 +180,7 @@ class LoraTrainer(transformers.Trainer):
         self._right = self._right.to(stats.right.device) + stats.right.detach()
         self._labels += stats.targets
         self.state.num_input_tokens_seen += sum(len(example.input_ids) for example in inputs) * self.args.world_size
-        return loss
+        return loss if self.scaler is None else self.scaler.scale(loss)
 
     def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> int:
         """Labelled tokens in all micro-batches of an optimiser step, over all processes."""
@@ -165,19 +191,39 @@ class LoraTrainer(transformers.Trainer):
             count = int(total)
         return count
 
+    def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> Any:
+        """The schedule of the learning rate."""
+        if self.lr_scheduler is None:
+            over, warmup = optimizer or cast(Any, self.optimizer), self.args.get_warmup_steps(num_training_steps)
+            self.lr_scheduler = make_scheduler(self.lora_config.train, over, warmup, num_training_steps)
+            self._created_lr_scheduler = True
+        return self.lr_scheduler
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        examples = self.train_dataset if train_dataset is None else train_dataset
+        if not self.lora_config.train.group_by_length:
+            return super()._get_train_sampler(examples)
+        together = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
+        return ByLength([len(one.input_ids) for one in cast(Any, examples)], together, self.args.seed)
+
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """The optimiser over the adapter's trainable parameters alone."""
         if self.optimizer is None:
             options = self.lora_config.train
+            assert options.learning_rate is not None
             groups = parameter_groups(
                 self.adapter.named_parameters(),
                 self.adapter.roles(),
                 options.learning_rate,
                 weight_decay=options.weight_decay,
                 ratio=options.loraplus_ratio or 1.0,
+                rates=options.rates,
             )
             self.optimizer = make_optimizer(options.optimizer, groups, options.learning_rate, options.optimizer_options)
             correct_gradients(self.optimizer, corrections_of(self.adapter))
+            if self.average is not None:
+                update = self.average.update
+                self.optimizer.register_step_post_hook(lambda *_: update())
         optimizer: torch.optim.Optimizer = self.optimizer
         return optimizer
 
@@ -208,7 +254,7 @@ class LoraTrainer(transformers.Trainer):
         """The sums of `evaluate` over examples, each process doing its share."""
         world, rank = self.args.world_size, self.args.process_index
         mine = list(examples)[rank::world]
-        with self.path.opened(self.bare):
+        with self._used(), self.path.opened(self.bare):
             batch_size = self.args.per_device_eval_batch_size
             sums = evaluate_loss(self.bare, mine, batch_size=batch_size, loss_of=self.path.loss)
         if world > 1:
@@ -218,6 +264,12 @@ class LoraTrainer(transformers.Trainer):
             torch.distributed.all_reduce(every)
             sums = LossStats(int(every[2]), every[1], every[0])
         return sums
+
+    def _used(self) -> contextlib.AbstractContextManager[None]:
+        """Within the block the adapter has the weights that are to be used: the average, where there is one."""
+        if self._settled:
+            return contextlib.nullcontext()
+        return used(self.adapter.parameters(), self.average, getattr(self.optimizer, "optimizer", self.optimizer))
 
     # -- checkpoints --------------------------------------------------------------------------------
 
@@ -241,6 +293,9 @@ class LoraTrainer(transformers.Trainer):
             with self.interruption.watching():
                 result = self.train(resume_from_checkpoint=str(folder) if folder else None)
             self.interruption.check(self.output, self.state.global_step, self.state.max_steps)
+            if not self._settled:
+                settle(self.average, getattr(self.optimizer, "optimizer", self.optimizer))
+                self._settled = True
             return result
         finally:
             if self.progress is not None:
@@ -259,8 +314,19 @@ class LoraTrainer(transformers.Trainer):
         folder.mkdir(parents=True, exist_ok=True)
         record = {**self.record, "steps": self.state.global_step}
         model = self.lora_config.model
-        self._sampled = checkpoint.write_adapter(folder, self.adapter, model, record, self._sampled)
+        averaged = self.average is not None or averages(cast(Any, self.optimizer).optimizer)
+        with self._used():  # whoever loads the folder gets what the run would give now
+            self._sampled = checkpoint.write_adapter(
+                folder, self.adapter, model, record, self._sampled, checkpoint.USED if averaged else checkpoint.ADAPTER
+            )
+        if averaged:
+            state = {name: tensor.contiguous().clone() for name, tensor in self.adapter.state_dict().items()}
+            save_file(state, folder / checkpoint.ADAPTER)
         (folder / CONFIG).write_text(to_yaml(self.lora_config.replace(overwrite=False)), encoding="utf-8")
+        if self.average is not None:
+            save_file(self.average.state_dict(), folder / checkpoint.AVERAGE)
+        if self.scaler is not None:
+            torch.save(self.scaler.state_dict(), folder / checkpoint.SCALER)
         if self.schedule is not None:
             save_file(self.schedule.state_dict(), folder / checkpoint.SCHEDULE)
 
@@ -294,6 +360,10 @@ class LoraTrainer(transformers.Trainer):
         if self.schedule is not None:  # ranks may have changed, so this comes first
             self.schedule.load_state_dict(load_file(folder / checkpoint.SCHEDULE), state)
         self.adapter.load_state_dict(state)
+        if self.average is not None:
+            self.average.load_state_dict(load_file(folder / checkpoint.AVERAGE))
+        if self.scaler is not None:
+            self.scaler.load_state_dict(torch.load(folder / checkpoint.SCALER, weights_only=True))
 
     def _init_training_state(self, max_steps: int, *given: Any, **named: Any) -> Any:
         """Resumed or not, the intervals of logs, evaluations and checkpoints are those of this run's options."""
@@ -328,7 +398,11 @@ class LoraTrainer(transformers.Trainer):
 
     def _load_best_model(self) -> None:
         log.info("best checkpoint: %s", Path(str(self.state.best_model_checkpoint)).name)
-        self._load_from_checkpoint(str(self.state.best_model_checkpoint))
+        folder = Path(str(self.state.best_model_checkpoint))
+        self._load_from_checkpoint(str(folder))
+        if (folder / checkpoint.USED).exists():
+            self.adapter.load_state_dict(checkpoint.read_state(folder, checkpoint.USED))
+            self._settled = True
 
 
 # -- made from options -----------------------------------------------------------------------------
@@ -349,7 +423,11 @@ def training_arguments(config: TrainConfig, *, evaluates: bool) -> transformers.
                 f"train.keep_best needs a checkpoint where it evaluates; found train.eval_steps {options.eval_steps} and "
                 f"train.save_steps {save_steps}. Make save_steps a multiple of eval_steps, or give neither"
             )
-    wants_best = options.keep_best or options.early_stopping_patience is not None
+    watched = options.early_stopping_patience is not None or options.scheduler in FOLLOWS_EVALUATION
+    wants_best = options.keep_best or watched
+    device = resolve_device(options.device)
+    if device.index is not None and device.type == "cuda":
+        torch.cuda.set_device(device)  # "cuda" without a number, which transformers asks for, is then this one
     return transformers.TrainingArguments(
         output_dir=str(Path(options.output) / checkpoint.FOLDER),
         num_train_epochs=options.epochs,
@@ -357,8 +435,7 @@ def training_arguments(config: TrainConfig, *, evaluates: bool) -> transformers.
         per_device_train_batch_size=options.batch_size,
         per_device_eval_batch_size=options.evaluation_batch_size,
         gradient_accumulation_steps=options.gradient_accumulation,
-        learning_rate=options.learning_rate,
-        lr_scheduler_type=options.scheduler,
+        learning_rate=options.learning_rate or 0.0,
         warmup_steps=options.warmup,
         weight_decay=options.weight_decay,
         max_grad_norm=options.max_grad_norm,
@@ -377,6 +454,7 @@ def training_arguments(config: TrainConfig, *, evaluates: bool) -> transformers.
         greater_is_better=False if wants_best else None,
         restore_callback_states_from_checkpoint=options.early_stopping_patience is not None,
         seed=options.seed,
+        use_cpu=device.type == "cpu",
         report_to=list(options.report_to) or "none",
         disable_tqdm=True,
         remove_unused_columns=False,
@@ -402,13 +480,24 @@ def _adapted(model: Any) -> Iterator[None]:
 
 
 def make_optimizer(
-    name: str, groups: list[dict[str, Any]], learning_rate: float, options: dict[str, Any]
+    name: str, groups: list[dict[str, Any]], learning_rate: float | None, options: dict[str, Any]
 ) -> torch.optim.Optimizer:
     """The optimiser that a configuration names, over parameter groups."""
     try:
-        return build_optimizer(name, groups, lr=learning_rate, **options)
+        return build_optimizer(name, groups, lr=learning_rate or 1e-4, **options)
     except LorakitError as problem:
         raise LorakitError(f"train.optimizer: {problem}") from None
+
+
+def make_scheduler(options: TrainOptions, optimizer: Any, warmup: int, total: int) -> Any:
+    """The schedule of the learning rate that a configuration names."""
+    name: str = options.scheduler
+    if name == "auto":
+        name = "constant_with_warmup" if averages(getattr(optimizer, "optimizer", optimizer)) else "linear"
+    try:
+        return build_scheduler(name, optimizer, warmup, total, options.scheduler_options)
+    except LorakitError as problem:
+        raise LorakitError(f"train.scheduler_options: {problem}") from None
 
 
 def _count_labels(examples: Sequence[Example]) -> int:

@@ -8,6 +8,7 @@ their specs (`lorakit.core.options`) and chosen here by name (`choices.py`).
 from __future__ import annotations
 
 import datetime
+import re
 from collections.abc import Iterator, Mapping
 from typing import Annotated, Any, ClassVar, Literal, Self
 
@@ -18,8 +19,9 @@ from lorakit.train.config.section import Section, rule
 
 Names = tuple[str, ...]
 Schedule = Literal[
-    "linear", "cosine", "constant", "constant_with_warmup", "cosine_with_min_lr", "inverse_sqrt", "polynomial"
-]
+    "auto", "linear", "cosine", "cosine_with_restarts", "cosine_with_min_lr", "cosine_warmup_with_min_lr", "constant",
+    "constant_with_warmup", "inverse_sqrt", "polynomial", "warmup_stable_decay", "rex", "reduce_lr_on_plateau", "greedy",
+]  # fmt: skip
 
 
 def option(default: Any, doc: str, **declared: Any) -> Any:
@@ -111,7 +113,7 @@ class TrainOptions(Section, frozen=True):
     HEADINGS: ClassVar[Mapping[str, str]] = {
         "output": "Training",
         "optimizer": "Optimiser",
-        "precision": "Memory and speed",
+        "device": "Memory and speed",
         "logging_steps": "Logs, checkpoints and resuming",
     }
 
@@ -121,14 +123,30 @@ class TrainOptions(Section, frozen=True):
     batch_size: int = option(16, "examples per step on each device", ge=1)
     evaluation_batch_size: int = option(32, "examples per step during evaluation", ge=1)
     gradient_accumulation: int = option(1, "batches whose gradients make one optimiser step", ge=1)
-    learning_rate: float = option(2e-4, "the highest learning rate", gt=0)
-    scheduler: Schedule = option("linear", "learning rate schedule after the warm-up")
+    learning_rate: float | None = option(
+        None,
+        "the highest learning rate; null: one by method and size of the model, which the log names with its source",
+        gt=0,
+    )
+    rates: dict[str, float] = option(
+        {}, "other learning rates by pattern of layers or tensors: {embed_tokens: 1e-5, layers.0: 1e-4}"
+    )
+    scheduler: Schedule = option(
+        "auto",
+        "learning rate schedule after the warm-up; auto: linear, and constant for schedule-free optimizers; with restarts: "
+        "cosine_with_restarts",
+    )
+    scheduler_options: dict[str, Any] = option(
+        {},
+        "further arguments of the schedule: {num_cycles: 3} for restarts, {min_lr_rate: 0.1}, {num_decay_steps: 100}",
+    )
     warmup: int | float = option(0.03, "warm-up steps: a count, or a share of all steps below 1", ge=0)
     seed: int = option(0, "random seed of initial values, dropout and the order of batches", ge=0)
     optimizer: str = option(
         "adamw",
-        "adamw, a class of torch.optim (SGD, Adafactor, ...), muon, galore (with method full), adamw-8bit, galore-8bit, "
-        "paged-adamw or paged-adamw-8bit (GPUs)",
+        "adamw, a class of torch.optim (SGD, Adafactor, ...), adamw-schedule-free, prodigy, lion, came, muon, galore (with "
+        "method full), adamw-8bit, galore-8bit, paged-adamw or paged-adamw-8bit (GPUs), or any that is installed: "
+        "some.module:Class",
     )
     optimizer_options: dict[str, Any] = option({}, "further arguments of the optimiser: {betas: [0.9, 0.95]}")
     loraplus_ratio: float | None = option(
@@ -137,8 +155,21 @@ class TrainOptions(Section, frozen=True):
     weight_decay: float = option(0.0, "decoupled weight decay", ge=0)
     max_grad_norm: float = option(1.0, "gradient clipping: the largest gradient norm; 0 turns it off", ge=0)
     label_smoothing: float = option(0.0, "share of each target spread over all tokens", ge=0, lt=1)
+    ema: float | None = option(
+        None,
+        "EMA: keep a moving average of the adapter with this decay (0.99, 0.999), which is evaluated and saved; null: off",
+        gt=0,
+        lt=1,
+    )
+    neftune: float | None = option(
+        None, "NEFTune: alpha of the noise on embeddings while training (the paper uses 5, 10, 15); null: off", gt=0
+    )
+    group_by_length: bool = option(False, "put examples of similar length into the same batch")
+    device: str = option("auto", "cpu, cuda (gpu), cuda:1, mps; auto: a GPU where there is one, else the CPU")
     precision: Literal["auto", "bf16", "fp16", "fp32"] = option(
-        "auto", "number format (dtype) of the base and of compute; auto: bf16 where the device supports it, else fp32"
+        "auto",
+        "number format (dtype) of the base and of compute; auto: bf16 where the device supports it, else fp32; fp16 scales "
+        "the loss",
     )
     memory: Literal["fast", "balanced", "small"] = option(
         "fast",
@@ -285,6 +316,7 @@ class TrainConfig(Section, frozen=True):
                     f"train.{needs} is {asked}, which needs rows to evaluate on; found none. "
                     "Give data.evaluation, data.evaluation_split or data.evaluation_size."
                 )
+        yield from self._optimizer_conflicts()
         method, answers, layout = METHOD.name_of(self.method), self.evaluate.answers, self.data.format
         classifies, routes = self.task == "seq-cls", isinstance(self.method, RouterSpec)
         if routes and not self.adapters and self.continue_from is None:
@@ -301,6 +333,27 @@ class TrainConfig(Section, frozen=True):
             yield f"evaluate.answers is {answers} while task is seq-cls, whose accuracy is measured anyway; leave it at none"
         if layout == "text" and answers != "none":
             yield f"evaluate.answers is {answers}, but rows of format text hold no answer; use prompt-completion or messages"
+
+    def _optimizer_conflicts(self) -> Iterator[str]:
+        options, optimizer = self.train, self.train.optimizer.lower()
+        schedule_free = "schedulefree" in re.sub("[^a-z]", "", optimizer)
+        if options.scheduler in ("reduce_lr_on_plateau", "greedy") and not self.data.evaluates:
+            yield f"train.scheduler is {options.scheduler}, which follows the evaluation loss; give data.evaluation_size"
+        if schedule_free and options.scheduler not in ("auto", "constant", "constant_with_warmup"):
+            yield (
+                f"train.scheduler is {options.scheduler} while train.optimizer is {optimizer}, which needs no schedule; use "
+                "auto or constant"
+            )
+        if getattr(self.method, "schedule", None) is not None and (schedule_free or options.ema):
+            asked = f"train.ema is {options.ema}" if options.ema else f"train.optimizer is {options.optimizer}"
+            yield (
+                f"{asked}, an average of steps, while {METHOD.name_of(self.method)} changes its ranks or restarts between "
+                "them; use another method, or adamw without an average"
+            )
+        if schedule_free and options.ema:
+            yield f"train.ema is {options.ema} while {options.optimizer} averages by itself; keep one of them"
+        if "prodigy" in optimizer and (options.rates or (options.loraplus_ratio or 1) != 1):
+            yield f"train.optimizer is {options.optimizer}, which has one rate; leave train.rates and loraplus_ratio out"
 
     def attach_arguments(self) -> dict[str, Any]:
         """The keyword arguments for `lorakit.attach(model, config.method, **config.attach_arguments())`."""

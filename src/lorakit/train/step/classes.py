@@ -21,6 +21,7 @@ from lorakit.models.evaluating import evaluating
 from lorakit.train.data.classification import LabelledExample
 from lorakit.train.step.attention import edits_obstacle, packed_attention, packed_call
 from lorakit.train.step.loss import LossPath, LossStats, base_alone, class_loss
+from lorakit.train.step.noise import tell_lengths
 from lorakit.train.step.packing import mask_of, pack_texts, pad_rows
 from lorakit.train.step.support import choose, difference, logits_alone, refusal
 
@@ -126,7 +127,9 @@ def _padded(model: nn.Module, examples: Sequence[LabelledExample], **how: Any) -
     device = next(model.parameters()).device
     rows = [example.input_ids for example in examples]
     ids = pad_rows(rows, int(getattr(getattr(model, "config", None), "pad_token_id", None) or 0))
-    logits = model(input_ids=ids.to(device), attention_mask=mask_of(rows).to(device)).logits
+    mask = mask_of(rows).to(device)
+    tell_lengths(model, lambda: mask.sum(1, keepdim=True).float())
+    logits = model(input_ids=ids.to(device), attention_mask=mask).logits
     return _loss_of_texts(logits, examples, **how)
 
 

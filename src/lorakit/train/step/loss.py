@@ -32,6 +32,7 @@ from lorakit.train.step.attention import is_packed, packed_attention, packed_cal
 from lorakit.train.step.balance import is_balanced, note_balance
 from lorakit.train.step.batched_attention import to_logits
 from lorakit.train.step.last_block import asked_rows
+from lorakit.train.step.noise import tell_lengths
 from lorakit.train.step.packing import PackedBatch, pack, pad
 
 if TYPE_CHECKING:
@@ -335,6 +336,7 @@ def padded_loss(
     device = next(model.parameters()).device
     batch = {name: tensor.to(device) for name, tensor in pad(examples).items()}
     labels = batch.pop("labels")[:, 1:]
+    tell_lengths(model, lambda: batch["attention_mask"].sum(1, keepdim=True).float())
     with prompts_known(model, [prompt_length(example.labels) for example in examples]):
         outputs = model(**batch, use_cache=False)
     note_balance(model, outputs)
@@ -357,6 +359,7 @@ def packed_loss(
 ) -> tuple[Tensor, LossStats]:
     """`causal_loss` of examples that are packed first."""
     batch = pack(examples).to(next(model.parameters()).device)
+    tell_lengths(model, batch.lengths)
     return causal_loss(model, batch, num_items=num_items, label_smoothing=label_smoothing)
 
 

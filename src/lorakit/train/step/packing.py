@@ -81,6 +81,13 @@ class PackedBatch:
         moved: Any = {name: one.to(device) for name, one in vars(self).items() if isinstance(one, Tensor)}
         return replace(self, **moved, plans={})
 
+    def lengths(self) -> Tensor:
+        """The tokens of the longest example that holds each token of the row, `[1, tokens]`; infinite for the fill."""
+        found = torch.zeros(self.tokens)
+        for place in self.places:
+            found[place] = found[place].clamp_min(len(place))
+        return torch.where(found > 0, found, torch.inf)[None]
+
     def under(self, rows: int) -> PackedBatch:
         """The batch with so many rows above everything, which no example holds: a trained prompt, computed once for all.
 
