@@ -101,7 +101,7 @@ def test_what_is_evaluated_and_saved_of_a_schedule_free_run_is_the_average(tmp_p
     trainer = make(config, evaluation=rows(6, seed=3))
     trainer.train_from()
     folder = checkpoint.checkpoints_in(tmp_path)[-1]
-    trained, kept = load_file(folder / checkpoint.ADAPTER), load_file(folder / checkpoint.USED)
+    trained, kept = load_file(folder / checkpoint.TRAINED), checkpoint.read_state(folder)
     state = torch.load(folder / "optimizer.pt", weights_only=True)["state"]
     for (name, value), own in zip(tensors(trainer).items(), state.values(), strict=True):
         assert torch.equal(value, kept[name]), "what is saved at the end is what is to be used"

@@ -6,7 +6,7 @@
                                     file each of the others is
         schedule_state.safetensors  what its schedule remembers, where the method has one
         average_state.safetensors   the moving average of the weights, with train.ema
-        used_state.safetensors      the tensors to be used, where they are an average of those that are trained
+        trained_state.safetensors   the tensors that are trained, where the adapter is an average of them
         loss_scale.pt               the loss scale, in fp16
         optimizer.pt  scheduler.pt  rng_state.pth  trainer_state.json      written by transformers
         checkpoint.json             written last: the run's configuration, its data, every file's size and
@@ -53,7 +53,7 @@ FOLDER = "checkpoints"
 ADAPTER = "adapter_state.safetensors"
 SCHEDULE = "schedule_state.safetensors"
 AVERAGE = "average_state.safetensors"
-USED = "used_state.safetensors"
+TRAINED = "trained_state.safetensors"
 SCALER = "loss_scale.pt"
 MANIFEST = "checkpoint.json"
 FINISHED = "finished"
@@ -109,15 +109,10 @@ def digest_examples(examples: Iterable[Example]) -> str:
 
 
 def write_adapter(
-    folder: Path,
-    adapter: Adapter,
-    base: str,
-    record: Mapping[str, Any],
-    sampled: Mapping[str, Any] | None = None,
-    beside: str = ADAPTER,
+    folder: Path, adapter: Adapter, base: str, record: Mapping[str, Any], sampled: Mapping[str, Any] | None = None
 ) -> Mapping[str, Any]:
-    """Write the adapter of a checkpoint: its folder as ever, and beside that, in the file `beside`, what its file does not hold
-    to the bit, and where it holds the rest.
+    """Write the adapter of a checkpoint: its folder as ever, and beside that what its file does not hold to the bit, and where
+    it holds the rest.
 
     Returns the base's fingerprint, to be given again as `sampled`: the base is frozen, and slow to read where it is quantised.
 
@@ -144,7 +139,7 @@ def write_adapter(
     }
     # Copies of their own: tensors that share memory cannot be written side by side.
     rest = {name: tensor.contiguous().clone() for name, tensor in state.items() if name not in whole}
-    save_file(rest, folder / beside, metadata={"kept": json.dumps(whole)})
+    save_file(rest, folder / ADAPTER, metadata={"kept": json.dumps(whole)})
     fingerprint: Mapping[str, Any] = bundle.own["base"]["fingerprint"]
     return fingerprint
 
@@ -154,11 +149,11 @@ def _view(part: Tensor, whole: Tensor) -> tuple[list[int], list[int], int]:
     return list(part.shape), list(part.stride()), int(part.storage_offset() - whole.storage_offset())
 
 
-def read_state(folder: Path, name: str = ADAPTER) -> dict[str, Tensor]:
-    """The adapter's tensors of a checkpoint, to the bit; with `USED`, those that the run would give at that step."""
-    with safe_open(folder / name, framework="pt") as file:
+def read_state(folder: Path) -> dict[str, Tensor]:
+    """The adapter's tensors of a checkpoint, to the bit."""
+    with safe_open(folder / ADAPTER, framework="pt") as file:
         kept = json.loads((file.metadata() or {}).get("kept", "{}"))  # one of an earlier version has them all here
-    state, written = load_file(folder / name), load_file(folder / TENSORS) if kept else {}
+    state, written = load_file(folder / ADAPTER), load_file(folder / TENSORS) if kept else {}
     for name, (shape, dtype, pieces) in kept.items():
         state[name] = torch.empty(shape, dtype=getattr(torch, dtype))
         for *target, key, size, stride, offset in pieces:

@@ -314,15 +314,12 @@ class LoraTrainer(transformers.Trainer):
         folder.mkdir(parents=True, exist_ok=True)
         record = {**self.record, "steps": self.state.global_step}
         model = self.lora_config.model
-        averaged = self.average is not None or averages(cast(Any, self.optimizer).optimizer)
-        with self._used():  # whoever loads the folder gets what the run would give now
-            self._sampled = checkpoint.write_adapter(
-                folder, self.adapter, model, record, self._sampled, checkpoint.USED if averaged else checkpoint.ADAPTER
-            )
-        if averaged:
-            state = {name: tensor.contiguous().clone() for name, tensor in self.adapter.state_dict().items()}
-            save_file(state, folder / checkpoint.ADAPTER)
+        with self._used():
+            self._sampled = checkpoint.write_adapter(folder, self.adapter, model, record, self._sampled)
         (folder / CONFIG).write_text(to_yaml(self.lora_config.replace(overwrite=False)), encoding="utf-8")
+        if self.average is not None or averages(cast(Any, self.optimizer).optimizer):
+            state = self.adapter.state_dict().items()
+            save_file({name: tensor.contiguous().clone() for name, tensor in state}, folder / checkpoint.TRAINED)
         if self.average is not None:
             save_file(self.average.state_dict(), folder / checkpoint.AVERAGE)
         if self.scaler is not None:
@@ -356,7 +353,8 @@ class LoraTrainer(transformers.Trainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         folder = Path(resume_from_checkpoint)
-        state = checkpoint.read_state(folder)
+        trained = folder / checkpoint.TRAINED
+        state = load_file(trained) if trained.exists() else checkpoint.read_state(folder)
         if self.schedule is not None:  # ranks may have changed, so this comes first
             self.schedule.load_state_dict(load_file(folder / checkpoint.SCHEDULE), state)
         self.adapter.load_state_dict(state)
@@ -400,8 +398,8 @@ class LoraTrainer(transformers.Trainer):
         log.info("best checkpoint: %s", Path(str(self.state.best_model_checkpoint)).name)
         folder = Path(str(self.state.best_model_checkpoint))
         self._load_from_checkpoint(str(folder))
-        if (folder / checkpoint.USED).exists():
-            self.adapter.load_state_dict(checkpoint.read_state(folder, checkpoint.USED))
+        if (folder / checkpoint.TRAINED).exists():  # as it was measured there: the average
+            self.adapter.load_state_dict(checkpoint.read_state(folder))
             self._settled = True
 
 
