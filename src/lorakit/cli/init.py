@@ -1,4 +1,4 @@
-"""`lorakit init`: a run's YAML for a base and a data file, every option with its default and a line about it."""
+"""`lorakit init`: a run's YAML for a base and a data file, or from a file of another program, every option explained."""
 
 from __future__ import annotations
 
@@ -7,27 +7,49 @@ from typing import Annotated
 
 import typer
 
-from lorakit.cli.arguments import Model, Overwrite
-from lorakit.cli.screen import out
+from lorakit.cli.arguments import Overwrite
+from lorakit.cli.screen import err, out
 
-HELP = "Write a commented YAML for training BASE on DATA, to be edited and given to train."
+HELP = "Write a commented YAML for training BASE on DATA, or from a file of Axolotl or LLaMA-Factory (--from)."
 
 
 def init(
-    base: Model,
+    base: Annotated[
+        str | None, typer.Argument(metavar="[BASE]", help="Base model: hub name, local folder or GGUF file.")
+    ] = None,
     data: Annotated[
-        str, typer.Argument(metavar="DATA", help="Rows to train on: a file, a folder or a dataset's name.")
-    ],
+        str | None, typer.Argument(metavar="[DATA]", help="Rows to train on: a file, a folder or a dataset's name.")
+    ] = None,
+    foreign: Annotated[
+        Path | None, typer.Option("--from", help="A YAML or JSON file of Axolotl or LLaMA-Factory to convert.")
+    ] = None,
     output: Annotated[Path, typer.Option("--output", "-o", help="YAML file to write.")] = Path("run.yaml"),
     overwrite: Overwrite = False,
 ) -> None:
     """Read the columns of the data, and write the file."""
+    from lorakit.errors import LorakitError
     from lorakit.files.folder import claim, write_whole
     from lorakit.train.config.run import DataOptions, TrainConfig, TrainOptions, to_yaml
     from lorakit.train.data.formats import as_known, detect_format
     from lorakit.train.data.reading import load_rows
 
+    if (base is None or data is None) == (foreign is None):
+        raise LorakitError("init: give BASE and DATA, or --from FILE of Axolotl or LLaMA-Factory")
     claim(output, (), overwrite, "init")
+    if foreign is not None:
+        from lorakit.train.config.foreign import converted
+        from lorakit.train.config.run import from_tree
+
+        program, tree, left = converted(foreign)
+        config = from_tree(tree, str(foreign))
+        told = [f"# from {foreign} ({program})", *(f"# left out: {line}" for line in left)]
+        write_whole(output, ("\n".join(told) + "\n\n" + to_yaml(config)).encode())
+        for line in left:
+            err.print(f"left out: {line}", markup=False)
+        out.print(f"{output}: from {foreign} ({program}); next: lorakit train {output} --check", markup=False)
+        return
+    assert base is not None
+    assert data is not None
     rows = load_rows(data)
     found = detect_format(tuple(dict.fromkeys(name for row in rows.rows for name in as_known(row.fields))), data)
     size = 0.1 if len(rows) >= 20 else 0

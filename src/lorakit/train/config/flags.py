@@ -19,45 +19,11 @@ from lorakit.core.options import Declared
 from lorakit.errors import LorakitError
 from lorakit.train.config.choices import CHOICES, METHOD
 from lorakit.train.config.document import parse_value
+from lorakit.train.config.foreign import RENAMED
 from lorakit.train.config.options import TrainConfig
 from lorakit.train.config.section import FlagText
 
 log = logging.getLogger("lorakit")
-
-FOREIGN = {
-    ours: theirs.split()
-    for ours, theirs in {
-        "rank": "r lora_r",
-        "alpha": "lora_alpha",
-        "dropout": "lora_dropout",
-        "rslora": "use_rslora",
-        "layers": "layers_to_transform",
-        "init": "init_lora_weights",
-        "model": "base_model model_name_or_path",
-        "data.train": "dataset",
-        "data.max_length": "max_seq_length",
-        "train.output": "output_dir",
-        "train.epochs": "num_train_epochs num_epochs",
-        "train.batch_size": "per_device_train_batch_size",
-        "train.evaluation_batch_size": "per_device_eval_batch_size",
-        "train.gradient_accumulation": "gradient_accumulation_steps",
-        "train.learning_rate": "lr",
-        "train.scheduler": "lr_scheduler_type lr_scheduler",
-        "train.scheduler_options": "lr_scheduler_kwargs",
-        "train.neftune": "neftune_noise_alpha noise_alpha",
-        "train.device": "device_map use_cpu",
-        "train.warmup": "warmup_steps warmup_ratio",
-        "train.optimizer": "optim",
-        "train.label_smoothing": "label_smoothing_factor",
-        "train.memory": "gradient_checkpointing",
-        "train.fast_path": "packing padding_free",
-        "train.precision": "bf16 fp16",
-        "train.keep_best": "load_best_model_at_end",
-        "train.resume": "resume_from_checkpoint",
-        "train.loraplus_ratio": "loraplus_lr_ratio",
-    }.items()
-}
-"""Our names to those of PEFT, the Hugging Face Trainer and others: for the hint of a refusal, never as aliases."""
 
 
 SHORT = {"from": "continue_from"}
@@ -123,7 +89,7 @@ class Names:
         """The error for an option that does not exist, with the nearest that does and those of the same section."""
         known = [*self.own, *self.of_methods, *self.patterns]
         section, _, leaf = asked.rpartition(".")
-        called = [ours for ours, theirs in FOREIGN.items() if leaf in theirs]
+        called = [RENAMED[leaf]] if leaf in RENAMED and RENAMED[leaf] != asked else []
         called += [name for name in known if name.rpartition(".")[2] == leaf]
         near = difflib.get_close_matches(asked, known, n=1, cutoff=0.5)
         hint = f'; lorakit calls it "{called[0]}".' if called else f'; did you mean "{near[0]}"?' if near else "."

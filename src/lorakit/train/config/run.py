@@ -18,7 +18,7 @@ can be repeated after the defaults have moved on.
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,7 @@ from lorakit.train.config.choices import METHOD
 from lorakit.train.config.document import dump, parse_document
 from lorakit.train.config.fields import ConfigField, config_fields
 from lorakit.train.config.flags import merged
+from lorakit.train.config.foreign import program_of
 from lorakit.train.config.options import DataOptions, EvaluateOptions, TrainConfig, TrainOptions
 from lorakit.train.config.section import Section, explained
 
@@ -58,6 +59,17 @@ def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -
             each names the option and the file and line or the flag.
     """
     tree, places = _given(path, overrides)
+    return _validated(tree, places)
+
+
+def from_tree(tree: Mapping[str, Any], source: str) -> TrainConfig:
+    """The configuration of plain values, as a file `source` would hold them."""
+    inner = [f"{key}.{name}" for key, value in tree.items() if isinstance(value, Mapping) for name in value]
+    values, places = merged(tree, dict.fromkeys(["", *tree, *inner], source), ())
+    return _validated(values, places)
+
+
+def _validated(tree: Mapping[str, Any], places: Mapping[str, str]) -> TrainConfig:
     try:
         return TrainConfig.model_validate(tree)
     except ValidationError as error:
@@ -75,6 +87,10 @@ def chosen_method(path: str | Path | None, overrides: Sequence[str]) -> str:
 def _given(path: str | Path | None, overrides: Sequence[str]) -> tuple[dict[str, Any], dict[str, str]]:
     """The values of the file and the flags, and where each was given."""
     tree, places = ({}, {}) if path is None else parse_document(_read_text(Path(path)), str(path))
+    if program := program_of(tree):
+        raise LorakitError(
+            f"{path} is a file of {program}; `lorakit init --from {path} -o run.yaml` writes it as one of lorakit's"
+        )
     return merged(tree, places, overrides)
 
 
