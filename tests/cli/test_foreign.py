@@ -145,7 +145,12 @@ def test_a_file_of_axolotl_trains_and_what_has_no_equivalent_is_listed(lorakit: 
     assert (train.neftune, train.rates, train.learning_rate) == (5.0, {"layers.1": 1e-3}, 2e-4)
     assert (data.max_length, data.evaluation_size, data.completion_only_loss) == (64, 0.1, True)
     left = [line.partition("left out: ")[2] for line in said.splitlines() if line.startswith("left out: ")]
-    assert [line.partition(":")[0] for line in left] == ["evals_per_epoch", "deepspeed", "special_tokens", "shiny_new_key"]
+    assert [line.partition(":")[0] for line in left] == [
+        "evals_per_epoch",
+        "deepspeed",
+        "special_tokens",
+        "shiny_new_key",
+    ]
     assert all(f"# left out: {line}" in run.read_text() for line in left), "the file says it too"
     trained(lorakit, run)
 
@@ -183,7 +188,10 @@ def test_json_and_full_fine_tuning(lorakit: Run, places: dict[str, Path]) -> Non
     [
         ("model: tiny\n", "is no file of Axolotl or LLaMA-Factory"),
         ("base_model: tiny\nadapter: lora\ndatasets: [{path: a.json, type: input_output}]\n", "data.train is missing"),
-        ("base_model: m\nadapter: lora\nlearning_rate: fast\ndatasets: [a.json]\n", "train.learning_rate: expected a number"),
+        (
+            "base_model: m\nadapter: lora\nlearning_rate: fast\ndatasets: [a.json]\n",
+            "train.learning_rate: expected a number",
+        ),
         ("base_model: m\n  adapter: lora\n", "this is not YAML"),
     ],
 )
