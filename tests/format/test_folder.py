@@ -526,7 +526,7 @@ def test_hub_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(huggingface_hub, "snapshot_download", offline)
     with pytest.raises(LorakitError, match=r"'user/reviews' is no folder here.*not in the cache and the hub cannot be"):
         load(small(), "user/reviews", revision="v2")
-    assert asked == [("user/reviews", "v2", sorted({*FILES, *PROMPT}))]
+    assert asked == [("user/reviews", "v2", sorted({*FILES, *PROMPT, "members/*"}))]
     _, adapter = adapted()
     adapter.save("user/reviews")
     assert load(small(), "user/reviews").name == "reviews"

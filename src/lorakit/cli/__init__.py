@@ -32,12 +32,14 @@ from lorakit.cli import merge as merge_verb
 from lorakit.cli import methods as methods_verb
 from lorakit.cli import plan as plan_verb
 from lorakit.cli import prune as prune_verb
+from lorakit.cli import push as push_verb
 from lorakit.cli import resize as resize_verb
 from lorakit.cli import route as route_verb
 from lorakit.cli import scale as scale_verb
 from lorakit.cli import serve as serve_verb
 from lorakit.cli import train as train_verb
 from lorakit.cli import verify as verify_verb
+from lorakit.cli.arguments import NotFetchedError
 from lorakit.cli.screen import fail
 
 
@@ -63,7 +65,7 @@ class Verbs(TyperGroup):
                 raise  # the command line's own: an exit, or a usage error, which shows itself
             if self.debug or os.environ.get("LORAKIT_DEBUG", "") not in ("", "0"):
                 raise
-            if isinstance(error, LorakitError):
+            if isinstance(error, LorakitError | NotFetchedError):
                 fail(str(error))
                 raise typer.Exit(getattr(error, "status", 2)) from None
             fail(_unexpected(ctx.invoked_subcommand or "lorakit", error))
@@ -135,6 +137,7 @@ app.command(name="prune", help=prune_verb.HELP)(prune_verb.prune)
 app.command(name="extract", help=extract_verb.HELP)(extract_verb.extract)
 app.command(name="diff", help=diff_verb.HELP)(diff_verb.diff)
 app.command(name="combine", help=combine_verb.HELP)(combine_verb.combine)
+app.command(name="push", help=push_verb.HELP)(push_verb.push)
 app.command(name="serve", help=serve_verb.HELP)(serve_verb.serve)
 app.command(name="keys", help=keys_verb.HELP)(keys_verb.keys)
 app.command(name="bench-serve", help=bench_serve_verb.HELP)(bench_serve_verb.bench_serve)

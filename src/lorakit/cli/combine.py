@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from lorakit.algebra.recipes import RECIPES, Combination
-from lorakit.cli.arguments import Base, Output, Overwrite, Rows
+from lorakit.cli.arguments import Base, Output, Overwrite, Rows, adapter_path
 from lorakit.cli.flags import flags
 from lorakit.cli.outcome import on_base
 from lorakit.cli.screen import out
@@ -27,7 +27,9 @@ def _recipes(asked: bool) -> None:
 
 @flags(layer_weights="--layer")
 def combine(
-    adapters: Annotated[list[Path], typer.Argument(metavar="ADAPTERS", help="Adapter folders.")],
+    adapters: Annotated[
+        list[Path], typer.Argument(metavar="ADAPTERS", parser=adapter_path, help="Folders or hub names.")
+    ],
     output: Output,
     asked: Combination,
     data: Annotated[

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from lorakit.cli.arguments import Overwrite
+from lorakit.cli.arguments import Overwrite, adapter_path
 from lorakit.cli.screen import err, out
 from lorakit.errors import plural
 
@@ -26,7 +26,12 @@ def convert_names() -> tuple[str, ...]:
 
 
 def convert(
-    source: Annotated[Path, typer.Argument(metavar="SOURCE", help="Adapter: .safetensors, .gguf, or a folder.")],
+    source: Annotated[
+        Path,
+        typer.Argument(
+            metavar="SOURCE", parser=adapter_path, help="Adapter: .safetensors, .gguf, a folder, a hub name."
+        ),
+    ],
     to: Annotated[str, typer.Option("--to", help="Format to write.")],
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="File or folder to write; without it, a dry run.")

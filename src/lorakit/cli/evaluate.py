@@ -10,6 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
+from lorakit.cli.arguments import adapter_path
 from lorakit.cli.screen import err, log_to, out, show_log
 
 HELP = (
@@ -25,9 +26,12 @@ CONTEXT: dict[str, Any] = {"allow_extra_args": True, "ignore_unknown_options": T
 
 def evaluate(
     context: typer.Context,
-    what: Annotated[Path, typer.Argument(help="An adapter folder with its train.yaml, or a configuration.")],
+    what: Annotated[
+        Path, typer.Argument(parser=adapter_path, help="An adapter with its train.yaml, or a configuration.")
+    ],
     adapter: Annotated[
-        list[Path] | None, typer.Option("--adapter", "-a", help="An adapter folder; give several to compare.")
+        list[Path] | None,
+        typer.Option("--adapter", "-a", parser=adapter_path, help="An adapter; give several to compare."),
     ] = None,
     base: Annotated[bool, typer.Option(help="Measure the base model too.")] = True,
     samples: Annotated[int, typer.Option(min=0, help="How many answers to show.")] = 3,

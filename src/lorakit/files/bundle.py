@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -25,16 +24,17 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from lorakit.errors import LorakitError
+from lorakit.experts import MEMBERS
 from lorakit.files.folder import recover, stamp_of
 from lorakit.files.formats import check_axes, with_integers
 from lorakit.files.prompt import PROMPT, Prompt
+from lorakit.models.hub import HubName, read_name
 
 CONFIG, TENSORS, OWN = "adapter_config.json", "adapter_model.safetensors", "lorakit.json"
 CONTENT = (CONFIG, TENSORS, OWN)
 FORMAT = 1
 LABELS = ("base_model_name_or_path", "revision", "task_type", "inference_mode", "auto_mapping", "peft_version")
 """Entries of the configuration that may be edited by hand: they do not change what the adapter computes."""
-_HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 
 _ATTEMPTS = 100
 
@@ -69,7 +69,8 @@ class Bundle:
 
 
 def locate(folder: str | Path, revision: str | None = None) -> Path:
-    """The adapter folder of this path, or else of this name on the model hub ("user/name").
+    """The adapter folder of this path, or else of this name on the model hub ("user/name", "user/name@revision" or
+    "user/name/folder@revision").
 
     The network is asked only where no such folder exists and the name can be nothing else.
     """
@@ -80,8 +81,9 @@ def locate(folder: str | Path, revision: str | None = None) -> Path:
             recover(path, CONTENT)  # now it waits for a save that is just between its two renames
     if not path.is_dir():
         # A known first part ("adapters/sql" where ./adapters exists) is a misspelt path and not a user of the hub.
-        if isinstance(folder, str) and _HUB_NAME.fullmatch(folder) and not path.exists() and not path.parent.exists():
-            path = _fetch(folder, revision)
+        named = read_name(folder) if isinstance(folder, str) and not path.exists() else None
+        if named is not None and not Path(named.repo).parent.exists():
+            path = _fetch(named, named.revision or revision)
         else:
             raise LorakitError(
                 f"load: {path} is no folder.{_nearby(path)} An adapter is a folder with {CONFIG} and {TENSORS}, or a name "
@@ -104,7 +106,7 @@ def _nearby(path: Path) -> str:
     return f" Adapters in {path.parent}: {', '.join(found[:8])}." if found else ""
 
 
-def _fetch(name: str, revision: str | None) -> Path:
+def _fetch(named: HubName, revision: str | None) -> Path:
     """The cached copy of an adapter on the hub, fetched or brought up to date if the network allows."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import (
@@ -116,8 +118,9 @@ def _fetch(name: str, revision: str | None) -> Path:
         RevisionNotFoundError,
     )
 
+    name, wanted = named.repo, named.patterns([*CONTENT, *PROMPT, f"{MEMBERS}/*"])
     try:
-        return Path(snapshot_download(name, revision=revision, allow_patterns=[*CONTENT, *PROMPT]))
+        return named.inside(snapshot_download(name, revision=revision, allow_patterns=wanted))
     except GatedRepoError as problem:
         raise LorakitError(
             f"load: {name!r} is closed on the hub; ask for access on its page, then `hf auth login`."

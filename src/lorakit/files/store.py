@@ -71,6 +71,7 @@ from lorakit.files.packing import names_of, unpack
 from lorakit.files.prompt import Prompt, read_prompt
 from lorakit.files.renamed import nearest, under_todays_names
 from lorakit.files.table import spec_from_dict
+from lorakit.models.hub import read_name
 
 log = logging.getLogger("lorakit")
 
@@ -253,7 +254,9 @@ def load(
         bundle = dataclasses.replace(bundle, own={})
     if not bundle.own:
         bundle = dataclasses.replace(bundle, config=_decided(bundle.config, bundle.tensors))
-    name = name or re.sub(r"[./]", "-", Path(folder).expanduser().absolute().name)
+    place = Path(folder).expanduser()
+    named = read_name(str(folder)) if not place.exists() else None
+    name = name or re.sub(r"[./]", "-", place.absolute().name if named is None else named.name)
     before = set(adapters(model))
     if name in before:
         raise LorakitError(f"load: an adapter {name!r} is on this model already; give another name=.")

@@ -7,6 +7,9 @@ only. So the hub is asked once whether it answers; if not, the cached copy is us
 from __future__ import annotations
 
 import logging
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,11 +28,72 @@ from lorakit.errors import LorakitError, first_line, unknown
 logger = logging.getLogger(__name__)
 
 
+_NAME = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)((?P<below>(/[\w.-]+)+)?@(?P<revision>[\w.-]+(/[\w.-]+)*))?")
+LARGE = ("*.safetensors", "*.bin", "*.gguf", "*.pt", "*.pth", "*.h5", "*.msgpack", "*.onnx*", "*.tflite", "*.ot")
+"""Files of a model's repository that hold weights."""
+
+
+@dataclass(frozen=True)
+class HubName:
+    """A name on the hub: `owner/name`, `owner/name@revision` or `owner/name/folder@revision`."""
+
+    repo: str
+    revision: str | None = None
+    below: str = ""
+
+    @property
+    def name(self) -> str:
+        """What it is called: the last part of its path."""
+        return (self.below or self.repo).rpartition("/")[2]
+
+    def inside(self, snapshot: str | Path) -> Path:
+        """Its folder in a copy of the repository."""
+        return Path(snapshot) / self.below
+
+    def patterns(self, names: Iterable[str]) -> list[str]:
+        """File names as patterns over the repository."""
+        return [f"{self.below}/{name}" if self.below else name for name in names]
+
+
+def read_name(name: str) -> HubName | None:
+    """A text as a name on the hub; None where it is none."""
+    found = _NAME.fullmatch(name)
+    return found and HubName(found["repo"], found["revision"], (found["below"] or "").removeprefix("/"))
+
+
+def snapshot(name: str, weights: bool = True) -> str:
+    """The local copy of `owner/name@revision`, which is fetched where it is not there; another name as it is.
+
+    Args:
+        name: a folder, or a name on the hub.
+        weights: fetch the weights too.
+
+    Raises:
+        LorakitError: there is no such repository or revision, or it is not in the cache and the hub cannot be reached.
+    """
+    found = None if Path(name).exists() else read_name(name)
+    if found is None or found.revision is None:
+        return name
+    online = reach_hub(found.repo, found.revision)
+    try:
+        folder = huggingface_hub.snapshot_download(
+            found.repo, revision=found.revision, local_files_only=not online, ignore_patterns=[] if weights else [*LARGE],
+            allow_patterns=found.patterns(["*"]) if found.below else None,
+        )  # fmt: skip
+    except OSError as error:
+        raise not_cached(found.repo) from error
+    if not found.inside(folder).is_dir():
+        raise LorakitError(f'load model: "{found.repo}" has no folder {found.below} at {found.revision}.')
+    return str(found.inside(folder))
+
+
 def find_on_hub(name: str, options: dict[str, Any]) -> str:
     """What to give transformers for a hub name: the name, or without network the folder of its cached copy.
 
     The folder, because transformers asks the network for some files even when told to use local ones only.
     """
+    if (folder := snapshot(name)) != name or Path(name).is_dir():
+        return folder
     if reach_hub(name, options.get("revision")):
         return name
     try:

@@ -209,7 +209,12 @@ def find_local(name_or_path: str | Path) -> Path | None:
     text = str(name_or_path)
     path = Path(text).expanduser()
     if not path.exists():
-        if isinstance(name_or_path, Path) or text.startswith(("/", ".", "~")) or text.count("/") > 1:
+        named = hub.read_name(text)  # with "@", as it may have more parts
+        if (
+            isinstance(name_or_path, Path)
+            or text.startswith(("/", ".", "~"))
+            or (text.count("/") > 1 and named is None)
+        ):
             raise LorakitError(f'load model: no such file or folder: "{text}" (from {Path.cwd()}).')
         if path.suffix == ".gguf":
             raise LorakitError(
@@ -252,6 +257,7 @@ def from_pretrained(class_name: str, where: str, **options: Any) -> Any:
 
 def load_tokenizer(where: str, options: dict[str, Any]) -> Any:
     """The tokenizer of a hub name or folder."""
+    where = hub.snapshot(where, weights=False)
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(where, **_of_the_place(options))
     except (OSError, ValueError) as error:

@@ -19,7 +19,7 @@ def stored_config(base: str) -> Any:
     place = find_local(base)
     if place is not None and not (place / "config.json").exists():
         return None
-    return read_config(str(place) if place is not None else hub.find_on_hub(base, {}))
+    return read_config(str(place) if place is not None else hub.find_on_hub(hub.snapshot(base, weights=False), {}))
 
 
 def read_config(where: str | Path) -> Any:
@@ -30,7 +30,7 @@ def read_config(where: str | Path) -> Any:
         OSError: it cannot be read.
     """
     try:
-        return transformers.AutoConfig.from_pretrained(where)
+        return transformers.AutoConfig.from_pretrained(hub.snapshot(str(where), weights=False))
     except (ValueError, TypeError, KeyError, AttributeError) as problem:
         raise LorakitError(
             f"{where}: config.json is not one that transformers {transformers.__version__} reads "
