@@ -8,6 +8,14 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+from contextvars import ContextVar
+
+COMMAND_LINE: ContextVar[bool] = ContextVar("COMMAND_LINE", default=False)
+"""Whether it is the command line that calls: its messages name flags where a program is told arguments."""
+
+
+OTHERS = {"4bit": "nf4", "4-bit": "nf4", "int4": "nf4", "8bit": "int8", "8-bit": "int8", "fp8": "bf16", "half": "fp16"}
+"""What other tools call some of our names, where the likest of ours would be the wrong one."""
 
 
 class LorakitError(ValueError):
@@ -24,6 +32,18 @@ def first_line(error: Exception) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
+def advice(python: str, shell: str) -> str:
+    """What would work, in the caller's language: for a program, or for the command line."""
+    return shell if COMMAND_LINE.get() else python
+
+
+def nearest(asked: str, known: Iterable[str], count: int = 1, cutoff: float = 0.5) -> list[str]:
+    """The known names most like the one that was asked for, whatever their case; the likest first."""
+    names = {str(name): str(name).lower() for name in known}
+    found = difflib.get_close_matches(asked.lower(), names.values(), n=count, cutoff=cutoff)
+    return list(dict.fromkeys(name for one in found for name, low in names.items() if low == one))[:count]
+
+
 def unknown(kind: str, asked: str, known: Iterable[str], where: str | None = None) -> LorakitError:
     """The error for a name that is not in a list of known names, with the nearest one.
 
@@ -35,7 +55,7 @@ def unknown(kind: str, asked: str, known: Iterable[str], where: str | None = Non
     """
     names = [str(name) for name in known]
     place = f" in {where}" if where else ""
-    close = difflib.get_close_matches(asked, names, n=1, cutoff=0.5)
+    close = [OTHERS[low]] if (low := asked.lower()) in OTHERS and OTHERS[low] in names else nearest(asked, names)
     hint = f'; did you mean "{close[0]}"?' if close else "."
     listed = ", ".join(names) if names else "none"
     return LorakitError(f'unknown {kind} "{asked}"{place}{hint} Known: {listed}.')

@@ -79,7 +79,7 @@ def test_made_keys_open_and_the_file_holds_none(tmp_path: Path, name: str) -> No
         ("tenants: [{name: a, base: 1}]", "true or false"),
         ("tenants: {a: 1}", "list of tenants"),
         ("- a", "object"),
-        ("tenants: [", "cannot be read"),
+        ("tenants: [", "is not YAML"),
         (f"tenants: [{{name: a, keys: ['{digest('k')}']}}, {{name: b, keys: ['{digest('k')}']}}]", "same key"),
     ],
 )

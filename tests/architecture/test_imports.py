@@ -19,6 +19,7 @@ PACKAGE = Path(lorakit.__file__).parent
 
 FLOORS: tuple[str, ...] = (
     "errors native",
+    "reading",
     "core",
     "methods models",
     "init edits",

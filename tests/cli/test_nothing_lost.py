@@ -205,6 +205,6 @@ def test_the_one_way_to_write_a_file(tmp_path: Path) -> None:
     write_whole(tmp_path / "a" / "keys.yaml", b"other", mode=0o600)
     assert (tmp_path / "a" / "keys.yaml").read_bytes() == b"other"
     assert [entry.name for entry in (tmp_path / "a").iterdir()] == ["keys.yaml"]
-    with pytest.raises(LorakitError, match=r"is there already \(keys.yaml\)"):
+    with pytest.raises(LorakitError, match="is there already"):
         claim(tmp_path / "a" / "keys.yaml", (), False, "convert")
     claim(tmp_path / "a" / "keys.yaml", (), True, "convert")

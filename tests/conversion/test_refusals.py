@@ -75,15 +75,15 @@ MIXED_UP: dict[str, tuple[Callable[[Words], Words], str]] = {
     ),
     "ComfyUI's names": (
         lambda words: {f"diffusion_model.blocks.0.q.{key}.weight": torch.ones(2, 2) for key in ("lora_A", "lora_B")},
-        "of no format .* named as in the model's original code. Diffusers turns such names into its own",
+        "no known format .* named as in the model's original code. Diffusers turns such names into its own",
     ),
     "XLabs' names": (
         lambda words: {"double_blocks.0.processor.qkv_lora1.down.weight": torch.ones(2, 2)},
-        "of no format .* named as in the model's original code",
+        "no known format .* named as in the model's original code",
     ),
     "PEFT's tensors alone": (
         lambda words: {f"base_model.model.q.{key}.weight": torch.ones(2, 2) for key in ("lora_A", "lora_B")},
-        r"of no format .* whose adapter_config\.json says their scale; name the folder",
+        r"no known format .* whose adapter_config\.json says their scale; name the folder",
     ),
     "a NaN": (with_nan, r"proj_in\.lora_B\.weight holds a NaN or an infinity"),
     "ranks that differ": (
@@ -100,7 +100,7 @@ MIXED_UP: dict[str, tuple[Callable[[Words], Words], str]] = {
     ),
     "no known prefix": (
         lambda words: {f"lora_vae_{k}": v for k, v in words.items()},
-        "is of no format that lorakit knows",
+        "has no known format",
     ),
     "two methods": (
         lambda words: {**words, f"{NAME}.hada_w1_a": random(2, 16, 2)},

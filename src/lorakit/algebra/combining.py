@@ -114,6 +114,8 @@ def scale(
     Raises:
         LorakitError: as `combine`; nothing has changed or been written then.
     """
+    if not math.isfinite(factor) or factor == 0:
+        raise LorakitError(f"scale: the factor is {factor:g}; give a finite number other than 0.")
     own = f"{adapter.name}-scaled" if isinstance(adapter, Adapter) else "scaled"
     return _combined([adapter], Combination((factor,), rank=rank, energy=energy), None, name or own, output, "scaled")
 

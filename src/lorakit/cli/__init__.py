@@ -9,13 +9,15 @@ is one line with exit code 1, and its traceback is in a file. `--debug` or LORAK
 from __future__ import annotations
 
 import os
+import re
 import sys
 import tempfile
 import traceback
+from collections import Counter
 from typing import Annotated, Any
 
 import typer
-from typer.core import TyperGroup
+from typer.core import TyperCommand, TyperGroup
 
 from lorakit.cli import bench_serve as bench_serve_verb
 from lorakit.cli import chat as chat_verb
@@ -56,8 +58,9 @@ class Verbs(TyperGroup):
 
     def invoke(self, ctx: Any) -> Any:
         """Runs the verb."""
-        from lorakit.errors import LorakitError
+        from lorakit.errors import COMMAND_LINE, LorakitError
 
+        before = COMMAND_LINE.set(True)
         try:
             return super().invoke(ctx)
         except Exception as error:
@@ -70,6 +73,37 @@ class Verbs(TyperGroup):
                 raise typer.Exit(getattr(error, "status", 2)) from None
             fail(_unexpected(ctx.invoked_subcommand or "lorakit", error))
             raise typer.Exit(2 if isinstance(error, OSError) else 1) from None
+        finally:
+            COMMAND_LINE.reset(before)
+
+
+class Verb(TyperCommand):
+    """A command that takes negative numbers as arguments, and no option twice unless it may be repeated."""
+
+    def make_parser(self, ctx: Any) -> Any:
+        """The parser, to which -1 is a number and no option."""
+        parser: Any = super().make_parser(ctx)
+        options = parser._process_opts
+
+        def process(word: str, state: Any) -> None:
+            if re.fullmatch(r"-\.?\d\S*|-(inf|nan)", word):
+                state.largs.append(word)
+            else:
+                options(word, state)
+
+        parser._process_opts = process
+        return parser
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Refuses an option that is given twice: one of the two would be ignored."""
+        from lorakit.errors import LorakitError
+
+        _, _, order = self.make_parser(ctx).parse_args(args=list(args))
+        for option, count in Counter(order).items():
+            if count > 1 and option.param_type_name == "option" and not option.multiple:
+                raise LorakitError(f"{self.name}: {option.opts[0]} is given {count} times; keep one.")
+        rest: list[str] = super().parse_args(ctx, args)
+        return rest
 
 
 def _unexpected(verb: str, error: Exception) -> str:
@@ -117,30 +151,30 @@ def _main(
     """Low-rank adaptation: train an adapter, look at it, talk to it, merge it. `--debug` shows tracebacks."""
 
 
-app.command(name="train", help=train_verb.HELP, context_settings=train_verb.CONTEXT, add_help_option=False)(
+app.command(name="train", cls=Verb, help=train_verb.HELP, context_settings=train_verb.CONTEXT, add_help_option=False)(
     train_verb.train
 )
-app.command(name="init", help=init_verb.HELP)(init_verb.init)
-app.command(name="eval", help=eval_verb.HELP, context_settings=eval_verb.CONTEXT)(eval_verb.evaluate)
-app.command(name="generate", help=generate_verb.HELP)(generate_verb.generate)
-app.command(name="chat", help=chat_verb.HELP)(chat_verb.chat)
-app.command(name="merge", help=merge_verb.HELP)(merge_verb.merge)
-app.command(name="inspect", help=inspect_verb.HELP)(inspect_verb.inspect)
-app.command(name="methods", help=methods_verb.HELP)(methods_verb.methods)
-app.command(name="plan", help=plan_verb.HELP)(plan_verb.plan)
-app.command(name="convert", help=convert_verb.HELP)(convert_verb.convert)
-app.command(name="resize", help=resize_verb.HELP)(resize_verb.resize)
-app.command(name="route", help=route_verb.HELP)(route_verb.route)
-app.command(name="verify", help=verify_verb.HELP)(verify_verb.verify)
-app.command(name="scale", help=scale_verb.HELP)(scale_verb.scale)
-app.command(name="prune", help=prune_verb.HELP)(prune_verb.prune)
-app.command(name="extract", help=extract_verb.HELP)(extract_verb.extract)
-app.command(name="diff", help=diff_verb.HELP)(diff_verb.diff)
-app.command(name="combine", help=combine_verb.HELP)(combine_verb.combine)
-app.command(name="push", help=push_verb.HELP)(push_verb.push)
-app.command(name="serve", help=serve_verb.HELP)(serve_verb.serve)
-app.command(name="keys", help=keys_verb.HELP)(keys_verb.keys)
-app.command(name="bench-serve", help=bench_serve_verb.HELP)(bench_serve_verb.bench_serve)
+app.command(name="init", cls=Verb, help=init_verb.HELP)(init_verb.init)
+app.command(name="eval", cls=Verb, help=eval_verb.HELP, context_settings=eval_verb.CONTEXT)(eval_verb.evaluate)
+app.command(name="generate", cls=Verb, help=generate_verb.HELP)(generate_verb.generate)
+app.command(name="chat", cls=Verb, help=chat_verb.HELP)(chat_verb.chat)
+app.command(name="merge", cls=Verb, help=merge_verb.HELP)(merge_verb.merge)
+app.command(name="inspect", cls=Verb, help=inspect_verb.HELP)(inspect_verb.inspect)
+app.command(name="methods", cls=Verb, help=methods_verb.HELP)(methods_verb.methods)
+app.command(name="plan", cls=Verb, help=plan_verb.HELP)(plan_verb.plan)
+app.command(name="convert", cls=Verb, help=convert_verb.HELP)(convert_verb.convert)
+app.command(name="resize", cls=Verb, help=resize_verb.HELP)(resize_verb.resize)
+app.command(name="route", cls=Verb, help=route_verb.HELP)(route_verb.route)
+app.command(name="verify", cls=Verb, help=verify_verb.HELP)(verify_verb.verify)
+app.command(name="scale", cls=Verb, help=scale_verb.HELP)(scale_verb.scale)
+app.command(name="prune", cls=Verb, help=prune_verb.HELP)(prune_verb.prune)
+app.command(name="extract", cls=Verb, help=extract_verb.HELP)(extract_verb.extract)
+app.command(name="diff", cls=Verb, help=diff_verb.HELP)(diff_verb.diff)
+app.command(name="combine", cls=Verb, help=combine_verb.HELP)(combine_verb.combine)
+app.command(name="push", cls=Verb, help=push_verb.HELP)(push_verb.push)
+app.command(name="serve", cls=Verb, help=serve_verb.HELP)(serve_verb.serve)
+app.command(name="keys", cls=Verb, help=keys_verb.HELP)(keys_verb.keys)
+app.command(name="bench-serve", cls=Verb, help=bench_serve_verb.HELP)(bench_serve_verb.bench_serve)
 
 
 def main() -> None:

@@ -46,8 +46,13 @@ def bench_serve(
     """One load after the other; ends with 1 where a request failed."""
     from rich.progress import Progress
 
-    from lorakit.serve.load import POPULARITIES, Load, drive
+    from lorakit.files.folder import check_writable
+    from lorakit.serve.load import POPULARITIES, Load, check_popularity, drive
 
+    for one in popularity or ():
+        check_popularity(one)
+    if picture is not None:
+        check_writable(picture, "bench-serve")
     load = Load(url.rstrip("/").removesuffix("/v1"), key, requests, concurrent, prompt, answer, seed)
     outcomes: list[Outcome] = []
     with Progress(console=err, transient=True) as progress:

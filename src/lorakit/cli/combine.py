@@ -55,4 +55,4 @@ def combine(
         size = 1 if asked.how == "fisher" else 8  # there each batch counts as one example
         batches = [given.batches(own, rows, size) for own in data] if data else None
         made = combine_adapters(given.adapters, batches=batches, output=given.output, **asdict(asked))
-        given.finish(made, f"{len(adapters)} adapters combined by {asked.how}")
+        given.finish(made, f"{plural(len(adapters), 'adapter')} combined by {asked.how}")

@@ -45,6 +45,21 @@ def write(text: str) -> None:
     sys.stdout.flush()
 
 
+def check_adapters(folders: Sequence[Path], base: str | None = None) -> None:
+    """Read adapters before the base, so that what is wrong with one does not wait for a model."""
+    from lorakit.files.bundle import read_bundle
+    from lorakit.models.loading import find_local
+
+    if base is not None:
+        find_local(base)
+    names = [folder.expanduser().absolute().name for folder in folders]
+    for folder, name in zip(folders, names, strict=True):
+        if stale := read_bundle(folder).stale:
+            raise LorakitError(stale)
+        if names.count(name) > 1:
+            raise LorakitError(f'two adapters are called "{name}"; name each once, or rename the folder of one')
+
+
 class Speaker:
     """A base model, its tokenizer and the adapters that can speak through it.
 
@@ -57,6 +72,7 @@ class Speaker:
         from lorakit.files.vocabulary import make_room
         from lorakit.models.loading import load_model
 
+        check_adapters(adapters, base)
         self.model, self.tokenizer = load_model(base, dtype=dtype, quantize=quantize)
         make_room(self.model, adapters)
         loaded = [lk.load(self.model, folder, active=False) for folder in adapters]

@@ -39,7 +39,7 @@ def evaluate(
 ) -> None:
     """Measure, and print a table with a column for the base and for each adapter."""
     log_to(err)
-    from lorakit.errors import LorakitError
+    from lorakit.errors import LorakitError, nearest
     from lorakit.train.config.run import TrainConfig, load_config
 
     file, adapters = what, list(adapter or ())
@@ -50,11 +50,20 @@ def evaluate(
                 f"eval: {what} has no train.yaml, so nothing says on which rows to measure it; "
                 f"use lorakit eval CONFIG.yaml --adapter {what}"
             )
+    flags = [name for one in context.command.params for name in one.opts]
+    for word in context.args:
+        near = nearest(word.partition("=")[0], flags, cutoff=0.75) if word.startswith("--") else []
+        if near:
+            raise LorakitError(f'eval: there is no option {word}; did you mean "{near[0]}"?')
     config = load_config(file, context.args)  # first, so that a mistake in it is told before transformers is imported
     show_log(err)
     import lorakit as lk
+    from lorakit.cli.conversation import check_adapters
     from lorakit.files.prompt import Prompt, Prompter
     from lorakit.files.vocabulary import make_room
+    from lorakit.models.loading import load_tokenizer
+    from lorakit.train.check import prepared_for, readable
+    from lorakit.train.data.classification import class_names
     from lorakit.train.data.examples import load_splits
     from lorakit.train.data.formats import with_prompt
     from lorakit.train.evaluate import Evaluation, EvaluationSet, tabulate
@@ -65,6 +74,12 @@ def evaluate(
         raise LorakitError(
             f"eval: {file} names no rows to evaluate on; give --data.evaluation FILE or --data.evaluation-size N"
         )
+    if (
+        place := readable(config.model)
+    ) is not None:  # what is wrong with rows or adapters does not wait for the weights
+        names = class_names(train_rows, config.data) if config.task == "seq-cls" else None
+        prepared_for(rows, load_tokenizer(place, {}), config, names)
+    check_adapters(adapters)
     model, tokenizer = load_base(config, train_rows)
     classes = class_list(model) if config.task == "seq-cls" else None
     make_room(model, adapters)

@@ -34,6 +34,8 @@ def generate(
     )
     if not prompts:
         raise LorakitError('generate: there is no prompt; give --prompt "...", or lines on stdin')
+    if not all(text.strip() for text in prompts):
+        raise LorakitError("generate: a --prompt is empty")
     show_log(err)
     from lorakit.cli.conversation import Speaker
 

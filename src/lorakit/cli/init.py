@@ -29,6 +29,7 @@ def init(
     """Read the columns of the data, and write the file."""
     from lorakit.errors import LorakitError
     from lorakit.files.folder import claim, write_whole
+    from lorakit.models.loading import find_local
     from lorakit.train.config.run import DataOptions, TrainConfig, TrainOptions, to_yaml
     from lorakit.train.data.formats import as_known, detect_format
     from lorakit.train.data.reading import load_rows
@@ -50,6 +51,7 @@ def init(
         return
     assert base is not None
     assert data is not None
+    find_local(base)
     rows = load_rows(data)
     found = detect_format(tuple(dict.fromkeys(name for row in rows.rows for name in as_known(row.fields))), data)
     size = 0.1 if len(rows) >= 20 else 0

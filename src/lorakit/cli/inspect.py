@@ -27,9 +27,12 @@ def inspect(
     picture: Picture = None,
 ) -> None:
     """Print the report of an adapter folder."""
+    from lorakit.files.folder import check_writable
     from lorakit.files.interchange import bare
     from lorakit.insight.inspection import examine
 
+    if picture is not None:
+        check_writable(picture, "inspect")
     report = examine(adapter, top)
     if picture is not None:
         from lorakit.insight.picture import draw_ranks

@@ -38,6 +38,7 @@ def merge(
     import torch
 
     import lorakit as lk
+    from lorakit.cli.conversation import check_adapters
     from lorakit.files.bundle import read_own
     from lorakit.files.folder import claim, replace_folder
     from lorakit.files.prompt import PROMPT, Prompter
@@ -47,6 +48,7 @@ def merge(
     from lorakit.models.stored import stored_config, stored_dtype
 
     earlier = [entry.name for entry in output.iterdir()] if output.is_dir() else []
+    check_adapters([adapter], base)
     claim(output, earlier or ["config.json"], overwrite, "merge", marks=("config.json",))
     wanted = stored_dtype(base) if dtype == "auto" else resolve_dtype(dtype)[0]
     config = stored_config(base)

@@ -86,6 +86,13 @@ def on_base(
     configs = [read_config(folder) for folder in folders]
     if output is not None:
         claim_adapter(verb, output, overwrite)
+    named = dict.fromkeys(str(config.get("base_model_name_or_path") or "") for config in configs)
+    if base is None and len(set(named) - {""}) > 1:
+        err.print(
+            f"{verb}: the adapters name different base models: {', '.join(filter(None, named))}",
+            style="yellow",
+            markup=False,
+        )
     if base is None and not always and not any(needs_base(config) for config in configs):
         yield Given(folders, output)
         return

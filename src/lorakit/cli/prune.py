@@ -35,7 +35,7 @@ def prune(
     with on_base("prune", [adapter], base, output, overwrite, always=data is not None) as given:
         found = prune_adapter(
             given.adapters[0],
-            keep=keep if keep < 1 else int(keep),
+            keep=int(keep) if keep >= 1 and keep.is_integer() else keep,
             what=what,
             by=by,
             batches=None if data is None else given.batches(data, rows),

@@ -30,8 +30,11 @@ def route(
     from lorakit.cli.conversation import Speaker
     from lorakit.core.using import routes
     from lorakit.experts import MIXTURES, ROUTERS
+    from lorakit.files.folder import check_writable
     from lorakit.insight.picture import draw_routes
 
+    if picture is not None:
+        check_writable(picture, "route")
     speaker = Speaker(base, [adapter], dtype)
     loaded = lk.adapters(speaker.model)[speaker.names[-1]]
     if loaded.router is None:

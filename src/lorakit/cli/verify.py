@@ -11,6 +11,7 @@ from lorakit.cli.arguments import Adapter, Base
 from lorakit.cli.outcome import on_base
 from lorakit.cli.screen import out
 from lorakit.errors import LorakitError
+from lorakit.reading import read_text
 
 HELP = "Check that merging an adapter changes nothing, per layer and on the logits of prompts."
 PROMPTS = (
@@ -36,9 +37,11 @@ def verify(
 
     texts = list(prompt or ())
     if file is not None:
-        if not file.is_file():
-            raise LorakitError(f"verify: there is no file {file}.")
-        texts += [line.strip() for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+        texts += [line.strip() for line in read_text(file, "verify").splitlines() if line.strip()]
+    if not all(text.strip() for text in prompt or ()) or (file is not None and not texts):
+        raise LorakitError(
+            f"verify: {'a --prompt' if file is None else file} is empty; there is nothing to compare on."
+        )
     with on_base("verify", [adapter], base, always=True) as given:
         wanted = stored_dtype(str(given.base)) if dtype == "auto" else resolve_dtype(dtype)[0]
         prompts = [dict(given.tokenizer(text, return_tensors="pt")) for text in texts or PROMPTS]

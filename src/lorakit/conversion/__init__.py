@@ -168,7 +168,7 @@ def _format_of(contents: Mapping[str, Content], origin: str | None) -> Format:
     if any(key.startswith(PREFIX) for key in keys):
         hint = f" These are the tensors of a PEFT folder, whose {CONFIG} says their scale; name the folder that holds both."
     raise LorakitError(
-        f"convert: {content.where} is of no format that lorakit knows ({', '.join(FORMATS)}); it holds {example}.{hint}"
+        f"convert: {content.where} has no known format ({', '.join(FORMATS)}); it holds {example}.{hint}"
     )
 
 

@@ -6,7 +6,6 @@ refused there if need be; only then is anything written, beside its place and pu
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -21,6 +20,7 @@ from torch import Tensor
 from lorakit.errors import LorakitError
 from lorakit.files.bundle import CONFIG, OWN, TENSORS, computable, plain, read_bundle, write_bundle
 from lorakit.files.folder import recover, replace_file, replace_folder
+from lorakit.reading import read_json, whole_tensors
 
 MLX_TENSORS = "adapters.safetensors"
 PIPELINE_TENSORS = "pytorch_lora_weights.safetensors"
@@ -85,10 +85,7 @@ def _bundle(path: Path) -> Content:
 
 
 def _mlx(path: Path) -> Content:
-    try:
-        config = json.loads((path / CONFIG).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as problem:
-        raise LorakitError(f"convert: {path / CONFIG} cannot be read as JSON ({problem}).") from problem
+    config = read_json(path / CONFIG, "convert")
     content = _file(path / MLX_TENSORS)
     return Content(content.where, content.tensors, content.metadata, config)
 
@@ -101,12 +98,9 @@ def _file(path: Path) -> Content:
             f"convert: {path} is a pickle, which can run code when it is read; lorakit reads safetensors and GGUF "
             "only. Save its tensors with safetensors.torch.save_file."
         )
-    try:
-        with safe_open(path, "pt") as file:
-            tensors = {key: computable(file.get_tensor(key)) for key in file.keys()}  # noqa: SIM118 - no mapping
-            metadata = dict(file.metadata() or {})
-    except (SafetensorError, OSError, RuntimeError) as problem:
-        raise LorakitError(f"convert: {path} is no whole safetensors file ({problem}).") from problem
+    with whole_tensors(path, "convert"), safe_open(path, "pt") as file:
+        tensors = {key: computable(file.get_tensor(key)) for key in file.keys()}  # noqa: SIM118 - no mapping
+        metadata = dict(file.metadata() or {})
     return Content(str(path), tensors, metadata)
 
 

@@ -7,7 +7,6 @@ which costs no memory and no weights.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -25,6 +24,7 @@ from lorakit.core.walking import walk
 from lorakit.errors import LorakitError, unknown
 from lorakit.files.experts import Stack, stacks_of
 from lorakit.models.stored import skeleton
+from lorakit.reading import read_json
 
 COMPONENTS = ("unet", "transformer", "text_encoder", "text_encoder_2", "text_encoder_3")
 """The parts of a diffusion pipeline that adapters are made for, by Diffusers' names; "" is a model by itself."""
@@ -217,7 +217,7 @@ def _from_path(base: str | Path) -> Names:
 def _on_meta(where: str | Path) -> nn.Module:
     """The model of a configuration, on the meta device."""
     config = Path(where) / "config.json" if isinstance(where, Path) else None
-    values = json.loads(config.read_text(encoding="utf-8")) if config is not None else {}
+    values = read_json(config, "convert") if config is not None else {}
     if "_class_name" in values:
         try:
             import diffusers

@@ -29,6 +29,7 @@ from lorakit.files.folder import recover, stamp_of
 from lorakit.files.formats import check_axes, with_integers
 from lorakit.files.prompt import PROMPT, Prompt
 from lorakit.models.hub import HubName, read_name
+from lorakit.reading import neighbours, read_json, whole_tensors
 
 CONFIG, TENSORS, OWN = "adapter_config.json", "adapter_model.safetensors", "lorakit.json"
 CONTENT = (CONFIG, TENSORS, OWN)
@@ -86,8 +87,8 @@ def locate(folder: str | Path, revision: str | None = None) -> Path:
             path = _fetch(named, named.revision or revision)
         else:
             raise LorakitError(
-                f"load: {path} is no folder.{_nearby(path)} An adapter is a folder with {CONFIG} and {TENSORS}, or a name "
-                "on the model hub such as user/name."
+                f"load: {path} is no folder.{neighbours(path, _beside(path))} An adapter is a folder with {CONFIG} and "
+                f"{TENSORS}, or a name on the model hub such as user/name."
             )
     if not (path / CONFIG).is_file():
         inside = sorted(entry.parent.name for entry in path.glob(f"*/{CONFIG}"))
@@ -95,15 +96,18 @@ def locate(folder: str | Path, revision: str | None = None) -> Path:
         unfinished = sorted(path.glob(f"checkpoints/checkpoint-*/{CONFIG}"), key=lambda file: file.stat().st_mtime)
         if unfinished:
             hint = f" It is an unfinished run; its newest checkpoint is an adapter too: {unfinished[-1].parent}."
+        elif (path / "config.json").is_file():
+            hint = " It is a base model (config.json); an adapter is expected here."
+        elif not inside:
+            found = ", ".join(sorted(entry.name for entry in path.iterdir())[:8]) or "nothing"
+            hint = f" It holds {found}; an adapter is a folder with {CONFIG} and {TENSORS}."
         raise LorakitError(f"load: {path} has no {CONFIG}.{hint}")
     return path
 
 
-def _nearby(path: Path) -> str:
-    if not path.parent.is_dir():
-        return ""
-    found = sorted(entry.parent.name for entry in path.parent.glob(f"*/{CONFIG}"))
-    return f" Adapters in {path.parent}: {', '.join(found[:8])}." if found else ""
+def _beside(path: Path) -> list[str]:
+    """The adapter folders beside a path."""
+    return [entry.parent.name for entry in path.parent.glob(f"*/{CONFIG}")] if path.parent.is_dir() else []
 
 
 def _fetch(named: HubName, revision: str | None) -> Path:
@@ -196,7 +200,7 @@ def _unmoved(path: Path, read: Callable[[], T]) -> T:
 
 
 def _config(path: Path) -> dict[str, Any]:
-    config = _read_json(path / CONFIG)
+    config = read_json(path / CONFIG, "load")
     if not isinstance(config.get("peft_type"), str):
         raise LorakitError(f"load: {path / CONFIG} names no peft_type.")
     return config
@@ -206,7 +210,7 @@ def _own(path: Path) -> dict[str, Any]:
     file = path / OWN
     if not file.is_file():
         return {}
-    own = _read_json(file)
+    own = read_json(file, "load")
     version = own.get("format")
     if not isinstance(version, int) or version < 1:
         raise LorakitError(f"load: {file} has format {version!r}; a format is a number from 1 to {FORMAT}.")
@@ -232,26 +236,14 @@ def _tensors(path: Path) -> dict[str, Tensor]:
                 "safetensors only. Load it with PEFT and save it again (safe_serialization is its default)."
             )
         raise LorakitError(f"load: {path} has no {TENSORS}.")
-    try:
+    with whole_tensors(file, "load"):
         return {key: computable(tensor) for key, tensor in load_file(file).items()}
-    except (SafetensorError, OSError, RuntimeError) as problem:
-        raise LorakitError(f"load: {file} is no whole safetensors file ({problem}).") from problem
 
 
 def computable(tensor: Tensor) -> Tensor:
     """A tensor in a format that torch computes in: floats of 8 bits or fewer (float8_e4m3fn, …) as float32, which holds them
     exactly."""
     return tensor.float() if tensor.is_floating_point() and tensor.dtype.itemsize == 1 else tensor
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as problem:
-        raise LorakitError(f"load: {path} cannot be read as JSON ({problem}).") from problem
-    if not isinstance(value, dict):
-        raise LorakitError(f"load: {path} holds a {type(value).__name__}; a configuration is an object.")
-    return value
 
 
 # -- what belongs together ---------------------------------------------------------------------------------------------------
@@ -352,5 +344,5 @@ def _stale(path: Path, config: Mapping[str, Any], own: Mapping[str, Any]) -> str
         return ""
     return (
         f"load: {path / other[0]} was changed after lorakit wrote {OWN} beside it, which therefore describes another "
-        f"adapter. Without {OWN} the folder reads as PEFT's."
+        f"adapter. Without {OWN} (rename it) the folder reads as PEFT's."
     )

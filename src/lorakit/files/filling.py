@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -12,6 +11,7 @@ from torch import Tensor, nn
 
 from lorakit.adapter.adapter import Adapter
 from lorakit.core.layout import Rows
+from lorakit.core.storage.contract import finite
 from lorakit.core.walking import walk
 from lorakit.errors import LorakitError
 from lorakit.files.bundle import CONFIG, OWN, TENSORS
@@ -21,12 +21,6 @@ from lorakit.files.packing import unpack, views
 
 Complain = Callable[[str], None]
 """Raises or logs, as `load` was told to (`strict`)."""
-
-
-def finite(value: Tensor) -> bool:
-    """Whether no number is a NaN or an infinity. Their sum says so at a tenth of the cost, except where it overflows itself."""
-    summed = value.dtype.itemsize > 1 and math.isfinite(float(value.sum()))
-    return summed or bool(torch.isfinite(value).all())
 
 
 def vocabulary_of(model: Any) -> int | None:

@@ -107,15 +107,19 @@ def claim(output: Path, names: Collection[str], overwrite: bool, verb: str, mark
         LorakitError: something is there.
     """
     output = output.expanduser()
+    check_writable(output, verb)
     if names and os.path.lexists(output) and not output.is_dir():
         raise LorakitError(f"{verb}: {output} is a file; a folder was to be written.")
+    if not names and output.is_dir():
+        raise LorakitError(f"{verb}: {output} is a folder; a file was to be written.")
     found = [output.name] if not names and output.exists() else [name for name in names if (output / name).exists()]
     if not found:
         return
     shown = ", ".join(found[:4]) + (f" and {len(found) - 4} more" if len(found) > 4 else "")
     if not overwrite:
+        there = f" ({shown})" if names else ""
         raise LorakitError(
-            f"{verb}: {output} is there already ({shown}), and would be replaced. Choose another output, or replace it by "
+            f"{verb}: {output} is there already{there}, and would be replaced. Choose another output, or replace it by "
             "--overwrite."
         )
     if marks and not any((output / name).exists() for name in marks):
@@ -123,6 +127,21 @@ def claim(output: Path, names: Collection[str], overwrite: bool, verb: str, mark
             f"{verb}: {output} holds {shown} and no earlier result ({' or '.join(marks)}), so these are files of your own; "
             "choose another output."
         )
+
+
+def check_writable(place: Path, verb: str) -> None:
+    """Refuse a place at which nothing can be written: below a file, or in a folder that may not be changed.
+
+    Raises:
+        LorakitError: naming the file or folder that is in the way.
+    """
+    above = place.absolute().parent
+    while not os.path.lexists(above):
+        above = above.parent
+    if not above.is_dir():
+        raise LorakitError(f"{verb}: {place} cannot be written, since {above} is no folder.")
+    if not os.access(above, os.W_OK | os.X_OK):
+        raise LorakitError(f"{verb}: {place} cannot be written: {above} is read-only for this user.")
 
 
 def replace_file(path: Path, write: Callable[[Path], None], mode: int | None = None) -> None:

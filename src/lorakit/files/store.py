@@ -32,7 +32,7 @@ from lorakit.core.state import state_of
 from lorakit.core.using import activate
 from lorakit.core.walking import exactly, has_suffix, value_for, walk
 from lorakit.edits.contract import EditMethod
-from lorakit.errors import LorakitError
+from lorakit.errors import LorakitError, advice
 from lorakit.experts import MEMBERS, RouterSpec
 from lorakit.experts.attachment import build_router, over
 from lorakit.files.bundle import (
@@ -452,7 +452,7 @@ def _holds(adapter: Adapter, tensors: Mapping[str, Tensor]) -> bool:
 def _complaints(strict: bool) -> Complain:
     def complain(message: str) -> None:
         if strict:
-            raise LorakitError(f"{message} strict=False goes on regardless.")
+            raise LorakitError(f"{message}{advice(' strict=False goes on regardless.', '')}")
         log.warning("%s", message)
 
     return complain

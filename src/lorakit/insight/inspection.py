@@ -13,6 +13,8 @@ from typing import Any
 from torch import Tensor
 
 from lorakit.core.spectrum import spectrum
+from lorakit.core.storage.contract import finite
+from lorakit.errors import LorakitError
 from lorakit.experts import MEMBERS, MIXTURES, ROUTERS
 from lorakit.files.bundle import read_config, read_own, read_tensors
 from lorakit.files.formats import adalora_scale, format_of
@@ -86,6 +88,11 @@ def examine(folder: Path, top: int = 4) -> AdapterReport:
     Raises LorakitError for a folder that holds no readable adapter.
     """
     config, own, tensors = read_config(folder), read_own(folder), read_tensors(folder)
+    for key, tensor in tensors.items():
+        if not finite(tensor):
+            raise LorakitError(
+                f"inspect: {key} in {folder} holds a NaN or an infinity; the adapter was not trained well."
+            )
     parameters = sum(tensor.numel() for tensor in tensors.values())
     asked = config.get("target_modules") or config.get("target_parameters")
     apart = unstack(tensors, config, f"inspect: {folder}", trusted=bool(own))

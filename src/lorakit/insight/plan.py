@@ -37,6 +37,7 @@ from lorakit.experts.context import decoder_of
 from lorakit.insight.catalogue import matrices
 from lorakit.methods import LoRA
 from lorakit.models.attention import register
+from lorakit.models.stored import on_meta
 
 Way = Literal["full", "galore", "lora", "qlora"]
 WAYS: tuple[Way, ...] = ("full", "galore", "lora", "qlora")
@@ -108,7 +109,6 @@ def bits_per_weight(form: str = "nf4", double: bool = True) -> float:
 
 def outline(config: Any, blocks: int | None = None, dtype: torch.dtype = torch.bfloat16) -> Any:
     """A causal model of this transformers configuration on the meta device; with `blocks`, of so many blocks."""
-    from transformers import AutoModelForCausalLM
     from transformers.integrations.moe import ExpertsInterface
 
     own = copy.deepcopy(config)
@@ -118,9 +118,8 @@ def outline(config: Any, blocks: int | None = None, dtype: torch.dtype = torch.b
         if getattr(text, "layer_types", None):
             text.layer_types = text.layer_types[:blocks]
     register("outline", _fused)
-    with torch.device("meta"):
-        made: Any = AutoModelForCausalLM
-        model = made.from_config(own, dtype=dtype, attn_implementation="outline").train()
+    where = getattr(config, "_name_or_path", "") or type(config).__name__
+    model: Any = on_meta(own, "AutoModelForCausalLM", where, dtype=dtype, attn_implementation="outline").train()
     if model._can_set_experts_implementation():
         ExpertsInterface.register("outline", _experts)
         model.set_experts_implementation("outline")

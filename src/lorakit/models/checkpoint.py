@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor, nn
 
 from lorakit.errors import LorakitError
 from lorakit.models.renaming import converted
+from lorakit.reading import read_json, whole_tensors
 
 INDEX, WHOLE = "model.safetensors.index.json", "model.safetensors"
 
@@ -33,8 +33,10 @@ class Checkpoint:
         index = self.folder / INDEX
         if index.is_file():
             try:
-                names: Mapping[str, str] = dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
-            except (ValueError, TypeError, KeyError) as problem:
+                names: Mapping[str, str] = dict(read_json(index, verb)["weight_map"])
+            except (TypeError, ValueError, KeyError) as problem:
+                if isinstance(problem, LorakitError):
+                    raise
                 raise LorakitError(
                     f"{verb}: {index} is no index of shards: a JSON object with weight_map is wanted."
                 ) from problem
@@ -53,11 +55,8 @@ class Checkpoint:
                 self.files.update(dict.fromkeys(self._names(file), file))
 
     def _names(self, file: Path) -> list[str]:
-        try:
-            with safe_open(file, framework="pt") as opened:
-                return list(opened.keys())
-        except (SafetensorError, OSError) as problem:
-            raise LorakitError(f"{self.verb}: {file} is no whole safetensors file ({problem}).") from problem
+        with whole_tensors(file, self.verb), safe_open(file, framework="pt") as opened:
+            return list(opened.keys())
 
     def read(self, name: str) -> Tensor:
         """One tensor, from the disk at each call; nothing is kept."""

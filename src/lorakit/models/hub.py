@@ -24,6 +24,7 @@ from huggingface_hub.errors import (
 )
 
 from lorakit.errors import LorakitError, first_line, unknown
+from lorakit.reading import neighbours
 
 logger = logging.getLogger(__name__)
 
@@ -150,9 +151,12 @@ def download_gguf(name: str, gguf_file: str) -> Path:
 def not_cached(name: str, cache_dir: str | Path | None = None) -> LorakitError:
     """The error for a hub name that is neither reachable nor whole in the cache."""
     kept = Path(cache_dir or huggingface_hub.constants.HF_HUB_CACHE)
+    beside = (
+        neighbours(Path(name), (one.parent.name for one in Path().glob("*/config.json"))) if "/" not in name else ""
+    )
     cached = sorted(entry.name.removeprefix("models--").replace("--", "/") for entry in kept.glob("models--*"))
     return LorakitError(
         f"load model: the hub cannot be reached (no network, or HF_HUB_OFFLINE is set) and the cache {kept} does not hold "
-        f'"{name}" whole. In the cache: {", ".join(cached) or "no model"}. What works: connect once (`hf download {name}`), '
-        "copy the cache from a machine that has it and set HF_HOME, or give a local folder or a .gguf file."
+        f'"{name}" whole. In the cache: {", ".join(cached) or "no model"}.{beside} What works: connect once (`hf download '
+        f"{name}`), copy the cache from a machine that has it and set HF_HOME, or give a local folder or a .gguf file."
     )

@@ -19,10 +19,11 @@ import torch
 import transformers
 from safetensors import SafetensorError
 
-from lorakit.errors import LorakitError, first_line, unknown
+from lorakit.errors import LorakitError, advice, first_line, plural, unknown
 from lorakit.models import gguf, hub
 from lorakit.models.quantisation import Quantisation, existing, holding, quantisation
 from lorakit.models.tasks import check_task
+from lorakit.reading import neighbours, read_json
 
 logger = logging.getLogger(__name__)
 
@@ -215,7 +216,9 @@ def find_local(name_or_path: str | Path) -> Path | None:
             or text.startswith(("/", ".", "~"))
             or (text.count("/") > 1 and named is None)
         ):
-            raise LorakitError(f'load model: no such file or folder: "{text}" (from {Path.cwd()}).')
+            raise LorakitError(
+                f'load model: no such file or folder: "{text}" (from {Path.cwd()}).{models_beside(path)}'
+            )
         if path.suffix == ".gguf":
             raise LorakitError(
                 f'load model: no such file: "{text}" (from {Path.cwd()}). For a GGUF file in a hub repository, give the '
@@ -231,8 +234,11 @@ def find_local(name_or_path: str | Path) -> Path | None:
         found = ", ".join(sorted(entry.name for entry in path.iterdir())[:8]) or "nothing"
         if (path / "adapter_config.json").exists():
             raise LorakitError(
-                f'load model: "{text}" holds an adapter (adapter_config.json), not a base model. Load the base first, then '
-                "the adapter on it with lorakit.load(model, folder)."
+                f'load model: "{text}" holds an adapter (adapter_config.json), not a base model. '
+                + advice(
+                    "Load the base first, then the adapter on it with lorakit.load(model, folder).",
+                    "Name the base model here, and the adapter where the command takes one (lorakit VERB --help).",
+                )
             )
         raise LorakitError(
             f'load model: the folder "{text}" holds neither config.json nor a .gguf file; it holds: {found}.'
@@ -241,18 +247,35 @@ def find_local(name_or_path: str | Path) -> Path | None:
 
 
 def from_pretrained(class_name: str, where: str, **options: Any) -> Any:
-    """transformers' own loading, its failures in one line that names the place."""
+    """transformers' own loading, its failures in one line that names the place.
+
+    Raises:
+        LorakitError: it fails, or the checkpoint lacks a weight, which transformers would draw at random.
+    """
     try:
-        return getattr(transformers, class_name).from_pretrained(where, **options)
+        model, found = getattr(transformers, class_name).from_pretrained(where, output_loading_info=True, **options)
     except ImportError as error:
         raise LorakitError(
             f'load model: "{where}" needs a library that is not installed; transformers says: {first_line(error)}'
         ) from error
     except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
         raise LorakitError(
-            f'load model: "{where}" cannot be loaded; transformers says: {first_line(error)} What works: a folder written '
-            "by save_pretrained (config.json and whole *.safetensors), a hub name, or a .gguf file."
+            f'load model: "{where}" cannot be loaded; transformers says: {first_line(error).rstrip(".")}. What works: a folder '
+            "written by save_pretrained (config.json and whole *.safetensors), a hub name, or a .gguf file."
         ) from error
+    if class_name == TASKS["causal-lm"] and (lacks := sorted(found["missing_keys"])):
+        more = f" and {len(lacks) - 3} more" if len(lacks) > 3 else ""
+        raise LorakitError(
+            f'load model: "{where}" lacks {plural(len(lacks), "weight")}, which would be random: {", ".join(lacks[:3])}{more}. '
+            "Is a file of it missing, or is it no language model? Copy or download it again."
+        )
+    return model
+
+
+def models_beside(path: Path) -> str:
+    """A sentence about the model folders beside a path that does not exist."""
+    parent = path.parent
+    return neighbours(path, (one.parent.name for one in parent.glob("*/config.json"))) if parent.is_dir() else ""
 
 
 def load_tokenizer(where: str, options: dict[str, Any]) -> Any:
@@ -260,8 +283,12 @@ def load_tokenizer(where: str, options: dict[str, Any]) -> Any:
     where = hub.snapshot(where, weights=False)
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(where, **_of_the_place(options))
-    except (OSError, ValueError) as error:
-        raise no_tokenizer(where, first_line(error)) from error
+    except Exception as error:  # its files may be broken in any way, and transformers raises what it meets
+        for name in ("tokenizer_config.json", "tokenizer.json"):
+            if (Path(where) / name).is_file():
+                read_json(Path(where) / name, "load tokenizer")
+        files = Path(where).is_dir() and not any(Path(where).glob("*token*")) and not any(Path(where).glob("vocab*"))
+        raise no_tokenizer(where, "no tokenizer files are there" if files else first_line(error)) from error
     # Where a folder has no tokenizer files, transformers makes an empty one of the model's kind and is silent.
     if len(tokenizer) <= len(tokenizer.all_special_tokens):
         raise no_tokenizer(where, "it would be empty")
@@ -277,7 +304,8 @@ def no_tokenizer(where: str, reason: str) -> LorakitError:
     """The error for a place without a tokenizer."""
     return LorakitError(
         f'load tokenizer: "{where}" holds no tokenizer that transformers can read ({reason}). What works: write one there with '
-        "tokenizer.save_pretrained(folder), or name another place with tokenizer=."
+        "tokenizer.save_pretrained(folder)"
+        + advice(", or name another place with tokenizer=.", ", or copy the tokenizer's files there.")
     )
 
 

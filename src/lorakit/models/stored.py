@@ -9,9 +9,10 @@ import torch
 import transformers
 from torch import nn
 
-from lorakit.errors import LorakitError
+from lorakit.errors import LorakitError, first_line
 from lorakit.models import hub
 from lorakit.models.loading import find_local
+from lorakit.reading import read_json
 
 
 def stored_config(base: str) -> Any:
@@ -26,15 +27,20 @@ def read_config(where: str | Path) -> Any:
     """transformers' configuration in a folder.
 
     Raises:
-        LorakitError: it is no JSON, or of a model that this version of transformers does not know.
-        OSError: it cannot be read.
+        LorakitError: it cannot be read, is no JSON, or of a model that this version of transformers does not know.
     """
     try:
         return transformers.AutoConfig.from_pretrained(hub.snapshot(str(where), weights=False))
-    except (ValueError, TypeError, KeyError, AttributeError) as problem:
+    except OSError as problem:
+        if isinstance(where, Path) or Path(where).is_dir():
+            read_json(Path(where) / "config.json", "load model")  # says what is wrong with it, if that is it
+        raise LorakitError(f'load model: "{where}" has no configuration ({first_line(problem)}).') from problem
+    except (
+        Exception
+    ) as problem:  # a configuration may hold anything, and each of transformers' classes refuses in its way
         raise LorakitError(
-            f"{where}: config.json is not one that transformers {transformers.__version__} reads "
-            f"({(str(problem) or type(problem).__name__).splitlines()[0]})."
+            f'load model: the config.json of "{where}" is not one that transformers {transformers.__version__} reads '
+            f"({first_line(problem)})."
         ) from problem
 
 
@@ -55,7 +61,6 @@ def skeleton(where: str | Path, guess: bool = False) -> nn.Module:
 
     Raises:
         LorakitError: the architecture is none of transformers', or its configuration is none.
-        OSError: the configuration cannot be read.
     """
     config = read_config(where)
     names = getattr(config, "architectures", None) or [None]
@@ -71,3 +76,25 @@ def skeleton(where: str | Path, guess: bool = False) -> nn.Module:
     with torch.device("meta"):
         model: nn.Module = kind(config)
     return model.eval()
+
+
+def outline(where: str | Path, loader: str) -> nn.Module:
+    """The model that a class of transformers' (`AutoModelForCausalLM`, ...) will load from a place, on the meta device.
+
+    Raises:
+        LorakitError: its configuration is none, or makes no such model.
+    """
+    return on_meta(read_config(where), loader, where).eval()
+
+
+def on_meta(config: Any, loader: str, where: str | Path, **options: Any) -> nn.Module:
+    """The model that a class of transformers' makes of a configuration, on the meta device; `where` names it in the error."""
+    try:
+        with torch.device("meta"):
+            model: nn.Module = getattr(transformers, loader).from_config(config, **options)
+    except Exception as problem:  # a configuration is made of any values, and so are the errors that they lead to
+        raise LorakitError(
+            f'load model: the config.json of "{where}" describes no model that transformers\' {loader} can make '
+            f"({first_line(problem)})."
+        ) from problem
+    return model

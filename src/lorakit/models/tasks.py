@@ -11,6 +11,7 @@ import torch
 from transformers.models.auto import modeling_auto
 
 from lorakit.core.storage import settle
+from lorakit.core.storage.contract import finite
 from lorakit.errors import LorakitError
 
 _SEEING = ("vision_config", "audio_config", "image_config", "thinker_config")
@@ -41,6 +42,17 @@ def check_task(config: Any, task: str, where: str) -> None:
                 f'load model: "{where}" reads more than text ({name}), and as a causal language model its language part would '
                 f"be loaded alone, if at all. What works: load it whole with transformers (AutoModelForImageTextToText), "
                 "lk.attach, and train it with Trainer or a loop of your own."
+            )
+
+
+@torch.no_grad()
+def check_finite(model: Any, where: str) -> None:
+    """LorakitError where a weight of a base holds a NaN or an infinity: nothing can be learned on it."""
+    for name, weight in model.named_parameters():
+        if weight.is_floating_point() and not finite(weight):
+            raise LorakitError(
+                f'train: {name} of "{where}" holds a NaN or an infinity, so that nothing can be learned on it. Copy or '
+                "download the model again, or load it in another number format (train.precision)."
             )
 
 

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import urlsplit
 
-from lorakit.errors import LorakitError
+from lorakit.errors import LorakitError, unknown
 
 POPULARITIES: dict[str, str] = {
     "distinct": "every request another adapter, as far as there are enough",
@@ -110,6 +110,12 @@ class Outcome:
         }
 
 
+def check_popularity(popularity: str) -> None:
+    """LorakitError for a name that is none of the popularities."""
+    if popularity != "base" and popularity not in POPULARITIES:
+        raise unknown("popularity", popularity, ["base", *(name for name in POPULARITIES if name != "base")])
+
+
 def choose(popularity: str, adapters: Sequence[str], count: int, rng: random.Random) -> list[str]:
     """Which model each of `count` requests asks for.
 
@@ -118,8 +124,7 @@ def choose(popularity: str, adapters: Sequence[str], count: int, rng: random.Ran
     """
     if popularity == "base":
         return ["base"] * count
-    if popularity not in POPULARITIES:
-        raise LorakitError(f'bench-serve: there is no popularity "{popularity}". Known: {", ".join(POPULARITIES)}.')
+    check_popularity(popularity)
     if not adapters:
         raise LorakitError(f'bench-serve: the server has no adapters, which "{popularity}" needs; "base" does not.')
     match popularity:

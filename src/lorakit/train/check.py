@@ -10,7 +10,8 @@ import importlib.util
 import logging
 import math
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,13 +24,21 @@ from lorakit.adapter.attachment import attach
 from lorakit.edits.contract import EditMethod
 from lorakit.errors import LorakitError, first_line, plural, unknown
 from lorakit.experts import RouterSpec
+from lorakit.files.bundle import read_config
+from lorakit.files.vocabulary import add_tokens
+from lorakit.models import hub
 from lorakit.models.device import resolve_device
-from lorakit.models.loading import find_local, load_tokenizer
-from lorakit.models.stored import skeleton, stored_config
+from lorakit.models.loading import TASKS, find_local, load_tokenizer
+from lorakit.models.stored import outline, stored_config
+from lorakit.models.stored import read_config as stored_settings
+from lorakit.models.tasks import check_task
 from lorakit.optim import parameter_groups
 from lorakit.optim.optimisers import averages
 from lorakit.train.config.options import TrainConfig, TrainOptions
+from lorakit.train.continuing import Source, source_of
+from lorakit.train.data.classification import class_names, prepare_labels
 from lorakit.train.data.examples import Example, Prepared, load_splits, prepare
+from lorakit.train.data.reading import Rows
 from lorakit.train.data.tokenise import IGNORED
 from lorakit.train.rate import with_rate
 from lorakit.train.trainer import make_optimizer, make_scheduler, training_arguments
@@ -50,13 +59,18 @@ class Checked:
     """What a check found.
 
     Attributes:
-        prepared: the training examples and their report; None for a classifier, whose head needs the model.
-        evaluation: rows held out, None for none.
+        rows: rows to train on, and `held` those to evaluate on, None for none.
+        source: the adapter that the run goes on from, None for none.
+        prepared: the training examples and their report, and `evaluation` those of the held-out rows; None where the tokenizer
+            is in the file of the weights (GGUF).
         adapter: the adapter on the base's shapes, without weights; None where these cannot be had.
         steps: optimiser steps of the run.
         tokenizer: the base's.
     """
 
+    rows: Rows
+    held: Rows | None
+    source: Source | None
     prepared: Prepared | None
     evaluation: Prepared | None
     adapter: Adapter | None
@@ -110,32 +124,45 @@ def check_options(options: TrainOptions) -> None:
         ) from None
 
 
-def check(config: TrainConfig) -> Checked:
-    """Check a run without reading the weights of its base.
+def check(config: TrainConfig, *, told: bool = True) -> Checked:
+    """Check a run without reading the weights of its base; `told`: say in the log what the adapter reaches.
 
     Raises:
         LorakitError: the first thing that is wrong.
     """
     check_options(config.train)
+    if config.quantize is not None:
+        config.quantize.config(torch.float32)  # refuses a format whose package is missing
+    find_local(config.model)
+    for folder in config.adapters:
+        read_config(Path(folder))
+    source = source_of(config)
     rows, held = load_splits(config.data)
-    local = find_local(config.model)
-    tokenizer: Any = None
-    if local is None or (local.is_dir() and (local / "config.json").exists()):
-        tokenizer = load_tokenizer(config.model if local is None else str(local), {})
-    prepared = evaluation = None
-    if tokenizer is not None and config.task == "causal-lm":
-        prepared = prepare(rows, tokenizer, config.data)
-        evaluation = prepare(held, tokenizer, config.data) if held is not None else None
     training_arguments(config, evaluates=held is not None)
-    adapter = on_shapes(config, tokenizer) if config.task == "causal-lm" and tokenizer is not None else None
+    classes = class_names(rows, config.data) if config.task == "seq-cls" else None
+    tokenizer = adapter = prepared = evaluation = None
+    if (place := readable(config.model)) is not None:
+        tokenizer = load_tokenizer(place, {})
+        with _quiet(not told):
+            if source is not None:
+                tokenizer = source.tokenizer(tokenizer)
+                config = config.replace(data=source.data(config.data, rows))
+                source.check_tokens(config.data, tokenizer)
+            else:
+                add_tokens(tokenizer, config.data.special_tokens)
+        prepared = prepared_for(rows, tokenizer, config, classes)
+        evaluation = prepared_for(held, tokenizer, config, classes) if held is not None else None
+        with _quiet(not told):
+            adapter = on_shapes(config, place, tokenizer) if source is None else None
     if adapter is not None:
         check_space(config, adapter.num_parameters())
         parameter_groups(adapter.named_parameters(), adapter.roles(), 1.0, rates=config.train.rates)
-    config = with_rate(config, _config_of(config.model))
+    with _quiet(not told):
+        config = with_rate(config, _config_of(config.model))
     examples = len(prepared.examples) if prepared is not None else len(rows)
     per_epoch = math.ceil(examples / (config.train.batch_size * config.train.gradient_accumulation))
     steps = config.train.max_steps or math.ceil(per_epoch * config.train.epochs)
-    return Checked(prepared, evaluation, adapter, steps, tokenizer)
+    return Checked(rows, held, source, prepared, evaluation, adapter, steps, tokenizer)
 
 
 def _config_of(base: str) -> Any:
@@ -146,16 +173,43 @@ def _config_of(base: str) -> Any:
         return None
 
 
-def on_shapes(config: TrainConfig, tokenizer: Any) -> Adapter | None:
-    """The adapter of a run on the shapes of its base, on the meta device: targets, ranks and patterns must fit; None where the
-    base's class is none of transformers', or the method needs more than shapes."""
-    if isinstance(config.method, RouterSpec) or config.quantize is not None:
+def readable(model: str) -> str | None:
+    """The place of a base whose configuration and tokenizer can be read without its weights; None for GGUF.
+
+    Raises:
+        LorakitError: there is no such place, or its configuration cannot be read.
+    """
+    local = find_local(model)
+    if local is not None and (local.is_file() or not (local / "config.json").exists()):
         return None
-    local = find_local(config.model)
+    place = hub.find_on_hub(model, {}) if local is None else str(local)
+    stored_settings(place)
+    return place
+
+
+def prepared_for(rows: Rows, tokenizer: Any, config: TrainConfig, classes: Sequence[str] | None) -> Prepared:
+    """Rows as examples for the task of a run; `classes` are those of a classifier."""
+    data = config.data
+    return prepare(rows, tokenizer, data) if classes is None else prepare_labels(rows, tokenizer, data, classes)
+
+
+@contextmanager
+def _quiet(asked: bool) -> Iterator[None]:
+    """Without what is logged, where the run itself will say it on the loaded base."""
+    if asked:
+        logging.disable(logging.WARNING)
     try:
-        model = skeleton(config.model if local is None else local, guess=True)
-    except (LorakitError, OSError, ValueError) as problem:
-        log.debug("no shapes of %s: %s", config.model, problem)
+        yield
+    finally:
+        logging.disable(logging.NOTSET)
+
+
+def on_shapes(config: TrainConfig, place: str, tokenizer: Any) -> Adapter | None:
+    """The adapter of a run on the shapes of its base, on the meta device: targets, ranks and patterns must fit; None for a
+    router, which is trained over the adapters that it loads."""
+    model = outline(place, TASKS[config.task])
+    check_task(model.config, config.task, config.model)
+    if isinstance(config.method, RouterSpec):
         return None
     method = config.method
     if isinstance(method, EditMethod):
@@ -198,6 +252,8 @@ def lines(checked: Checked, config: TrainConfig) -> Sequence[str]:
         )
         trained = f"{checked.adapter.num_parameters() * 16 / 1e9:.2f} GB"
         said.append(f"memory of the adapter, its gradients and AdamW's moments: {trained} (lorakit plan: all of it)")
+    elif config.continue_from is not None:
+        said.append(f"adapter: continues from {config.continue_from}")
     else:
         said.append("adapter: not checked, since the base gives no shapes without its weights here")
     said.append(f"steps: {checked.steps:,}, batch size {config.train.batch_size * config.train.gradient_accumulation}")

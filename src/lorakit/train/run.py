@@ -40,14 +40,14 @@ from lorakit.models.device import resolve_device
 from lorakit.models.evaluating import evaluating
 from lorakit.models.loading import load_model
 from lorakit.models.quantisation import Holding, holding
-from lorakit.models.tasks import check_causal
+from lorakit.models.tasks import check_causal, check_finite
 from lorakit.train import run_checkpoint as checkpoint
-from lorakit.train.check import check_options
+from lorakit.train.check import check, prepared_for
 from lorakit.train.config.run import TrainConfig, to_tree, to_yaml
-from lorakit.train.continuing import continued, plain_options, resolved, source_of
+from lorakit.train.continuing import continued, plain_options, resolved
 from lorakit.train.data.calibration_batches import calibration_batches
-from lorakit.train.data.classification import LabelledExample, class_names, prepare_labels
-from lorakit.train.data.examples import Prepared, choice_ids, load_splits, prepare, questions
+from lorakit.train.data.classification import LabelledExample, class_names
+from lorakit.train.data.examples import Prepared, choice_ids, questions
 from lorakit.train.evaluate import Answer, Evaluation, EvaluationSet, in_words, measure
 from lorakit.train.report import RunRecord, write_report
 from lorakit.train.step.loss import LossPath, prompt_length
@@ -110,15 +110,15 @@ def train(config: TrainConfig, *, console: Console | None = None) -> TrainResult
 def _run(config: TrainConfig, console: Console | None, beside: Path) -> TrainResult:
     """The run; `beside` is a folder for what belongs to the adapter and has no other place before it is saved."""
     options = config.train
-    check_options(options)
     if options.resume and config.data.date is None:
         config = config.replace(
             data__date=checkpoint.date_of(checkpoint.find_checkpoint(Path(options.output), options.resume))
         )
-    source = source_of(config)
-    train_rows, held_rows = load_splits(config.data)
+    checked = check(config, told=False)
+    train_rows, held_rows, source = checked.rows, checked.held, checked.source
     device = resolve_device(options.device)
     model, tokenizer = load_base(config, train_rows, device=None if device.type == "cpu" else str(device))
+    check_finite(model, config.model)
     if config.task == "causal-lm":
         check_causal(model, config.model)
     classes = class_list(model) if config.task == "seq-cls" else None
@@ -130,8 +130,11 @@ def _run(config: TrainConfig, console: Console | None, beside: Path) -> TrainRes
     tokens = add_tokens(tokenizer, config.data.special_tokens) if source is None else []
     if tokens:
         grow(model, len(tokenizer))
-    prepared = _prepared("data", train_rows, tokenizer, config, classes)
-    held = evaluation_set(held_rows, tokenizer, config, classes) if held_rows is not None else None
+    prepared = checked.prepared or prepared_for(train_rows, tokenizer, config, classes)
+    _report("data", prepared)
+    held = None
+    if held_rows is not None:
+        held = evaluation_set(held_rows, tokenizer, config, classes, checked.evaluation)
 
     base = holding(model)
     transformers.set_seed(options.seed)
@@ -260,10 +263,16 @@ def attach_arguments(config: TrainConfig, model: Any) -> dict[str, Any]:
 
 
 def evaluation_set(
-    rows: Rows, tokenizer: Any, config: TrainConfig, classes: Sequence[str] | None = None
+    rows: Rows,
+    tokenizer: Any,
+    config: TrainConfig,
+    classes: Sequence[str] | None = None,
+    prepared: Prepared | None = None,
 ) -> EvaluationSet:
-    """Evaluation rows made ready for what the configuration measures on them; `classes` are those of a classifier."""
-    prepared = _prepared("evaluation data", rows, tokenizer, config, classes)
+    """Evaluation rows made ready for what the configuration measures on them; `classes` are those of a classifier, `prepared`
+    the examples if they are made already."""
+    prepared = prepared or prepared_for(rows, tokenizer, config, classes)
+    _report("evaluation data", prepared)
     examples, options = prepared.examples, config.evaluate
     if classes is not None or options.answers == "none":
         return EvaluationSet(examples)
@@ -273,13 +282,10 @@ def evaluation_set(
     return EvaluationSet(examples, asked, choices, tokenizer.convert_tokens_to_ids(list(stops)))
 
 
-def _prepared(what: str, rows: Rows, tokenizer: Any, config: TrainConfig, classes: Sequence[str] | None) -> Prepared:
-    """Rows as examples for the task of a run; what became of them is logged."""
-    data = config.data
-    prepared = prepare(rows, tokenizer, data) if classes is None else prepare_labels(rows, tokenizer, data, classes)
+def _report(what: str, prepared: Prepared) -> None:
+    """What became of the rows, in the log."""
     for line in prepared.report.lines():
         log.info("%s: %s", what, line)
-    return prepared
 
 
 def examine(model: Any, tokenizer: Any, held: EvaluationSet, config: TrainConfig, path: LossPath) -> Evaluation:

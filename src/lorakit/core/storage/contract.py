@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -150,3 +151,9 @@ class Float(Storage):
 
     def nbytes(self, layer: nn.Module, tensor: str) -> int:
         return size_of([self.read(layer, tensor)])
+
+
+def finite(value: Tensor) -> bool:
+    """Whether no number is a NaN or an infinity. Their sum says so at a tenth of the cost, except where it overflows itself."""
+    summed = value.dtype.itemsize > 1 and math.isfinite(float(value.sum()))
+    return summed or bool(torch.isfinite(value).all())

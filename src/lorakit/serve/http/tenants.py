@@ -32,6 +32,7 @@ from pydantic.dataclasses import dataclass
 
 from lorakit.errors import LorakitError, unknown
 from lorakit.files.folder import Stamp, stamp_of, write_whole
+from lorakit.reading import KINDS, read_text
 from lorakit.serve.http.faults import Fault, later
 
 log = logging.getLogger("lorakit.serve")
@@ -300,16 +301,16 @@ def read_tenants(file: Path) -> dict[str, Tenant]:
 
 
 def _read(file: Path) -> dict[str, Any]:
+    if not file.exists():
+        raise LorakitError(f"keys: there is no file {file}. `lorakit keys {file} --admin` makes one.")
     try:
-        data = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError) as problem:
-        raise LorakitError(
-            f"keys: {file} cannot be read ({problem}). `lorakit keys {file} --admin` makes one."
-        ) from problem
+        data = yaml.safe_load(read_text(file, "keys"))
+    except yaml.YAMLError as problem:
+        raise LorakitError(f"keys: {file} is not YAML ({' '.join(str(problem).split())}).") from problem
     if data is None:
         return {}
     if not isinstance(data, dict):
-        raise LorakitError(f"keys: {file} holds a {type(data).__name__}; it is an object with admin and tenants.")
+        raise LorakitError(f"keys: {file} holds {KINDS[type(data)]}; it is an object with admin and tenants.")
     return data
 
 

@@ -30,11 +30,11 @@ from lorakit.core.sites import adaptable_sites
 from lorakit.core.spectrum import triplets
 from lorakit.core.stacks import stacked_sites
 from lorakit.core.storage import storage_of
+from lorakit.core.storage.contract import finite
 from lorakit.core.uniform import is_product
 from lorakit.errors import LorakitError, unknown
 from lorakit.files import store
 from lorakit.files.bundle import CONTENT, TENSORS, Bundle, read_bundle
-from lorakit.files.filling import finite
 from lorakit.files.vocabulary import tokens_trained
 from lorakit.serve.limits import check_files, without_path
 from lorakit.serve.model.native import large_pages, padded

@@ -95,9 +95,8 @@ def parse_document(text: str, source: str) -> tuple[dict[str, Any], dict[str, st
         if node is not None:
             if not isinstance(node, yaml.MappingNode):
                 line = node.start_mark.line + 1
-                raise LorakitError(
-                    f"{source}, line {line}: expected options such as `model: NAME`, found {node.value!r}"
-                )
+                found = "a list" if isinstance(node, yaml.SequenceNode) else repr(node.value)
+                raise LorakitError(f"{source}, line {line}: expected options such as `model: NAME`, found {found}")
             _collect(node, "", source, places, set())
         tree = {} if node is None else loader.construct_document(node)
     except yaml.MarkedYAMLError as error:

@@ -10,13 +10,14 @@ from __future__ import annotations
 import difflib
 import logging
 import re
+import types
 import typing
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
 from lorakit.core.options import Declared
-from lorakit.errors import LorakitError
+from lorakit.errors import LorakitError, nearest, plural
 from lorakit.train.config.choices import CHOICES, METHOD
 from lorakit.train.config.document import parse_value
 from lorakit.train.config.foreign import RENAMED
@@ -98,6 +99,24 @@ class Names:
         place = f" in {where}" if where else ""
         return LorakitError(f'unknown option "{asked}"{place}{hint} Known: {", ".join(listed)}.')
 
+    def knows(self, name: str) -> bool:
+        """Whether an option of a method, or a mapping of one by layers, has this name."""
+        return name in self.of_methods or name in self.patterns
+
+    def refusals(self, asked: Sequence[str], places: Mapping[str, str]) -> LorakitError:
+        """The error for several options that do not exist: a file of another tool, most likely."""
+        said = []
+        for name in asked:
+            called = [RENAMED[name]] if name in RENAMED else []
+            near = nearest(name, [*self.own, *self.of_methods], cutoff=0.7)
+            hint = f" (here {called[0]})" if called else f" (did you mean {near[0]}?)" if near else ""
+            said.append(f"{name}{hint}")
+        file = places[""]
+        return LorakitError(
+            f"{file}: {plural(len(said), 'unknown option')}: {', '.join(said)}. A file of Axolotl or LLaMA-Factory is read by "
+            f"lorakit init --from {file}; lorakit train --help lists the options."
+        )
+
     def switch(self, flag: str) -> tuple[str, str] | None:
         """The option and text of a bare flag: `--x` is true and `--no-x` false, for options that are true or false."""
         name = flag.replace("-", "_")
@@ -124,9 +143,18 @@ def merged(
     values = _lifted(names, tree, where)
     before = {name: dict(values[name]) for name in CHOICES if isinstance(values.get(name), dict)}
     flags: set[tuple[str, ...]] = set()
+    said: dict[tuple[str, ...], str] = {}
     for asked, text, spelled in _split(names, tokens):
         path = names.path(asked, f"the flags ({spelled})", spelled)
         flags.add(path[:2])
+        if path in said:
+            several = typing.get_origin(names.own[".".join(path)].type) if ".".join(path) in names.own else None
+            listed = (
+                f", or give a list: {spelled} '[a, b]'" if several in (tuple, typing.Union, types.UnionType) else ""
+            )
+            twice = "twice" if said[path] == spelled else f"twice, first as {said[path]}"
+            raise LorakitError(f"{spelled} is given {twice}; keep one{listed}")
+        said[path] = spelled
         where[".".join(path)] = spelled
         is_mapping = text.lstrip().startswith("{") and path[0] in (*CHOICES, "patterns")
         if len(path) == 1 and path[0] in CHOICES and not is_mapping:
@@ -160,7 +188,11 @@ def _lifted(names: Names, tree: Mapping[str, Any], places: dict[str, str]) -> di
         for inner in value if key in names.sections and isinstance(value, Mapping) else ():
             if f"{key}.{inner}" not in names.own:
                 raise names.refusal(f"{key}.{inner}", places[f"{key}.{inner}"])
-    for key in [key for key in tree if SHORT.get(key, key) not in values]:
+    unread = [key for key in tree if SHORT.get(key, key) not in values]
+    strange = [key for key in unread if key.isidentifier() and not names.knows(key)]
+    if len(strange) > 1:
+        raise names.refusals(strange, places)
+    for key in unread:
         section, dot, leaf = key.partition(".")
         if dot and key in names.own:
             raise LorakitError(

@@ -12,7 +12,7 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from lorakit.train.config.choices import INIT, METHOD, QUANTISATION, read_pattern
 from lorakit.train.config.section import Section, rule
@@ -81,6 +81,14 @@ class DataOptions(Section, frozen=True):
     on_bad_row: Literal["raise", "skip"] = option(
         "raise", "a row that cannot be used: raise an error, or skip and count it"
     )
+
+    @field_validator("template")
+    @classmethod
+    def _line_breaks(cls, text: str | None) -> str | None:
+        """A shell, and YAML without double quotes, leave `\\n` in a text template as two characters; Jinja reads it itself."""
+        if text is None or "{" not in text or "{{" in text or "{%" in text:
+            return text
+        return text.replace("\\n", "\n").replace("\\t", "\t")
 
     @model_validator(mode="after")
     def _a_date(self) -> Self:
@@ -310,6 +318,13 @@ class TrainConfig(Section, frozen=True):
         """The options that contradict others, as messages that begin with the name of the one to blame."""
         from lorakit.experts import RouterSpec
 
+        named = {"model": self.model, "name": self.name, "target_modules": self.target_modules}
+        named |= {"data.train": self.data.train, "train.output": self.train.output}
+        for name in (name for name, text in named.items() if text == ""):
+            yield f"{name} is empty text; leave it out, or name one"
+        counts = {"data.evaluation_size": self.data.evaluation_size, "train.warmup": self.train.warmup}
+        for name, value in ((name, value) for name, value in counts.items() if value >= 1 and value % 1):
+            yield f"{name} is {value:g}; give a share below 1, or a count, which is an integer"
         for needs in ("early_stopping_patience", "keep_best", "eval_steps"):
             if (asked := getattr(self.train, needs)) and not self.data.evaluates:
                 yield (

@@ -25,6 +25,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from lorakit.errors import LorakitError, unknown
+from lorakit.reading import read_text
 from lorakit.train.config.choices import METHOD
 from lorakit.train.config.document import dump, parse_document
 from lorakit.train.config.fields import ConfigField, config_fields
@@ -86,7 +87,7 @@ def chosen_method(path: str | Path | None, overrides: Sequence[str]) -> str:
 
 def _given(path: str | Path | None, overrides: Sequence[str]) -> tuple[dict[str, Any], dict[str, str]]:
     """The values of the file and the flags, and where each was given."""
-    tree, places = ({}, {}) if path is None else parse_document(_read_text(Path(path)), str(path))
+    tree, places = ({}, {}) if path is None else parse_document(_document(path), str(path))
     if program := program_of(tree):
         raise LorakitError(
             f"{path} is a file of {program}; `lorakit init --from {path} -o run.yaml` writes it as one of lorakit's"
@@ -94,15 +95,12 @@ def _given(path: str | Path | None, overrides: Sequence[str]) -> tuple[dict[str,
     return merged(tree, places, overrides)
 
 
-def _read_text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8-sig")
-    except FileNotFoundError:
-        near = sorted(p.name for p in path.parent.glob("*.y*ml")) if path.parent.is_dir() else []
-        found = f"; {path.parent} holds {', '.join(near[:8])}" if near else ""
-        raise LorakitError(f"there is no file {path}{found}") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise LorakitError(f"{path} cannot be read as UTF-8 text: {error}") from None
+def _document(path: str | Path) -> str:
+    """The text of a run's file."""
+    if Path(path).is_dir():
+        files = ", ".join(sorted(one.name for one in Path(path).glob("*.y*ml"))[:8]) or "no YAML file"
+        raise LorakitError(f'config: "{path}" is a folder; name the YAML file of a run. It has {files}.')
+    return read_text(path, "config")
 
 
 def to_tree(config: TrainConfig) -> dict[str, Any]:

@@ -16,6 +16,8 @@ since nothing predicts it.
 
 from __future__ import annotations
 
+import json
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
@@ -37,6 +39,8 @@ from lorakit.train.data.templates import (
 from lorakit.train.data.tokenise import IGNORED, Ends, Labeller, Tokenised, cut, split
 
 T = TypeVar("T")
+
+log = logging.getLogger("lorakit.train")
 
 
 @dataclass(frozen=True)
@@ -70,6 +74,7 @@ class Report:
         shared_prefix: tokens with which all examples begin.
         alone: rows of several answers, each of which became an example of its own.
         unused: columns and fields of messages that make no difference, and in how many rows.
+        repeated: examples whose tokens and labels are those of an earlier one.
     """
 
     source: str
@@ -92,6 +97,7 @@ class Report:
     shared_prefix: int = 0
     alone: int = 0
     unused: tuple[tuple[str, int], ...] = ()
+    repeated: int = 0
 
     def lines(self) -> list[str]:
         """The report for people: one line of facts, and one for everything that was not used as it stood."""
@@ -118,6 +124,10 @@ class Report:
             ),
         ]
         said = told + [f"{plural(count, noun)} {words}" for count, noun, words in notes if count]
+        if self.examples == 1:
+            said.append("a single example: the model will learn it by heart")
+        elif self.repeated:
+            said.append(f"{plural(self.repeated, 'example')} the same as an earlier one")
         spare = ", ".join(f"{name} ({plural(count, 'row')})" for name, count in self.unused)
         return said + ([f"not used, since no template writes it: {spare}"] if spare else [])
 
@@ -176,12 +186,20 @@ def load_splits(options: DataOptions) -> tuple[Rows, Rows | None]:
     if options.evaluation is not None or options.evaluation_split is not None:
         source = options.train if options.evaluation is None else options.evaluation
         split = options.evaluation_split or options.split
+        trained = f"the rows that are trained on ({source}, split {split}); name others, or give data.evaluation_size"
         if source == options.train and split == options.split:
-            raise LorakitError(
-                f"data.evaluation names the rows that are trained on ({source}, split {split}); "
-                "name others, or hold some out by data.evaluation_size"
-            )
+            raise LorakitError(f"data.evaluation names {trained}")
         evaluation = load_rows(source, split=split, subset=options.subset)
+        known = {_content(row) for row in rows.rows}
+        seen = sum(_content(row) in known for row in evaluation.rows)
+        if seen == len(evaluation) and len({_content(row) for row in evaluation.rows}) == len(known):
+            raise LorakitError(f"data.evaluation holds {trained}")
+        if seen:
+            log.warning(
+                "data.evaluation: %s of %s are trained on too, so that the evaluation looks better than it is",
+                f"{seen:,}",
+                plural(len(evaluation), "row"),
+            )
     elif options.evaluation_size:
         size = options.evaluation_size
         held = int(size) if size >= 1 else max(1, round(size * len(rows)))
@@ -193,6 +211,11 @@ def load_splits(options: DataOptions) -> tuple[Rows, Rows | None]:
     if options.limit is not None:
         rows = rows.take(rows.rows[: options.limit])
     return rows, evaluation
+
+
+def _content(row: Row) -> int:
+    """What a row holds, as a number by which two rows can be compared."""
+    return hash(json.dumps(row.fields, sort_keys=True, default=str))
 
 
 def prepare(rows: Rows, tokenizer: Any, options: DataOptions) -> Prepared:
@@ -252,10 +275,14 @@ def prepare(rows: Rows, tokenizer: Any, options: DataOptions) -> Prepared:
         shared_prefix=shared_prefix_length([example.input_ids for example in examples]),
         alone=maker.alone,
         unused=tuple(sorted(maker.reader.unused.items())),
+        repeated=len(examples) - len({hash((*one.input_ids, *one.labels)) for one in examples}),
         **counts,
     )
     if not examples:
-        raise LorakitError(f"prepare: no example is left of {rows.source}. " + "; ".join(report.lines()))
+        long = counts["truncated"] + counts["too_long"]
+        more = f" Raise data.max_length (now {limit}), or cut the start of prompts: data.overflow: cut-start."
+        told = "; ".join(report.lines()) + "." + more * bool(long)
+        raise LorakitError(f"prepare: no example is left of {rows.source}. {told}")
     return Prepared(examples, report, prompt=maker.prompt(examples))
 
 

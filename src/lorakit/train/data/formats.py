@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
-from lorakit.errors import LorakitError
+from lorakit.errors import LorakitError, nearest
 from lorakit.files.prompt import Prompt
 from lorakit.train.config.options import DataOptions
 from lorakit.train.data.reading import BadRow, Row, Rows
@@ -58,9 +58,36 @@ def detect_format(columns: Sequence[str], source: str = "the data") -> str:
     raise LorakitError(
         f"{source}: the columns are {listed}; expected prompt and completion, messages, "
         "instruction and output (Alpaca), conversations (ShareGPT), or text. "
-        "Say which columns these are by data.columns, e.g. {prompt: question, completion: answer}, "
-        "or use them in a data.template with placeholders."
+        f"{_likely(columns)}, or use them in a data.template with placeholders."
     )
+
+
+LIKELY = {
+    "messages": ("messages", "conversation", "dialog", "dialogue", "chat", "turns"),
+    "prompt": ("prompt", "question", "query", "instruction", "input", "source", "problem"),
+    "completion": ("completion", "answer", "response", "output", "target", "reply", "solution"),
+    "text": ("text", "content", "document", "body"),
+}
+"""Our columns, and what others call them."""
+
+
+def _likely(columns: Sequence[str]) -> str:
+    """Which of the columns may be meant by which of ours, as a sentence without its end."""
+    found: dict[str, str] = {}
+    for ours, theirs in LIKELY.items():
+        for name in theirs:
+            near = nearest(name, [one for one in columns if one not in found.values()], cutoff=0.8)
+            if near and ours not in found:
+                found[ours] = near[0]
+    pairs = [{"messages"}, {"prompt", "completion"}, {"text"}]
+    fits = next((pair for pair in pairs if pair <= set(found)), None)
+    if fits is not None:
+        mapping = ", ".join(f"{ours}: {found[ours]}" for ours in LIKELY if ours in fits and found[ours] != ours)
+        return f"Did you mean data.columns: {{{mapping}}}? Give it so"
+    hint = ""
+    if any(len(name) > 24 or " " in name.strip() for name in columns):
+        hint = "Is the line with the names of the columns missing? "
+    return hint + "Say which columns these are by data.columns, e.g. {prompt: question, completion: answer}"
 
 
 def say_missing(name: str, values: Mapping[str, Any]) -> str:
@@ -76,6 +103,9 @@ def say_missing(name: str, values: Mapping[str, Any]) -> str:
 def refuse_bad_rows(bad: Sequence[BadRow], total: int, options: DataOptions) -> None:
     """Raises for rows that cannot be used, naming the first few, unless they are to be skipped."""
     if bad and options.on_bad_row == "raise":
+        bad = sorted(
+            bad, key=lambda one: [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", one.where)]
+        )
         shown = "\n".join(f"  {one}" for one in bad[:5])
         more = f"\n  and {len(bad) - 5:,} more" if len(bad) > 5 else ""
         raise LorakitError(

@@ -21,7 +21,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lorakit.errors import LorakitError, first_line
+from lorakit.errors import LorakitError, first_line, plural
+from lorakit.reading import decoded, neighbours, refuse_encoding
 
 SPLITS = ("train", "validation", "valid", "dev", "test", "eval", "evaluation", "held_out")
 
@@ -107,9 +108,8 @@ def load_rows(source: str | Path | Sequence[str | Path], *, split: str = "train"
     elif path.is_dir():
         found = _read_folder(path, split)
     elif path.suffix.lower() in READERS or not re.fullmatch(r"[\w.\-]+(/[\w.\-]+)?", str(source)):
-        near = sorted(p.name for p in path.parent.iterdir() if p.suffix in READERS) if path.parent.is_dir() else []
-        holds = f"; {path.parent} holds {', '.join(near[:8])}" if near else ""
-        raise LorakitError(f"load_rows: there is no file or folder {path}{holds}")
+        near = [p.name for p in path.parent.iterdir() if p.suffix in READERS] if path.parent.is_dir() else []
+        raise LorakitError(f"load_rows: there is no file or folder {path}.{neighbours(path, near)}")
     else:
         found = _read_dataset(str(source), split, subset)
     if not found.rows and not found.bad:
@@ -153,8 +153,7 @@ def _bytes(path: Path) -> bytes:
             raw = COMPRESSED[path.suffix.lower()](raw)
         except (OSError, EOFError, ValueError, lzma.LZMAError) as error:
             raise LorakitError(f"load_rows: {path} is not a whole {path.suffix} file: {first_line(error)}") from None
-    if raw[:2] in (b"\xff\xfe", b"\xfe\xff"):
-        raise LorakitError(f"load_rows: {path} looks like UTF-16; save it as UTF-8")
+    refuse_encoding(raw, f"load_rows: {path}")
     return raw
 
 
@@ -180,18 +179,16 @@ def _read_json_lines(path: Path) -> Iterator[Row | BadRow]:
         except UnicodeDecodeError as error:
             yield BadRow(where, f"not UTF-8 text (byte {error.start + 1})")
         except json.JSONDecodeError as error:
-            yield BadRow(where, f"not JSON: {error.msg} at column {error.colno}")
+            hint = (
+                "; a .jsonl file has one object on each line, and one JSON list is a .json file" if number == 1 else ""
+            )
+            yield BadRow(where, f"not JSON: {error.msg} at column {error.colno}{hint}")
         except RecursionError:
             yield BadRow(where, "not usable JSON: nested too deeply")
 
 
 def _decoded(path: Path) -> str:
-    raw = _bytes(path)
-    try:
-        return raw.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = raw.count(b"\n", 0, error.start) + 1
-        raise LorakitError(f"load_rows: {path}, line {line}: not UTF-8 text; save the file as UTF-8") from None
+    return decoded(_bytes(path), f"load_rows: {path}")
 
 
 def _read_json(path: Path) -> Iterator[Row | BadRow]:
@@ -249,9 +246,8 @@ def _read_text(path: Path) -> Iterator[Row | BadRow]:
 
 def _read_table(path: Path) -> Iterator[Row | BadRow]:
     text = _decoded(path)
-    delimiter, head = "\t" if _kind_of(path) == ".tsv" else ",", text.split("\n", 1)[0]
-    if delimiter == "," and "," not in head and ";" in head:  # as spreadsheets write it where the comma is in numbers
-        delimiter = ";"
+    head = text.split("\n", 1)[0]  # semicolons are what spreadsheets write where the comma is in numbers
+    delimiter = "\t" if _kind_of(path) == ".tsv" else next((one for one in ",;\t|" if one in head), ",")
     limit = csv.field_size_limit(sys.maxsize)  # the default refuses texts above 128 KiB
     try:
         reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
@@ -267,7 +263,9 @@ def _read_table(path: Path) -> Iterator[Row | BadRow]:
                     twice = next(name for name in header if header.count(name) > 1)
                     raise LorakitError(f'load_rows: {where}: the column "{twice}" is named twice')
             elif len(cells) != len(header):
-                yield BadRow(where, f"{len(cells)} cells under {len(header)} columns ({', '.join(header)})")
+                yield BadRow(
+                    where, f"{plural(len(cells), 'cell')} under {plural(len(header), 'column')} ({', '.join(header)})"
+                )
             else:
                 yield Row(dict(zip(header, cells, strict=True)), where)
     except csv.Error as error:
@@ -341,6 +339,9 @@ READERS: dict[str, Callable[[Path], Iterator[Row | BadRow]]] = {
 def _read_folder(path: Path, split: str) -> Rows:
     if (path / "dataset_info.json").is_file() or (path / "dataset_dict.json").is_file():
         return _saved_dataset(path, split)
+    for mark, what in (("adapter_config.json", "an adapter"), ("config.json", "a model")):
+        if (path / mark).is_file():
+            raise LorakitError(f"load_rows: {path} holds {what} ({mark}), and no rows to train on")
     files = sorted(p for p in path.iterdir() if p.is_file() and _kind_of(p) in READERS)
     texts = [p for p in files if _kind_of(p) in (".txt", ".md")]
     files = [p for p in files if p not in texts] or texts  # a README beside rows is no row
