@@ -63,6 +63,12 @@ SETTINGS: tuple[Setting, ...] = (
     Setting("BOFT", ("method=boft", "block_size=16", "factors=2"), 1e-4),
     Setting("HiRA", ("method=hira", "rank=8"), 5e-3),
     Setting("IA3", ("method=ia3", "feedforward_modules=[down_proj]"), 3e-3, "one vector a matrix"),
+    Setting("MiSS", ("method=miss", "rank=16"), 5e-4),
+    Setting("DeLoRA", ("method=delora", "rank=8", "strength=8"), 2e-3),
+    Setting("GraLoRA", ("method=gralora", "rank=8", "alpha=16"), 5e-4),
+    Setting("HRA", ("method=hra", "rank=16"), 1e-3),
+    Setting("RoAd", ("method=road",), 3e-3, "two numbers for a pair of outputs"),
+    Setting("Super-Tuning", ("method=supertuning", "sparsity=0.977"), 2e-4),
     Setting("Full fine-tuning", ("method=full",), 5e-5, "every number of every adapted matrix"),
     Setting(
         "Full, GaLore", ("method=full", "train.optimizer=galore"), 5e-4, "the same with optimiser state of low rank"

@@ -65,7 +65,7 @@ def linear(call: Inputs, W: Tensor, b: Tensor | None) -> Tensor:
 
 def identity_at_start(case: Held) -> None:
     """A new adapter on a quantised base is that base."""
-    if case.spec.card.identity:
+    if case.spec.identity:
         subject, base = case.subject("one", fresh=True), case.model()
         for call in subject.calls:
             close(subject.run("one", call), base(*call[0]), "a new adapter")

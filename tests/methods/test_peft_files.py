@@ -67,6 +67,28 @@ CASES: list[tuple[str, type, dict[str, Any], Method]] = [
     ("convolutions", peft.OFTConfig, {"target_modules": ["point", "head"], "oft_block_size": 2, "use_cayley_neumann": False},
      lk.OFT(block_size=2, exact=True)),
     ("words", peft.OFTConfig, {"target_modules": ["words", "inner.body"], "r": 1, "oft_block_size": 0}, lk.OFT(blocks=1)),
+    ("bert", peft.BeftConfig, {"target_modules": ["query", "dense"]}, lk.BitFit()),
+    ("llama", peft.MissConfig, {"target_modules": QD, "r": 5}, lk.MiSS(rank=5)),
+    ("llama", peft.MissConfig, {"target_modules": QD, "r": 7, "mini_r": 4, "init_weights": "mini"},
+     lk.MiSS(rank=7, kind="mini", mini=4)),
+    ("bert", peft.MissConfig, {"target_modules": ["query", "dense"], "r": 8, "init_weights": "bat"},
+     lk.MiSS(rank=8, kind="bat")),
+    ("llama", peft.DeloraConfig, {"target_modules": QV, "r": 3, "rank_pattern": {"v_proj": 5}, "lambda_pattern": {"q_proj": 2}},
+     lk.DeLoRA(rank=3)),
+    ("bert", peft.GraloraConfig, {"target_modules": ["query", "dense"], "r": 6, "gralora_k": 2, "alpha": 9},
+     lk.GraLoRA(rank=6, alpha=9)),
+    ("gpt2", peft.GraloraConfig, {"target_modules": ["c_attn"], "r": 4, "gralora_k": 4, "hybrid_r": 4, "alpha": 24,
+     "fan_in_fan_out": True}, lk.GraLoRA(rank=4, blocks=4, hybrid=4, alpha=24)),
+    ("llama", peft.HRAConfig, {"target_modules": QD, "r": 4}, lk.HRA(rank=4)),
+    ("bert", peft.HRAConfig, {"target_modules": ["query", "dense"], "r": 3, "apply_GS": True}, lk.HRA(rank=3, orthogonal=True)),
+    ("bert", peft.RoadConfig, {"target_modules": ["query", "dense"], "group_size": 4}, lk.RoAd(group=4)),
+    ("bert", peft.RoadConfig, {"target_modules": ["query", "dense"], "group_size": 8, "variant": "road_2"},
+     lk.RoAd(group=8, variant="road_2")),
+    ("llama", peft.RoadConfig, {"target_modules": QD, "group_size": 12, "variant": "road_4"},
+     lk.RoAd(group=12, variant="road_4")),
+    ("llama", peft.SupertuningConfig, {"target_modules": QD, "sparsity": 0.9}, lk.SuperTuning(sparsity=0.9)),
+    ("bert", peft.SupertuningConfig, {"target_modules": ["query", "dense"], "sparsity": 0.95, "select_top": False, "r": 4,
+     "lora_alpha": 6.0}, lk.SuperTuning(sparsity=0.95, largest=False, rank=4, alpha=6.0)),
 ]
 SMALL: list[tuple[type, dict[str, Any], Method, Method, tuple[bool, ...]]] = [
     (peft.FourierFTConfig, {"n_frequency": 20, "scaling": 90.0, "random_loc_seed": 5},
@@ -84,6 +106,8 @@ SMALL: list[tuple[type, dict[str, Any], Method, Method, tuple[bool, ...]]] = [
 @pytest.mark.parametrize(("model", "config", "options", "spec"), CASES, ids=[f"{c[3].name}-{c[0]}" for c in CASES])
 def test_both_ways(model: str, config: Any, options: dict[str, Any], spec: Method, tmp_path: Path) -> None:
     patterns = {name: options[name] for name in ("rank_pattern", "alpha_pattern") if name in options}
+    if "lambda_pattern" in options:
+        patterns["patterns"] = {"strength": options["lambda_pattern"]}
     both_ways(model, config(**options), spec, tmp_path, **patterns)
 
 

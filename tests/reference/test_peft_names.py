@@ -164,8 +164,8 @@ def test_every_name_of_pefts_is_here_or_raises_by_name() -> None:
     for name in set(peft.__all__) - offered:
         with pytest.raises(ImportError, match=name):
             getattr(ours, name)
-    with pytest.raises(ImportError, match=r"no MissConfig, and lorakit has nothing like it"):
-        from lorakit.peft import MissConfig  # noqa: F401
+    with pytest.raises(ImportError, match=r"no PolyConfig, and lorakit has nothing like it"):
+        from lorakit.peft import PolyConfig  # noqa: F401
     with pytest.raises(ImportError, match=r"convert_to_lora; in lorakit it is lorakit\.resize"):
         from lorakit.peft import convert_to_lora  # noqa: F401
     assert not hasattr(ours, "nothing_of_peft")
@@ -206,6 +206,12 @@ print("ran")
 METHODS: list[tuple[str, dict[str, Any]]] = [
     ("AdaptionPromptConfig", {"adapter_len": 3, "adapter_layers": 1}),
     ("BOFTConfig", {"boft_block_size": 4}),
+    ("DeloraConfig", {"r": 2}),
+    ("GraloraConfig", {"r": 4}),
+    ("HRAConfig", {"r": 2}),
+    ("MissConfig", {"r": 8, "init_weights": "mini", "mini_r": 2}),
+    ("RoadConfig", {"group_size": 4}),
+    ("SupertuningConfig", {"sparsity": 0.9}),
     ("C3AConfig", {"block_size": 4}),
     ("FourierFTConfig", {"n_frequency": 20}),
     ("HiraConfig", {"r": 3}),

@@ -55,7 +55,7 @@ class Card:
         paper: arXiv number or venue.
         use: when to choose it, in one sentence.
         limits: what mathematics forbids, in one sentence; empty if nothing.
-        identity: whether a new delta changes nothing before training.
+        identity: whether a new delta changes nothing before training, at the method's defaults.
         pooled: trainable numbers shared by all layers, as a function of all shapes and the spec.
     """
 
@@ -148,6 +148,11 @@ class Spec(ABC):
 
     def __post_init__(self) -> None:
         check(self, self.name)
+
+    @property
+    def identity(self) -> bool:
+        """Whether a new adapter changes nothing before training, with these options."""
+        return self.card.identity
 
     def install(
         self, name: str, model: nn.Module, layers: Mapping[str, nn.Module]

@@ -7,24 +7,30 @@ from lorakit.methods.adalora import AdaLoRA as AdaLoRA
 from lorakit.methods.bitfit import BitFit as BitFit
 from lorakit.methods.boft import BOFT as BOFT
 from lorakit.methods.c3a import C3A as C3A
+from lorakit.methods.delora import DeLoRA as DeLoRA
 from lorakit.methods.dora import DoRA as DoRA
 from lorakit.methods.dylora import DyLoRA as DyLoRA
 from lorakit.methods.elalora import ElaLoRA as ElaLoRA
 from lorakit.methods.fourierft import FourierFT as FourierFT
 from lorakit.methods.full import Full as Full
+from lorakit.methods.gralora import GraLoRA as GraLoRA
 from lorakit.methods.hira import HiRA as HiRA
+from lorakit.methods.hra import HRA as HRA
 from lorakit.methods.ia3 import IA3 as IA3
 from lorakit.methods.loha import LoHa as LoHa
 from lorakit.methods.lokr import LoKr as LoKr
 from lorakit.methods.lora import LoRA as LoRA
 from lorakit.methods.lorafa import LoRAFA as LoRAFA
 from lorakit.methods.loraxs import LoRAXS as LoRAXS
+from lorakit.methods.miss import MiSS as MiSS
 from lorakit.methods.mora import MoRA as MoRA
 from lorakit.methods.oft import OFT as OFT
 from lorakit.methods.onelora import OneLoRA as OneLoRA
 from lorakit.methods.randlora import RandLoRA as RandLoRA
 from lorakit.methods.relora import ReLoRA as ReLoRA
+from lorakit.methods.road import RoAd as RoAd
 from lorakit.methods.shira import SHiRA as SHiRA
+from lorakit.methods.supertuning import SuperTuning as SuperTuning
 from lorakit.methods.tiedlora import TiedLoRA as TiedLoRA
 from lorakit.methods.tokens import TrainableTokens as TrainableTokens
 from lorakit.methods.vblora import VBLoRA as VBLoRA
@@ -54,6 +60,12 @@ METHODS: dict[str, type[Method]] = {
     "boft": BOFT,
     "hira": HiRA,
     "ia3": IA3,
+    "miss": MiSS,
+    "delora": DeLoRA,
+    "gralora": GraLoRA,
+    "hra": HRA,
+    "road": RoAd,
+    "supertuning": SuperTuning,
     "bitfit": BitFit,
     "full": Full,
     "trainable-tokens": TrainableTokens,

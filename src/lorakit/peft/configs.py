@@ -227,6 +227,8 @@ _LYCORIS: dict[str, Any] = {
     "module_dropout": 0.0,
     "use_effective_conv2d": False,
 }
+_SOME = {name: default for name, default in _LAYERS.items() if name != "exclude_modules"}
+_NAMED = {"target_modules": None, "modules_to_save": None, "init_weights": True}
 _PAIR = {"projection_prng_key": 0, "save_projection": True}
 _TABLE: dict[str, tuple[str, type, dict[str, Any]]] = {
     "AdaLoraConfig": (
@@ -311,6 +313,28 @@ _TABLE: dict[str, tuple[str, type, dict[str, Any]]] = {
         | {"vblora_dropout": 0.0, "init_vector_bank_bound": 0.02, "init_logits_std": 0.1},
     ),
     "VeraConfig": ("VERA", PeftConfig, {**_MATRICES, **_PAIR, "r": 256, "vera_dropout": 0.0, "d_initial": 0.1}),
+    "BeftConfig": ("BEFT", PeftConfig, _NAMED),
+    "DeloraConfig": (
+        "DELORA",
+        PeftConfig,
+        {**_LAYERS, "bias": "none", "r": 8, "delora_lambda": 15, "module_dropout": 0.0, "rank_pattern": {}}
+        | {"lambda_pattern": {}},
+    ),
+    "GraloraConfig": (
+        "GRALORA",
+        PeftConfig,
+        {**_SOME, "fan_in_fan_out": False, "bias": "none", "r": 32, "hybrid_r": 0, "alpha": 64, "gralora_k": 2}
+        | {"gralora_dropout": 0.0},
+    ),
+    "HRAConfig": ("HRA", PeftConfig, {**_LAYERS, "bias": "none", "r": 8, "apply_GS": False}),
+    "MissConfig": ("MISS", PeftConfig, {**_LAYERS, "bias": "none", "r": 64, "miss_dropout": 0.0, "mini_r": 1}),
+    "RoadConfig": ("ROAD", PeftConfig, {**_NAMED, "variant": "road_1", "group_size": 64}),
+    "SupertuningConfig": (
+        "SUPERTUNING",
+        PeftConfig,
+        {**_NAMED, "sparsity": 0.99, "select_top": True, "r": None, "lora_alpha": None, "lora_dropout": 0.0}
+        | {"save_precomputed_indices": True},
+    ),
 }  # fmt: skip
 """Name of the class -> (PEFT type, what it is, further fields with PEFT's defaults)."""
 

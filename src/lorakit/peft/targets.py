@@ -31,11 +31,23 @@ _ALL_OF_SOME = {
 }
 _SQUARE = {"gpt2": "mlp.c_proj", "gpt_bigcode": "mlp.c_proj"}
 _PHI = {"phi": "q_proj v_proj"}
+_ALL = "q_proj k_proj v_proj o_proj gate_proj down_proj up_proj"
 _OTHERS = {
     "ADALORA": {**_ALL_OF_SOME, "roberta": "query key value dense"},
     "VBLORA": _ALL_OF_SOME,
     "C3A": _SQUARE,
     "FOURIERFT": _SQUARE,
+    "WAVEFT": _SQUARE,
+    "PVERA": {**_PHI, "dinov2": "query value"},
+    "OSF": {
+        **dict.fromkeys("llama llama4 mistral mixtral gemma gemma2 gemma3_text qwen2 qwen3 phi".split(), _ALL),  # noqa: SIM905
+        **dict.fromkeys(_SQUARE, "c_attn c_proj"),
+        **dict.fromkeys(("bloom", "gpt_neox", "falcon"), "query_key_value dense_4h_to_h"),
+        "opt": _ALL_OF_SOME["opt"],
+        "gptj": "q_proj k_proj v_proj out_proj fc_in fc_out",
+    },
+    # PEFT trains the biases of values alone
+    "BEFT": {kind: value for kind, names in DEFAULT_TARGETS.items() for value in names if value.startswith("v")},
     "SHIRA": _PHI,
     "VERA": _PHI,
 }

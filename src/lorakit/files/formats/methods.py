@@ -315,6 +315,20 @@ METHODS: dict[str, Format] = {
         write=_feedforward,
     ),
     "trainable-tokens": Format("TRAINABLE_TOKENS", {"R": "trainable_tokens_delta"}, ignored=frozenset({"init_weights"})),
+    "miss": Format("MISS", {"D": "miss_block"}),
+    "delora": Format("DELORA", {"A": "delora_A", "B": "delora_B", "lam": "delora_lambda", "w": "delora_w_norm"}),
+    "gralora": Format(
+        "GRALORA",
+        {"A": "gralora_A", "B": "gralora_B", "whole_A": "gralora_A_general.weight", "whole_B": "gralora_B_general.weight"},
+    ),
+    "hra": Format("HRA"),
+    "road": Format("ROAD"),
+    "supertuning": Format(
+        "SUPERTUNING",
+        {"values": "supertuning_values", "indices": "supertuning_indices", "A": "supertuning_lora_A.weight:in",
+         "B": "supertuning_lora_B.weight:out"},
+    ),
+    "bitfit": Format("BEFT", {"c": "beft_bias:row"}),
     "1lora": Format(tensors={"v": "onelora_v"}),
     "tied-lora": Format(tensors={"u": "tied_u", "v": "tied_v"}),
 }  # fmt: skip
