@@ -69,6 +69,14 @@ SETTINGS: tuple[Setting, ...] = (
     Setting("HRA", ("method=hra", "rank=16"), 1e-3),
     Setting("RoAd", ("method=road",), 3e-3, "two numbers for a pair of outputs"),
     Setting("Super-Tuning", ("method=supertuning", "sparsity=0.977"), 2e-4),
+    Setting("PVeRA", ("method=pvera", "rank=256"), 2e-2, "two vectors a matrix"),
+    Setting("WaveFT", ("method=waveft", "n_frequency=11600"), 5e-3),
+    Setting("OSF", ("method=osf", "rank=0.99"), 5e-5, "the weakest hundredth of each weight's directions"),
+    Setting("PSOFT", ("method=psoft", "rank=128", "alpha=128"), 1e-3),
+    Setting("PEANuT", ("method=peanut", "rank=8"), 1e-3),
+    Setting("DEFT", ("method=deft", "rank=8"), 1e-3),
+    Setting("TinyLoRA", ("method=tinylora", "rank=2", "count=64"), 1e-2, "64 numbers a matrix"),
+    Setting("Uni-LoRA", ("method=unilora", "rank=4", "length=23040"), 5e-3, "one vector for the model"),
     Setting("Full fine-tuning", ("method=full",), 5e-5, "every number of every adapted matrix"),
     Setting(
         "Full, GaLore", ("method=full", "train.optimizer=galore"), 5e-4, "the same with optimiser state of low rank"

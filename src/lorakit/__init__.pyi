@@ -49,10 +49,13 @@ from lorakit.init import Orthogonal as Orthogonal
 from lorakit.init import PiSSA as PiSSA
 from lorakit.methods import BOFT as BOFT
 from lorakit.methods import C3A as C3A
+from lorakit.methods import DEFT as DEFT
 from lorakit.methods import HRA as HRA
 from lorakit.methods import IA3 as IA3
 from lorakit.methods import METHODS as METHODS
 from lorakit.methods import OFT as OFT
+from lorakit.methods import OSF as OSF
+from lorakit.methods import PSOFT as PSOFT
 from lorakit.methods import AdaLoRA as AdaLoRA
 from lorakit.methods import BitFit as BitFit
 from lorakit.methods import DeLoRA as DeLoRA
@@ -71,6 +74,8 @@ from lorakit.methods import LoRAXS as LoRAXS
 from lorakit.methods import MiSS as MiSS
 from lorakit.methods import MoRA as MoRA
 from lorakit.methods import OneLoRA as OneLoRA
+from lorakit.methods import PEANuT as PEANuT
+from lorakit.methods import PVeRA as PVeRA
 from lorakit.methods import RandLoRA as RandLoRA
 from lorakit.methods import ReLoRA as ReLoRA
 from lorakit.methods import RoAd as RoAd
@@ -78,7 +83,10 @@ from lorakit.methods import SHiRA as SHiRA
 from lorakit.methods import SuperTuning as SuperTuning
 from lorakit.methods import TiedLoRA as TiedLoRA
 from lorakit.methods import TrainableTokens as TrainableTokens
+from lorakit.methods import TinyLoRA as TinyLoRA
+from lorakit.methods import UniLoRA as UniLoRA
 from lorakit.methods import VBLoRA as VBLoRA
 from lorakit.methods import VeRA as VeRA
+from lorakit.methods import WaveFT as WaveFT
 
 __version__: str

@@ -169,7 +169,11 @@ def test_a_circle_is_seen(copy: Path) -> None:
 FILES = sorted(path for path in PACKAGE.rglob("*.py") if path.parent != PACKAGE or path.name != "__init__.py")
 
 
-FAMILIES = {"options": "options that several methods have", "rotation": "a family that rotates W"}
+FAMILIES = {
+    "options": "options that several methods have",
+    "rotation": "a family that rotates W",
+    "fromweight": "a family whose factors are made of W",
+}
 """Files of methods/ that hold what several methods share, and no method."""
 
 

@@ -149,11 +149,29 @@ SPECS: dict[str, tuple[Method, ...]] = {
     "hra": (lk.HRA(rank=2), lk.HRA(rank=3, orthogonal=True)),
     "road": (lk.RoAd(group=2), lk.RoAd(group=2, variant="road_2"), lk.RoAd(group=6, variant="road_4")),
     "supertuning": (lk.SuperTuning(sparsity=0.8), lk.SuperTuning(sparsity=0.8, rank=2, largest=False)),
+    "pvera": (lk.PVeRA(rank=3, sample=False),),
+    "waveft": (lk.WaveFT(n_frequency=7, scale=20.0), lk.WaveFT(n_frequency=7, wavelet="db3")),
+    "osf": (lk.OSF(), lk.OSF(rank=0.3)),
+    "psoft": (
+        lk.PSOFT(rank=2, alpha=3.0),
+        lk.PSOFT(rank=2, alpha=3.0, neumann=True, eps=0.5, split=True, scale_in=False),
+        lk.PSOFT(rank=2, orthogonal=False, scale_out=False, svd="lowrank"),
+    ),
+    "peanut": (lk.PEANuT(rank=3), lk.PEANuT(rank=3, depth=2, activation="silu")),
+    "deft": (lk.DEFT(rank=2), lk.DEFT(rank=2, decomposition="qr", alpha=3.0), lk.DEFT(rank=2, para=True)),
+    "tinylora": (lk.TinyLoRA(count=3, tying=0.5), lk.TinyLoRA(count=3, start="uniform", save_projection=False)),
+    "unilora": (lk.UniLoRA(rank=2, length=11), lk.UniLoRA(rank=2, length=11, save_indices=True)),
     "bitfit": (BitFit(),),
     "full": (Full(),),
     "trainable-tokens": (TrainableTokens(tokens=(3, 1, 0, 2)),),
 }
 """Method name -> example specs; a test holds the keys to METHODS. Ranks are 2: every layer here is at least that wide."""
+
+FURTHER = frozenset(
+    "miss delora gralora hra road supertuning pvera waveft osf psoft peanut deft tinylora unilora".split()  # noqa: SIM905
+)
+"""Methods that use nothing of a layer that the others do not; they run on few kinds, to save time."""
+FEW = ("linear", "conv2d-groups-circular", "transposed", "embedding", "rows", "experts")
 
 # -- the layers ------------------------------------------------------------------------------------------------------------
 
@@ -525,7 +543,8 @@ def cases() -> Iterator[Case]:
     for name in METHODS:
         for index, spec in enumerate(SPECS.get(name, ())):
             for kind in KINDS:
-                wanted = kind.core if index == 0 else kind.name in ("linear", "conv2d-groups-circular")
+                own = FEW if name in FURTHER else {one.name for one in KINDS if one.core}
+                wanted = kind.name in (own if index == 0 else FEW[:2])
                 if wanted and spec not in thorough:
                     yield Case(spec, kind)
     for spec in thorough:

@@ -80,6 +80,67 @@ def _supertuning(delta: Any, W: Tensor) -> Tensor:
     return change + 2.0 * delta.B @ delta.A
 
 
+def _pvera(delta: Any, W: Tensor) -> Tensor:
+    """The mean: the first half of λ_d and of A's rows."""
+    A, B = delta.pool.pvera_A, delta.pool.pvera_B
+    return torch.diag(delta.lambda_b) @ B @ torch.diag(delta.lambda_d[:4]) @ A[:4]
+
+
+def _waveft(delta: Any, W: Tensor) -> Tensor:
+    """Haar's inverse transform: quarters a (means), h, v, d (differences of rows, of columns, of both), each number four
+    pixels."""
+    F, change = torch.zeros_like(W), torch.zeros_like(W)
+    for place, value in zip(delta.places.tolist(), delta.c, strict=True):
+        F[place // IN, place % IN] = value
+    a, h, v, d = F[:4, :6], F[:4, 6:], F[4:, :6], F[4:, 6:]
+    change[0::2, 0::2], change[0::2, 1::2] = a + h + v + d, a + h - v - d
+    change[1::2, 0::2], change[1::2, 1::2] = a - h + v - d, a - h - v + d
+    return 3.0 * change / 2
+
+
+def _osf(delta: Any, W: Tensor) -> Tensor:
+    """W's own three largest triplets, and what is trained in place of the rest."""
+    U, S, V = torch.linalg.svd(W, full_matrices=False)
+    strong = U[:, :3] @ torch.diag(S[:3]) @ V[:3]
+    return strong + delta.U @ torch.diag(delta.S) @ delta.V - W
+
+
+def _psoft(delta: Any, W: Tensor) -> Tensor:
+    U, S, V = torch.linalg.svd(W, full_matrices=False)
+    Q, I = torch.zeros(3, 3, dtype=W.dtype), torch.eye(3, dtype=W.dtype)  # noqa: E741
+    Q[[0, 0, 1], [1, 2, 2]] = delta.Q
+    Q = Q - Q.T
+    R = torch.diag(delta.b) @ (I + Q) @ torch.linalg.inv(I - Q) @ torch.diag(delta.a)
+    return U[:, :3] @ torch.diag(S[:3]) @ (R - I) @ V[:3]
+
+
+def _peanut(delta: Any, W: Tensor) -> Tensor:
+    first = torch.relu(delta.A @ W)
+    second = torch.relu(delta.E0 @ first)
+    return 0.5 * delta.B @ (torch.relu(delta.D0 @ second) + first)
+
+
+def _deft(delta: Any, W: Tensor) -> Tensor:
+    P = delta.P
+    return P @ (2.0 * delta.R) - P @ P.clamp_min(0).T @ W
+
+
+def _tinylora(delta: Any, W: Tensor) -> Tensor:
+    U, S, V = torch.linalg.svd(W, full_matrices=False)
+    v = delta.pool.get_parameter("tinylora_v.0")
+    R = sum(v[i] * delta.P[i] for i in range(3))
+    return U[:, :2] @ torch.diag(S[:2].sqrt()) @ R @ torch.diag(S[:2].sqrt()) @ V[:2]
+
+
+def _unilora(delta: Any, W: Tensor) -> Tensor:
+    """Of 2 · (8 + 12) = 40 numbers each of the 16 in θ is read two or three times."""
+    read = torch.cat([delta.indices_A.flatten(), delta.indices_B.flatten()]).tolist()
+    times = torch.tensor([read.count(i) for i in range(16)])
+    assert set(times.tolist()) == {2, 3}
+    theta = delta.pool.unilora_theta_d / times.sqrt()
+    return theta[delta.indices_B] @ theta[delta.indices_A]
+
+
 CASES: dict[str, tuple[Method, Formula]] = {
     "miss": (lk.MiSS(rank=5), _sums),
     "miss-mini": (lk.MiSS(rank=5, kind="mini", mini=4), _sums),
@@ -89,6 +150,14 @@ CASES: dict[str, tuple[Method, Formula]] = {
     "hra": (lk.HRA(rank=3), _hra),
     "hra-orthogonal": (lk.HRA(rank=3, orthogonal=True), _hra_orthogonal),
     "road": (lk.RoAd(group=4), _road),
+    "pvera": (lk.PVeRA(rank=4), _pvera),
+    "waveft": (lk.WaveFT(n_frequency=40, scale=3.0), _waveft),
+    "osf": (lk.OSF(rank=3), _osf),
+    "psoft": (lk.PSOFT(rank=3, alpha=2.0), _psoft),
+    "peanut": (lk.PEANuT(rank=3, depth=1, scale=0.5), _peanut),
+    "deft": (lk.DEFT(rank=3, alpha=6.0), _deft),
+    "tinylora": (lk.TinyLoRA(rank=2, count=3), _tinylora),
+    "unilora": (lk.UniLoRA(rank=2, length=16), _unilora),
     "supertuning": (lk.SuperTuning(sparsity=0.9, rank=2), _supertuning),
 }
 
@@ -111,7 +180,10 @@ def test_formula(name: str) -> None:
     spec, formula = CASES[name]
     W = torch.randn(OUT, IN, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     delta = filled(spec, W)
-    torch.testing.assert_close(delta.dense(W), formula(delta, W))
+    # the decompositions of OSF, PSOFT and TinyLoRA are in float32, as in PEFT
+    exact = name not in ("osf", "psoft", "tinylora")
+    rtol, atol = (1e-7, 1e-7) if exact else (1e-4, 1e-4)
+    torch.testing.assert_close(delta.dense(W), formula(delta, W), rtol=rtol, atol=atol)
 
 
 def test_reflections_are_orthogonal_and_an_even_number_starts_as_the_base() -> None:
@@ -140,6 +212,56 @@ def test_super_tuning_without_indices_finds_its_places_in_the_base(tmp_path: Any
     assert torch.equal(model(x), wanted)
 
 
+def test_pvera_draws_its_middle_in_training_alone() -> None:
+    """The mean of many drawn outputs is the mean's, their deviation λ_b B σ with σ² = exp(second half of λ_d ⊙ A x)."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(12, 8)).double()
+    adapter = lk.attach(model, lk.PVeRA(rank=3), target_modules=["0"])
+    for parameter in adapter.parameters():
+        nn.init.normal_(parameter)
+    x = torch.randn(1, 12).double()
+    model.eval()
+    mean = model(x)
+    assert torch.equal(mean, model(x))
+    model.train()
+    with torch.no_grad():
+        drawn = model(x.expand(40_000, -1))
+    ((_, _, delta),) = adapter.deltas()
+    B, A = delta.both()
+    sigma = ((delta.lambda_d * (x @ A.T))[0, 3:] / 2).exp()
+    expected = (B * sigma).square().sum(1).sqrt()
+    torch.testing.assert_close(drawn.std(0), expected, rtol=0.03, atol=0)
+    assert ((drawn.mean(0) - mean[0]).abs() < 5 * expected / 200).all()
+
+
+def test_osf_projects_its_gradients_off_the_strong_directions() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(12, 8)).double()
+    adapter = lk.attach(model, lk.OSF(rank=3), target_modules=["0"])
+    x, towards = torch.randn(5, 12).double(), torch.randn(5, 8).double()
+    (model(x) * towards).sum().backward()
+    ((_, _, delta),) = adapter.deltas()
+    dW = towards.T @ x  # of the whole weight: dU = dW Vᵀ S, less what lies in the strong U
+    strong = delta.U_frozen @ delta.U_frozen.T
+    expected = (torch.eye(8) - strong) @ dW @ delta.V.T * delta.S
+    torch.testing.assert_close(delta.U.grad, expected, rtol=1e-6, atol=1e-6)
+    assert (delta.U_frozen.T @ delta.U.grad).abs().max() < 1e-5
+    assert (delta.V.grad @ delta.V_frozen.T).abs().max() < 1e-5
+    assert delta.U.grad.abs().max() > 1e-3
+
+
+def test_tinylora_ties_neighbours() -> None:
+    """PEFT's rule: layers in groups of ⌊L / groups⌋, the last group takes the rest."""
+    model = nn.Sequential(*(nn.Linear(6, 6) for _ in range(5)))
+    groups = {}
+    for tying in (0.0, 0.5, 1.0):
+        adapter = lk.attach(model, lk.TinyLoRA(count=3, tying=tying), target_modules=r"\d")
+        groups[tying] = [delta.group for _, _, delta in adapter.deltas()]
+        assert adapter.num_parameters(trainable=True) == 3 * len(set(groups[tying]))
+        lk.detach(model)
+    assert groups == {0.0: [0, 1, 2, 3, 4], 0.5: [0, 0, 1, 1, 1], 1.0: [0] * 5}
+
+
 REFUSALS: list[tuple[Callable[[], Method], str]] = [
     (lambda: lk.MiSS(rank=5, kind="bat"), r"rank 5 does not divide both sides of 0 \(8 × 12\)"),
     (lambda: lk.MiSS(rank=5, kind="mini", mini=3), "mini 3 does not divide the 8 outputs of 0"),
@@ -149,6 +271,12 @@ REFUSALS: list[tuple[Callable[[], Method], str]] = [
     (lambda: lk.HRA(rank=13), "more directions than the 12 features"),
     (lambda: lk.RoAd(group=6), "group 6 does not divide the 8 outputs of 0; 2, 4, 8 would"),
     (lambda: lk.RoAd(group=3), "an even number"),
+    (lambda: lk.WaveFT(wavelet="coif2"), "wavelet was given as 'coif2'; it is db1 to db10"),
+    (lambda: lk.WaveFT(), "n_frequency 2592 is above the 96 places"),
+    (lambda: lk.OSF(rank=8), "freezes 8 of the 8 singular triplets of 0; 1 to 7"),
+    (lambda: lk.OSF(rank=1.5), "a count of triplets, a share below 1"),
+    (lambda: lk.PEANuT(activation="mish"), "one of relu, gelu"),
+    (lambda: lk.PSOFT(rank=9), "exceeds the maximum useful rank"),
     (lambda: lk.SuperTuning(sparsity=0.999), "leaves none of the 96 entries"),
     (lambda: lk.SuperTuning(alpha=2.0), "there is none without rank"),
 ]

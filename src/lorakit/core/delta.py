@@ -227,15 +227,25 @@ class Pool(nn.Module):
         self.shapes = shapes or []
         """All matrices of the adapter, so that a shared tensor can be made large enough at once."""
         self.seed = seed
+        self.numbered = 0
 
     def entry(self, name: str, make: Callable[[], Tensor], frozen: bool, kept: bool = True) -> Tensor:
-        """The shared tensor of this name, made on first use."""
-        if not hasattr(self, name):
+        """The shared tensor of this name ("v.0": one of several), made on first use."""
+        group, _, last = name.rpartition(".")
+        if group and group not in self._modules:
+            self.add_module(group, nn.Module())
+        holder = self.get_submodule(group)
+        if not hasattr(holder, last):
             if frozen:
-                self.register_buffer(name, make(), persistent=kept)
+                holder.register_buffer(last, make(), persistent=kept)
             else:
-                setattr(self, name, nn.Parameter(make()))
-        return getattr(self, name)  # type: ignore[no-any-return]
+                setattr(holder, last, nn.Parameter(make()))
+        return getattr(holder, last)  # type: ignore[no-any-return]
+
+    def number(self) -> int:
+        """How many deltas have asked before: of layers in the model's order, the place of the one that asks."""
+        self.numbered += 1
+        return self.numbered - 1
 
 
 class Delta(nn.Module, ABC):

@@ -7,6 +7,7 @@ from lorakit.methods.adalora import AdaLoRA as AdaLoRA
 from lorakit.methods.bitfit import BitFit as BitFit
 from lorakit.methods.boft import BOFT as BOFT
 from lorakit.methods.c3a import C3A as C3A
+from lorakit.methods.deft import DEFT as DEFT
 from lorakit.methods.delora import DeLoRA as DeLoRA
 from lorakit.methods.dora import DoRA as DoRA
 from lorakit.methods.dylora import DyLoRA as DyLoRA
@@ -26,6 +27,10 @@ from lorakit.methods.miss import MiSS as MiSS
 from lorakit.methods.mora import MoRA as MoRA
 from lorakit.methods.oft import OFT as OFT
 from lorakit.methods.onelora import OneLoRA as OneLoRA
+from lorakit.methods.osf import OSF as OSF
+from lorakit.methods.peanut import PEANuT as PEANuT
+from lorakit.methods.psoft import PSOFT as PSOFT
+from lorakit.methods.pvera import PVeRA as PVeRA
 from lorakit.methods.randlora import RandLoRA as RandLoRA
 from lorakit.methods.relora import ReLoRA as ReLoRA
 from lorakit.methods.road import RoAd as RoAd
@@ -33,8 +38,11 @@ from lorakit.methods.shira import SHiRA as SHiRA
 from lorakit.methods.supertuning import SuperTuning as SuperTuning
 from lorakit.methods.tiedlora import TiedLoRA as TiedLoRA
 from lorakit.methods.tokens import TrainableTokens as TrainableTokens
+from lorakit.methods.tinylora import TinyLoRA as TinyLoRA
+from lorakit.methods.unilora import UniLoRA as UniLoRA
 from lorakit.methods.vblora import VBLoRA as VBLoRA
 from lorakit.methods.vera import VeRA as VeRA
+from lorakit.methods.waveft import WaveFT as WaveFT
 
 METHODS: dict[str, type[Method]] = {
     "lora": LoRA,
@@ -66,6 +74,14 @@ METHODS: dict[str, type[Method]] = {
     "hra": HRA,
     "road": RoAd,
     "supertuning": SuperTuning,
+    "pvera": PVeRA,
+    "waveft": WaveFT,
+    "osf": OSF,
+    "psoft": PSOFT,
+    "peanut": PEANuT,
+    "deft": DEFT,
+    "tinylora": TinyLoRA,
+    "unilora": UniLoRA,
     "bitfit": BitFit,
     "full": Full,
     "trainable-tokens": TrainableTokens,

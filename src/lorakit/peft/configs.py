@@ -328,12 +328,52 @@ _TABLE: dict[str, tuple[str, type, dict[str, Any]]] = {
     ),
     "HRAConfig": ("HRA", PeftConfig, {**_LAYERS, "bias": "none", "r": 8, "apply_GS": False}),
     "MissConfig": ("MISS", PeftConfig, {**_LAYERS, "bias": "none", "r": 64, "miss_dropout": 0.0, "mini_r": 1}),
+    "DeftConfig": (
+        "DEFT",
+        PeftConfig,
+        {**_MATRICES, "r": 8, "decomposition_method": "relu", "init_scale": 1.0, "alpha": None, "para": False}
+        | {"deft_dropout": 0.0},
+    ),
+    "OSFConfig": ("OSF", PeftConfig, {**_NAMED, "effective_rank": None, "rank_pattern": None, "target_svd_config": None}),
+    "PeanutConfig": ("PEANUT", PeftConfig, {**_LAYERS, "r": 32, "depth": 0, "act_fn": "relu", "scaling": 1.0}),
+    "PsoftConfig": (
+        "PSOFT",
+        PeftConfig,
+        {**_LAYERS, "fan_in_fan_out": False, "r": 32, "psoft_alpha": 32, "psoft_dropout": 0.0}
+        | {"ab_svd_init": "psoft_init", "psoft_svd": "full", "psoft_svd_lowrank_niter": 10, "random_seed": 0}
+        | {"psoft_orth": True, "psoft_mag_b": True, "psoft_mag_a": True, "use_cayley_neumann": False}
+        | {"num_cayley_neumann_terms": 5, "cayley_neumann_eps": None},
+    ),
+    "PveraConfig": (
+        "PVERA",
+        PeftConfig,
+        {**_SOME, **_PAIR, "fan_in_fan_out": False, "bias": "none", "r": 256, "pvera_dropout": 0.0, "d_initial": 0.1}
+        | {"sample_at_inference": False, "generator_seed": None},
+    ),
     "RoadConfig": ("ROAD", PeftConfig, {**_NAMED, "variant": "road_1", "group_size": 64}),
     "SupertuningConfig": (
         "SUPERTUNING",
         PeftConfig,
         {**_NAMED, "sparsity": 0.99, "select_top": True, "r": None, "lora_alpha": None, "lora_dropout": 0.0}
         | {"save_precomputed_indices": True},
+    ),
+    "TinyLoraConfig": (
+        "TINYLORA",
+        PeftConfig,
+        {**_SOME, "fan_in_fan_out": False, "bias": "none", "r": 2, "u": 64, "weight_tying": 0.0, "projection_seed": 42}
+        | {"save_projection": True, "init_v_bound": 0.02, "tinylora_dropout": 0.0},
+    ),
+    "UniLoraConfig": (
+        "UNILORA",
+        PeftConfig,
+        {**_SOME, "fan_in_fan_out": False, "bias": "none", "r": 4, "proj_seed": 42, "theta_d_length": 256}
+        | {"unilora_dropout": 0.0, "init_theta_d_bound": 0.02, "save_indices": False},
+    ),
+    "WaveFTConfig": (
+        "WAVEFT",
+        PeftConfig,
+        {**_MATRICES, "n_frequency": 2592, "scaling": 25.0, "wavelet_family": "db1", "use_idwt": True}
+        | {"random_loc_seed": 777, "n_frequency_pattern": {}, "proportional_parameters": False},
     ),
 }  # fmt: skip
 """Name of the class -> (PEFT type, what it is, further fields with PEFT's defaults)."""

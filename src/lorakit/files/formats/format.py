@@ -46,6 +46,8 @@ class Format:
         from_file: a file's tensors under the names that are described here.
         to_file: what all edits of an adapter keep together, {(path, name): tensor}; None: each what is described here.
         check: raises LorakitError where PEFT's file would be another function on this model; gets the anatomy of an edit's.
+        apart: whether each adapted layer has tensors of its own in a file; if not, the configuration says which layers are
+            adapted.
         router: before the names of the router's tensors, where the method has one.
     """
 
@@ -63,4 +65,5 @@ class Format:
     from_file: Callable[[Any, Tensors, Config, Sequence[str]], Tensors] = _as_they_are
     to_file: Callable[[Mapping[Any, Any]], dict[tuple[str, str], Tensor]] | None = None
     check: Callable[[Any], object] = nothing
+    apart: bool = True
     router: str = "router."

@@ -12,6 +12,7 @@ from lorakit.core.layout import Convolution
 from lorakit.errors import LorakitError
 from lorakit.files.formats.format import Config, Format, Tensors
 from lorakit.methods import LoRA
+from lorakit.methods.peanut import DEEPEST
 
 # -- LoRA and its kin --------------------------------------------------------------------------------------------------------
 
@@ -253,6 +254,15 @@ def _places(config: Config) -> dict[str, Any]:
     return {}
 
 
+def _frozen_triplets(adapter: Any, specs: Mapping[str, Any]) -> dict[str, Any]:
+    """How many triplets each layer keeps frozen, by its whole name: PEFT searches for a pattern anywhere in a name."""
+    kept = {
+        f"^{re.escape(site.place(path))}$": min(delta.shape.out, delta.shape.in_) - len(delta.S)
+        for path, site, delta in adapter.deltas()
+    }
+    return {"effective_rank": None, "rank_pattern": kept}
+
+
 METHODS: dict[str, Format] = {
     "dora": Format(
         "LORA",
@@ -328,6 +338,33 @@ METHODS: dict[str, Format] = {
         {"values": "supertuning_values", "indices": "supertuning_indices", "A": "supertuning_lora_A.weight:in",
          "B": "supertuning_lora_B.weight:out"},
     ),
+    "pvera": Format(
+        "PVERA",
+        ignored=frozenset({"generator_seed"}),
+        refused={"sample_at_inference": "its outputs are drawn anew at each call, and no weight gives them"},
+    ),
+    "waveft": Format(
+        "WAVEFT", {"c": "waveft_spectrum"}, ignored=frozenset({"proportional_parameters"}), read=_places
+    ),
+    "osf": Format(
+        "OSF",
+        {"U": "osf_svd_params.U_low", "S": "osf_svd_params.S_low", "V": "osf_svd_params.V_low"},
+        ignored=frozenset({"target_svd_config"}),
+        whole=_frozen_triplets,
+    ),
+    "psoft": Format("PSOFT", {"Q": "psoft_R.weight", "a": "psoft_R.vector_a", "b": "psoft_R.vector_b"}),
+    "peanut": Format(
+        "PEANUT",
+        {
+            "A": "peanut_A.weight",
+            "B": "peanut_B.weight",
+            **{f"E{number}": f"peanut_encoders.{number}.weight" for number in range(DEEPEST)},
+            **{f"D{number}": f"peanut_decoders.{number}.weight" for number in range(DEEPEST)},
+        },
+    ),
+    "deft": Format("DEFT", ignored=frozenset({"init_scale"})),
+    "tinylora": Format("TINYLORA"),
+    "unilora": Format("UNILORA", apart=False),
     "bitfit": Format("BEFT", {"c": "beft_bias:row"}),
     "1lora": Format(tensors={"v": "onelora_v"}),
     "tied-lora": Format(tensors={"u": "tied_u", "v": "tied_v"}),
