@@ -66,6 +66,7 @@ from lorakit.methods import FourierFT as FourierFT
 from lorakit.methods import Full as Full
 from lorakit.methods import GraLoRA as GraLoRA
 from lorakit.methods import HiRA as HiRA
+from lorakit.methods import LNTuning as LNTuning
 from lorakit.methods import LoHa as LoHa
 from lorakit.methods import LoKr as LoKr
 from lorakit.methods import LoRA as LoRA
@@ -82,8 +83,8 @@ from lorakit.methods import RoAd as RoAd
 from lorakit.methods import SHiRA as SHiRA
 from lorakit.methods import SuperTuning as SuperTuning
 from lorakit.methods import TiedLoRA as TiedLoRA
-from lorakit.methods import TrainableTokens as TrainableTokens
 from lorakit.methods import TinyLoRA as TinyLoRA
+from lorakit.methods import TrainableTokens as TrainableTokens
 from lorakit.methods import UniLoRA as UniLoRA
 from lorakit.methods import VBLoRA as VBLoRA
 from lorakit.methods import VeRA as VeRA

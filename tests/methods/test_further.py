@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import peft
 import pytest
 import torch
 from torch import Tensor, nn
@@ -15,6 +16,8 @@ from torch import Tensor, nn
 import lorakit as lk
 from lorakit.core.delta import Delta, Method, Pool, Shape
 from lorakit.errors import LorakitError
+from lorakit.files.formats import UNSUPPORTED, spec_from_peft
+from reference.models import MODELS, assert_same, logits, scramble
 
 OUT, IN = 8, 12
 Formula = Callable[[Any, Tensor], Tensor]
@@ -286,3 +289,47 @@ REFUSALS: list[tuple[Callable[[], Method], str]] = [
 def test_refusals(make: Callable[[], Method], said: str) -> None:
     with pytest.raises(LorakitError, match=said):
         lk.attach(nn.Sequential(nn.Linear(12, 8)), make(), target_modules=["0"])
+
+
+def test_ln_tuning_trains_norms_whole_and_merges() -> None:
+    base = MODELS["bert"]()
+    before = logits(base, "bert")
+    adapter = lk.attach(base, lk.LNTuning())
+    norms = [path for path, module in MODELS["bert"]().named_modules() if isinstance(module, nn.LayerNorm)]
+    assert list(adapter.layers) == norms
+    assert adapter.num_parameters(trainable=True) == len(norms) * 2 * 24
+    assert_same(logits(base, "bert"), before)
+    scramble(adapter.named_parameters(), size=0.5)
+    wanted = logits(base, "bert")
+    assert (wanted - before).abs().max() > 1e-3
+    with lk.use(base, None):
+        assert_same(logits(base, "bert"), before)
+    lk.merge(base, adapter.name)
+    assert_same(logits(base, "bert"), wanted)
+
+
+@pytest.mark.parametrize(
+    ("asked", "found"),
+    [
+        ({"target_modules": ["LayerNorm"], "exclude_modules": ["embeddings.LayerNorm"], "layers": [1]}, 2),
+        ({"target_modules": r".*\.0\..*LayerNorm"}, 2),
+        ({"target_modules": ["pooler"]}, 1),
+    ],
+)
+def test_what_ln_tuning_is_given(asked: dict[str, Any], found: int) -> None:
+    adapter = lk.attach(MODELS["bert"](), lk.LNTuning(), **asked)
+    assert len(adapter.saved) == found
+
+
+def test_ln_tuning_of_nothing_is_refused() -> None:
+    with pytest.raises(LorakitError, match='no module with parameters matches "LayerNrom"'):
+        lk.attach(MODELS["bert"](), lk.LNTuning(), target_modules=["LayerNrom"])
+    with pytest.raises(LorakitError, match="leaves no module to train; those with parameters end in 0"):
+        lk.attach(nn.Sequential(nn.Linear(2, 2)), lk.LNTuning())
+
+
+@pytest.mark.parametrize("kind", UNSUPPORTED)
+def test_what_is_not_supported_says_why(kind: str, tmp_path: Any) -> None:
+    with pytest.raises(LorakitError, match=f"PEFT type {kind} is not supported because "):
+        spec_from_peft({"peft_type": kind, "target_modules": ["0"]})
+    assert kind in list(peft.PeftType)

@@ -67,6 +67,8 @@ CASES: list[tuple[str, type, dict[str, Any], Method]] = [
     ("convolutions", peft.OFTConfig, {"target_modules": ["point", "head"], "oft_block_size": 2, "use_cayley_neumann": False},
      lk.OFT(block_size=2, exact=True)),
     ("words", peft.OFTConfig, {"target_modules": ["words", "inner.body"], "r": 1, "oft_block_size": 0}, lk.OFT(blocks=1)),
+    ("llama", peft.LNTuningConfig, {"target_modules": ["input_layernorm", "model.norm"]}, lk.LNTuning()),
+    ("bert", peft.LNTuningConfig, {"target_modules": ["output.LayerNorm"]}, lk.LNTuning()),
     ("bert", peft.BeftConfig, {"target_modules": ["query", "dense"]}, lk.BitFit()),
     ("llama", peft.MissConfig, {"target_modules": QD, "r": 5}, lk.MiSS(rank=5)),
     ("llama", peft.MissConfig, {"target_modules": QD, "r": 7, "mini_r": 4, "init_weights": "mini"},

@@ -183,6 +183,8 @@ class Spec(ABC):
 class Method(Spec):
     """The spec of a delta."""
 
+    whole: ClassVar[bool] = False
+    """Whether the modules that are targeted train whole, and there are no deltas."""
     delta: ClassVar[type[Delta]]
     """What `build` makes; the delta's class says whose it is: `class LoRADelta(LowRank, of=LoRA)`."""
 

@@ -375,6 +375,11 @@ def _put(model: nn.Module, bundle: Bundle, name: str, complain: Complain) -> Ada
     named = _described(method, tensors, bundle)
     config = {**bundle.config, **format_of(method.name).patterns(bundle.config)}
     targets = _targets(bundle, config, model, method.pattern_fields, named)
+    if method.whole:
+        adapter = build(model, method, targets, name, checked=False)
+        _check_base(adapter, bundle, complain)
+        fill(adapter, named, plain, bundle.folder, complain)
+        return adapter
     found = _layers_in(named, plain, method, bundle.folder, model)
     if not found and not format_of(method.name).apart:
         found = select(model, targets)

@@ -18,6 +18,7 @@ from lorakit.methods.gralora import GraLoRA as GraLoRA
 from lorakit.methods.hira import HiRA as HiRA
 from lorakit.methods.hra import HRA as HRA
 from lorakit.methods.ia3 import IA3 as IA3
+from lorakit.methods.lntuning import LNTuning as LNTuning
 from lorakit.methods.loha import LoHa as LoHa
 from lorakit.methods.lokr import LoKr as LoKr
 from lorakit.methods.lora import LoRA as LoRA
@@ -37,12 +38,15 @@ from lorakit.methods.road import RoAd as RoAd
 from lorakit.methods.shira import SHiRA as SHiRA
 from lorakit.methods.supertuning import SuperTuning as SuperTuning
 from lorakit.methods.tiedlora import TiedLoRA as TiedLoRA
-from lorakit.methods.tokens import TrainableTokens as TrainableTokens
 from lorakit.methods.tinylora import TinyLoRA as TinyLoRA
+from lorakit.methods.tokens import TrainableTokens as TrainableTokens
 from lorakit.methods.unilora import UniLoRA as UniLoRA
 from lorakit.methods.vblora import VBLoRA as VBLoRA
 from lorakit.methods.vera import VeRA as VeRA
 from lorakit.methods.waveft import WaveFT as WaveFT
+
+WHOLE: dict[str, type[Method]] = {"ln-tuning": LNTuning}
+"""Methods that change no matrix: the modules that they are given train whole."""
 
 METHODS: dict[str, type[Method]] = {
     "lora": LoRA,

@@ -15,9 +15,9 @@ from functools import cache
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
-from lorakit.errors import unknown
+from lorakit.errors import LorakitError, unknown
 from lorakit.files.bundle import CONFIG, read_config
-from lorakit.files.formats import FORMATS
+from lorakit.files.formats import FORMATS, UNSUPPORTED
 
 
 class _Words(enum.StrEnum):
@@ -129,6 +129,8 @@ class PeftConfig(AlsoPefts):
         """The configuration with these entries, of the class that its peft_type names."""
         kind = str(getattr(values.get("peft_type"), "value", values.get("peft_type") or "LORA"))
         own = PEFT_TYPE_TO_CONFIG_MAPPING.get(kind)
+        if kind in UNSUPPORTED:
+            raise LorakitError(f"{where}: PEFT type {kind} is not supported because {UNSUPPORTED[kind]}.")
         if own is None or not issubclass(own, cls):
             wanted = PEFT_TYPE_TO_CONFIG_MAPPING if cls is PeftConfig else [cls.__name__]
             raise unknown("peft_type" if own is None else f"peft_type of a {cls.__name__}", kind, wanted, where=where)
@@ -327,6 +329,11 @@ _TABLE: dict[str, tuple[str, type, dict[str, Any]]] = {
         | {"gralora_dropout": 0.0},
     ),
     "HRAConfig": ("HRA", PeftConfig, {**_LAYERS, "bias": "none", "r": 8, "apply_GS": False}),
+    "LNTuningConfig": (
+        "LN_TUNING",
+        PeftConfig,
+        {"target_modules": None, "exclude_modules": None, "modules_to_save": None},
+    ),
     "MissConfig": ("MISS", PeftConfig, {**_LAYERS, "bias": "none", "r": 64, "miss_dropout": 0.0, "mini_r": 1}),
     "DeftConfig": (
         "DEFT",

@@ -263,6 +263,18 @@ def _frozen_triplets(adapter: Any, specs: Mapping[str, Any]) -> dict[str, Any]:
     return {"effective_rank": None, "rank_pattern": kept}
 
 
+UNSUPPORTED = {
+    "LILY": "its experts are weighed by the mean over all tokens of a batch, so that what a row gets depends on the rows "
+    "beside it and no weight, merged or served, is the same function",
+    "ADAMSS": "its file lacks which rows of the weight each factor belongs to, which PEFT clusters anew, by scikit-learn, at "
+    "each load",
+    "FROD": "it keeps a whole matrix of in × in for every kind of layer, more than the weights themselves in most models, and "
+    "half of its factors is in no file",
+    "SHADOW": "it is a second network with a state of its own beside the blocks of a decoder, and no change of a layer",
+    "POLY": "each call must be told the task of every row (task_ids), for a router that draws at random in training",
+}
+"""PEFT's types that lorakit does not have -> why."""
+
 METHODS: dict[str, Format] = {
     "dora": Format(
         "LORA",
@@ -365,6 +377,11 @@ METHODS: dict[str, Format] = {
     "deft": Format("DEFT", ignored=frozenset({"init_scale"})),
     "tinylora": Format("TINYLORA"),
     "unilora": Format("UNILORA", apart=False),
+    "ln-tuning": Format(
+        "LN_TUNING",
+        replaced="ln_tuning_layers.",
+        from_file=lambda spec, tensors, *_: {key.replace(".ln_tuning_layers.", "."): one for key, one in tensors.items()},
+    ),
     "bitfit": Format("BEFT", {"c": "beft_bias:row"}),
     "1lora": Format(tensors={"v": "onelora_v"}),
     "tied-lora": Format(tensors={"u": "tied_u", "v": "tied_v"}),
