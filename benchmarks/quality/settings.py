@@ -77,6 +77,7 @@ SETTINGS: tuple[Setting, ...] = (
     Setting("DEFT", ("method=deft", "rank=8"), 1e-3),
     Setting("TinyLoRA", ("method=tinylora", "rank=2", "count=64"), 1e-2, "64 numbers a matrix"),
     Setting("Uni-LoRA", ("method=unilora", "rank=4", "length=23040"), 5e-3, "one vector for the model"),
+    Setting("GLoRA", ("method=glora", "rank=4"), 1e-3),
     Setting("Full fine-tuning", ("method=full",), 5e-5, "every number of every adapted matrix"),
     Setting(
         "Full, GaLore", ("method=full", "train.optimizer=galore"), 5e-4, "the same with optimiser state of low rank"

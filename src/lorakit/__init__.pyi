@@ -64,6 +64,7 @@ from lorakit.methods import DyLoRA as DyLoRA
 from lorakit.methods import ElaLoRA as ElaLoRA
 from lorakit.methods import FourierFT as FourierFT
 from lorakit.methods import Full as Full
+from lorakit.methods import GLoRA as GLoRA
 from lorakit.methods import GraLoRA as GraLoRA
 from lorakit.methods import HiRA as HiRA
 from lorakit.methods import LNTuning as LNTuning

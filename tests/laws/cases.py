@@ -97,7 +97,7 @@ class AffineDelta(Delta):
     def dense(self, W: Tensor) -> Tensor:
         return self.g[:, None] * W
 
-    def shift(self, b: Tensor | None) -> Tensor | None:
+    def shift(self, b: Tensor | None, W: Callable[[], Tensor]) -> Tensor | None:
         return self.c
 
     def act(self, call: Call) -> Tensor:
@@ -161,6 +161,11 @@ SPECS: dict[str, tuple[Method, ...]] = {
     "deft": (lk.DEFT(rank=2), lk.DEFT(rank=2, decomposition="qr", alpha=3.0), lk.DEFT(rank=2, para=True)),
     "tinylora": (lk.TinyLoRA(count=3, tying=0.5), lk.TinyLoRA(count=3, start="uniform", save_projection=False)),
     "unilora": (lk.UniLoRA(rank=2, length=11), lk.UniLoRA(rank=2, length=11, save_indices=True)),
+    "glora": (
+        lk.GLoRA(rank=2),
+        lk.GLoRA(matrices="vector", inputs="vector", biases="vector"),
+        lk.GLoRA(matrices="constant"),
+    ),
     "bitfit": (BitFit(),),
     "full": (Full(),),
     "trainable-tokens": (TrainableTokens(tokens=(3, 1, 0, 2)),),
@@ -168,7 +173,7 @@ SPECS: dict[str, tuple[Method, ...]] = {
 """Method name -> example specs; a test holds the keys to METHODS. Ranks are 2: every layer here is at least that wide."""
 
 FURTHER = frozenset(
-    "miss delora gralora hra road supertuning pvera waveft osf psoft peanut deft tinylora unilora".split()  # noqa: SIM905
+    "miss delora gralora hra road supertuning pvera waveft osf psoft peanut deft tinylora unilora glora".split()  # noqa: SIM905
 )
 """Methods that use nothing of a layer that the others do not; they run on few kinds, to save time."""
 FEW = ("linear", "conv2d-groups-circular", "transposed", "embedding", "rows", "experts")
@@ -521,7 +526,9 @@ class Case:
         key = (self.spec, self.kind.name)
         if key not in _HOMELESS:
             deltas = self.subject("one").adapters["one"].deltas()
-            _HOMELESS[key] = any(site.bias is None and delta.shift(None) is not None for _, site, delta in deltas)
+            _HOMELESS[key] = any(
+                site.bias is None and delta.shift(None, lambda: torch.empty(0)) is not None for _, site, delta in deltas
+            )
         return _HOMELESS[key]
 
 

@@ -76,7 +76,7 @@ def changed_tensors(subject: Subject, blend: Mapping[str, float]) -> tuple[dict[
             changed[site.weight] = changed.get(site.weight, stored) + weight * change
             bias = None if site.bias is None else layer.base.get_parameter(site.bias).detach()
             rows = site.layout.index() if isinstance(site.layout, Rows) else getattr(site.layout, "index", slice(None))
-            shift = delta.shift(None if bias is None else bias[rows])
+            shift = delta.shift(None if bias is None else bias[rows], lambda s=site, w=stored: s.layout.matrix(w))
             if shift is None:
                 continue
             if isinstance(site.layout, Rows):

@@ -50,7 +50,7 @@ def changed(subject: Subject, blend: dict[str, float]) -> tuple[Tensor, Tensor |
     for name, weight in blend.items():
         for _, _, delta in subject.adapters[name].deltas():
             W = W + weight * delta.dense(frozen)
-            shift = delta.shift(original)
+            shift = delta.shift(original, lambda: frozen)
             if shift is not None:
                 b = weight * shift if b is None else b + weight * shift
     return W, b

@@ -144,6 +144,10 @@ def _unilora(delta: Any, W: Tensor) -> Tensor:
     return theta[delta.indices_B] @ theta[delta.indices_A]
 
 
+def _glora(delta: Any, W: Tensor) -> Tensor:
+    return W * (delta.A_d @ delta.A_u) + delta.B_d @ delta.B_u
+
+
 CASES: dict[str, tuple[Method, Formula]] = {
     "miss": (lk.MiSS(rank=5), _sums),
     "miss-mini": (lk.MiSS(rank=5, kind="mini", mini=4), _sums),
@@ -161,6 +165,7 @@ CASES: dict[str, tuple[Method, Formula]] = {
     "deft": (lk.DEFT(rank=3, alpha=6.0), _deft),
     "tinylora": (lk.TinyLoRA(rank=2, count=3), _tinylora),
     "unilora": (lk.UniLoRA(rank=2, length=16), _unilora),
+    "glora": (lk.GLoRA(rank=3), _glora),
     "supertuning": (lk.SuperTuning(sparsity=0.9, rank=2), _supertuning),
 }
 
@@ -326,6 +331,17 @@ def test_ln_tuning_of_nothing_is_refused() -> None:
         lk.attach(MODELS["bert"](), lk.LNTuning(), target_modules=["LayerNrom"])
     with pytest.raises(LorakitError, match="leaves no module to train; those with parameters end in 0"):
         lk.attach(nn.Sequential(nn.Linear(2, 2)), lk.LNTuning())
+
+
+def test_the_bias_of_glora() -> None:
+    """b + b ∘ D + E + W c"""
+    W, b = torch.randn(OUT, IN, dtype=torch.float64), torch.randn(OUT, dtype=torch.float64)
+    delta: Any = filled(lk.GLoRA(rank=3), W)
+    expected = b * delta.D + delta.E + W @ (delta.C_d @ delta.C_u).flatten()
+    torch.testing.assert_close(delta.shift(b, lambda: W), expected)
+    assert delta.shift(None, lambda: W) is None
+    plain = lk.GLoRA().build(Shape(OUT, IN, bias=False), Pool())
+    assert sorted(name for name, _ in plain.named_parameters()) == ["A_d", "A_u", "B_d", "B_u"]
 
 
 @pytest.mark.parametrize("kind", UNSUPPORTED)

@@ -124,6 +124,14 @@ TYPES: dict[str, tuple[type, tuple[str, ...], Draw]] = {
             | {"save_indices": r.random() < 0.5}
         ),
     ),
+    "glora": (
+        peft.GloraConfig,
+        LINEAR,
+        lambda r: (
+            {"r": r.randint(1, 8), "config_A_B": r.choice(["lora", "vector", "constant"])}
+            | {"config_C": r.choice(["lora", "vector", "none"]), "config_D_E": r.choice(["vector", "constant", "none"])}
+        ),
+    ),
     "beft": (peft.BeftConfig, ("bert",), lambda r: {}),  # the one with biases
     "ln-tuning": (peft.LNTuningConfig, ALL, lambda r: {}),
 }

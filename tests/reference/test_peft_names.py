@@ -208,6 +208,7 @@ print("ran")
 METHODS: list[tuple[str, dict[str, Any]]] = [
     ("AdaptionPromptConfig", {"adapter_len": 3, "adapter_layers": 1}),
     ("LNTuningConfig", {}),
+    ("GloraConfig", {"r": 2}),
     ("BOFTConfig", {"boft_block_size": 4}),
     ("DeloraConfig", {"r": 2}),
     ("GraloraConfig", {"r": 4}),

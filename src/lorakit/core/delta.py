@@ -276,8 +276,9 @@ class Delta(nn.Module, ABC):
     def dense(self, W: Tensor) -> Tensor:
         """ΔW (out, in) for the frozen weight `W` (out, in); differentiable."""
 
-    def shift(self, b: Tensor | None) -> Tensor | None:
-        """Δb (out,) for the frozen bias `b` (None where the layer has none), or None: no change."""
+    def shift(self, b: Tensor | None, W: Callable[[], Tensor]) -> Tensor | None:
+        """Δb (out,) for the frozen bias `b` (None where the layer has none) and what gives the frozen weight (out, in), or
+        None: no change."""
         return None
 
     def follower(self, shape: Shape) -> Delta | None:

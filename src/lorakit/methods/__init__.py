@@ -14,6 +14,7 @@ from lorakit.methods.dylora import DyLoRA as DyLoRA
 from lorakit.methods.elalora import ElaLoRA as ElaLoRA
 from lorakit.methods.fourierft import FourierFT as FourierFT
 from lorakit.methods.full import Full as Full
+from lorakit.methods.glora import GLoRA as GLoRA
 from lorakit.methods.gralora import GraLoRA as GraLoRA
 from lorakit.methods.hira import HiRA as HiRA
 from lorakit.methods.hra import HRA as HRA
@@ -86,6 +87,7 @@ METHODS: dict[str, type[Method]] = {
     "deft": DEFT,
     "tinylora": TinyLoRA,
     "unilora": UniLoRA,
+    "glora": GLoRA,
     "bitfit": BitFit,
     "full": Full,
     "trainable-tokens": TrainableTokens,

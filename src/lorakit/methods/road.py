@@ -11,6 +11,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -92,5 +93,5 @@ class RoAdDelta(Delta, of=RoAd):
     def dense(self, W: Tensor) -> Tensor:
         return self.turned(W)
 
-    def shift(self, b: Tensor | None) -> Tensor | None:
+    def shift(self, b: Tensor | None, W: Callable[[], Tensor]) -> Tensor | None:
         return None if b is None else self.turned(b)

@@ -122,8 +122,6 @@ _ELSEWHERE = {
     "CPTConfig": "lorakit.PromptTuning, as which its files are read",
     "CartridgeConfig": "lorakit.PrefixTuning(width=None), as which its files are read",
     "MultitaskPromptTuningConfig": "lorakit.PromptTuning, as which its files of one task are read",
-    "GloraConfig": "",
-    "GloraModel": "",
 }
 """PEFT's names that are not here -> what does it in lorakit; empty where nothing does."""
 

@@ -322,6 +322,11 @@ _TABLE: dict[str, tuple[str, type, dict[str, Any]]] = {
         {**_LAYERS, "bias": "none", "r": 8, "delora_lambda": 15, "module_dropout": 0.0, "rank_pattern": {}}
         | {"lambda_pattern": {}},
     ),
+    "GloraConfig": (
+        "GLORA",
+        PeftConfig,
+        {**_NAMED, "bias": "none", "r": 8, "config_A_B": "lora", "config_C": "lora", "config_D_E": "constant"},
+    ),
     "GraloraConfig": (
         "GRALORA",
         PeftConfig,

@@ -263,6 +263,11 @@ def _frozen_triplets(adapter: Any, specs: Mapping[str, Any]) -> dict[str, Any]:
     return {"effective_rank": None, "rank_pattern": kept}
 
 
+def _without_zeros(spec: Any, tensors: Tensors, *_: Any) -> Tensors:
+    """PEFT writes zeros for what is none."""
+    return {key: tensor for key, tensor in tensors.items() if not re.search(r"\.glora_[A-E]\.zeros$", key)}
+
+
 UNSUPPORTED = {
     "LILY": "its experts are weighed by the mean over all tokens of a batch, so that what a row gets depends on the rows "
     "beside it and no weight, merged or served, is the same function",
@@ -377,6 +382,12 @@ METHODS: dict[str, Format] = {
     "deft": Format("DEFT", ignored=frozenset({"init_scale"})),
     "tinylora": Format("TINYLORA"),
     "unilora": Format("UNILORA", apart=False),
+    "glora": Format(
+        "GLORA",
+        {letter: f"glora_{letter}.X" for letter in "ABCDE"}
+        | {f"{letter}_{side}": f"glora_{letter}.X{side}" for letter in "ABC" for side in "du"},
+        from_file=_without_zeros,
+    ),
     "ln-tuning": Format(
         "LN_TUNING",
         replaced="ln_tuning_layers.",
