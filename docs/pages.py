@@ -146,6 +146,13 @@ def edits() -> str:
     )
 
 
+def unsupported() -> str:
+    """PEFT's types that lorakit refuses, and why."""
+    from lorakit.files.formats import UNSUPPORTED
+
+    return table(("PEFT type", "not supported because"), ((f"`{name}`", why) for name, why in UNSUPPORTED.items()))
+
+
 def _literal(value: Any) -> str:
     """A default as code; a spec by its name."""
     from lorakit.core.delta import Spec
@@ -171,10 +178,10 @@ def specs(kind: str) -> str:
     from lorakit.edits import EDITS
     from lorakit.experts import MIXTURES, ROUTERS
     from lorakit.init import INITIALISERS
-    from lorakit.methods import METHODS
+    from lorakit.methods import METHODS, WHOLE
 
     tables: dict[str, dict[str, type]] = {
-        "methods": {**METHODS, **MIXTURES},
+        "methods": {**METHODS, **WHOLE, **MIXTURES},
         "edits": dict(EDITS),
         "routers": dict(ROUTERS),
         "init": dict(INITIALISERS),
@@ -393,7 +400,22 @@ def include(path: str) -> str:
 
 PARTS: dict[str, Callable[..., str]] = {
     part.__name__: part
-    for part in (methods, edits, specs, formats, recipes, options, commands, api, rooms, budgets, files, bench, include)
+    for part in (
+        methods,
+        edits,
+        unsupported,
+        specs,
+        formats,
+        recipes,
+        options,
+        commands,
+        api,
+        rooms,
+        budgets,
+        files,
+        bench,
+        include,
+    )
 }
 _PART = re.compile(r"(<!-- (\w+)([\w ./-]*) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
 

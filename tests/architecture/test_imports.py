@@ -13,7 +13,7 @@ import pytest
 
 import lorakit
 from lorakit.edits import EDITS
-from lorakit.methods import METHODS
+from lorakit.methods import METHODS, WHOLE
 
 PACKAGE = Path(lorakit.__file__).parent
 
@@ -170,14 +170,18 @@ def test_a_circle_is_seen(copy: Path) -> None:
 FILES = sorted(path for path in PACKAGE.rglob("*.py") if path.parent != PACKAGE or path.name != "__init__.py")
 
 
-FAMILIES = {"options": "options that several methods have", "rotation": "a family that rotates W"}
+FAMILIES = {
+    "options": "options that several methods have",
+    "rotation": "a family that rotates W",
+    "fromweight": "a family whose factors are made of W",
+}
 """Files of methods/ that hold what several methods share, and no method."""
 
 
 def test_the_method_table_is_the_folder() -> None:
     """Every row's class stands in a file of methods/, every other file but the families has a row, and names agree."""
     files = {path.stem for path in (PACKAGE / "methods").glob("*.py")} - {"__init__"}
-    homes = {method.__module__.rpartition(".")[2] for method in METHODS.values()}
+    homes = {method.__module__.rpartition(".")[2] for method in {**METHODS, **WHOLE}.values()}
     assert set(FAMILIES) <= files
     assert homes == files - set(FAMILIES)
     for name, method in METHODS.items():

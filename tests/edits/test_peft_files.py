@@ -64,6 +64,45 @@ def test_theirs_load_here(kind: str, name: str, tmp_path: Path) -> None:
     )  # their table is rounded to float32 in the file
 
 
+ONCE_TRAINED: dict[str, tuple[Any, dict[str, Any], Any]] = {
+    "CPT": (peft.CPTConfig, {"cpt_token_ids": [3, 5, 7]}, lk.PromptTuning(tokens=3, start="random")),
+    "MULTITASK_PROMPT_TUNING": (
+        peft.MultitaskPromptTuningConfig,
+        {"num_virtual_tokens": 3, "num_ranks": 2},
+        lk.PromptTuning(tokens=3, start="random"),
+    ),
+    "CARTRIDGE": (peft.CartridgeConfig, {"num_virtual_tokens": 3}, PrefixTuning(tokens=3, width=None)),
+}
+"""PEFT's types that are another method here once they are trained."""
+
+
+@pytest.mark.parametrize("name", ONCE_TRAINED)
+def test_what_they_are_once_trained_loads_here(name: str, tmp_path: Path) -> None:
+    config, options, method = ONCE_TRAINED[name]
+    model, given = make("llama").float(), given_to_peft("llama")
+    theirs = peft.get_peft_model(make("llama").float(), config(task_type="CAUSAL_LM", **options)).eval()
+    with torch.no_grad():
+        for parameter in theirs.prompt_encoder.parameters():
+            parameter.copy_(torch.randn_like(parameter) * 0.5)
+    theirs.save_pretrained(tmp_path)
+    more = {"task_ids": torch.zeros(len(given["input_ids"]), dtype=torch.long)} if name.startswith("MULTI") else {}
+    wanted = theirs(**given, **more, **({"labels": None} if name == "CPT" else {})).logits
+    base = model(**given).logits
+    assert lk.load(model, tmp_path, name="a").method == method
+    found = model(**given).logits
+    assert (found - base).abs().max() > 1e-3
+    assert torch.allclose(found, wanted[:, -found.shape[1] :], atol=1e-5)
+
+
+def test_prompts_of_several_tasks_are_refused(tmp_path: Path) -> None:
+    config = peft.MultitaskPromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3, num_tasks=2)
+    peft.get_peft_model(make("llama").float(), config).save_pretrained(tmp_path)
+    with pytest.raises(
+        LorakitError, match="MULTITASK_PROMPT_TUNING with num_tasks=2 is not supported because each call"
+    ):
+        lk.load(make("llama").float(), tmp_path)
+
+
 @pytest.mark.parametrize(
     ("kind", "name"),
     [("llama", "p-tuning"), ("gpt2", "p-tuning"), ("t5", "p-tuning"), ("llama", "prefix"), ("gpt2", "prefix")],

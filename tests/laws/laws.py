@@ -76,7 +76,7 @@ def changed_tensors(subject: Subject, blend: Mapping[str, float]) -> tuple[dict[
             changed[site.weight] = changed.get(site.weight, stored) + weight * change
             bias = None if site.bias is None else layer.base.get_parameter(site.bias).detach()
             rows = site.layout.index() if isinstance(site.layout, Rows) else getattr(site.layout, "index", slice(None))
-            shift = delta.shift(None if bias is None else bias[rows])
+            shift = delta.shift(None if bias is None else bias[rows], lambda s=site, w=stored: s.layout.matrix(w))
             if shift is None:
                 continue
             if isinstance(site.layout, Rows):
@@ -112,7 +112,7 @@ def identity_at_start(case: Case) -> None:
     subject, base = case.subject("one", fresh=True), case.model()
     for call in subject.calls:
         before, after = base(*call[0], **call[1]), subject.run("one", call)
-        if case.spec.card.identity:
+        if case.spec.identity:
             assert_close(after, before, "a new adapter")
         else:
             assert_differs(after, before, "the card says that a new adapter changes the function")
@@ -420,9 +420,7 @@ def any_start_preserves(case: Case) -> None:
             assert not settable or name not in ("default", "kaiming", "gaussian", "normal"), refused
             continue
         subject = case.subject("one", fresh=True, init=name)
-        if (
-            not case.spec.card.identity or INITIALISERS[name].rewrites
-        ):  # a start that replaces the base has another function
+        if not case.spec.identity or INITIALISERS[name].rewrites:  # a start that replaces the base has another function
             continue
         for call in subject.calls:
             assert_close(subject.run("one", call), base(*call[0], **call[1]), f"init={name}")

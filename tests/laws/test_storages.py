@@ -50,7 +50,7 @@ def changed(subject: Subject, blend: dict[str, float]) -> tuple[Tensor, Tensor |
     for name, weight in blend.items():
         for _, _, delta in subject.adapters[name].deltas():
             W = W + weight * delta.dense(frozen)
-            shift = delta.shift(original)
+            shift = delta.shift(original, lambda: frozen)
             if shift is not None:
                 b = weight * shift if b is None else b + weight * shift
     return W, b
@@ -65,7 +65,7 @@ def linear(call: Inputs, W: Tensor, b: Tensor | None) -> Tensor:
 
 def identity_at_start(case: Held) -> None:
     """A new adapter on a quantised base is that base."""
-    if case.spec.card.identity:
+    if case.spec.identity:
         subject, base = case.subject("one", fresh=True), case.model()
         for call in subject.calls:
             close(subject.run("one", call), base(*call[0]), "a new adapter")

@@ -58,7 +58,7 @@ def test_formula_and_file(spec: Method, tmp_path: Path) -> None:
     W, b = (parameter.detach() for parameter in subject.layer.base.parameters())
     V = W + delta.inner.dense(W)
     changed = delta.m[:, None] * V / V.norm(dim=1, keepdim=True)
-    shift = delta.inner.shift(b)
+    shift = delta.inner.shift(b, lambda: W)
     x = subject.calls[0][0][0]
     y = x @ changed.T + (b if shift is None else b + shift)
     torch.testing.assert_close(subject.run("one", subject.calls[0]), y)

@@ -67,6 +67,50 @@ CASES: list[tuple[str, type, dict[str, Any], Method]] = [
     ("convolutions", peft.OFTConfig, {"target_modules": ["point", "head"], "oft_block_size": 2, "use_cayley_neumann": False},
      lk.OFT(block_size=2, exact=True)),
     ("words", peft.OFTConfig, {"target_modules": ["words", "inner.body"], "r": 1, "oft_block_size": 0}, lk.OFT(blocks=1)),
+    ("llama", peft.LNTuningConfig, {"target_modules": ["input_layernorm", "model.norm"]}, lk.LNTuning()),
+    ("bert", peft.LNTuningConfig, {"target_modules": ["output.LayerNorm"]}, lk.LNTuning()),
+    ("bert", peft.BeftConfig, {"target_modules": ["query", "dense"]}, lk.BitFit()),
+    ("llama", peft.MissConfig, {"target_modules": QD, "r": 5}, lk.MiSS(rank=5)),
+    ("llama", peft.MissConfig, {"target_modules": QD, "r": 7, "mini_r": 4, "init_weights": "mini"},
+     lk.MiSS(rank=7, kind="mini", mini=4)),
+    ("bert", peft.MissConfig, {"target_modules": ["query", "dense"], "r": 8, "init_weights": "bat"},
+     lk.MiSS(rank=8, kind="bat")),
+    ("llama", peft.DeloraConfig, {"target_modules": QV, "r": 3, "rank_pattern": {"v_proj": 5}, "lambda_pattern": {"q_proj": 2}},
+     lk.DeLoRA(rank=3)),
+    ("bert", peft.GraloraConfig, {"target_modules": ["query", "dense"], "r": 6, "gralora_k": 2, "alpha": 9},
+     lk.GraLoRA(rank=6, alpha=9)),
+    ("gpt2", peft.GraloraConfig, {"target_modules": ["c_attn"], "r": 4, "gralora_k": 4, "hybrid_r": 4, "alpha": 24,
+     "fan_in_fan_out": True}, lk.GraLoRA(rank=4, blocks=4, hybrid=4, alpha=24)),
+    ("llama", peft.HRAConfig, {"target_modules": QD, "r": 4}, lk.HRA(rank=4)),
+    ("bert", peft.HRAConfig, {"target_modules": ["query", "dense"], "r": 3, "apply_GS": True}, lk.HRA(rank=3, orthogonal=True)),
+    ("bert", peft.RoadConfig, {"target_modules": ["query", "dense"], "group_size": 4}, lk.RoAd(group=4)),
+    ("bert", peft.RoadConfig, {"target_modules": ["query", "dense"], "group_size": 8, "variant": "road_2"},
+     lk.RoAd(group=8, variant="road_2")),
+    ("llama", peft.RoadConfig, {"target_modules": QD, "group_size": 12, "variant": "road_4"},
+     lk.RoAd(group=12, variant="road_4")),
+    ("llama", peft.PveraConfig, {"target_modules": QD, "r": 5, "projection_prng_key": 7}, lk.PVeRA(rank=5, seed=7)),
+    ("gpt2", peft.PveraConfig, {"target_modules": ["c_attn", "mlp.c_proj"], "r": 5, "save_projection": False,
+     "fan_in_fan_out": True}, lk.PVeRA(rank=5, save_projection=False)),
+    ("gpt2", peft.WaveFTConfig, {"target_modules": ["c_attn", "mlp.c_proj"], "n_frequency": 30, "scaling": 20.0,
+     "fan_in_fan_out": True}, lk.WaveFT(n_frequency=30, scale=20.0)),
+    ("llama", peft.WaveFTConfig, {"target_modules": QV, "n_frequency": 30, "wavelet_family": "db4", "random_loc_seed": 5},
+     lk.WaveFT(n_frequency=30, wavelet="db4", seed=5)),
+    ("bert", peft.WaveFTConfig, {"target_modules": ["query", "dense"], "n_frequency": 30, "use_idwt": False},
+     lk.WaveFT(n_frequency=30, transform=False)),
+    ("llama", peft.OSFConfig, {"target_modules": QV, "effective_rank": 5, "rank_pattern": {"v_proj": 0.25}}, lk.OSF(rank=5)),
+    ("bert", peft.OSFConfig, {"target_modules": ["query", "dense"]}, lk.OSF()),
+    ("llama", peft.PeanutConfig, {"target_modules": QD, "r": 4}, lk.PEANuT(rank=4)),
+    ("bert", peft.PeanutConfig, {"target_modules": ["query", "dense"], "r": 4, "depth": 2, "act_fn": "gelu", "scaling": 0.5},
+     lk.PEANuT(rank=4, depth=2, activation="gelu", scale=0.5)),
+    ("llama", peft.TinyLoraConfig, {"target_modules": QD, "u": 5, "weight_tying": 0.5}, lk.TinyLoRA(count=5, tying=0.5)),
+    ("gpt2", peft.TinyLoraConfig, {"target_modules": ["wte", "c_attn"], "r": 3, "u": 4, "save_projection": False,
+     "fan_in_fan_out": True}, lk.TinyLoRA(rank=3, count=4, save_projection=False)),
+    ("llama", peft.UniLoraConfig, {"target_modules": QD, "r": 3, "theta_d_length": 50}, lk.UniLoRA(rank=3, length=50)),
+    ("gpt2", peft.UniLoraConfig, {"target_modules": ["c_attn"], "proj_seed": 6, "save_indices": True, "fan_in_fan_out": True},
+     lk.UniLoRA(seed=6, save_indices=True)),
+    ("llama", peft.SupertuningConfig, {"target_modules": QD, "sparsity": 0.9}, lk.SuperTuning(sparsity=0.9)),
+    ("bert", peft.SupertuningConfig, {"target_modules": ["query", "dense"], "sparsity": 0.95, "select_top": False, "r": 4,
+     "lora_alpha": 6.0}, lk.SuperTuning(sparsity=0.95, largest=False, rank=4, alpha=6.0)),
 ]
 SMALL: list[tuple[type, dict[str, Any], Method, Method, tuple[bool, ...]]] = [
     (peft.FourierFTConfig, {"n_frequency": 20, "scaling": 90.0, "random_loc_seed": 5},
@@ -76,6 +120,14 @@ SMALL: list[tuple[type, dict[str, Any], Method, Method, tuple[bool, ...]]] = [
     # PEFT has C3A and SHiRA for nn.Linear alone; the places of SHiRA's file count on both sides, however they were chosen
     (peft.C3AConfig, {"block_size": 4}, lk.C3A(block_size=4), lk.C3A(block_size=2), (False,)),
     (peft.ShiraConfig, {"r": 2}, lk.SHiRA(rank=2), lk.SHiRA(rank=2), (False,)),
+    # PEFT has PSOFT for float32 alone, and computes DEFT in it
+    (peft.PsoftConfig, {"r": 4, "psoft_alpha": 6}, lk.PSOFT(rank=4, alpha=6), lk.PSOFT(rank=3, split=True), (False,)),
+    (peft.PsoftConfig, {"r": 5, "psoft_mag_a": False, "use_cayley_neumann": True, "cayley_neumann_eps": 0.5},
+     lk.PSOFT(rank=5, scale_in=False, neumann=True, eps=0.5), lk.PSOFT(rank=5, neumann=True, terms=7), (False,)),
+    (peft.PsoftConfig, {"r": 3, "psoft_orth": False, "psoft_svd": "lowrank", "random_seed": 3},
+     lk.PSOFT(rank=3, orthogonal=False, svd="lowrank", seed=3), lk.PSOFT(rank=3, scale_out=False), (False,)),
+    (peft.DeftConfig, {"r": 3}, lk.DEFT(rank=3), lk.DEFT(rank=3, decomposition="qr", alpha=6.0), (False, True)),
+    (peft.DeftConfig, {"r": 3, "para": True}, lk.DEFT(rank=3, para=True), lk.DEFT(rank=3, para=True), (False,)),
     (peft.ShiraConfig, {"r": 2}, lk.SHiRA(rank=2), lk.SHiRA(rank=2, mask="magnitude"), (False,)),
 ]
 # fmt: on
@@ -84,6 +136,8 @@ SMALL: list[tuple[type, dict[str, Any], Method, Method, tuple[bool, ...]]] = [
 @pytest.mark.parametrize(("model", "config", "options", "spec"), CASES, ids=[f"{c[3].name}-{c[0]}" for c in CASES])
 def test_both_ways(model: str, config: Any, options: dict[str, Any], spec: Method, tmp_path: Path) -> None:
     patterns = {name: options[name] for name in ("rank_pattern", "alpha_pattern") if name in options}
+    if "lambda_pattern" in options:
+        patterns["patterns"] = {"strength": options["lambda_pattern"]}
     both_ways(model, config(**options), spec, tmp_path, **patterns)
 
 

@@ -115,7 +115,8 @@ def attach(
             )
     adapter.requires_grad_(True)
     activate(model, name)
-    report(adapter)
+    if method is None or isinstance(method, EditMethod) or not method.whole:
+        report(adapter)
     return adapter
 
 

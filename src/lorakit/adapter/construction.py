@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from lorakit.adapter.adapter import Adapter, adapters_of
 from lorakit.adapter.pretrained import share, take_over
-from lorakit.adapter.targets import PRESETS, Targets, asked_sites, select, select_saved, select_tokens
+from lorakit.adapter.targets import PRESETS, Targets, asked_sites, select, select_saved, select_tokens, trained_whole
 from lorakit.core.delta import Delta, Method, Shape
 from lorakit.core.injection import adapt, adapted_at, parents_of, ties
 from lorakit.core.known import computed_weight
@@ -61,6 +61,9 @@ def build(
     state = found_state(model)
     check_name(name, state)
     _check_unmerged(state)
+    asked = targets
+    if method.whole:
+        targets = trained_whole(model, targets)
     if paths is None:
         paths = select(model, targets) if targets.target_modules else []
     if checked:
@@ -85,8 +88,8 @@ def build(
         following |= _rows_follow(built, modules, tied, targets)
     _follow(built, modules, following)
     if built.patterns:
-        targets = dataclasses.replace(targets, patterns={**targets.patterns, **built.patterns})
-    adapter = Adapter(name, model, method, targets, built.pool, saved=tuple(saved))
+        asked = dataclasses.replace(asked, patterns={**asked.patterns, **built.patterns})
+    adapter = Adapter(name, model, method, asked, built.pool, saved=tuple(saved))
     made: list[tuple[str, list[Site], dict[str, Delta], Replacement | None]] = []
     for path, planned in built.plan.items():
         module = planned.layer

@@ -327,6 +327,33 @@ def _in_blocks(paths: list[str], targets: Targets) -> list[str]:
     return [path for path in paths if numbers[path] in targets.layers]
 
 
+def trained_whole(model: nn.Module, targets: Targets) -> Targets:
+    """The request with the modules that it targets as modules_to_save; a preset means all norms."""
+    wanted, modules = targets.target_modules, {path: module for path, module in walk(model) if path}
+    able = [path for path, module in modules.items() if any(True for _ in module.parameters())]
+    if wanted in PRESETS:
+        chosen = [path for path in able if "norm" in type(modules[path]).__name__.lower()]
+    else:
+        for suffix in () if isinstance(wanted, str) else wanted:
+            if not any(has_suffix(path, suffix) for path in able):
+                raise LorakitError(f'attach: no module with parameters matches "{suffix}".')
+        chosen = [path for path in able if _names(wanted, path)]
+    chosen = _without_excluded(chosen, targets)
+    chosen = chosen if targets.layers is None else _in_blocks(chosen, targets)
+    if not chosen:
+        raise LorakitError(
+            f"attach: target_modules={targets.target_modules!r} leaves no module to train; those with parameters end in "
+            f"{', '.join(sorted({path.rpartition('.')[2] for path in able})[:40])}."
+        )
+    return dataclasses.replace(
+        targets,
+        target_modules=(),
+        exclude_modules=None,
+        layers=None,
+        modules_to_save=(*chosen, *targets.modules_to_save),
+    )
+
+
 def select_saved(model: nn.Module, targets: Targets) -> list[str]:
     """The paths of the modules that are trained whole."""
     paths: list[str] = []

@@ -178,7 +178,7 @@ class Live(Source):
         """What it adds to the bias of a matrix, in the place that the layer's bias has for it; None: nothing."""
         path, site, delta = self.at[place]
         with torch.no_grad():
-            shift = delta.shift(self.adapter.layers[path].bias_of(site))
+            shift = self.adapter.layers[path].shift_of(site, delta)
             return shift if shift is None or not isinstance(site.layout, Rows) else site.layout.features(shift, shift)
 
 

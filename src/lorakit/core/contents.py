@@ -168,6 +168,10 @@ class LayerContents(nn.Module):
             return None
         return site.layout.own_bias(self.frozen(site.bias))
 
+    def shift_of(self, site: Site, delta: Delta) -> Tensor | None:
+        """What a delta adds to the bias of a site's rows; None: nothing."""
+        return delta.shift(self.bias_of(site), lambda: site.layout.matrix(self.stored(site)))
+
     @property
     def stack(self) -> Expert | None:
         """One expert of a layer that is a stack of them; None for any other layer."""

@@ -55,7 +55,7 @@ class Card:
         paper: arXiv number or venue.
         use: when to choose it, in one sentence.
         limits: what mathematics forbids, in one sentence; empty if nothing.
-        identity: whether a new delta changes nothing before training.
+        identity: whether a new delta changes nothing before training, at the method's defaults.
         pooled: trainable numbers shared by all layers, as a function of all shapes and the spec.
     """
 
@@ -149,6 +149,11 @@ class Spec(ABC):
     def __post_init__(self) -> None:
         check(self, self.name)
 
+    @property
+    def identity(self) -> bool:
+        """Whether a new adapter changes nothing before training, with these options."""
+        return self.card.identity
+
     def install(
         self, name: str, model: nn.Module, layers: Mapping[str, nn.Module]
     ) -> tuple[nn.Module | None, list[RemovableHandle]]:
@@ -178,6 +183,8 @@ class Spec(ABC):
 class Method(Spec):
     """The spec of a delta."""
 
+    whole: ClassVar[bool] = False
+    """Whether the modules that are targeted train whole, and there are no deltas."""
     delta: ClassVar[type[Delta]]
     """What `build` makes; the delta's class says whose it is: `class LoRADelta(LowRank, of=LoRA)`."""
 
@@ -222,15 +229,25 @@ class Pool(nn.Module):
         self.shapes = shapes or []
         """All matrices of the adapter, so that a shared tensor can be made large enough at once."""
         self.seed = seed
+        self.numbered = 0
 
     def entry(self, name: str, make: Callable[[], Tensor], frozen: bool, kept: bool = True) -> Tensor:
-        """The shared tensor of this name, made on first use."""
-        if not hasattr(self, name):
+        """The shared tensor of this name ("v.0": one of several), made on first use."""
+        group, _, last = name.rpartition(".")
+        if group and group not in self._modules:
+            self.add_module(group, nn.Module())
+        holder = self.get_submodule(group)
+        if not hasattr(holder, last):
             if frozen:
-                self.register_buffer(name, make(), persistent=kept)
+                holder.register_buffer(last, make(), persistent=kept)
             else:
-                setattr(self, name, nn.Parameter(make()))
-        return getattr(self, name)  # type: ignore[no-any-return]
+                setattr(holder, last, nn.Parameter(make()))
+        return getattr(holder, last)  # type: ignore[no-any-return]
+
+    def number(self) -> int:
+        """How many deltas have asked before: of layers in the model's order, the place of the one that asks."""
+        self.numbered += 1
+        return self.numbered - 1
 
 
 class Delta(nn.Module, ABC):
@@ -259,8 +276,9 @@ class Delta(nn.Module, ABC):
     def dense(self, W: Tensor) -> Tensor:
         """ΔW (out, in) for the frozen weight `W` (out, in); differentiable."""
 
-    def shift(self, b: Tensor | None) -> Tensor | None:
-        """Δb (out,) for the frozen bias `b` (None where the layer has none), or None: no change."""
+    def shift(self, b: Tensor | None, W: Callable[[], Tensor]) -> Tensor | None:
+        """Δb (out,) for the frozen bias `b` (None where the layer has none) and what gives the frozen weight (out, in), or
+        None: no change."""
         return None
 
     def follower(self, shape: Shape) -> Delta | None:

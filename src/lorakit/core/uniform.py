@@ -85,7 +85,7 @@ def change(layer: LayerContents, delta: Delta, site: Site, x: Tensor, y: Tensor 
     """
     stored = layer.stored(site) if site.weight in layer.unmerged else None
     added = delta.act(LayerCall(layer.base, site, x, None if layer.unmerged else y, stored))
-    shift = delta.shift(layer.bias_of(site))
+    shift = layer.shift_of(site, delta)
     return added if shift is None else added + site.layout.features(shift.to(added.dtype), added)
 
 
@@ -113,7 +113,7 @@ def substitutes(layer: LayerContents, blend: Weighted) -> dict[str, Tensor]:
                 stacks.setdefault(site.weight, (site.layout, stored, {}))[2][site.layout.index] = dense
             else:
                 add(site.weight, stored, site.layout.weight(dense, stored), weight)
-            shift = delta.shift(layer.bias_of(site))
+            shift = layer.shift_of(site, delta)
             if shift is None:
                 continue
             if site.bias is None:
@@ -222,7 +222,7 @@ def _fused(
     y = delta.output(LayerCall(layer.base, site, x, None)) if weight == 1.0 and not layer.unmerged else None
     if y is None:
         return None
-    shift = delta.shift(layer.bias_of(site))
+    shift = layer.shift_of(site, delta)
     if shift is not None:
         bias = shift.to(y.dtype) if bias is None else bias + shift.to(y.dtype)
     return y if bias is None else y + bias

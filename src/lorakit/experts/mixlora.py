@@ -129,7 +129,10 @@ class Experts(Delta):
         super().__init__(spec, shape, pool)
         self.experts = nn.ModuleList(made)
         for delta in made:
-            if delta.shift(torch.zeros(self.shape.out)) is not None:
+            if (
+                delta.shift(torch.zeros(self.shape.out), lambda: torch.zeros(self.shape.out, self.shape.in_))
+                is not None
+            ):
                 raise LorakitError(
                     f"mixlora: {delta.spec.name} changes biases, which cannot be weighed token by token; choose an inner "
                     "method that changes matrices alone."

@@ -171,7 +171,10 @@ def tensors_of(adapter: Adapter) -> dict[str, Tensor]:
                 )
     for path, replacement in adapter.replacements():
         for name, tensor in replacement.tensors().items():
-            result[replacement_key(adapter, path, plain[path], name)] = tensor.detach()
+            key = replacement_key(adapter, path, plain[path], name)
+            if path in adapter.saved:
+                key = f"{plain[path]}.{format_of(adapter.method.name).replaced}{name}"
+            result[key] = tensor.detach()
     edits = edit_tensors(adapter)
     for (path, name), tensor in edits.items():
         if path:
@@ -400,6 +403,8 @@ def config_of(adapter: Adapter, base: str | None = None) -> dict[str, Any]:
         ]
         bare += [f"{name}.weight" for name in named]
     layers = [name for name in specs if name in modules and f"{name}.weight" not in bare]
+    if method.whole:  # the modules are what is targeted
+        layers, config["modules_to_save"] = [plain[path] for path in adapter.saved], None
     config |= method_entries(method, target_modules(layers, adapter.model), adapter.targets.bias)
     if bare:
         # PEFT has no dropout on parameters; its version says how the factors of a square matrix lie, which sizes do not

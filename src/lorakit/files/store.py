@@ -378,7 +378,14 @@ def _put(model: nn.Module, bundle: Bundle, name: str, complain: Complain) -> Ada
     named = _described(method, tensors, bundle)
     config = {**bundle.config, **format_of(method.name).patterns(bundle.config)}
     targets = _targets(bundle, config, model, method.pattern_fields, named)
+    if method.whole:
+        adapter = build(model, method, targets, name, checked=False)
+        _check_base(adapter, bundle, complain)
+        fill(adapter, named, plain, bundle.folder, complain)
+        return adapter
     found = _layers_in(named, plain, method, bundle.folder, model)
+    if not found and not format_of(method.name).apart:
+        found = select(model, targets)
     halves = bool(bundle.own.get("shifted"))  # what is trained, and the start that is taken off it
     _check_targets(model, config, method.pattern_fields, [plain[path] for path in found], complain)
     adapter = build(
@@ -459,7 +466,22 @@ def _complaints(strict: bool) -> Complain:
 
 
 _TUCKER = re.compile(r"\.(hada_t[12]|lokr_t2)$")
-_HIRA = re.compile(r"(.+)\.hira_(?:embedding_)?A")
+
+
+def _kept_triplets(key: str, tensors: Mapping[str, Tensor]) -> int:
+    (out, trained), in_ = tensors[key].shape, tensors[key.replace("U_low", "V_low")].shape[1]
+    return min(out, in_) - trained
+
+
+_COUNTS: dict[tuple[re.Pattern[str], str], Callable[[str, Mapping[str, Tensor]], int]] = {
+    # PEFT passes the pattern over for Conv1D, and the rank scales nothing
+    (re.compile(r"(.+)\.hira_(?:embedding_)?A"), "rank_pattern"): lambda key, tensors: len(tensors[key]),
+    # PEFT spreads the numbers over layers by their size (proportional_parameters)
+    (re.compile(r"(.+)\.waveft_spectrum"), "n_frequency_pattern"): lambda key, tensors: len(tensors[key]),
+    # a share of each matrix, by patterns that PEFT searches for anywhere in a name
+    (re.compile(r"(.+)\.osf_svd_params\.U_low"), "rank_pattern"): _kept_triplets,
+}
+"""Names of tensors and the pattern that they decide -> the value of their layer."""
 
 
 def _decided(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, Any]:
@@ -470,9 +492,10 @@ def _decided(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[s
     turned = [tensor for key, tensor in tensors.items() if key.endswith(".boft_R")]
     if turned and "boft_n_butterfly_factor" in decided:
         decided["boft_n_butterfly_factor"] = turned[0].shape[0]  # PEFT takes 1 where its kernel does not compile
-    ranks = {exactly(bare(found[1])): len(tensors[key]) for key in tensors if (found := _HIRA.fullmatch(key))}
-    if ranks:
-        decided["rank_pattern"] = ranks  # PEFT passes it over for Conv1D, and the rank scales nothing
+    for (pattern, field), count in _COUNTS.items():
+        own = {exactly(bare(found[1])): count(key, tensors) for key in tensors if (found := pattern.fullmatch(key))}
+        if own:
+            decided[field] = own
     return decided
 
 

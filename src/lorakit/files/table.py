@@ -10,9 +10,9 @@ from lorakit.core.options import options_of
 from lorakit.edits import EDITS
 from lorakit.errors import LorakitError, unknown
 from lorakit.experts import MIXTURES, ROUTERS
-from lorakit.methods import METHODS
+from lorakit.methods import METHODS, WHOLE
 
-TABLE: dict[str, type[Spec]] = {**METHODS, **EDITS, **MIXTURES, **ROUTERS}
+TABLE: dict[str, type[Spec]] = {**METHODS, **WHOLE, **EDITS, **MIXTURES, **ROUTERS}
 
 
 def method_named(name: str) -> type[Spec]:

@@ -14,6 +14,7 @@ Ben Zaken et al. 2021, arXiv 2106.10199.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -56,7 +57,7 @@ class BitFitDelta(Delta, of=BitFit):
     def dense(self, W: Tensor) -> Tensor:
         return torch.zeros_like(W)
 
-    def shift(self, b: Tensor | None) -> Tensor | None:
+    def shift(self, b: Tensor | None, W: Callable[[], Tensor]) -> Tensor | None:
         return self.c
 
     def act(self, call: Call) -> Tensor:

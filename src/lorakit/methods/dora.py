@@ -9,6 +9,7 @@ over V: with ΔW = B A, ‖V_j‖² = ‖W_j‖² + 2 B_j · (A Wᵀ)_j + B_j (A
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -85,8 +86,8 @@ class DoRADelta(Combined, of=DoRA):
         y = self.inner.output(call)
         return None if y is None else call.gain(y, self._gain(call.W))
 
-    def shift(self, b: Tensor | None) -> Tensor | None:
-        return self.inner.shift(b)  # a magnitude is a row of W's, not the bias's
+    def shift(self, b: Tensor | None, W: Callable[[], Tensor]) -> Tensor | None:
+        return self.inner.shift(b, W)  # a magnitude is a row of W's, not the bias's
 
     def form(self, W: Tensor, b: Tensor | None) -> Form:
         inner, gain = self.inner.form(W, b), self._gain(W)
@@ -94,7 +95,7 @@ class DoRADelta(Combined, of=DoRA):
         if inner.gain is not None:
             gain = gain * inner.gain
         # A form's gain meets `W x + b`; the magnitudes meet `W x` alone, so what they do to b is taken back.
-        bias = self.shift(b)
+        bias = self.shift(b, lambda: W)
         if b is not None:
             bias = b - gain * b if bias is None else bias + (b - gain * b)
         return Form(gain=gain, bias=bias, B=B, A=inner.A)

@@ -10,6 +10,7 @@ Gao et al. 2024, arXiv 2405.03003.
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from dataclasses import dataclass
 from typing import cast
 
@@ -22,7 +23,23 @@ from lorakit.errors import LorakitError
 
 
 @dataclass(frozen=True, kw_only=True)
-class FourierFT(Method):
+class Frequencies(Method):
+    """The options of a few trained coefficients at random places."""
+
+    n_frequency: int
+    scale: float
+    seed: int = option(777, "what the places of the trained entries are drawn from", peft="random_loc_seed")
+
+    def check(self, shape: Shape, path: str) -> None:
+        if self.n_frequency > shape.out * shape.in_:
+            raise LorakitError(
+                f"attach: n_frequency {self.n_frequency} is above the {shape.out * shape.in_} places in the spectrum of {path} "
+                f"({shape.out} × {shape.in_}). Give {shape.out * shape.in_} or less, or leave the layer out."
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class FourierFT(Frequencies):
     """The options of FourierFT."""
 
     name = "fourierft"
@@ -46,32 +63,40 @@ class FourierFT(Method):
         shown="a finite number other than 0",
         peft="scaling",
     )
-    seed: int = option(777, "what the places of the trained entries are drawn from", peft="random_loc_seed")
     start_zero: bool = option(False, "start at zero instead of N(0, 1)", peft="init_weights")
 
-    def check(self, shape: Shape, path: str) -> None:
-        if self.n_frequency > shape.out * shape.in_:
-            raise LorakitError(
-                f"attach: n_frequency {self.n_frequency} is above the {shape.out * shape.in_} places in the spectrum of {path} "
-                f"({shape.out} × {shape.in_}). Give {shape.out * shape.in_} or less, or leave the layer out."
-            )
 
+class Coefficients(Delta):
+    """c of one matrix (n_frequency,); its places follow from seed and shape. A member says in `changed` what they stand for."""
 
-class FourierFTDelta(Delta, of=FourierFT):
-    """c of one matrix (n_frequency,); its places follow from seed and shape."""
+    spec: Frequencies
 
-    spec: FourierFT
-
-    def __init__(self, spec: FourierFT, shape: Shape, pool: Pool) -> None:
+    def __init__(self, spec: Frequencies, shape: Shape, pool: Pool) -> None:
         super().__init__(spec, shape, pool)
         generator = torch.Generator().manual_seed(spec.seed)
         places = torch.randperm(shape.out * shape.in_, generator=generator)[: spec.n_frequency].clone()
         self.register_buffer("places", places, persistent=False)
-        self.c = nn.Parameter(torch.zeros(spec.n_frequency) if spec.start_zero else torch.randn(spec.n_frequency))
+        self.c = nn.Parameter(torch.zeros(spec.n_frequency))
+
+    @abstractmethod
+    def changed(self, F: Tensor) -> Tensor:
+        """ΔW / scale (out, in) for the coefficients (out, in), in float32 or better."""
 
     def dense(self, W: Tensor) -> Tensor:
         size = self.shape.out, self.shape.in_
         c = self.c.to(torch.promote_types(self.c.dtype, torch.float32))  # there is no transform in half precision
         F = c.new_zeros(size[0] * size[1]).index_copy(0, cast(Tensor, self.places), c)
-        change: Tensor = torch.fft.ifft2(F.view(size)).real
-        return change * self.spec.scale
+        return self.changed(F.view(size)) * self.spec.scale
+
+
+class FourierFTDelta(Coefficients, of=FourierFT):
+    """c, N(0, 1) at the start unless that is zero."""
+
+    def __init__(self, spec: FourierFT, shape: Shape, pool: Pool) -> None:
+        super().__init__(spec, shape, pool)
+        if not spec.start_zero:
+            nn.init.normal_(self.c)
+
+    def changed(self, F: Tensor) -> Tensor:
+        change: Tensor = torch.fft.ifft2(F).real
+        return change

@@ -12,7 +12,7 @@ group the same ones). Liu et al. 2022, arXiv 2205.05638.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -100,7 +100,7 @@ class OutputGain(Delta):
     def dense(self, W: Tensor) -> Tensor:
         return (self.l - 1)[:, None] * W
 
-    def shift(self, b: Tensor | None) -> Tensor | None:
+    def shift(self, b: Tensor | None, W: Callable[[], Tensor]) -> Tensor | None:
         return None if b is None else (self.l - 1) * b
 
     def act(self, call: Call) -> Tensor:

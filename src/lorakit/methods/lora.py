@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -105,11 +106,11 @@ class BiasedDelta(LoRADelta):
         super().__init__(spec, shape, pool)
         self.b = nn.Parameter(torch.zeros(shape.out))
 
-    def shift(self, b: Tensor | None) -> Tensor | None:
+    def shift(self, b: Tensor | None, W: Callable[[], Tensor]) -> Tensor | None:
         return self.scale * self.b
 
     def form(self, W: Tensor, b: Tensor | None) -> Form:
-        return dataclasses.replace(super().form(W, b), bias=self.shift(b))
+        return dataclasses.replace(super().form(W, b), bias=self.shift(b, lambda: W))
 
     def roles(self) -> dict[str, str]:
         return {**super().roles(), "b": "bias"}

@@ -28,7 +28,17 @@ from lorakit.core.delta import Card, Pool, Shape
 from lorakit.core.options import option
 from lorakit.errors import LorakitError
 from lorakit.methods.options import divisors, dropout_option
-from lorakit.methods.rotation import InBlocks, Rotation, blocks_option, cayley, turn_blocks, turned_size
+from lorakit.methods.rotation import (
+    InBlocks,
+    Rotation,
+    blocks_option,
+    cayley,
+    series,
+    skew,
+    turn_blocks,
+    turned_size,
+    within,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,24 +114,12 @@ class OFTDelta(Rotation, of=OFT):
 
     def skew(self) -> Tensor:
         """Q as skew matrices, (k, c, c), within COFT's ball."""
-        q = self.Q
-        if self.eps is not None:
-            norm = math.sqrt(2) * torch.linalg.vector_norm(q, dim=1, keepdim=True)
-            q = q * (self.eps / norm.clamp_min(self.eps))
-        rows, columns = torch.triu_indices(self.c, self.c, 1, device=q.device)
-        upper = q.new_zeros(q.shape[0], self.c, self.c).index_put((torch.arange(len(q))[:, None], rows, columns), q)
-        return upper - upper.mT
+        return skew(within(self.Q, self.eps), self.c)
 
     def turns(self) -> Tensor:
         """R - I, (k, c, c)."""
         Q = self.skew()
-        if self.exact:
-            return cayley(-Q)
-        K, power = 2 * Q, Q
-        for order in range(2, self.terms):
-            power = power @ Q
-            K = K + power * (1 if order == self.terms - 1 else 2)
-        return K
+        return cayley(-Q) if self.exact else series(Q, self.terms)
 
     def change(self, x: Tensor, back: bool = False) -> Tensor:
         K = self.thin(self.turns())

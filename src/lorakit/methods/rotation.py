@@ -10,6 +10,7 @@ lost beside the one that stands on R's diagonal.
 
 from __future__ import annotations
 
+import math
 from abc import abstractmethod
 from typing import Any, ClassVar, cast
 
@@ -78,6 +79,34 @@ def cayley(Q: Tensor) -> Tensor:
     """`(I + Q)(I - Q)⁻¹ - I = 2 Q (I - Q)⁻¹` for skew Q (blocks, size, size): a rotation, less the identity."""
     eye = torch.eye(Q.shape[-1], dtype=Q.dtype, device=Q.device)
     K: Tensor = torch.linalg.solve(eye - Q, 2 * Q, left=False)
+    return K
+
+
+def skew(upper: Tensor, size: int) -> Tensor:
+    """Skew matrices (…, size, size) from their strict upper triangles (…, size (size - 1) / 2), row by row."""
+    rows, columns = torch.triu_indices(size, size, 1, device=upper.device)
+    places = rows * size + columns
+    whole: Tensor = (
+        upper.new_zeros(*upper.shape[:-1], size * size).index_copy(-1, places, upper).unflatten(-1, (size, size))
+    )
+    return whole - whole.mT
+
+
+def within(upper: Tensor, eps: float | None) -> Tensor:
+    """Triangles whose skew matrices are longer than `eps` (Frobenius) scaled back to that."""
+    if eps is None:
+        return upper
+    norm = math.sqrt(2) * torch.linalg.vector_norm(upper, dim=-1, keepdim=True)
+    scaled: Tensor = upper * (eps / norm.clamp_min(eps))
+    return scaled
+
+
+def series(Q: Tensor, terms: int) -> Tensor:
+    """What `cayley` is by the first terms of its series, 2Q + 2Q² + … + Q^(terms - 1)."""
+    K, power = 2 * Q, Q
+    for order in range(2, terms):
+        power = power @ Q
+        K = K + power * (1 if order == terms - 1 else 2)
     return K
 
 

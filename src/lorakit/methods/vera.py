@@ -97,8 +97,8 @@ class VeRADelta(OverPair, of=VeRA):
     def draw(self, out: int, in_: int) -> tuple[Tensor, Tensor]:
         """(widest out, rank) and (rank, widest in), A first."""
         generator = torch.Generator().manual_seed(self.spec.seed)
-        A = _kaiming((self.spec.rank, in_), generator)
-        return _kaiming((out, self.spec.rank), generator), A
+        A = kaiming((self.spec.rank, in_), generator)
+        return kaiming((out, self.spec.rank), generator), A
 
     def factors(self) -> tuple[Tensor, Tensor]:
         B, A = self.projections()
@@ -109,7 +109,7 @@ class VeRADelta(OverPair, of=VeRA):
         return self.lambda_d
 
 
-def _kaiming(size: tuple[int, int], generator: torch.Generator) -> Tensor:
+def kaiming(size: tuple[int, int], generator: torch.Generator) -> Tensor:
     """Uniform within ±√(6 / columns); the order of operations is that of PEFT, so that a seed gives the same bits."""
     bound = math.sqrt(3.0) * (math.sqrt(2.0) / math.sqrt(size[1]))
     return torch.empty(size).uniform_(-bound, bound, generator=generator)

@@ -26,6 +26,7 @@ from typing import Any
 from lorakit.adapter.adapter import adapters as adapters
 from lorakit.core.replacement import Replacement as ModulesToSaveWrapper
 from lorakit.errors import LorakitError as PeftError
+from lorakit.files.formats import UNSUPPORTED
 from lorakit.peft.attaching import preprocess_corda, preprocess_loraga
 from lorakit.peft.configs import (
     CONFIGS,
@@ -105,22 +106,7 @@ _ELSEWHERE = {
     "PrefixEncoder": "lorakit.PrefixTuning",
     "PromptEmbedding": "lorakit.PromptTuning",
     "PromptEncoder": "lorakit.PTuning",
-    **dict.fromkeys(
-        (
-            *(
-                "AdaLoraModel",
-                "AdaptionPromptModel",
-                "BOFTModel",
-                "C3AModel",
-                "FourierFTModel",
-                "HiraModel",
-                "IA3Model",
-            ),
-            *("LoHaModel", "LoKrModel", "OFTModel", "RandLoraModel", "ShiraModel", "VBLoRAModel", "VeraModel"),
-            "TrainableTokensModel",
-        ),
-        "get_peft_model",
-    ),
+    **{f"{name.removesuffix('Config')}Model": "get_peft_model" for name in CONFIGS if name != "LoraConfig"},
     "BdLoraConfig": "",
     "CPTEmbedding": "",
     "KasaConfig": "",
@@ -133,39 +119,9 @@ _ELSEWHERE = {
     "initialize_kv_prefix_from_text": "",
     "prompt_embeddings_from_past_key_values": "",
     "create_riemannian_optimizer": "",
-    **{
-        f"{method}{kind}": ""
-        for kind in ("Config", "Model")
-        for method in (
-            *(
-                "Adamss",
-                "Beft",
-                "CPT",
-                "Cartridge",
-                "Deft",
-                "Delora",
-                "Frod",
-                "Glora",
-                "Gralora",
-                "HRA",
-                "LNTuning",
-                "Lily",
-            ),
-            *(
-                "Miss",
-                "MultitaskPromptTuning",
-                "OSF",
-                "Peanut",
-                "Poly",
-                "Psoft",
-                "Pvera",
-                "Road",
-                "Shadow",
-                "Supertuning",
-            ),
-            *("TinyLora", "UniLora", "WaveFT"),
-        )
-    },
+    "CPTConfig": "lorakit.PromptTuning, as which its files are read",
+    "CartridgeConfig": "lorakit.PrefixTuning(width=None), as which its files are read",
+    "MultitaskPromptTuningConfig": "lorakit.PromptTuning, as which its files of one task are read",
 }
 """PEFT's names that are not here -> what does it in lorakit; empty where nothing does."""
 
@@ -178,6 +134,11 @@ def __getattr__(name: str) -> Any:
     for table in (CONFIGS, AUTO):
         if name in table:
             return table[name]
+    kind = name.removesuffix("Config").removesuffix("Model").upper()
+    if kind in UNSUPPORTED:
+        raise MissingNameError(
+            f"lorakit.peft has no {name}: PEFT type {kind} is not supported because {UNSUPPORTED[kind]}."
+        )
     if name in _ELSEWHERE:
         instead = (
             f"; in lorakit it is {_ELSEWHERE[name]}." if _ELSEWHERE[name] else ", and lorakit has nothing like it yet."

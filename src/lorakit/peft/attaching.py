@@ -14,7 +14,8 @@ from torch import nn
 from lorakit.adapter.adapter import Adapter
 from lorakit.adapter.attachment import attach
 from lorakit.adapter.targets import input_embedding
-from lorakit.core.delta import LowRank, Method
+from lorakit.core.delta import Method
+from lorakit.core.options import options_of
 from lorakit.core.walking import has_suffix, walk
 from lorakit.edits.contract import EditMethod
 from lorakit.errors import LorakitError
@@ -56,7 +57,7 @@ def attach_config(
         adapter = attach(model, spec, name=name, modules_to_save=saved)
     else:
         if start is None:
-            start = _start(options, default_of(config, "init_weights") if "init_weights" in options else True)
+            start = _start(options, spec, default_of(config, "init_weights") if "init_weights" in options else True)
             batches = _seen.pop(model, None) if isinstance(start, CorDA | LoRAGA) else None
         adapter = attach(
             model,
@@ -129,11 +130,12 @@ def _targets(model: nn.Module, options: dict[str, Any]) -> Any:
     return asked_targets(targets if isinstance(targets, str) else tuple(targets or ()), parameters)
 
 
-def _start(options: dict[str, Any], default: Any) -> str | Initialiser:
+def _start(options: dict[str, Any], spec: Any, default: Any) -> str | Initialiser:
     """The initialiser that PEFT's `init_lora_weights` names, with its options."""
     value = options.get("init_lora_weights", options.get("init_weights", True))
     if "init_lora_weights" not in options:
-        if value not in (True, False, None, default):
+        of_the_spec = any(one.option.peft == "init_weights" for one in options_of(type(spec)).values())
+        if value not in (True, False, None, default) and not of_the_spec:
             raise LorakitError(
                 f"{options['peft_type']}: init_weights={value!r} is not offered; {default!r} and False are."
             )
@@ -178,19 +180,18 @@ def _loftq(own: dict[str, Any]) -> LoftQ:
 
 
 def _away_from_base(adapter: Adapter) -> None:
-    """PEFT's `init_lora_weights=False`: the factor that starts at zero is drawn as the other is, so that the adapter acts."""
-    for _, _, delta in adapter.deltas():
-        if isinstance(delta, TokenRows):
-            if not adapter.beside(delta):
-                nn.init.normal_(delta.rows())
-            continue
-        if not isinstance(delta, LowRank) or getattr(delta, "B", None) is None:
-            raise LorakitError(
-                f"init_weights=False is not offered for {adapter.method.name}; only for methods with B and A."
-            )
-        B = cast(torch.Tensor, delta.B)
-        with torch.no_grad():
-            B.uniform_(-1 / math.sqrt(B.shape[-1]), 1 / math.sqrt(B.shape[-1]))
+    """PEFT's `init_weights=False`: what starts at zero is drawn as other tensors are, so that the adapter acts."""
+    rows = [delta for _, _, delta in adapter.deltas() if isinstance(delta, TokenRows)]
+    for delta in rows:
+        if not adapter.beside(delta):
+            nn.init.normal_(delta.rows())
+    deltas = [delta for _, _, delta in adapter.deltas() if not isinstance(delta, TokenRows)]
+    parameters = [*adapter.pool.parameters(), *(one for delta in deltas for one in delta.parameters())]
+    zero = [parameter for parameter in parameters if not parameter.any()]
+    with torch.no_grad():
+        for parameter in zero or parameters:
+            bound = 1 / math.sqrt(parameter.shape[-1])
+            parameter.uniform_(-bound, bound)
 
 
 def full_precision(adapter: Adapter) -> None:

@@ -15,9 +15,9 @@ from functools import cache
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
-from lorakit.errors import unknown
+from lorakit.errors import LorakitError, unknown
 from lorakit.files.bundle import CONFIG, read_config
-from lorakit.files.formats import FORMATS
+from lorakit.files.formats import FORMATS, UNSUPPORTED
 
 
 class _Words(enum.StrEnum):
@@ -129,6 +129,8 @@ class PeftConfig(AlsoPefts):
         """The configuration with these entries, of the class that its peft_type names."""
         kind = str(getattr(values.get("peft_type"), "value", values.get("peft_type") or "LORA"))
         own = PEFT_TYPE_TO_CONFIG_MAPPING.get(kind)
+        if kind in UNSUPPORTED:
+            raise LorakitError(f"{where}: PEFT type {kind} is not supported because {UNSUPPORTED[kind]}.")
         if own is None or not issubclass(own, cls):
             wanted = PEFT_TYPE_TO_CONFIG_MAPPING if cls is PeftConfig else [cls.__name__]
             raise unknown("peft_type" if own is None else f"peft_type of a {cls.__name__}", kind, wanted, where=where)
@@ -227,6 +229,8 @@ _LYCORIS: dict[str, Any] = {
     "module_dropout": 0.0,
     "use_effective_conv2d": False,
 }
+_SOME = {name: default for name, default in _LAYERS.items() if name != "exclude_modules"}
+_NAMED = {"target_modules": None, "modules_to_save": None, "init_weights": True}
 _PAIR = {"projection_prng_key": 0, "save_projection": True}
 _TABLE: dict[str, tuple[str, type, dict[str, Any]]] = {
     "AdaLoraConfig": (
@@ -311,6 +315,78 @@ _TABLE: dict[str, tuple[str, type, dict[str, Any]]] = {
         | {"vblora_dropout": 0.0, "init_vector_bank_bound": 0.02, "init_logits_std": 0.1},
     ),
     "VeraConfig": ("VERA", PeftConfig, {**_MATRICES, **_PAIR, "r": 256, "vera_dropout": 0.0, "d_initial": 0.1}),
+    "BeftConfig": ("BEFT", PeftConfig, _NAMED),
+    "DeloraConfig": (
+        "DELORA",
+        PeftConfig,
+        {**_LAYERS, "bias": "none", "r": 8, "delora_lambda": 15, "module_dropout": 0.0, "rank_pattern": {}}
+        | {"lambda_pattern": {}},
+    ),
+    "GloraConfig": (
+        "GLORA",
+        PeftConfig,
+        {**_NAMED, "bias": "none", "r": 8, "config_A_B": "lora", "config_C": "lora", "config_D_E": "constant"},
+    ),
+    "GraloraConfig": (
+        "GRALORA",
+        PeftConfig,
+        {**_SOME, "fan_in_fan_out": False, "bias": "none", "r": 32, "hybrid_r": 0, "alpha": 64, "gralora_k": 2}
+        | {"gralora_dropout": 0.0},
+    ),
+    "HRAConfig": ("HRA", PeftConfig, {**_LAYERS, "bias": "none", "r": 8, "apply_GS": False}),
+    "LNTuningConfig": (
+        "LN_TUNING",
+        PeftConfig,
+        {"target_modules": None, "exclude_modules": None, "modules_to_save": None},
+    ),
+    "MissConfig": ("MISS", PeftConfig, {**_LAYERS, "bias": "none", "r": 64, "miss_dropout": 0.0, "mini_r": 1}),
+    "DeftConfig": (
+        "DEFT",
+        PeftConfig,
+        {**_MATRICES, "r": 8, "decomposition_method": "relu", "init_scale": 1.0, "alpha": None, "para": False}
+        | {"deft_dropout": 0.0},
+    ),
+    "OSFConfig": ("OSF", PeftConfig, {**_NAMED, "effective_rank": None, "rank_pattern": None, "target_svd_config": None}),
+    "PeanutConfig": ("PEANUT", PeftConfig, {**_LAYERS, "r": 32, "depth": 0, "act_fn": "relu", "scaling": 1.0}),
+    "PsoftConfig": (
+        "PSOFT",
+        PeftConfig,
+        {**_LAYERS, "fan_in_fan_out": False, "r": 32, "psoft_alpha": 32, "psoft_dropout": 0.0}
+        | {"ab_svd_init": "psoft_init", "psoft_svd": "full", "psoft_svd_lowrank_niter": 10, "random_seed": 0}
+        | {"psoft_orth": True, "psoft_mag_b": True, "psoft_mag_a": True, "use_cayley_neumann": False}
+        | {"num_cayley_neumann_terms": 5, "cayley_neumann_eps": None},
+    ),
+    "PveraConfig": (
+        "PVERA",
+        PeftConfig,
+        {**_SOME, **_PAIR, "fan_in_fan_out": False, "bias": "none", "r": 256, "pvera_dropout": 0.0, "d_initial": 0.1}
+        | {"sample_at_inference": False, "generator_seed": None},
+    ),
+    "RoadConfig": ("ROAD", PeftConfig, {**_NAMED, "variant": "road_1", "group_size": 64}),
+    "SupertuningConfig": (
+        "SUPERTUNING",
+        PeftConfig,
+        {**_NAMED, "sparsity": 0.99, "select_top": True, "r": None, "lora_alpha": None, "lora_dropout": 0.0}
+        | {"save_precomputed_indices": True},
+    ),
+    "TinyLoraConfig": (
+        "TINYLORA",
+        PeftConfig,
+        {**_SOME, "fan_in_fan_out": False, "bias": "none", "r": 2, "u": 64, "weight_tying": 0.0, "projection_seed": 42}
+        | {"save_projection": True, "init_v_bound": 0.02, "tinylora_dropout": 0.0},
+    ),
+    "UniLoraConfig": (
+        "UNILORA",
+        PeftConfig,
+        {**_SOME, "fan_in_fan_out": False, "bias": "none", "r": 4, "proj_seed": 42, "theta_d_length": 256}
+        | {"unilora_dropout": 0.0, "init_theta_d_bound": 0.02, "save_indices": False},
+    ),
+    "WaveFTConfig": (
+        "WAVEFT",
+        PeftConfig,
+        {**_MATRICES, "n_frequency": 2592, "scaling": 25.0, "wavelet_family": "db1", "use_idwt": True}
+        | {"random_loc_seed": 777, "n_frequency_pattern": {}, "proportional_parameters": False},
+    ),
 }  # fmt: skip
 """Name of the class -> (PEFT type, what it is, further fields with PEFT's defaults)."""
 

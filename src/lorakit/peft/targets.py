@@ -31,14 +31,40 @@ _ALL_OF_SOME = {
 }
 _SQUARE = {"gpt2": "mlp.c_proj", "gpt_bigcode": "mlp.c_proj"}
 _PHI = {"phi": "q_proj v_proj"}
+_ALL = "q_proj k_proj v_proj o_proj gate_proj down_proj up_proj"
 _OTHERS = {
     "ADALORA": {**_ALL_OF_SOME, "roberta": "query key value dense"},
     "VBLORA": _ALL_OF_SOME,
     "C3A": _SQUARE,
     "FOURIERFT": _SQUARE,
+    "WAVEFT": _SQUARE,
+    "PVERA": {**_PHI, "dinov2": "query value"},
+    "OSF": {
+        **dict.fromkeys("llama llama4 mistral mixtral gemma gemma2 gemma3_text qwen2 qwen3 phi".split(), _ALL),  # noqa: SIM905
+        **dict.fromkeys(_SQUARE, "c_attn c_proj"),
+        **dict.fromkeys(("bloom", "gpt_neox", "falcon"), "query_key_value dense_4h_to_h"),
+        "opt": _ALL_OF_SOME["opt"],
+        "gptj": "q_proj k_proj v_proj out_proj fc_in fc_out",
+    },
+    # PEFT trains the biases of values alone
+    "BEFT": {kind: value for kind, names in DEFAULT_TARGETS.items() for value in names if value.startswith("v")},
     "SHIRA": _PHI,
     "VERA": _PHI,
 }
+_LN = {
+    "input_layernorm post_attention_layernorm norm": "llama mistral gemma",
+    "input_layernorm post_attention_layernorm pre_feedforward_layernorm post_feedforward_layernorm norm": "gemma2 gemma3_text",
+    "post_attention_layernorm": "qwen2 qwen3",
+    "input_layernorm post_attention_layernorm ln_f": "bloom falcon",
+    "layer_norm final_layer_norm": "t5 mt5",
+    "self_attn_layer_norm encoder_attn_layer_norm final_layer_norm": "bart",
+    "ln_1 ln_2 ln_f": "gpt2",
+    "ln_1 ln_f": "gptj",
+    "input_layernorm final_layernorm": "phi",
+    "layernorm LayerNorm final_layer_norm self_attn_layer_norm": "blip-2",
+    "multi_modal_projector input_layernorm post_attention_layernorm norm embed_tokens lm_head": "llava",
+}
+"""LN-tuning's modules, and the architectures."""
 _IA3 = {
     ("k", "v", "wo"): ("wo", "t5"),
     ("k", "v", "wi_1"): ("", "mt5"),
@@ -63,6 +89,8 @@ def default_targets(method: str, kind: str | None) -> list[str]:
     """The layers that PEFT's method adapts in a model of this model_type. LorakitError where PEFT has no default."""
     if method == "IA3":
         own = {one: list(names) for names, (_, kinds) in _IA3.items() for one in kinds.split()}
+    elif method == "LN_TUNING":
+        own = {one: names.split() for names, kinds in _LN.items() for one in kinds.split()}
     else:
         own = {**DEFAULT_TARGETS, **{one: names.split() for one, names in _OTHERS.get(method, {}).items()}}
     if kind not in own:

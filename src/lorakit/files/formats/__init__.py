@@ -18,6 +18,7 @@ from lorakit.files.formats.edits import EDITS, ROUTERS
 from lorakit.files.formats.format import Format as Format
 from lorakit.files.formats.methods import METHODS
 from lorakit.files.formats.methods import OTHER_AXES as OTHER_AXES
+from lorakit.files.formats.methods import UNSUPPORTED as UNSUPPORTED
 from lorakit.files.formats.methods import adalora_scale as adalora_scale
 from lorakit.files.formats.methods import check_axes as check_axes
 from lorakit.files.table import TABLE
@@ -53,8 +54,10 @@ def spec_from_peft(config: Mapping[str, Any]) -> Spec:
     """The spec that PEFT's configuration describes; entries that cannot be honoured are refused by name."""
     given = config.get("peft_type")
     kind = str(getattr(given, "value", given))  # PEFT's own configuration has an enumeration there
+    if kind in UNSUPPORTED:
+        raise LorakitError(f"PEFT type {kind} is not supported because {UNSUPPORTED[kind]}.")
     rows = {name: row for name, row in FORMATS.items() if row.peft is not None}
-    name = next((name for name, row in rows.items() if row.peft == kind and row.claims(config)), None)
+    name = next((name for name, row in rows.items() if kind in (row.peft, *row.also) and row.claims(config)), None)
     if name is None:
         raise unknown("PEFT type", kind, dict.fromkeys(str(row.peft) for row in rows.values()))
     if name == "dora":

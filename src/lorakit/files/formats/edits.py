@@ -44,9 +44,36 @@ def _prompted(adapter: Any, specs: Mapping[str, Any]) -> dict[str, Any]:
 def _first_prompt(spec: Any, tensors: Tensors, config: Config, paths: Sequence[str]) -> Tensors:
     """PEFT keeps a second prompt for the decoder of an encoder-decoder and never uses it; the first one is taken."""
     read, count = dict(tensors), int(config["num_virtual_tokens"])
+    if "prefix_task_cols" in read:  # the multitask form: P ∘ (columns rows) of its one task
+        columns, rows = read.pop("prefix_task_cols"), read.pop("prefix_task_rows")
+        read[PROMPT] = read[PROMPT] * (columns[0] @ rows[0])
     if PROMPT in read and read[PROMPT].shape[0] == 2 * count:
         read[PROMPT] = read[PROMPT][:count]
     return read
+
+
+_OF_TRAINING = frozenset(
+    {
+        "cpt_token_ids",
+        "cpt_mask",
+        "cpt_tokens_type_mask",
+        "opt_weighted_loss_type",
+        "opt_loss_decay_factor",
+        "num_ranks",
+    }
+    | {"opt_projection_epsilon", "opt_projection_format_epsilon", "num_tasks", "prompt_tuning_init_task"}
+    | {"prompt_tuning_init_state_dict_path"}
+)
+"""Of the types that are read as prompt tuning: how they were trained."""
+
+
+def _of_one_task(config: Config) -> dict[str, Any]:
+    if config.get("num_tasks", 1) != 1:
+        raise LorakitError(
+            f"load: PEFT type MULTITASK_PROMPT_TUNING with num_tasks={config['num_tasks']} is not supported because each call "
+            "must be told the task of every row (task_ids). A file of one task is read as prompt tuning."
+        )
+    return {"start": "random"}  # how the rows started says nothing of what they are
 
 
 _STARTS = {"vocabulary": "SAMPLE_VOCAB", "text": "TEXT", "random": "RANDOM"}
@@ -153,11 +180,12 @@ EDITS: dict[str, Format] = {
     "prompt-tuning": Format(
         peft="PROMPT_TUNING",
         tensors={"P": PROMPT},
-        ignored=_MODEL | {"tokenizer_kwargs"},
-        read=lambda config: {"start": "random"},  # how the rows started says nothing of what they are
+        ignored=_MODEL | {"tokenizer_kwargs"} | _OF_TRAINING,
+        read=_of_one_task,
         write=_started,
         whole=_prompted,
         from_file=_first_prompt,
+        also=frozenset({"CPT", "MULTITASK_PROMPT_TUNING"}),
     ),
     "p-tuning": Format(
         peft="P_TUNING",
@@ -169,8 +197,9 @@ EDITS: dict[str, Format] = {
     ),
     "prefix-tuning": Format(
         peft="PREFIX_TUNING",
+        also=frozenset({"CARTRIDGE"}),
         fixed={"prefix_projection": False},  # what is written has been through the network already
-        ignored=_MODEL,
+        ignored=_MODEL | {"num_frozen_tokens"},  # which a cartridge does not train
         read=lambda config: {"width": config.get("encoder_hidden_size")},
         write=lambda spec: {"encoder_hidden_size": spec.width},
         whole=_prefixed,

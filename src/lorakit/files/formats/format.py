@@ -38,6 +38,7 @@ class Format:
         fixed: entries that are written so for every adapter; what they say is no part of how a finished adapter acts.
         ignored: further entries of PEFT's of which that is true.
         refused: entry -> why an adapter that sets it cannot be read.
+        also: PEFT's other types that are read as this method, which no longer differ from it once they are trained.
         claims: of rows with the same PEFT name, whether the configuration is of this one.
         read: options by name that the configuration says otherwise than by their declarations, or LorakitError.
         write: entries that say options otherwise than by their declarations.
@@ -46,6 +47,9 @@ class Format:
         from_file: a file's tensors under the names that are described here.
         to_file: what all edits of an adapter keep together, {(path, name): tensor}; None: each what is described here.
         check: raises LorakitError where PEFT's file would be another function on this model; gets the anatomy of an edit's.
+        apart: whether each adapted layer has tensors of its own in a file; if not, the configuration says which layers are
+            adapted.
+        replaced: before the names of the tensors of a module that is trained whole.
         router: before the names of the router's tensors, where the method has one.
     """
 
@@ -55,6 +59,7 @@ class Format:
     fixed: Config = field(default_factory=dict)
     ignored: frozenset[str] = frozenset()
     refused: Mapping[str, str] = field(default_factory=dict)
+    also: frozenset[str] = frozenset()
     claims: Callable[[Config], bool] = lambda config: True
     read: Callable[[Config], dict[str, Any]] = nothing
     write: Callable[[Any], dict[str, Any]] = nothing
@@ -63,4 +68,6 @@ class Format:
     from_file: Callable[[Any, Tensors, Config, Sequence[str]], Tensors] = _as_they_are
     to_file: Callable[[Mapping[Any, Any]], dict[tuple[str, str], Tensor]] | None = None
     check: Callable[[Any], object] = nothing
+    apart: bool = True
+    replaced: str = ""
     router: str = "router."

@@ -12,6 +12,7 @@ from lorakit.core.layout import Convolution
 from lorakit.errors import LorakitError
 from lorakit.files.formats.format import Config, Format, Tensors
 from lorakit.methods import LoRA
+from lorakit.methods.peanut import DEEPEST
 
 # -- LoRA and its kin --------------------------------------------------------------------------------------------------------
 
@@ -253,6 +254,32 @@ def _places(config: Config) -> dict[str, Any]:
     return {}
 
 
+def _frozen_triplets(adapter: Any, specs: Mapping[str, Any]) -> dict[str, Any]:
+    """How many triplets each layer keeps frozen, by its whole name: PEFT searches for a pattern anywhere in a name."""
+    kept = {
+        f"^{re.escape(site.place(path))}$": min(delta.shape.out, delta.shape.in_) - len(delta.S)
+        for path, site, delta in adapter.deltas()
+    }
+    return {"effective_rank": None, "rank_pattern": kept}
+
+
+def _without_zeros(spec: Any, tensors: Tensors, *_: Any) -> Tensors:
+    """PEFT writes zeros for what is none."""
+    return {key: tensor for key, tensor in tensors.items() if not re.search(r"\.glora_[A-E]\.zeros$", key)}
+
+
+UNSUPPORTED = {
+    "LILY": "its experts are weighed by the mean over all tokens of a batch, so that what a row gets depends on the rows "
+    "beside it and no weight, merged or served, is the same function",
+    "ADAMSS": "its file lacks which rows of the weight each factor belongs to, which PEFT clusters anew, by scikit-learn, at "
+    "each load",
+    "FROD": "it keeps a whole matrix of in × in for every kind of layer, more than the weights themselves in most models, and "
+    "half of its factors is in no file",
+    "SHADOW": "it is a second network with a state of its own beside the blocks of a decoder, and no change of a layer",
+    "POLY": "each call must be told the task of every row (task_ids), for a router that draws at random in training",
+}
+"""PEFT's types that lorakit does not have -> why."""
+
 METHODS: dict[str, Format] = {
     "dora": Format(
         "LORA",
@@ -315,6 +342,58 @@ METHODS: dict[str, Format] = {
         write=_feedforward,
     ),
     "trainable-tokens": Format("TRAINABLE_TOKENS", {"R": "trainable_tokens_delta"}, ignored=frozenset({"init_weights"})),
+    "miss": Format("MISS", {"D": "miss_block"}),
+    "delora": Format("DELORA", {"A": "delora_A", "B": "delora_B", "lam": "delora_lambda", "w": "delora_w_norm"}),
+    "gralora": Format(
+        "GRALORA",
+        {"A": "gralora_A", "B": "gralora_B", "whole_A": "gralora_A_general.weight", "whole_B": "gralora_B_general.weight"},
+    ),
+    "hra": Format("HRA"),
+    "road": Format("ROAD"),
+    "supertuning": Format(
+        "SUPERTUNING",
+        {"values": "supertuning_values", "indices": "supertuning_indices", "A": "supertuning_lora_A.weight:in",
+         "B": "supertuning_lora_B.weight:out"},
+    ),
+    "pvera": Format(
+        "PVERA",
+        ignored=frozenset({"generator_seed"}),
+        refused={"sample_at_inference": "its outputs are drawn anew at each call, and no weight gives them"},
+    ),
+    "waveft": Format(
+        "WAVEFT", {"c": "waveft_spectrum"}, ignored=frozenset({"proportional_parameters"}), read=_places
+    ),
+    "osf": Format(
+        "OSF",
+        {"U": "osf_svd_params.U_low", "S": "osf_svd_params.S_low", "V": "osf_svd_params.V_low"},
+        ignored=frozenset({"target_svd_config"}),
+        whole=_frozen_triplets,
+    ),
+    "psoft": Format("PSOFT", {"Q": "psoft_R.weight", "a": "psoft_R.vector_a", "b": "psoft_R.vector_b"}),
+    "peanut": Format(
+        "PEANUT",
+        {
+            "A": "peanut_A.weight",
+            "B": "peanut_B.weight",
+            **{f"E{number}": f"peanut_encoders.{number}.weight" for number in range(DEEPEST)},
+            **{f"D{number}": f"peanut_decoders.{number}.weight" for number in range(DEEPEST)},
+        },
+    ),
+    "deft": Format("DEFT", ignored=frozenset({"init_scale"})),
+    "tinylora": Format("TINYLORA"),
+    "unilora": Format("UNILORA", apart=False),
+    "glora": Format(
+        "GLORA",
+        {letter: f"glora_{letter}.X" for letter in "ABCDE"}
+        | {f"{letter}_{side}": f"glora_{letter}.X{side}" for letter in "ABC" for side in "du"},
+        from_file=_without_zeros,
+    ),
+    "ln-tuning": Format(
+        "LN_TUNING",
+        replaced="ln_tuning_layers.",
+        from_file=lambda spec, tensors, *_: {key.replace(".ln_tuning_layers.", "."): one for key, one in tensors.items()},
+    ),
+    "bitfit": Format("BEFT", {"c": "beft_bias:row"}),
     "1lora": Format(tensors={"v": "onelora_v"}),
     "tied-lora": Format(tensors={"u": "tied_u", "v": "tied_v"}),
 }  # fmt: skip

@@ -288,7 +288,7 @@ class AdapterReader:
                     "low-rank stand-in at a stated error); `lorakit extract` makes a LoRA of it."
                 ) from None
         change = delta.dense(W).detach()
-        shift = delta.shift(bias)
+        shift = delta.shift(bias, lambda: W)
         if self.formless == "dense":
             return Form(bias=shift, B=change), "dense", 0.0
         whole = change.float()
