@@ -53,6 +53,7 @@ from lorakit.methods import IA3 as IA3
 from lorakit.methods import METHODS as METHODS
 from lorakit.methods import OFT as OFT
 from lorakit.methods import AdaLoRA as AdaLoRA
+from lorakit.methods import BDLoRA as BDLoRA
 from lorakit.methods import BitFit as BitFit
 from lorakit.methods import DoRA as DoRA
 from lorakit.methods import DyLoRA as DyLoRA

@@ -121,7 +121,6 @@ _ELSEWHERE = {
         ),
         "get_peft_model",
     ),
-    "BdLoraConfig": "",
     "CPTEmbedding": "",
     "KasaConfig": "",
     "MontecloraConfig": "",
