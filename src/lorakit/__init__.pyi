@@ -27,6 +27,7 @@ from lorakit.edits import PromptTuning as PromptTuning
 from lorakit.edits import PTuning as PTuning
 from lorakit.edits.hooks import prompts as prompts
 from lorakit.errors import LorakitError as LorakitError
+from lorakit.experts import ALoRA as ALoRA
 from lorakit.experts import Arrow as Arrow
 from lorakit.experts import LoRAHub as LoRAHub
 from lorakit.experts import MixLoRA as MixLoRA

@@ -18,7 +18,6 @@ from lorakit.methods import LoRA
 
 _REFUSED = {
     "layer_replication": "it repeats layers of the base, which changes the model itself",
-    "alora_invocation_tokens": "the adapter acts from certain tokens on only",
     "use_qalora": "its A reads pooled inputs",
     "arrow_config": "it is a router over other adapters",
     "kasa_config": "its base is truncated",
@@ -142,8 +141,8 @@ _ADALORA = Format(
     "ADALORA",
     {"Q": "lora_A", "P": "lora_B", "lam": "lora_E:column"},
     fixed={**_LORA.fixed, "use_rslora": False, "r": 8},  # PEFT does not use r, and warns of any other value
-    ignored=_LORA.ignored | {"lora_bias"},  # its layers have none, whatever this says
-    refused=_REFUSED,
+    ignored=_LORA.ignored | {"lora_bias", "use_bdlora"},  # which its layers do not read
+    refused=_REFUSED | {"alora_invocation_tokens": "AdaLoRA acts on all tokens, in PEFT too"},
     read=lambda config: _of_the_original_base(config) | {"alpha": adalora_scale(config) * config.get("init_r", 12)},
     write=_triplets,
     whole=_triplets_of_all,
@@ -284,6 +283,11 @@ METHODS: dict[str, Format] = {
         read=_blocks,
         write=_in_blocks,
         whole=_in_blocks_of_linear_layers,
+    ),
+    "alora": dataclasses.replace(
+        _LORA,
+        fixed={**_LORA.fixed, "lora_bias": False},
+        claims=lambda config: bool(config.get("alora_invocation_tokens")),
     ),
     "lora": _LORA,
     "lora-fa": _LORA,
