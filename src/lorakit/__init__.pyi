@@ -27,6 +27,7 @@ from lorakit.edits import PromptTuning as PromptTuning
 from lorakit.edits import PTuning as PTuning
 from lorakit.edits.hooks import prompts as prompts
 from lorakit.errors import LorakitError as LorakitError
+from lorakit.experts import ALoRA as ALoRA
 from lorakit.experts import Arrow as Arrow
 from lorakit.experts import LoRAHub as LoRAHub
 from lorakit.experts import MixLoRA as MixLoRA
@@ -57,6 +58,7 @@ from lorakit.methods import OFT as OFT
 from lorakit.methods import OSF as OSF
 from lorakit.methods import PSOFT as PSOFT
 from lorakit.methods import AdaLoRA as AdaLoRA
+from lorakit.methods import BDLoRA as BDLoRA
 from lorakit.methods import BitFit as BitFit
 from lorakit.methods import DeLoRA as DeLoRA
 from lorakit.methods import DoRA as DoRA

@@ -26,8 +26,7 @@ from lorakit.core.layout import Expert, Rows, Site
 from lorakit.core.storage import storage_of
 from lorakit.errors import LorakitError
 from lorakit.files import store
-from lorakit.files.formats import format_of
-from lorakit.files.packing import views
+from lorakit.files.packing import is_pair, views
 from lorakit.init import INITIALISERS
 from lorakit.methods import LoRA
 
@@ -266,7 +265,7 @@ def declared(adapter: Adapter) -> list[int]:
         tuple[str, str], int
     ] = {}  # all experts of a stack make one pair of factors, where the method is LoRA
     for _, site, delta in adapter.deltas():
-        if isinstance(site.layout, Expert) and format_of(delta.spec.name).peft == "LORA" and isinstance(delta, LowRank):
+        if isinstance(site.layout, Expert) and is_pair(delta):
             for name, tensor in delta.named_parameters():
                 stacked[site.weight, name] = stacked.get((site.weight, name), 0) + tensor.numel()
         elif not isinstance(site.layout, Rows):

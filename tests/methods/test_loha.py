@@ -9,7 +9,6 @@ from torch import nn
 import lorakit as lk
 from lorakit.core.delta import Pool, Shape
 from lorakit.errors import LorakitError
-from lorakit.files.formats import spec_from_peft
 from lorakit.methods.loha import LoHaDelta, WideLoHaDelta
 
 
@@ -91,7 +90,5 @@ def test_refusals() -> None:
         lk.LoHa(rank=0)
     with pytest.raises(LorakitError, match="loha: alpha was given as nan"):
         lk.LoHa(alpha=float("nan"))
-    with pytest.raises(LorakitError, match=r"use_effective_conv2d=True: .* can be set to false"):
-        spec_from_peft({"peft_type": "LOHA", "r": 4, "use_effective_conv2d": True})
     with pytest.raises(LorakitError, match="factors"):
         lk.attach(model, lk.LoHa(rank=2), target_modules=["0"], init="gaussian")

@@ -16,7 +16,6 @@ from lorakit.core.call import LayerCall
 from lorakit.core.delta import Pool, Shape
 from lorakit.core.sites import sites_of
 from lorakit.errors import LorakitError
-from lorakit.files.formats import spec_from_peft
 from lorakit.files.store import read_config
 from lorakit.methods.lokr import LoKrDelta, split_size
 from methods.both_ways import both_ways, trained_by_peft
@@ -147,5 +146,3 @@ def test_refusals() -> None:
         lk.LoKr(factor=0)
     with pytest.raises(LorakitError, match="scale_rule was given as 'sum'"):
         lk.LoKr(scale_rule="sum")
-    with pytest.raises(LorakitError, match="use_effective_conv2d=True"):
-        spec_from_peft({"peft_type": "LOKR", "r": 4, "use_effective_conv2d": True})

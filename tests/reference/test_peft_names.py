@@ -102,9 +102,7 @@ def test_every_field_is_accepted(name: str) -> None:
     ("option", "value"),
     [
         ("layer_replication", [(0, 2), (1, 2)]),
-        ("alora_invocation_tokens", [1, 2]),
         ("use_qalora", True),
-        ("use_bdlora", {"nblocks": 2}),
         ("arrow_config", {"top_k": 1}),
         ("kasa_config", {"beta": 1}),
         ("velora_config", {"scale": 1}),

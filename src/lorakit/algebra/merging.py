@@ -49,6 +49,11 @@ def _uniform(state: ModelState, route: str | Blend, verb: str) -> Weighted:
     if not routing.names:
         raise LorakitError(f"{verb}: no adapter was named; on this model are: {', '.join(here)}.")
     for name in routing.names:
+        if getattr(here[name].router, "members", ()) == (name,):
+            raise LorakitError(
+                f"{verb}: {name!r} ({here[name].method.name}) acts from its invocation tokens on and not before, "
+                "so there is no one change to write into the weights; use it unmerged."
+            )
         if here[name].router is not None:
             raise LorakitError(
                 f"{verb}: {name!r} ({here[name].method.name}) weighs its experts for each token, so there is "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from lorakit.core.delta import Method
+from lorakit.experts.alora import ALoRA
 from lorakit.experts.arrow import Arrow
 from lorakit.experts.context import MEMBERS, RouterSpec
 from lorakit.experts.lorahub import LoRAHub
@@ -20,7 +21,19 @@ ROUTERS: dict[str, type[RouterSpec]] = {
 }
 """Routers over adapters that are on the model."""
 
-MIXTURES: dict[str, type[Method]] = {"mixlora": MixLoRA}
-"""Methods whose experts and router are trained together."""
+MIXTURES: dict[str, type[Method]] = {"mixlora": MixLoRA, "alora": ALoRA}
+"""Methods that weigh what they add token by token."""
 
-__all__ = ["MEMBERS", "MIXTURES", "ROUTERS", "Arrow", "LoRAHub", "MixLoRA", "MoLE", "Retrieval", "RouterSpec", "XLoRA"]
+__all__ = [
+    "MEMBERS",
+    "MIXTURES",
+    "ROUTERS",
+    "ALoRA",
+    "Arrow",
+    "LoRAHub",
+    "MixLoRA",
+    "MoLE",
+    "Retrieval",
+    "RouterSpec",
+    "XLoRA",
+]

@@ -24,10 +24,9 @@ from lorakit.core.delta import LowRank, Method
 from lorakit.core.layer import Adapted
 from lorakit.core.layout import Expert, Site, Transposed
 from lorakit.core.stacks import stacked_sites
-from lorakit.core.uniform import is_product
 from lorakit.core.walking import has_suffix, value_for, walk
 from lorakit.errors import LorakitError
-from lorakit.files.formats import format_of
+from lorakit.files.packing import is_pair
 
 EXPERT_MATRICES = {
     "gate_proj": "gate",
@@ -80,7 +79,7 @@ def in_stacks(layer: Adapted, adapter: str) -> dict[str, dict[int, LowRank]]:
     found: dict[str, dict[int, LowRank]] = {}
     for key, delta in layer.deltas_of(adapter).items():
         layout = layer.sites[key].layout
-        if type(layout) is not Expert or format_of(delta.spec.name).peft != "LORA" or not is_product(delta):
+        if type(layout) is not Expert or not is_pair(delta):
             return {}
         found.setdefault(layer.sites[key].weight, {})[layout.index] = cast(LowRank, delta)
     return found

@@ -25,12 +25,11 @@ from lorakit.core.layer import Adapted
 from lorakit.core.layout import Rows, Site
 from lorakit.core.offset import Offset
 from lorakit.core.stacks import is_router
-from lorakit.core.uniform import is_product
 from lorakit.core.walking import as_patterns, exactly, has_suffix, value_for, walk
 from lorakit.errors import LorakitError
 from lorakit.files.experts import in_stacks, stack_spec, stack_tensors, stacks_of
 from lorakit.files.formats import entries_of, format_of
-from lorakit.files.packing import edit_tensors, pack, spec_in_file, views
+from lorakit.files.packing import edit_tensors, is_pair, pack, spec_in_file, views
 from lorakit.methods.tokens import TokenRows
 
 PREFIX = "base_model.model."
@@ -112,7 +111,7 @@ def parts_of(layer: Adapted, adapter: str) -> list[tuple[Site, LowRank]]:
     if not sites or not isinstance(sites[0][0].layout, Rows):
         return []
     for _, delta in sites:
-        if not is_product(delta) or format_of(delta.spec.name).peft != "LORA":
+        if not is_pair(delta):
             raise LorakitError(
                 f"save: {layer.path} is split into parts, which PEFT's format has for LoRA without a bias alone; its method "
                 f"is {delta.spec.name}."

@@ -6,6 +6,7 @@ A matrix's tensor is packed by the layer that it belongs to, along the axes that
     in          (rows, in)              of a convolution (rows, in/groups, *kernel)
     out         (out, columns)          of a convolution (out, columns, 1, …)
     taps        (rows, channels · k)    of a convolution (rows, channels, *kernel)
+    kernel      (rank, rank, k)         of a convolution (rank, rank, *kernel), with one axis (rank, rank, k, 1)
     features    (out,)                  of a convolution (1, out, 1, …)
     column      (n,)                    (n, 1)
     row         (…)                     (1, …)
@@ -26,6 +27,7 @@ from lorakit.core.delta import Delta, Method
 from lorakit.core.layout import Convolution, Layout, Stored
 from lorakit.core.offset import Offset
 from lorakit.core.tied import Tied
+from lorakit.core.uniform import is_product
 from lorakit.edits.contract import Edit
 from lorakit.errors import LorakitError
 from lorakit.experts.mixlora import Experts
@@ -78,6 +80,8 @@ def pack(layout: Layout | None, tensor: Tensor, axes: str) -> Tensor:
             return tensor.reshape(1, -1, *[1] * len(kernel))
         if axes == "taps":
             return tensor.reshape(tensor.shape[0], -1, *kernel)
+        if axes == "kernel":
+            return tensor.reshape(*tensor.shape[:2], *kernel, *[1] * (len(kernel) == 1))
     return tensor
 
 
@@ -104,6 +108,8 @@ def unpack(layout: Layout | None, tensor: Tensor, axes: str) -> Tensor:
         )
     if axes == "features":
         return tensor.flatten()
+    if axes == "kernel":
+        return tensor.flatten(2)
     return tensor.flatten(1) if axes in ("in", "out", "taps") else tensor
 
 
@@ -121,6 +127,11 @@ def names_of(module: Delta | Edit, kind: str = "") -> dict[str, tuple[str, str]]
             name, _, axes = described.get(letter, own).partition(":")
             found[letter] = (name, axes)
     return found
+
+
+def is_pair(delta: Delta) -> bool:
+    """Whether a delta is LoRA's product and is kept as its two factors, so that several can be put side by side in a file."""
+    return is_product(delta) and format_of(delta.spec.name).tensors == format_of("lora").tensors
 
 
 def _own(delta: Delta, kind: str) -> dict[str, View]:

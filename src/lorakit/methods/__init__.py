@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from lorakit.core.delta import Method
 from lorakit.methods.adalora import AdaLoRA as AdaLoRA
+from lorakit.methods.bdlora import BDLoRA as BDLoRA
 from lorakit.methods.bitfit import BitFit as BitFit
 from lorakit.methods.boft import BOFT as BOFT
 from lorakit.methods.c3a import C3A as C3A
@@ -53,6 +54,7 @@ METHODS: dict[str, type[Method]] = {
     "lora": LoRA,
     "lora-fa": LoRAFA,
     "dora": DoRA,
+    "bd-lora": BDLoRA,
     "adalora": AdaLoRA,
     "elalora": ElaLoRA,
     "dylora": DyLoRA,

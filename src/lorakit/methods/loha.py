@@ -8,8 +8,9 @@ LoRA, and the matrix is never made. Elsewhere ΔW is made, and the backward make
 keep two matrices as large as W. A 576 → 1536 layer at rank 8 trains 2 · 8 · (576 + 1536) = 33,792 numbers.
 
 LyCORIS draws its factors from N(0, 1), which at a scale of alpha / rank explodes for small ranks; here, as in PEFT and
-FedPara, they are Kaiming-uniform. PEFT's "effective" form for convolutions (three tensors per product) is another
-parametrisation and refused by name. Hyeon-Woo et al. 2021, arXiv 2108.06098; Yeh et al. 2023, arXiv 2309.14859.
+FedPara, they are Kaiming-uniform. With `tucker` (PEFT's use_effective_conv2d) each product of a convolution with a kernel
+is a Tucker decomposition: a core (rank, rank, kernel) between U (rank, out) and V (rank, channels).
+Hyeon-Woo et al. 2021, arXiv 2108.06098; Yeh et al. 2023, arXiv 2309.14859.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from torch.autograd import Function
 
 from lorakit.core.delta import Card, Delta, LowRank, Pool, Shape
 from lorakit.errors import LorakitError
-from lorakit.methods.options import Scaled, alpha_option, rank_option
+from lorakit.methods.options import Scaled, alpha_option, rank_option, tucker, tucker_option
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,7 +36,7 @@ class LoHa(Scaled):
     card = Card(
         title="LoHa",
         formula="ΔW = s (B1 A1) ⊙ (B2 A2), s = alpha / rank",
-        parameters=lambda shape, spec: 2 * spec.rank * (shape.out + shape.in_),
+        parameters=lambda shape, spec: 2 * sum(map(math.prod, _sizes(shape, spec).values())),
         paper="arXiv 2108.06098; 2309.14859",
         use="When a change of higher rank is wanted for the same number of parameters; common for diffusion models.",
         limits="The rank is at most the smaller side of the matrix.",
@@ -43,6 +44,7 @@ class LoHa(Scaled):
 
     rank: int = rank_option(8, "rank of each of the two products; that of ΔW is up to rank²")
     alpha: float = alpha_option(8.0, peft="alpha")
+    tucker: bool = tucker_option()
 
     def check(self, shape: Shape, path: str) -> None:
         smaller = min(shape.out, shape.in_)
@@ -52,9 +54,40 @@ class LoHa(Scaled):
                 f"{math.isqrt(smaller - 1) + 1} makes ΔW of full rank already; {smaller} is the most that is allowed."
             )
 
-    def build(self, shape: Shape, pool: Pool) -> LoHaDelta:
+    def build(self, shape: Shape, pool: Pool) -> Delta:
+        if "T" in _sizes(shape, self):
+            return TuckerLoHaDelta(self, shape, pool)
         thin = self.rank**2 * (shape.out + shape.in_) < shape.out * shape.in_
         return (LoHaDelta if thin else WideLoHaDelta)(self, shape, pool)
+
+
+def _sizes(shape: Shape, spec: LoHa) -> dict[str, tuple[int, ...]]:
+    """The tensors of each of the two products and their sizes."""
+    rank = spec.rank
+    if spec.tucker and shape.taps > 1:
+        return {"T": (rank, rank, shape.taps), "U": (rank, shape.out), "V": (rank, shape.in_ // shape.taps)}
+    return {"B": (shape.out, rank), "A": (rank, shape.in_)}
+
+
+class TuckerLoHaDelta(Delta):
+    """T, U and V of both products, of which V2 starts at zero."""
+
+    def __init__(self, spec: LoHa, shape: Shape, pool: Pool) -> None:
+        super().__init__(spec, shape, pool)
+        self.scale = spec.scale
+        for name, size in _sizes(shape, spec).items():
+            for side in "12":
+                factor = nn.Parameter(torch.zeros(size))
+                if name + side != "V2":
+                    nn.init.kaiming_uniform_(factor, a=math.sqrt(5))
+                setattr(self, name + side, factor)
+
+    def dense(self, W: Tensor) -> Tensor:
+        first, second = (tucker(*(getattr(self, name + side) for name in "TUV")) for side in "12")
+        return self.scale * first * second
+
+    def roles(self) -> dict[str, str]:
+        return {name + side: "B" if name + side == "V2" else "A" for name in "TUV" for side in "12"}
 
 
 class LoHaDelta(LowRank):

@@ -6,10 +6,11 @@ It acts by reshapes and is never made for linear layers: with x as an (i1, i2) m
 layer at rank 16 with the sizes nearest the square roots (24 · 24, 32 · 48) trains 32 · 24 + 16 · (48 + 24) = 1920 numbers.
 The rank of ΔW is rank(C) · rank(D).
 
-D is stored whole where rank >= max(o2, i2) / 2; C is a product `C_a C_b` only with decompose_both and rank below
-max(o1, i1) / 2. PEFT divides by the rank in every case; LyCORIS takes s = 1 where both C and D are whole: scale_rule says
-which. For a convolution C spans channels and D the rest with the kernel. (PEFT's files with a whole D on a Conv1d mean
-something else: there C meets the wrong axes; they are refused, and ours are not called PEFT's.) Yeh et al. 2023, arXiv
+With `tucker` D of a convolution with a kernel is a Tucker decomposition of three tensors. D is stored whole where
+rank >= max(o2, i2) / 2; C is a product `C_a C_b` only with decompose_both and rank below max(o1, i1) / 2. PEFT
+divides by the rank in every case; LyCORIS takes s = 1 where both C and D are whole: scale_rule says which. For a
+convolution C spans channels and D the rest with the kernel. (PEFT's files with a whole D on a Conv1d mean something
+else: there C meets the wrong axes; they are refused, and ours are not called PEFT's.) Yeh et al. 2023, arXiv
 2309.14859.
 """
 
@@ -25,7 +26,7 @@ from torch import Tensor, nn
 
 from lorakit.core.delta import Call, Card, Delta, Form, Pool, Shape
 from lorakit.core.options import option
-from lorakit.methods.options import Scaled, alpha_option, rank_option
+from lorakit.methods.options import Scaled, alpha_option, rank_option, tucker, tucker_option
 
 
 def split_size(size: int, factor: int = -1) -> tuple[int, int]:
@@ -49,7 +50,7 @@ class LoKr(Scaled):
     card = Card(
         title="LoKr",
         formula="ΔW = s (C ⊗ D), D = D_a D_b, s = alpha / rank",
-        parameters=lambda shape, spec: sum(rows * columns for rows, columns in _sizes(shape, spec).values()),
+        parameters=lambda shape, spec: sum(map(math.prod, _sizes(shape, spec).values())),
         paper="arXiv 2309.14859",
         use="The smallest files at a high rank; common for diffusion models.",
     )
@@ -64,21 +65,24 @@ class LoKr(Scaled):
         peft="decompose_factor",
     )
     decompose_both: bool = option(False, "C is a low-rank product too, where that is smaller", peft="decompose_both")
+    tucker: bool = tucker_option()
     scale_rule: Literal["peft", "lycoris"] = option(
         "peft", "peft: the scale is alpha / rank always; lycoris: 1 where C and D are whole"
     )
 
 
-def _sizes(shape: Shape, spec: LoKr) -> dict[str, tuple[int, int]]:
+def _sizes(shape: Shape, spec: LoKr) -> dict[str, tuple[int, ...]]:
     """The tensors of one matrix and their sizes."""
     o1, o2 = split_size(shape.out, spec.factor)
     i1, i2 = split_size(shape.in_ // shape.taps, spec.factor)
-    sizes: dict[str, tuple[int, int]] = {}
+    sizes: dict[str, tuple[int, ...]] = {}
     if spec.decompose_both and spec.rank < max(o1, i1) / 2:
         sizes |= {"C_a": (o1, spec.rank), "C_b": (spec.rank, i1)}
     else:
         sizes["C"] = (o1, i1)
-    if spec.rank < max(o2, i2) / 2:
+    if spec.rank < max(o2, i2) / 2 and spec.tucker and shape.taps > 1:
+        sizes |= {"D_t": (spec.rank, spec.rank, shape.taps), "D_u": (spec.rank, o2), "D_v": (spec.rank, i2)}
+    elif spec.rank < max(o2, i2) / 2:
         sizes |= {"D_a": (o2, spec.rank), "D_b": (spec.rank, i2 * shape.taps)}
     else:
         sizes["D"] = (o2, i2 * shape.taps)
@@ -101,7 +105,8 @@ class LoKrDelta(Delta, of=LoKr):
 
     def _matrices(self, letter: str) -> list[Tensor]:
         """C or D as the one or two matrices whose product it is."""
-        return [getattr(self, name) for name in self.names if name.startswith(letter)]
+        held = [getattr(self, name) for name in self.names if name.startswith(letter)]
+        return held if len(held) < 3 else [tucker(*held)]
 
     def dense(self, W: Tensor) -> Tensor:
         C, D = (_product(self._matrices(letter)) for letter in "CD")

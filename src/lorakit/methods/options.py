@@ -5,6 +5,9 @@ from __future__ import annotations
 import math
 from typing import Any, Self
 
+import torch
+from torch import Tensor
+
 from lorakit.core.delta import Method, Shape
 from lorakit.core.options import option
 from lorakit.errors import LorakitError
@@ -44,6 +47,21 @@ class Scaled(Method):
 
     def resized(self, rank: int) -> Self:
         return self.replace(rank=rank, alpha=self.alpha * self.divisor(rank) / self.divisor(self.rank))
+
+
+def tucker_option() -> Any:
+    """Whether a convolution's kernel is factored too."""
+    return option(
+        False,
+        "for convolutions with a kernel: a core (rank, rank, kernel) between a factor of the channels out and one of those in",
+        peft="use_effective_conv2d",
+    )
+
+
+def tucker(core: Tensor, U: Tensor, V: Tensor) -> Tensor:
+    """`Σ core[i, j, k] U[i, o] V[j, c]` as a matrix (out, channels · kernel); core (rank, rank, kernel), U (rank, out), V
+    (rank, channels)."""
+    return torch.einsum("ijk,io,jc->ock", core, U, V).flatten(1)
 
 
 def steps_option(default: int | float, doc: str, **declared: Any) -> Any:

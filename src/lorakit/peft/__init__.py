@@ -107,7 +107,6 @@ _ELSEWHERE = {
     "PromptEmbedding": "lorakit.PromptTuning",
     "PromptEncoder": "lorakit.PTuning",
     **{f"{name.removesuffix('Config')}Model": "get_peft_model" for name in CONFIGS if name != "LoraConfig"},
-    "BdLoraConfig": "",
     "CPTEmbedding": "",
     "KasaConfig": "",
     "MontecloraConfig": "",

@@ -407,6 +407,7 @@ _PARTS: dict[str, dict[str, Any]] = {
     "CordaConfig": {"cache_file": None, "covariance_file": None, "corda_method": "ipm", "verbose": False}
     | {"use_float16_for_covariance": False, "prune_temporary_fields": True},
     "LoraGAConfig": {"direction": "ArB2r", "scale": "stable", "stable_gamma": 16},
+    "BdLoraConfig": {"target_modules_bd_a": None, "target_modules_bd_b": None, "nblocks": 1, "match_strict": True},
     "LoraRuntimeConfig": {"ephemeral_gpu_offload": False},
 }
 """Configurations within LoraConfig."""

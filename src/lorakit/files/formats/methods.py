@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -18,9 +19,7 @@ from lorakit.methods.peanut import DEEPEST
 
 _REFUSED = {
     "layer_replication": "it repeats layers of the base, which changes the model itself",
-    "alora_invocation_tokens": "the adapter acts from certain tokens on only",
     "use_qalora": "its A reads pooled inputs",
-    "use_bdlora": "its factors are block-diagonal and stored compactly",
     "arrow_config": "it is a router over other adapters",
     "kasa_config": "its base is truncated",
     "velora_config": "VeLoRA is another method",
@@ -53,6 +52,27 @@ _LORA = Format(
     refused=_REFUSED,
     read=_of_the_original_base,
 )
+
+
+def _blocks(config: Config) -> dict[str, Any]:
+    given = config["use_bdlora"]
+    return _of_the_original_base(config) | {
+        "blocks": given.get("nblocks", 1),
+        "a_modules": given.get("target_modules_bd_a") or (),
+        "b_modules": given.get("target_modules_bd_b") or (),
+        "strict": given.get("match_strict", True),
+    }
+
+
+def _in_blocks(spec: Any) -> dict[str, Any]:
+    own = {"target_modules_bd_a": list(spec.a_modules), "target_modules_bd_b": list(spec.b_modules)}
+    return {"use_bdlora": {**own, "nblocks": spec.blocks, "match_strict": spec.strict}}
+
+
+def _in_blocks_of_linear_layers(adapter: Any, specs: Mapping[str, Any]) -> dict[str, Any]:
+    """PEFT has blocks in linear layers, and by their names alone; any other file is lorakit's own."""
+    theirs = all(site.layout.kind in ("linear", "transposed") for _, site, _ in adapter.deltas())
+    return {} if theirs and not adapter.method.side else {"peft_type": "BD-LORA"}
 
 
 def _dora(spec: Any) -> dict[str, Any]:
@@ -122,8 +142,8 @@ _ADALORA = Format(
     "ADALORA",
     {"Q": "lora_A", "P": "lora_B", "lam": "lora_E:column"},
     fixed={**_LORA.fixed, "use_rslora": False, "r": 8},  # PEFT does not use r, and warns of any other value
-    ignored=_LORA.ignored | {"lora_bias"},  # its layers have none, whatever this says
-    refused=_REFUSED,
+    ignored=_LORA.ignored | {"lora_bias", "use_bdlora"},  # which its layers do not read
+    refused=_REFUSED | {"alora_invocation_tokens": "AdaLoRA acts on all tokens, in PEFT too"},
     read=lambda config: _of_the_original_base(config) | {"alpha": adalora_scale(config) * config.get("init_r", 12)},
     write=_triplets,
     whole=_triplets_of_all,
@@ -183,13 +203,6 @@ def _basis(config: Config) -> dict[str, Any]:
 
 
 _DROPOUTS = frozenset({"rank_dropout", "module_dropout", "rank_dropout_scale"})
-
-
-def _tucker(name: str, what: str) -> dict[str, str]:
-    return {
-        "use_effective_conv2d": f"{what} for convolutions with a kernel, which lorakit's {name} does not have. If no such "
-        "convolution is adapted the entry has no effect and can be set to false"
-    }
 
 
 _SINCE = (0, 18)
@@ -288,6 +301,21 @@ METHODS: dict[str, Format] = {
         claims=lambda config: bool(config.get("use_dora")),
         write=_dora,
     ),
+    "bd-lora": dataclasses.replace(
+        _LORA,
+        tensors={"A": "lora_A.weight", "B": "lora_B.weight"},
+        kinds={},
+        fixed={**_LORA.fixed, "lora_bias": False},
+        claims=lambda config: bool(config.get("use_bdlora")),
+        read=_blocks,
+        write=_in_blocks,
+        whole=_in_blocks_of_linear_layers,
+    ),
+    "alora": dataclasses.replace(
+        _LORA,
+        fixed={**_LORA.fixed, "lora_bias": False},
+        claims=lambda config: bool(config.get("alora_invocation_tokens")),
+    ),
     "lora": _LORA,
     "lora-fa": _LORA,
     "dylora": _LORA,
@@ -309,15 +337,16 @@ METHODS: dict[str, Format] = {
     "c3a": Format("C3A", {"k": "c3a_kernel"}),
     "loha": Format(
         "LOHA",
-        {"B1": "hada_w1_a", "A1": "hada_w1_b", "B2": "hada_w2_a", "A2": "hada_w2_b"},
+        {"B1": "hada_w1_a", "A1": "hada_w1_b", "B2": "hada_w2_a", "A2": "hada_w2_b"}
+        | {"T1": "hada_t1:kernel", "U1": "hada_w1_a", "V1": "hada_w1_b"}  # of convolutions with tucker
+        | {"T2": "hada_t2:kernel", "U2": "hada_w2_a", "V2": "hada_w2_b"},
         ignored=_DROPOUTS,
-        refused=_tucker("LoHa", "each product is then a Tucker decomposition of three tensors"),
     ),
     "lokr": Format(
         "LOKR",
-        {"C": "lokr_w1", "C_a": "lokr_w1_a", "C_b": "lokr_w1_b", "D": "lokr_w2:taps", "D_a": "lokr_w2_a", "D_b": "lokr_w2_b"},
+        {"C": "lokr_w1", "C_a": "lokr_w1_a", "C_b": "lokr_w1_b", "D": "lokr_w2:taps", "D_a": "lokr_w2_a", "D_b": "lokr_w2_b"}
+        | {"D_t": "lokr_t2:kernel", "D_u": "lokr_w2_a", "D_v": "lokr_w2_b"},  # of convolutions with tucker
         ignored=_DROPOUTS,
-        refused=_tucker("LoKr", "D is then a Tucker decomposition of three tensors"),
         whole=_on_other_axes,
     ),
     "oft": Format(

@@ -208,6 +208,11 @@ class AdapterReader:
         return replace(packed, content=digest(bundle))
 
     def _packed(self, name: str, adapter: Adapter) -> PackedAdapter:
+        if adapter.method.name == "alora":
+            raise Refused(
+                f"adapter {name!r} acts from its invocation tokens on (aLoRA); the server gives an adapter all tokens of a "
+                "request. Use it by lorakit.load and generate."
+            )
         for path, replacement in adapter.replacements():
             raise Refused(
                 f"adapter {name!r} replaces {path}.{next(iter(replacement.tensors()))} whole, which rows of one batch cannot "
