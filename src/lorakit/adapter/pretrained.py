@@ -51,7 +51,7 @@ class SavePretrained:
         if checkpoint and trained:
             kwargs.setdefault("save_original_format", False)  # a run resumes by the names that the model has now
         elif kwargs.get("state_dict") is not None:
-            kwargs["state_dict"] = {key: tensor for key, tensor in kwargs["state_dict"].items() if not _is_ours(key)}
+            kwargs["state_dict"] = {key: tensor for key, tensor in kwargs["state_dict"].items() if not is_ours(key)}
         with _written(model, alone=not (checkpoint and trained)):
             result = cast(Any, type(model)).save_pretrained(model, save_directory, *args, **kwargs)
         if kwargs.get("is_main_process", True):
@@ -67,7 +67,8 @@ def _save(adapter: Adapter, folder: Path) -> None:
         log.warning("save_pretrained: adapter %r is not written: %s", adapter.name, problem)
 
 
-def _is_ours(key: str) -> bool:
+def is_ours(key: str) -> bool:
+    """Whether a key of a model's state dict is of an adapter."""
     return f".{OWN}" in key or key.startswith((OWN, "lorakit_"))
 
 

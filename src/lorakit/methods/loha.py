@@ -25,7 +25,7 @@ from torch.autograd import Function
 
 from lorakit.core.delta import Card, Delta, LowRank, Pool, Shape
 from lorakit.errors import LorakitError
-from lorakit.methods.options import Scaled, alpha_option, rank_option, tucker, tucker_option
+from lorakit.methods.options import Scaled, alpha_option, is_lenient, rank_option, tucker, tucker_option
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,7 +48,7 @@ class LoHa(Scaled):
 
     def check(self, shape: Shape, path: str) -> None:
         smaller = min(shape.out, shape.in_)
-        if self.rank > smaller:
+        if self.rank > smaller and not is_lenient():
             raise LorakitError(
                 f"attach: rank {self.rank} is above the size of {path} ({shape.out} × {shape.in_}). Rank "
                 f"{math.isqrt(smaller - 1) + 1} makes ΔW of full rank already; {smaller} is the most that is allowed."

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any, Self
 
 import torch
@@ -75,6 +78,25 @@ def share_of(steps: int | float, total: int) -> int:
     return math.floor(steps * total) if isinstance(steps, float) and steps < 1 else int(steps)
 
 
+_lenient: ContextVar[bool] = ContextVar("lenient", default=False)
+
+
+@contextmanager
+def lenient() -> Iterator[None]:
+    """Within the block, options that PEFT takes and that do no harm are taken: a rank that is of no use, and a block's size
+    that does not divide (the nearest that does is used)."""
+    token = _lenient.set(True)
+    try:
+        yield
+    finally:
+        _lenient.reset(token)
+
+
+def is_lenient() -> bool:
+    """Whether this is within `lenient`."""
+    return _lenient.get()
+
+
 class Bounded(Method):
     """A method whose rank is at most the smaller side of the matrix."""
 
@@ -84,7 +106,7 @@ class Bounded(Method):
 
     def check(self, shape: Shape, path: str) -> None:
         smaller = min(shape.out, shape.in_)
-        if self.rank > smaller:
+        if self.rank > smaller and (self.beyond or not is_lenient()):
             raise LorakitError(
                 f"attach: rank {self.rank} exceeds the maximum useful rank of {path} ({shape.out} × {shape.in_}), "
                 f"{smaller}{self.beyond}. Give it less by rank_pattern={{{path!r}: {smaller}}}, or leave the layer out."

@@ -21,7 +21,7 @@ from torch import Tensor
 from lorakit.core.delta import Call, Delta, Method, Pool, Shape
 from lorakit.core.options import option
 from lorakit.errors import LorakitError
-from lorakit.methods.options import divisors
+from lorakit.methods.options import divisors, is_lenient
 
 
 def turned_size(shape: Shape) -> int:
@@ -66,7 +66,7 @@ class InBlocks(Method):
 
     def check(self, shape: Shape, path: str) -> None:
         size, unit = turned_size(shape), self.unit
-        if size % unit:
+        if size % unit and not is_lenient():
             near = sorted(sorted(divisors(size), key=lambda number: abs(number - unit))[:4])
             raise LorakitError(
                 f"attach: {self.name} turns {size} features of {path} in blocks, and "
@@ -77,9 +77,10 @@ class InBlocks(Method):
 
 def cayley(Q: Tensor) -> Tensor:
     """`(I + Q)(I - Q)⁻¹ - I = 2 Q (I - Q)⁻¹` for skew Q (blocks, size, size): a rotation, less the identity."""
-    eye = torch.eye(Q.shape[-1], dtype=Q.dtype, device=Q.device)
-    K: Tensor = torch.linalg.solve(eye - Q, 2 * Q, left=False)
-    return K
+    wide = Q.float() if Q.dtype in (torch.float16, torch.bfloat16) else Q  # torch solves in no narrower floats
+    eye = torch.eye(Q.shape[-1], dtype=wide.dtype, device=Q.device)
+    K: Tensor = torch.linalg.solve(eye - wide, 2 * wide, left=False)
+    return K.to(Q.dtype)
 
 
 def skew(upper: Tensor, size: int) -> Tensor:

@@ -27,6 +27,7 @@ from lorakit.adapter.adapter import adapters as adapters
 from lorakit.core.replacement import Replacement as ModulesToSaveWrapper
 from lorakit.errors import LorakitError as PeftError
 from lorakit.files.formats import UNSUPPORTED
+from lorakit.peft import within
 from lorakit.peft.attaching import preprocess_corda, preprocess_loraga
 from lorakit.peft.configs import (
     CONFIGS,
@@ -47,6 +48,7 @@ from lorakit.peft.functions import (
     check_if_peft_model,
     create_loraplus_optimizer,
     delete_adapter,
+    get_base_model_state_dict,
     get_layer_status,
     get_model_status,
     get_peft_model_state_dict,
@@ -55,6 +57,7 @@ from lorakit.peft.functions import (
     inject_adapter_in_model,
     load_peft_weights,
     prepare_model_for_kbit_training,
+    set_base_model_state_dict,
     set_peft_model_state_dict,
     update_signature,
 )
@@ -77,8 +80,11 @@ from lorakit.peft.targets import DEFAULT_TARGETS
 __version__ = "0.21.2"
 """The version of PEFT whose names these are."""
 TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING = DEFAULT_TARGETS
-LoraModel = Tuner
+AuxiliaryTrainingWrapper = ModulesToSaveWrapper
+BaseTuner = LoraModel = Tuner
 LoraLayer = BaseTunerLayer
+PEFT_TYPE_TO_TUNER_MAPPING = dict.fromkeys(PEFT_TYPE_TO_CONFIG_MAPPING, Tuner)
+"""PEFT type -> what is between the wrapper and the model: the same for all of them."""
 
 _ELSEWHERE = {
     "ArrowConfig": "lorakit.route with a router over adapters",
@@ -90,8 +96,6 @@ _ELSEWHERE = {
     "create_lorafa_optimizer": "lorakit.LoRAFA",
     "build_peft_weight_mapping": "lorakit.load(model, folder)",
     "find_kappa_target_modules": "",
-    "get_base_model_state_dict": "model.get_base_model().state_dict()",
-    "set_base_model_state_dict": "model.get_base_model().load_state_dict",
     "get_eva_state_dict": "initialize_lora_eva_weights",
     "prepare_model_for_compiled_hotswap": "lorakit.swap, which needs no preparation: give the adapter the largest rank",
     "replace_lora_weights_loftq": 'init_lora_weights="loftq"',
@@ -101,7 +105,6 @@ _ELSEWHERE = {
     "shift_tokens_right": "the model's own function in transformers",
     "bloom_model_postprocess_past_key_value": "prefix tuning, which needs no table of architectures",
     "TRANSFORMERS_MODELS_TO_PREFIX_TUNING_POSTPROCESS_MAPPING": "prefix tuning, which needs no table of architectures",
-    "PEFT_TYPE_TO_TUNER_MAPPING": "PEFT_TYPE_TO_CONFIG_MAPPING: one class of layer has all methods here",
     "PEFT_TYPE_TO_MIXED_MODEL_MAPPING": "PEFT_TYPE_TO_CONFIG_MAPPING: one class of layer has all methods here",
     "PrefixEncoder": "lorakit.PrefixTuning",
     "PromptEmbedding": "lorakit.PromptTuning",
@@ -130,7 +133,7 @@ class MissingNameError(PeftError, ImportError):
 
 
 def __getattr__(name: str) -> Any:
-    for table in (CONFIGS, AUTO):
+    for table in (CONFIGS, AUTO, vars(within)):
         if name in table:
             return table[name]
     kind = name.removesuffix("Config").removesuffix("Model").upper()
@@ -146,6 +149,19 @@ def __getattr__(name: str) -> Any:
     raise AttributeError(f"module 'lorakit.peft' has no attribute {name!r}")
 
 
+_WORDS = """_buffer_dict adalora adamss adaption_prompt aqlm arrow asa_callback auto awq beft bnb boft c3a cartridge classifier
+config constants conversion corda cpt deft delora diffusion_models dora eetq error eva fbd fourierft frod functional glora
+gptq gralora helpers hira hotswap hqq hra ia3 import_utils inc incremental_pca integrations intruders layer layers lily
+ln_tuning loftq_utils loha lokr lora lorafa loraga loraplus lycoris_utils mapping mapping_func mask_functions merge_utils
+miss mixed mixed_model model monteclora multitask_prompt_tuning oft optimizers osf other p_tuning peanut peft_model
+peft_types poly prefix_tuning prompt_tuning psoft pvera quantization_utils randlora riemannian road router save_and_load
+shadow shira supertuning te tinylora torchao tp_layer trainable_tokens transformers_weight_conversion tuners tuners_utils
+unilora utils variants vblora velora vera warning wavelet waverec2d waveft xlora"""
+_MODULES = frozenset(_WORDS.split())
+_OWN = frozenset({"attaching", "configs", "functions", "layers", "model", "targets", "within"})
+"""What modules within PEFT are called."""
+
+
 class _Modules(MetaPathFinder, Loader):
     """Modules within PEFT, such as peft.utils, where `sys.modules["peft"]` is this module: each has all names of this one."""
 
@@ -153,7 +169,14 @@ class _Modules(MetaPathFinder, Loader):
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
         """A module for names below peft."""
-        if not fullname.startswith("peft.") or sys.modules.get("peft") is not sys.modules[__name__]:
+        first, *words = fullname.split(".")
+        if (
+            fullname.startswith(f"{__name__}.") and words[1] not in _OWN
+        ):  # `from peft import tuners` asks by this module's name
+            words = words[1:]
+        elif first != "peft" or sys.modules.get("peft") is not sys.modules[__name__]:
+            return None
+        if not _MODULES.issuperset(words):
             return None
         return importlib.util.spec_from_loader(fullname, self, is_package=True)
 
@@ -169,6 +192,7 @@ __all__ = [
     "DEFAULT_TARGETS",
     "MODEL_TYPE_TO_PEFT_MODEL_MAPPING",
     "PEFT_TYPE_TO_CONFIG_MAPPING",
+    "PEFT_TYPE_TO_TUNER_MAPPING",
     "TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING",
     "AutoPeftModel",
     "BaseTunerLayer",
@@ -195,6 +219,7 @@ __all__ = [
     "check_if_peft_model",
     "create_loraplus_optimizer",
     "delete_adapter",
+    "get_base_model_state_dict",
     "get_layer_status",
     "get_model_status",
     "get_peft_config",
@@ -207,6 +232,7 @@ __all__ = [
     "prepare_model_for_kbit_training",
     "preprocess_corda",
     "preprocess_loraga",
+    "set_base_model_state_dict",
     "set_peft_model_state_dict",
     "update_signature",
     *CONFIGS,

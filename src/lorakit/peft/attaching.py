@@ -14,7 +14,7 @@ from torch import nn
 from lorakit.adapter.adapter import Adapter
 from lorakit.adapter.attachment import attach
 from lorakit.adapter.targets import input_embedding
-from lorakit.core.delta import Method
+from lorakit.core.delta import LowRank, Method
 from lorakit.core.options import options_of
 from lorakit.core.walking import has_suffix, walk
 from lorakit.edits.contract import EditMethod
@@ -23,6 +23,7 @@ from lorakit.files.formats import format_of, known_entries, spec_from_peft
 from lorakit.files.interchange import COMMON, asked_targets, heads_for
 from lorakit.init import EVA, CorDA, Initialiser, LoftQ, LoRAGA, Orthogonal, PiSSA
 from lorakit.init.calibration import Batch
+from lorakit.methods.options import lenient
 from lorakit.methods.tokens import TokenRows
 from lorakit.peft.configs import PeftConfig, default_of
 from lorakit.peft.layers import as_tuner_layers
@@ -31,6 +32,7 @@ from lorakit.peft.targets import default_targets, feedforward_targets
 _seen: WeakKeyDictionary[nn.Module, list[Batch]] = WeakKeyDictionary()
 """Base model -> the batches that `preprocess_corda` or `preprocess_loraga` saw, until the adapter that they are for is made."""
 
+_NARROW = (torch.float16, torch.bfloat16)
 _STARTS = frozenset({"init_lora_weights", "init_weights", "init_ia3_weights"})
 _OF_STARTS = frozenset({"eva_config", "corda_config", "lora_ga_config", "loftq_config"})
 _OF_THE_MODEL = frozenset({"num_layers", "num_attention_heads", "num_transformer_submodules", "token_dim"})
@@ -55,29 +57,32 @@ def attach_config(
             saved.append(head)
     if isinstance(spec, EditMethod):
         adapter = attach(model, spec, name=name, modules_to_save=saved)
+        if options.get("init_weights") == "zero":
+            for edit in adapter.edits.values():
+                for parameter in edit.parameters():
+                    nn.init.zeros_(parameter)
     else:
         if start is None:
             start = _start(options, spec, default_of(config, "init_weights") if "init_weights" in options else True)
             batches = _seen.pop(model, None) if isinstance(start, CorDA | LoRAGA) else None
-        adapter = attach(
-            model,
-            _complete(cast(Method, spec), model, options),
-            name=name,
-            target_modules=_targets(model, options),
-            exclude_modules=options.get("exclude_modules"),
-            layers=None if options.get("layers_to_transform") == [] else options.get("layers_to_transform"),
-            layers_pattern=options.get("layers_pattern") or None,
-            patterns=_patterns(cast(Method, spec), options),
-            trainable_tokens=options.get("trainable_token_indices"),
-            ensure_weight_tying=bool(options.get("ensure_weight_tying")),
-            modules_to_save=saved,
-            bias="lora_only" if str(options.get("bias", "none")).endswith("_only") else options.get("bias", "none"),
-            init=start,
-            batches=batches,
-        )
-        if options.get("init_lora_weights") is False or (
-            options.get("init_weights") is False and default_of(config, "init_weights") is True
-        ):
+        with lenient():
+            adapter = attach(
+                model,
+                _complete(cast(Method, spec), model, options),
+                name=name,
+                target_modules=_targets(model, options),
+                exclude_modules=options.get("exclude_modules"),
+                layers=None if options.get("layers_to_transform") == [] else options.get("layers_to_transform"),
+                layers_pattern=options.get("layers_pattern") or None,
+                patterns=_patterns(cast(Method, spec), options),
+                trainable_tokens=options.get("trainable_token_indices"),
+                ensure_weight_tying=bool(options.get("ensure_weight_tying")),
+                modules_to_save=saved,
+                bias="lora_only" if str(options.get("bias", "none")).endswith("_only") else options.get("bias", "none"),
+                init=start,
+                batches=batches,
+            )
+        if any(options.get(name) is False and default_of(config, name) is not False for name in _STARTS):
             _away_from_base(adapter)
     as_tuner_layers(model)
     if config.inference_mode:
@@ -96,7 +101,7 @@ def _spec(config: PeftConfig, options: dict[str, Any]) -> Any:
     if (options.get("runtime_config") or {}).get("ephemeral_gpu_offload"):
         raise LorakitError("LoraConfig: runtime_config.ephemeral_gpu_offload is not offered.")
     if options["peft_type"] == "PREFIX_TUNING":
-        if options["init_weights"] is not None:
+        if options["init_weights"] not in (None, "zero") or (options["init_weights"] and options["prefix_projection"]):
             raise LorakitError(f"PrefixTuningConfig: init_weights={options['init_weights']!r} is not offered.")
         return spec.replace(width=options["encoder_hidden_size"] if options["prefix_projection"] else None)
     if options["peft_type"] == "PROMPT_TUNING":
@@ -180,26 +185,36 @@ def _loftq(own: dict[str, Any]) -> LoftQ:
 
 
 def _away_from_base(adapter: Adapter) -> None:
-    """PEFT's `init_weights=False`: what starts at zero is drawn as other tensors are, so that the adapter acts."""
-    rows = [delta for _, _, delta in adapter.deltas() if isinstance(delta, TokenRows)]
-    for delta in rows:
-        if not adapter.beside(delta):
-            nn.init.normal_(delta.rows())
-    deltas = [delta for _, _, delta in adapter.deltas() if not isinstance(delta, TokenRows)]
-    parameters = [*adapter.pool.parameters(), *(one for delta in deltas for one in delta.parameters())]
-    zero = [parameter for parameter in parameters if not parameter.any()]
+    """PEFT's `init_lora_weights=False` and its kin, so that the adapter acts: the factor that starts at zero is drawn as the
+    other is; of other methods what starts at zero is drawn, and else everything moved by a tenth of a normal number."""
     with torch.no_grad():
-        for parameter in zero or parameters:
-            bound = 1 / math.sqrt(parameter.shape[-1])
-            parameter.uniform_(-bound, bound)
+        others: list[nn.Parameter] = list(adapter.pool.parameters())
+        for _, _, delta in adapter.deltas():
+            B = getattr(delta, "B", None)
+            if isinstance(delta, TokenRows):
+                if not adapter.beside(delta):
+                    nn.init.normal_(delta.rows())
+            elif isinstance(delta, LowRank) and B is not None:
+                B.uniform_(-1 / math.sqrt(B.shape[-1]), 1 / math.sqrt(B.shape[-1]))
+            else:
+                others += [one for one in delta.parameters() if one.is_floating_point()]
+        zero = [one for one in others if not one.any()]
+        for parameter in zero:
+            parameter.uniform_(-1 / math.sqrt(parameter.shape[-1]), 1 / math.sqrt(parameter.shape[-1]))
+        for parameter in () if zero else others:
+            parameter.add_(0.1 * torch.randn_like(parameter))
 
 
-def full_precision(adapter: Adapter) -> None:
-    """The trained tensors of deltas in float32, where the base's are narrower floats, as PEFT has them."""
-    for _, _, delta in adapter.deltas():
-        for parameter in delta.parameters():
-            if parameter.dtype in (torch.float16, torch.bfloat16):
+def set_precision(adapter: Adapter, full: bool) -> None:
+    """The trained tensors in float32 where the base's are narrower floats; or, as PEFT has it too, as narrow as the base's."""
+    for layer in adapter.layers.values():
+        base = next((one.dtype for one in layer.base.parameters() if one.is_floating_point()), torch.float32)
+        held = [held[adapter.name] for held in (layer.deltas, layer.replacements) if adapter.name in held]
+        for parameter in [one for module in held for one in module.parameters()]:
+            if full and parameter.dtype in _NARROW:
                 parameter.data = parameter.data.float()
+            elif not full and base in _NARROW and parameter.is_floating_point():
+                parameter.data = parameter.data.to(base)
 
 
 # -- starts that measure ----------------------------------------------------------------------------------------------------

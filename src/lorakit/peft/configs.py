@@ -9,6 +9,7 @@ import dataclasses
 import enum
 import json
 import sys
+import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import MISSING, dataclass, field, fields, make_dataclass
 from functools import cache
@@ -93,7 +94,9 @@ class PeftConfig(AlsoPefts):
                 setattr(self, name, sorted(value) if isinstance(value, set | frozenset) else list(value))
         task = getattr(self.task_type, "value", self.task_type)
         if task is not None and task not in list(TaskType):
-            raise unknown("task_type", str(task), TaskType)
+            raise LorakitError(
+                f"Invalid task type: '{task}'. Must be one of the following task types: {', '.join(TaskType)}."
+            )
         self.task_type = task
         kind = getattr(self.peft_type, "value", self.peft_type)
         self.peft_type = PeftType(kind) if kind in list(PeftType) else kind
@@ -125,19 +128,36 @@ class PeftConfig(AlsoPefts):
         return made
 
     @classmethod
+    def from_json_file(cls, path_json_file: str | Path, **_: Any) -> dict[str, Any]:
+        """The entries of a configuration's file."""
+        entries: dict[str, Any] = json.loads(Path(path_json_file).read_text())
+        return entries
+
+    @classmethod
     def from_peft_type(cls, where: str = "the call", **values: Any) -> Any:
         """The configuration with these entries, of the class that its peft_type names."""
         kind = str(getattr(values.get("peft_type"), "value", values.get("peft_type") or "LORA"))
         own = PEFT_TYPE_TO_CONFIG_MAPPING.get(kind)
         if kind in UNSUPPORTED:
             raise LorakitError(f"{where}: PEFT type {kind} is not supported because {UNSUPPORTED[kind]}.")
+        if own is None:  # what lorakit writes where a method reaches further than PEFT's: LOKR_CONV2D
+            longer = [one for name, one in PEFT_TYPE_TO_CONFIG_MAPPING.items() if kind.startswith(f"{name}_")]
+            own = longer[0] if longer else None
         if own is None or not issubclass(own, cls):
             wanted = PEFT_TYPE_TO_CONFIG_MAPPING if cls is PeftConfig else [cls.__name__]
             raise unknown("peft_type" if own is None else f"peft_type of a {cls.__name__}", kind, wanted, where=where)
         known = [one.name for one in fields(own)]
-        for name, value in values.items():
-            if name not in known and value not in (None, False, {}, [], ""):
-                raise unknown(f"field of {own.__name__}", name, known, where=where)
+        ignored = [
+            name
+            for name, value in values.items()
+            if name not in known and value not in (None, False, {}, [], "", "none")
+        ]
+        if ignored:  # of a newer PEFT; reading the adapter decides whether it matters
+            warnings.warn(
+                f"Unexpected keyword arguments {ignored} for class {own.__name__}, these are ignored. ({where} may have been "
+                "written by a newer PEFT.)",
+                stacklevel=3,
+            )
         return own(**{name: value for name, value in values.items() if name in known})
 
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from lorakit.adapter.adapter import Adapter, adapters
 from lorakit.adapter.attachment import detach
+from lorakit.adapter.pretrained import is_ours
 from lorakit.algebra.swapping import swap
 from lorakit.core.state import state_of
 from lorakit.core.using import activate
@@ -22,7 +23,7 @@ from lorakit.files.filling import fill
 from lorakit.files.formats import format_of
 from lorakit.files.interchange import PREFIX, names_in, plain_names, tensors_of
 from lorakit.optim.groups import parameter_groups
-from lorakit.peft.attaching import attach_config, eva_start, full_precision
+from lorakit.peft.attaching import attach_config, eva_start, set_precision
 from lorakit.peft.configs import PeftConfig
 from lorakit.peft.model import MODEL_TYPE_TO_PEFT_MODEL_MAPPING, PeftModel
 
@@ -46,7 +47,10 @@ def inject_adapter_in_model(
     state_dict: Mapping[str, Tensor] | None = None,
 ) -> nn.Module:
     """A new adapter on the model itself, without a wrapper."""
-    attach_config(model, peft_config, adapter_name)
+    adapter = attach_config(model, peft_config, adapter_name)
+    if low_cpu_mem_usage and state_dict is None:
+        for _, _, delta in adapter.deltas():
+            delta.to("meta")
     cast(Any, model).peft_config = {**getattr(model, "peft_config", {}), adapter_name: peft_config}
     if state_dict is not None:
         set_peft_model_state_dict(model, state_dict, adapter_name)
@@ -77,6 +81,9 @@ def set_peft_model_state_dict(
             "load_adapter."
         )
     plain, where = plain_names(adapter.model), Path("peft_model_state_dict")
+    for path, _site, delta in adapter.deltas():
+        if any(one.is_meta for one in delta.parameters()):
+            delta.to_empty(device=next(adapter.layers[path].base.parameters()).device)
 
     def refuse(message: str) -> None:
         raise LorakitError(message)
@@ -101,8 +108,24 @@ def initialize_lora_eva_weights(
     start, batches = eva_start(config, dataloader)
     routing = state_of(base).routing
     detach(base, adapter_name)
-    full_precision(attach_config(base, config, adapter_name, start, batches))
+    set_precision(attach_config(base, config, adapter_name, start, batches), full=True)
     activate(base, routing)
+
+
+def get_base_model_state_dict(model: nn.Module) -> dict[str, Tensor]:
+    """The base's tensors under the base's own names, with adapters on it."""
+    return {key: one for key, one in _base(model).state_dict().items() if not is_ours(key)}
+
+
+def set_base_model_state_dict(model: nn.Module, state_dict: Mapping[str, Tensor], strict: bool = True) -> Any:
+    """Put tensors under the base's own names into the base, below the adapters."""
+    found = _base(model).load_state_dict(dict(state_dict), strict=False)
+    missing = [key for key in found.missing_keys if not is_ours(key)]
+    if strict and (missing or found.unexpected_keys):
+        raise LorakitError(
+            f"set_base_model_state_dict: the base lacks {found.unexpected_keys}, and the tensors lack {missing}."
+        )
+    return torch.nn.modules.module._IncompatibleKeys(missing, found.unexpected_keys)
 
 
 def prepare_model_for_kbit_training(

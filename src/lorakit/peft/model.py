@@ -6,12 +6,14 @@ import dataclasses
 import inspect
 import logging
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping
+import warnings
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, cast
 
 import torch
+import yaml
 from torch import Tensor, nn
 
 from lorakit.adapter.adapter import Adapter, adapters
@@ -20,38 +22,209 @@ from lorakit.algebra.combining import combine
 from lorakit.algebra.merging import merge, merged
 from lorakit.core.state import found_state, state_of
 from lorakit.core.using import activate, use
-from lorakit.errors import LorakitError, unknown
+from lorakit.core.walking import walk
+from lorakit.errors import LorakitError
 from lorakit.files.bundle import locate, read_bundle, read_config
 from lorakit.files.store import load, refill
-from lorakit.peft.attaching import attach_config, full_precision
-from lorakit.peft.configs import AlsoPefts, PeftConfig
+from lorakit.peft.attaching import attach_config, set_precision
+from lorakit.peft.configs import AlsoPefts, PeftConfig, PromptLearningConfig
 
 log = logging.getLogger("lorakit")
 
 _NOT_HERE = {
     "add_weighted_adapters": "add_weighted_adapter",
-    "base_model_torch_dtype": "model.dtype",
-    "create_or_update_model_card": "save_pretrained, which writes no card",
     "get_prompt": "the adapter's edits: lorakit.adapters(model)[name].edits",
     "get_prompt_embedding_to_save": "save_pretrained",
     "prompt_encoder": "the adapter's edits: lorakit.adapters(model)[name].edits",
-    "prepare_model_for_gradient_checkpointing": "enable_input_require_grads",
     "set_additional_trainable_modules": "modules_to_save in the configuration",
-    "set_requires_grad": "lorakit.adapters(model)[name].requires_grad_(flag)",
     "subtract_mutated_init": "save_pretrained, which always writes a file for the base as it was",
-    "supports_lora_conversion": "lorakit.resize",
     "update_and_allocate": "lorakit.train, which moves AdaLoRA's ranks at each step",
     "update_layer": "add_adapter",
 }
 """Names of PEFT's that the wrapper lacks -> what to use. They must not reach the base model, which may have such a name too."""
 
 
-class Tuner(nn.Module):
+class Switches:
+    """What PEFT offers alike on its wrapper and on what stands between that and the model."""
+
+    _tuner: Tuner
+
+    # -- which adapter acts -------------------------------------------------------------------------------------------
+    @property
+    def active_adapters(self) -> list[str]:
+        """Names of the adapters that act now, or will where they are switched off for a while."""
+        state = found_state(self._tuner.model)
+        names = () if state is None else state.routing.names
+        return list(names or self._tuner.off)
+
+    @property
+    def active_adapter(self) -> str:
+        """The name of the adapter that acts now."""
+        names = self.active_adapters
+        if len(names) != 1:
+            raise LorakitError(f"active_adapter: {len(names)} adapters are active: {', '.join(names) or 'none'}.")
+        return names[0]
+
+    @property
+    def has_active_enabled_adapter(self) -> bool:
+        """Whether any adapter changes what the model does just now."""
+        state = found_state(self._tuner.model)
+        return state is not None and bool(state.routing.names or state.merged)
+
+    def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
+        """Let one adapter act, or several added up. As in PEFT these train from now on and others do not, unless
+        `inference_mode`; nothing else changes a `requires_grad`."""
+        names = [adapter_name] if isinstance(adapter_name, str) else list(adapter_name)
+        self._tuner.let_act(names)
+        for name, adapter in adapters(self._tuner.model).items():
+            adapter.requires_grad_(name in names and not inference_mode)
+
+    def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
+        """Let adapters train, or freeze them."""
+        names = [adapter_names] if isinstance(adapter_names, str) else adapter_names
+        for adapter in self._tuner.named(names):
+            if adapter.edits and isinstance(self._tuner.peft_config[adapter.name], PromptLearningConfig):
+                raise TypeError(
+                    "Setting `requires_grad` is not supported for prompt learning methods like "
+                    f"{self._tuner.peft_config[adapter.name].peft_type}."
+                )
+            adapter.requires_grad_(requires_grad)
+
+    def disable_adapter_layers(self) -> None:
+        """Let no adapter act until `enable_adapter_layers`."""
+        self._tuner.off = tuple(self.active_adapters)
+        activate(self._tuner.model, None)
+
+    def enable_adapter_layers(self) -> None:
+        """Let those act again that acted before `disable_adapter_layers`."""
+        if self._tuner.off:
+            self._tuner.let_act(self._tuner.off)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Take one adapter off. Where it acted, the first of the others acts now, and the log says which."""
+        model = self._tuner.model
+        known = adapters(model)
+        if adapter_name not in known:
+            raise LorakitError(f"Adapter {adapter_name} does not exist; there are: {', '.join(known) or 'none'}.")
+        if adapter_name in state_of(model).merged:
+            raise LorakitError(
+                f"Cannot delete adapter(s) [{adapter_name!r}] while they are merged. Please unmerge them first."
+            )
+        if adapter_name in self.active_adapters:
+            off = bool(self._tuner.off)
+            rest = [name for name in self.active_adapters if name != adapter_name]
+            rest = rest or [name for name in known if name != adapter_name][:1]
+            self._tuner.let_act(rest)
+            if off:
+                self.disable_adapter_layers()
+            log.warning("delete_adapter: %s acted; %s acts now.", adapter_name, ", ".join(rest) or "no adapter")
+        detach(model, adapter_name)
+        self._tuner.peft_config.pop(adapter_name, None)
+
+    # -- into the weights and out -------------------------------------------------------------------------------------
+    def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
+        """Write adapters (the active ones by default) into the weights until `unmerge_adapter`; values are always checked."""
+        held = state_of(self._tuner.model).merged
+        names = adapter_names or self.active_adapters
+        if held.issuperset(names):
+            warnings.warn("All adapters are already merged, nothing to do.", stacklevel=2)
+            return
+        if held:  # one more: the base's bits come back first, so that nothing is rounded twice
+            self._tuner.merged.close()
+            names = [*held, *(name for name in names if name not in held)]
+        with _broken(names):
+            self._tuner.merged.enter_context(merged(self._tuner.model, dict.fromkeys(names, 1.0)))
+
+    def unmerge_adapter(self) -> None:
+        """Put the very bits of the base back; the adapters act beside it again."""
+        if not state_of(self._tuner.model).merged:
+            warnings.warn("Already unmerged, nothing to do.", stacklevel=2)
+        self._tuner.merged.close()
+
+    def unload(self) -> nn.Module:
+        """The model without any adapter."""
+        return detach(self._tuner.model)
+
+    def merge_and_unload(
+        self, progressbar: bool = False, safe_merge: bool = False, adapter_names: list[str] | None = None
+    ) -> nn.Module:
+        """Write the active adapters (or these) into the weights; returns the model without adapters. The values are
+        always checked, whatever `safe_merge` says."""
+        model = self._tuner.model
+        names = adapter_names or sorted(state_of(model).merged) or self.active_adapters
+        self._tuner.merged.close()
+        with _broken(names):
+            merge(model, dict.fromkeys(names, 1.0))
+        return detach(model) if adapters(model) else model
+
+    # -- what is there ------------------------------------------------------------------------------------------------
+    @property
+    def modules_to_save(self) -> set[str] | None:
+        """The names that all adapters train whole."""
+        own = self._tuner.peft_config.values()
+        return {name for one in own for name in getattr(one, "modules_to_save", None) or ()} or None
+
+    @property
+    def targeted_module_names(self) -> list[str]:
+        """The layers that adapters change."""
+        known = adapters(self._tuner.model).values()
+        paths = {path for one in known for path, layer in one.layers.items() if layer.deltas_of(one.name)}
+        return [path for path, _ in walk(self._tuner.model) if path in paths]
+
+
+@contextmanager
+def _broken(names: Sequence[str]) -> Iterator[None]:
+    """Says of numbers that are not finite which adapter has them, as PEFT does."""
+    try:
+        yield
+    except LorakitError as error:
+        if "nan" not in str(error).lower() and "finite" not in str(error):
+            raise
+        raise LorakitError(
+            f"NaNs detected in the merged weights. The adapter {', '.join(names)} seems to be broken: {error}"
+        ) from error
+
+
+class Tuner(Switches, nn.Module):
     """What PEFT has between its wrapper and the model: `wrapper.base_model.model` is the model."""
+
+    uses_shared_state = False
+    """Every method can be put on a model without a wrapper."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.model = model
+        self.peft_config: dict[str, PeftConfig] = {}
+        self.off: tuple[str, ...] = ()
+        """The adapters that are switched off for a while."""
+        self.merged = ExitStack()
+
+    @property
+    def _tuner(self) -> Tuner:  # type: ignore[override]
+        return self
+
+    @property
+    def prefix(self) -> str:
+        """What the names of the adapters' parameters have in them."""
+        known = list(adapters(self.model).values())
+        if known and all(one.edits for one in known):
+            if any(isinstance(self.peft_config.get(one.name), PromptLearningConfig) for one in known):
+                raise AttributeError("prefix: soft prompts have none.")
+            return "lorakit_edits."
+        return "deltas."
+
+    def let_act(self, names: Sequence[str]) -> None:
+        """Let these adapters act, added up."""
+        self.off = ()
+        activate(self.model, dict.fromkeys(names, 1.0) if names else None)
+
+    def named(self, names: Iterable[str]) -> list[Adapter]:
+        """The adapters of these names."""
+        known = adapters(self.model)
+        for name in names:
+            if name not in known:
+                raise LorakitError(f"Adapter {name} not found; available adapters: {list(known)}.")
+        return [known[name] for name in names]
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The model's forward."""
@@ -61,7 +234,7 @@ class Tuner(nn.Module):
         try:
             return super().__getattr__(name)
         except AttributeError:
-            if name == "model" or name in _NOT_HERE:
+            if name == "model" or name in _NOT_HERE or name == "prefix":
                 raise
             return getattr(self.model, name)
 
@@ -76,6 +249,47 @@ def _penalty(tuner: Any, args: Any, output: Any) -> Any:
             apart = [torch.linalg.matrix_norm(one - torch.eye(len(one)).to(one)) for one in squares]
             output.loss = loss = loss + known[name].method.orthogonality * torch.stack(apart).mean()
     return output
+
+
+_CARD = "\n# Adapter\n\nMade with lorakit; `peft.PeftModel.from_pretrained` and `lorakit.load` read it.\n"
+_OF_DEVICES_AND_HUB = frozenset(
+    {
+        "torch_device",
+        "device_map",
+        "max_memory",
+        "offload_folder",
+        "offload_dir",
+        "offload_index",
+        "key_mapping",
+        "token",
+    }
+    | {
+        "cache_dir",
+        "use_safetensors",
+        "force_download",
+        "local_files_only",
+        "ignore_mismatched_sizes",
+        "use_auth_token",
+    }
+)
+
+
+def _folder(model_id: str | Path, subfolder: str | None, revision: str | None) -> Path:
+    return locate(Path(model_id) / subfolder if subfolder else model_id, revision)
+
+
+def _differ(one: PeftConfig, other: PeftConfig) -> bool:
+    """Whether two configurations say something else of the layers."""
+    left, right = one.to_dict(), other.to_dict()
+    said = set(left) - {
+        "inference_mode",
+        "base_model_name_or_path",
+        "revision",
+        "auto_mapping",
+        "peft_version",
+        "task_type",
+    }
+    return type(one) is not type(other) or any(left[name] != right[name] for name in said)
 
 
 _SIGNED: dict[tuple[type, type], Any] = {}
@@ -94,7 +308,7 @@ def _signed(cls: type[PeftModel], model: type[nn.Module]) -> Any:
     return _SIGNED[cls, model]
 
 
-class PeftModel(AlsoPefts, nn.Module):
+class PeftModel(AlsoPefts, Switches, nn.Module):
     """A model with adapters behind PEFT's interface. Attributes that PEFT has not either are the model's."""
 
     def __new__(cls, model: nn.Module, *args: Any, **kwargs: Any) -> PeftModel:
@@ -111,10 +325,22 @@ class PeftModel(AlsoPefts, nn.Module):
     ) -> None:
         super().__init__()
         self.base_model = Tuner(model)
-        self.peft_config: dict[str, PeftConfig] = {}
-        self._merged = ExitStack()
         if peft_config is not None:
             self.add_adapter(adapter_name, peft_config, low_cpu_mem_usage, autocast_adapter_dtype)
+
+    @property
+    def _tuner(self) -> Tuner:  # type: ignore[override]
+        return self.base_model
+
+    @property
+    def peft_config(self) -> dict[str, PeftConfig]:
+        """The configurations by adapter."""
+        return self.base_model.peft_config
+
+    @property
+    def prefix(self) -> str:
+        """What the names of the adapters' parameters have in them."""
+        return self.base_model.prefix
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """The class under its own name, since that with the model's signature has none."""
@@ -144,14 +370,22 @@ class PeftModel(AlsoPefts, nn.Module):
         ephemeral_gpu_offload: bool = False,
         low_cpu_mem_usage: bool = False,
         revision: str | None = None,
+        **options: Any,
     ) -> PeftModel:
-        """Put the adapter in a folder (or on the hub) on `model`, in evaluation mode unless it is to be trained."""
+        """Put the adapter in a folder (or on the hub) on `model`, in evaluation mode unless it is to be trained.
+
+        `options` are those of `load_adapter`.
+        """
         if ephemeral_gpu_offload:
             raise LorakitError("from_pretrained: ephemeral_gpu_offload is not offered.")
-        task = read_config(locate(model_id, revision)).get("task_type") if config is None else config.task_type
+        folder = _folder(model_id, options.get("subfolder"), revision)
+        task = read_config(folder).get("task_type") if config is None else config.task_type
         wrapped = _class_for(cls, task)(model, None)
-        wrapped.load_adapter(model_id, adapter_name, is_trainable, revision)
-        wrapped.set_adapter(adapter_name)
+        options.pop("subfolder", None)
+        wrapped.load_adapter(
+            folder, adapter_name, is_trainable, autocast_adapter_dtype=autocast_adapter_dtype, config=config, **options
+        )
+        wrapped.set_adapter(adapter_name, inference_mode=not is_trainable)
         return wrapped
 
     def load_adapter(
@@ -162,19 +396,37 @@ class PeftModel(AlsoPefts, nn.Module):
         revision: str | None = None,
         autocast_adapter_dtype: bool = True,
         low_cpu_mem_usage: bool = False,
-        **_: Any,
+        config: PeftConfig | None = None,
+        subfolder: str | None = None,
+        **options: Any,
     ) -> Any:
         """Put one more adapter from a folder (or the hub) on the model; the active one stays. Into an adapter that is there
-        already under this name the folder's numbers are put in place, so that an optimiser keeps its parameters."""
+        already under this name the folder's numbers are put in place, so that an optimiser keeps its parameters.
+
+        Where the model lies decides where the adapter does, so PEFT's options for devices and for the hub have no use here.
+        """
+        unused = sorted(set(options) - _OF_DEVICES_AND_HUB)
+        if unused:
+            raise TypeError(f"load_adapter() got an unexpected keyword argument {unused[0]!r}")
         model, known = self.base_model.model, adapters(self.base_model.model)
-        bundle = read_bundle(model_id, revision)
+        folder = _folder(model_id, subfolder, revision)
+        bundle = read_bundle(folder)
         if adapter_name not in known:
-            adapter = load(model, model_id, name=adapter_name, trainable=is_trainable, revision=revision, active=False)
-            self.peft_config[adapter_name] = PeftConfig.from_peft_type(**bundle.config, where=str(model_id))
-            if autocast_adapter_dtype:
-                full_precision(adapter)
+            read = PeftConfig.from_peft_type(**bundle.config, where=str(model_id))
+            if config is None or not _differ(config, read):
+                adapter = load(model, folder, name=adapter_name, trainable=is_trainable, active=False)
+            else:
+                before = self.active_adapters
+                adapter = attach_config(model, config, adapter_name)
+                self.base_model.let_act(before)
+                refill(adapter, bundle)
+                adapter.requires_grad_(is_trainable)
+            config = config or read
+            config.inference_mode = not is_trainable
+            self.peft_config[adapter_name] = config
+            set_precision(adapter, autocast_adapter_dtype)
         elif known[adapter_name].edits:
-            twin = load(model, model_id, name=f"{adapter_name}-read", revision=revision, active=False)
+            twin = load(model, folder, name=f"{adapter_name}-read", active=False)
             try:
                 known[adapter_name].load_state_dict(twin.state_dict())
             finally:
@@ -195,28 +447,20 @@ class PeftModel(AlsoPefts, nn.Module):
         """Put one more new adapter on the model; the active one stays."""
         model, state = self.base_model.model, found_state(self.base_model.model)
         before = state.routing if state is not None and adapters(model) else None
+        if adapter_name in adapters(model):
+            raise LorakitError(
+                f"Adapter with name {adapter_name!r} already exists. Delete it first, or use another name."
+            )
         if peft_config.base_model_name_or_path is None:
             peft_config.base_model_name_or_path = getattr(model, "name_or_path", None) or None
         adapter = attach_config(model, peft_config, adapter_name)
-        if autocast_adapter_dtype:
-            full_precision(adapter)
+        set_precision(adapter, autocast_adapter_dtype)
         if before is not None:
             activate(model, before)
+            adapter.requires_grad_(False)  # until set_adapter, as in PEFT
         if peft_config.peft_type == "ADALORA" and not self.base_model._forward_hooks:
             self.base_model.register_forward_hook(_penalty)
         self.peft_config[adapter_name] = peft_config
-
-    def delete_adapter(self, adapter_name: str) -> None:
-        """Take one adapter off. Where it acted, the first of the others acts now, and the log says which."""
-        model = self.base_model.model
-        acted = adapter_name in state_of(model).routing.names
-        if acted:
-            rest = [name for name in self.active_adapters if name != adapter_name]
-            rest = rest or [name for name in adapters(model) if name != adapter_name][:1]
-            activate(model, dict.fromkeys(rest, 1.0) if rest else None)
-            log.warning("delete_adapter: %s acted; %s acts now.", adapter_name, ", ".join(rest) or "no adapter")
-        detach(model, adapter_name)
-        self.peft_config.pop(adapter_name, None)
 
     def add_weighted_adapter(
         self,
@@ -236,35 +480,14 @@ class PeftModel(AlsoPefts, nn.Module):
         how = combination_type.removesuffix("_svd").replace("_", "-")
         if svd_clamp is not None or majority_sign_method != "total":
             raise LorakitError("add_weighted_adapter: svd_clamp and majority_sign_method are not offered.")
-        known = self._adapters(adapters)
+        known = self.base_model.named(adapters)
         largest = max(getattr(one.method, "rank", 0) for one in known)
         options: dict[str, Any] = {} if density is None else {"density": density}
         if how not in ("linear", "cat"):
             options["rank"] = svd_rank or largest
         combine(known, weights, how, name=adapter_name, **options)
-        rank = getattr(self._adapters([adapter_name])[0].method, "rank", largest)
+        rank = getattr(self.base_model.named([adapter_name])[0].method, "rank", largest)
         self.peft_config[adapter_name] = dataclasses.replace(cast(Any, self.peft_config[adapters[0]]), r=rank)
-
-    def _adapters(self, names: Iterable[str]) -> list[Adapter]:
-        known = adapters(self.base_model.model)
-        for name in names:
-            if name not in known:
-                raise unknown("adapter", name, known)
-        return [known[name] for name in names]
-
-    # -- which adapter acts -------------------------------------------------------------------------------------------
-    @property
-    def active_adapters(self) -> list[str]:
-        """Names of the adapters that act now."""
-        return list(state_of(self.base_model.model).routing.names)
-
-    @property
-    def active_adapter(self) -> str:
-        """The name of the adapter that acts now."""
-        names = self.active_adapters
-        if len(names) != 1:
-            raise LorakitError(f"active_adapter: {len(names)} adapters are active: {', '.join(names) or 'none'}.")
-        return names[0]
 
     @property
     def active_peft_config(self) -> PeftConfig:
@@ -276,49 +499,25 @@ class PeftModel(AlsoPefts, nn.Module):
         """PEFT's name of the active adapter's method."""
         return self.active_peft_config.peft_type
 
-    @property
-    def modules_to_save(self) -> set[str] | None:
-        """The names that all adapters train whole."""
-        return {
-            name for one in self.peft_config.values() for name in getattr(one, "modules_to_save", None) or ()
-        } or None
-
-    def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
-        """Let one adapter act, or several added up. No `requires_grad` changes: an adapter that does not act gets no
-        gradient anyway."""
-        names = [adapter_name] if isinstance(adapter_name, str) else adapter_name
-        activate(self.base_model.model, dict.fromkeys(names, 1.0))
-        if inference_mode:
-            for adapter in self._adapters(names):
-                adapter.requires_grad_(False)
-
     @contextmanager
     def disable_adapter(self) -> Iterator[None]:
         """Within the block the model is the base model, also where adapters are merged."""
-        state = state_of(self.base_model.model)
+        tuner = self.base_model
+        state = state_of(tuner.model)
         names = sorted(state.merged)
-        self.unmerge_adapter()
+        tuner.merged.close()
         if state.merged:
             raise LorakitError(
                 f"disable_adapter: {min(state.merged)!r} is merged into the weights by lorakit.merged; leave that block first."
             )
+        before, tuner.off = tuner.off, tuple(self.active_adapters)
         try:
-            with use(self.base_model.model, None):
+            with use(tuner.model, None):
                 yield
         finally:
+            tuner.off = before
             if names:
                 self.merge_adapter(names)
-
-    def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
-        """Write adapters (the active ones by default) into the weights until `unmerge_adapter`; values are always checked."""
-        if state_of(self.base_model.model).merged:
-            raise LorakitError("merge_adapter: adapters are merged already; call unmerge_adapter first.")
-        names = adapter_names or self.active_adapters
-        self._merged.enter_context(merged(self.base_model.model, dict.fromkeys(names, 1.0)))
-
-    def unmerge_adapter(self) -> None:
-        """Put the very bits of the base back; the adapters act beside it again."""
-        self._merged.close()
 
     # -- calls --------------------------------------------------------------------------------------------------------
     def forward(self, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any) -> Any:
@@ -341,21 +540,6 @@ class PeftModel(AlsoPefts, nn.Module):
     def get_base_model(self) -> nn.Module:
         """The model itself, with the adapters on it."""
         return self.base_model.model
-
-    def unload(self) -> nn.Module:
-        """The model without any adapter."""
-        return detach(self.base_model.model)
-
-    def merge_and_unload(
-        self, progressbar: bool = False, safe_merge: bool = False, adapter_names: list[str] | None = None
-    ) -> nn.Module:
-        """Write the active adapters (or these) into the weights; returns the model without adapters. The values are
-        always checked, whatever `safe_merge` says."""
-        model = self.base_model.model
-        names = adapter_names or sorted(state_of(model).merged) or self.active_adapters
-        self.unmerge_adapter()
-        merge(model, dict.fromkeys(names, 1.0))
-        return detach(model) if adapters(model) else model
 
     def save_pretrained(
         self,
@@ -382,7 +566,7 @@ class PeftModel(AlsoPefts, nn.Module):
                 "save_pretrained: save_embedding_layers=True: name the embedding in modules_to_save to have it in the file."
             )
         names = selected_adapters or list(adapters(self.base_model.model))
-        for adapter in self._adapters(names):
+        for adapter in self.base_model.named(names):
             folder = Path(save_directory)
             config = self.peft_config.get(adapter.name)
             if is_main_process:
@@ -390,6 +574,20 @@ class PeftModel(AlsoPefts, nn.Module):
                     folder if adapter.name == "default" else folder / adapter.name,
                     base=None if config is None else config.base_model_name_or_path,
                 )
+        if is_main_process:
+            self.create_or_update_model_card(save_directory)
+
+    def create_or_update_model_card(self, output_dir: str | Path) -> None:
+        """README.md with the entries by which the hub knows an adapter; those of one that is there stay."""
+        path = Path(output_dir) / "README.md"
+        old = path.read_text() if path.exists() else ""
+        _, head, text = old.split("---\n", 2) if old.startswith("---\n") and old.count("---\n") > 1 else ("", "", old)
+        entries = yaml.safe_load(head) or {}
+        config: Any = getattr(self.base_model.model, "config", None) or {}
+        base = (config.to_dict() if hasattr(config, "to_dict") else config).get("_name_or_path")
+        tags = {*entries.get("tags", ()), "lorakit", *(str(one.peft_type).lower() for one in self.peft_config.values())}
+        entries |= {"library_name": "peft", "tags": sorted(tags)} | ({"base_model": base} if base else {})
+        path.write_text(f"---\n{yaml.safe_dump(entries)}---\n{text or _CARD}")
 
     def push_to_hub(
         self, repo_id: str, *, commit_message: str = "Upload adapter", private: bool | None = None, **options: Any
@@ -404,6 +602,33 @@ class PeftModel(AlsoPefts, nn.Module):
             return hub.upload_folder(
                 repo_id=repository.repo_id, folder_path=folder, commit_message=commit_message, **options
             )
+
+    # -- what PEFT's trainers ask -------------------------------------------------------------------------------------
+    def prepare_model_for_gradient_checkpointing(self, model: nn.Module) -> nn.Module:
+        """Inputs that require gradients, without which re-entrant checkpoints compute none."""
+        self.enable_input_require_grads()
+        return model
+
+    @property
+    def base_model_torch_dtype(self) -> Any:
+        """The dtype of the base model."""
+        return getattr(self.base_model.model, "dtype", None)
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        """Whether `convert_to_lora` takes the adapter: any that adds something to weights."""
+        return not self.base_model.named([adapter_name])[0].edits
+
+    def get_model_status(self) -> Any:
+        """Which adapters are on the model, and how they are."""
+        from lorakit.peft.functions import get_model_status
+
+        return get_model_status(self)
+
+    def get_layer_status(self) -> Any:
+        """The adapters of each adapted layer."""
+        from lorakit.peft.functions import get_layer_status
+
+        return get_layer_status(self)
 
     # -- counts -------------------------------------------------------------------------------------------------------
     def get_nb_trainable_parameters(self) -> tuple[int, int]:
