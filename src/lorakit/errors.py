@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+from os.path import commonprefix
 from contextvars import ContextVar
 
 COMMAND_LINE: ContextVar[bool] = ContextVar("COMMAND_LINE", default=False)
@@ -38,10 +39,12 @@ def advice(python: str, shell: str) -> str:
 
 
 def nearest(asked: str, known: Iterable[str], count: int = 1, cutoff: float = 0.5) -> list[str]:
-    """The known names most like the one that was asked for, whatever their case; the likest first."""
-    names = {str(name): str(name).lower() for name in known}
-    found = difflib.get_close_matches(asked.lower(), names.values(), n=count, cutoff=cutoff)
-    return list(dict.fromkeys(name for one in found for name, low in names.items() if low == one))[:count]
+    """The known names most like the one that was asked for, whatever their case; the likest first, and of equally like ones
+    those that begin like it."""
+    low = asked.lower()
+    ratios = {str(name): difflib.SequenceMatcher(None, str(name).lower(), low).ratio() for name in known}
+    order = sorted(ratios, key=lambda name: (-ratios[name], -len(commonprefix([name.lower(), low]))))
+    return [name for name in order if ratios[name] >= cutoff][:count]
 
 
 def unknown(kind: str, asked: str, known: Iterable[str], where: str | None = None) -> LorakitError:
