@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
-from os.path import commonprefix
 from contextvars import ContextVar
+from os.path import commonprefix
 
 COMMAND_LINE: ContextVar[bool] = ContextVar("COMMAND_LINE", default=False)
 """Whether it is the command line that calls: its messages name flags where a program is told arguments."""
