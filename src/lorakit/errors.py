@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 from contextvars import ContextVar
-from os.path import commonprefix
+from itertools import takewhile
 
 COMMAND_LINE: ContextVar[bool] = ContextVar("COMMAND_LINE", default=False)
 """Whether it is the command line that calls: its messages name flags where a program is told arguments."""
@@ -43,7 +43,11 @@ def nearest(asked: str, known: Iterable[str], count: int = 1, cutoff: float = 0.
     those that begin like it."""
     low = asked.lower()
     ratios = {str(name): difflib.SequenceMatcher(None, str(name).lower(), low).ratio() for name in known}
-    order = sorted(ratios, key=lambda name: (-ratios[name], -len(commonprefix([name.lower(), low]))))
+
+    def alike(name: str) -> int:
+        return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(name.lower(), low, strict=False)))
+
+    order = sorted(ratios, key=lambda name: (-ratios[name], -alike(name)))
     return [name for name in order if ratios[name] >= cutoff][:count]
 
 
