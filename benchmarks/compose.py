@@ -172,7 +172,8 @@ def prepared(paths: Mapping[str, Path], count: int, each: int) -> Bench:
     """The base with the adapters, and `count` held-out questions of each text."""
     from lorakit.models.loading import load_model
     from lorakit.train.config.options import DataOptions
-    from lorakit.train.data.examples import choice_ids, load_splits, questions
+    from lorakit.train.data.examples import choice_ids, questions
+    from lorakit.train.data.reading import load_splits
 
     model, tokenizer = load_model(material.fetch_model())
     adapters = {name: lk.load(model, path, name=name) for name, path in paths.items()}

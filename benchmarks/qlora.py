@@ -49,7 +49,7 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
     """Train by the clock and evaluate; where the base was quantised, merge into floats and evaluate once more."""
     from lorakit.algebra.merging import merge
     from lorakit.train.config.run import load_config
-    from lorakit.train.data.examples import load_splits
+    from lorakit.train.data.reading import load_splits
     from lorakit.train.run import evaluation_set, examine, path_for, train
     from trainers.sides import with_clock
 

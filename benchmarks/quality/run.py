@@ -18,7 +18,7 @@ import torch
 import lorakit as lk
 from lorakit.models.loading import load_model
 from lorakit.train import TrainConfig, load_config, train
-from lorakit.train.data.examples import load_splits
+from lorakit.train.data.reading import load_splits
 from lorakit.train.run import TrainResult, evaluation_set, examine, path_for
 from trainers import machine
 

@@ -152,7 +152,8 @@ def configuration(job: Job) -> Any:
 
 def examples_of(config: Any, tokenizer: Any) -> list[Any]:
     """The tokenised rows, the same on every side."""
-    from lorakit.train.data.examples import load_splits, prepare
+    from lorakit.train.data.examples import prepare
+    from lorakit.train.data.reading import load_splits
 
     return prepare(load_splits(config.data)[0], tokenizer, config.data).examples
 
@@ -330,7 +331,7 @@ def run_trainer(job: Job) -> dict[str, Any]:
 
     from lorakit.models.loading import load_model
     from lorakit.train.data.classification import prepare_labels
-    from lorakit.train.data.examples import load_splits
+    from lorakit.train.data.reading import load_splits
 
     config = configuration(job)
     transformers.set_seed(job["seed"])

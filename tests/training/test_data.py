@@ -14,16 +14,11 @@ from transformers import PreTrainedTokenizerFast
 from lorakit.errors import LorakitError
 from lorakit.train.config.options import DataOptions
 from lorakit.train.data.classification import prepare_labels
-from lorakit.train.data.examples import (
-    Example,
-    Prepared,
-    choice_ids,
-    load_splits,
-    prepare,
-    questions,
-)
+from lorakit.train.data.examples import Prepared, choice_ids, prepare, questions
 from lorakit.train.data.formats import detect_format
-from lorakit.train.data.reading import Row, Rows, load_rows
+from lorakit.train.data.reading import load_rows, load_splits
+from lorakit.train.data.rows import Row, Rows
+from lorakit.train.data.store import Example
 from lorakit.train.data.templates import choose_template, shared_prefix_length
 from lorakit.train.data.tokenise import IGNORED
 

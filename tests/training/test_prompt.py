@@ -33,7 +33,7 @@ from lorakit.serve.http.text import encode_messages
 from lorakit.train.config.options import DataOptions
 from lorakit.train.data.examples import Prepared, prepare, questions
 from lorakit.train.data.formats import with_prompt
-from lorakit.train.data.reading import Row, Rows
+from lorakit.train.data.rows import Row, Rows
 
 THINKING = (  # what it writes depends on an argument
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"

@@ -17,7 +17,8 @@ from tests.training.test_data import CHAT, FORGETFUL, MARKED, byte_pairs, learne
 from lorakit.errors import LorakitError
 from lorakit.train.config.options import DataOptions
 from lorakit.train.data.examples import prepare
-from lorakit.train.data.reading import Row, Rows, load_rows
+from lorakit.train.data.reading import load_rows
+from lorakit.train.data.rows import Row, Rows
 
 TOOLS = (
     "{% if tools %}<|im_start|>system\n{% for t in tools %}{{ t | tojson }}{% endfor %}<|im_end|>\n{% endif %}"
@@ -141,7 +142,7 @@ PLANTS: dict[str, tuple[str, Any, str, str]] = {
     "tools are not read": ("lorakit.train.data.formats.read_tools", lambda _: None, "tools", "tools"),
     "weights are not honoured": (
         "lorakit.train.data.formats.is_learned",
-        lambda message: (message.pop("weight", 0), message.pop("train", 0)) and message["role"] == "assistant",
+        lambda message, *_: (message.pop("weight", 0), message.pop("train", 0)) and message["role"] == "assistant",
         "unlearned",
         "chat",
     ),

@@ -64,8 +64,8 @@ def evaluate(
     from lorakit.models.loading import load_tokenizer
     from lorakit.train.check import prepared_for, readable
     from lorakit.train.data.classification import class_names
-    from lorakit.train.data.examples import load_splits
     from lorakit.train.data.formats import with_prompt
+    from lorakit.train.data.reading import load_splits
     from lorakit.train.evaluate import Evaluation, EvaluationSet, tabulate
     from lorakit.train.run import class_list, evaluation_set, examine, load_base, path_for
 

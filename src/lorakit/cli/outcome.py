@@ -47,7 +47,8 @@ class Given:
     def batches(self, data: str, rows: int, size: int = 8) -> list[dict[str, Any]]:
         """The first rows of a file, or of what else a run trains on, as batches with labels."""
         from lorakit.train.config.options import DataOptions
-        from lorakit.train.data.examples import load_splits, prepare
+        from lorakit.train.data.examples import prepare
+        from lorakit.train.data.reading import load_splits
         from lorakit.train.step.packing import pad
 
         options = DataOptions(train=data, limit=rows)

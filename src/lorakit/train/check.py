@@ -13,8 +13,9 @@ import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -37,11 +38,17 @@ from lorakit.optim.optimisers import averages
 from lorakit.train.config.options import TrainConfig, TrainOptions
 from lorakit.train.continuing import Source, source_of
 from lorakit.train.data.classification import class_names, prepare_labels
-from lorakit.train.data.examples import Example, Prepared, load_splits, prepare
-from lorakit.train.data.reading import Rows
+from lorakit.train.data.examples import Prepared, prepare
+from lorakit.train.data.reading import load_splits
+from lorakit.train.data.rows import Rows
+from lorakit.train.data.store import Example
+from lorakit.train.data.streaming import streamed
 from lorakit.train.data.tokenise import IGNORED
 from lorakit.train.rate import with_rate
 from lorakit.train.trainer import make_optimizer, make_scheduler, training_arguments
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 log = logging.getLogger("lorakit.train")
 
@@ -79,7 +86,7 @@ class Checked:
 
     def shown(self, count: int = 2) -> list[str]:
         """The first examples as the model will see them, each learned stretch between ⟦ and ⟧."""
-        return [marked(one, self.tokenizer) for one in (self.prepared.examples[:count] if self.prepared else ())]
+        return [marked(one, self.tokenizer) for one in islice(self.prepared.examples if self.prepared else (), count)]
 
 
 def marked(example: Example, tokenizer: Any) -> str:
@@ -124,8 +131,9 @@ def check_options(options: TrainOptions) -> None:
         ) from None
 
 
-def check(config: TrainConfig, *, told: bool = True) -> Checked:
-    """Check a run without reading the weights of its base; `told`: say in the log what the adapter reaches.
+def check(config: TrainConfig, *, told: bool = True, console: Console | None = None) -> Checked:
+    """Check a run without reading the weights of its base; `told`: say in the log what the adapter reaches; `console` is where
+    progress over many rows is shown.
 
     Raises:
         LorakitError: the first thing that is wrong.
@@ -150,7 +158,7 @@ def check(config: TrainConfig, *, told: bool = True) -> Checked:
                 source.check_tokens(config.data, tokenizer)
             else:
                 add_tokens(tokenizer, config.data.special_tokens)
-        prepared = prepared_for(rows, tokenizer, config, classes)
+        prepared = prepared_for(rows, tokenizer, config, classes, console, streaming=config.data.streaming)
         evaluation = prepared_for(held, tokenizer, config, classes) if held is not None else None
         with _quiet(not told):
             adapter = on_shapes(config, place, tokenizer) if source is None else None
@@ -159,7 +167,7 @@ def check(config: TrainConfig, *, told: bool = True) -> Checked:
         parameter_groups(adapter.named_parameters(), adapter.roles(), 1.0, rates=config.train.rates)
     with _quiet(not told):
         config = with_rate(config, _config_of(config.model))
-    examples = len(prepared.examples) if prepared is not None else len(rows)
+    examples = len(prepared) if prepared is not None else len(rows)
     per_epoch = math.ceil(examples / (config.train.batch_size * config.train.gradient_accumulation))
     steps = config.train.max_steps or math.ceil(per_epoch * config.train.epochs)
     return Checked(rows, held, source, prepared, evaluation, adapter, steps, tokenizer)
@@ -187,10 +195,18 @@ def readable(model: str) -> str | None:
     return place
 
 
-def prepared_for(rows: Rows, tokenizer: Any, config: TrainConfig, classes: Sequence[str] | None) -> Prepared:
-    """Rows as examples for the task of a run; `classes` are those of a classifier."""
-    data = config.data
-    return prepare(rows, tokenizer, data) if classes is None else prepare_labels(rows, tokenizer, data, classes)
+def prepared_for(
+    rows: Rows,
+    tokenizer: Any,
+    config: TrainConfig,
+    classes: Sequence[str] | None,
+    console: Console | None = None,
+    streaming: bool = False,
+) -> Prepared:
+    """Rows as examples for the task of a run; `classes` are those of a classifier. `streaming`: they are the first of many."""
+    if classes is not None:
+        return prepare_labels(rows, tokenizer, config.data, classes)
+    return streamed(rows, tokenizer, config.data) if streaming else prepare(rows, tokenizer, config.data, console)
 
 
 @contextmanager

@@ -24,7 +24,7 @@ from lorakit.train.data.formats import with_prompt
 
 if TYPE_CHECKING:
     from lorakit.adapter.adapter import Adapter
-    from lorakit.train.data.reading import Rows
+    from lorakit.train.data.rows import Rows
 
 log = logging.getLogger("lorakit.train")
 
@@ -55,7 +55,7 @@ class Source:
         """The options of rows in the form in which the adapter was asked, unless they give another; that is said."""
         if self.prompt is None:
             return options
-        defaults = DataOptions(train=options.train)
+        defaults = DataOptions(train="")
         names = ("template", "system", "template_arguments")
         given = [name for name in names if getattr(options, name) != getattr(defaults, name)]
         own = with_prompt(options, self.prompt, rows)

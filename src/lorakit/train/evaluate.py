@@ -26,6 +26,8 @@ from torch import Tensor, nn
 from lorakit.errors import LorakitError, plural
 from lorakit.files.prompt import end_ids
 from lorakit.models.evaluating import evaluating
+from lorakit.train.data.blocks import documents
+from lorakit.train.data.store import lengths_of
 from lorakit.train.data.templates import shared_prefix_length
 from lorakit.train.scoring import score_choices
 from lorakit.train.step.loss import LossStats, padded_loss
@@ -35,7 +37,8 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from lorakit.train.config.options import EvaluateOptions
-    from lorakit.train.data.examples import Example, Question
+    from lorakit.train.data.examples import Question
+    from lorakit.train.data.store import Example
 
 
 @dataclass(frozen=True)
@@ -97,11 +100,13 @@ def evaluate_loss(
 
     `loss_of` computes one batch, as a `LossPath` does. Raises LorakitError when no example has a label.
     """
-    by_length = sorted(examples, key=lambda example: len(example.input_ids))
+    lengths = lengths_of(examples)
+    by_length = sorted(range(len(examples)), key=lengths.__getitem__)
     total = LossStats()
     with evaluating(model):
         for start in range(0, len(by_length), batch_size):
-            total += loss_of(model, by_length[start : start + batch_size])[1]
+            batch = documents(examples[at] for at in by_length[start : start + batch_size])
+            total += loss_of(model, batch)[1]
     if total.targets == 0:
         raise LorakitError(
             f"evaluate: of {plural(len(examples), 'row')} none of them has a labelled token; check that the rows have a "

@@ -57,7 +57,7 @@ from lorakit.train.trainer import LoraTrainer
 
 if TYPE_CHECKING:
     from lorakit.adapter.adapter import Adapter
-    from lorakit.train.data.reading import Rows
+    from lorakit.train.data.rows import Rows
 
 log = logging.getLogger("lorakit.train")
 
@@ -114,7 +114,7 @@ def _run(config: TrainConfig, console: Console | None, beside: Path) -> TrainRes
         config = config.replace(
             data__date=checkpoint.date_of(checkpoint.find_checkpoint(Path(options.output), options.resume))
         )
-    checked = check(config, told=False)
+    checked = check(config, told=False, console=console)
     train_rows, held_rows, source = checked.rows, checked.held, checked.source
     device = resolve_device(options.device)
     model, tokenizer = load_base(config, train_rows, device=None if device.type == "cpu" else str(device))
@@ -130,7 +130,8 @@ def _run(config: TrainConfig, console: Console | None, beside: Path) -> TrainRes
     tokens = add_tokens(tokenizer, config.data.special_tokens) if source is None else []
     if tokens:
         grow(model, len(tokenizer))
-    prepared = checked.prepared or prepared_for(train_rows, tokenizer, config, classes)
+    streaming = config.data.streaming
+    prepared = checked.prepared or prepared_for(train_rows, tokenizer, config, classes, console, streaming)
     _report("data", prepared)
     held = None
     if held_rows is not None:
@@ -380,7 +381,7 @@ def _record(
         name=Path(options.output).name,
         base=config.model,
         classes=class_list(trainer.bare) if config.task == "seq-cls" else (),
-        prompt=_shown_prompt(tokenizer, prepared.examples[0]),
+        prompt=_shown_prompt(tokenizer, next(iter(prepared.examples))),
         method=type(config.method).__name__,
         method_options=plain_options(config.method),
         targets=describe_targets(config),
@@ -391,7 +392,7 @@ def _record(
         base_bytes=base.nbytes,
         quantize=None if config.quantize is None else config.quantize.name,
         path=trainer.path.name,
-        train_rows=len(prepared.examples),
+        train_rows=len(prepared),
         eval_rows=len(held.examples) if held else 0,
         data=[*prepared.report.lines(), f"loss on {learned}"],
         steps=trainer.state.global_step,

@@ -45,7 +45,7 @@ from lorakit.train.report import CONFIG as RUN
 
 if TYPE_CHECKING:
     from lorakit.adapter.adapter import Adapter
-    from lorakit.train.data.examples import Example
+    from lorakit.train.data.store import Example
 
 log = logging.getLogger("lorakit.train")
 
@@ -75,6 +75,7 @@ FREE = {
     "train.evaluation_batch_size",
     "data.evaluation_limit",
     "data.date",  # the rows say whether it moves anything
+    "data.cache",
 }
 """Options that may differ between a checkpoint and the run that resumes from it: they move no parameter."""
 
@@ -98,6 +99,8 @@ REASONS = {
 
 def digest_examples(examples: Iterable[Example]) -> str:
     """A hash of the tokens and labels of all rows in their order: the data as the run saw it."""
+    if (known := getattr(examples, "digest", None)) is not None:  # of examples that are not all in memory
+        return str(known())
     digest = hashlib.sha256()
     for example in examples:
         for ids in (example.input_ids, example.labels):

@@ -34,6 +34,7 @@ from lorakit.optim.optimisers import averages
 from lorakit.optim.scheduler import FOLLOWS_EVALUATION
 from lorakit.train import run_checkpoint as checkpoint
 from lorakit.train.config.run import TrainConfig, TrainOptions, to_tree, to_yaml
+from lorakit.train.data.blocks import documents
 from lorakit.train.data.tokenise import IGNORED
 from lorakit.train.evaluate import evaluate_loss
 from lorakit.train.health import HealthCallback, HealthWatch
@@ -48,7 +49,7 @@ from lorakit.train.step.noise import embedding_noise
 
 if TYPE_CHECKING:
     from lorakit.adapter.adapter import Adapter
-    from lorakit.train.data.examples import Example
+    from lorakit.train.data.store import Example
 
 log = logging.getLogger("lorakit.train")
 
@@ -111,9 +112,9 @@ class LoraTrainer(transformers.Trainer):
             super().__init__(
                 model=model,
                 args=training_arguments(config, evaluates=bool(eval_examples)),
-                data_collator=cast(Any, list),  # a batch is its examples; the loss path makes them into tensors
-                train_dataset=list(train_examples),
-                eval_dataset=list(eval_examples) if eval_examples else None,
+                data_collator=cast(Any, documents),  # a batch is its examples; the loss path makes them into tensors
+                train_dataset=cast(Any, train_examples),
+                eval_dataset=cast(Any, eval_examples or None),
                 callbacks=[*own, *callbacks],
             )
         self.scaler = torch.amp.GradScaler(self.args.device.type) if config.train.precision == "fp16" else None
@@ -253,7 +254,7 @@ class LoraTrainer(transformers.Trainer):
     def loss_sums(self, examples: Sequence[Example]) -> LossStats:
         """The sums of `evaluate` over examples, each process doing its share."""
         world, rank = self.args.world_size, self.args.process_index
-        mine = list(examples)[rank::world]
+        mine = examples[rank::world]
         with self._used(), self.path.opened(self.bare):
             batch_size = self.args.per_device_eval_batch_size
             sums = evaluate_loss(self.bare, mine, batch_size=batch_size, loss_of=self.path.loss)
@@ -458,6 +459,7 @@ def training_arguments(config: TrainConfig, *, evaluates: bool) -> transformers.
         remove_unused_columns=False,
         dataloader_pin_memory=False,
         label_names=["labels"],
+        accelerator_config={"dispatch_batches": False},  # a streamed batch is a list of examples, too
         # The base is held in its own dtype and the adapter casts once per layer: no autocast.
         bf16=False,
         fp16=False,

@@ -16,6 +16,7 @@ from pydantic import Field, field_validator, model_validator
 
 from lorakit.train.config.choices import INIT, METHOD, QUANTISATION, read_pattern
 from lorakit.train.config.section import Section, rule
+from lorakit.train.config.sources import SOURCES, Format, Source, as_sources
 
 Names = tuple[str, ...]
 Schedule = Literal[
@@ -33,13 +34,23 @@ class DataOptions(Section, frozen=True):
     """Which rows are trained on, and how a row becomes tokens and labels."""
 
     SECTION: ClassVar[str] = "data"
-    HEADINGS: ClassVar[Mapping[str, str]] = {"train": "Data", "format": "Rows, templates and labels"}
+    HEADINGS: ClassVar[Mapping[str, str]] = {
+        "train": "Data",
+        "format": "Rows, templates and labels",
+        "streaming": "Large data",
+    }
 
-    train: str | Names = Field(
+    train: Annotated[Any, SOURCES] = Field(
         description="rows to train on: a JSONL, JSON, CSV, TSV, Parquet, Arrow or text file, a pattern, a folder, a `datasets` "
-        "name, or a list of these"
+        "name, or a list of these; a source with options of its own is {path: chats.jsonl, format: messages, columns: {...}, "
+        "template: ..., split: ..., weight: 0.5}"
     )
-    evaluation: str | Names | None = option(None, "rows to evaluate on, given as for `train`")
+    mix: Literal["concatenate", "first-exhausted", "all-exhausted"] = option(
+        "concatenate",
+        "several sources: concatenate them, or interleave them, each drawn with the probability `weight`, until the first is "
+        "exhausted or until all are (the rows of shorter ones repeat)",
+    )
+    evaluation: Annotated[Any, SOURCES] = option(None, "rows to evaluate on, given as for `train`")
     evaluation_size: int | float = option(
         0, "rows of `train` held out for evaluation: a count, or a share below 1", ge=0
     )
@@ -51,8 +62,9 @@ class DataOptions(Section, frozen=True):
     )
     limit: int | None = option(None, "use at most this many rows for training", ge=1)
     shuffle_seed: int | None = option(0, "seed of shuffling the rows, before any are held out; null keeps their order")
-    format: Literal["auto", "prompt-completion", "messages", "text", "classification"] = option(
-        "auto", "prompt and completion, chat messages, text, or text and label (classification); auto: by the columns"
+    format: Format = option(
+        "auto",
+        "prompt and completion, messages, text, tokens (input_ids), or text and label (classification); auto: by the columns",
     )
     columns: dict[str, str] = option({}, "rename columns: {prompt: your_column, completion: another_column}")
     template: str | None = option(
@@ -77,10 +89,34 @@ class DataOptions(Section, frozen=True):
         "cut",
         "examples over `max_length`: cut (truncate) the end, cut-start, split into several (text only), drop, or refuse",
     )
+    pack_to: int | None = option(
+        None,
+        "packing for continued pretraining: texts one after another, cut into blocks of this many tokens; `max_length` and "
+        "`overflow` are not used",
+        ge=2,
+    )
+    pack_across: bool = option(
+        False,
+        "with `pack_to`, attention crosses from one text of a block into the next; false: each text is read alone",
+    )
     completion_only_loss: bool = option(True, "loss on completions and assistant turns only; false: on prompts too")
+    turns: Literal["all", "last", "marked"] = option(
+        "all",
+        "assistant turns that carry loss: all (but those with train: false or weight: 0), the last of a conversation, or those "
+        "marked by train: true or weight: 1",
+    )
     on_bad_row: Literal["raise", "skip"] = option(
         "raise", "a row that cannot be used: raise an error, or skip and count it"
     )
+    cache: Literal["auto", "on", "off"] = option(
+        "auto",
+        "keep the tokenised rows on disk for the next run over the same files, tokenizer and options; auto: for files of more "
+        "than 64 MB",
+    )
+    streaming: bool = option(
+        False, "read rows as they come, for data larger than the disk: nothing is kept; needs train.max_steps"
+    )
+    shuffle_buffer: int = option(10_000, "with `streaming`, rows held at a time to be drawn from at random", ge=1)
 
     @field_validator("template")
     @classmethod
@@ -107,6 +143,62 @@ class DataOptions(Section, frozen=True):
                 "evaluation_size",
             )
         return self
+
+    @model_validator(mode="after")
+    def _mixed(self) -> Self:
+        """What weights and the other options of large data ask of each other."""
+        given = [source.weight for source in self.train_sources if source.weight is not None]
+        if self.mix == "concatenate" and given:
+            raise rule(
+                "data.train: a weight is the probability of an interleaved source, and data.mix is concatenate; set data.mix: "
+                "first-exhausted or all-exhausted, or give no weight",
+                "train",
+            )
+        if self.mix != "concatenate" and len(self.train_sources) < 2:
+            raise rule(f"data.mix is {self.mix}, which needs several sources in data.train; found one", "mix")
+        if given and len(given) < len(self.train_sources):
+            missing = next(one.path for one in self.train_sources if one.weight is None)
+            raise rule(
+                f"data.train: {missing} has no weight while others have; give one to each source, or none", "train"
+            )
+        if given and abs(sum(given) - 1) > 1e-3:
+            shown = " and ".join(f"{one:g}" for one in given)
+            raise rule(
+                f"data.train: the weights {shown} sum to {sum(given):g}; as probabilities they sum to 1", "train"
+            )
+        if self.pack_across and self.pack_to is None:
+            raise rule("data.pack_across is for packing to a length; set data.pack_to", "pack_across")
+        if self.turns != "all" and not self.completion_only_loss:
+            raise rule(
+                f"data.turns is {self.turns} while data.completion_only_loss is false (loss on everything); keep one",
+                "turns",
+            )
+        for name in ("evaluation_size", "pack_to") if self.streaming else ():
+            if value := getattr(self, name):
+                raise rule(f"data.{name} is {value}, which does not work with data.streaming: rows pass once", name)
+        return self
+
+    @property
+    def train_sources(self) -> tuple[Source, ...]:
+        """The sources to train on; one name is the list of one."""
+        return as_sources(self.train)
+
+    @property
+    def evaluation_sources(self) -> tuple[Source, ...]:
+        """The sources to evaluate on that are named for it."""
+        return as_sources(self.evaluation)
+
+    def of(self, number: int) -> Self:
+        """The options of one source, by its number among those that rows are read of."""
+        sources = (*self.train_sources, *self.evaluation_sources)
+        own = sources[number].own if number < len(sources) else {}
+        return self.replace(**own) if own else self
+
+    @property
+    def weights(self) -> list[float]:
+        """The probability of each source, where they are interleaved."""
+        sources = self.train_sources
+        return [one.weight if one.weight is not None else 1 / len(sources) for one in sources]
 
     @property
     def evaluates(self) -> bool:
@@ -346,8 +438,17 @@ class TrainConfig(Section, frozen=True):
             yield "data.format is classification, which needs task: seq-cls"
         if classifies and answers != "none":
             yield f"evaluate.answers is {answers} while task is seq-cls, whose accuracy is measured anyway; leave it at none"
-        if layout == "text" and answers != "none":
-            yield f"evaluate.answers is {answers}, but rows of format text hold no answer; use prompt-completion or messages"
+        if self.data.streaming:
+            if self.train.max_steps is None:
+                yield "train.max_steps is not given, and rows that are streamed have no end; say how many steps to train"
+            if getattr(self.init, "needs", None) in ("inputs", "gradients"):
+                yield f"init is {INIT.name_of(self.init)}, which measures rows drawn from all; with data.streaming use default"
+            if classifies:
+                yield "data.streaming is on while task is seq-cls, whose classes are found in all rows; turn it off"
+            if self.data.evaluation_split is not None and self.data.evaluation is None:
+                yield "data.evaluation_split is a split of what is streamed; name the rows by data.evaluation too"
+        if layout in ("text", "tokens") and answers != "none":
+            yield f"evaluate.answers is {answers}, but rows of {layout} hold no answer; use prompt-completion or messages"
 
     def _optimizer_conflicts(self) -> Iterator[str]:
         options, optimizer = self.train, self.train.optimizer.lower()

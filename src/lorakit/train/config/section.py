@@ -130,7 +130,8 @@ def declared_by(info: FieldInfo, name: str = "") -> Declared:
     words = {"ge": "minimum", "gt": "above", "le": "maximum", "lt": "below"}
     bounds = {ours: getattr(one, word) for one in info.metadata for word, ours in words.items() if hasattr(one, word)}
     default = dataclasses.MISSING if info.is_required() else info.get_default(call_default_factory=True)
-    return Declared(name, info.annotation, default, Option(info.description or "", **bounds))
+    shown = next((one.shown for one in info.metadata if hasattr(one, "shown")), "")
+    return Declared(name, info.annotation, default, Option(info.description or "", shown=shown, **bounds))
 
 
 def unfit(declared: Declared, value: Any, *name: str) -> PydanticCustomError:

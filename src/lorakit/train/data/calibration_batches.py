@@ -12,11 +12,12 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
+from lorakit.train.data.blocks import documents
 from lorakit.train.step.packing import pad
 
 if TYPE_CHECKING:
     from lorakit.init import Initialiser
-    from lorakit.train.data.examples import Example
+    from lorakit.train.data.store import Example
 
 ROWS = 8
 """Examples in a batch."""
@@ -40,7 +41,8 @@ def calibration_batches(
     chosen = draw.sample(range(len(examples)), min(wanted.examples, len(examples)))
     by_length = sorted(chosen, key=lambda index: (len(examples[index].input_ids), index))
     batches = [
-        pad([examples[index] for index in by_length[first : first + rows]]) for first in range(0, len(by_length), rows)
+        pad(documents(examples[index] for index in by_length[first : first + rows]))
+        for first in range(0, len(by_length), rows)
     ]
     draw.shuffle(batches)  # a start that stops early must not have seen the short ones alone
     return batches

@@ -16,39 +16,42 @@ since nothing predicts it.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import numpy as np
 
 from lorakit.errors import LorakitError, plural
 from lorakit.files.prompt import Prompt, as_chat, opened
 from lorakit.train.config.options import DataOptions
-from lorakit.train.data.formats import RowReader, each_row, refuse_bad_rows, sort_out
-from lorakit.train.data.reading import BadRow, Row, Rows, load_rows
+from lorakit.train.data.blocks import Blocks
+from lorakit.train.data.formats import Fields, RowReader, each_row, refuse_bad_rows, sort_out
+from lorakit.train.data.rows import BadRow, Row, Rows
+from lorakit.train.data.store import CACHE_FORMAT, Builder, Made, being_cached, cached
 from lorakit.train.data.templates import (
     ChatTemplate,
     Conversation,
     TextTemplate,
     UnusableRow,
     diverges,
-    shared_prefix_length,
     text_of,
 )
 from lorakit.train.data.tokenise import IGNORED, Ends, Labeller, Tokenised, cut, split
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 T = TypeVar("T")
 
 log = logging.getLogger("lorakit.train")
 
-
-@dataclass(frozen=True)
-class Example:
-    """One tokenised example; `labels[t]` is predicted from the tokens before position t, -100 means no loss."""
-
-    input_ids: list[int]
-    labels: list[int]
+TOLD = 100_000
+"""Rows above which tokenisation shows how far it is."""
 
 
 @dataclass(frozen=True)
@@ -75,6 +78,9 @@ class Report:
         alone: rows of several answers, each of which became an example of its own.
         unused: columns and fields of messages that make no difference, and in how many rows.
         repeated: examples whose tokens and labels are those of an earlier one.
+        leftover: with `pack_to`, tokens of the last block, which is shorter where the texts do not fill it.
+        is_part: whether it is of one of several sources.
+        sources: of several sources, the report of each; what is not used as it stands is told there.
     """
 
     source: str
@@ -98,6 +104,9 @@ class Report:
     alone: int = 0
     unused: tuple[tuple[str, int], ...] = ()
     repeated: int = 0
+    leftover: int = 0
+    sources: tuple[Report, ...] = ()
+    is_part: bool = False
 
     def lines(self) -> list[str]:
         """The report for people: one line of facts, and one for everything that was not used as it stood."""
@@ -117,6 +126,7 @@ class Report:
             (self.without_labels, "row", f"dropped: no labelled token within {self.max_length} tokens"),
             (len(self.bad), "row", f"skipped, the first: {self.bad[0] if self.bad else ''}"),
             (self.apart, "row", "tokenised apart: the end of the prompt would merge with the completion"),
+            (self.leftover, "token", "left over in the last block, which is shorter"),
             (
                 self.special,
                 "row",
@@ -124,29 +134,13 @@ class Report:
             ),
         ]
         said = told + [f"{plural(count, noun)} {words}" for count, noun, words in notes if count]
-        if self.examples == 1:
+        spare = ", ".join(f"{name} ({plural(count, 'row')})" for name, count in self.unused)
+        if self.examples == 1 and not self.is_part:
             said.append("a single example: the model will learn it by heart")
         elif self.repeated:
             said.append(f"{plural(self.repeated, 'example')} the same as an earlier one")
-        spare = ", ".join(f"{name} ({plural(count, 'row')})" for name, count in self.unused)
-        return said + ([f"not used, since no template writes it: {spare}"] if spare else [])
-
-    @classmethod
-    def of(
-        cls, rows: Rows, examples: Sequence[Any], label_tokens: int, bad: tuple[BadRow, ...], **facts: Any
-    ) -> Report:
-        """The report of examples made of rows."""
-        lengths = [len(example.input_ids) for example in examples]
-        return cls(
-            source=rows.source,
-            rows=len(rows) + len(rows.bad),
-            examples=len(examples),
-            tokens=sum(lengths),
-            label_tokens=label_tokens,
-            longest=max(lengths, default=0),
-            bad=bad,
-            **facts,
-        )
+        said += [f"not used, since no template writes it: {spare}"] if spare else []
+        return said + [line for one in self.sources for line in one.lines()]
 
 
 @dataclass(frozen=True)
@@ -154,13 +148,13 @@ class Prepared:
     """Examples, and the report of how they came about. Of a classifier they are labelled texts, and `names` its classes by
     index; `prompt` is the form in which the model was asked, None where it was not (plain text, a classifier)."""
 
-    examples: list[Any]
+    examples: Sequence[Any]
     report: Report
     names: tuple[str, ...] = ()
     prompt: Prompt | None = None
 
     def __len__(self) -> int:
-        return len(self.examples)
+        return self.report.examples
 
 
 @dataclass(frozen=True)
@@ -173,117 +167,166 @@ class Question:
     where: str
 
 
-def load_splits(options: DataOptions) -> tuple[Rows, Rows | None]:
-    """The rows to train on and those to evaluate on, shuffled, held out and limited as the options say.
-
-    Raises:
-        LorakitError: a source cannot be read; both would be the same rows; or nothing is left to train on.
-    """
-    rows = load_rows(options.train, split=options.split, subset=options.subset)
-    if options.shuffle_seed is not None:
-        rows = rows.shuffled(options.shuffle_seed)
-    evaluation: Rows | None = None
-    if options.evaluation is not None or options.evaluation_split is not None:
-        source = options.train if options.evaluation is None else options.evaluation
-        split = options.evaluation_split or options.split
-        trained = f"the rows that are trained on ({source}, split {split}); name others, or give data.evaluation_size"
-        if source == options.train and split == options.split:
-            raise LorakitError(f"data.evaluation names {trained}")
-        evaluation = load_rows(source, split=split, subset=options.subset)
-        known = {_content(row) for row in rows.rows}
-        seen = sum(_content(row) in known for row in evaluation.rows)
-        if seen == len(evaluation) and len({_content(row) for row in evaluation.rows}) == len(known):
-            raise LorakitError(f"data.evaluation holds {trained}")
-        if seen:
-            log.warning(
-                "data.evaluation: %s of %s are trained on too, so that the evaluation looks better than it is",
-                f"{seen:,}",
-                plural(len(evaluation), "row"),
-            )
-    elif options.evaluation_size:
-        size = options.evaluation_size
-        held = int(size) if size >= 1 else max(1, round(size * len(rows)))
-        if held >= len(rows):
-            raise LorakitError(f"data.evaluation_size holds out {held} rows, but there are only {len(rows)}")
-        evaluation, rows = rows.take(rows.rows[:held], ()), rows.take(rows.rows[held:])
-    if evaluation is not None and options.evaluation_limit is not None:
-        evaluation = evaluation.take(evaluation.rows[: options.evaluation_limit])
-    if options.limit is not None:
-        rows = rows.take(rows.rows[: options.limit])
-    return rows, evaluation
-
-
-def _content(row: Row) -> int:
-    """What a row holds, as a number by which two rows can be compared."""
-    return hash(json.dumps(row.fields, sort_keys=True, default=str))
-
-
-def prepare(rows: Rows, tokenizer: Any, options: DataOptions) -> Prepared:
+def prepare(rows: Rows, tokenizer: Any, options: DataOptions, console: Console | None = None) -> Prepared:
     """Tokenised examples of the rows, with labels.
 
     Args:
         rows: from `load_rows` or `load_splits`.
         tokenizer: a Hugging Face tokenizer.
         options: the data section of the configuration.
+        console: where the progress over many rows is shown.
 
     Raises:
         LorakitError: rows cannot be used (the first few with file, line and reason) and `on_bad_row` is raise; a row
             is too long and `overflow` is refuse; nothing is left; the format cannot be told from the columns.
     """
-    maker = _Maker(rows, tokenizer, options)
-    tokenised, unusable = maker.tokenised()
+    makers = makers_of(rows, tokenizer, options)
+    made = _made(rows, makers, tokenizer, options, console)
+    found = made.facts["sources"]
+    unusable = [BadRow(*one) for facts in found for one in facts["bad"]]
     bad = (*rows.bad, *unusable)
     refuse_bad_rows(bad, len(rows) + len(rows.bad), options)
-    limit = length_limit(tokenizer, options)
-    examples: list[Example] = []
-    counts = dict.fromkeys(("truncated", "tokens_cut", "split", "too_long", "without_labels", "apart"), 0)
-    for row, one in tokenised:
-        counts["apart"] += one.apart
-        ids, labels = one.ids, one.labels
-        if len(ids) <= limit:
-            pieces = [(ids, labels)]
-        elif options.overflow == "refuse":
-            raise LorakitError(
-                f"{row.where}: {len(ids)} tokens, above data.max_length {limit}; raise the limit, or choose "
-                "data.overflow: cut, cut-start, split or drop"
+    chosen = made.order(rows.order)
+    examples: Any = made.examples.pick(chosen)
+    owners, labels = rows.sources[made.owners[chosen]], made.labels[chosen]
+    reports = []
+    for facts, (number, maker) in zip(found, makers.items(), strict=True):
+        mine = owners == number
+        lengths, skipped = examples.lengths[mine], [BadRow(*one) for one in facts["bad"]]
+        reports.append(
+            Report(
+                source=maker.reader.source,
+                rows=len(maker.rows) + (len(rows.bad) if len(makers) == 1 else 0),
+                examples=int(mine.sum()),
+                tokens=int(lengths.sum()),
+                label_tokens=int(labels[mine].sum()),
+                longest=int(lengths.max(initial=0)),
+                bad=bad if len(makers) == 1 else tuple(skipped),
+                format=maker.reader.format,
+                template=maker.reader.words,
+                max_length=maker.limit,
+                shared_prefix=facts["shared"],
+                repeated=made.repeated(np.unique(chosen[mine])),
+                is_part=len(makers) > 1,
+                unused=tuple((name, count) for name, count in facts["unused"]),
+                **facts["counts"],
             )
-        elif options.overflow == "drop":
-            counts["too_long"] += 1
-            continue
-        elif options.overflow == "split":
-            pieces = split(ids, labels, limit, len(maker.opening))
-            counts["split"] += len(pieces) - 1
-        else:
-            counts["truncated"] += 1
-            counts["tokens_cut"] += len(ids) - limit
-            pieces = [cut(ids, labels, limit, options.overflow, bool(maker.opening))]
-        for piece_ids, piece_labels in pieces:
-            piece_labels = [IGNORED, *piece_labels[1:]]
-            if all(label == IGNORED for label in piece_labels):
-                counts["without_labels"] += 1
-            else:
-                examples.append(Example(piece_ids, piece_labels))
-    report = Report.of(
-        rows,
-        examples,
-        sum(len(example.labels) - example.labels.count(IGNORED) for example in examples),
-        bad,
-        format=maker.reader.format,
-        template=maker.reader.words,
-        max_length=limit,
-        special=maker.reader.count_special_tokens(),
-        shared_prefix=shared_prefix_length([example.input_ids for example in examples]),
-        alone=maker.alone,
-        unused=tuple(sorted(maker.reader.unused.items())),
-        repeated=len(examples) - len({hash((*one.input_ids, *one.labels)) for one in examples}),
-        **counts,
-    )
-    if not examples:
-        long = counts["truncated"] + counts["too_long"]
-        more = f" Raise data.max_length (now {limit}), or cut the start of prompts: data.overflow: cut-start."
-        told = "; ".join(report.lines()) + "." + more * bool(long)
+        )
+    report = reports[0] if len(reports) == 1 else _total(rows, reports)
+    if options.pack_to is not None and len(examples):
+        examples = Blocks(examples, options.pack_to, options.pack_across, int(labels.sum()))
+        of_blocks = {"examples": len(examples), "label_tokens": examples.label_tokens, "longest": examples.longest}
+        report = replace(report, **of_blocks, leftover=examples.leftover, max_length=options.pack_to)
+    if not len(examples):
+        long = any(one.truncated or one.too_long for one in reports)
+        more = (
+            f" Raise data.max_length (now {report.max_length}), or cut the start of prompts: data.overflow: cut-start."
+        )
+        told = "; ".join(report.lines()) + "." + more * long
         raise LorakitError(f"prepare: no example is left of {rows.source}. {told}")
-    return Prepared(examples, report, prompt=maker.prompt(examples))
+    return Prepared(examples, report, prompt=_prompt(list(makers.values()), [facts["stops"] for facts in found]))
+
+
+def _total(rows: Rows, reports: Sequence[Report]) -> Report:
+    """The report of all sources together."""
+
+    def words(name: str) -> str:
+        return " and ".join(dict.fromkeys(str(getattr(one, name)) for one in reports))
+
+    def total(name: str) -> int:
+        return sum(int(getattr(one, name)) for one in reports)
+
+    return Report(
+        source=plural(len(reports), "source"),
+        format=words("format"),
+        template=words("template"),
+        rows=total("rows") + len(rows.bad),
+        examples=total("examples"),
+        tokens=total("tokens"),
+        label_tokens=total("label_tokens"),
+        longest=max(one.longest for one in reports),
+        max_length=max(one.max_length for one in reports),
+        bad=rows.bad,
+        sources=tuple(reports),
+    )
+
+
+def _prompt(makers: Sequence[Maker], stops: Sequence[Sequence[str]]) -> Prompt | None:
+    """The one prompt that an adapter has: of the first source that asks anything."""
+    made = ((maker.reader.source, maker.prompt(ends)) for maker, ends in zip(makers, stops, strict=True))
+    found = [(source, one) for source, one in made if one is not None]
+    if any((one.template, one.given) != (found[0][1].template, found[0][1].given) for _, one in found[1:]):
+        log.warning("sources have different templates; the adapter will be asked by that of %s", found[0][0])
+    return found[0][1] if found else None
+
+
+def makers_of(rows: Rows, tokenizer: Any, options: DataOptions) -> dict[int, Maker]:
+    """The way to tokens of each source that the rows are of, by its number."""
+    numbers = [int(one) for one in np.unique(rows.sources)] or [0]
+    if len(numbers) == 1:
+        return {number: Maker(rows, tokenizer, options.of(number)) for number in numbers}
+    named = rows.names or tuple(f"source {number + 1}" for number in range(max(numbers) + 1))
+    return {
+        number: Maker(replace(rows.of(number), bad=(), source=named[number]), tokenizer, options.of(number))
+        for number in numbers
+    }
+
+
+def _made(rows: Rows, makers: dict[int, Maker], tokenizer: Any, options: DataOptions, console: Console | None) -> Made:
+    """The examples of all rows: out of the cache, or into it, or in memory."""
+    wanted = bool(rows.identity) and (options.cache == "on" or (options.cache == "auto" and rows.is_stored))
+    key = _cache_key(rows, makers, tokenizer) if wanted else ""
+    made = cached(key) if wanted else None
+    if made is None:
+        with being_cached(key) if wanted else nullcontext((None, lambda _: None)) as (file, keep):
+            builder = Builder(file)
+            with _progress(console, len(rows)) as advance:
+                told = [maker.build(builder, advance) for maker in makers.values()]
+            made = builder.made({"sources": told})
+            keep(made)
+    # the row of each example: the number of rows built before it, to its place among all
+    places = [np.flatnonzero(rows.sources == number)[maker.rows.storage] for number, maker in makers.items()]
+    return replace(made, owners=np.concatenate(places)[made.owners] if len(made.owners) else made.owners)
+
+
+def _cache_key(rows: Rows, makers: dict[int, Maker], tokenizer: Any) -> str:
+    """A hash of everything that decides the tokens: the content of the files, which rows, tokenizer, templates and options."""
+    core = getattr(tokenizer, "backend_tokenizer", None)
+    about = {
+        "format": CACHE_FORMAT,
+        "content": [identity() for identity in rows.identity],
+        "tokenizer": [
+            type(tokenizer).__name__,
+            core.to_str() if core is not None else sorted(tokenizer.get_vocab().items()),
+            repr(tokenizer.special_tokens_map),
+        ],
+        "sources": [maker.identity() for maker in makers.values()],
+    }
+    return hashlib.sha256(json.dumps(about, sort_keys=True, default=str).encode()).hexdigest()
+
+
+@contextmanager
+def _progress(console: Console | None, total: int) -> Iterator[Any]:
+    """What is told how many rows are through: a bar on a terminal, else a line in the log now and then."""
+    if total < TOLD:
+        yield lambda _: None
+        return
+    if console is not None and console.is_terminal:
+        from rich.progress import Progress
+
+        with Progress(console=console, transient=True) as bar:
+            task = bar.add_task("tokenising", total=total)
+            yield lambda count: bar.advance(task, count)
+        return
+    done = 0
+
+    def advance(count: int) -> None:
+        nonlocal done
+        if (done + count) * 20 // total > done * 20 // total:
+            log.info("tokenised %s of %s rows", f"{done + count:,}", f"{total:,}")
+        done += count
+
+    yield advance
 
 
 def questions(rows: Rows, tokenizer: Any, options: DataOptions) -> list[Question]:
@@ -294,10 +337,15 @@ def questions(rows: Rows, tokenizer: Any, options: DataOptions) -> list[Question
     Raises:
         LorakitError: rows cannot be used (as in `prepare`), or they are texts, which ask nothing.
     """
-    maker = _Maker(rows, tokenizer, options)
-    found, bad = maker.asked()
+    found: list[tuple[int, Question]] = []
+    bad: list[BadRow] = []
+    for number, maker in makers_of(rows, tokenizer, options).items():
+        asked, more = maker.asked()
+        place = {rows.rows[at].where: at for at in np.flatnonzero(rows.sources == number).tolist()}
+        found += [(place[one.where], one) for one in asked]
+        bad += more
     refuse_bad_rows(bad, len(rows), options)
-    return found
+    return [question for _, question in sorted(found, key=lambda one: one[0])]
 
 
 def choice_ids(choices: Sequence[str], rows: Rows, tokenizer: Any, options: DataOptions) -> list[list[int]]:
@@ -314,7 +362,7 @@ def choice_ids(choices: Sequence[str], rows: Rows, tokenizer: Any, options: Data
     plain = options.replace(on_bad_row="skip")
     tried: list[list[list[int]]] = []
     for row in rows.rows[:3]:
-        maker = _Maker(rows.take([row], ()), tokenizer, plain)
+        maker = Maker(rows.take([row], ()), tokenizer, plain.of(row.source))
         tried.append([maker.completion(choice) for choice in choices])
     if not tried or any(one != tried[0] for one in tried[1:]):
         raise LorakitError(
@@ -332,31 +380,133 @@ def length_limit(tokenizer: Any, options: DataOptions) -> int:
     return min(options.max_length, int(min(getattr(tokenizer, "model_max_length", None) or 1e9, 1e9)))
 
 
-class _Maker:
+@dataclass
+class Counts:
+    """What became of the rows of a source, as `Report` has it."""
+
+    truncated: int = 0
+    tokens_cut: int = 0
+    split: int = 0
+    too_long: int = 0
+    without_labels: int = 0
+    apart: int = 0
+    special: int = 0
+    alone: int = 0
+
+
+class Maker:
     """The way of one source's rows from columns to tokens: a reader and a labeller that fit each other."""
 
     def __init__(self, rows: Rows, tokenizer: Any, options: DataOptions) -> None:
+        self.rows, self.options = rows, options
         self.reader = RowReader(rows, tokenizer, options)
-        is_text = self.reader.format == "text"
-        if options.overflow == "split" and not is_text:
+        if options.pack_to is not None and not self.reader.is_plain:
+            raise LorakitError(
+                f"data.pack_to is for text or tokens, found {self.reader.format} in {self.reader.source}; batches of "
+                "other rows are packed without it (train.fast_path)"
+            )
+        if options.overflow == "split" and not self.reader.is_plain:
             raise LorakitError(
                 f"data.overflow split is for text alone, found {self.reader.format}; use cut, cut-start or drop"
             )
-        self.is_chat = self.reader.template.is_chat and not is_text
+        self.is_chat = self.reader.template.is_chat and not self.reader.is_plain
         self.labeller = Labeller(
-            tokenizer, opens=not self.is_chat, learn_all=not options.completion_only_loss, must_end=not is_text
+            tokenizer,
+            opens=not self.is_chat,
+            learn_all=not options.completion_only_loss,
+            must_end=not self.reader.is_plain,
         )
-        self.opening = self.labeller.opening
-        self.alone = 0
+        self.opening = self.labeller.opening if self.reader.format != "tokens" else []
+        self.limit = length_limit(tokenizer, options)
+        self.counts = Counts()
 
-    def tokenised(self) -> tuple[list[tuple[Row, Tokenised]], list[BadRow]]:
+    def identity(self) -> Any:
+        """What decides the tokens of the rows besides their content and the tokenizer."""
+        reader, rows = self.reader, self.rows.rows
+        names = ("columns", "ignore", "overflow", "completion_only_loss", "turns", "system")
+        template = reader.template
+        which: Any = getattr(rows, "places", None)
+        digest = hashlib.sha256(
+            repr([row.where for row in rows]).encode() if which is None else np.sort(which).tobytes()
+        ).hexdigest()
+        text = template.jinja if isinstance(template, ChatTemplate) else template.text
+        given = {name: getattr(self.options, name) for name in names}
+        return [reader.format, text, self.limit, self.options.pack_to is not None, digest, given]
+
+    def build(self, builder: Builder, advance: Any) -> dict[str, Any]:
+        """Adds the examples of all rows, each with the number of its row in the order of building; returns what is told of
+        them."""
+        first, bad, stops = builder.rows, list[BadRow](), set[int | None]()
+        for _, chunk in self.rows.chunks():
+            place = {id(row): builder.rows + at for at, row in enumerate(chunk)}
+            for row, ids, labels in self.examples(chunk, bad):
+                builder.add(place[id(row)], ids, labels)
+                if not self.reader.is_plain:
+                    stops.add(self.labeller.ends.last_learned(labels))
+            builder.rows += len(chunk)
+            advance(len(chunk))
+        assert builder.rows - first == len(self.rows)
+        names = self.labeller.tokenizer.convert_ids_to_tokens(sorted(end for end in stops if end is not None))
+        return {
+            "bad": [(one.where, one.reason) for one in bad],
+            "stops": list(names),
+            "shared": builder.take_shared(),
+            "counts": vars(self.counts),
+            "unused": sorted(self.reader.unused.items()),
+        }
+
+    def examples(self, rows: Sequence[Row], bad: list[BadRow]) -> Iterator[tuple[Row, list[int], list[int]]]:
+        """Tokens and labels of every example that some rows give, cut to the limit; what cannot be used is added to `bad`.
+
+        Raises:
+            LorakitError: a row is too long, and `overflow` is refuse.
+        """
+        options, counts = self.options, self.counts
+        fields = self.reader.read(rows)
+        counts.special += self.reader.count_special_tokens(fields)
+        tokenised, unusable = self.tokenised(fields)
+        bad += unusable
+        for row, one in tokenised:
+            counts.apart += one.apart
+            ids, labels = one.ids, one.labels
+            if options.pack_to is not None:
+                yield row, ids, labels
+                continue
+            if len(ids) <= self.limit:
+                pieces = [(ids, labels)]
+            elif options.overflow == "refuse":
+                raise LorakitError(
+                    f"{row.where}: {len(ids)} tokens, above data.max_length {self.limit}; raise the limit, or choose "
+                    "data.overflow: cut, cut-start, split or drop"
+                )
+            elif options.overflow == "drop":
+                counts.too_long += 1
+                continue
+            elif options.overflow == "split":
+                pieces = split(ids, labels, self.limit, len(self.opening))
+                counts.split += len(pieces) - 1
+            else:
+                counts.truncated += 1
+                counts.tokens_cut += len(ids) - self.limit
+                pieces = [cut(ids, labels, self.limit, options.overflow, bool(self.opening))]
+            for piece_ids, piece_labels in pieces:
+                piece_labels = [IGNORED, *piece_labels[1:]]
+                if all(label == IGNORED for label in piece_labels):
+                    counts.without_labels += 1
+                else:
+                    yield row, piece_ids, piece_labels
+
+    def tokenised(self, fields: Fields) -> tuple[list[tuple[Row, Tokenised]], list[BadRow]]:
         """Tokens and labels of every usable row, in order, and the unusable rows."""
         template = self.reader.template
+        if self.reader.format == "tokens":
+            given, bad = self.reader.tokens(fields)
+            return [(row, Tokenised(ids, labels)) for row, (ids, labels) in given], bad
         if not self.is_chat:
-            rendered, bad = self.reader.texts()
+            rendered, bad = self.reader.texts(fields)
         else:
             assert isinstance(template, ChatTemplate)
-            conversations, bad = self.reader.conversations()
+            conversations, bad = self.reader.conversations(fields)
             if self.reader.format == "messages" and template.marks and not self.labeller.learn_all:
                 marked, more = each_row(conversations, self._mark)
                 return self._each(marked), bad + more
@@ -367,7 +517,7 @@ class _Maker:
 
     def _each(self, rows: Sequence[tuple[Row, Sequence[T]]]) -> list[tuple[Row, T]]:
         """Every example with its row; those that a row has more of are counted."""
-        self.alone += sum(len(made) > 1 for _, made in rows)
+        self.counts.alone += sum(len(made) > 1 for _, made in rows)
         return [(row, one) for row, made in rows for one in made]
 
     def _mark(self, conversation: Conversation) -> list[Tokenised]:
@@ -399,13 +549,12 @@ class _Maker:
             made.append(labeller.label_marked(ids, mask))
         return made
 
-    def prompt(self, examples: Sequence[Example]) -> Prompt | None:
-        """The form in which the model is asked in these examples, for those who ask it later."""
+    def prompt(self, stops: Sequence[str]) -> Prompt | None:
+        """The form in which the model is asked in these examples, for those who ask it later; `stops` ended the answers."""
         template, options, tokenizer = self.reader.template, self.reader.options, self.labeller.tokenizer
-        if self.reader.format == "text":
+        if self.reader.is_plain:
             return None
-        ends = {self.labeller.ends.last_of([label for label in one.labels if label != IGNORED]) for one in examples}
-        stop = tuple(tokenizer.convert_ids_to_tokens(sorted(end for end in ends if end is not None)))
+        stop = tuple(stops)
         given: dict[str, Any] = {
             "template": None, "system": options.system, "arguments": dict(options.template_arguments)
         }  # fmt: skip
@@ -424,11 +573,14 @@ class _Maker:
     def asked(self) -> tuple[list[Question], list[BadRow]]:
         """Every row as a question."""
         reader, template = self.reader, self.reader.template
-        if reader.format == "text":
-            raise LorakitError("questions: rows of text hold no answers; use prompt and completion, or messages")
+        if reader.is_plain:
+            raise LorakitError(
+                f"questions: rows of {reader.format} hold no answers; use prompt and completion, or messages"
+            )
+        fields = reader.read(self.rows.rows)
         asked: list[tuple[Row, str, str]] = []
         if isinstance(template, ChatTemplate):
-            conversations, bad = reader.conversations()
+            conversations, bad = reader.conversations(fields)
             prompts = template.prompts([c for _, c in conversations])
             for (row, c), prompt in zip(conversations, prompts, strict=True):
                 if isinstance(prompt, UnusableRow):
@@ -436,7 +588,7 @@ class _Maker:
                 else:
                     asked.append((row, prompt, text_of(c.messages[c.learned[-1]].get("content"))))
         else:
-            rendered, bad = reader.texts()
+            rendered, bad = reader.texts(fields)
             closing = template.closing if isinstance(template, TextTemplate) else ""
             for row, one in rendered:
                 start = one.spans[-1][0]
@@ -449,8 +601,7 @@ class _Maker:
 
     def completion(self, answer: str) -> list[int]:
         """The learned tokens at the end of the only row, had it this answer."""
-        self.reader.put_answer(answer)
-        made, bad = self.tokenised()
+        made, bad = self.tokenised(self.reader.answered(self.reader.read(self.rows.rows), answer))
         if not made:
             raise LorakitError(f"evaluate.choices: {answer!r} cannot be put after a prompt: {bad[0]}")
         labels = made[-1][1].labels

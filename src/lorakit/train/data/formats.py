@@ -9,12 +9,13 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from lorakit.errors import LorakitError, nearest
 from lorakit.files.prompt import Prompt
 from lorakit.train.config.options import DataOptions
-from lorakit.train.data.reading import BadRow, Row, Rows
+from lorakit.train.data.rows import BadRow, Row, Rows
 from lorakit.train.data.templates import (
     JOINED,
     ChatTemplate,
@@ -29,6 +30,10 @@ from lorakit.train.data.templates import (
     read_messages,
     read_tools,
 )
+from lorakit.train.data.tokenise import IGNORED
+
+Fields = Sequence[tuple[Row, Mapping[str, Any]]]
+"""Rows with what they hold."""
 
 Given = TypeVar("Given")
 Kept = TypeVar("Kept")
@@ -46,6 +51,7 @@ def detect_format(columns: Sequence[str], source: str = "the data") -> str:
             ("messages", {"messages"}),
             ("prompt-completion", {"prompt", "completion"}),
             ("text", {"text"}),
+            ("tokens", {"input_ids"}),
             ("classification", {"text", "label"}),
         )
         if needed <= set(columns)
@@ -57,7 +63,7 @@ def detect_format(columns: Sequence[str], source: str = "the data") -> str:
         raise LorakitError(f"{source}: the columns ({listed}) fit {' and '.join(found)}; choose by data.format")
     raise LorakitError(
         f"{source}: the columns are {listed}; expected prompt and completion, messages, "
-        "instruction and output (Alpaca), conversations (ShareGPT), or text. "
+        "instruction and output (Alpaca), conversations (ShareGPT), text, or input_ids. "
         f"{_likely(columns)}, or use them in a data.template with placeholders."
     )
 
@@ -114,38 +120,71 @@ def refuse_bad_rows(bad: Sequence[BadRow], total: int, options: DataOptions) -> 
         )
 
 
-def renamed(rows: Rows, options: DataOptions) -> list[tuple[Row, Mapping[str, Any]]]:
-    """The rows with columns under our names."""
+def renamed(values: Mapping[str, Any], options: DataOptions) -> Mapping[str, Any]:
+    """What a row holds, with columns under our names."""
     if not options.columns:
-        return [(row, row.fields) for row in rows.rows]
-    columns = rows.columns
-    for ours, theirs in options.columns.items():
-        if rows.rows and theirs not in columns:
-            raise LorakitError(
-                f'data.columns: "{ours}" is mapped to "{theirs}", but the columns are {", ".join(columns)}'
-            )
+        return values
     away = set(options.columns.values()) - set(options.columns)
-    kept_rows: list[tuple[Row, Mapping[str, Any]]] = []
-    for row in rows.rows:
-        kept = {name: value for name, value in row.fields.items() if name not in away}
-        kept |= {ours: row.fields[theirs] for ours, theirs in options.columns.items() if theirs in row.fields}
-        kept_rows.append((row, kept))
-    return kept_rows
+    kept = {name: value for name, value in values.items() if name not in away}
+    return kept | {ours: values[theirs] for ours, theirs in options.columns.items() if theirs in values}
+
+
+def fields_of(rows: Iterable[Row], options: DataOptions) -> list[tuple[Row, Mapping[str, Any]]]:
+    """Rows with what they hold, columns under our names."""
+    return [(row, renamed(row.fields, options)) for row in rows]
+
+
+@dataclass(frozen=True)
+class Survey:
+    """What all rows of a source hold: a row for each set of columns that occurs, under our names; and whether any has tools.
+
+    Raises LorakitError where a column that is to be renamed is in no row.
+    """
+
+    forms: tuple[Mapping[str, Any], ...]
+    tools: bool
+
+    @classmethod
+    def of(cls, rows: Rows, options: DataOptions) -> Survey:
+        """Look at every row once."""
+        forms: dict[tuple[str, ...], Mapping[str, Any]] = {}
+        tools = False
+        for _, chunk in rows.chunks():
+            for row in chunk:
+                forms.setdefault(tuple(row.fields), row.fields)
+                tools = tools or bool(renamed(row.fields, options).get("tools"))
+        columns = dict.fromkeys(name for form in forms for name in form)
+        for ours, theirs in options.columns.items():
+            if forms and theirs not in columns:
+                raise LorakitError(
+                    f'data.columns: "{ours}" is mapped to "{theirs}", but the columns are {", ".join(columns)}'
+                )
+        return cls(tuple(renamed(one, options) for one in forms.values()), tools)
+
+    def names(self, known: bool = False) -> tuple[str, ...]:
+        """The columns, in order of appearance; `known`: with Alpaca and ShareGPT as prompt and completion or messages."""
+        return tuple(dict.fromkeys(name for one in self.forms for name in (as_known(one) if known else one)))
 
 
 def with_prompt(options: DataOptions, prompt: Prompt | None, rows: Rows) -> DataOptions:
     """The options by which rows are written as this adapter was asked in its training; plain text is asked nothing."""
-    names = {name for _, values in renamed(rows, options) for name in values}
-    is_text = options.format == "text" or (
-        options.format == "auto" and "text" in names and not {"prompt", "messages"} & names
+    names = set(Survey.of(rows, options).names())
+    is_text = options.format in ("text", "tokens") or (
+        options.format == "auto" and {"text", "input_ids"} & names and not {"prompt", "messages"} & names
     )
     if prompt is None or is_text or options.format == "classification":
         return options
     text = prompt.given.get("template")
-    template = prompt.template if text is None else str(text)
-    return options.replace(
-        template=template, system=None if text is None else prompt.given.get("system"), template_arguments={}
-    )
+    asked: dict[str, Any] = {"template": prompt.template if text is None else str(text), "template_arguments": {}}
+    asked["system"] = None if text is None else prompt.given.get("system")
+    unsaid = dict.fromkeys(asked)  # by a source, too
+    named = {"train": options.train_sources, "evaluation": options.evaluation_sources}
+    own = {
+        name: tuple(one.replace(**unsaid) for one in sources)
+        for name, sources in named.items()
+        if any(one.own for one in sources)
+    }
+    return options.replace(**asked, **own)
 
 
 SHAREGPT = {
@@ -188,38 +227,81 @@ MEANT = frozenset(
 """Fields whose meaning is known: a row that has one is not learned as if it had none."""
 
 
+def read_tokens(values: Mapping[str, Any], vocabulary: int) -> tuple[list[int], list[int]]:
+    """Ids and labels of a row that is tokenised already: all is learned without labels; what its mask hides is left out.
+
+    Raises:
+        UnusableRow: ids that the tokenizer does not have; labels or a mask of another length; a label that is neither -100 nor
+            the token at its place.
+    """
+
+    def numbers(name: str) -> list[int] | None:
+        given = values.get(name)
+        if given is None and name != "input_ids":
+            return None
+        if not isinstance(given, list) or not given or not all(type(one) is int for one in given):
+            raise UnusableRow(f'"{name}" is {given!r:.40}, expected a list of integers')
+        if name != "input_ids" and len(given) != len(ids or ()):
+            raise UnusableRow(
+                f'"{name}" has {len(given)} numbers and "input_ids" has {len(ids or ())}; they must agree'
+            )
+        return given
+
+    ids: list[int] | None = None
+    ids = numbers("input_ids") or []
+    labels, mask = numbers("labels") or list(ids), numbers("attention_mask") or [1] * len(ids)
+    if wrong := [one for one in ids if not 0 <= one < vocabulary]:
+        raise UnusableRow(
+            f'"input_ids" holds {wrong[0]}, and this tokenizer has ids from 0 to {vocabulary - 1}; was another tokenizer used?'
+        )
+    for at, (token, label) in enumerate(zip(ids, labels, strict=True)):
+        if label not in (IGNORED, token):
+            raise UnusableRow(
+                f'"labels" holds {label} at position {at}, where the token is {token}; a label is the token at its place, or '
+                f"{IGNORED} for no loss (they are shifted while training)"
+            )
+    seen = [at for at, one in enumerate(mask) if one]
+    return [ids[at] for at in seen], [labels[at] for at in seen]
+
+
 class RowReader:
     """The rows of one source, on their way to text: their format and template, found once.
 
     Attributes:
-        format: "prompt-completion", "messages", "text", or "template" where placeholders name the columns.
+        format: "prompt-completion", "messages", "text", "tokens", or "template" where placeholders name the columns.
         template: how they are written.
         words: the template in words.
     """
 
     def __init__(self, rows: Rows, tokenizer: Any, options: DataOptions) -> None:
         self.options, self.source, self.tokenizer = options, rows.source or "the data", tokenizer
-        self.fields = renamed(rows, options)
-        tools = any(values.get("tools") for _, values in self.fields)
-        given = (options.template, tokenizer, options.system, options.template_arguments, tools, options.date)
+        survey = Survey.of(rows, options)
+        written = (options.template_arguments, survey.tools, options.date)
+        given = (options.template, tokenizer, options.system, *written)
         self.template = choose_template(*given)
-        if self.template is JOINED or self.template.is_chat:  # placeholders name the columns as they are
-            self.fields = [(row, as_known(values)) for row, values in self.fields]
-        self.format = self._format()
+        # placeholders name the columns as they are
+        self.known = self.template is JOINED or self.template.is_chat
+        self.format = self._format(survey.names(self.known))
         self.unused: Counter[str] = Counter()
-        self.words = "none (text as it is)" if self.format == "text" else self.template.words
+        self.is_plain = self.format in ("text", "tokens")
+        self.words = f"none ({self.format} as it is)" if self.is_plain else self.template.words
         has_place = self.template.is_chat or (
             isinstance(self.template, TextTemplate) and "system" in self.template.placeholders
         )
-        if options.system is not None and (self.format == "text" or not has_place):
+        if options.system is not None and (self.is_plain or not has_place):
             raise LorakitError(
                 f"data.system: the template ({self.words}) has no place for a system message; use a chat template, or "
                 "{system} in data.template"
             )
-        if options.template_arguments and (self.format == "text" or not self.template.is_chat):
+        if options.template_arguments and (self.is_plain or not self.template.is_chat):
             raise LorakitError(f"data.template_arguments are for a chat template; the template is {self.words}")
 
-    def _format(self) -> str:
+    def read(self, rows: Iterable[Row]) -> list[tuple[Row, Mapping[str, Any]]]:
+        """What some of the rows hold, in forms that are known."""
+        fields = fields_of(rows, self.options)
+        return [(row, as_known(values)) for row, values in fields] if self.known else fields
+
+    def _format(self, names: tuple[str, ...]) -> str:
         asked = self.options.format
         if isinstance(self.template, TextTemplate) and self.template is not JOINED:
             if asked in ("auto", "prompt-completion"):
@@ -228,11 +310,10 @@ class RowReader:
                 f"data.template has placeholders, which rows of format {asked} cannot fill; "
                 "use a Jinja chat template for messages, none for text"
             )
-        names = dict.fromkeys(name for _, values in self.fields for name in values)
         if asked != "auto":
             found: str = asked
         elif names:
-            found = detect_format(tuple(names), self.source)
+            found = detect_format(names, self.source)
         else:
             found = "text"  # nothing is readable: the bad rows are what will be told
         if found == "classification":
@@ -242,19 +323,23 @@ class RowReader:
                 f"{self.source}: rows of messages need a chat template, and this tokenizer has none; "
                 "give one as data.template"
             )
-        if found == "text" and self.options.template is not None and names:
+        if found in ("text", "tokens") and self.options.template is not None and names:
             raise LorakitError(
-                f"{self.source}: rows of text are taken as they are, but data.template is given; drop one"
+                f"{self.source}: rows of {found} are taken as they are, but data.template is given; drop one"
             )
         return found
 
-    def texts(self) -> tuple[list[tuple[Row, Rendered]], list[BadRow]]:
+    def texts(self, fields: Fields) -> tuple[list[tuple[Row, Rendered]], list[BadRow]]:
         """The text of every row that needs no chat template, and the unusable rows."""
-        return each_row(self.fields, self._text)
+        return each_row(fields, self._text)
 
-    def conversations(self) -> tuple[list[tuple[Row, Conversation]], list[BadRow]]:
+    def conversations(self, fields: Fields) -> tuple[list[tuple[Row, Conversation]], list[BadRow]]:
         """The messages of every row for a chat template, and the unusable rows."""
-        return each_row(self.fields, self._conversation)
+        return each_row(fields, self._conversation)
+
+    def tokens(self, fields: Fields) -> tuple[list[tuple[Row, tuple[list[int], list[int]]]], list[BadRow]]:
+        """The ids and labels of every row that is tokenised already, and the unusable rows."""
+        return each_row(fields, self._tokens)
 
     def _account(self, values: Mapping[str, Any], used: Iterable[str], idle: Iterable[str] = ()) -> None:
         """What of a row is not used is refused if its meaning is known, else counted."""
@@ -285,6 +370,10 @@ class RowReader:
                 raise UnusableRow(say_missing(name, filled))
         return self.template.render(filled)
 
+    def _tokens(self, values: Mapping[str, Any]) -> tuple[list[int], list[int]]:
+        self._account(values, ("input_ids", "labels", "attention_mask", "token_type_ids", "length"))
+        return read_tokens(values, len(self.tokenizer))
+
     def _conversation(self, values: Mapping[str, Any]) -> Conversation:
         if self.format == "messages":
             if "messages" not in values:
@@ -296,8 +385,14 @@ class RowReader:
         assert isinstance(self.template, ChatTemplate)
         name = "messages" if self.format == "messages" else "completion"
         check_roles(messages, self.template.jinja, name)
-        marked = [is_learned(message) for message in messages]
+        turns = self.options.turns
+        marked = [is_learned(message, turns == "marked") for message in messages]
         learned = [index for index, yes in enumerate(marked) if yes and index >= before]
+        if turns == "last":  # a last turn that is taken out of the loss leaves nothing
+            last = max((at for at, message in enumerate(messages) if message["role"] == "assistant"), default=-1)
+            learned = [last] if last in learned else []
+        if not learned and turns != "all":
+            raise UnusableRow(f'"{name}" has no assistant turn that data.turns: {turns} would learn')
         if not learned:
             roles = ", ".join(dict.fromkeys(message["role"] for message in messages))
             raise UnusableRow(f'"{name}" has no assistant turn to learn; its roles are {roles}')
@@ -324,9 +419,9 @@ class RowReader:
             raise UnusableRow(say_missing(name, values))
         return [{"role": role, "content": value}]
 
-    def put_answer(self, answer: str) -> None:
-        """Gives every row this answer instead of its own."""
-        self.fields = [(row, self._answered(values, answer)) for row, values in self.fields]
+    def answered(self, fields: Fields, answer: str) -> Fields:
+        """Every row with this answer instead of its own."""
+        return [(row, self._answered(values, answer)) for row, values in fields]
 
     def _answered(self, values: Mapping[str, Any], answer: str) -> Mapping[str, Any]:
         if isinstance(self.template, TextTemplate):
@@ -337,9 +432,9 @@ class RowReader:
         last = max((i for i, message in enumerate(messages) if message["role"] == "assistant"), default=0)
         return {**values, "messages": [*messages[:last], {**messages[last], "content": answer}]}
 
-    def count_special_tokens(self) -> int:
+    def count_special_tokens(self, fields: Fields) -> int:
         """Rows whose own text spells a special token."""
-        if self.format == "text" or not self.template.is_chat:
+        if self.is_plain or not self.template.is_chat:
             return 0
         names = sorted({str(token) for token in self.tokenizer.all_special_tokens if str(token).strip()})
         names = [name for name in names if name not in self.options.special_tokens]  # which are meant
@@ -348,8 +443,7 @@ class RowReader:
         pattern = re.compile("|".join(map(re.escape, names)))
         columns = ("messages",) if self.format == "messages" else ("prompt", "completion")
         return sum(
-            any(pattern.search(text) for name in columns for text in texts_in(values.get(name)))
-            for _, values in self.fields
+            any(pattern.search(text) for name in columns for text in texts_in(values.get(name))) for _, values in fields
         )
 
 

@@ -1,349 +1,145 @@
-"""Rows of training data, each with the file and line it came from.
+"""Sources of training data: files, folders, patterns and `datasets`, alone or several, and the rows they hold.
 
-Sources are JSONL, JSON, CSV, TSV, Parquet, Arrow and text files, patterns, folders of these, folders that `datasets` saved,
-and `datasets` names. Everything is read into memory: fine-tuning data is small beside the model. A line that cannot be parsed
-does not stop the reading; it becomes a `BadRow` that says why, and what is done about it is decided where rows are used.
+A source is a JSONL, JSON, CSV, TSV, Parquet, Arrow or text file, a pattern, a folder of these, a folder that `datasets` saved,
+or a `datasets` name. Each is found as its `Origin`s first (which files, how large), then read a row at a time. What is done
+about rows that cannot be parsed is decided where rows are used.
 """
 
 from __future__ import annotations
 
-import bz2
-import csv
-import gzip
-import io
+import glob
+import hashlib
+import itertools
 import json
-import lzma
+import logging
 import random
 import re
-import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from lorakit.errors import LorakitError, first_line, plural
-from lorakit.reading import decoded, neighbours, refuse_encoding
+from lorakit.reading import neighbours
+from lorakit.train.config.options import DataOptions
+from lorakit.train.config.sources import Source, as_sources
+from lorakit.train.data.files import COMPRESSED, READERS, kind_of, read_file, without_nulls
+from lorakit.train.data.rows import IN_MEMORY, BadRow, Collected, Indices, Row, Rows
+
+log = logging.getLogger("lorakit.train")
 
 SPLITS = ("train", "validation", "valid", "dev", "test", "eval", "evaluation", "held_out")
 
-
-@dataclass(frozen=True, slots=True)
-class Row:
-    """One row: its columns, and where it stands ("reviews.jsonl, line 12")."""
-
-    fields: Mapping[str, Any]
-    where: str
+UNPACKED = 6
+"""How much larger text is than compressed text, about."""
 
 
-@dataclass(frozen=True, slots=True)
-class BadRow:
-    """A row that cannot be used, and why."""
-
-    where: str
-    reason: str
-
-    def __str__(self) -> str:
-        return f"{self.where}: {self.reason}"
+HEAD = 1000
+"""Rows of each source by which data that are streamed are known."""
 
 
 @dataclass(frozen=True)
-class Rows:
-    """The rows of a source.
+class Origin:
+    """One file, or one dataset, of a source.
 
     Attributes:
-        rows: the readable ones, in order.
-        bad: the unreadable ones.
-        source: the source in words.
-        label_names: the names of a dataset's integer labels, where it has them.
+        read: its rows, from the first.
+        nbytes: how large they are, about.
+        identity: what tells its content from other.
+        label_names: as `Rows` has them.
     """
 
-    rows: tuple[Row, ...]
-    bad: tuple[BadRow, ...] = ()
-    source: str = ""
+    read: Callable[[], Iterator[Row | BadRow]]
+    nbytes: int
+    identity: Callable[[], str]
     label_names: tuple[str, ...] | None = None
 
-    def __len__(self) -> int:
-        return len(self.rows)
 
-    @property
-    def columns(self) -> tuple[str, ...]:
-        """The columns that any row has, in order of appearance."""
-        return tuple(dict.fromkeys(name for row in self.rows for name in row.fields))
-
-    def take(self, rows: Sequence[Row], bad: Sequence[BadRow] | None = None) -> Rows:
-        """The same source with other rows."""
-        return Rows(tuple(rows), self.bad if bad is None else tuple(bad), self.source, self.label_names)
-
-    def shuffled(self, seed: int) -> Rows:
-        """The rows in an order drawn from `seed`, the same on every machine."""
-        order = list(self.rows)
-        random.Random(seed).shuffle(order)
-        return self.take(order)
-
-
-def load_rows(source: str | Path | Sequence[str | Path], *, split: str = "train", subset: str | None = None) -> Rows:
+def load_rows(
+    source: str | Path | Source | Sequence[str | Path | Source],
+    *,
+    split: str = "train",
+    subset: str | None = None,
+    first: int = 0,
+) -> Rows:
     """Reads the rows of a source, or of several one after the other.
 
     Args:
         source: a file, a folder, or a `datasets` name; or a list of these.
         split: which split of a folder or dataset; a single file has none, and is read whole.
         subset: the configuration of a `datasets` name.
+        first: the number of the first source.
 
     Raises:
         LorakitError: no such source, an unknown kind of file, a file that cannot be read, or no rows in it.
     """
-    if not isinstance(source, str | Path):
-        parts = [load_rows(one, split=split, subset=subset) for one in source]
-        if not parts:
-            raise LorakitError("load_rows: no source was given; name a file, a folder or a dataset")
-        return _joined(parts, ", ".join(part.source for part in parts))
-    path = Path(source)
-    if not path.exists() and re.search(r"[*?\[]", str(source)):
-        matched = sorted(one for one in path.parent.glob(path.name) if one.is_file())
-        if not matched:
-            raise LorakitError(f"load_rows: no file matches {source}")
-        return _joined([_read_file(one) for one in matched], str(source))
-    if path.is_file():
-        found = _read_file(path)
-    elif path.is_dir():
-        found = _read_folder(path, split)
-    elif path.suffix.lower() in READERS or not re.fullmatch(r"[\w.\-]+(/[\w.\-]+)?", str(source)):
-        near = [p.name for p in path.parent.iterdir() if p.suffix in READERS] if path.parent.is_dir() else []
-        raise LorakitError(f"load_rows: there is no file or folder {path}.{neighbours(path, near)}")
-    else:
-        found = _read_dataset(str(source), split, subset)
-    if not found.rows and not found.bad:
-        raise LorakitError(f"load_rows: {found.source} holds no rows")
-    return found
-
-
-def _read_file(path: Path) -> Rows:
-    reader = READERS.get(_kind_of(path))
-    if reader is None:
-        raise LorakitError(
-            f"load_rows: {path} is not of a known kind; known are {', '.join(READERS)}, and these compressed "
-            f"({', '.join(COMPRESSED)})"
-        )
-    try:
-        found = list(reader(path))
-    except OSError as error:
-        raise LorakitError(f"load_rows: {path} cannot be read: {error}") from error
-    bad = tuple(one for one in found if isinstance(one, BadRow))
-    return Rows(tuple(one for one in found if isinstance(one, Row)), bad, str(path))
-
-
-COMPRESSED: dict[str, Callable[[bytes], bytes]] = {
-    ".gz": gzip.decompress, ".bz2": bz2.decompress, ".xz": lzma.decompress
-}  # fmt: skip
-"""Ways of compression by suffix: rows.jsonl.gz."""
-
-
-def _kind_of(path: Path) -> str:
-    """The suffix that says what a file holds, behind that of its compression."""
-    name = path.name.lower()
-    suffix = Path(name).suffix
-    return Path(Path(name).stem).suffix if suffix in COMPRESSED else suffix
-
-
-def _bytes(path: Path) -> bytes:
-    """A file's content, decompressed."""
-    raw = path.read_bytes()
-    if path.suffix.lower() in COMPRESSED:
-        try:
-            raw = COMPRESSED[path.suffix.lower()](raw)
-        except (OSError, EOFError, ValueError, lzma.LZMAError) as error:
-            raise LorakitError(f"load_rows: {path} is not a whole {path.suffix} file: {first_line(error)}") from None
-    refuse_encoding(raw, f"load_rows: {path}")
-    return raw
-
-
-def _row(value: Any, where: str) -> Row | BadRow:
-    if isinstance(value, dict):
-        return Row(value, where)
-    return BadRow(where, f"expected an object with columns, found {_kind(value)}")
-
-
-def _kind(value: Any) -> str:
-    kinds = {str: "text", list: "a list", dict: "an object", type(None): "null", bool: "true or false"}
-    return kinds.get(type(value), f"a number ({value})" if isinstance(value, int | float) else type(value).__name__)
-
-
-def _read_json_lines(path: Path) -> Iterator[Row | BadRow]:
-    # Bytes are split at line feeds alone: text may hold U+2028 and its kin, which str.splitlines would split at.
-    for number, raw in enumerate(_bytes(path).removeprefix(b"\xef\xbb\xbf").split(b"\n"), start=1):
-        where = f"{path}, line {number}"
-        if not raw.strip():
-            continue
-        try:
-            yield _row(json.loads(raw.decode("utf-8")), where)
-        except UnicodeDecodeError as error:
-            yield BadRow(where, f"not UTF-8 text (byte {error.start + 1})")
-        except json.JSONDecodeError as error:
-            hint = (
-                "; a .jsonl file has one object on each line, and one JSON list is a .json file" if number == 1 else ""
-            )
-            yield BadRow(where, f"not JSON: {error.msg} at column {error.colno}{hint}")
-        except RecursionError:
-            yield BadRow(where, "not usable JSON: nested too deeply")
-
-
-def _decoded(path: Path) -> str:
-    return decoded(_bytes(path), f"load_rows: {path}")
-
-
-def _read_json(path: Path) -> Iterator[Row | BadRow]:
-    text = _decoded(path)
-    start = len(text) - len(text.lstrip())
-    if text[start : start + 1] != "[":
-        if (inner := _list_inside(text)) is not None:  # {"data": [...]}
-            name, values = inner
-            for number, value in enumerate(values, start=1):
-                yield _row(value, f"{path}, item {number} of {name}")
-            return
-        yield from _read_json_lines(path)  # many a .json file holds an object per line
-        return
-    decoder = json.JSONDecoder()
-    blank = re.compile(r"[\s,]*")
-    position, line, counted = start + 1, 1, 0
-    while True:
-        match = blank.match(text, position)
-        position = match.end() if match else position
-        line += text.count("\n", counted, position)
-        counted = position
-        if text[position : position + 1] == "]":
-            return
-        try:
-            value, position = decoder.raw_decode(text, position)
-        except json.JSONDecodeError as error:
-            # What follows a broken item cannot be told apart from it, so the file as a whole is refused.
-            place = f"{path}, line {error.lineno}"
-            raise LorakitError(f"load_rows: {place}: not JSON: {error.msg} at column {error.colno}") from None
-        yield _row(value, f"{path}, line {line}")
-
-
-def _list_inside(text: str) -> tuple[str, list[Any]] | None:
-    """The list of objects that a JSON object holds, if it holds one, and its name."""
-    try:
-        whole = json.loads(text)
-    except (ValueError, RecursionError):
-        return None
-    lists = [
-        (name, value)
-        for name, value in (whole.items() if isinstance(whole, dict) else ())
-        if isinstance(value, list) and value and all(isinstance(one, dict) for one in value)
-    ]
-    # a row of messages is itself an object with one list of objects
-    return (
-        lists[0] if len(lists) == 1 and len(whole) == 1 and lists[0][0] not in ("messages", "conversations") else None
+    named = [source] if isinstance(source, str | Path | Source) else list(source)
+    if not named:
+        raise LorakitError("load_rows: no source was given; name a file, a folder or a dataset")
+    found = [origins_of(one, split, subset) for one in named]
+    every = [origin for _, origins in found for origin in origins]
+    collected = Collected(stored=sum(origin.nbytes for origin in every) > IN_MEMORY)
+    for number, (words, origins) in enumerate(found, start=first):
+        if not sum([collected.add(origin.read(), number) for origin in origins]):
+            raise LorakitError(f"load_rows: {words} holds no rows")
+    return Rows(
+        collected.rows(),
+        tuple(collected.bad),
+        ", ".join(words for words, _ in found),
+        every[0].label_names,
+        tuple(origin.identity for origin in every),
+        ("",) * first + tuple(words for words, _ in found),
     )
 
 
-def _read_text(path: Path) -> Iterator[Row | BadRow]:
-    text = _decoded(path)
-    if text.strip():
-        yield Row({"text": text}, str(path))
+def origins_of(
+    source: str | Path | Source, split: str, subset: str | None, streaming: bool = False
+) -> tuple[str, list[Origin]]:
+    """A source in words, and the files or the dataset that it is.
+
+    Raises:
+        LorakitError: there is none, or it is of no known kind.
+    """
+    if isinstance(source, Source):
+        split, subset = source.split or split, source.subset or subset
+        source = source.path
+    path = Path(source)
+    if not path.exists() and re.search(r"[*?\[]", str(source)):
+        matched = [Path(one) for one in sorted(glob.glob(str(source), recursive=True)) if Path(one).is_file()]
+        if not matched:
+            raise LorakitError(f"load_rows: no file matches {source}")
+        return str(source), [_file(one) for one in matched]
+    if path.is_file():
+        return str(path), [_file(path)]
+    if path.is_dir():
+        return _folder(path, split)
+    if path.suffix.lower() in READERS or not re.fullmatch(r"[\w.\-]+(/[\w.\-]+)?", str(source)):
+        near = [p.name for p in path.parent.iterdir() if p.suffix in READERS] if path.parent.is_dir() else []
+        raise LorakitError(f"load_rows: there is no file or folder {path}.{neighbours(path, near)}")
+    return _named_dataset(str(source), split, subset, streaming)
 
 
-def _read_table(path: Path) -> Iterator[Row | BadRow]:
-    text = _decoded(path)
-    head = text.split("\n", 1)[0]  # semicolons are what spreadsheets write where the comma is in numbers
-    delimiter = "\t" if _kind_of(path) == ".tsv" else next((one for one in ",;\t|" if one in head), ",")
-    limit = csv.field_size_limit(sys.maxsize)  # the default refuses texts above 128 KiB
-    try:
-        reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
-        header: list[str] | None = None
-        line = 1
-        for cells in reader:
-            where, line = f"{path}, line {line}", reader.line_num + 1
-            if not cells:
-                continue
-            if header is None:
-                header = [cell.strip() for cell in cells]
-                if len(set(header)) < len(header):
-                    twice = next(name for name in header if header.count(name) > 1)
-                    raise LorakitError(f'load_rows: {where}: the column "{twice}" is named twice')
-            elif len(cells) != len(header):
-                yield BadRow(
-                    where, f"{plural(len(cells), 'cell')} under {plural(len(header), 'column')} ({', '.join(header)})"
-                )
-            else:
-                yield Row(dict(zip(header, cells, strict=True)), where)
-    except csv.Error as error:
-        raise LorakitError(f"load_rows: {path}, line {line}: not CSV: {error}") from None
-    finally:
-        csv.field_size_limit(limit)
+def _file(path: Path) -> Origin:
+    read_file(path)  # refuses a kind that it does not know
+
+    def identity() -> str:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+
+    size = path.stat().st_size * (UNPACKED if path.suffix.lower() in COMPRESSED else 1)
+    return Origin(lambda: read_file(path), size, identity)
 
 
-def _read_parquet(path: Path) -> Iterator[Row | BadRow]:
-    try:
-        import pyarrow  # type: ignore[import-untyped]
-        import pyarrow.parquet  # type: ignore[import-untyped]
-    except ImportError:
-        raise LorakitError("load_rows: reading Parquet needs pyarrow: pip install pyarrow") from None
-    try:
-        table = pyarrow.parquet.read_table(path)
-    except (pyarrow.ArrowException, OSError) as error:
-        raise LorakitError(f"load_rows: {path} is not a whole Parquet file: {first_line(error)}") from None
-    yield from _rows_of(table, path)
-
-
-def _rows_of(table: Any, path: Path) -> Iterator[Row]:
-    for number, fields in enumerate(table.to_pylist(), start=1):
-        yield Row(_without_nulls(fields), f"{path}, row {number}")
-
-
-def _read_arrow(path: Path) -> Iterator[Row | BadRow]:
-    try:
-        import pyarrow
-        import pyarrow.ipc  # type: ignore[import-untyped]
-    except ImportError:
-        raise LorakitError("load_rows: reading Arrow needs pyarrow: pip install pyarrow") from None
-    try:
-        with pyarrow.memory_map(str(path)) as file:
-            try:
-                table = pyarrow.ipc.open_file(file).read_all()
-            except pyarrow.ArrowInvalid:  # as `datasets` keeps them
-                file.seek(0)
-                table = pyarrow.ipc.open_stream(file).read_all()
-            yield from _rows_of(table, path)
-    except pyarrow.ArrowException as error:
-        raise LorakitError(f"load_rows: {path} is not a whole Arrow file: {first_line(error)}") from None
-
-
-def _without_nulls(fields: Mapping[str, Any]) -> dict[str, Any]:
-    """A row of Arrow's without the keys that other rows brought: it gives every object the keys of all, null where one has
-    none. A column that is null stays, since whoever uses it says that it is empty."""
-
-    def inner(value: Any) -> Any:
-        if isinstance(value, Mapping):
-            return {key: inner(item) for key, item in value.items() if item is not None}
-        return [inner(item) for item in value] if isinstance(value, list) else value
-
-    return {key: inner(value) for key, value in fields.items()}
-
-
-READERS: dict[str, Callable[[Path], Iterator[Row | BadRow]]] = {
-    ".jsonl": _read_json_lines,
-    ".ndjson": _read_json_lines,
-    ".json": _read_json,
-    ".csv": _read_table,
-    ".tsv": _read_table,
-    ".parquet": _read_parquet,
-    ".arrow": _read_arrow,
-    ".txt": _read_text,
-    ".md": _read_text,
-}
-"""Kinds of files by their suffix."""
-
-
-def _read_folder(path: Path, split: str) -> Rows:
+def _folder(path: Path, split: str) -> tuple[str, list[Origin]]:
     if (path / "dataset_info.json").is_file() or (path / "dataset_dict.json").is_file():
         return _saved_dataset(path, split)
     for mark, what in (("adapter_config.json", "an adapter"), ("config.json", "a model")):
         if (path / mark).is_file():
             raise LorakitError(f"load_rows: {path} holds {what} ({mark}), and no rows to train on")
-    files = sorted(p for p in path.iterdir() if p.is_file() and _kind_of(p) in READERS)
-    texts = [p for p in files if _kind_of(p) in (".txt", ".md")]
+    files = sorted(p for p in path.iterdir() if p.is_file() and kind_of(p) in READERS)
+    texts = [p for p in files if kind_of(p) in (".txt", ".md")]
     files = [p for p in files if p not in texts] or texts  # a README beside rows is no row
     if not files:
         raise LorakitError(f"load_rows: {path} holds no data files; known are {', '.join(READERS)}")
@@ -353,12 +149,7 @@ def _read_folder(path: Path, split: str) -> Rows:
         if not files:
             found = ", ".join(p.name for p in named)
             raise LorakitError(f'load_rows: {path} has no file of the split "{split}"; it holds {found}')
-    return _joined([_read_file(p) for p in files], str(path))
-
-
-def _joined(parts: Sequence[Rows], source: str) -> Rows:
-    rows, bad = (tuple(row for part in parts for row in getattr(part, kind)) for kind in ("rows", "bad"))
-    return Rows(rows, bad, source, parts[0].label_names)
+    return str(path), [_file(one) for one in files]
 
 
 def _split_of(stem: str) -> str | None:
@@ -373,7 +164,7 @@ def _datasets() -> Any:
     return datasets
 
 
-def _saved_dataset(path: Path, split: str) -> Rows:
+def _saved_dataset(path: Path, split: str) -> tuple[str, list[Origin]]:
     datasets = _datasets()
     try:
         loaded = datasets.load_from_disk(str(path))
@@ -382,10 +173,10 @@ def _saved_dataset(path: Path, split: str) -> Rows:
     return _from_dataset(loaded, split, str(path))
 
 
-def _read_dataset(name: str, split: str, subset: str | None) -> Rows:
+def _named_dataset(name: str, split: str, subset: str | None, streaming: bool) -> tuple[str, list[Origin]]:
     datasets = _datasets()
     try:
-        loaded = datasets.load_dataset(name, subset, split=split)
+        loaded = datasets.load_dataset(name, subset, split=split, **({"streaming": True} if streaming else {}))
     except Exception as error:  # datasets raises a dozen kinds; each is said with what would work
         first = first_line(error)
         offline = isinstance(error, ConnectionError | TimeoutError) or "offline" in first.lower()
@@ -400,14 +191,142 @@ def _read_dataset(name: str, split: str, subset: str | None) -> Rows:
     return _from_dataset(loaded, split, name)
 
 
-def _from_dataset(loaded: Any, split: str, source: str) -> Rows:
+def _from_dataset(loaded: Any, split: str, source: str) -> tuple[str, list[Origin]]:
     if isinstance(loaded, dict):
         if split not in loaded:
             raise LorakitError(f'load_rows: {source} has no split "{split}"; it has {", ".join(map(str, loaded))}')
         loaded = loaded[split]
     feature = (loaded.features or {}).get("label")
     names = tuple(getattr(feature, "names", None) or ()) or None
-    rows = (
-        Row(_without_nulls(fields), f"{source}[{split}], row {number}") for number, fields in enumerate(loaded, start=1)
+
+    def read() -> Iterator[Row | BadRow]:
+        for number, fields in enumerate(loaded, start=1):
+            yield Row(without_nulls(fields), f"{source}[{split}], row {number}")
+
+    nbytes = getattr(getattr(loaded, "data", None), "nbytes", None) or 0
+    origin = Origin(read, int(nbytes), lambda: str(getattr(loaded, "_fingerprint", source)), names)
+    return f"{source} ({split})", [origin]
+
+
+def load_splits(options: DataOptions) -> tuple[Rows, Rows | None]:
+    """The rows to train on and those to evaluate on, shuffled, held out, interleaved and limited as the options say.
+
+    Raises:
+        LorakitError: a source cannot be read; both would be the same rows; or nothing is left to train on.
+    """
+    if options.streaming:
+        rows = head_rows(options)
+    else:
+        rows = load_rows(options.train_sources, split=options.split, subset=options.subset)
+    if options.shuffle_seed is not None and not options.streaming:
+        rows = rows.shuffled(options.shuffle_seed)
+    evaluation: Rows | None = None
+    if options.evaluation is not None or options.evaluation_split is not None:
+        source = options.train if options.evaluation is None else options.evaluation
+        split = options.evaluation_split or options.split
+        named = ", ".join(one.path for one in as_sources(source))
+        trained = f"the rows that are trained on ({named}, split {split}); name others, or give data.evaluation_size"
+        if source == options.train and split == options.split:
+            raise LorakitError(f"data.evaluation names {trained}")
+        sources = options.evaluation_sources or tuple(one.replace(split=split) for one in options.train_sources)
+        first = len(options.train_sources) if options.evaluation_sources else 0
+        evaluation = load_rows(sources, split=split, subset=options.subset, first=first)
+        if not options.streaming:
+            _compare(rows, evaluation, trained)
+    elif options.evaluation_size:
+        size = options.evaluation_size
+        held = int(size) if size >= 1 else max(1, round(size * len(rows)))
+        if held >= len(rows):
+            raise LorakitError(f"data.evaluation_size holds out {held} rows, but there are only {len(rows)}")
+        evaluation, rows = rows.take(rows.rows[:held], ()), rows.take(rows.rows[held:])
+    if evaluation is not None and options.evaluation_limit is not None:
+        evaluation = evaluation.take(evaluation.rows[: options.evaluation_limit])
+    if options.streaming:
+        return rows, evaluation
+    if options.mix != "concatenate":
+        return interleaved(rows, options), evaluation
+    if options.limit is not None:
+        rows = rows.take(rows.rows[: options.limit])
+    return rows, evaluation
+
+
+def _compare(rows: Rows, evaluation: Rows, trained: str) -> None:
+    """Refuses rows to evaluate on that are those to train on, by content, and tells of some that are."""
+    known, asked = _contents(rows), _contents(evaluation)
+    seen = int(np.isin(asked, known).sum())
+    if seen == len(asked) and len(np.unique(asked)) == len(np.unique(known)):
+        raise LorakitError(f"data.evaluation holds {trained}")
+    if seen:
+        log.warning(
+            "data.evaluation: %s of %s are trained on too, so that the evaluation looks better than it is",
+            f"{seen:,}",
+            plural(len(evaluation), "row"),
+        )
+
+
+def _contents(rows: Rows) -> Indices:
+    """What each row holds, as a number by which two rows can be compared."""
+    written = (json.dumps(row.fields, sort_keys=True, default=str) for _, chunk in rows.chunks() for row in chunk)
+    return np.fromiter(map(hash, written), np.int64, len(rows))
+
+
+def streamed_origins(options: DataOptions) -> list[tuple[str, list[Origin]]]:
+    """Each source to train on in words, and the files or the dataset that it is, read as they come."""
+    return [origins_of(one, options.split, options.subset, streaming=True) for one in options.train_sources]
+
+
+def read_all(origins: Sequence[Origin], number: int) -> Iterator[Row | BadRow]:
+    """The rows of a source with its number."""
+    for origin in origins:
+        for one in origin.read():
+            yield one if isinstance(one, BadRow) else Row(one.fields, one.where, number)
+
+
+def head_rows(options: DataOptions) -> Rows:
+    """The first rows of each source that is streamed, by which it is known.
+
+    Raises:
+        LorakitError: a source holds no rows.
+    """
+    found = streamed_origins(options)
+    rows: list[Row] = []
+    bad: list[BadRow] = []
+    for number, (words, origins) in enumerate(found):
+        read = list(itertools.islice(read_all(origins, number), HEAD))
+        rows += [one for one in read if isinstance(one, Row)]
+        bad += [one for one in read if isinstance(one, BadRow)]
+        if not read:
+            raise LorakitError(f"load_rows: {words} holds no rows")
+    names = tuple(words for words, _ in found)
+    return Rows(tuple(rows), tuple(bad), ", ".join(names), names=names)
+
+
+def interleaved(rows: Rows, options: DataOptions) -> Rows:
+    """The rows in the order in which sources are drawn, each time one of them by its weight."""
+    sources = rows.sources
+    queues = [np.flatnonzero(sources == number) for number in range(len(options.train_sources))]
+    for queue, source in zip(queues, options.train_sources, strict=True):
+        if not len(queue):
+            raise LorakitError(f"data.mix: no row is left of {source.path} to draw; hold out fewer rows")
+    drawn = draws(options, [len(queue) for queue in queues], options.shuffle_seed or 0)
+    order = np.fromiter(
+        (queues[number][at % len(queues[number])] for number, at in itertools.islice(drawn, options.limit)), np.int64
     )
-    return Rows(tuple(rows), (), f"{source} ({split})", names)
+    kept = np.unique(order)  # rows that were not drawn are not prepared
+    places = np.searchsorted(kept, order)
+    return replace(rows.pick(kept), order=places)
+
+
+def draws(options: DataOptions, lengths: Sequence[int], seed: int) -> Iterator[tuple[int, int]]:
+    """(source, how many of it came before), one after the other, until the first source is exhausted or all are."""
+    every = options.mix == "all-exhausted"
+    drawing, taken, weights = random.Random(seed), [0] * len(lengths), options.weights
+    open_ones = set(range(len(lengths)))
+    while open_ones:
+        [number] = drawing.choices(range(len(lengths)), weights)
+        yield number, taken[number]
+        taken[number] += 1
+        if taken[number] == lengths[number]:
+            open_ones.discard(number)
+            if not every:
+                return

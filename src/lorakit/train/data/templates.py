@@ -407,8 +407,9 @@ def check_roles(messages: Sequence[Message], source: str, name: str) -> None:
             raise UnusableRow(f'message {number} of "{name}" has the role "{role}"; known are {", ".join(ROLES)}{hint}')
 
 
-def is_learned(message: Message) -> bool:
-    """Whether a message carries loss: an assistant's, unless its `train` or `weight` says no; both are taken out of it.
+def is_learned(message: Message, marked: bool = False) -> bool:
+    """Whether a message carries loss: an assistant's, unless its `train` or `weight` says no (`marked`: only if one says yes);
+    both are taken out of it.
 
     Raises:
         UnusableRow: a weight that is neither 0 nor 1.
@@ -419,7 +420,8 @@ def is_learned(message: Message) -> bool:
         raise UnusableRow(
             f"a message has {said}; a turn is learned (weight 1, train true) or not (weight 0, train false)"
         )
-    return message["role"] == "assistant" and train is not False and weight != 0
+    yes = bool(train or weight) if marked else True
+    return message["role"] == "assistant" and train is not False and weight != 0 and yes
 
 
 def from_json(value: Any, what: str) -> Any:

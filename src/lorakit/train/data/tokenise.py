@@ -41,10 +41,13 @@ class Ends:
         # Some tokenizers add runs of spaces as tokens; those end nothing.
         named = {index for index, token in added.items() if str(token).strip()}
         self.ids = frozenset(named | set(self.tokenizer.all_special_ids))
+        self._blank: dict[int, bool] = {}
 
     def is_blank(self, token: int) -> bool:
         """Whether a token is white space, and no special token."""
-        return token not in self.ids and not self.tokenizer.decode([token]).strip()
+        if token not in self._blank:
+            self._blank[token] = token not in self.ids and not self.tokenizer.decode([token]).strip()
+        return self._blank[token]
 
     def closes(self, ids: Sequence[int]) -> bool:
         """Whether these tokens finish with an end of turn, white space after it aside."""
@@ -53,6 +56,11 @@ class Ends:
     def last_of(self, ids: Sequence[int]) -> int | None:
         """The end of turn that these tokens finish with, white space after it aside."""
         last = next((token for token in reversed(ids) if not self.is_blank(token)), None)
+        return last if last in self.ids else None
+
+    def last_learned(self, labels: Sequence[int]) -> int | None:
+        """The end of turn that the tokens with loss finish with, white space after it aside."""
+        last = next((one for one in reversed(labels) if one != IGNORED and not self.is_blank(one)), None)
         return last if last in self.ids else None
 
     def without_end(self, ids: list[int]) -> list[int]:

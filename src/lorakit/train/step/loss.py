@@ -36,7 +36,7 @@ from lorakit.train.step.noise import tell_lengths
 from lorakit.train.step.packing import PackedBatch, pack, pad
 
 if TYPE_CHECKING:
-    from lorakit.train.data.examples import Example
+    from lorakit.train.data.store import Example
 
 logger = logging.getLogger(__name__)
 

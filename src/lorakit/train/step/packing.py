@@ -22,7 +22,7 @@ from torch import Tensor
 from lorakit.train.data.tokenise import IGNORED
 
 if TYPE_CHECKING:
-    from lorakit.train.data.examples import Example
+    from lorakit.train.data.store import Example
 
 MINIMUM_SHARED = 16
 """A shared run shorter than this costs more in one more attention block than it saves in linear layers."""

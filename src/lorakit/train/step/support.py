@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from lorakit.core.using import whole_rows
 from lorakit.errors import LorakitError
 from lorakit.models.evaluating import evaluating
-from lorakit.train.data.examples import Example
+from lorakit.train.data.store import Example
 from lorakit.train.step.attention import edits_obstacle, packed_attention, packed_hidden
 from lorakit.train.step.last_block import relative_gap
 from lorakit.train.step.loss import PACKED, PADDED, LossPath, base_alone, decoder_of, read_head
