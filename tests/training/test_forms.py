@@ -13,8 +13,9 @@ from tests.training.test_data import CHAT, byte_pairs, learned, options, rows_of
 from tests.training.test_rows import TOOL, TOOLS
 
 from lorakit.errors import LorakitError
+from lorakit.train.config.options import DataOptions
 from lorakit.train.data.examples import prepare
-from lorakit.train.data.reading import load_rows
+from lorakit.train.data.reading import load_rows, load_splits
 
 PAIRS = [{"prompt": "a", "completion": "yes"}, {"prompt": "b", "completion": "no"}]
 
@@ -50,7 +51,17 @@ def test_sharegpt() -> None:
         prepare(rows_of({"conversations": [{"from": "humna", "value": "a"}, turns[1]]}), tokenizer, options())
 
 
-@pytest.mark.parametrize(("suffix", "pack"), [(".gz", gzip.compress), (".bz2", bz2.compress), (".xz", lzma.compress)])
+def zst(raw: bytes) -> bytes:
+    """Two frames one after another, as parallel compressors write them."""
+    import pyarrow
+
+    return b"".join(pyarrow.compress(part, codec="zstd", asbytes=True) for part in (raw[:9], raw[9:]))
+
+
+@pytest.mark.parametrize(
+    ("suffix", "pack"),
+    [(".gz", gzip.compress), (".bz2", bz2.compress), (".xz", lzma.compress), (".zst", zst)],
+)
 def test_compressed_files(suffix: str, pack: object, tmp_path: Path) -> None:
     plain = write(tmp_path / "rows.jsonl", PAIRS)
     packed = tmp_path / f"rows.jsonl{suffix}"
@@ -67,6 +78,11 @@ def test_globs_texts_and_arrow(tmp_path: Path) -> None:
     for number, row in enumerate(PAIRS):
         write(tmp_path / f"part-{number}.jsonl", [row])
     assert [row.fields for row in load_rows(str(tmp_path / "part-*.jsonl")).rows] == PAIRS
+    deep = tmp_path / "deep" / "er"
+    deep.mkdir(parents=True)
+    write(deep / "part-2.jsonl", [PAIRS[0]])
+    assert len(load_rows(str(tmp_path / "**" / "part-*.jsonl"))) == 3
+    assert len(load_rows(str(tmp_path / "*" / "er" / "*.jsonl"))) == 1
     with pytest.raises(LorakitError, match="no file matches"):
         load_rows(str(tmp_path / "absent-*.jsonl"))
     (tmp_path / "README.md").write_text("not a row")
@@ -96,3 +112,32 @@ def test_files_that_are_almost_right(tmp_path: Path) -> None:
     (tmp_path / "d.jsonl").write_text(json.dumps(PAIRS[0]), encoding="utf-16")
     with pytest.raises(LorakitError, match="looks like UTF-16"):
         load_rows(tmp_path / "d.jsonl")
+
+
+def test_a_dataset_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A local folder stands for the hub: `datasets` itself reads it, whole and as a stream, with subset and split."""
+    import datasets
+
+    for subset, rows in (("one", PAIRS), ("two", PAIRS[:1])):
+        (tmp_path / "hub" / subset).mkdir(parents=True)
+        write(tmp_path / "hub" / subset / "test.jsonl", rows)
+    load = datasets.load_dataset
+    asked = []
+
+    def local(name: str, subset: str | None, **given: object) -> object:
+        asked.append((name, subset, given))
+        return load("json", data_files={"test": str(tmp_path / "hub" / str(subset) / "test.jsonl")}, **given)
+
+    monkeypatch.setattr(datasets, "load_dataset", local)
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    train = [
+        {"path": "some/pairs", "subset": "one", "split": "test"},
+        {"path": "some/pairs", "subset": "two", "split": "test"},
+    ]
+    given = DataOptions(train=train, shuffle_seed=None)
+    rows, _ = load_splits(given)
+    assert [(dict(row.fields), row.source) for row in rows.rows] == [(PAIRS[0], 0), (PAIRS[1], 0), (PAIRS[0], 1)]
+    assert asked[0] == ("some/pairs", "one", {"split": "test"})
+    rows, _ = load_splits(given.replace(streaming=True))
+    assert [row.source for row in rows.rows] == [0, 0, 1]
+    assert asked[-1] == ("some/pairs", "two", {"split": "test", "streaming": True})

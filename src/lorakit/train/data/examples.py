@@ -405,6 +405,11 @@ class Maker:
                 f"data.pack_to is for text or tokens, found {self.reader.format} in {self.reader.source}; batches of "
                 "other rows are packed without it (train.fast_path)"
             )
+        most = getattr(tokenizer, "model_max_length", None) or options.pack_to
+        if options.pack_to is not None and options.pack_to > most:
+            raise LorakitError(
+                f"data.pack_to is {options.pack_to}, and the tokenizer says that the model takes {most} tokens"
+            )
         if options.overflow == "split" and not self.reader.is_plain:
             raise LorakitError(
                 f"data.overflow split is for text alone, found {self.reader.format}; use cut, cut-start or drop"
