@@ -86,3 +86,23 @@ def test_init_writes_a_run_that_checks(base: Path, rows: Path, lorakit: Run, tmp
     assert lorakit("init", str(base), str(rows), "-o", str(out)).exit_code == 2
     assert out.read_text() == before
     assert lorakit("init", str(base), str(rows), "-o", str(out), "--overwrite").exit_code == 0
+
+
+def test_sources_blocks_and_streams_are_shown(config: Path, rows: Path, lorakit: Run, tmp_path: Path) -> None:
+    texts = tmp_path / "texts.jsonl"
+    texts.write_text("".join(f'{{"text": "the film was {word}"}}\n' for word in ("good", "bad", "good")))
+    out = ("--train.output", str(tmp_path / "out"), "--data.evaluation-size", "0", "--evaluate.answers", "none")
+    both = f"[{{path: {rows}, weight: 0.9}}, {{path: {texts}, format: text, weight: 0.1}}]"
+    done = lorakit("train", str(config), "--check", *out, "--data.train", both, "--data.mix", "all-exhausted")
+    assert done.exit_code == 0, done.output
+    shown = " ".join(done.stdout.split())
+    assert "2 sources: 43 rows (prompt-completion and text)" in shown
+    assert "texts.jsonl: 3 rows (text), " in shown
+    done = lorakit("train", str(config), "--check", *out, "--data.train", str(texts), "--data.pack-to", "4")
+    assert "12 tokens (" in done.stdout or "15 tokens (" in done.stdout, done.output
+    assert "4 examples" in done.stdout
+    done = lorakit("train", str(config), "--check", *out, "--data.streaming", "--data.train", str(rows))
+    assert "(streamed; the first 40 rows)" in " ".join(done.stdout.split()), done.output
+    done = lorakit("train", str(config), "--check", *out, "--data.train", "[{path: a.jsonl, colunms: {}}]")
+    assert done.exit_code == 2
+    assert 'did you mean "data.train.columns"' in " ".join(done.stderr.split())

@@ -89,6 +89,7 @@ def test_every_row_format_is_shown_and_recognised() -> None:
         "ShareGPT": "messages",
         "Alpaca": "prompt-completion",
         "Text": "text",
+        "Tokens": "tokens",
         "Text and label": "classification",
     }
 

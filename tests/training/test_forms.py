@@ -6,6 +6,7 @@ import bz2
 import gzip
 import json
 import lzma
+import re
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from tests.training.test_rows import TOOL, TOOLS
 
 from lorakit.errors import LorakitError
 from lorakit.train.config.options import DataOptions
+from lorakit.train.data.classification import prepare_labels
 from lorakit.train.data.examples import prepare
 from lorakit.train.data.reading import load_rows, load_splits
 
@@ -141,3 +143,17 @@ def test_a_dataset_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     rows, _ = load_splits(given.replace(streaming=True))
     assert [row.source for row in rows.rows] == [0, 0, 1]
     assert asked[-1] == ("some/pairs", "two", {"split": "test", "streaming": True})
+
+
+def test_every_row_of_the_page_can_be_copied() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "data.md").read_text()
+    rows = [json.loads(row) for row in re.findall(r"^```json\n(.*?)^```", page, re.DOTALL | re.MULTILINE)]
+    assert len(rows) == 9
+    for row in rows:
+        if "label" in row:
+            made = prepare_labels(rows_of(row), byte_pairs(), options(), ["positive", "negative"])
+        else:
+            turns = "marked" if "train" in json.dumps(row) else "all"
+            made = prepare(rows_of(row), byte_pairs(TOOLS), options(turns=turns))
+        assert len(made.examples) == 1, row
+        assert {name for name, _ in made.report.unused} <= {"tool_call_id"}, row

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import itertools
 import json
 import subprocess
@@ -11,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 from tests.training.test_data import CHAT, byte_pairs, write
 from tests.training.tiny import InterruptAt, InterruptionError, llama
 from transformers import PreTrainedTokenizerFast
@@ -18,7 +20,7 @@ from transformers import PreTrainedTokenizerFast
 import lorakit as lk
 from lorakit.errors import LorakitError
 from lorakit.train.config.options import DataOptions, TrainConfig, TrainOptions
-from lorakit.train.data import reading, store
+from lorakit.train.data import examples, reading, store
 from lorakit.train.data.examples import Maker, Prepared, prepare
 from lorakit.train.data.reading import load_splits
 from lorakit.train.data.rows import StoredRows
@@ -115,6 +117,22 @@ def test_the_cache_is_used_for_the_same_content_and_nothing_else(
     assert not [one for one in (store.cache_root() / "tokens").iterdir() if one.name.startswith("unfinished")]
 
 
+def test_tokenisation_shows_how_far_it_is(
+    files: list[str], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(examples, "TOLD", 30)
+    monkeypatch.setattr("lorakit.train.data.rows.Rows.chunks.__defaults__", (10,))
+    caplog.set_level("INFO")
+    asked = options(files)
+    rows, _ = load_splits(asked)
+    prepare(rows, byte_pairs(CHAT), asked)
+    assert "tokenised 30 of 58 rows" in caplog.text
+    assert "tokenised 58 of 58 rows" in caplog.text
+    console = Console(file=io.StringIO(), force_terminal=True, width=80)
+    prepare(rows, byte_pairs(CHAT), asked, console)
+    assert "tokenising" in console.file.getvalue()  # type: ignore[attr-defined]
+
+
 def test_a_full_disk_says_what_would_work(files: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*_: Any, **__: Any) -> None:
         raise OSError(28, "No space left on device")
@@ -148,7 +166,7 @@ def test_streamed_rows_are_those_of_the_files(files: list[str]) -> None:
         assert sorted(map(repr, one)) == sorted(map(repr, whole))
     assert list(itertools.islice(drawn, 20)) == first[:20]
     report = stream(asked).report
-    assert "streamed; the first 58 rows" in report.lines()[0]
+    assert "pairs.jsonl (streamed; the first 41 rows): " in report.lines()[1]
     weighted = [{"path": path, "weight": weight} for path, weight in zip(files, (0.1, 0.9), strict=True)]
     mixed = stream(options(weighted, streaming=True, mix="first-exhausted")).examples
     texts = {repr(one) for one in both(options(files[1]))[0].examples}
@@ -227,7 +245,7 @@ print("grown", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
 
 @pytest.mark.slow
 def test_memory_does_not_grow_with_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """60 MB of text are 12 million tokens and more: in lists of integers, about 3 GB."""
+    """68 MB of text are 23 million tokens: in lists of integers, about 5 GB."""
     from tokenizers import Tokenizer, models, pre_tokenizers
 
     monkeypatch.setenv("LORAKIT_CACHE", str(tmp_path / "cache"))
@@ -240,7 +258,7 @@ def test_memory_does_not_grow_with_the_file(tmp_path: Path, monkeypatch: pytest.
     llama().save_pretrained(tmp_path / "base")
     line = " ".join(words[number * number % 60] for number in range(500))
     with (tmp_path / "rows.jsonl").open("w") as file:
-        for number in range(int(66e6) // len(line)):
+        for number in range(int(68e6) // len(line)):
             file.write(json.dumps({"text": f"w{number % 60} {line}"}) + "\n")
     flags = {"model": tmp_path / "base", "data.train": tmp_path / "rows.jsonl", "train.output": tmp_path / "out"}
     flags |= {"train.max_steps": 2, "train.precision": "fp32", "train.compile": "off", "data.evaluation_size": 4}
@@ -249,4 +267,4 @@ def test_memory_does_not_grow_with_the_file(tmp_path: Path, monkeypatch: pytest.
     assert done.returncode == 0, done.stderr
     assert "tokens cached in" in done.stderr or (tmp_path / "cache" / "tokens").exists()
     grown = int(done.stdout.split("grown")[1])  # in KB
-    assert grown < 700_000, f"{grown / 1e3:.0f} MB"
+    assert grown < 1_200_000, f"{grown / 1e3:.0f} MB"

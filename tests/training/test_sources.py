@@ -159,6 +159,7 @@ def test_sources_on_the_command_line_and_in_files() -> None:
     plain = load_config(None, ["--model", "m", "--data.train", "a.jsonl,b.jsonl"])
     assert plain.data.train == ("a.jsonl", "b.jsonl")
     assert load_config(None, ["--model", "m", "--data.train", "a.jsonl"]).data.train == "a.jsonl"
+    assert "{path: chats.jsonl, format: messages" in " ".join(to_yaml(config).replace("#", "").split())
     tree, _ = parse_document(to_yaml(config), "run.yaml")
     assert tree["data"]["train"] == [
         {"path": "a.jsonl", "columns": {"prompt": "q"}, "weight": 0.7},

@@ -35,6 +35,7 @@ from lorakit.optim.scheduler import FOLLOWS_EVALUATION
 from lorakit.train import run_checkpoint as checkpoint
 from lorakit.train.config.run import TrainConfig, TrainOptions, to_tree, to_yaml
 from lorakit.train.data.blocks import documents
+from lorakit.train.data.store import lengths_of
 from lorakit.train.data.tokenise import IGNORED
 from lorakit.train.evaluate import evaluate_loss
 from lorakit.train.health import HealthCallback, HealthWatch
@@ -205,7 +206,7 @@ class LoraTrainer(transformers.Trainer):
         if not self.lora_config.train.group_by_length:
             return super()._get_train_sampler(examples)
         together = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
-        return ByLength([len(one.input_ids) for one in cast(Any, examples)], together, self.args.seed)
+        return ByLength(lengths_of(cast(Any, examples)), together, self.args.seed)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """The optimiser over the adapter's trainable parameters alone."""

@@ -443,6 +443,8 @@ class TrainConfig(Section, frozen=True):
                 yield "train.max_steps is not given, and rows that are streamed have no end; say how many steps to train"
             if getattr(self.init, "needs", None) in ("inputs", "gradients"):
                 yield f"init is {INIT.name_of(self.init)}, which measures rows drawn from all; with data.streaming use default"
+            if self.train.group_by_length:
+                yield "train.group_by_length orders all rows, and data.streaming has them one after another; turn one off"
             if classifies:
                 yield "data.streaming is on while task is seq-cls, whose classes are found in all rows; turn it off"
             if self.data.evaluation_split is not None and self.data.evaluation is None:

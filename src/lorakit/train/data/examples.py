@@ -405,7 +405,7 @@ class Maker:
                 f"data.pack_to is for text or tokens, found {self.reader.format} in {self.reader.source}; batches of "
                 "other rows are packed without it (train.fast_path)"
             )
-        most = getattr(tokenizer, "model_max_length", None) or options.pack_to
+        most = int(getattr(tokenizer, "model_max_length", None) or 1e9)
         if options.pack_to is not None and options.pack_to > most:
             raise LorakitError(
                 f"data.pack_to is {options.pack_to}, and the tokenizer says that the model takes {most} tokens"

@@ -291,14 +291,15 @@ def head_rows(options: DataOptions) -> Rows:
     found = streamed_origins(options)
     rows: list[Row] = []
     bad: list[BadRow] = []
+    names: list[str] = []
     for number, (words, origins) in enumerate(found):
         read = list(itertools.islice(read_all(origins, number), HEAD))
         rows += [one for one in read if isinstance(one, Row)]
         bad += [one for one in read if isinstance(one, BadRow)]
         if not read:
             raise LorakitError(f"load_rows: {words} holds no rows")
-    names = tuple(words for words, _ in found)
-    return Rows(tuple(rows), tuple(bad), ", ".join(names), names=names)
+        names.append(f"{words} (streamed; the first {plural(len(read), 'row')})")
+    return Rows(tuple(rows), tuple(bad), ", ".join(names), names=tuple(names))
 
 
 def interleaved(rows: Rows, options: DataOptions) -> Rows:

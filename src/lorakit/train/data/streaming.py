@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 from torch.utils.data import IterableDataset
 
-from lorakit.errors import LorakitError, plural
+from lorakit.errors import LorakitError
 from lorakit.train.config.options import DataOptions
 from lorakit.train.data.examples import Prepared, makers_of, prepare
 from lorakit.train.data.reading import read_all, streamed_origins
@@ -40,10 +40,8 @@ def streamed(head: Rows, tokenizer: Any, options: DataOptions) -> Prepared:
     """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise LorakitError("data.streaming: several processes would all see the same rows; use one, or turn it off")
-    first = prepare(head, tokenizer, options)
-    source = f"{first.report.source} (streamed; the first {plural(len(head), 'row')})"
     examples: Any = Streamed(head, tokenizer, options)
-    return replace(first, examples=examples, report=replace(first.report, source=source))
+    return replace(prepare(head, tokenizer, options), examples=examples)
 
 
 class Streamed(IterableDataset[Example]):
