@@ -468,13 +468,13 @@ def test_bad_lines_are_named_and_raise_or_are_counted(tmp_path: Path) -> None:
     assert "7 of 9 rows cannot be used" in message
     assert f"{path}, line 2: not JSON: Expecting value at column" in message
     assert f"{path}, line 3: expected an object with columns, found a list" in message
-    assert f"{path}, line 9: not UTF-8 text" in message
     assert f'{path}, line 4: there is no column "completion"; the row has prompt' in message
     assert f'{path}, line 5: "prompt" is 3, expected text' in message
     assert "and 2 more" in message
     made = prepare(load_rows(path), tokenizer, options(on_bad_row="skip"))
     assert (made.report.rows, made.report.examples, len(made.report.bad)) == (9, 2, 7)
     assert f'{path}, line 6: "completion" is empty' in [str(one) for one in made.report.bad]
+    assert any(str(one).startswith(f"{path}, line 9: not UTF-8 text") for one in made.report.bad)
     assert any(line.startswith("7 rows skipped") for line in made.report.lines())
 
 
@@ -569,7 +569,7 @@ def test_broken_files_are_refused_by_name(tmp_path: Path) -> None:
     ragged = load_rows(tmp_path / "ragged.csv")
     assert [str(one) for one in ragged.bad] == [
         f"{tmp_path}/ragged.csv, line 2: 3 cells under 2 columns (prompt, completion)",
-        f"{tmp_path}/ragged.csv, line 3: 1 cells under 2 columns (prompt, completion)",
+        f"{tmp_path}/ragged.csv, line 3: 1 cell under 2 columns (prompt, completion)",
     ]
 
 
@@ -588,7 +588,8 @@ def test_folders_keep_their_splits_apart(tmp_path: Path) -> None:
     write(plain / "two.jsonl", [{"text": "b"}])
     assert len(load_rows(plain)) == 2
     with pytest.raises(
-        LorakitError, match=r"there is no file or folder .*tran\.jsonl; .* holds test\.jsonl, train\.jsonl"
+        LorakitError,
+        match=r"there is no file or folder .*tran\.jsonl\. Did you mean .*train\.jsonl.* has train\.jsonl, test\.jsonl",
     ):
         load_rows(tmp_path / "tran.jsonl")
 
