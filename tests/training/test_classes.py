@@ -205,7 +205,7 @@ def configuration(folder: Path, tmp_path: Path, **options: Any) -> TrainConfig:
         method=lk.LoRA(rank=4),
         data=DataOptions(
             train=str(write_reviews(tmp_path / "train.jsonl", 64)),
-            evaluation=str(write_reviews(tmp_path / "held_out.jsonl", 24)),
+            evaluation=str(write_reviews(tmp_path / "held_out.jsonl", 22)),
         ),
         train=TrainOptions(
             output=str(tmp_path / "out"),

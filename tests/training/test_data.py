@@ -589,7 +589,7 @@ def test_folders_keep_their_splits_apart(tmp_path: Path) -> None:
     assert len(load_rows(plain)) == 2
     with pytest.raises(
         LorakitError,
-        match=r"there is no file or folder .*tran\.jsonl\. Did you mean .*train\.jsonl.* has train\.jsonl, test\.jsonl",
+        match=r"no file or folder .*tran\.jsonl\. Did you mean .*train\.jsonl.* has train\.jsonl, test\.jsonl",
     ):
         load_rows(tmp_path / "tran.jsonl")
 
