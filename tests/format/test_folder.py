@@ -182,7 +182,7 @@ def test_the_json_files(tmp_path: Path) -> None:
     assert config["inference_mode"] is True
     assert own["format"] == 1
     assert own["lorakit_version"] == lk.__version__
-    assert own["method"] == {"name": "lora", "rank": 2, "alpha": 8, "dropout": 0.0, "rslora": True}
+    assert own["method"] == {"name": "lora", "rank": 2, "alpha": 8, "dropout": 0.0, "rslora": True, "lora_bias": False}
     assert own["targets"]["target_modules"] == ["up", "down"]
     assert own["record"] == {"loss": 0.5, "data": ["reviews"]}
     assert own["base"]["name"] == "some/base"

@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import functools
 import random
+import re
 from pathlib import Path
 from typing import Any
 
@@ -56,8 +57,12 @@ def peft_model(model: nn.Module, config: Any, seed: int = 3) -> Any:
     return wrapped.eval()
 
 
-def both_ways(config: Any, folder: Path, make: Any, name: str = "llama", merges: bool = True) -> lk.Adapter:
-    """PEFT's file read here, written here, read by PEFT: the same logits each time, and merged."""
+def both_ways(
+    config: Any, folder: Path, make: Any, name: str = "llama", merges: bool = True, bound: float = 0.0
+) -> lk.Adapter:
+    """PEFT's file read here, written here, read by PEFT: the same logits each time, and merged; `bound`: by how much they may
+    differ where PEFT computes in single precision."""
+    assert_same = functools.partial(_assert_same, bound=bound)
     theirs = peft_model(make(), config)
     expected = logits(theirs, name)
     with quiet():
@@ -78,6 +83,13 @@ def both_ways(config: Any, folder: Path, make: Any, name: str = "llama", merges:
         lk.merge(second, "ours")
         assert_same(logits(second, name), expected)
     return adapter
+
+
+def _assert_same(a: Tensor, b: Tensor, bound: float) -> None:
+    if bound:
+        assert (a - b).abs().max().item() <= bound
+    else:
+        assert_same(a, b)
 
 
 # -- rows of a table that train alone --------------------------------------------------------------------------------------
@@ -423,6 +435,119 @@ def test_alora_that_acts_on_all_tokens_is_seen(tmp_path: Path, monkeypatch: pyte
         test_alora_both_ways(tmp_path)
 
 
+# -- A that reads means of groups --------------------------------------------------------------------------------------------
+
+
+def test_qalora_is_read_as_the_lora_that_it_is(tmp_path: Path) -> None:
+    """PEFT has it for bases of GPTQ alone; here its own code for these runs on float layers."""
+    from peft.tuners.lora.variants import QALoraLinearVariant
+
+    config = peft.LoraConfig(
+        r=3, lora_alpha=5, target_modules=["q_proj", "down_proj"], use_qalora=True, qalora_group_size=4
+    )
+    with quiet():
+        theirs: Any = peft.get_peft_model(base(), config)
+        for module in theirs.modules():
+            if isinstance(module, peft.tuners.lora.Linear):
+                QALoraLinearVariant.init(module, "default", config)
+                module.lora_variant["default"] = QALoraLinearVariant()
+    scramble((key, one) for key, one in theirs.named_parameters() if one.requires_grad)
+    expected = logits(theirs.eval(), "llama")
+    with quiet():
+        theirs.save_pretrained(tmp_path / "theirs")
+    model = base()
+    lk.load(model, tmp_path / "theirs").save(tmp_path / "ours")
+    assert_same(logits(model, "llama"), expected)
+    with quiet():
+        assert_same(logits(peft.PeftModel.from_pretrained(base(), str(tmp_path / "ours")), "llama"), expected)
+
+
+# -- which layers, and what each of them gets --------------------------------------------------------------------------------
+
+
+def _drawn_targets(draw: random.Random) -> dict[str, Any]:
+    names = draw.sample(["q_proj", "k_proj", "v_proj", "o_proj", "up_proj", "down_proj"], draw.randint(2, 4))
+    first = names[0]
+    patterns = [
+        first,
+        f"self_attn.{first}",
+        rf"layers\.1\..*{first}",
+        f"^model.layers.0.self_attn.{first}",
+        r".*\.0\..*_proj",
+        "proj",
+    ]
+    options: dict[str, Any] = {"target_modules": names, "r": draw.randint(1, 4), "lora_alpha": draw.randint(1, 9)}
+    if draw.random() < 0.3:
+        options["target_modules"] = rf".*({'|'.join(names)})"
+    elif draw.random() < 0.4:
+        options |= {
+            "layers_to_transform": draw.choice([0, [1], [0, 1]]),
+            "layers_pattern": draw.choice([None, "layers", ["layers", "h"]]),
+        }
+    if draw.random() < 0.4:
+        options["exclude_modules"] = draw.choice([["layers.0.self_attn.q_proj"], rf".*layers\.0\..*{first}"])
+    for entry in ("rank_pattern", "alpha_pattern"):
+        # sorted, as PEFT's file has them, whatever their order was when it made the adapter: the first that matches counts
+        options[entry] = {pattern: draw.randint(1, 5) for pattern in sorted(draw.sample(patterns, draw.randint(0, 3)))}
+    with quiet():
+        layers = peft.get_peft_model(base(), peft.LoraConfig(**options)).base_model.targeted_module_names
+    for entry in ("rank_pattern", "alpha_pattern"):  # one that matches nothing is refused here
+        options[entry] = {
+            key: value
+            for key, value in options[entry].items()
+            if any(re.match(rf"(.*\.)?({key})$", one) for one in layers)
+        }
+    return options | {"use_rslora": draw.random() < 0.3, "use_dora": draw.random() < 0.2}
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_patterns_of_random_draws(seed: int, tmp_path: Path) -> None:
+    """target_modules, exclude_modules, layers_to_transform, layers_pattern, rank_pattern and alpha_pattern together."""
+    options = _drawn_targets(random.Random(seed))
+    both_ways(peft.LoraConfig(**options), tmp_path, base, merges=seed % 3 == 0)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_frequencies_by_pattern(seed: int, tmp_path: Path) -> None:
+    draw = random.Random(seed)
+    patterns = {
+        key: draw.randint(5, 60) for key in draw.sample(["q_proj", "down_proj", "layers.1.self_attn.o_proj"], 2)
+    }
+    config = peft.FourierFTConfig(
+        n_frequency=draw.randint(9, 40),
+        scaling=float(draw.randint(9, 90)),
+        target_modules=["q_proj", "o_proj", "down_proj"],
+        n_frequency_pattern=patterns,
+    )
+    both_ways(config, tmp_path, base, bound=1e-6)
+
+
+# -- soft prompts of classifiers -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["PromptTuningConfig", "PromptEncoderConfig", "PrefixTuningConfig"])
+def test_a_prompt_of_a_classifier_is_read(kind: str, tmp_path: Path) -> None:
+    """PEFT's file of a prompt with the head that it trains beside it, read here, written again, and read by PEFT."""
+    from transformers import LlamaConfig, LlamaForSequenceClassification
+
+    sizes = {"vocab_size": 43, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_labels": 3}
+    torch.manual_seed(0)
+    first = LlamaForSequenceClassification(LlamaConfig(**sizes, num_attention_heads=2, pad_token_id=0)).double().eval()
+    ids = torch.arange(2, 9)[None]
+    own = {"encoder_hidden_size": 16} if kind == "PromptEncoderConfig" else {}
+    theirs = peft_model(copy.deepcopy(first), getattr(peft, kind)(task_type="SEQ_CLS", num_virtual_tokens=3, **own))
+    given = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    with quiet(), torch.no_grad():
+        theirs.save_pretrained(tmp_path / "theirs")
+        again: Any = peft.PeftModel.from_pretrained(copy.deepcopy(first), tmp_path / "theirs").eval()
+        expected = again(**given).logits
+        model: Any = copy.deepcopy(first)
+        lk.load(model, tmp_path / "theirs").save(tmp_path / "ours")
+        assert_same(model(**given).logits, expected)
+        back: Any = peft.PeftModel.from_pretrained(copy.deepcopy(first), tmp_path / "ours").eval()
+        assert_same(back(**given).logits, expected)
+
+
 # -- every field of every configuration --------------------------------------------------------------------------------------
 
 IGNORED = {
@@ -434,7 +559,8 @@ IGNORED = {
     ),
     "acts in training alone": "rank_dropout module_dropout rank_dropout_scale hira_dropout encoder_dropout",
     "says where tensors lie while they load": "runtime_config",
-    "belongs to a field that is refused, and does nothing by itself": "megatron_core qalora_group_size",
+    "belongs to a field that is refused, and does nothing by itself": "megatron_core",
+    "how A is stored for bases of GPTQ; it is read as the LoRA that it is": "use_qalora qalora_group_size",
     "PEFT's layers of this type do not read it": "lora_bias use_bdlora",
 }
 """Why a field of PEFT's is passed over -> which; each row of the formats says for which methods."""

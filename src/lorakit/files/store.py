@@ -375,7 +375,8 @@ def _put(model: nn.Module, bundle: Bundle, name: str, complain: Complain) -> Ada
     method = _method(bundle, complain)
     if isinstance(method, EditMethod):
         return _put_edits(model, method, bundle, tensors, name, plain, complain)
-    named = _described(method, tensors, bundle)
+    unpooled = _unpooled(tensors, bundle.config, {plain[path]: module for path, module in walk(model)})
+    named = _described(method, unpooled, bundle)
     config = {**bundle.config, **format_of(method.name).patterns(bundle.config)}
     targets = _targets(bundle, config, model, method.pattern_fields, named)
     if method.whole:
@@ -497,6 +498,19 @@ def _decided(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[s
         if own:
             decided[field] = own
     return decided
+
+
+def _unpooled(
+    tensors: Mapping[str, Tensor], config: Mapping[str, Any], modules: Mapping[str, nn.Module]
+) -> Mapping[str, Tensor]:
+    """A QA-LoRA, whose A reads the means of groups of inputs times the number of groups, as the LoRA that it is: each column of
+    A stands for all inputs of its group."""
+    result, group = dict(tensors), int(config.get("qalora_group_size") or 1)
+    for key, A in tensors.items() if config.get("use_qalora") else ():
+        width = getattr(modules.get(key.removesuffix(".lora_A.weight")), "in_features", None)
+        if key.endswith(".lora_A.weight") and group > 1 and width == A.shape[1] * group:
+            result[key] = A.repeat_interleave(group, dim=1) * (A.shape[1] / group)
+    return result
 
 
 def _method(bundle: Bundle, complain: Complain) -> Any:

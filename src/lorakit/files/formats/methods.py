@@ -19,7 +19,6 @@ from lorakit.methods.peanut import DEEPEST
 
 _REFUSED = {
     "layer_replication": "it repeats layers of the base, which changes the model itself",
-    "use_qalora": "its A reads pooled inputs",
     "arrow_config": "it is a router over other adapters",
     "kasa_config": "its base is truncated",
     "velora_config": "VeLoRA is another method",
@@ -47,7 +46,11 @@ _LORA = Format(
     fixed={"use_dora": False, "fan_in_fan_out": False, "init_lora_weights": True},
     ignored=frozenset(
         {"eva_config", "corda_config", "lora_ga_config", "loftq_config", "megatron_core"}
-        | {"qalora_group_size", "merge_weights"}  # the first PEFT's: whether to merge while it is not trained
+        | {
+            "use_qalora",
+            "qalora_group_size",
+            "merge_weights",
+        }  # the first PEFT's: whether to merge while it is not trained
     ),
     refused=_REFUSED,
     read=_of_the_original_base,
