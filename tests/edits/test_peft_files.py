@@ -17,6 +17,7 @@ import torch
 import transformers
 
 import lorakit as lk
+import lorakit.peft as ours
 from edits.laws import Case
 from edits.models import inputs, make
 from lorakit.edits import LLaMAAdapter, PrefixTuning, PromptTuning, PTuning
@@ -92,6 +93,21 @@ def test_what_they_are_once_trained_loads_here(name: str, tmp_path: Path) -> Non
     found = model(**given).logits
     assert (found - base).abs().max() > 1e-3
     assert torch.allclose(found, wanted[:, -found.shape[1] :], atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ONCE_TRAINED)
+def test_what_they_are_once_trained_under_pefts_names(name: str, tmp_path: Path) -> None:
+    """Read as theirs is, and refused where a new one is asked for."""
+    config, options, method = ONCE_TRAINED[name]
+    given = given_to_peft("llama")
+    peft.get_peft_model(make("llama").float(), config(task_type="CAUSAL_LM", **options)).save_pretrained(tmp_path)
+    read = ours.PeftModel.from_pretrained(make("llama").float(), tmp_path)
+    assert type(read.peft_config["default"]).__name__ == config.__name__
+    assert lk.adapters(read.get_base_model())["default"].method == method
+    assert read(**given).logits.isfinite().all()
+    own = getattr(ours, config.__name__)(task_type="CAUSAL_LM", **options)
+    with pytest.raises(LorakitError, match=f"does not train PEFT type {name}; its files are read as {method.name}"):
+        ours.get_peft_model(make("llama").float(), own)
 
 
 def test_prompts_of_several_tasks_are_refused(tmp_path: Path) -> None:

@@ -178,8 +178,8 @@ SPECS: dict[str, tuple[Method, ...]] = {
 FURTHER = frozenset(
     "miss delora gralora hra road supertuning pvera waveft osf psoft peanut deft tinylora unilora glora".split()  # noqa: SIM905
 )
-"""Methods that use nothing of a layer that the others do not; they run on few kinds, to save time."""
-FEW = ("linear", "conv2d-groups-circular", "transposed", "embedding", "rows", "experts")
+"""Methods that use nothing of a layer that the others do not: on other kinds than FEW they run in the slow tests."""
+FEW = ("linear", "embedding", "experts")
 
 # -- the layers ------------------------------------------------------------------------------------------------------------
 
@@ -511,6 +511,11 @@ class Case:
                 randomise(adapter)
         return Subject(model, made, self.kind.inputs(batch), self.kind)
 
+    @property
+    def slow(self) -> bool:
+        """Whether it is left to the slow tests."""
+        return self.spec.name in FURTHER and self.kind.name not in FEW
+
     def beside(self) -> bool:
         """Whether the kind's deltas act beside the layer, or by substitution alone."""
         return all(site.layout.beside for site in sites_of(self.kind.make()))
@@ -553,8 +558,7 @@ def cases() -> Iterator[Case]:
     for name in METHODS:
         for index, spec in enumerate(SPECS.get(name, ())):
             for kind in KINDS:
-                own = FEW if name in FURTHER else {one.name for one in KINDS if one.core}
-                wanted = kind.name in (own if index == 0 else FEW[:2])
+                wanted = kind.core if index == 0 else kind.name in ("linear", "conv2d-groups-circular")
                 if wanted and spec not in thorough:
                     yield Case(spec, kind)
     for spec in thorough:

@@ -18,13 +18,16 @@ from lorakit.methods import METHODS
 REFUSED: list[cases.Case] = []
 UNREACHABLE: list[cases.Case] = []
 FITTING: dict[str, list[cases.Case]] = {}
+SLOW: dict[str, list[cases.Case]] = {}
 for one in cases.cases():
     if one.refusal() is not None:
         REFUSED.append(one)
     elif one.homeless() and not one.beside():
         UNREACHABLE.append(one)
     else:
-        FITTING.setdefault(cases.label(one.spec), []).append(one)
+        (SLOW if one.slow else FITTING).setdefault(cases.label(one.spec), []).append(one)
+GROUPS = [pytest.param(group, id=name) for name, group in FITTING.items()]
+GROUPS += [pytest.param(group, id=f"{name}-elsewhere", marks=pytest.mark.slow) for name, group in SLOW.items()]
 
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -54,17 +57,13 @@ def test_every_example_fits_somewhere() -> None:
     assert set(FITTING) == {cases.label(spec) for spec in [*expected, *cases.PROBES]}
 
 
-@pytest.mark.parametrize("group", FITTING.values(), ids=FITTING)
+@pytest.mark.parametrize("group", GROUPS)
 @pytest.mark.parametrize("law", laws.LAWS, ids=lambda law: law.__name__)
 def test_law(law: laws.Law, group: list[cases.Case]) -> None:
     over(group, law)
 
 
-@pytest.mark.parametrize(
-    "group",
-    [group for group in FITTING.values() if group[0].spec.name in METHODS],
-    ids=lambda g: cases.label(g[0].spec),
-)
+@pytest.mark.parametrize("group", [one for one in GROUPS if one.values[0][0].spec.name in METHODS])
 def test_saves_exactly(group: list[cases.Case], tmp_path: Path) -> None:
     def law(case: cases.Case) -> None:
         (tmp_path / case.kind.name).mkdir()

@@ -155,7 +155,7 @@ def merges_what_it_cannot(patch: pytest.MonkeyPatch) -> None:
 
     def planted(self: layer.Adapted, blend: Any) -> dict[str, Tensor]:
         with pytest.MonkeyPatch.context() as inner:
-            inner.setattr(AffineDelta, "shift", lambda self, b: None)
+            inner.setattr(AffineDelta, "shift", lambda self, b, W: None)
             return substitutes(self, blend)
 
     patch.setattr(layer.Adapted, "substitutes", planted)

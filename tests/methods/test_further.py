@@ -5,6 +5,7 @@ PEFT's files, both ways, are in test_peft_files.py, the laws in tests/laws.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -203,6 +204,20 @@ def test_reflections_are_orthogonal_and_an_even_number_starts_as_the_base() -> N
     for spec in specs:
         change = spec.build(Shape(OUT, IN), Pool()).double().dense(W)
         assert (change.abs().max() < 1e-12) == spec.identity
+
+
+def test_peft_starts_orthogonal_reflections_from_rounding_noise() -> None:
+    """PEFT starts apply_GS from equal pairs too; what is left of the second of a pair after Gram-Schmidt is rounding, which is
+    scaled to length 1. A start at the base is impossible (I - 2 Q Qᵀ is never I), so here the directions start apart."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        theirs = peft.get_peft_model(
+            nn.Sequential(nn.Linear(12, 8)), peft.HRAConfig(r=4, apply_GS=True, target_modules=["0"])
+        )
+    u = theirs.base_model.model[0].hra_u["default"]
+    assert torch.equal(u[:, 0], u[:, 1])
+    own = lk.HRA(rank=4, orthogonal=True).build(Shape(8, 12), Pool())
+    assert torch.linalg.matrix_rank(own.u) == 4
 
 
 def test_super_tuning_without_indices_finds_its_places_in_the_base(tmp_path: Any) -> None:

@@ -82,6 +82,7 @@ CASES: list[tuple[str, type, dict[str, Any], Method]] = [
     ("gpt2", peft.GraloraConfig, {"target_modules": ["c_attn"], "r": 4, "gralora_k": 4, "hybrid_r": 4, "alpha": 24,
      "fan_in_fan_out": True}, lk.GraLoRA(rank=4, blocks=4, hybrid=4, alpha=24)),
     ("llama", peft.HRAConfig, {"target_modules": QD, "r": 4}, lk.HRA(rank=4)),
+    ("convolutions", peft.HRAConfig, {"target_modules": ["point", "head"], "r": 4}, lk.HRA(rank=4)),
     ("bert", peft.HRAConfig, {"target_modules": ["query", "dense"], "r": 3, "apply_GS": True}, lk.HRA(rank=3, orthogonal=True)),
     ("bert", peft.RoadConfig, {"target_modules": ["query", "dense"], "group_size": 4}, lk.RoAd(group=4)),
     ("bert", peft.RoadConfig, {"target_modules": ["query", "dense"], "group_size": 8, "variant": "road_2"},

@@ -227,7 +227,7 @@ def test_lora_bias_both_ways(case: str, tmp_path: Path) -> None:
 
 
 def test_lora_bias_that_is_forgotten_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(BiasedDelta, "shift", lambda self, b: self.b)
+    monkeypatch.setattr(BiasedDelta, "shift", lambda self, b, W: self.b)
     with pytest.raises(AssertionError, match="rounding allows"):
         both_ways(
             peft.LoraConfig(r=2, lora_alpha=7, lora_bias=True, target_modules=["query"]),

@@ -121,9 +121,6 @@ _ELSEWHERE = {
     "initialize_kv_prefix_from_text": "",
     "prompt_embeddings_from_past_key_values": "",
     "create_riemannian_optimizer": "",
-    "CPTConfig": "lorakit.PromptTuning, as which its files are read",
-    "CartridgeConfig": "lorakit.PrefixTuning(width=None), as which its files are read",
-    "MultitaskPromptTuningConfig": "lorakit.PromptTuning, as which its files of one task are read",
 }
 """PEFT's names that are not here -> what does it in lorakit; empty where nothing does."""
 

@@ -19,8 +19,9 @@ from lorakit.core.options import options_of
 from lorakit.core.walking import has_suffix, walk
 from lorakit.edits.contract import EditMethod
 from lorakit.errors import LorakitError
-from lorakit.files.formats import format_of, known_entries, spec_from_peft
+from lorakit.files.formats import FORMATS, format_of, known_entries, spec_from_peft
 from lorakit.files.interchange import COMMON, asked_targets, heads_for
+from lorakit.files.table import TABLE
 from lorakit.init import EVA, CorDA, Initialiser, LoftQ, LoRAGA, Orthogonal, PiSSA
 from lorakit.init.calibration import Batch
 from lorakit.methods.options import lenient
@@ -92,6 +93,12 @@ def attach_config(
 
 def _spec(config: PeftConfig, options: dict[str, Any]) -> Any:
     """The method with the options of the configuration; those that would be dropped are refused."""
+    for name, row in FORMATS.items():
+        if options["peft_type"] in row.also:
+            raise LorakitError(
+                f"{type(config).__name__}: lorakit does not train PEFT type {options['peft_type']}; its files are read as "
+                f"{name}, which it is once it is trained. lorakit.{TABLE[name].__name__} trains that."
+            )
     spec = spec_from_peft({**options, "init_lora_weights": True, "peft_version": "0.21.2"})
     known = COMMON | known_entries(spec) | _STARTS | _OF_STARTS
     dropped = format_of(spec.name).ignored - _OF_STARTS - _STARTS - _OF_THE_MODEL - {"num_virtual_tokens"}

@@ -30,8 +30,10 @@ def _words(name: str, values: Iterable[str]) -> Any:
     return make(name, {value: value for value in values}, module=__name__)
 
 
-PeftType: Any = _words("PeftType", (row.peft for row in FORMATS.values() if row.peft is not None))
-"""PEFT's names of the methods that exist here."""
+PeftType: Any = _words(
+    "PeftType", (kind for row in FORMATS.values() if row.peft is not None for kind in (row.peft, *sorted(row.also)))
+)
+"""PEFT's names of the methods that exist here, and of those that are read as one of them."""
 TaskType: Any = _words(
     "TaskType", ("SEQ_CLS", "SEQ_2_SEQ_LM", "CAUSAL_LM", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION")
 )
@@ -360,11 +362,26 @@ _TABLE: dict[str, tuple[str, type, dict[str, Any]]] = {
         {"target_modules": None, "exclude_modules": None, "modules_to_save": None},
     ),
     "MissConfig": ("MISS", PeftConfig, {**_LAYERS, "bias": "none", "r": 64, "miss_dropout": 0.0, "mini_r": 1}),
+    "CPTConfig": (
+        "CPT",
+        PromptLearningConfig,
+        {"cpt_token_ids": None, "cpt_mask": None, "cpt_tokens_type_mask": None, "opt_weighted_loss_type": "none"}
+        | {"opt_loss_decay_factor": 1.0, "opt_projection_epsilon": 0.1, "opt_projection_format_epsilon": 0.1}
+        | {"tokenizer_name_or_path": None},
+    ),
+    "CartridgeConfig": ("CARTRIDGE", PromptLearningConfig, {"num_frozen_tokens": 1}),
     "DeftConfig": (
         "DEFT",
         PeftConfig,
         {**_MATRICES, "r": 8, "decomposition_method": "relu", "init_scale": 1.0, "alpha": None, "para": False}
         | {"deft_dropout": 0.0},
+    ),
+    "MultitaskPromptTuningConfig": (
+        "MULTITASK_PROMPT_TUNING",
+        PromptLearningConfig,
+        {"prompt_tuning_init": "RANDOM", "prompt_tuning_init_text": None, "tokenizer_name_or_path": None}
+        | {"tokenizer_kwargs": None, "prompt_tuning_init_state_dict_path": None, "prompt_tuning_init_task": 0}
+        | {"num_ranks": 1, "num_tasks": 1},
     ),
     "OSFConfig": ("OSF", PeftConfig, {**_NAMED, "effective_rank": None, "rank_pattern": None, "target_svd_config": None}),
     "PeanutConfig": ("PEANUT", PeftConfig, {**_LAYERS, "r": 32, "depth": 0, "act_fn": "relu", "scaling": 1.0}),
