@@ -24,7 +24,7 @@ from lorakit.init.calibration import Batch
 from lorakit.methods.options import lenient
 from lorakit.peft.configs import PeftConfig, default_of
 from lorakit.peft.layers import as_tuner_layers
-from lorakit.peft.targets import default_targets, feedforward_targets
+from lorakit.peft.targets import default_targets, feedforward_targets, todays_names
 
 _seen: WeakKeyDictionary[nn.Module, list[Batch]] = WeakKeyDictionary()
 """Base model -> the batches that `preprocess_corda` or `preprocess_loraga` saw, until the adapter that they are for is made."""
@@ -125,6 +125,8 @@ def _targets(model: nn.Module, options: dict[str, Any]) -> Any:
     targets, parameters = options.get("target_modules"), options.get("target_parameters") or ()
     if targets is None and not parameters:
         targets = default_targets(options["peft_type"], getattr(getattr(model, "config", None), "model_type", None))
+    if targets is not None and not isinstance(targets, str):
+        targets = todays_names(model, targets)
     return asked_targets(targets if isinstance(targets, str) else tuple(targets or ()), parameters)
 
 
