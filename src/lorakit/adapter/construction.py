@@ -35,6 +35,7 @@ from lorakit.init import Default, Initialiser
 from lorakit.init.calibration import Batch
 from lorakit.init.starts import BuiltDeltas, Plan, PlannedLayer, build_deltas, rewrite
 from lorakit.methods import LoRA, TrainableTokens
+from lorakit.methods.options import is_lenient
 from lorakit.methods.tokens import TokenRows
 
 log = logging.getLogger("lorakit")
@@ -139,7 +140,7 @@ def _planned(path: str, module: nn.Module, method: Method, targets: Targets, che
     for site in sites:
         storage_of(module, site.weight, path)  # refused here, if it is of no kind that is known
         specs[site.name] = targets.spec_for(method, path, site)
-        if checked and targets.target_modules in PRESETS:
+        if checked and targets.target_modules in PRESETS and not is_lenient():
             specs[site.name] = capped(specs[site.name], site.layout.shape)  # `coverage.report` says where
         if checked:
             specs[site.name].check(site.layout.shape, site.place(path))

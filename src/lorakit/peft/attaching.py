@@ -28,7 +28,7 @@ from lorakit.methods.options import lenient
 from lorakit.methods.tokens import TokenRows
 from lorakit.peft.configs import PeftConfig, default_of
 from lorakit.peft.layers import as_tuner_layers
-from lorakit.peft.targets import default_targets, feedforward_targets
+from lorakit.peft.targets import default_targets, feedforward_targets, todays_names
 
 _seen: WeakKeyDictionary[nn.Module, list[Batch]] = WeakKeyDictionary()
 """Base model -> the batches that `preprocess_corda` or `preprocess_loraga` saw, until the adapter that they are for is made."""
@@ -139,6 +139,8 @@ def _targets(model: nn.Module, options: dict[str, Any]) -> Any:
         targets = targets or [input_embedding(model)]
     elif targets is None and not parameters:
         targets = default_targets(options["peft_type"], getattr(getattr(model, "config", None), "model_type", None))
+    if targets is not None and not isinstance(targets, str):
+        targets = todays_names(model, targets)
     return asked_targets(targets if isinstance(targets, str) else tuple(targets or ()), parameters)
 
 

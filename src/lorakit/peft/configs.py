@@ -143,8 +143,8 @@ class PeftConfig(AlsoPefts):
         if kind in UNSUPPORTED:
             raise LorakitError(f"{where}: PEFT type {kind} is not supported because {UNSUPPORTED[kind]}.")
         if own is None:  # what lorakit writes where a method reaches further than PEFT's: LOKR_CONV2D
-            longer = [one for name, one in PEFT_TYPE_TO_CONFIG_MAPPING.items() if kind.startswith(f"{name}_")]
-            own = longer[0] if longer else None
+            kinds = {**PEFT_TYPE_TO_CONFIG_MAPPING, "LLAMA_ADAPTER": CONFIGS["AdaptionPromptConfig"]}
+            own = next((one for name, one in kinds.items() if kind.startswith(name)), None) if "_" in kind else None
         if own is None or not issubclass(own, cls):
             wanted = PEFT_TYPE_TO_CONFIG_MAPPING if cls is PeftConfig else [cls.__name__]
             raise unknown("peft_type" if own is None else f"peft_type of a {cls.__name__}", kind, wanted, where=where)

@@ -58,12 +58,12 @@ class Switches:
         return list(names or self._tuner.off)
 
     @property
-    def active_adapter(self) -> str:
-        """The name of the adapter that acts now."""
+    def active_adapter(self) -> Any:
+        """The name of the adapter that acts now; as in PEFT a list of names where several do."""
         names = self.active_adapters
-        if len(names) != 1:
-            raise LorakitError(f"active_adapter: {len(names)} adapters are active: {', '.join(names) or 'none'}.")
-        return names[0]
+        if not names:
+            raise LorakitError("active_adapter: no adapter is active.")
+        return names[0] if len(names) == 1 else names
 
     @property
     def has_active_enabled_adapter(self) -> bool:
@@ -492,7 +492,7 @@ class PeftModel(AlsoPefts, Switches, nn.Module):
     @property
     def active_peft_config(self) -> PeftConfig:
         """The configuration of the adapter that acts now."""
-        return self.peft_config[self.active_adapter]
+        return self.peft_config[self.active_adapters[0]]
 
     @property
     def peft_type(self) -> Any:
@@ -510,12 +510,14 @@ class PeftModel(AlsoPefts, Switches, nn.Module):
             raise LorakitError(
                 f"disable_adapter: {min(state.merged)!r} is merged into the weights by lorakit.merged; leave that block first."
             )
-        before, tuner.off = tuner.off, tuple(self.active_adapters)
+        before, off = state.routing, tuner.off
+        self.disable_adapter_layers()
         try:
-            with use(tuner.model, None):
-                yield
+            yield
         finally:
-            tuner.off = before
+            if not state.routing.names:  # else set_adapter was called within the block, and what it chose stays
+                tuner.off = off
+                activate(tuner.model, before)
             if names:
                 self.merge_adapter(names)
 

@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
+from torch import nn
+
+from lorakit.core.walking import has_suffix, walk
 from lorakit.errors import LorakitError
+from lorakit.models.renaming import Renaming
 
 _QUERY_VALUE = {
     (
@@ -99,6 +105,20 @@ def default_targets(method: str, kind: str | None) -> list[str]:
             '"all-linear" or a list of layer names would work.'
         )
     return own[str(kind)]
+
+
+def todays_names(model: nn.Module, names: Iterable[str]) -> list[str]:
+    """Names of layers with those that transformers has renamed as the model has them now: ViT's `query` is `q_proj`."""
+    paths = [path for path, _ in walk(model)]
+    lost = {name for name in names if not any(has_suffix(path, name) for path in paths)}
+    moved: dict[str, str] = {}
+    for entry in Renaming(model, ()).renamings if lost else ():
+        for source, target in zip(entry.source_patterns, entry.target_patterns, strict=False):
+            old, new = source.replace("\\", "").strip("^$."), target.strip(".")
+            moved |= {
+                name: new for name in lost if has_suffix(old, name) and any(has_suffix(path, new) for path in paths)
+            }
+    return list(dict.fromkeys(moved.get(name, name) for name in names))
 
 
 def feedforward_targets(kind: str | None) -> list[str]:
