@@ -106,7 +106,7 @@ OPTIONS = {  # of a run
     "--data.train a.jsonl --data.train b.jsonl": "--data.train is given twice; keep one, or give a list",
     "--overwrite --no-overwrite": "given twice",
     "--alpha auto": "expected a number",
-    "--train.learning-rate -1": "expected a number above 0, found -1",
+    "--train.learning-rate -1": "expected a number above 0 | found -1",
     "--train.learning-rate nan": "expected a number above 0",
     "--train.learning-rate 2,5e-4": "expected a number above 0",
     "--train.batch-size 0": "at least 1, found 0",
