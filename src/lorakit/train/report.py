@@ -294,7 +294,7 @@ def _facts(record: RunRecord) -> list[tuple[str, str]]:
         ),
         ("versions", ", ".join(f"{name} {version}" for name, version in record.versions.items())),
         *([("checkpoint", record.checkpoint)] if record.checkpoint else []),
-        *([("goes on from", ", then ".join(map(_ancestor, record.lineage)))] if record.lineage else []),
+        *([("continues from", ", then ".join(map(_ancestor, record.lineage)))] if record.lineage else []),
     ]
 
 
