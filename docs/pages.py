@@ -25,6 +25,7 @@ PAGES = ("methods", "quality", "benchmarks", "composition", "interchange", "file
 
 ROOMS = {
     "errors": "the one error that users see",
+    "reading": "files that others wrote, read whole or refused in words",
     "native": "compiles and calls loops in C++, shared by training and serving",
     "core": "what an adapted layer is: contract of a method, layer, routing, the model's adapter state",
     "core/storage": "how frozen weights are read and written, one file per library",

@@ -227,6 +227,7 @@ def files(root: Path) -> None:
     written: dict[str, str | bytes] = {
         "run.yaml": RUN, "whole.yaml": RUN.replace("weightless", "base"), "y-tab.yaml": "model: base\n\trank: 4\n",
         "y-empty.yaml": "", "y-typo.yaml": "modle: base\n", "y-list.yaml": "- model: base\n", "y-text.yaml": "model\n",
+        "y-strange.yaml": "model: base\ncolour: red\nlr: 1e-4\n",
         "y-flat.yaml": "model: base\nlearning_rate: 1e-4\ndata: {train: d/rows.jsonl}\n",
         "y-twice.yaml": "model: base\nmodel: other\n", "y-dataless.yaml": "model: base\n", "y-null.yaml": "model: null\n",
         "y-string.yaml": "model: base\ndata: d/rows.jsonl\n", "y-alias.yaml": "model: *base\n",

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -147,6 +149,17 @@ def test_train_leaves_an_adapter_that_peft_loads_and_a_report(base: Path, adapte
     assert record["after"]["loss"] < record["before"]["loss"]
     metrics = [json.loads(line) for line in (adapter / "metrics.jsonl").read_text().splitlines()]
     assert {"loss", "learning_rate", "token_accuracy", "tokens_per_second"} <= set(metrics[0])
+
+
+def test_the_cards_snippets_run_as_printed(adapter: Path) -> None:
+    blocks = re.findall(r"^```python\n(.*?)^```", (adapter / "README.md").read_text(), re.DOTALL | re.MULTILINE)
+    found = []
+    for block in blocks:
+        names: dict[str, Any] = {}
+        exec(block, names)
+        found.append(logits(names["model"]))
+    assert len(found) == 2
+    torch.testing.assert_close(found[0], found[1], rtol=1e-4, atol=1e-5)
 
 
 def test_the_stored_configuration_makes_the_run_again(adapter: Path, lorakit: Run, tmp_path: Path) -> None:

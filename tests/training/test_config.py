@@ -311,7 +311,7 @@ def test_a_config_reads_back_exactly(tmp_path: Path) -> None:
 def test_any_text_and_number_reads_back(tmp_path_factory: pytest.TempPathFactory, text: str, number: float) -> None:
     text = text.encode("utf-8", "ignore").decode()
     config = TrainConfig(
-        model=text,
+        model=text or "a",
         data=DataOptions(train=(text, "b"), columns={text: text}, template=f"a\n{text}\n"),
         train=TrainOptions(learning_rate=number),
     )

@@ -229,10 +229,10 @@ def test_unknown_roles_are_refused() -> None:
 
 def test_an_answer_that_comes_out_empty_is_never_learned() -> None:
     mute = CHAT.replace("{{ m['content'] }}", "{% if m['role'] != 'assistant' %}{{ m['content'] }}{% endif %}")
-    with pytest.raises(LorakitError, match=r"makes no difference|comes out empty"):
+    with pytest.raises(LorakitError, match=r"makes no difference|is empty after the template"):
         prepare(rows_of(ROWS["plain"]), byte_pairs(mute), options())
     row = {"messages": [USER, {"role": "assistant", "content": "<|im_end|>"}]}
-    with pytest.raises(LorakitError, match="comes out empty"):
+    with pytest.raises(LorakitError, match="is empty after the template"):
         prepare(rows_of(row), byte_pairs(CHAT), options())
 
 

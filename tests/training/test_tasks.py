@@ -52,7 +52,7 @@ def test_loading_asks(tmp_path: Path) -> None:
 def test_a_model_that_sees_the_next_token_is_refused(dtype: torch.dtype) -> None:
     torch.manual_seed(0)
     bert = T.BertLMHeadModel(T.BertConfig(**SMALL, initializer_range=0.3)).to(dtype).train()
-    with pytest.raises(LorakitError, match="bidirectional: what it says of a token depends on the tokens after it"):
+    with pytest.raises(LorakitError, match="bidirectional: its output at a token depends on later tokens"):
         check_causal(bert, "here")
     assert bert.training
     for fine in (

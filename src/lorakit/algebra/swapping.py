@@ -105,8 +105,8 @@ def _values(live: Live, given: Source, names: Mapping[str, str]) -> dict[str, tu
         shape, rank = (slot.B.shape[0], slot.A.shape[1]), len(slot.A)
         if change.A is None:
             raise LorakitError(
-                f"swap: {given.label} has no factors for {name}; lk.resize(adapter, rank={rank}) makes a LoRA of it, with its "
-                "error told."
+                f"swap: {given.label} has no factors for {name}; lk.resize(adapter, rank={rank}) makes a LoRA "
+                "of it, and reports its error."
             )
         check_shapes("swap", name, [(given.label, change.shape), (live.label, shape)])
         if len(change.A) > rank:

@@ -14,8 +14,8 @@ from lorakit.cli.arguments import adapter_path
 from lorakit.cli.screen import err, log_to, out, show_log
 
 HELP = (
-    "Measure an adapter against its base. WHAT is an adapter folder that lorakit trained (its own "
-    "configuration says on which rows), or a CONFIG.yaml together with --adapter. Options of the run may be "
+    "Measure an adapter against its base. WHAT is an adapter folder that lorakit trained (measured on the "
+    "rows of its own configuration), or a CONFIG.yaml together with --adapter. Options of the run may be "
     "given as for train."
 )
 
@@ -47,7 +47,7 @@ def evaluate(
         file, adapters = what / "train.yaml", [what, *adapters]
         if not file.exists():
             raise LorakitError(
-                f"eval: {what} has no train.yaml, so nothing says on which rows to measure it; "
+                f"eval: {what} has no train.yaml, which would name the rows to measure on; "
                 f"use lorakit eval CONFIG.yaml --adapter {what}"
             )
     flags = [name for one in context.command.params for name in one.opts]

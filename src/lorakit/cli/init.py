@@ -9,6 +9,7 @@ import typer
 
 from lorakit.cli.arguments import Overwrite
 from lorakit.cli.screen import err, out
+from lorakit.errors import plural
 
 HELP = "Write a commented YAML for training BASE on DATA, or from a file of Axolotl or LLaMA-Factory (--from)."
 
@@ -62,4 +63,4 @@ def init(
         train=TrainOptions(output=f"adapters/{output.stem}"),
     )
     write_whole(output, to_yaml(config).encode())
-    out.print(f"{output}: {len(rows):,} rows ({found}); next: lorakit train {output} --check", markup=False)
+    out.print(f"{output}: {plural(len(rows), 'row')} ({found}); next: lorakit train {output} --check", markup=False)

@@ -219,7 +219,7 @@ def _key(path: str, layer: Layer, names: Names) -> str:
             "tie_word_embeddings=false is needed."
         )
     raise LorakitError(
-        f"convert: {path} is no layer by mlx-lm's names, which are those of Llama and its kin: model.layers.N.…, {HEAD}."
+        f"convert: {path} is no layer by mlx-lm's names, which are those of Llama and similar models: model.layers.N.…, {HEAD}."
     )
 
 
@@ -232,7 +232,7 @@ MLX = Format(
     kinds=(LINEAR, "embedding", EXPERT),
     about="one",
     scale="`lora_parameters`: one scale, which multiplies as it is, and one rank",
-    limits="Language models whose layers are model.layers.N.… (Llama, Mistral, Qwen, Gemma, Phi and their kin). Scales "
+    limits="Language models whose layers are model.layers.N.… (Llama, Mistral, Qwen, Gemma, Phi and similar models). Scales "
     "that differ "
     "are multiplied into B, smaller ranks filled up with zeros. Experts need the base's configuration and are written for "
     + ", ".join(_CONTAINERS)

@@ -351,7 +351,7 @@ class LowRank(Delta):
         """Start from these factors (an initialiser's result); ΔW becomes `scale · B A`."""
         raise LorakitError(
             f"{self.spec.name} computes its factors, so they cannot be set. Methods whose factors an initialiser can "
-            "set: lora, dora, adalora, dylora and their kin."
+            "set: lora, dora, adalora, dylora and others with two factors."
         )
 
     def truncated(self, rank: int) -> tuple[Tensor, Tensor] | None:

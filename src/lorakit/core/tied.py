@@ -36,7 +36,7 @@ def follower(leader: Delta, shape: Shape, path: str) -> Delta:
         if not isinstance(leader, LowRank) or type(leader).act is not LowRank.act:
             raise LorakitError(
                 f"attach: {path} shares its weight with an adapted embedding, and {leader.spec.name} is no product of two "
-                "factors that both could have; ensure_weight_tying works with lora and its kin."
+                "factors that both could have; ensure_weight_tying works with lora and similar methods."
             )
         own = Tied(leader, shape)
     return own

@@ -32,7 +32,8 @@ def transformer_of(model: nn.Module) -> Any:
         if hasattr(module, "config") and hasattr(module, "get_input_embeddings"):
             return module
     raise LorakitError(
-        f"attach: edits need a transformers model, and {type(model).__name__} is none; deltas (LoRA and its kin) work on any "
+        f"attach: edits need a transformers model, and {type(model).__name__} is none; deltas (LoRA and "
+        "similar methods) work on any "
         "torch model."
     )
 

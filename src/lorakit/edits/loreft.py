@@ -30,7 +30,7 @@ class LoReFT(EditMethod):
 
     name = "loreft"
     reason = "it edits hidden states of a few tokens, and a weight acts on all of them"
-    needs_padding = "it edits chosen tokens of each prompt, and shared beginnings are computed once"
+    needs_padding = "it edits chosen tokens of each prompt, and shared prefixes are computed once"
     card = Card(
         title="ReFT (LoReFT)",
         formula="h + Rᵀ (W h + b - R h)",

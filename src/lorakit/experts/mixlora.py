@@ -155,7 +155,8 @@ class Experts(Delta):
 
     def dense(self, W: Tensor) -> Tensor:
         raise LorakitError(
-            f"{self.spec.name} weighs its experts anew for every token, so there is no one ΔW to merge, combine or extract."
+            f"{self.spec.name} weights its experts differently for every token, so there is no one ΔW to "
+            "merge, combine or extract."
         )
 
     def roles(self) -> dict[str, str]:

@@ -119,8 +119,7 @@ def claim(output: Path, names: Collection[str], overwrite: bool, verb: str, mark
     if not overwrite:
         there = f" ({shown})" if names else ""
         raise LorakitError(
-            f"{verb}: {output} is there already{there}, and would be replaced. Choose another output, or replace it by "
-            "--overwrite."
+            f"{verb}: {output} is there already{there}, and would be overwritten. Choose another output, or use --overwrite."
         )
     if marks and not any((output / name).exists() for name in marks):
         raise LorakitError(
@@ -343,6 +342,6 @@ def _carry(entry: Path, target: Path) -> None:
     elif not (entry.exists() and target.exists() and entry.samefile(target)):
         kept = target.with_name(f"{target.name}.{secrets.token_hex(4)}")
         log.warning(
-            "save: %s was written anew while its folder was replaced; the other one is kept as %s", target, kept
+            "save: %s was rewritten while its folder was being replaced; the other one is kept as %s", target, kept
         )
         entry.rename(kept)

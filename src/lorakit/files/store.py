@@ -460,7 +460,7 @@ def _holds(adapter: Adapter, tensors: Mapping[str, Tensor]) -> bool:
 def _complaints(strict: bool) -> Complain:
     def complain(message: str) -> None:
         if strict:
-            raise LorakitError(f"{message}{advice(' strict=False goes on regardless.', '')}")
+            raise LorakitError(f"{message}{advice(' strict=False loads it anyway.', '')}")
         log.warning("%s", message)
 
     return complain

@@ -34,7 +34,7 @@ class BitFit(Method):
         formula="Δb = c, ΔW = 0",
         parameters=lambda shape, spec: shape.out,
         paper="arXiv 2106.10199",
-        use="When the adapter must be tiny and the model has biases (BERT and its kin).",
+        use="When the adapter must be tiny and the model has biases (BERT and similar models).",
         limits="The layer has a bias.",
     )
 

@@ -41,7 +41,7 @@ class SHiRA(Method):
     )
     seed: int | None = option(
         None,
-        "what random places are drawn from, the same for all layers of a shape; null draws anew",
+        "what random places are drawn from, the same for all layers of a shape; null draws new ones",
         peft="random_seed",
     )
 

@@ -80,7 +80,9 @@ def check_causal(model: Any, where: str) -> None:
     apart = float((logits[0] - logits[1]).abs().max() / logits.abs().max().clamp(min=1e-30))
     if apart > (1e-3 if model.dtype == torch.float32 else 5e-2):
         raise LorakitError(
-            f'train: "{where}" ({type(model).__name__}) is bidirectional: what it says of a token depends on the tokens after '
-            "it, so that it would learn to copy the next token and not to predict it. What works: a decoder (GPT, Llama and "
-            "the like); --task seq-cls for this model, or lk.attach on AutoModelForMaskedLM in a loop of your own."
+            f'train: "{where}" ({type(model).__name__}) is bidirectional: its output at a token depends on '
+            "later tokens, so it would learn to copy the next token instead of predicting "
+            "it. What works: a decoder (GPT, Llama and "
+            "the like); --task seq-cls for this model, or lk.attach on AutoModelForMaskedLM in a loop of your "
+            "own."
         )

@@ -99,7 +99,7 @@ def source_of(config: TrainConfig) -> Source | None:
     if folder.resolve().is_relative_to((Path(config.train.output) / "checkpoints").resolve()):
         raise LorakitError(
             f"train: {folder} is a checkpoint of train.output {config.train.output} itself, which a new run would remove. Give "
-            "another train.output; or, to go on with that run, --train.resume true"
+            "another train.output; or, to resume that run, --train.resume true"
         )
     own = read_own(folder)
     record = own.get("record", {})
@@ -157,7 +157,7 @@ def _check_options(config: TrainConfig, adapter: Adapter, source: Source) -> Non
         told.append("adapters are named, and it routes none")
     if told:
         raise LorakitError(
-            f"train: the run goes on from {source.given}: {'; '.join(told)}. Leave these options out; lorakit resize changes "
+            f"train: the run continues from {source.given}: {'; '.join(told)}. Leave these options out; lorakit resize changes "
             "the rank of an adapter, and a run without --from begins a new one"
         )
 

@@ -68,7 +68,7 @@ class Interruption(TrainerCallback):
             return
         name = signal.Signals(self.caught).name
         raise Interrupted(
-            f"train: stopped by {name} after step {step:,} of {steps:,}; the checkpoint is in {output / 'checkpoints'}. Go on "
-            "with the same command and --train.resume true",
+            f"train: stopped by {name} after step {step:,} of {steps:,}; the checkpoint is in "
+            f"{output / 'checkpoints'}. Resume with the same command and --train.resume true",
             128 + self.caught,
         )

@@ -30,8 +30,11 @@ CARD, CONFIG, METRICS, CURVES = "README.md", "train.yaml", "metrics.jsonl", "cur
 @dataclass(frozen=True)
 class RunRecord:
     """The facts of a run for its report. Counts are the whole run's, across resumes; `seconds` this session's. `classes` are a
-    classifier's, by their index; `lineage` the adapters that it goes on from, the oldest first; `prompt` is what an answer
-    follows in the first training row, as text."""
+    classifier's, by their index; `lineage` the adapters that it continues from, the oldest first; `prompt` is what an answer
+    follows in the first training row, as text.
+
+    `folder` is where the run saved the adapter, for the card's code.
+    """
 
     name: str
     base: str
@@ -66,6 +69,7 @@ class RunRecord:
     prompt: str = ""
     coverage: Coverage | None = None
     lineage: Sequence[Mapping[str, Any]] = ()
+    folder: str = "path/to/this/folder"
 
     @property
     def measured(self) -> dict[str, Evaluation]:
@@ -294,7 +298,7 @@ def _facts(record: RunRecord) -> list[tuple[str, str]]:
         ),
         ("versions", ", ".join(f"{name} {version}" for name, version in record.versions.items())),
         *([("checkpoint", record.checkpoint)] if record.checkpoint else []),
-        *([("goes on from", ", then ".join(map(_ancestor, record.lineage)))] if record.lineage else []),
+        *([("continues from", ", then ".join(map(_ancestor, record.lineage)))] if record.lineage else []),
     ]
 
 
@@ -339,17 +343,24 @@ def _loading(record: RunRecord) -> str:
         quantize = "" if record.quantize is None else f', quantize="{record.quantize}"'
         imported = "from lorakit.models.loading import load_model"
         loaded = f'model, tokenizer = load_model("{record.base}"{quantize})'
+    place = json.dumps(record.folder)
     lines = [
         "```python",
         "import lorakit as lk",
         imported,
         "",
         loaded,
-        'adapter = lk.load(model, "path/to/this/folder")',
+        f"adapter = lk.load(model, {place})",
+        "```",
         "",
-        "# or with PEFT",
+        "or with PEFT:",
+        "",
+        "```python",
         "from peft import PeftModel",
-        'model = PeftModel.from_pretrained(model, "path/to/this/folder")',
+        imported,
+        "",
+        loaded,
+        f"model = PeftModel.from_pretrained(model, {place})",
         "```",
     ]
     if record.classes:

@@ -410,6 +410,7 @@ def _record(
         stopped=trainer.health.stopped,
         samples=_samples(after.answers if after else (), config.evaluate.samples),
         checkpoint=Path(str(trainer.state.best_model_checkpoint)).name if options.keep_best else None,
+        folder=options.output,
     )
 
 

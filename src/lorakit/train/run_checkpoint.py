@@ -344,7 +344,7 @@ def check_unfinished(output: Path, overwrite: bool) -> None:
     if earlier and not overwrite and not (output / FOLDER / FINISHED).exists():
         raise LorakitError(
             f"train: {output} holds an unfinished run ({plural(len(earlier), 'checkpoint')}, the newest {earlier[-1].name}). "
-            "Continue with --train.resume true, choose another train.output, or begin anew with --overwrite"
+            "Continue with --train.resume true, choose another train.output, or start over with --overwrite"
         )
 
 

@@ -341,7 +341,9 @@ class LoraTrainer(transformers.Trainer):
                 raise
             shutil.rmtree(folder, ignore_errors=True)
             self.state.best_model_checkpoint = best
-            log.error("%s could not be written (%s) and is left out; the run goes on", folder.name, first_line(problem))
+            log.error(
+                "%s could not be written (%s) and was skipped; the run continues", folder.name, first_line(problem)
+            )
         if self.args.world_size > 1:
             torch.distributed.barrier()
         if self.args.should_save and folder.is_dir():

@@ -390,7 +390,7 @@ METHODS: dict[str, Format] = {
     "pvera": Format(
         "PVERA",
         ignored=frozenset({"generator_seed"}),
-        refused={"sample_at_inference": "its outputs are drawn anew at each call, and no weight gives them"},
+        refused={"sample_at_inference": "its outputs are drawn again at each call, and no weight gives them"},
     ),
     "waveft": Format(
         "WAVEFT", {"c": "waveft_spectrum"}, ignored=frozenset({"proportional_parameters"}), read=_places

@@ -351,8 +351,8 @@ class TrainConfig(Section, frozen=True):
     )
     continue_from: str | None = option(
         None,
-        "--from: go on from this adapter (a folder, a checkpoint, PEFT's, a hub name), which says the method, the layers and "
-        "the prompt",
+        "--from: continue training this adapter (a folder, a checkpoint, PEFT's, a hub name), with its "
+        "method, layers and prompt",
     )
     init: Annotated[Any, INIT] = option(
         "default",

@@ -145,7 +145,7 @@ class ChatTemplate:
     def words(self) -> str:
         """The template in words, for the report."""
         dated = f", which writes the date {self.date} from now on (data.date)" if self.date else ""
-        return self.origin + (", which marks what the assistant says" if self.marks else "") + dated
+        return self.origin + (", which marks the assistant's turns" if self.marks else "") + dated
 
     @property
     def marks(self) -> bool:

@@ -131,7 +131,8 @@ class Labeller:
             separate = [token for piece in pieces for token in piece]
             if self._decode(separate) != self._decode(ids):
                 raise UnusableRow(
-                    "the tokens of prompt and completion merge, and apart they say something else; move the white "
+                    "the tokens of prompt and completion merge, and tokenised separately they give another "
+                    "text; move the white "
                     "space from the end of the prompt to the start of the completion"
                 )
             ids = separate
@@ -141,7 +142,9 @@ class Labeller:
         for start, end in spans:
             said = ids[positions[start] : positions[end]]
             if self.must_end and all(token in self.ends.ids or self.ends.is_blank(token) for token in said):
-                raise UnusableRow("an answer comes out empty, so that it would teach the model to say nothing")
+                raise UnusableRow(
+                    "an answer is empty after the template is applied; it would teach the model to answer nothing"
+                )
             labels[positions[start] : positions[end]] = said
         whole = opened(ids, self.opening)
         labels = [IGNORED] * (len(whole) - len(ids)) + labels
