@@ -199,7 +199,7 @@ def test_training_prints_before_and_after(config: Path, lorakit: Run, tmp_path: 
         (["stray"], "expected --NAME VALUE"),
         (["--target-modules", "q_porj"], "q_porj"),
         (["--data.train", "nowhere.jsonl"], "nowhere.jsonl"),
-        (["--train.precision", "fp16"], "fp16"),
+        (["--train.precision", "fp61"], "fp61"),
         (["--train.resume", "true"], "found no complete checkpoint"),
     ],
 )

@@ -88,9 +88,8 @@ def test_an_adapter_goes_to_the_hub_and_every_verb_takes_it_from_there(mine: Pat
     assert hub.repos["org/other"]["main"] == {}, "the branch alone"
     assert hub.repos["org/other"]["v1"].keys() == sent.keys()
     assert "lora" in answers[2][1].lower()
-    assert answers[4][1].split()[-1] == answers[5][1].split()[-1] == "yes", (
-        "the base and the adapter of the hub answer as those here"
-    )
+    spoken = [answers[at][1].split()[-1] for at in (4, 5)]
+    assert spoken == ["yes", "yes"], "the base and the adapter of the hub answer as those here"
     assert (tmp_path / "merged" / "model.safetensors").exists()
     assert answers[7][0] == answers[8][0] == answers[9][0] == 2
     assert "'org/other' has no revision 'v9' on the hub" in answers[7][1]

@@ -183,6 +183,8 @@ class Sized:
         (lk.Full(), Sized(4096), {}, 5e-5 * (2000 / 4096) ** 0.781, "a tenth of LoRA's"),
         (lk.PromptTuning(), Sized(576), {}, 3e-2, "measured with prompt-tuning"),
         (lk.VeRA(), None, {}, 2e-2, "measured with vera"),
+        (lk.HRA(), None, {}, 1e-4, "measured with oft"),
+        (lk.RoAd(), None, {}, 1e-3, "no rule is known for road"),
         (lk.LoRA(), Sized(4096), {"optimizer": "prodigy"}, 1.0, "Prodigy"),
         (lk.VeRA(), None, {"optimizer": "lion"}, 4e-3, "fifth for Lion"),
     ],

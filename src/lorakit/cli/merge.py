@@ -31,6 +31,12 @@ def merge(
     untie: Annotated[
         bool, typer.Option(help="Give an adapted layer that shares its weight (tied embeddings) a weight of its own.")
     ] = False,
+    gguf: Annotated[
+        str | None,
+        typer.Option(
+            help="Also write a GGUF file of this format (f16, q8_0, q4_k_m, ...) and an Ollama Modelfile, by llama.cpp."
+        ),
+    ] = None,
     overwrite: Overwrite = False,
 ) -> None:
     """Merge and save."""
@@ -47,6 +53,11 @@ def merge(
     from lorakit.models.quantisation import as_config, existing, holding
     from lorakit.models.stored import stored_config, stored_dtype
 
+    tools = None
+    if gguf is not None:
+        from lorakit.conversion.model_gguf import find_tools
+
+        tools = find_tools(gguf)  # before anything is read
     earlier = [entry.name for entry in output.iterdir()] if output.is_dir() else []
     check_adapters([adapter], base)
     claim(output, earlier or ["config.json"], overwrite, "merge", marks=("config.json",))
@@ -83,9 +94,27 @@ def merge(
     def write(folder: Path) -> None:
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
+        if tools is not None and gguf is not None:
+            from lorakit.conversion.model_gguf import modelfile, write_gguf
+
+            file = f"{output.name}-{gguf.lower()}.gguf"
+            write_gguf(folder, folder / file, gguf, tools, "bf16" if wanted is torch.bfloat16 else "f16")
+            (folder / "Modelfile").write_text(modelfile(file, Prompter(tokenizer, prompt), model), encoding="utf-8")
 
     replace_folder(
-        output, write, [name for name in earlier if name in PROMPT or name in SETTINGS or re.fullmatch(WEIGHTS, name)]
+        output,
+        write,
+        [
+            name
+            for name in earlier
+            if name in PROMPT
+            or name in (*SETTINGS, "Modelfile")
+            or re.fullmatch(rf"{WEIGHTS}|{re.escape(output.name)}-\w+\.gguf", name)
+        ],
     )
+    if gguf is not None:
+        out.print(
+            f"GGUF: {output}/{output.name}-{gguf.lower()}.gguf; ollama create NAME -f {output}/Modelfile", markup=False
+        )
     layers = plural(len(report.layers), "layer")
     out.print(f"Merged {adapter} into {layers} of {base}; saved to {output} ({form})", markup=False)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 import textwrap
 from pathlib import Path
@@ -70,7 +71,8 @@ def train(
     from lorakit.train.run import train as run
 
     result = run(config, console=err)
-    show_result(result)
+    if not int(os.environ.get("RANK", "0")):  # one process of several says it
+        show_result(result)
     end_processes()
     if result.stopped is not None:
         raise typer.Exit(1)

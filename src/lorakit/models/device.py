@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import torch
 
 from lorakit.errors import LorakitError, plural
@@ -15,6 +17,10 @@ def resolve_device(asked: str) -> torch.device:
     """
     cards = torch.cuda.device_count() if torch.cuda.is_available() else 0
     has_mps = torch.backends.mps.is_available()
+    if (
+        asked in ("auto", "cuda") and cards and "LOCAL_RANK" in os.environ
+    ):  # one process of several: the card of its number
+        return torch.device("cuda", int(os.environ["LOCAL_RANK"]) % cards)
     if asked == "auto":
         return torch.device("cuda" if cards else "mps" if has_mps else "cpu")
     found = ["cpu", *(f"cuda:{number}" for number in range(cards)), *["mps"] * has_mps]

@@ -36,6 +36,12 @@ MEASURED = {
 }  # fmt: skip
 """Methods to which no rule applies, with the rates at which lorakit measured them."""
 
+KIN = {"pvera": "vera", "waveft": "fourierft", "hra": "oft", "psoft": "oft"}
+"""Methods that were not measured, and the measured one that they are a form of."""
+
+BY_SIZE = {"lora", "dora", "bd-lora", "dylora", "relora", "mora", "gralora", "alora", "mixlora", "full", "osf"}
+"""Methods that the rule by size is for: low-rank products, and whole weights, which have a tenth."""
+
 PAPERS = {"adalora": (1e-3, "arXiv 2303.10512"), "bitfit": (1e-3, "arXiv 2106.10199")}
 """Methods whose papers say it better than the few steps of lorakit's measurements."""
 
@@ -54,11 +60,16 @@ def suggested(config: TrainConfig, model_config: Any) -> tuple[float, str]:
         rate, source = 5e-4, "measured with GaLore, docs/quality.md"
     elif method in PAPERS:
         rate, source = PAPERS[method][0], f"the paper of {method}, {PAPERS[method][1]}"
-    elif method in MEASURED:
-        rate, source = MEASURED[method], f"measured with {method}, docs/quality.md"
+    elif (kin := KIN.get(method, method)) in MEASURED:
+        rate, source = MEASURED[kin], f"measured with {kin}, docs/quality.md"
+    elif method not in BY_SIZE:
+        rate, source = (
+            1e-3,
+            f"no rule is known for {method}: the middle of all that were measured; try a third and three times it",
+        )
     else:
         rate, source = _by_size(config.method, model_config)
-        if method == "full":
+        if method in ("full", "osf"):
             rate, source = rate / 10, f"a tenth of LoRA's, {source}"
         elif config.init.name in SHRUNK:
             rate, source = rate * SHRUNK[config.init.name], f"{source}; less for init {config.init.name}"
