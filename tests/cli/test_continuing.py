@@ -110,8 +110,16 @@ def test_lineage_is_of_all_that_came_before(first: Path, plain: Path, lorakit: R
     ],
 )
 def test_contradictions_are_named(
-    words: list[str], said: tuple[str, ...], first: Path, plain: Path, lorakit: Run, tmp_path: Path
+    words: list[str],
+    said: tuple[str, ...],
+    first: Path,
+    plain: Path,
+    lorakit: Run,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    """And before the base's weights are read."""
+    monkeypatch.setattr("lorakit.train.run.load_model", None)
     given = words if "--from" in words else ["--from", str(first), *words]
     done = lorakit("train", str(plain), *given, "--train.output", str(tmp_path / "out"))
     assert done.exit_code == 2

@@ -385,7 +385,7 @@ def select_tokens(model: nn.Module, targets: Targets) -> dict[str, tuple[int, ..
                 f"{describe_layers(model)}."
             )
         found |= dict.fromkeys(paths, tokens)
-    return found
+    return {path: found[path] for path, _ in walk(model) if path in found}  # in the model's order, whatever a file's is
 
 
 def input_embedding(model: nn.Module) -> str:

@@ -638,7 +638,9 @@ def _passed_over(path: str, module: nn.Module, config: Mapping[str, Any]) -> boo
 
 def _check_base(adapter: Adapter, bundle: Bundle, complain: Complain) -> None:
     """The base must be the one that the adapter was made for: by its fingerprint. PEFT's files name their base and say no
-    more; a different name is worth a word, though paths may differ."""
+    more; a different name is worth a word, though paths may differ. A model on the meta device has no weights to compare."""
+    if any(parameter.is_meta for parameter in adapter.model.parameters()):
+        return
     if bundle.own:
         check(adapter, bundle.own["base"].get("fingerprint"), bundle.folder, complain)
         return

@@ -25,8 +25,8 @@ from lorakit.adapter.attachment import attach
 from lorakit.edits.contract import EditMethod
 from lorakit.errors import LorakitError, first_line, plural, unknown
 from lorakit.experts import RouterSpec
-from lorakit.files.bundle import read_config
-from lorakit.files.vocabulary import add_tokens
+from lorakit.files.bundle import read_config, read_own
+from lorakit.files.vocabulary import add_tokens, grow, make_room, token_rows
 from lorakit.models import hub
 from lorakit.models.device import resolve_device
 from lorakit.models.loading import TASKS, find_local, load_tokenizer
@@ -36,7 +36,7 @@ from lorakit.models.tasks import check_task
 from lorakit.optim import parameter_groups
 from lorakit.optim.optimisers import averages
 from lorakit.train.config.options import TrainConfig, TrainOptions
-from lorakit.train.continuing import Source, source_of
+from lorakit.train.continuing import Source, continued, resolved, source_of
 from lorakit.train.data.classification import class_names, prepare_labels
 from lorakit.train.data.examples import Prepared, prepare
 from lorakit.train.data.reading import load_splits
@@ -150,23 +150,24 @@ def check(config: TrainConfig, *, told: bool = True, console: Console | None = N
     classes = class_names(rows, config.data) if config.task == "seq-cls" else None
     tokenizer = adapter = prepared = evaluation = None
     if (place := readable(config.model)) is not None:
-        tokenizer = load_tokenizer(place, {})
+        tokenizer, tokens = load_tokenizer(place, {}), list[int]()
         with _quiet(not told):
             if source is not None:
                 tokenizer = source.tokenizer(tokenizer)
                 config = config.replace(data=source.data(config.data, rows))
                 source.check_tokens(config.data, tokenizer)
             else:
-                add_tokens(tokenizer, config.data.special_tokens)
+                tokens = add_tokens(tokenizer, config.data.special_tokens)
         prepared = prepared_for(rows, tokenizer, config, classes, console, streaming=config.data.streaming)
         evaluation = prepared_for(held, tokenizer, config, classes) if held is not None else None
         with _quiet(not told):
-            adapter = on_shapes(config, place, tokenizer) if source is None else None
+            adapter = on_shapes(config, place, tokenizer, source, tokens)
     if adapter is not None:
         check_space(config, adapter.num_parameters())
         parameter_groups(adapter.named_parameters(), adapter.roles(), 1.0, rates=config.train.rates)
     with _quiet(not told):
-        config = with_rate(config, _config_of(config.model))
+        made = config if source is None or adapter is None else resolved(config, adapter)
+        with_rate(made, _config_of(config.model))  # which says it
     examples = len(prepared) if prepared is not None else len(rows)
     per_epoch = math.ceil(examples / (config.train.batch_size * config.train.gradient_accumulation))
     steps = config.train.max_steps or math.ceil(per_epoch * config.train.epochs)
@@ -220,17 +221,25 @@ def _quiet(asked: bool) -> Iterator[None]:
         logging.disable(logging.NOTSET)
 
 
-def on_shapes(config: TrainConfig, place: str, tokenizer: Any) -> Adapter | None:
-    """The adapter of a run on the shapes of its base, on the meta device: targets, ranks and patterns must fit; None for a
-    router, which is trained over the adapters that it loads."""
-    model = outline(place, TASKS[config.task])
+def on_shapes(
+    config: TrainConfig, place: str, tokenizer: Any, source: Source | None = None, tokens: Sequence[int] = ()
+) -> Adapter | None:
+    """The adapter of a run on the shapes of its base, on the meta device: targets, ranks and patterns must fit, or the adapter
+    that it goes on from (`source`), and there are rows for its new `tokens`. None for a router, which is trained over the
+    adapters that it loads."""
+    model: Any = outline(place, TASKS[config.task])
     check_task(model.config, config.task, config.model)
-    if isinstance(config.method, RouterSpec):
+    if isinstance(config.method, RouterSpec) or (source is not None and read_own(source.folder).get("members")):
         return None
-    method = config.method
+    if source is not None:
+        make_room(model, [source.folder])
+        return continued(config, model, source)
+    method, arguments = config.method, {**config.attach_arguments(), "init": "default"}
     if isinstance(method, EditMethod):
         method = method.with_tokenizer(tokenizer)
-    arguments = {**config.attach_arguments(), "init": "default"}
+    if tokens:
+        grow(model, len(tokenizer))
+        arguments["trainable_tokens"] = token_rows(model, tokens, config.modules_to_save)
     return attach(model, method, **arguments)
 
 
@@ -259,7 +268,7 @@ def lines(checked: Checked, config: TrainConfig) -> Sequence[str]:
         said += [f"{what}: {line}" for line in one.report.lines()] if one is not None else []
     for number, text in enumerate(checked.shown(), start=1):
         said += ["", f"example {number}, learned between ⟦ and ⟧:", text]
-    said.append("")
+    said += ["", *([f"continues from {config.continue_from}"] if config.continue_from is not None else [])]
     if checked.adapter is not None:
         paths = list(checked.adapter.layers)
         shown = ", ".join(paths[:6]) + (f" and {len(paths) - 6} more" if len(paths) > 6 else "")
@@ -268,8 +277,6 @@ def lines(checked: Checked, config: TrainConfig) -> Sequence[str]:
         )
         trained = f"{checked.adapter.num_parameters() * 16 / 1e9:.2f} GB"
         said.append(f"memory of the adapter, its gradients and AdamW's moments: {trained} (lorakit plan: all of it)")
-    elif config.continue_from is not None:
-        said.append(f"adapter: continues from {config.continue_from}")
     else:
         said.append("adapter: not checked, since the base gives no shapes without its weights here")
     said.append(f"steps: {checked.steps:,}, batch size {config.train.batch_size * config.train.gradient_accumulation}")

@@ -415,11 +415,14 @@ class Maker:
                 f"data.overflow split is for text alone, found {self.reader.format}; use cut, cut-start or drop"
             )
         self.is_chat = self.reader.template.is_chat and not self.reader.is_plain
+        template = self.reader.template  # a new token ends an answer where the template writes it
+        source = template.jinja if isinstance(template, ChatTemplate) else template.text
         self.labeller = Labeller(
             tokenizer,
             opens=not self.is_chat,
             learn_all=not options.completion_only_loss,
             must_end=not self.reader.is_plain,
+            within=frozenset(token for token in options.special_tokens if token not in source),
         )
         self.opening = self.labeller.opening if self.reader.format != "tokens" else []
         self.limit = length_limit(tokenizer, options)
@@ -428,7 +431,7 @@ class Maker:
     def identity(self) -> Any:
         """What decides the tokens of the rows besides their content and the tokenizer."""
         reader, rows = self.reader, self.rows.rows
-        names = ("columns", "ignore", "overflow", "completion_only_loss", "turns", "system")
+        names = ("columns", "ignore", "overflow", "completion_only_loss", "turns", "system", "special_tokens")
         template = reader.template
         which: Any = getattr(rows, "places", None)
         digest = hashlib.sha256(

@@ -31,16 +31,18 @@ class Tokenised:
 
 @dataclass
 class Ends:
-    """Which tokens end a turn: special tokens, of which the tokenizer's end of text is one."""
+    """Which tokens end a turn: special tokens, of which the tokenizer's end of text is one, but for those `within` answers."""
 
     tokenizer: Any
+    within: frozenset[str] = frozenset()
     ids: frozenset[int] = field(init=False)
 
     def __post_init__(self) -> None:
         added = getattr(self.tokenizer, "added_tokens_decoder", {})
         # Some tokenizers add runs of spaces as tokens; those end nothing.
         named = {index for index, token in added.items() if str(token).strip()}
-        self.ids = frozenset(named | set(self.tokenizer.all_special_ids))
+        own = set(self.tokenizer.convert_tokens_to_ids(sorted(self.within)))
+        self.ids = frozenset((named | set(self.tokenizer.all_special_ids)) - own)
         self._blank: dict[int, bool] = {}
 
     def is_blank(self, token: int) -> bool:
@@ -81,11 +83,14 @@ class Labeller:
         opens: whether the tokenizer's own first token (a BOS) is put before texts; chat templates write it themselves.
         learn_all: loss on prompts too.
         must_end: whether it is an error that there is no token to end a text with.
+        within: special tokens that stand within answers and end none.
     """
 
-    def __init__(self, tokenizer: Any, opens: bool, learn_all: bool, must_end: bool) -> None:
+    def __init__(
+        self, tokenizer: Any, opens: bool, learn_all: bool, must_end: bool, within: frozenset[str] = frozenset()
+    ) -> None:
         self.tokenizer, self.learn_all, self.must_end = tokenizer, learn_all, must_end
-        self.ends = Ends(tokenizer)
+        self.ends = Ends(tokenizer, within)
         self.opening = opening_of(tokenizer) if opens else []
 
     def encode(self, texts: list[str]) -> list[list[int]]:
