@@ -71,7 +71,7 @@ SETTINGS: tuple[Setting, ...] = (
     Setting("Super-Tuning", ("method=supertuning", "sparsity=0.977"), 2e-4),
     Setting("PVeRA", ("method=pvera", "rank=256"), 2e-2, "two vectors a matrix"),
     Setting("WaveFT", ("method=waveft", "n_frequency=11600"), 5e-3),
-    Setting("OSF", ("method=osf", "rank=0.99"), 5e-5, "the weakest hundredth of each weight's directions"),
+    Setting("OSF", ("method=osf", "kept=0.99"), 5e-5, "the weakest hundredth of each weight's directions"),
     Setting("PSOFT", ("method=psoft", "rank=128", "alpha=128"), 1e-3),
     Setting("PEANuT", ("method=peanut", "rank=8"), 1e-3),
     Setting("DEFT", ("method=deft", "rank=8"), 1e-3),

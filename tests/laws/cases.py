@@ -154,7 +154,7 @@ SPECS: dict[str, tuple[Method, ...]] = {
     "supertuning": (lk.SuperTuning(sparsity=0.8), lk.SuperTuning(sparsity=0.8, rank=2, largest=False)),
     "pvera": (lk.PVeRA(rank=3, sample=False),),
     "waveft": (lk.WaveFT(n_frequency=7, scale=20.0), lk.WaveFT(n_frequency=7, wavelet="db3")),
-    "osf": (lk.OSF(), lk.OSF(rank=0.3)),
+    "osf": (lk.OSF(), lk.OSF(kept=0.3)),
     "psoft": (
         lk.PSOFT(rank=2, alpha=3.0),
         lk.PSOFT(rank=2, alpha=3.0, neumann=True, eps=0.5, split=True, scale_in=False),

@@ -160,7 +160,7 @@ CASES: dict[str, tuple[Method, Formula]] = {
     "road": (lk.RoAd(group=4), _road),
     "pvera": (lk.PVeRA(rank=4), _pvera),
     "waveft": (lk.WaveFT(n_frequency=40, scale=3.0), _waveft),
-    "osf": (lk.OSF(rank=3), _osf),
+    "osf": (lk.OSF(kept=3), _osf),
     "psoft": (lk.PSOFT(rank=3, alpha=2.0), _psoft),
     "peanut": (lk.PEANuT(rank=3, depth=1, scale=0.5), _peanut),
     "deft": (lk.DEFT(rank=3, alpha=6.0), _deft),
@@ -260,7 +260,7 @@ def test_pvera_draws_its_middle_in_training_alone() -> None:
 def test_osf_projects_its_gradients_off_the_strong_directions() -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(12, 8)).double()
-    adapter = lk.attach(model, lk.OSF(rank=3), target_modules=["0"])
+    adapter = lk.attach(model, lk.OSF(kept=3), target_modules=["0"])
     x, towards = torch.randn(5, 12).double(), torch.randn(5, 8).double()
     (model(x) * towards).sum().backward()
     ((_, _, delta),) = adapter.deltas()
@@ -271,6 +271,12 @@ def test_osf_projects_its_gradients_off_the_strong_directions() -> None:
     assert (delta.U_frozen.T @ delta.U.grad).abs().max() < 1e-5
     assert (delta.V.grad @ delta.V_frozen.T).abs().max() < 1e-5
     assert delta.U.grad.abs().max() > 1e-3
+
+
+def test_osf_on_a_preset() -> None:
+    """A preset lowers a rank that is above a layer's smaller side; what OSF keeps is a count of another kind."""
+    adapter = lk.attach(MODELS["llama"](), lk.OSF())
+    assert {delta.S.numel() for _, _, delta in adapter.deltas()} == {6, 12}
 
 
 def test_tinylora_ties_neighbours() -> None:
@@ -296,8 +302,8 @@ REFUSALS: list[tuple[Callable[[], Method], str]] = [
     (lambda: lk.RoAd(group=3), "an even number"),
     (lambda: lk.WaveFT(wavelet="coif2"), "wavelet was given as 'coif2'; it is db1 to db10"),
     (lambda: lk.WaveFT(), "n_frequency 2592 is above the 96 places"),
-    (lambda: lk.OSF(rank=8), "freezes 8 of the 8 singular triplets of 0; 1 to 7"),
-    (lambda: lk.OSF(rank=1.5), "a count of triplets, a share below 1"),
+    (lambda: lk.OSF(kept=8), "freezes 8 of the 8 singular triplets of 0; 1 to 7"),
+    (lambda: lk.OSF(kept=1.5), "a count of triplets, a share below 1"),
     (lambda: lk.PEANuT(activation="mish"), "one of relu, gelu"),
     (lambda: lk.PSOFT(rank=9), "exceeds the maximum useful rank"),
     (lambda: lk.SuperTuning(sparsity=0.999), "leaves none of the 96 entries"),

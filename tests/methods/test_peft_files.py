@@ -98,7 +98,7 @@ CASES: list[tuple[str, type, dict[str, Any], Method]] = [
      lk.WaveFT(n_frequency=30, wavelet="db4", seed=5)),
     ("bert", peft.WaveFTConfig, {"target_modules": ["query", "dense"], "n_frequency": 30, "use_idwt": False},
      lk.WaveFT(n_frequency=30, transform=False)),
-    ("llama", peft.OSFConfig, {"target_modules": QV, "effective_rank": 5, "rank_pattern": {"v_proj": 0.25}}, lk.OSF(rank=5)),
+    ("llama", peft.OSFConfig, {"target_modules": QV, "effective_rank": 5, "rank_pattern": {"v_proj": 0.25}}, lk.OSF(kept=5)),
     ("bert", peft.OSFConfig, {"target_modules": ["query", "dense"]}, lk.OSF()),
     ("llama", peft.PeanutConfig, {"target_modules": QD, "r": 4}, lk.PEANuT(rank=4)),
     ("bert", peft.PeanutConfig, {"target_modules": ["query", "dense"], "r": 4, "depth": 2, "act_fn": "gelu", "scaling": 0.5},
@@ -137,6 +137,8 @@ SMALL: list[tuple[type, dict[str, Any], Method, Method, tuple[bool, ...]]] = [
 @pytest.mark.parametrize(("model", "config", "options", "spec"), CASES, ids=[f"{c[3].name}-{c[0]}" for c in CASES])
 def test_both_ways(model: str, config: Any, options: dict[str, Any], spec: Method, tmp_path: Path) -> None:
     patterns = {name: options[name] for name in ("rank_pattern", "alpha_pattern") if name in options}
+    if isinstance(spec, lk.OSF):
+        patterns = {"patterns": {"kept": patterns.get("rank_pattern", {})}}
     if "lambda_pattern" in options:
         patterns["patterns"] = {"strength": options["lambda_pattern"]}
     both_ways(model, config(**options), spec, tmp_path, **patterns)

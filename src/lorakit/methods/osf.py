@@ -1,6 +1,6 @@
 """OSF: the weak singular directions of the weight train, the strong ones stay as they are.
 
-    W = U_h S_h V_h + U S V          the `rank` largest triplets are frozen; U (out, q), S (q), V (q, in) train, q the rest
+    W = U_h S_h V_h + U S V          the `kept` largest triplets are frozen; U (out, q), S (q), V (q, in) train, q the rest
 
 Gradients of U and V are projected off the frozen directions, so that new knowledge moves into what the base makes little use
 of (continual learning). The change is U S V less what it was at the start, which is read off the base again and is in no file;
@@ -22,9 +22,9 @@ from lorakit.errors import LorakitError
 
 def _rest(shape: Shape, spec: OSF) -> int:
     """q: how many triplets train."""
-    smaller, rank = min(shape.out, shape.in_), spec.rank
-    kept = smaller // 2 if rank is None else int(smaller * rank) if isinstance(rank, float) else rank
-    return smaller - kept
+    smaller, kept = min(shape.out, shape.in_), spec.kept
+    count = smaller // 2 if kept is None else int(smaller * kept) if isinstance(kept, float) else kept
+    return smaller - count
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,11 +41,11 @@ class OSF(Method):
         limits="At least one triplet is frozen and one trains.",
     )
 
-    rank: int | float | None = option(
+    kept: int | float | None = option(
         None,
         "triplets that stay frozen: a count, or a share of the smaller side; null is half",
         above=0,
-        allows=lambda rank: not isinstance(rank, float) or rank < 1,
+        allows=lambda kept: not isinstance(kept, float) or kept < 1,
         shown="a count of triplets, a share below 1, or None",
         peft="effective_rank",
         pattern="rank_pattern",
@@ -55,8 +55,8 @@ class OSF(Method):
         smaller = min(shape.out, shape.in_)
         if not 0 < _rest(shape, self) < smaller:
             raise LorakitError(
-                f"attach: osf with rank {self.rank} freezes {smaller - _rest(shape, self)} of the {smaller} singular triplets "
-                f"of {path}; 1 to {smaller - 1} can be frozen. Give it another by rank_pattern, or leave the layer out."
+                f"attach: osf with kept={self.kept} freezes {smaller - _rest(shape, self)} of the {smaller} singular triplets "
+                f"of {path}; 1 to {smaller - 1} can be frozen. Give it another by patterns, or leave the layer out."
             )
 
 
