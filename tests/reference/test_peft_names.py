@@ -427,3 +427,13 @@ def test_parameters_are_targets_too() -> None:
     assert {site.weight for _, site, _ in lk.adapters(model)["default"].deltas()} == {"down_proj", "weight"}
     with pytest.raises(LorakitError, match=r"no layer matches .*experts\.nothing"):
         ours.get_peft_model(model_of("qwen3-moe"), ours.LoraConfig(r=2, target_parameters=["experts.nothing"]))
+
+
+def test_some_random_draws_both_ways() -> None:
+    """A share of `make peft-draws`: random options of every type, read by PEFT and by lorakit."""
+    from reference.draws import draw
+
+    base = MODELS["llama"]()
+    found = [draw(seed, base) for seed in range(100, 112)]
+    assert not [one for one in found if one.startswith("WRONG")]
+    assert found.count("same") >= 8
