@@ -83,7 +83,12 @@ def test_every_field_is_accepted(name: str) -> None:
     else:
         Theirs = getattr(peft, name)
     Own = getattr(ours, name)
-    required = {"total_step": 9} if name == "AdaLoraConfig" else {"loftq_bits": 4} if name == "LoftQConfig" else {}
+    needed = {
+        "AdaLoraConfig": {"total_step": 9},
+        "LoftQConfig": {"loftq_bits": 4},
+        "CPTConfig": {"task_type": "CAUSAL_LM"},
+    }
+    required: dict[str, Any] = needed.get(name, {})
     with quiet():
         theirs = Theirs(**required)
     own = Own(**required)
