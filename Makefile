@@ -20,7 +20,7 @@ PYTHON ?=
 SHOWN := -q --no-header --disable-warnings --parts
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format docs docs-serve sweep install install-test data clean
+.PHONY: help demo test lint format docs docs-serve sweep peft-suite peft-draws install install-test data clean
 .DELETE_ON_ERROR:
 
 BENCHMARKS := $(sort $(subst _,-,$(patsubst benchmarks/%.py,%,$(wildcard benchmarks/[a-z]*.py))))
@@ -35,6 +35,8 @@ help:
 	@echo "  docs         fill the generated pages and build the documentation into site/"
 	@echo "  docs-serve   the same, then show it on http://127.0.0.1:8000"
 	@echo "  sweep        check small models of every architecture; goes on where it stopped; SWEEP_OPTIONS='--only llama'"
+	@echo "  peft-suite   PEFT's own tests against lorakit.peft; PEFT_TESTS=folder PEFT_OPTIONS='--share 50 --only test_config.py'"
+	@echo "  peft-draws   random options of every type, both ways between PEFT and lorakit; DRAWS='2000 0': how many, first seed"
 	@echo "  bench-NAME   run a benchmark: $(or $(BENCHMARKS),none yet)"
 	@echo "  data         fetch the model and the rows of the demo into .cache"
 	@echo "  install      make .venv with lorakit; install-test: with the tools of tests, lint and docs too"
@@ -82,6 +84,20 @@ $(VENV)/vision: constraints.txt | $(VENV)/installed-test
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --target $@ --upgrade --no-deps $(PIP_OPTIONS) \
 		-c constraints.txt timm torchvision || { mkdir -p $@; echo "timm and torchvision cannot be installed here: left out"; }
 	@touch $@
+
+# PEFT's own tests: `pip download peft==0.21.2 --no-binary peft --no-deps` has them in the folder tests of its archive.
+peft-suite: install-test $(VENV)/suite
+	@test -n "$(PEFT_TESTS)" || { echo "PEFT_TESTS=folder names the folder tests of a checkout of PEFT"; exit 2; }
+	PYTHONPATH=$(VENV)/suite $(BIN)/python tests/peft_suite/run.py $(PEFT_TESTS) $(PEFT_OPTIONS)
+
+# What PEFT's tests import and lorakit's do not, beside the environment.
+$(VENV)/suite: constraints.txt | $(VENV)/installed-test
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --target $@ --upgrade --no-deps parameterized
+	@touch $@
+
+DRAWS ?= 2000 0
+peft-draws: install-test
+	OMP_NUM_THREADS=1 $(BIN)/python tests/reference/draws.py $(DRAWS)
 
 # A benchmark prints its table, writes benchmarks/results/NAME.json and fails where a stated floor is missed.
 bench-%: install-test data
