@@ -92,5 +92,6 @@ from lorakit.methods import UniLoRA as UniLoRA
 from lorakit.methods import VBLoRA as VBLoRA
 from lorakit.methods import VeRA as VeRA
 from lorakit.methods import WaveFT as WaveFT
+from lorakit.models.replication import replicate_layers as replicate_layers
 
 __version__: str

@@ -548,16 +548,59 @@ def test_a_prompt_of_a_classifier_is_read(kind: str, tmp_path: Path) -> None:
         assert_same(back(**given).logits, expected)
 
 
+# -- layers that are repeated --------------------------------------------------------------------------------------------------
+
+
+def test_replicated_layers_both_ways(tmp_path: Path) -> None:
+    """Each repetition has an adapter of its own over the same weights; its own merge takes weights of its own."""
+    spans = [(0, 2), (1, 2), (0, 1)]
+
+    def deeper() -> nn.Module:
+        return lk.replicate_layers(base(), spans)
+
+    theirs = peft_model(base(), peft.LoraConfig(r=2, target_modules=["q_proj", "down_proj"], layer_replication=spans))
+    expected = logits(theirs, "llama")
+    with quiet():
+        theirs.save_pretrained(tmp_path / "theirs")
+    with pytest.raises(LorakitError, match=r"lk\.replicate_layers\(model"):
+        lk.load(base(), tmp_path / "theirs")
+    model = deeper()
+    adapter = lk.load(model, tmp_path / "theirs")
+    assert len(adapter.layers) == 8
+    assert_same(logits(model, "llama"), expected)
+    adapter.save(tmp_path / "ours")
+    with quiet():
+        again = peft.PeftModel.from_pretrained(base(), str(tmp_path / "ours")).eval()
+    assert_same(logits(again, "llama"), expected)
+    with pytest.raises(LorakitError, match="untie=True"):
+        lk.merge(model, "theirs")
+    lk.merge(model, "theirs", untie=True)
+    assert_same(logits(model, "llama"), expected)
+    shim = ours.get_peft_model(
+        base(), ours.LoraConfig(r=2, target_modules=["q_proj", "down_proj"], layer_replication=spans)
+    )
+    assert ours.get_peft_model_state_dict(shim).keys() == peft.get_peft_model_state_dict(theirs).keys()
+    for wrong, message in (([(0, 3)], "none of 2 blocks"), ([(0, 2), (1, 2)], "already")):
+        with pytest.raises(LorakitError, match=message):
+            lk.replicate_layers(base() if wrong == [(0, 3)] else deeper(), wrong)
+
+
 # -- every field of every configuration --------------------------------------------------------------------------------------
 
 IGNORED = {
     "how the tensors started, which says nothing of what they are": (
-        "init_weights init_ia3_weights eva_config corda_config lora_ga_config loftq_config tokenizer_kwargs"
+        "init_weights init_ia3_weights eva_config corda_config lora_ga_config loftq_config tokenizer_kwargs init_scale "
+        "target_svd_config proportional_parameters"
+    ),
+    "what a soft prompt was made of, or its loss in training; the file holds the rows": (
+        "num_frozen_tokens cpt_token_ids cpt_mask cpt_tokens_type_mask opt_weighted_loss_type opt_loss_decay_factor "
+        "opt_projection_epsilon opt_projection_format_epsilon prompt_tuning_init_task prompt_tuning_init_state_dict_path "
+        "num_ranks num_tasks"
     ),
     "found in the model itself": (
         "fan_in_fan_out num_layers num_attention_heads num_transformer_submodules num_virtual_tokens token_dim"
     ),
-    "acts in training alone": "rank_dropout module_dropout rank_dropout_scale hira_dropout encoder_dropout",
+    "acts in training alone": "rank_dropout module_dropout rank_dropout_scale hira_dropout encoder_dropout generator_seed",
     "says where tensors lie while they load": "runtime_config",
     "belongs to a field that is refused, and does nothing by itself": "megatron_core",
     "how A is stored for bases of GPTQ; it is read as the LoRA that it is": "use_qalora qalora_group_size",
@@ -579,7 +622,7 @@ KINDS = [kind for kind in peft.mapping.PEFT_TYPE_TO_CONFIG_MAPPING if kind.value
 @pytest.mark.parametrize("kind", KINDS, ids=[kind.value for kind in KINDS])
 def test_every_field_is_accounted_for(kind: Any) -> None:
     """Honoured, passed over for a reason, or refused for a reason: a field that is new in PEFT is none of them."""
-    known = {row.peft for row in FORMATS.values()}
+    known = {kind for row in FORMATS.values() for kind in (row.peft, *row.also)}
     if kind.value not in known:
         assert kind.value in NOT_READ, f"{kind.value} is new in PEFT {peft.__version__}"
         with pytest.raises(LorakitError, match="PEFT type"):

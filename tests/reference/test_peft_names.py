@@ -116,7 +116,6 @@ def test_every_field_is_accepted(name: str) -> None:
 @pytest.mark.parametrize(
     ("option", "value"),
     [
-        ("layer_replication", [(0, 2), (1, 2)]),
         ("use_qalora", True),
         ("arrow_config", {"top_k": 1}),
         ("kasa_config", {"beta": 1}),

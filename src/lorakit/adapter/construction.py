@@ -37,6 +37,7 @@ from lorakit.init.starts import BuiltDeltas, Plan, PlannedLayer, build_deltas, r
 from lorakit.methods import LoRA, TrainableTokens
 from lorakit.methods.options import is_lenient
 from lorakit.methods.tokens import TokenRows
+from lorakit.models.replication import replication_of
 
 log = logging.getLogger("lorakit")
 
@@ -101,7 +102,8 @@ def build(
         leader = next((own for at, _, _, own in made if at == kept_tied.get(path)), None)
         own = Replacement(modules[path], names, torch.float32, shared={} if leader is None else leader.tensors())
         made.append((path, adaptable_sites(modules[path]), {}, own))
-    _warn_of_ties(tied, [path for path, *_ in made], set(following) | set(kept_tied))
+    if replication_of(model) is None:  # where all layers that come again are such
+        _warn_of_ties(tied, [path for path, *_ in made], set(following) | set(kept_tied))
     state = open_state(model)
     parents = parents_of(model)
     mixtures = _mixtures(modules)

@@ -31,6 +31,7 @@ from lorakit.files.experts import in_stacks, stack_spec, stack_tensors, stacks_o
 from lorakit.files.formats import entries_of, format_of
 from lorakit.files.packing import edit_tensors, is_pair, pack, spec_in_file, views
 from lorakit.methods.tokens import TokenRows
+from lorakit.models.replication import replication_of
 
 PREFIX = "base_model.model."
 _WRAPPERS = {
@@ -59,7 +60,8 @@ mixture of experts they are named as parameters, which it leaves alone and compu
 COMMON = frozenset(
     {"peft_type", "task_type", "base_model_name_or_path", "revision", "inference_mode", "auto_mapping", "peft_version",
      "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save", "bias",
-     "rank_pattern", "alpha_pattern", "target_parameters", "trainable_token_indices", "ensure_weight_tying"}
+     "rank_pattern", "alpha_pattern", "target_parameters", "trainable_token_indices", "ensure_weight_tying",
+     "layer_replication"}
 )  # fmt: skip
 """Entries of PEFT's configuration that are read for every method."""
 
@@ -418,6 +420,8 @@ def config_of(adapter: Adapter, base: str | None = None) -> dict[str, Any]:
     }
     if rows and config["peft_type"] not in ("LORA", "ADALORA"):
         config["peft_type"] += "-TOKENS"  # PEFT has rows that train alone beside these two
+    if spans := replication_of(unwrapped(adapter.model)):
+        config["layer_replication"] = spans
     tying = {"ensure_weight_tying": True} if adapter.targets.ensure_weight_tying else {}
     return {**config, **tying, **({"trainable_token_indices": rows} if rows else {})}
 

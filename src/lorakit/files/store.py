@@ -72,6 +72,7 @@ from lorakit.files.prompt import Prompt, read_prompt
 from lorakit.files.renamed import nearest, under_todays_names
 from lorakit.files.table import spec_from_dict
 from lorakit.models.hub import read_name
+from lorakit.models.replication import replication_of
 
 log = logging.getLogger("lorakit")
 
@@ -365,6 +366,12 @@ def _places(copies: Sequence[tuple[Tensor, Tensor]], bundle: Bundle) -> Places |
 
 def _put(model: nn.Module, bundle: Bundle, name: str, complain: Complain) -> Adapter:
     """An adapter of deltas or edits from a folder, on the model."""
+    spans, present = bundle.config.get("layer_replication"), replication_of(unwrapped(model))
+    if spans and present != [list(span) for span in spans]:
+        raise LorakitError(
+            f"load: {bundle.folder} is for a model whose layers are replicated by {spans}, and this one's are "
+            f"{present or 'as they were'}; lk.replicate_layers(model, {spans}) makes it that one, before loading."
+        )
     plain = plain_names(model)
     tensors = names_in(bundle.tensors, plain, bundle.folder / TENSORS)
     if not bundle.own:

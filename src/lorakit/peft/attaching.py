@@ -26,6 +26,7 @@ from lorakit.init import EVA, CorDA, Initialiser, LoftQ, LoRAGA, Orthogonal, PiS
 from lorakit.init.calibration import Batch
 from lorakit.methods.options import lenient
 from lorakit.methods.tokens import TokenRows
+from lorakit.models.replication import replicate_layers
 from lorakit.peft.configs import PeftConfig, default_of
 from lorakit.peft.layers import as_tuner_layers
 from lorakit.peft.targets import default_targets, feedforward_targets, todays_names
@@ -56,6 +57,8 @@ def attach_config(
     for head in heads_for(config.task_type):
         if head not in saved and any(has_suffix(path, head) for path in paths):
             saved.append(head)
+    if spans := options.get("layer_replication"):
+        replicate_layers(model, spans)
     if isinstance(spec, EditMethod):
         adapter = attach(model, spec, name=name, modules_to_save=saved)
         if options.get("init_weights") == "zero":

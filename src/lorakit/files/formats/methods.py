@@ -18,7 +18,6 @@ from lorakit.methods.peanut import DEEPEST
 # -- LoRA and its kin --------------------------------------------------------------------------------------------------------
 
 _REFUSED = {
-    "layer_replication": "it repeats layers of the base, which changes the model itself",
     "arrow_config": "it is a router over other adapters",
     "kasa_config": "its base is truncated",
     "velora_config": "VeLoRA is another method",
