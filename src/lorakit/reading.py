@@ -24,7 +24,7 @@ def neighbours(path: Path, known: Iterable[str]) -> str:
     """A sentence, with a space before it, about what is beside a path that does not exist, the likest name first; empty where
     nothing is."""
     names = sorted(known)
-    near = nearest(path.name, names, 3)
+    near = nearest(path.name, names, 3, 0.6)
     listed = [*near, *(name for name in names if name not in near)]
     if not listed:
         return ""

@@ -303,9 +303,9 @@ DAMAGE: dict[str, tuple[Any, str]] = {
     "empty": (lambda folder: (folder / TENSORS).write_bytes(b""), r"is no whole safetensors file"),
     "no tensors": (lambda folder: (folder / TENSORS).unlink(), r"has no adapter_model\.safetensors"),
     "no config": (lambda folder: (folder / CONFIG).unlink(), r"has no adapter_config\.json"),
-    "broken json": (lambda folder: (folder / CONFIG).write_text('{"r": '), r"cannot be read as JSON"),
-    "json list": (lambda folder: (folder / CONFIG).write_text("[]"), r"holds a list; a configuration is an object"),
-    "not text": (lambda folder: (folder / CONFIG).write_bytes(b"\xff\xfe\x00"), r"cannot be read as JSON"),
+    "broken json": (lambda folder: (folder / CONFIG).write_text('{"r": '), r"is not JSON"),
+    "json list": (lambda folder: (folder / CONFIG).write_text("[]"), r"holds a list; an object is expected"),
+    "not text": (lambda folder: (folder / CONFIG).write_bytes(b"\xff\xfe\x00"), r"looks like UTF-16"),
     "no type": (lambda folder: (folder / CONFIG).write_text("{}"), r"names no peft_type"),
     "other type": (lambda folder: edit(folder / CONFIG, peft_type="LORRA"), r'unknown PEFT type "LORRA"; did you mean'),
     "missing": (lambda folder: retensor(folder, lambda t: t.pop(KEY)), r"lacks 'blocks\.1\.up\.lora_A\.weight'"),
@@ -500,7 +500,7 @@ def test_a_base_known_only_by_name(tmp_path: Path, caplog: pytest.LogCaptureFixt
 def test_missing_folders(tmp_path: Path) -> None:
     _, adapter = adapted()
     adapter.save(tmp_path / "sql")
-    with pytest.raises(LorakitError, match=r"sqk is no folder\. Adapters in .*: sql\. An adapter is a folder with"):
+    with pytest.raises(LorakitError, match=r"sqk is no folder\. Did you mean .*sql\"\? An adapter is a folder with"):
         load(small(), tmp_path / "sqk")
     with pytest.raises(LorakitError, match=r"has no adapter_config\.json\. It has adapters below it: sql; name one"):
         load(small(), tmp_path)

@@ -25,7 +25,7 @@ from lorakit.adapter.attachment import attach
 from lorakit.edits.contract import EditMethod
 from lorakit.errors import LorakitError, first_line, plural, unknown
 from lorakit.experts import RouterSpec
-from lorakit.files.bundle import read_config, read_own
+from lorakit.files.bundle import read_bundle, read_config, read_own
 from lorakit.files.vocabulary import add_tokens, grow, make_room, token_rows
 from lorakit.models import hub
 from lorakit.models.device import resolve_device
@@ -145,6 +145,8 @@ def check(config: TrainConfig, *, told: bool = True, console: Console | None = N
     for folder in config.adapters:
         read_config(Path(folder))
     source = source_of(config)
+    if source is not None:
+        read_bundle(source.folder)  # refuses one that is damaged
     rows, held = load_splits(config.data)
     training_arguments(config, evaluates=held is not None)
     classes = class_names(rows, config.data) if config.task == "seq-cls" else None

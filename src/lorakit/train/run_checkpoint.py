@@ -195,6 +195,8 @@ def find_checkpoint(output: Path, resume: bool | str) -> Path:
         if not folder.is_dir():
             known = ", ".join(path.name for path in checkpoints_in(output)) or "none"
             raise LorakitError(f"resume: there is no checkpoint {folder}; checkpoints in {output / FOLDER}: {known}")
+        if not (folder / MANIFEST).is_file():
+            raise unfinished(folder)
         return folder
     for folder in reversed(checkpoints_in(output)):
         if (folder / MANIFEST).exists():
@@ -212,6 +214,14 @@ def date_of(folder: Path) -> str | None:
     return None if prompt is None else prompt.given.get("date")
 
 
+def unfinished(folder: Path) -> LorakitError:
+    """The error for a folder that is no complete checkpoint."""
+    return LorakitError(
+        f"resume: {folder} has no {MANIFEST}, so it was not finished or is no checkpoint of lorakit; use an earlier "
+        "one, or start without train.resume"
+    )
+
+
 def check_checkpoint(folder: Path, *, config: Mapping[str, Any], data: str) -> dict[str, Any]:
     """Read a checkpoint's manifest and make sure that going on from it is the same run; returns the manifest, and as "changed"
     the options that differ.
@@ -222,10 +232,7 @@ def check_checkpoint(folder: Path, *, config: Mapping[str, Any], data: str) -> d
         manifest: dict[str, Any] = json.loads((folder / MANIFEST).read_text())
         files, saved = manifest["files"], manifest["config"]
     except FileNotFoundError:
-        raise LorakitError(
-            f"resume: {folder} has no {MANIFEST}, so it was not finished or is no checkpoint of lorakit; use an earlier "
-            "one, or start without train.resume"
-        ) from None
+        raise unfinished(folder) from None
     except (ValueError, KeyError, TypeError) as error:
         raise LorakitError(f"resume: {folder / MANIFEST} cannot be read ({error}); use an earlier checkpoint") from None
     for name, facts in files.items():

@@ -109,9 +109,6 @@ def say_missing(name: str, values: Mapping[str, Any]) -> str:
 def refuse_bad_rows(bad: Sequence[BadRow], total: int, options: DataOptions) -> None:
     """Raises for rows that cannot be used, naming the first few, unless they are to be skipped."""
     if bad and options.on_bad_row == "raise":
-        bad = sorted(
-            bad, key=lambda one: [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", one.where)]
-        )
         shown = "\n".join(f"  {one}" for one in bad[:5])
         more = f"\n  and {len(bad) - 5:,} more" if len(bad) > 5 else ""
         raise LorakitError(
@@ -482,4 +479,5 @@ def sort_out(
             bad.append(BadRow(row.where, str(result)))
         else:
             kept.append((row, result))
+    bad.sort(key=lambda one: [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", one.where)])
     return kept, bad
