@@ -309,7 +309,7 @@ def test_a_config_reads_back_exactly(tmp_path: Path) -> None:
 @settings(max_examples=50, deadline=None)
 @given(text=st.text(), number=st.floats(min_value=1e-300, allow_infinity=False, exclude_min=True))
 def test_any_text_and_number_reads_back(tmp_path_factory: pytest.TempPathFactory, text: str, number: float) -> None:
-    text = text.encode("utf-8", "ignore").decode()
+    text = text.encode("utf-8", "ignore").decode() or "m"
     config = TrainConfig(
         model=text or "a",
         data=DataOptions(train=(text, "b"), columns={text: text}, template=f"a\n{text}\n"),
