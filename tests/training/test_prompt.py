@@ -10,6 +10,7 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -207,7 +208,7 @@ class Engine:
     """As much of an engine as names need."""
 
     context = 256
-    adapters = None
+    adapters = SimpleNamespace(names=list)
 
     def ready(self) -> bool:
         return True

@@ -28,6 +28,7 @@ from lorakit.files.bundle import locate, read_bundle, read_config
 from lorakit.files.store import load, refill
 from lorakit.peft.attaching import attach_config, set_precision
 from lorakit.peft.configs import AlsoPefts, PeftConfig, PromptLearningConfig
+from lorakit.peft.status import TunerLayerStatus, TunerModelStatus, layer_status, model_status
 
 log = logging.getLogger("lorakit")
 
@@ -620,17 +621,13 @@ class PeftModel(AlsoPefts, Switches, nn.Module):
         """Whether `convert_to_lora` takes the adapter: any that adds something to weights."""
         return not self.base_model.named([adapter_name])[0].edits
 
-    def get_model_status(self) -> Any:
+    def get_model_status(self) -> TunerModelStatus:
         """Which adapters are on the model, and how they are."""
-        from lorakit.peft.functions import get_model_status
+        return model_status(self.base_model.model, self)
 
-        return get_model_status(self)
-
-    def get_layer_status(self) -> Any:
+    def get_layer_status(self) -> list[TunerLayerStatus]:
         """The adapters of each adapted layer."""
-        from lorakit.peft.functions import get_layer_status
-
-        return get_layer_status(self)
+        return layer_status(self.base_model.model)
 
     # -- counts -------------------------------------------------------------------------------------------------------
     def get_nb_trainable_parameters(self) -> tuple[int, int]:
