@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,7 @@ def test_the_check_shows_what_will_be_learned(config: Path, lorakit: Run, tmp_pa
     assert "⟦yes <end>⟧" in shown or "⟦no <end>⟧" in shown
     assert "on 14 layers: model.layers.0.self_attn.q_proj" in shown
     assert "steps: 120, batch size 4" in shown
+    assert re.search(r"memory: [\d.,]+ MB: base .* gradients .* state of adamw .* activations ", shown), shown
     assert not (tmp_path / "out").exists()
 
 

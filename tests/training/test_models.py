@@ -114,6 +114,7 @@ def write_gguf(
     names = {
         "model.embed_tokens": "token_embd",
         "model.norm": "output_norm",
+        "lm_head": "output",
         "self_attn.q_proj": "attn_q",
         "self_attn.k_proj": "attn_k",
         "self_attn.v_proj": "attn_v",
@@ -127,8 +128,8 @@ def write_gguf(
     heads = {"attn_q": config.num_attention_heads, "attn_k": config.num_key_value_heads}
     floats = {}
     for name, tensor in model.state_dict().items():
-        if name == "lm_head.weight":
-            continue  # tied to the embedding
+        if name == "lm_head.weight" and config.tie_word_embeddings:
+            continue
         theirs = name.replace("model.layers", "blk")
         for ours, written in names.items():
             theirs = theirs.replace(ours, written)

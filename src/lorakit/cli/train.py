@@ -16,6 +16,8 @@ from lorakit.cli.screen import err, log_to, out, show_log, two_columns, width
 if TYPE_CHECKING:
     from rich.text import Text
 
+    from lorakit.train.check import Checked
+    from lorakit.train.config.options import TrainConfig
     from lorakit.train.run import TrainResult
 
 HELP = "Train an adapter: lorakit train CONFIG.yaml [--rank 8] [--train.max-steps 20] [--set NAME=VALUE] ..."
@@ -64,7 +66,8 @@ def train(
         from lorakit.train.check import check, lines
 
         with run_checkpoint.claimed(Path(config.train.output), config.train.resume, config.overwrite):
-            for line in lines(check(config), config):
+            checked = check(config)
+            for line in [*lines(checked, config), *memory_lines(checked, config)]:
                 out.print(line, markup=False)
         return
     from lorakit.train.run import end_processes
@@ -120,3 +123,42 @@ def usage(arguments: list[str]) -> Text:
         text.append(f"\n{heading}\n", style="bold")
         text.append(two_columns([(option.flag, option.told()) for option in options], columns) + "\n")
     return text
+
+
+def memory_lines(checked: Checked, config: TrainConfig) -> list[str]:
+    """What a run will take in memory, counted from shapes; what cannot be counted is said."""
+    from lorakit.core.delta import Method
+    from lorakit.errors import LorakitError
+    from lorakit.insight.plan import gigabytes, plan
+    from lorakit.models.device import resolve_device
+    from lorakit.models.loading import resolve_dtype
+    from lorakit.train.check import state_bytes
+
+    if checked.adapter is None or checked.prepared is None:
+        return []
+    trained = checked.adapter.num_parameters()
+    state = round(trained * state_bytes(config.train))
+    known = {"adapter": 4 * trained, "gradients": 4 * trained, f"state of {config.train.optimizer}": state}
+    told = "memory of the base and the activations: not counted"
+    if config.task == "causal-lm" and isinstance(config.method, Method):
+        report, quantize = checked.prepared.report, config.quantize
+        try:
+            one = plan(
+                checked.adapter.model.config,
+                "lora" if quantize is None else "qlora",
+                method=config.method,
+                batch=config.train.batch_size,
+                length=report.longest,
+                dtype=resolve_dtype(config.train.precision, resolve_device(config.train.device))[0],
+                form="nf4" if quantize is None else quantize.name,
+                recompute=config.train.memory == "small",
+            )
+        except LorakitError as problem:
+            told += f" ({problem})"
+        else:
+            known = {"base": one.base, **known, "activations": one.activations}
+            told = (
+                f"activations: {config.train.batch_size} × {report.longest:,} tokens, the longest example, in every row"
+            )
+    parts = ", ".join(f"{name} {gigabytes(size)}" for name, size in known.items())
+    return [f"memory: {gigabytes(sum(known.values()))}: {parts}", told]

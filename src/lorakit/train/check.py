@@ -131,6 +131,20 @@ def check_options(options: TrainOptions) -> None:
         ) from None
 
 
+def state_bytes(options: TrainOptions) -> float:
+    """Bytes that the optimiser keeps for each trained number, found by one step of it on a matrix like an adapter's."""
+    if "paged" in options.optimizer:  # its moments lie where a GPU is
+        return 2.0 if options.optimizer.endswith("8bit") else 8.0
+    trial = nn.Parameter(torch.ones(16, 1024))
+    made = make_optimizer(options.optimizer, [{"params": [trial]}], options.learning_rate, options.optimizer_options)
+    if averages(made):
+        made.train()  # type: ignore[attr-defined]
+    trial.grad = torch.randn(16, 1024)
+    made.step()
+    kept = [one for state in made.state.values() for one in state.values() if isinstance(one, torch.Tensor)]
+    return sum(one.nbytes for one in kept) / trial.numel()
+
+
 def check(config: TrainConfig, *, told: bool = True, console: Console | None = None) -> Checked:
     """Check a run without reading the weights of its base; `told`: say in the log what the adapter reaches; `console` is where
     progress over many rows is shown.
@@ -246,7 +260,7 @@ def on_shapes(
 
 
 def check_space(config: TrainConfig, parameters: int) -> None:
-    """Refuse a run whose checkpoints do not fit on the disk: float32 tensors and two moments of each.
+    """Refuse a run whose checkpoints do not fit on the disk: float32 tensors and the optimiser's state of each.
 
     Raises:
         LorakitError: with what is needed and what is free.
@@ -255,7 +269,7 @@ def check_space(config: TrainConfig, parameters: int) -> None:
     while not place.exists():
         place = place.parent
     kept = config.train.save_total_limit or 1
-    needed, free = parameters * 4 * (3 * kept + 1), shutil.disk_usage(place).free
+    needed, free = round(parameters * ((4 + state_bytes(config.train)) * kept + 4)), shutil.disk_usage(place).free
     if needed > free:
         raise LorakitError(
             f"train: {plural(kept, 'checkpoint')} and the adapter need {needed / 1e9:.1f} GB, and {place} has {free / 1e9:.1f} "
@@ -277,8 +291,6 @@ def lines(checked: Checked, config: TrainConfig) -> Sequence[str]:
         said.append(
             f"adapter: {checked.adapter.num_parameters():,} parameters on {plural(len(paths), 'layer')}: {shown}"
         )
-        trained = f"{checked.adapter.num_parameters() * 16 / 1e9:.2f} GB"
-        said.append(f"memory of the adapter, its gradients and AdamW's moments: {trained} (lorakit plan: all of it)")
     else:
         said.append("adapter: not checked, since the base gives no shapes without its weights here")
     said.append(f"steps: {checked.steps:,}, batch size {config.train.batch_size * config.train.gradient_accumulation}")
