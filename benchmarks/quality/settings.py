@@ -32,6 +32,12 @@ BASELINE = "LoRA"
 SETTINGS: tuple[Setting, ...] = (
     Setting("LoRA", ("method=lora", "rank=8", "alpha=16"), 5e-4),
     Setting("LoRA+", ("method=lora", "rank=8", "alpha=16", "train.loraplus_ratio=8"), 2e-4, "B at 8 times the rate"),
+    Setting(
+        "BD-LoRA",
+        ("method=bd-lora", "rank=8", "alpha=16", "a_modules=[o_proj, down_proj]", "strict=false", "side=B"),
+        5e-4,
+        "two blocks, as for two devices",
+    ),
     Setting("LoRA-FA", ("method=lora-fa", "rank=16", "alpha=32"), 1e-3),
     Setting("DoRA", ("method=dora", "rank=8", "alpha=16"), 5e-4),
     Setting("LoRA, PiSSA", ("method=lora", "rank=8", "alpha=8", "init=pissa"), 2e-4, "alpha = rank, as in the paper"),
