@@ -76,7 +76,7 @@ def test_the_schema_takes_what_a_run_stores_and_an_option_only_with_its_method(s
         for option in options_of(spec):
             validator.validate({**chosen, option: stored["method"][option]})
         owner = METHOD.reachable(spec)
-        for option in ("rank", "tokens"):
+        for option in ("rank", "first"):
             assert validator.is_valid({**chosen, option: 4}) == (option in owner), (name, option)
     for given in (
         {"method": "dora", "inner": "lokr", "factor": 4},

@@ -103,7 +103,7 @@ OPTIONS = {  # of a run
     "--rank 8 --rank 4": "--rank is given twice; keep one",
     "--rank 8 --method.rank 4": "given twice, first as --rank",
     "--rank=8 --set rank=8": "given twice",
-    "--data.train a.jsonl --data.train b.jsonl": "--data.train is given twice; keep one, or give a list",
+    "--data.train a.jsonl --data.train b.jsonl": "--data.train is given twice; keep one",
     "--overwrite --no-overwrite": "given twice",
     "--alpha auto": "expected a number",
     "--train.learning-rate -1": "expected a number above 0 | found -1",

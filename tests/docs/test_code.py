@@ -76,7 +76,7 @@ def run_flags() -> set[str]:
 def flags_of(verb: str) -> set[str]:
     own = {flag for one in verbs()[verb].params for flag in (*one.opts, *one.secondary_opts)} | {"--help", "--debug"}
     if verb == "train":
-        own |= {"--schema", "--check"}
+        own |= {"--schema", "--check", "--from"}
     return own | run_flags() if verb in ("train", "eval") else own
 
 
@@ -104,6 +104,7 @@ def test_flags_within_sentences_are_there() -> None:
         "--lora",
         "--adapter-path",
         "--nproc-per-node",
+        "--nnodes",
         "--vllm-python",
         "--each",
         "--again",

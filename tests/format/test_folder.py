@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 import lorakit as lk
 from lorakit.errors import LorakitError
+from lorakit.experts import MEMBERS
 from lorakit.files.prompt import PROMPT
 from lorakit.files.store import CONFIG, OWN, TENSORS, load, read_config, read_own, read_tensors
 
@@ -526,7 +527,7 @@ def test_hub_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(huggingface_hub, "snapshot_download", offline)
     with pytest.raises(LorakitError, match=r"'user/reviews' is no folder here.*not in the cache and the hub cannot be"):
         load(small(), "user/reviews", revision="v2")
-    assert asked == [("user/reviews", "v2", sorted({*FILES, *PROMPT, "members/*"}))]
+    assert asked == [("user/reviews", "v2", sorted({*FILES, *PROMPT, f"{MEMBERS}/*"}))]
     _, adapter = adapted()
     adapter.save("user/reviews")
     assert load(small(), "user/reviews").name == "reviews"

@@ -15,10 +15,11 @@ SEES: dict[str, set[str]] = {
     "load": set(),
     "store": {"request"},
     "lifecycle": {"request"},
-    "model": {"request", "store"},
+    "limits": set(),
+    "model": {"request", "store", "limits"},
     "engine": {"request", "store", "lifecycle", "model"},
-    "remote": {"request", "store", "lifecycle"},
-    "http": {"request"},
+    "remote": {"request", "store", "lifecycle", "limits"},
+    "http": {"request", "limits"},
 }
 """Room or file of `serve` -> what else of `serve` it imports."""
 

@@ -49,6 +49,8 @@ def check_task(config: Any, task: str, where: str) -> None:
 def check_finite(model: Any, where: str) -> None:
     """LorakitError where a weight of a base holds a NaN or an infinity: nothing can be learned on it."""
     for name, weight in model.named_parameters():
+        if type(weight.data) is not torch.Tensor:
+            continue  # numbers that a library has packed: its formats hold no NaN, and most cannot be summed
         if weight.is_floating_point() and not finite(weight):
             raise LorakitError(
                 f'train: {name} of "{where}" holds a NaN or an infinity, so that nothing can be learned on it. Copy or '

@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from torch.optim.lr_scheduler import LambdaLR
-from transformers import get_scheduler
 
 from lorakit.errors import LorakitError
 
@@ -46,6 +45,8 @@ def build_scheduler(
         if given:
             raise LorakitError(f"scheduler {name}: it has no options; found {given}.")
         return LambdaLR(optimizer, lambda step: _rex(step, warmup, total))
+    from transformers import get_scheduler  # here: it imports PEFT, and a script may first say which module that is
+
     try:
         return get_scheduler(name, optimizer, warmup, total, scheduler_specific_kwargs=given)
     except (TypeError, ValueError) as problem:
