@@ -113,6 +113,7 @@ OPTIONS = {  # of a run
     "--train.batch-size two": "found 'two'",
     "--train.epochs 0": "above 0, found 0",
     "--train.max-steps 0": "at least 1",
+    "--train.max-steps 5 --train.max-steps 6": "--train.max-steps is given twice; keep one",
     "--train.max-steps 1e3": "expected an integer | found 1000.0",
     "--train.warmup 2.5": "train.warmup is 2.5; give a share below 1, or a count, which is an integer",
     "--train.gradient-accumulation 2.5": "expected an integer",

@@ -10,7 +10,6 @@ from __future__ import annotations
 import difflib
 import logging
 import re
-import types
 import typing
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
@@ -148,10 +147,9 @@ def merged(
         path = names.path(asked, f"the flags ({spelled})", spelled)
         flags.add(path[:2])
         if path in said:
-            several = typing.get_origin(names.own[".".join(path)].type) if ".".join(path) in names.own else None
-            listed = (
-                f", or give a list: {spelled} '[a, b]'" if several in (tuple, typing.Union, types.UnionType) else ""
-            )
+            kind = names.own[".".join(path)].type if ".".join(path) in names.own else int
+            takes_list = kind is Any or "tuple" in str(kind)
+            listed = f", or give a list: {spelled} '[a, b]'" if takes_list else ""
             twice = "twice" if said[path] == spelled else f"twice, first as {said[path]}"
             raise LorakitError(f"{spelled} is given {twice}; keep one{listed}")
         said[path] = spelled
