@@ -105,6 +105,8 @@ def test_flags_within_sentences_are_there() -> None:
         "--adapter-path",
         "--nproc-per-node",
         "--nnodes",
+        "--node-rank",
+        "--rdzv-endpoint",
         "--vllm-python",
         "--each",
         "--again",
