@@ -180,8 +180,9 @@ def select(model: nn.Module, targets: Targets) -> list[str]:
             f"attach: target_modules={targets.target_modules!r} leaves no layer after exclude_modules, layers and "
             f"modules_to_save. Layers here: {describe_layers(model)}."
         )
-    stacks = [site for path in chosen for site in _stacked_names(path, dict(modules)[path])] if targets.patterns else []
-    names = [*chosen, *_part_names(chosen, targets.parts), *stacks]
+    modules_by = dict(modules) if targets.patterns else {}
+    sites = [name for path in chosen for name in _site_names(path, modules_by[path])] if targets.patterns else []
+    names = [*chosen, *_part_names(chosen, targets.parts), *sites]
     for option, patterns in targets.patterns.items():
         for pattern in patterns:
             _compile(pattern, f"{option}_pattern")
@@ -226,9 +227,11 @@ def _stacks(modules: list[tuple[str, nn.Module]]) -> list[tuple[str, nn.Module, 
     ]
 
 
-def _stacked_names(path: str, module: nn.Module) -> list[str]:
-    """The names under which patterns give experts, and stacks of them, values of their own."""
-    return list(dict.fromkeys(name for site in stacked_sites(module) for name in _own_names(path, site)))
+def _site_names(path: str, module: nn.Module) -> list[str]:
+    """The names under which patterns give values of their own to each matrix of a layer that has several, to experts and to
+    stacks of them."""
+    own = [site.place(path) for site in adaptable_sites(module)]
+    return list(dict.fromkeys([*own, *(name for site in stacked_sites(module) for name in _own_names(path, site))]))
 
 
 def _part_names(paths: list[str], parts: Parts) -> list[str]:
