@@ -53,7 +53,7 @@ test: install-test $(if $(FAST),,data)
 	@echo "fast tests: passed, skipped and seconds by part"
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto $(SHOWN) -m "not model and not slow" $(TESTS)
 	$(if $(FAST),,@echo "tests on the real model, and slow ones")
-	$(if $(FAST),,@LORAKIT_REQUIRE_MODEL=1 $(BIN)/python -m pytest $(SHOWN) -m "model or slow" $(TESTS))
+	$(if $(FAST),,@OMP_NUM_THREADS=1 LORAKIT_REQUIRE_MODEL=1 $(BIN)/python -m pytest -n auto $(SHOWN) -m "model or slow" $(TESTS))
 
 lint: install-test
 	$(BIN)/ruff format --check .
