@@ -13,8 +13,8 @@ from click.testing import Result
 
 import lorakit as lk
 from lorakit.train.config.flags import Names
-from lorakit.train.config.foreign import CONVERTED, NEEDLESS, OPTIMIZERS, RENAMED, WITHOUT
-from lorakit.train.config.run import load_config
+from lorakit.train.config.foreign import CONVERTED, NEEDLESS, OPTIMIZERS, RENAMED, WITHOUT, converted
+from lorakit.train.config.run import from_tree, load_config
 
 Run = Callable[..., Result]
 
@@ -215,3 +215,48 @@ def test_the_tables_name_options_that_exist() -> None:
     for name in set(OPTIMIZERS.values()):
         if "paged" not in name:
             check_options(TrainOptions(optimizer=name))
+
+
+def test_data_sets_that_differ_keep_what_is_their_own(tmp_path: Path) -> None:
+    """A subset, a split or a type of one of them is not that of all."""
+    theirs = tmp_path / "theirs.yml"
+    theirs.write_text(
+        "base_model: m\nmicro_batch_size: 2\nadapter: lora\ndatasets:\n"
+        "  - {path: org/chats, type: chat_template, field_messages: turns, name: en, split: train}\n"
+        "  - {path: org/notes, type: completion, field: body, name: de}\n"
+        "  - plain.jsonl\n"
+    )
+    _, tree, left = converted(theirs)
+    assert left == []
+    assert tree["data"]["train"] == [
+        {"path": "org/chats", "format": "messages", "columns": {"messages": "turns"}, "subset": "en", "split": "train"},
+        {"path": "org/notes", "format": "text", "columns": {"text": "body"}, "subset": "de"},
+        "plain.jsonl",
+    ]
+    (tmp_path / "dataset_info.json").write_text(
+        json.dumps(
+            {
+                "one": {"file_name": "one.json", "columns": {"prompt": "ask", "query": "more", "response": "answer"}},
+                "two": {
+                    "hf_hub_url": "org/two",
+                    "subset": "en",
+                    "formatting": "sharegpt",
+                    "columns": {"messages": "log"},
+                },
+                "pairs": {"file_name": "pairs.json", "ranking": True},
+            }
+        )
+    )
+    theirs.write_text(f"model_name_or_path: m\nstage: sft\ndataset_dir: {tmp_path}\ndataset: one,two\n")
+    _, tree, left = converted(theirs)
+    assert left == []
+    assert tree["data"]["train"] == [
+        {
+            "path": str(tmp_path / "one.json"),
+            "columns": {"instruction": "ask", "input": "more", "output": "answer"},
+        },
+        {"path": "org/two", "columns": {"conversations": "log"}, "subset": "en"},
+    ]
+    from_tree(tree, str(theirs))
+    theirs.write_text(f"model_name_or_path: m\nstage: sft\ndataset_dir: {tmp_path}\ndataset: pairs\n")
+    assert "ranking" in " ".join(converted(theirs)[2])

@@ -8,12 +8,12 @@ silence.
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from lorakit.errors import LorakitError
+from lorakit.reading import read_json, read_text
 from lorakit.train.config.document import parse_document
 
 RENAMED = {
@@ -213,42 +213,48 @@ def _groups(value: Any, _: Given) -> Tree:
 _FORMATS = {
     "completion": "text",
     "chat_template": "messages",
-    "sharegpt": "auto",
-    "alpaca": "auto",
+    "sharegpt": None,
+    "alpaca": None,
     "chatml": "messages",
 }
+"""Axolotl's types of rows as `data.format`; None: it is found by the columns."""
+
+
+def _sources(ours: str, sources: Sequence[Tree]) -> Tree:
+    """Sources of rows as options: what all have alike is said once, and else each says its own."""
+    own = [{key: value for key, value in one.items() if key != "path"} for one in sources]
+    if all(one == own[0] for one in own) and ours == "data.train":
+        places = [one["path"] for one in sources]
+        return {ours: places if len(places) > 1 else places[0], **{f"data.{key}": one for key, one in own[0].items()}}
+    listed = [one if len(one) > 1 else one["path"] for one in sources]
+    return {ours: listed if len(listed) > 1 or isinstance(listed[0], dict) else listed[0]}
 
 
 def _datasets(ours: str) -> Callable[[Any, Given], Tree]:
-    """Axolotl's list of data sets: their places and, where they agree on it, how their rows are read."""
+    """Axolotl's list of data sets: their places, and how their rows are read."""
 
     def read(value: Any, _: Given) -> Tree:
-        sources: list[Mapping[str, Any]] = [{"path": one} if isinstance(one, str) else one for one in value]
-        found: Tree = {ours: []}
-        formats: set[str] = set()
-        columns: dict[str, str] = {}
-        for one in sources:
-            files = one.get("data_files") or one["path"]
-            found[ours] += files if isinstance(files, list) else [files]
+        found: list[Tree] = []
+        for one in ({"path": one} if isinstance(one, str) else one for one in value):
             kind = one.get("type", "alpaca")
             kind = kind if isinstance(kind, str) else "custom"
-            if kind.partition(".")[0].partition(":")[0] not in _FORMATS:
+            form = kind.partition(".")[0].partition(":")[0]
+            if form not in _FORMATS:
                 raise LorakitError(f"rows of type {kind}; see docs/data.md for the forms that are read")
-            formats.add(_FORMATS[kind.partition(".")[0].partition(":")[0]])
-            columns |= {"text": one["field"]} if "field" in one else {}
-            columns |= (
-                {"messages": one["field_messages"]} if one.get("field_messages", "messages") != "messages" else {}
-            )
-            for key, option in (("name", "data.subset"), ("split", "data.split")):
-                if one.get(key):
-                    found[option] = one[key]
-        if len(formats) > 1:
-            raise LorakitError("data sets of several types; give each a run or one form of rows")
-        if columns:
-            found["data.columns"] = columns
-        return {**found, "data.format": formats.pop()}
+            columns = {"text": one["field"]} if "field" in one else {}
+            if one.get("field_messages", "messages") != "messages":
+                columns["messages"] = one["field_messages"]
+            own = {"format": _FORMATS[form], "columns": columns, "subset": one.get("name"), "split": one.get("split")}
+            files = one.get("data_files") or one["path"]
+            for file in files if isinstance(files, list) else [files]:
+                found.append({"path": file, **{key: value for key, value in own.items() if value}})
+        return _sources(ours, found)
 
     return read
+
+
+_ALPACA = {"instruction": "prompt", "input": "query", "output": "response"}
+"""Our columns of an Alpaca row, and the entries by which LLaMA-Factory names them; each is called as ours by default."""
 
 
 def _named_datasets(ours: str) -> Callable[[Any, Given], Tree]:
@@ -257,15 +263,24 @@ def _named_datasets(ours: str) -> Callable[[Any, Given], Tree]:
     def read(value: Any, given: Given) -> Tree:
         folder = Path(str(given.get("dataset_dir", "data")))
         listing = folder / "dataset_info.json"
-        known = json.loads(listing.read_text("utf-8")) if listing.is_file() else {}
-        places = []
+        known = read_json(listing, "init --from") if listing.is_file() else {}
+        found: list[Tree] = []
         for name in _listed(value):
             entry = known.get(name, {})
             place = folder / entry["file_name"] if "file_name" in entry else entry.get("hf_hub_url") or name
             if not entry and not Path(name).exists() and listing.is_file():
                 raise LorakitError(f"{name} is not in {listing}")
-            places.append(str(place))
-        return {ours: places if len(places) > 1 else places[0]}
+            named = entry.get("columns", {})
+            columns = {our: named[their] for our, their in _ALPACA.items() if named.get(their, our) != our}
+            if entry.get("formatting") == "sharegpt" and named.get("messages", "conversations") != "conversations":
+                columns = {"conversations": named["messages"]}
+            if entry.get("tags") or entry.get("ranking"):
+                raise LorakitError(
+                    f"{name} has tags or a ranking of its own; see docs/data.md for the forms that are read"
+                )
+            own = {"columns": columns, "subset": entry.get("subset"), "split": entry.get("split")}
+            found.append({"path": str(place), **{key: value for key, value in own.items() if value}})
+        return _sources(ours, found)
 
     return read
 
@@ -338,10 +353,7 @@ def converted(path: Path) -> tuple[str, Tree, list[str]]:
     Raises:
         LorakitError: the file cannot be read, or is of no known program.
     """
-    try:
-        given, _ = parse_document(path.read_text(encoding="utf-8-sig"), str(path))
-    except (OSError, UnicodeDecodeError) as problem:
-        raise LorakitError(f"init --from: {path} cannot be read ({problem})") from None
+    given, _ = parse_document(read_text(path, "init --from"), str(path))
     program = program_of(given)
     if program is None:
         raise LorakitError(
