@@ -21,6 +21,7 @@ from reference.test_peft_programs import (
     TRL,
     arguments,
     base,
+    by_accelerate,
     fresh_accelerator,
     losses,
     options,
@@ -79,22 +80,7 @@ def test_trl_on_an_attached_model(kind: str, make: Callable[[Any, Path], Any], t
 
 
 def test_accelerate_on_an_attached_model() -> None:
-    from accelerate import Accelerator
-
-    ids = torch.stack([row["input_ids"] for row in rows(8)])
-    found = []
-    for model in (pair()[0], attached()):
-        accelerator = Accelerator(cpu=True)
-        optimizer = torch.optim.AdamW([one for one in model.parameters() if one.requires_grad], lr=1e-2)
-        prepared, optimizer = accelerator.prepare(model, optimizer)
-        own = []
-        for _ in range(3):
-            loss = prepared(input_ids=ids, labels=ids).loss
-            accelerator.backward(loss)
-            optimizer.step()
-            optimizer.zero_grad()
-            own.append(loss.item())
-        found.append(own)
+    found = [by_accelerate(model) for model in (pair()[0], attached())]
     assert found[1] == pytest.approx(found[0], rel=1e-4)
 
 

@@ -268,25 +268,28 @@ def fresh_accelerator() -> None:
     AcceleratorState._reset_state(reset_partial_state=True)
 
 
-@pytest.mark.parametrize("precision", ["no", "bf16"])
-def test_accelerate(precision: str) -> None:
+def by_accelerate(model: Any, precision: str = "no") -> list[float]:
+    """The losses of three steps of a loop by Accelerate."""
     from accelerate import Accelerator
 
     ids = torch.stack([row["input_ids"] for row in rows(8)])
-    found = []
-    for model in pair():
-        accelerator = Accelerator(cpu=True, mixed_precision=precision)
-        optimizer = torch.optim.AdamW([one for one in model.parameters() if one.requires_grad], lr=1e-2)
-        prepared, optimizer = accelerator.prepare(model, optimizer)
-        own = []
-        for _ in range(3):
-            loss = prepared(input_ids=ids, labels=ids).loss
-            accelerator.backward(loss)
-            optimizer.step()
-            optimizer.zero_grad()
-            own.append(loss.item())
-        found.append(own)
-        assert accelerator.unwrap_model(prepared) is model
+    accelerator = Accelerator(cpu=True, mixed_precision=precision)
+    optimizer = torch.optim.AdamW([one for one in model.parameters() if one.requires_grad], lr=1e-2)
+    prepared, optimizer = accelerator.prepare(model, optimizer)
+    losses = []
+    for _ in range(3):
+        loss = prepared(input_ids=ids, labels=ids).loss
+        accelerator.backward(loss)
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert accelerator.unwrap_model(prepared) is model
+    return losses
+
+
+@pytest.mark.parametrize("precision", ["no", "bf16"])
+def test_accelerate(precision: str) -> None:
+    found = [by_accelerate(model, precision) for model in pair()]
     assert found[1][-1] < found[1][0]
     assert found[1] == pytest.approx(found[0], rel=1e-4 if precision == "no" else 2e-2)
 
