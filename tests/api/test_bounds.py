@@ -332,3 +332,19 @@ def test_quotas_set_aside_what_is_asked_for_and_give_back_the_rest(tenants: tupl
     statuses = sorted(answer.status_code for answer in answers)
     assert statuses == [200] + [429] * 11
     assert _ask(served, key["acme"], max_tokens=150).status_code == 200  # 146 of 150 came back
+
+
+def test_the_files_of_an_adapter_are_looked_at_once_and_again_when_they_change(
+    serve: Serve, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looked: list[str] = []
+    monkeypatch.setattr("lorakit.serve.http.front.check_files", lambda folder: looked.append(folder.name))
+    (tmp_path / "sql").mkdir()
+    (tmp_path / "sql" / "lorakit.json").write_text("{}")
+    served = serve(store=tmp_path)
+    for _ in range(3):
+        assert _ask(served, "none").status_code == 200
+    assert looked == ["sql"]
+    (tmp_path / "sql" / "lorakit.json").write_text('{"prompt": {"stop": ["x"]}}')
+    assert _ask(served, "none").status_code == 200
+    assert looked == ["sql", "sql"]

@@ -89,7 +89,7 @@ HOSTILE: dict[str, tuple[str, Break]] = {
     "deep": ("cannot be read|deep", _text(CONFIG, "[" * 200_000)),
     "deep objects": ("cannot be read|deep", _text(CONFIG, '{"a":' * 300 + "1" + "}" * 300)),
     "own deep": ("cannot be read|deep", _text(OWN, '{"a":' * 3000 + "1" + "}" * 3000)),
-    "no utf-8": ("cannot be read", _text(CONFIG, b"\xff\xfe{}")),
+    "no utf-8": ("UTF-16", _text(CONFIG, b"\xff\xfe{}")),
     "list": ("", _text(CONFIG, "[]")),
     "huge header": ("safetensors", _text(TENSORS, struct.pack("<Q", 2**62) + b"{}")),
     "long header": ("safetensors", _header),

@@ -18,13 +18,14 @@ import json
 import logging
 import re
 import shutil
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from lorakit.errors import LorakitError, first_line
 from lorakit.files.folder import Stamp, stamp_of
+from lorakit.reading import read_json
 
 log = logging.getLogger("lorakit")
 
@@ -86,13 +87,12 @@ def read_prompt(folder: str | Path) -> Prompt | None:
         LorakitError: a file of it cannot be read.
     """
     folder = Path(folder)
+    own, config = (read_json(folder / name, "load") if (folder / name).is_file() else {} for name in (OWN, CONFIG))
     try:
-        own = json.loads((folder / OWN).read_text("utf-8")) if (folder / OWN).is_file() else {}
-        config = json.loads((folder / CONFIG).read_text("utf-8")) if (folder / CONFIG).is_file() else {}
         written = (folder / TEMPLATE).read_bytes().decode("utf-8") if (folder / TEMPLATE).is_file() else None
     except (OSError, ValueError) as problem:
         raise LorakitError(f"load: the prompt of {folder} cannot be read ({first_line(problem)}).") from problem
-    kept = own.get("prompt") if isinstance(own, Mapping) else None
+    kept = own.get("prompt")
     found = kept if isinstance(kept, Mapping) else {}
     template = written if written is not None else _named(config.get("chat_template"))
     if template is not None and len(template) > _LONGEST:
@@ -236,8 +236,8 @@ def tuned_prompt(base: Path, tuned: Path) -> Prompt | None:
         try:
             tokenizer = transformers.AutoTokenizer.from_pretrained(str(folder))
             settings = folder / "generation_config.json"
-            ends = json.loads(settings.read_text("utf-8")).get("eos_token_id") if settings.is_file() else None
-        except (OSError, ValueError) as problem:
+            ends = read_json(settings, "load").get("eos_token_id") if settings.is_file() else None
+        except (LorakitError, OSError, ValueError) as problem:
             log.warning("the tokenizer of %s cannot be read (%s), so no prompt is kept", folder, first_line(problem))
             return None
         ends = ends if isinstance(ends, list) else [ends]
@@ -350,10 +350,11 @@ def one_or_many(ids: Sequence[int]) -> int | list[int] | None:
 
 
 class Prompts:
-    """The prompts of adapters over one base model, each read once and again when its files change."""
+    """The prompts of adapters over one base model, each read once and again when its files change; `check` looks at a folder
+    before it is read, and raises."""
 
-    def __init__(self, tokenizer: Any) -> None:
-        self.base = Prompter(tokenizer)
+    def __init__(self, tokenizer: Any, check: Callable[[Path], None] = lambda _: None) -> None:
+        self.base, self._check = Prompter(tokenizer), check
         self._known: dict[Path, tuple[Stamp, Prompter]] = {}
 
     def of(self, folder: Path) -> Prompter:
@@ -366,6 +367,7 @@ class Prompts:
         known = self._known.get(folder)
         if known is not None and known[0] == stamp:
             return known[1]
+        self._check(folder)
         prompt = read_prompt(folder)
         found = self.base if prompt is None else Prompter(self.base.tokenizer, prompt)
         if prompt is None:

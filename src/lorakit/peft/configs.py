@@ -19,6 +19,7 @@ from typing import Any, ClassVar, Self
 from lorakit.errors import LorakitError, unknown
 from lorakit.files.bundle import CONFIG, read_config
 from lorakit.files.formats import FORMATS, UNSUPPORTED
+from lorakit.reading import read_json
 
 
 class _Words(enum.StrEnum):
@@ -132,8 +133,7 @@ class PeftConfig(AlsoPefts):
     @classmethod
     def from_json_file(cls, path_json_file: str | Path, **_: Any) -> dict[str, Any]:
         """The entries of a configuration's file."""
-        entries: dict[str, Any] = json.loads(Path(path_json_file).read_text())
-        return entries
+        return read_json(Path(path_json_file), "PeftConfig")
 
     @classmethod
     def from_peft_type(cls, where: str = "the call", **values: Any) -> Any:

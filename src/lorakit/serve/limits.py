@@ -19,6 +19,7 @@ from typing import Any
 from lorakit.errors import LorakitError
 from lorakit.files.bundle import CONFIG, OWN, TENSORS
 from lorakit.files.prompt import PROMPT, TEMPLATE
+from lorakit.reading import read_json
 
 JSON_BYTES, HEADER_BYTES, TEMPLATE_BYTES = 16 * 2**20, 16 * 2**20, 2**20
 TOKENIZER_BYTES = 128 * 2**20
@@ -61,7 +62,7 @@ def check_files(folder: Path) -> None:
             raise LorakitError(f"{name} has {status.st_size:,} bytes; {most:,} at most.")
     shapes = _shapes(folder / TENSORS)
     found = {name: _json(folder / name) for name in (CONFIG, OWN) if (folder / name).is_file()}
-    kind = found[CONFIG].get("peft_type") if isinstance(found.get(CONFIG), Mapping) else None
+    kind = found.get(CONFIG, {}).get("peft_type")
     for name, config in found.items():
         _check_sizes(name, config, shapes, str(kind) in LOOSE)
 
@@ -73,11 +74,8 @@ def without_path(text: str, folder: Path) -> str:
     return text
 
 
-def _json(file: Path) -> Any:
-    try:
-        value = json.loads(file.read_text("utf-8"))
-    except (OSError, ValueError, RecursionError) as problem:
-        raise LorakitError(f"{file.name} cannot be read as JSON ({problem}).") from None
+def _json(file: Path) -> dict[str, Any]:
+    value = read_json(file, "load")
     for count, (depth, _, _) in enumerate(_entries(value)):
         if depth > DEPTH:
             raise LorakitError(f"{file.name} is nested more than {DEPTH} deep.")
@@ -116,7 +114,7 @@ def _shapes(file: Path) -> list[tuple[int, ...]]:
     return shapes
 
 
-def _check_sizes(name: str, config: Any, shapes: list[tuple[int, ...]], loose: bool) -> None:
+def _check_sizes(name: str, config: Mapping[str, Any], shapes: list[tuple[int, ...]], loose: bool) -> None:
     """Every size that is said is one that a tensor of the file can have."""
     numbers = max(map(prod, shapes), default=0)
     # a factor's rank is its smaller side; behind it stand the sides of a convolution's kernel

@@ -88,7 +88,7 @@ class Front:
     """Seconds between two looks at the store for a name that is not known."""
 
     def __post_init__(self) -> None:
-        self.prompts = Prompts(self.tokenizer)
+        self.prompts = Prompts(self.tokenizer, check_files)
         self.token_texts = TokenTexts(self.tokenizer)
         self.metrics.watch(self.engine)
         self.reserved = frozenset({self.name, "base"})
@@ -135,7 +135,6 @@ class Front:
         for name in blend if self.store is not None else ():
             folder = self.store / name  # type: ignore[operator]
             try:
-                check_files(folder)
                 one = self.prompts.of(folder)
             except LorakitError as problem:
                 raise Fault(400, without_path(str(problem), folder), "refused", "model") from problem
