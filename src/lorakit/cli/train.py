@@ -140,13 +140,14 @@ def memory_lines(checked: Checked, config: TrainConfig) -> list[str]:
     state = round(trained * state_bytes(config.train))
     known = {"adapter": 4 * trained, "gradients": 4 * trained, f"state of {config.train.optimizer}": state}
     told = "memory of the base and the activations: not counted"
-    if config.task == "causal-lm" and isinstance(config.method, Method):
+    method = checked.adapter.method  # which --from may have brought
+    if config.task == "causal-lm" and isinstance(method, Method):
         report, quantize = checked.prepared.report, config.quantize
         try:
             one = plan(
                 checked.adapter.model.config,
                 "lora" if quantize is None else "qlora",
-                method=config.method,
+                method=method,
                 batch=config.train.batch_size,
                 length=report.longest,
                 dtype=resolve_dtype(config.train.precision, resolve_device(config.train.device))[0],

@@ -26,7 +26,7 @@ from lorakit.edits.contract import EditMethod
 from lorakit.errors import LorakitError, first_line, plural, unknown
 from lorakit.experts import RouterSpec
 from lorakit.files.bundle import read_bundle, read_config, read_own
-from lorakit.files.vocabulary import add_tokens, grow, make_room, token_rows
+from lorakit.files.vocabulary import grow, make_room, token_rows
 from lorakit.models import hub
 from lorakit.models.device import resolve_device
 from lorakit.models.loading import TASKS, find_local, load_tokenizer
@@ -36,7 +36,7 @@ from lorakit.models.tasks import check_task
 from lorakit.optim import parameter_groups
 from lorakit.optim.optimisers import averages
 from lorakit.train.config.options import TrainConfig, TrainOptions
-from lorakit.train.continuing import Source, continued, resolved, source_of
+from lorakit.train.continuing import Source, continued, resolved, source_of, speaking
 from lorakit.train.data.classification import class_names, prepare_labels
 from lorakit.train.data.examples import Prepared, prepare
 from lorakit.train.data.reading import load_splits
@@ -117,18 +117,26 @@ def check_options(options: TrainOptions) -> None:
     device = resolve_device(options.device)
     if "paged" in options.optimizer and device.type == "cuda":
         return
-    trial = nn.Parameter(torch.ones(2, 2))
+    make_scheduler(options, _stepped(options, nn.Parameter(torch.ones(2, 2))), 1, 10)
+
+
+def _stepped(options: TrainOptions, trial: nn.Parameter) -> torch.optim.Optimizer:
+    """The optimiser of a run after one step on a parameter.
+
+    Raises:
+        LorakitError: it cannot be had, or cannot take such a step.
+    """
     made = make_optimizer(options.optimizer, [{"params": [trial]}], options.learning_rate, options.optimizer_options)
-    make_scheduler(options, made, 1, 10)
     try:
         if averages(made):
             made.train()  # type: ignore[attr-defined]
-        trial.grad = torch.ones(2, 2)
+        trial.grad = torch.ones_like(trial)
         made.step()
     except Exception as problem:  # another package's: whatever it asks of its caller
         raise LorakitError(
             f"train.optimizer: {options.optimizer} cannot take the steps of a run ({first_line(problem)}); use adamw"
         ) from None
+    return made
 
 
 def state_bytes(options: TrainOptions) -> float:
@@ -136,12 +144,12 @@ def state_bytes(options: TrainOptions) -> float:
     if "paged" in options.optimizer:  # its moments lie where a GPU is
         return 2.0 if options.optimizer.endswith("8bit") else 8.0
     trial = nn.Parameter(torch.ones(16, 1024))
-    made = make_optimizer(options.optimizer, [{"params": [trial]}], options.learning_rate, options.optimizer_options)
-    if averages(made):
-        made.train()  # type: ignore[attr-defined]
-    trial.grad = torch.randn(16, 1024)
-    made.step()
-    kept = [one for state in made.state.values() for one in state.values() if isinstance(one, torch.Tensor)]
+    kept = [
+        one
+        for state in _stepped(options, trial).state.values()
+        for one in state.values()
+        if isinstance(one, torch.Tensor)
+    ]
     return sum(one.nbytes for one in kept) / trial.numel()
 
 
@@ -166,14 +174,8 @@ def check(config: TrainConfig, *, told: bool = True, console: Console | None = N
     classes = class_names(rows, config.data) if config.task == "seq-cls" else None
     tokenizer = adapter = prepared = evaluation = None
     if (place := readable(config.model)) is not None:
-        tokenizer, tokens = load_tokenizer(place, {}), list[int]()
         with _quiet(not told):
-            if source is not None:
-                tokenizer = source.tokenizer(tokenizer)
-                config = config.replace(data=source.data(config.data, rows))
-                source.check_tokens(config.data, tokenizer)
-            else:
-                tokens = add_tokens(tokenizer, config.data.special_tokens)
+            config, tokenizer, tokens = speaking(config, rows, load_tokenizer(place, {}), source)
         prepared = prepared_for(rows, tokenizer, config, classes, console, streaming=config.data.streaming)
         evaluation = prepared_for(held, tokenizer, config, classes) if held is not None else None
         with _quiet(not told):
@@ -229,12 +231,13 @@ def prepared_for(
 @contextmanager
 def _quiet(asked: bool) -> Iterator[None]:
     """Without what is logged, where the run itself will say it on the loaded base."""
+    before = logging.root.manager.disable
     if asked:
-        logging.disable(logging.WARNING)
+        logging.disable(max(before, logging.WARNING))
     try:
         yield
     finally:
-        logging.disable(logging.NOTSET)
+        logging.disable(before)
 
 
 def on_shapes(

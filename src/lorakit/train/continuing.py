@@ -19,6 +19,7 @@ from lorakit.experts.attachment import over
 from lorakit.files.bundle import TENSORS, digests, locate, read_config, read_own
 from lorakit.files.prompt import Prompt, Prompter, read_prompt
 from lorakit.files.store import load
+from lorakit.files.vocabulary import add_tokens
 from lorakit.train.config.options import DataOptions, TrainConfig
 from lorakit.train.data.formats import with_prompt
 
@@ -107,6 +108,23 @@ def source_of(config: TrainConfig) -> Source | None:
     this = {"adapter": config.continue_from, "sha256": digest, "steps": record.get("steps")}
     lineage = [*record.get("lineage", ()), this]
     return Source(config.continue_from, folder, read_prompt(folder), lineage, tuple(record.get("classes", ())))
+
+
+def speaking(
+    config: TrainConfig, rows: Rows, tokenizer: Any, source: Source | None
+) -> tuple[TrainConfig, Any, list[int]]:
+    """The configuration, the tokenizer and the ids of new tokens by which a run makes tokens of its rows: its own, or those of
+    the adapter that it goes on from.
+
+    Raises:
+        LorakitError: special tokens that are none, or that the adapter does not have.
+    """
+    if source is None:
+        return config, tokenizer, add_tokens(tokenizer, config.data.special_tokens)
+    tokenizer = source.tokenizer(tokenizer)
+    config = config.replace(data=source.data(config.data, rows))
+    source.check_tokens(config.data, tokenizer)
+    return config, tokenizer, []
 
 
 def continued(config: TrainConfig, model: Any, source: Source, classes: Sequence[str] | None = None) -> Adapter:

@@ -35,7 +35,7 @@ from lorakit.experts.attachment import route
 from lorakit.files.interchange import heads_for
 from lorakit.files.prompt import Prompt, read_prompt
 from lorakit.files.store import load
-from lorakit.files.vocabulary import add_tokens, grow, make_room, token_rows
+from lorakit.files.vocabulary import grow, make_room, token_rows
 from lorakit.models.device import resolve_device
 from lorakit.models.evaluating import evaluating
 from lorakit.models.loading import load_model
@@ -44,7 +44,7 @@ from lorakit.models.tasks import check_causal, check_finite
 from lorakit.train import run_checkpoint as checkpoint
 from lorakit.train.check import check, prepared_for
 from lorakit.train.config.run import TrainConfig, to_tree, to_yaml
-from lorakit.train.continuing import continued, plain_options, resolved
+from lorakit.train.continuing import continued, plain_options, resolved, speaking
 from lorakit.train.data.calibration_batches import calibration_batches
 from lorakit.train.data.classification import LabelledExample, class_names
 from lorakit.train.data.examples import Prepared, choice_ids, questions
@@ -122,12 +122,9 @@ def _run(config: TrainConfig, console: Console | None, beside: Path) -> TrainRes
     if config.task == "causal-lm":
         check_causal(model, config.model)
     classes = class_list(model) if config.task == "seq-cls" else None
+    config, tokenizer, tokens = speaking(config, train_rows, tokenizer, source)
     if source is not None:
-        tokenizer = source.tokenizer(tokenizer)
-        config = config.replace(data=source.data(config.data, train_rows))
-        source.check_tokens(config.data, tokenizer)
         make_room(model, [source.folder])
-    tokens = add_tokens(tokenizer, config.data.special_tokens) if source is None else []
     if tokens:
         grow(model, len(tokenizer))
     streaming = config.data.streaming
