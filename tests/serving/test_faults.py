@@ -140,6 +140,7 @@ def test_pages_are_found_within_their_domain_alone(tmp_path: Path) -> None:
     assert cached("3", "acme") == 32
     assert cached("4", "beta") == 32
     assert cached("5", "") == 0
+    engine.stop()  # the rotary function of all models of its kind is given back
 
 
 def test_what_the_store_holds_is_looked_at_before_it_is_read(tmp_path: Path) -> None:
@@ -180,3 +181,4 @@ def test_names_that_no_request_can_hold_are_left_out(tmp_path: Path, caplog: pyt
     assert caplog.text.count("is not served") == 3  # said once
     write_adapter(model(), tmp_path / "late", seed=2)
     assert engine.adapters.info("late").state == "on disk"  # found at once
+    engine.stop()

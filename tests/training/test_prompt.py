@@ -252,7 +252,7 @@ PLANTS: dict[str, tuple[str, str, Any, str]] = {
         "eval", "lorakit.train.data.examples.opened", lambda ids, opening: opening + ids, "text that writes the BOS"
     ),
     "resize forgets the prompt": ("resize", "lorakit.algebra.outcome.common_prompt", lambda _: None, "text"),
-    "saving forgets the prompt": ("save", "lorakit.files.store.read_prompt", lambda _: None, "arguments"),
+    "saving forgets the prompt": ("save", "lorakit.files.bundle.read_prompt", lambda _: None, "arguments"),
     "eval asks by the configuration": (
         "eval", "lorakit.files.prompt.Prompt.given", {}, "text with a system message"
     ),

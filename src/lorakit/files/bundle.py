@@ -27,7 +27,7 @@ from lorakit.errors import LorakitError
 from lorakit.experts import MEMBERS
 from lorakit.files.folder import recover, stamp_of
 from lorakit.files.formats import check_axes, with_integers
-from lorakit.files.prompt import PROMPT, Prompt
+from lorakit.files.prompt import PROMPT, Prompt, read_prompt
 from lorakit.models.hub import HubName, read_name
 from lorakit.reading import neighbours, read_json, whole_tensors
 
@@ -52,6 +52,7 @@ class Bundle:
         own: lorakit.json; empty where another program wrote the folder.
         tensors: under the names in the file.
         compare: gives what `stale` is.
+        prompt: the form in which the adapter is asked, where it was read too.
     """
 
     folder: Path
@@ -59,6 +60,7 @@ class Bundle:
     own: dict[str, Any]
     tensors: dict[str, Tensor]
     compare: Callable[[], str] = str
+    prompt: Prompt | None = None
 
     @property
     def stale(self) -> str:
@@ -143,8 +145,9 @@ def _fetch(named: HubName, revision: str | None) -> Path:
 # -- reading -----------------------------------------------------------------------------------------------------------------
 
 
-def read_bundle(folder: str | Path, revision: str | None = None, later: bool = False) -> Bundle:
-    """All of an adapter folder, from one and the same save also while another process saves to it.
+def read_bundle(folder: str | Path, revision: str | None = None, later: bool = False, prompted: bool = False) -> Bundle:
+    """All of an adapter folder, from one and the same save also while another process saves to it; `prompted`: with how it is
+    asked.
 
     The digest of a large file takes longer than reading it. With `later` it is still being computed when this returns, `stale`
     waits for it, and whether the files have stayed the same until then is the caller's to find out.
@@ -160,7 +163,7 @@ def read_bundle(folder: str | Path, revision: str | None = None, later: bool = F
             if not own:
                 config = with_integers(config)
                 check_axes(config, tensors)
-            return Bundle(path, config, own, tensors, stale.result)
+            return Bundle(path, config, own, tensors, stale.result, read_prompt(path) if prompted else None)
         finally:
             beside.shutdown(wait=not later)
 

@@ -68,7 +68,7 @@ from lorakit.files.interchange import (
     unwrapped,
 )
 from lorakit.files.packing import names_of, unpack
-from lorakit.files.prompt import Prompt, read_prompt
+from lorakit.files.prompt import Prompt
 from lorakit.files.renamed import nearest, under_todays_names
 from lorakit.files.table import spec_from_dict
 from lorakit.models.hub import read_name
@@ -249,7 +249,7 @@ def load(
         LorakitError: it cannot be read or does not fit; the model is as before then.
     """
     complain = _complaints(strict)
-    bundle = read_bundle(folder, revision)
+    bundle = read_bundle(folder, revision, prompted=True)
     if bundle.stale:
         complain(bundle.stale)
         bundle = dataclasses.replace(bundle, own={})
@@ -270,7 +270,7 @@ def load(
         for added in [one for one in reversed(adapters(model)) if one not in before]:
             detach(model, added)
         raise
-    adapter.prompt = read_prompt(bundle.folder)
+    adapter.prompt = bundle.prompt
     adapter.requires_grad_(trainable)
     if active:
         _activate(model, name)
