@@ -348,3 +348,20 @@ def test_the_files_of_an_adapter_are_looked_at_once_and_again_when_they_change(
     (tmp_path / "sql" / "lorakit.json").write_text('{"prompt": {"stop": ["x"]}}')
     assert _ask(served, "none").status_code == 200
     assert looked == ["sql", "sql"]
+
+
+def test_an_adapter_whose_files_are_refused_is_offered_no_more(serve: Serve, tmp_path: Path) -> None:
+    (tmp_path / "sql").mkdir()
+    (tmp_path / "sql" / "lorakit.json").write_text("[" * 100_000)
+    served = serve(StubEngine(bad={"sql": "planted"}, names=("law",)), store=tmp_path)
+
+    def offered() -> list[str]:
+        return [one["id"] for one in httpx.get(f"{served.url}/v1/models").json()["data"]]
+
+    assert offered() == ["tiny", "law", "sql"]
+    for _ in range(2):
+        refused = _ask(served, "none")
+        assert refused.status_code == 400
+        assert refused.json()["error"]["message"].startswith("adapter 'sql': ")
+        assert str(tmp_path) not in refused.text
+    assert offered() == ["tiny", "law"]

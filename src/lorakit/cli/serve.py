@@ -185,7 +185,7 @@ def start(settings: Settings) -> tuple[Engine, Any]:
 
 def introduce(front: Front, store: Path | None) -> None:
     """A line for the base and for each adapter, from its folder's configuration alone."""
-    names = front.engine.adapters.names()
+    names = [name for name in front.engine.adapters.names() if name not in front.reserved]
     err.print(
         f"{front.name}: {front.engine.context:,} tokens, {len(names)} adapter{'s' * (len(names) != 1)}", markup=False
     )

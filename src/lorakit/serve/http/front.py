@@ -6,6 +6,7 @@ import logging
 import time
 import uuid
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
@@ -137,7 +138,14 @@ class Front:
             try:
                 one = self.prompts.of(folder)
             except LorakitError as problem:
-                raise Fault(400, without_path(str(problem), folder), "refused", "model") from problem
+                adapters = self.engine.adapters
+                if adapters.info(name).state != "refused":
+                    with suppress(
+                        LorakitError
+                    ):  # so that the store knows it as unusable, and /v1/models offers it no more
+                        adapters.load(name)
+                said = without_path(str(problem), folder)
+                raise Fault(400, f"adapter {name!r}: {said}", "refused", "model") from problem
             if not any(one.prompt.same_form(other.prompt) for other in found):
                 found.append(one)
         if len(found) < 2:
