@@ -20,7 +20,7 @@ PYTHON ?=
 SHOWN := -q --no-header --disable-warnings --parts
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format docs docs-serve sweep peft-suite peft-draws install install-test data clean
+.PHONY: help demo test lint format docs docs-serve sweep sweep-foreign peft-suite peft-draws install install-test data clean
 .DELETE_ON_ERROR:
 
 BENCHMARKS := $(sort $(subst _,-,$(patsubst benchmarks/%.py,%,$(wildcard benchmarks/[a-z]*.py))))
@@ -35,6 +35,7 @@ help:
 	@echo "  docs         fill the generated pages and build the documentation into site/"
 	@echo "  docs-serve   the same, then show it on http://127.0.0.1:8000"
 	@echo "  sweep        check small models of every architecture; goes on where it stopped; SWEEP_OPTIONS='--only llama'"
+	@echo "  sweep-foreign FILES=FOLDER   init --from over a checkout of Axolotl's or LLaMA-Factory's examples"
 	@echo "  peft-suite   PEFT's own tests against lorakit.peft; PEFT_TESTS=folder PEFT_OPTIONS='--share 50 --only test_config.py'"
 	@echo "  peft-draws   random options of every type, both ways between PEFT and lorakit; DRAWS='2000 0': how many, first seed"
 	@echo "  bench-NAME   run a benchmark: $(or $(BENCHMARKS),none yet)"
@@ -79,6 +80,9 @@ data: install
 # environment and not in it: next to a CPU build of torch, the rest of transformers cannot be imported with PyPI's torchvision.
 sweep: install-test $(VENV)/vision
 	PYTHONPATH=$(VENV)/vision OMP_NUM_THREADS=1 $(BIN)/python tests/sweep/run.py $(SWEEP_OPTIONS)
+
+sweep-foreign: install-test
+	$(BIN)/python tests/sweep/foreign.py $(FILES)
 
 $(VENV)/vision: constraints.txt | $(VENV)/installed-test
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --target $@ --upgrade --no-deps $(PIP_OPTIONS) \

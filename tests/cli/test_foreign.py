@@ -260,3 +260,20 @@ def test_data_sets_that_differ_keep_what_is_their_own(tmp_path: Path) -> None:
     from_tree(tree, str(theirs))
     theirs.write_text(f"model_name_or_path: m\nstage: sft\ndataset_dir: {tmp_path}\ndataset: pairs\n")
     assert "ranking" in " ".join(converted(theirs)[2])
+
+
+def test_what_is_left_out_is_told_also_where_the_rest_is_no_run(lorakit: Run, tmp_path: Path) -> None:
+    theirs = tmp_path / "theirs.yml"
+    theirs.write_text(
+        "base_model: m\nmicro_batch_size: 2\nadapter: lora\nsequence_len: 500_000\n"
+        "tokens: {pad_token: '<pad>'}\ndatasets: [{path: pairs.jsonl, type: chatml.intel.of.nobody}, {path: x, type: dpo}]\n"
+    )
+    _, tree, left = converted(theirs)
+    assert tree["data"] == {"max_length": 500_000}
+    assert [line.partition(":")[0] for line in left] == ["tokens", "datasets"]
+    done = lorakit("init", "--from", str(theirs), "-o", str(tmp_path / "ours.yaml"))
+    assert done.exit_code == 2
+    said = " ".join(done.output.split())
+    assert "left out: datasets: rows of type dpo" in said
+    assert "data.train is missing" in said
+    assert not (tmp_path / "ours.yaml").exists()

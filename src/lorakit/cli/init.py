@@ -43,11 +43,11 @@ def init(
         from lorakit.train.config.run import from_tree
 
         program, tree, left = converted(foreign)
+        for line in left:
+            err.print(f"left out: {line}", markup=False)
         config = from_tree(tree, str(foreign))
         told = [f"# from {foreign} ({program})", *(f"# left out: {line}" for line in left)]
         write_whole(output, ("\n".join(told) + "\n\n" + to_yaml(config)).encode())
-        for line in left:
-            err.print(f"left out: {line}", markup=False)
         out.print(f"{output}: from {foreign} ({program}); next: lorakit train {output} --check", markup=False)
         return
     assert base is not None

@@ -8,6 +8,7 @@ silence.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,6 @@ RENAMED = {
         "init": "init_lora_weights peft_init_lora_weights",
         "modules_to_save": "lora_modules_to_save",
         "continue_from": "lora_model_dir adapter_name_or_path",
-        "data.special_tokens": "tokens",
         "overwrite": "overwrite_output_dir",
         "data.train": "dataset",
         "data.max_length": "max_seq_length sequence_len cutoff_len",
@@ -205,6 +205,12 @@ def _template(value: Any, _: Given) -> Tree:
     )
 
 
+def _new_tokens(value: Any, _: Given) -> Tree:
+    if not isinstance(value, list):
+        raise LorakitError("the names of the model's own special tokens; new ones are a list, data.special_tokens")
+    return {"data.special_tokens": value}
+
+
 def _groups(value: Any, _: Given) -> Tree:
     rates = {pattern: float(group["lr"]) for group in value for pattern in group["modules"]}
     return {f"train.rates.{pattern}": rate for pattern, rate in rates.items()}
@@ -297,6 +303,7 @@ CONVERTED: dict[str, Callable[[Any, Given], Tree]] = {
     "dataset": _named_datasets("data.train"), "eval_dataset": _named_datasets("data.evaluation"),
     "template": _template, "chat_template": _template,
     "chat_template_jinja": lambda value, given: {"data.template": value} if value else {},
+    "tokens": _new_tokens,
     "enable_thinking": lambda value, given: {"data.template_arguments.enable_thinking": value},
     "train_on_inputs": lambda value, given: {"data.completion_only_loss": not value},
     "train_on_prompt": lambda value, given: {"data.completion_only_loss": not value},
@@ -389,6 +396,8 @@ def _plain(key: str, value: Any) -> Tree:
         if value in (False, "", [], {}):
             return {}
         raise LorakitError("has no equivalent")
+    if isinstance(value, str) and re.fullmatch(r"\d+(_\d+)+", value):  # as YAML 1.1 writes large numbers
+        value = int(value)
     return {RENAMED[key]: value}
 
 
