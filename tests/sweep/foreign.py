@@ -1,5 +1,5 @@
-"""Run files of Axolotl and LLaMA-Factory, as their repositories have them, through `lorakit init --from`: what converts whole, what
-is refused, and which keys are left out. `make sweep-foreign FILES=FOLDER`, a checkout of their examples (never committed).
+"""Run files of Axolotl and LLaMA-Factory, as their repositories have them, through `lorakit init --from`: what converts whole,
+what is refused, and which keys are left out. `make sweep-foreign FILES=FOLDER`, a checkout of their examples (never committed).
 
 Ends with status 1 where a file raises anything but lorakit's own error.
 """
