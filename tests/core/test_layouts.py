@@ -64,6 +64,13 @@ def test_shapes_of_convolutions_and_embeddings() -> None:
     assert site.layout.shape == Shape(6, 10, lookup=True, bias=False)
 
 
+def test_sizes_that_a_model_computed_by_tensors_are_numbers() -> None:
+    layer = nn.Linear(8, 4)
+    layer.in_features, layer.out_features = torch.tensor(8), torch.tensor(4)  # type: ignore[assignment]
+    assert type(sites_of(layer)[0].layout.shape.in_) is int
+    lk.attach(nn.Sequential(layer))
+
+
 def test_what_has_no_matrix() -> None:
     for layer in (nn.LayerNorm(4), nn.GRU(4, 4), nn.Dropout(), nn.ConvTranspose1d(4, 6, 3), nn.Bilinear(2, 3, 4)):
         assert sites_of(layer) == []

@@ -64,7 +64,8 @@ def sites_of(module: nn.Module) -> list[Site]:
     if isinstance(module, nn.MultiheadAttention):
         return _attention_sites(module)
     if isinstance(module, nn.Linear) or has_linear_face(module):
-        shape = Shape(cast(int, module.out_features), cast(int, module.in_features), bias=bias is not None)
+        # int: some models compute the sizes of their layers by tensors (Inkling of transformers)
+        shape = Shape(int(cast(int, module.out_features)), int(cast(int, module.in_features)), bias=bias is not None)
         return [_site(module, bias, Linear(shape))]
     if _is_conv1d(module):
         width, height = cast(Tensor, module.weight).shape
