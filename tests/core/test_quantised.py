@@ -19,8 +19,10 @@ from laws.storages import FORMAT, Foreign
 from lorakit.algebra.merging import merge
 from lorakit.core.sites import has_linear_face, sites_of
 from lorakit.core.storage import storage_of
+from lorakit.core.storage.blocks import KINDS, BlockLinear, pack, unpack
 from lorakit.errors import LorakitError
 from lorakit.init import LoftQ
+from lorakit.models import quantisation
 
 
 class Two(nn.Module):
@@ -353,3 +355,28 @@ def test_experts_that_a_library_packs_are_left_out_with_the_reason(kind: str, ca
     for target in (["experts"], ["experts.down_proj"], "model.layers.0.mlp.experts"):
         with pytest.raises(lk.LorakitError, match=r"dequantize=True|no layer matches|matches no layer"):
             lk.attach(model, lk.LoRA(rank=2), name="b", target_modules=target)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_blocks_are_those_of_gguf_files(kind: str) -> None:
+    """The very bytes that the package gguf, of llama.cpp's authors, writes, and the floats that it reads."""
+    quants = pytest.importorskip("gguf.quants")
+    torch.manual_seed(0)
+    weight = torch.randn(6, 96) * torch.logspace(-6, 3, 6)[:, None]
+    weight[2, 32:64] = 0
+    theirs = {"q8_0": quants.Q8_0, "q4_0": quants.Q4_0}[kind]
+    raw = torch.from_numpy(theirs.quantize_blocks(weight.view(-1, 32).numpy()))
+    codes, scales = pack(weight, kind)
+    assert torch.equal(scales.view(-1, 1).view(torch.uint8), raw[:, :2])
+    assert torch.equal(codes.view(torch.uint8).view(18, -1), raw[:, 2:])
+    floats = torch.from_numpy(theirs.dequantize_blocks(raw.numpy())).view(6, 96)
+    assert torch.equal(unpack(codes, scales, kind, torch.float32), floats)
+
+
+def test_rows_that_fill_no_blocks_stay_in_floats() -> None:
+    model = nn.Sequential(nn.Linear(40, 64), nn.Linear(64, 8))
+    quantisation.Q8().pack(model, torch.float32)
+    assert type(model[0]) is nn.Linear
+    assert isinstance(model[1], BlockLinear)
+    with pytest.raises(LorakitError, match=r"multiple of 32 numbers, found 40"):
+        pack(torch.randn(4, 40), "q8_0")

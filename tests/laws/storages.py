@@ -8,6 +8,8 @@ much at most:
     doubled     and half the widest gap of the signed 8-bit code (64 values from 0.1 to 1), times the largest of these
     int8        half a step of the row, 1/254 of its largest magnitude, and the half precision it is rounded to first
     hqq         one step of the group, since its search moves the zero point
+    q8_0        half a step of the block, 1/254 of its largest magnitude, and its scale's rounding to half precision
+    q4_0        a step of the block, 1/8: one side has eight steps and the other seven; and its scale's rounding
 """
 
 from __future__ import annotations
@@ -22,6 +24,7 @@ from torch import Tensor, nn
 
 from laws.cases import SPECS, Case, Inputs, Kind, Model
 from lorakit.core.delta import Method
+from lorakit.core.storage.blocks import BlockLinear
 from lorakit.methods import METHODS
 
 INPUTS, OUTPUTS, BLOCK = 128, 64, 64
@@ -92,6 +95,11 @@ def hqq(bits: int) -> Callable[[nn.Linear], nn.Module]:
     return pack
 
 
+def blocks(kind: str) -> Callable[[nn.Linear], nn.Module]:
+    """The layer with its weight in llama.cpp's blocks."""
+    return lambda layer: BlockLinear(layer.weight, layer.bias, kind)
+
+
 class Foreign(nn.Module):
     """A layer of a library that lorakit does not know, in the form of GPTQ's: codes, zero points and scales of groups, the
     weight unpacked within the call and then gone."""
@@ -142,6 +150,16 @@ def of_rows(W: Tensor) -> Tensor:
     return W.abs().amax(1, keepdim=True) * (1 / 254 + 2**-10) + 0 * W
 
 
+def of_32(step: float) -> Callable[[Tensor], Tensor]:
+    """This share of the largest magnitude of a block of 32, and its scale's rounding to half precision: 2^-11 of it, or 2^-25
+    where it is below the normal numbers."""
+
+    def bound(W: Tensor) -> Tensor:
+        return (step + 2**-11) * W.unflatten(1, (-1, 32)).abs().amax(2).repeat_interleave(32, dim=1) + 127 * 2**-25
+
+    return bound
+
+
 def of_groups(W: Tensor) -> Tensor:
     """One step of the group in 4 bits."""
     groups = W.reshape(-1, BLOCK)
@@ -156,6 +174,8 @@ FORMATS: tuple[Format, ...] = (
     Format("int8", eight_bit, of_rows, "int8"),
     Format("torchao-int8", torchao_int8, of_rows, "torchao int8"),
     Format("hqq-4", hqq(4), of_groups, "hqq 4-bit"),
+    Format("q8_0", blocks("q8_0"), of_32(1 / 254), "q8_0"),
+    Format("q4_0", blocks("q4_0"), of_32(1 / 8), "q4_0"),
     Format("foreign", Foreign, None, "laws Foreign 4-bit"),
 )
 FORMAT = {one.name: one for one in FORMATS}

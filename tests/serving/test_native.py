@@ -10,8 +10,11 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers import LlamaConfig, LlamaForCausalLM
 
+from lorakit.core.storage.blocks import KINDS, BlockLinear, fits, unpack
 from lorakit.errors import LorakitError
+from lorakit.models.quantisation import Q4
 from lorakit.native import elementwise
 from lorakit.native.choice import FORCED
 from lorakit.serve.engine.engine import LocalEngine
@@ -19,12 +22,14 @@ from lorakit.serve.engine.scheduler import Limits
 from lorakit.serve.model import native
 from lorakit.serve.model.attention import ForwardContext, attend
 from lorakit.serve.model.batch import LONG, TOGETHER, Run, assemble, mix
+from lorakit.serve.model.blocks import Block
 from lorakit.serve.model.cache import Cache, LayerShape, page_count
 from lorakit.serve.model.linear_layers import LinearForward, WeightBuffer, join
 from lorakit.serve.model.packed import LayerTensors, PackedAdapter
 from lorakit.serve.model.product import adapt, change_of
+from lorakit.serve.model.serving_model import ServingModel
 from lorakit.serve.request import Refused
-from serving.small import model
+from serving.small import model, prompt
 
 DTYPES = [torch.float32, torch.bfloat16]
 pytestmark = pytest.mark.skipif(native.find("attend", torch.float32) is None, reason="no C++ compiler here")
@@ -142,13 +147,17 @@ def test_product(dtype: torch.dtype, in_: int, out: int) -> None:
 
 @pytest.mark.skipif(native.find("linear", torch.bfloat16) is None, reason="this processor does not multiply bfloat16")
 @pytest.mark.parametrize(("in_", "outs"), [(64, (96, 32, 48)), (70, (33, 1)), (96, (64,))])
-@pytest.mark.parametrize("way", ["panels", "ordered"])
+@pytest.mark.parametrize("way", ["panels", "ordered", *KINDS])
 def test_layers_with_their_adapters(way: str, in_: int, outs: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
     """Layers that read one input, in one call: what each gives alone, and its adapters, of every kind and in tiles of any
     size, added to the rounded output."""
+    if way in KINDS and not fits(in_):
+        pytest.skip(f"{way} needs rows of a multiple of 32 numbers")
     torch.manual_seed(0)
     dtype, context = torch.bfloat16, ForwardContext()
-    layers = [nn.Linear(in_, out, bias=number != 1).to(dtype) for number, out in enumerate(outs)]
+    layers: list[Any] = [nn.Linear(in_, out, bias=number != 1).to(dtype) for number, out in enumerate(outs)]
+    if way in KINDS:
+        layers = [BlockLinear(layer.weight, layer.bias, way) for layer in layers]
     monkeypatch.setenv(FORCED, f"linear={way}")
     forwards = [LinearForward(layer, number, context, pack=True) for number, layer in enumerate(layers)]
     x = torch.randn(1, 5, in_).to(dtype)
@@ -174,9 +183,7 @@ def test_layers_with_their_adapters(way: str, in_: int, outs: tuple[int, ...], m
         x = torch.randn(1, sum(counts), in_).to(dtype)
         for number, (forward, layer) in enumerate(zip(forwards, layers, strict=True)):
             found = forward(x)
-            base = nn.functional.linear(
-                x[0].double(), layer.weight.double(), None if layer.bias is None else layer.bias.double()
-            )
+            base = _base_output(layer, x[0])
             expected = base.clone()
             for (first, count), blend in zip(batch.spans, blends, strict=True):
                 part = slice(first, first + count)
@@ -187,6 +194,68 @@ def test_layers_with_their_adapters(way: str, in_: int, outs: tuple[int, ...], m
             # To the roundings of bfloat16: the output, and A x, which is rounded as PEFT rounds it.
             assert torch.allclose(found[0].double(), expected, rtol=2**-6, atol=2**-5), number
         context.batch = None
+
+
+def _base_output(layer: Any, x: Tensor) -> Tensor:
+    """A layer's output in float64; of weights in blocks for the inputs as they are rounded to bytes."""
+    bias = None if layer.bias is None else layer.bias.double()
+    if not isinstance(layer, BlockLinear):
+        return nn.functional.linear(x.double(), layer.weight.double(), bias)
+    parts = x.float().unflatten(1, (-1, 32))
+    scale = parts.abs().amax(2, keepdim=True) / 127
+    rounded = ((parts * torch.where(scale > 0, 1 / scale, 0)).round().double() * scale.double()).flatten(1)
+    return nn.functional.linear(rounded, unpack(layer.codes, layer.scales, layer.kind, torch.float64), bias)
+
+
+@pytest.mark.skipif(native.find("linear", torch.bfloat16) is None, reason="this processor does not multiply bfloat16")
+@pytest.mark.parametrize("kind", KINDS)
+def test_products_with_weights_in_blocks(kind: str) -> None:
+    """To the rounding of the output; a token's outputs are the same bits whatever is computed with it; a token that is not
+    finite has outputs that are not, and its neighbours stay."""
+    torch.manual_seed(0)
+    in_, out = 192, 100
+    layer = BlockLinear(torch.randn(out, in_).bfloat16(), None, kind)
+    forward = LinearForward(layer, 0, ForwardContext(), pack=True)
+    forward(torch.zeros(1, 1, in_, dtype=torch.bfloat16))
+    join([forward])
+    assert forward.group is not None
+    x = torch.randn(150, in_).bfloat16()
+    x[3, 32:64] = 0
+    x[4, 7] = 100.0
+    product = forward.group.product
+    found = product(x, None).view(150, out)
+    expected = _base_output(layer, x)
+    terms = x.double().abs() @ unpack(layer.codes, layer.scales, kind, torch.float64).T.abs()
+    assert ((found.double() - expected).abs() <= 2**-8 * expected.abs() + 1e-6 * terms).all()
+    for count in (1, 2, 3, 5, 6, 7, 15, 16, 17, 33, 64, 100):
+        assert torch.equal(product(x[:count], None).view(count, out), found[:count]), count
+    x[5, 9], x[6, 40] = float("nan"), float("inf")
+    spoilt = product(x, None).view(150, out)
+    assert not torch.isfinite(spoilt[5:7]).any()
+    assert torch.equal(torch.cat([spoilt[:5], spoilt[7:]]), torch.cat([found[:5], found[7:]]))
+
+
+@pytest.mark.skipif(native.find("linear", torch.bfloat16) is None, reason="this processor does not multiply bfloat16")
+def test_a_base_in_blocks_is_served() -> None:
+    """A request alone and among others gives the same bits."""
+    torch.manual_seed(0)
+    base = LlamaForCausalLM(
+        LlamaConfig(hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, vocab_size=96)
+    ).bfloat16()  # fmt: skip
+    Q4(head=True).pack(base, torch.bfloat16)
+    assert base.lm_head.kind == "q8_0"
+    assert base.model.layers[0].mlp.down_proj.kind == "q4_0"
+    served = ServingModel(base)
+    assert all(layer.group is not None for layer in served.layers.values())
+    assert any(isinstance(vars(module).get("forward"), Block) for module in base.modules())
+    texts = [prompt(number, 20 + number) for number in range(3)]
+    cache = Cache(served.shapes, 12, torch.bfloat16, torch.device("cpu"), reuse=False)
+    runs = [Run([t % 96 for t in text], 0, list(range(4 * n, 4 * n + 4)), wanted=1) for n, text in enumerate(texts)]
+    together = served.forward(assemble(runs, torch.device("cpu"), None), cache)
+    for number, run in enumerate(runs):
+        alone = served.forward(assemble([run], torch.device("cpu"), None), cache)
+        assert torch.equal(alone[0], together[number])
+    served.close()
 
 
 def _wide(piece: LayerTensors) -> LayerTensors:

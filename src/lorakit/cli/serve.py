@@ -59,6 +59,9 @@ class Settings:
     timeout: Annotated[float, typer.Option(min=0.1, help="Seconds until an answer must be complete.")] = 600.0
     grace: Annotated[float, typer.Option(min=1, help="Seconds for running answers after SIGTERM.")] = 30.0
     dtype: Annotated[str, typer.Option(help="Precision of the base model: auto, bf16, fp32.")] = "auto"
+    quantize: Annotated[
+        str | None, typer.Option(help="Quantise the base: q8_0, q4_0 (multiplied as they are), nf4, int8, ...")
+    ] = None
     engine: Annotated[str, typer.Option(help="The engine: lorakit, or vllm where it is installed.")] = "lorakit"
     cluster: Annotated[int, typer.Option(min=0, help="Replicas on Ray Serve; 0 serves from this process.")] = 0
     cluster_max: Annotated[
@@ -150,6 +153,13 @@ serve.__annotations__ = {name: one.annotation for name, one in serve.__signature
 def start(settings: Settings) -> tuple[Engine, Any]:
     """The engine that was asked for, running, and the base model's tokenizer."""
     base, limits = settings.base, settings.limits()
+    if settings.quantize and (settings.cluster or settings.engine == "vllm"):
+        from lorakit.errors import LorakitError
+
+        other = "--cluster" if settings.cluster else "--engine vllm"
+        raise LorakitError(
+            f"serve: --quantize {settings.quantize} is for lorakit's own engine; leave it or {other} out."
+        )
     if settings.engine == "vllm":
         from lorakit.serve.remote.vllm import VllmEngine
 
@@ -173,11 +183,12 @@ def start(settings: Settings) -> tuple[Engine, Any]:
             replicas.start()
         return replicas, load_tokenizer(base, {})
     from lorakit.models.loading import load_model
+    from lorakit.models.quantisation import for_serving
     from lorakit.serve.engine.engine import LocalEngine
     from lorakit.serve.engine.scheduler import Limits
 
     with err.status(f"loading {base}"):
-        model, tokenizer = load_model(base, dtype=settings.dtype)
+        model, tokenizer = load_model(base, dtype=settings.dtype, quantize=for_serving(settings.quantize))
         local = LocalEngine(model, settings.store, Limits(**limits), formless=settings.formless)  # type: ignore[arg-type]
         local.start()
     return local, tokenizer

@@ -4,6 +4,7 @@
     int8           bitsandbytes: 8 bits, a scale per row
     torchao-int8   torchao: the same, the layer stays an nn.Linear
     hqq            HQQ: 8, 4, 3, 2 or 1 bits, scales and zero points per group
+    q8_0, q4_0     llama.cpp's blocks of 32: 8.5 and 4.5 bits a weight; the server multiplies in them (no package needed)
 
 Only linear layers are quantised; embeddings, norms and the output head stay as they are, and what `skip` names. Formats
 that need data to be quantised (GPTQ, AWQ, AQLM) are read where a model comes in them, and not made here.
@@ -13,8 +14,8 @@ from __future__ import annotations
 
 import importlib.util
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, Literal, cast
 
 import torch
 from torch import nn
@@ -22,6 +23,7 @@ from torch import nn
 from lorakit.core.options import check, option
 from lorakit.core.sites import adaptable_sites
 from lorakit.core.storage import FLOAT, storage_of
+from lorakit.core.storage.blocks import BlockLinear, fits
 from lorakit.errors import LorakitError, plural, unknown
 
 HEADS = ("lm_head", "embed_out", "score", "classifier", "qa_outputs")
@@ -148,7 +150,40 @@ class HalfQuadratic(Quantisation):
                 model.set_submodule(path, made)
 
 
-FORMATS: dict[str, type[Quantisation]] = {cls.name: cls for cls in (NF4, FP4, Int8, TorchAOInt8, HalfQuadratic)}
+@dataclass(frozen=True, kw_only=True)
+class Q8(Quantisation):
+    """Blocks of 32 signed bytes with a scale."""
+
+    name: ClassVar[str] = "q8_0"
+    library: ClassVar[str] = "torch"
+    head: bool = option(False, "lay the output head in q8_0 blocks too, as a server does")
+
+    def _config(self, dtype: torch.dtype) -> None:
+        """None: the model is packed afterwards."""
+
+    def pack(self, model: nn.Module, dtype: torch.dtype) -> None:
+        for path, layer in list(model.named_modules()):
+            head = any(part in path for part in HEADS)
+            if type(layer) is nn.Linear and not any(part in path for part in self.skip) and (self.head or not head):
+                in_blocks(model, path, "q8_0" if head else self.name)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Q4(Q8):
+    """Blocks of 32 four-bit numbers with a scale."""
+
+    name: ClassVar[str] = "q4_0"
+
+
+def in_blocks(model: nn.Module, path: str, kind: str) -> bool:
+    """Lay the weight of a linear layer in blocks; False, and nothing done, where its rows are no multiple of 32."""
+    layer = cast(nn.Linear, model.get_submodule(path))
+    if fits(layer.in_features):
+        model.set_submodule(path, BlockLinear(layer.weight, layer.bias, kind))
+    return fits(layer.in_features)
+
+
+FORMATS: dict[str, type[Quantisation]] = {cls.name: cls for cls in (NF4, FP4, Int8, TorchAOInt8, HalfQuadratic, Q8, Q4)}
 """Formats by name."""
 
 
@@ -164,6 +199,13 @@ def quantisation(given: str | Quantisation | None) -> Quantisation | None:
     if given not in FORMATS:
         raise unknown("quantisation", given, FORMATS)
     return FORMATS[given]()
+
+
+def for_serving(name: str | None) -> Quantisation | None:
+    """A format from its name, the output head quantised too where the server multiplies in it: an answer reads the head for
+    every token."""
+    found = quantisation(name)
+    return replace(found, head=True) if isinstance(found, Q8) else found
 
 
 # -- what is held how ------------------------------------------------------------------------------------------------------

@@ -126,6 +126,8 @@ def find_gated(module: nn.Module) -> Gated | None:
     if not all(callable(part) for part in parts) or {name for name, _ in module.named_children()} - set(GATED):
         return None
     first = next(iter(module.parameters()), None)
+    if first is None and isinstance(dtype := getattr(parts[0], "dtype", None), torch.dtype):  # all of it is quantised
+        first = nn.Parameter(next(module.buffers()).new_empty(0, dtype=dtype), requires_grad=False)
     width = getattr(parts[0], "in_features", None) or getattr(getattr(parts[0], "base", None), "in_features", None)
     width = getattr(module, "hidden_size", None) if width is None else width
     if first is None or not isinstance(width, int):

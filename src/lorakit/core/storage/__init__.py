@@ -10,6 +10,7 @@ from __future__ import annotations
 from torch import nn
 
 from lorakit.core.storage.bitsandbytes import EightBit, FourBit
+from lorakit.core.storage.blocks import Blocks
 from lorakit.core.storage.contract import Float, Snapshot, Storage, owner, value_of
 from lorakit.core.storage.frozen import Frozen
 from lorakit.core.storage.hqq import HQQ
@@ -18,7 +19,7 @@ from lorakit.errors import LorakitError
 
 FLOAT = Float()
 
-STORAGES: list[Storage] = [FLOAT, FourBit(), EightBit(), TorchAO(), HQQ(), Frozen()]
+STORAGES: list[Storage] = [FLOAT, FourBit(), EightBit(), TorchAO(), HQQ(), Blocks(), Frozen()]
 """Asked in this order; the last takes any layer that is called like a linear one."""
 
 

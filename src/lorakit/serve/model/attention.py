@@ -47,6 +47,8 @@ class ForwardContext:
         seen: layer -> its shape, filled while the engine looks at the model for the first time.
         asked: layer -> what its attention was asked for in the last step.
         compiled: whether the loops of `native.cpp` are used.
+        trial: whether this is the trial of a model: weights in blocks are multiplied as floats, since rounding the inputs to
+            bytes makes more of a difference than what the trial looks for.
     """
 
     batch: Batch | None = None
@@ -54,6 +56,7 @@ class ForwardContext:
     seen: dict[int, LayerShape] = field(default_factory=dict)
     asked: dict[int, Asked] = field(default_factory=dict)
     compiled: bool = True
+    trial: bool = False
 
 
 def serve_attention(model: nn.Module, context: ForwardContext) -> Callable[[], None]:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from lorakit.core.storage.contract import FLOATS
 from lorakit.native import elementwise, replacement
 from lorakit.serve.model.attention import ForwardContext
 
@@ -63,7 +64,11 @@ def fuse(model: nn.Module, context: ForwardContext) -> Callable[[], None]:
 
     def gate(found: replacement.Gated) -> Gate | None:
         part = found.module
-        if not isinstance(part.gate_proj, nn.Linear) or not _compiled(part.gate_proj.weight.dtype):
+        layer = part.gate_proj
+        dtype = (
+            layer.weight.dtype if isinstance(layer, nn.Linear) else getattr(layer, "dtype", None)
+        )  # as of BlockLinear
+        if dtype not in FLOATS or not _compiled(dtype):
             return None
         return Gate(part.forward, context, part.gate_proj, part.up_proj, part.down_proj, found.kind)
 

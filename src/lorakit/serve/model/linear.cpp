@@ -9,12 +9,14 @@
 #include <omp.h>
 
 #include "adapters.h"
+#include "blocked.h"
 
 #if defined(__AVX512BF16__)
 
-// A layer: its packed weight, its bias (0 for none), its sizes, its place in `linear_layers` of the model.
+// A layer: its packed weight, its bias (0 for none), its sizes, its place in `linear_layers` of the model, and in what its
+// weight lies (`Kind`; the same for all layers of a call).
 struct Layer {
-    int64_t weight, bias, in, out, number;
+    int64_t weight, bias, in, out, number, kind;
 };
 
 constexpr int PANEL = 48, ROWS = 8, TOGETHER = 8;
@@ -90,12 +92,20 @@ static void multiply_rest(int64_t rows, const bf16* x, int64_t x_token, const bf
         multiply_rest<R - 1>(rows, x, x_token, panel, pairs, bias, y, y_token, columns);
 }
 
-static void multiply_panel(const Layer& layer, int64_t number, const bf16* x, int64_t x_token, bf16* y, int64_t tokens) {
-    const bf16* panel = reinterpret_cast<const bf16*>(layer.weight) + number * layer.in * PANEL;
+static void multiply_panel(const Layer& layer, int64_t number, const bf16* x, int64_t x_token, bf16* y, int64_t tokens,
+                           const Bytes& bytes) {
     const int64_t first = number * PANEL, columns = layer.out - first < PANEL ? layer.out - first : PANEL;
     float bias[PANEL] = {};
     if (layer.bias)
         for (int64_t i = 0; i < columns; i++) bias[i] = widen(reinterpret_cast<const bf16*>(layer.bias)[first + i]);
+    if (layer.kind) {
+        const int64_t size = 3 * layer.in / BLOCK * (layer.kind == Q8_0 ? sixteen<Q8_0> : sixteen<Q4_0>);
+        const auto function = layer.kind == Q8_0 ? multiply_blocked_panel<Q8_0> : multiply_blocked_panel<Q4_0>;
+        function(bytes, reinterpret_cast<const uint8_t*>(layer.weight) + number * size, layer.in, bias, y + first, layer.out,
+                 columns, tokens);
+        return;
+    }
+    const bf16* panel = reinterpret_cast<const bf16*>(layer.weight) + number * layer.in * PANEL;
     int64_t t = 0;
     for (; t + ROWS <= tokens; t += ROWS)
         multiply<ROWS>(x + t * x_token, x_token, panel, layer.in / 2, bias, y + t * layer.out + first, layer.out, columns);
@@ -243,6 +253,7 @@ static void linear(const Layer* layers, int64_t count, const bf16* x, int64_t x_
     static thread_local Stretches early, late;  // of the thread that starts the others
     static thread_local std::vector<bf16> products;
     static thread_local std::vector<int64_t> begins, places;
+    static thread_local Bytes inputs;
     const int64_t tiles = adapters.tiles * count;
     begins.assign(count + 1, 0);
     for (int64_t l = 0; l < count; l++) begins[l + 1] = begins[l] + (layers[l].out + PANEL - 1) / PANEL;
@@ -259,6 +270,13 @@ static void linear(const Layer* layers, int64_t count, const bf16* x, int64_t x_
     early.set(panels + tiles, threads);
     late.set(tiles, threads);
     Stretches &first = early, &second = late;  // thread_local names would be each thread's own below
+    Bytes& bytes = inputs;
+    const bool blocked = layers[0].kind != PLAIN;
+    if (blocked) {
+        bytes.room(tokens, layers[0].in);
+        if (tokens < TOGETHER)
+            for (int64_t t = 0; t < tokens; t++) bytes.set(x + t * x_token, t, layers[0].in);
+    }
     bf16* h = products.data();
     const int64_t *begin = begins.data(), *at = places.data();
     const auto output = [&](int64_t l) {
@@ -269,11 +287,15 @@ static void linear(const Layer* layers, int64_t count, const bf16* x, int64_t x_
 #pragma omp parallel num_threads(threads)
     {
         const int64_t thread = omp_get_thread_num();
+        if (blocked && tokens >= TOGETHER) {
+#pragma omp for
+            for (int64_t t = 0; t < tokens; t++) bytes.set(x + t * x_token, t, layers[0].in);
+        }
         first.run(thread, [&](int64_t n) {
             if (n < panels) {
                 int64_t l = 0;
                 while (n >= begin[l + 1]) l++;
-                multiply_panel(layers[l], n - begin[l], x, x_token, output(l), tokens);
+                multiply_panel(layers[l], n - begin[l], x, x_token, output(l), tokens, bytes);
                 return;
             }
             n -= panels;

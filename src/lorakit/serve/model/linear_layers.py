@@ -12,12 +12,13 @@ from __future__ import annotations
 import ctypes
 import functools
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Protocol, cast
 
 import torch
 from torch import Tensor, nn
 
+from lorakit.core.storage.blocks import BLOCK, BlockLinear
 from lorakit.native.choice import fastest
 from lorakit.serve.model import native
 from lorakit.serve.model.attention import ForwardContext
@@ -70,6 +71,27 @@ def pack_weight(weight: Tensor, buffer: WeightBuffer) -> Tensor:
     return result
 
 
+def pack_blocks(layer: BlockLinear) -> Tensor:
+    """A weight in blocks in the panels of `blocked.h`, as bytes (panels, blocks, 3, 32 + 64 · 8 or 4); what is missing in the
+    last panel being zero."""
+    out, blocks = layer.out_features, layer.in_features // BLOCK
+    panels = -(-out // PANEL)
+    codes = layer.codes.view(torch.uint8)
+    if layer.kind == "q8_0":
+        codes = codes ^ 128  # q + 128
+    rows = torch.zeros(panels * PANEL, codes.shape[1], dtype=torch.uint8)
+    rows[:out] = codes
+    scales = torch.zeros(panels * PANEL, blocks, dtype=torch.int16)
+    scales[:out] = layer.scales
+    inner = rows.view(panels, 3, 16, blocks, -1, 4).permute(0, 3, 1, 4, 2, 5).flatten(3)
+    outer = scales.view(panels, 3, 16, blocks).permute(0, 3, 1, 2).contiguous().view(torch.uint8)
+    result = torch.empty(panels, blocks, 3, outer.shape[3] + inner.shape[3], dtype=torch.uint8)
+    native.large_pages(result)
+    result[..., : outer.shape[3]] = outer
+    result[..., outer.shape[3] :] = inner
+    return result
+
+
 class LinearForward:
     """The forward of one linear layer of the serving model.
 
@@ -78,6 +100,7 @@ class LinearForward:
         tokens: how many tokens it saw in the last forward.
         input: what it was given in the last forward outside of a step.
         weight: its bfloat16 weight where that is to be ordered for the processor, or None.
+        blocks: the layer itself where its weight lies in blocks that are multiplied as they are, or None.
         group: the layers that are computed together with it.
     """
 
@@ -88,6 +111,11 @@ class LinearForward:
         self.bias = cast("Tensor | None", getattr(module, "bias", None))
         self.weight: Tensor | None = None
         self.group: Group | None = None
+        self.blocks: BlockLinear | None = None
+        if isinstance(module, BlockLinear):
+            if pack and native.find("linear", torch.bfloat16) is not None:
+                self.blocks = module
+            return
         weight = cast(Tensor, module.weight)
         plain = type(module).forward is nn.Linear.forward and type(weight) is nn.Parameter
         if pack and plain and weight.dtype == torch.bfloat16 and ways(weight.shape[1]):
@@ -102,7 +130,7 @@ class LinearForward:
         self.tokens = x.numel() // x.shape[-1]
         # The output layer sees only the tokens whose logits are wanted.
         own = batch if batch.mixture is None or self.tokens == batch.row.shape[0] else batch.head
-        if self.group is not None and x.dtype == torch.bfloat16:
+        if self.group is not None and x.dtype == torch.bfloat16 and not (context.trial and self.blocks is not None):
             return self.group.output(self.number, x, own)
         y = self.original(x)
         if own.mixture is not None and own.mixture.touched[self.number]:
@@ -118,22 +146,33 @@ def ways(width: int) -> list[str]:
 
 
 class Group:
-    """Layers that read the same input, computed by the first that is asked for."""
+    """Layers that read the same input, computed by the first that is asked for; all in floats, or all in one kind of blocks."""
 
     def __init__(self, layers: list[LinearForward], buffer: WeightBuffer) -> None:
         self.numbers = [layer.number for layer in layers]
-        self.weights = [cast(Tensor, layer.weight) for layer in layers]
         self.biases = [layer.bias for layer in layers]
-        self.outs = [weight.shape[0] for weight in self.weights]
-        self.width = sum(self.outs)
         self.input: Tensor | None = None
         self.outputs: dict[int, Tensor] = {}
-
-        self.product: Product = self.order(self.fastest(), buffer)
+        self.product: Product
+        blocks = [layer.blocks for layer in layers if layer.blocks is not None]
+        if blocks:
+            self.weights: list[Tensor] = []
+            self.outs, inputs = [one.out_features for one in blocks], blocks[0].in_features
+            packed = [(pack_blocks(one), bias) for one, bias in zip(blocks, self.biases, strict=True)]
+            self.width = sum(self.outs)
+            self.product = Panels(self, inputs, packed, KIND[blocks[0].kind])
+            return
+        self.weights = [cast(Tensor, layer.weight) for layer in layers]
+        self.outs = [weight.shape[0] for weight in self.weights]
+        self.width = sum(self.outs)
+        self.product = self.order(self.fastest(), buffer)
 
     def order(self, way: str, buffer: WeightBuffer) -> Product:
         """A way to compute this group, with its weights in that way's order."""
-        return Panels(self, buffer) if way == "panels" else Ordered(self)
+        if way == "ordered":
+            return Ordered(self)
+        packed = [(pack_weight(weight, buffer), bias) for weight, bias in zip(self.weights, self.biases, strict=True)]
+        return Panels(self, self.weights[0].shape[1], packed)
 
     def fastest(self) -> str:
         """The way that is the fastest here."""
@@ -178,22 +217,30 @@ class Product(Protocol):
 
 
 class _Layer(ctypes.Structure):
-    _fields_ = [(name, ctypes.c_int64) for name in ("weight", "bias", "width", "out", "number")]
+    _fields_ = [(name, ctypes.c_int64) for name in ("weight", "bias", "width", "out", "number", "kind")]
+
+
+KIND = {"": 0, "q8_0": 8, "q4_0": 4}
+"""What weights lie in, as `blocked.h` numbers it; "" is bfloat16."""
 
 
 class Panels:
-    """By our own loops, adapters in the same pass."""
+    """By our own loops, adapters in the same pass.
 
-    def __init__(self, group: Group, buffer: WeightBuffer) -> None:
+    Args:
+        inputs: numbers of a token.
+        packed: each layer's weight in panels, and its bias.
+        kind: one of `KIND`.
+    """
+
+    def __init__(
+        self, group: Group, inputs: int, packed: Sequence[tuple[Tensor, Tensor | None]], kind: int = 0
+    ) -> None:
         self.width = group.width
-        self.tensors = [
-            (pack_weight(weight, buffer), bias) for weight, bias in zip(group.weights, group.biases, strict=True)
-        ]  # must live as long as their addresses
-        addresses = ([0 if tensor is None else tensor.data_ptr() for tensor in pair] for pair in self.tensors)
-        about = zip(addresses, group.weights, group.numbers, strict=True)
-        self.layers = (_Layer * len(group.weights))(
-            *(_Layer(*own, weight.shape[1], weight.shape[0], number) for own, weight, number in about)
-        )
+        self.tensors = packed  # must live as long as their addresses
+        addresses = ([0 if tensor is None else tensor.data_ptr() for tensor in pair] for pair in packed)
+        about = zip(addresses, group.outs, group.numbers, strict=True)
+        self.layers = (_Layer * len(packed))(*(_Layer(*own, inputs, out, number, kind) for own, out, number in about))
         self.address = ctypes.addressof(self.layers)
         function = native.find("linear", torch.bfloat16)
         assert function is not None
@@ -240,11 +287,12 @@ class Ordered:
 
 def join(layers: Iterable[LinearForward]) -> None:
     """Make groups of the layers to be ordered that were given the very same input in the last forward outside of a step."""
-    groups: dict[int, list[LinearForward]] = {}
+    groups: dict[tuple[str, int], list[LinearForward]] = {}
     for forward in layers:
-        if forward.weight is not None:
+        if forward.weight is not None or forward.blocks is not None:
             alone = forward.input is None  # an expert that saw nothing
-            groups.setdefault(-forward.number - 1 if alone else id(forward.input), []).append(forward)
+            kind = "" if forward.blocks is None else forward.blocks.kind
+            groups.setdefault((kind, -forward.number - 1 if alone else id(forward.input)), []).append(forward)
     buffer = WeightBuffer()
     for members in groups.values():
         group = Group(members, buffer)

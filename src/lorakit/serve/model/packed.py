@@ -237,7 +237,9 @@ class AdapterReader:
             parts = []
             for site_name, delta in layer.deltas_of(adapter.name).items():
                 site = layer.sites[site_name]
-                W = site.layout.matrix(storage_of(layer.base, site.weight, path).read(layer.base, site.weight))
+                W = torch.empty(0)  # factors are served as they are; quantised weights cost time to read
+                if not is_product(delta):
+                    W = site.layout.matrix(storage_of(layer.base, site.weight, path).read(layer.base, site.weight))
                 bias = None if site.bias is None else cast(Tensor, getattr(layer.base, site.bias))
                 if bias is not None and isinstance(site.layout, Rows):
                     bias = site.layout.part(bias)
