@@ -6,6 +6,7 @@ model itself sees a batch of one row with positions, as it does in packed traini
 
 from __future__ import annotations
 
+import ctypes
 import dataclasses
 import functools
 from collections.abc import Sequence
@@ -102,6 +103,22 @@ class Batch:
             *(table.data_ptr(), table.shape[1], self.row.data_ptr(), self.place.data_ptr(), self.row.shape[0]),
             *(tiles.data_ptr(), tiles.shape[0]),
         )
+
+    @functools.cached_property
+    def adapters(self) -> tuple[int, ...]:
+        """A step's arguments of the products in `linear.cpp`, the same for every layer."""
+        if (mixture := self.mixture) is None:
+            return (0,) * 8
+        order, begins = self.tiles_of_adapters
+        return (
+            *(mixture.parts.data_ptr(), mixture.parts.shape[1], self.row.data_ptr(), mixture.starts.data_ptr()),
+            *(mixture.weights.data_ptr(), order.data_ptr(), begins.data_ptr(), begins.shape[0] - 1),
+        )
+
+    @functools.cached_property
+    def structures(self) -> tuple[Any, Any]:
+        """`addresses` and `adapters` as `stack.cpp` takes them."""
+        return tuple((ctypes.c_int64 * len(own))(*own) for own in (self.addresses, self.adapters))  # type: ignore[return-value]
 
     @functools.cached_property
     def long(self) -> list[int]:

@@ -4,21 +4,27 @@ A block of a small model is thirty calls of modules and views, which take as lon
 `h = x + o(attention(norm(x)))`, `h + down(act(gate(n)) * up(n))` with `n = norm(h)`, of parts that are replaced already:
 linear layers (`linear_layers.py`), a norm and a gate of `fused.py`. The logits of the trial must stay the same to the bit, or
 the blocks stay as they are (`serving_model.py`).
+
+Blocks whose products are all our own loops go through one C++ call together (`stack.cpp`): the first that the model calls
+computes all that follow, which hand on what they are given.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import ctypes
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lorakit.native import elementwise
+from lorakit.native import INTEGER, POINTER, elementwise
 from lorakit.serve.model import native
 from lorakit.serve.model.attention import ForwardContext
+from lorakit.serve.model.batch import Batch
+from lorakit.serve.model.cache import Cache
 from lorakit.serve.model.fused import Gate, Norm
-from lorakit.serve.model.linear_layers import Group, LinearForward
+from lorakit.serve.model.linear_layers import Group, LinearForward, Panels
 
 PARTS = {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"}
 
@@ -40,6 +46,7 @@ class Block:
         attend = native.find("attend", torch.bfloat16)
         assert attend is not None
         self.attend = attend
+        self.stack: Stack | None = None
 
     def __call__(
         self,
@@ -64,6 +71,11 @@ class Block:
                 past_key_values=past_key_values,
                 **kwargs,
             )
+        if (stack := self.stack) is not None:
+            if stack.result is hidden_states:  # a block before this one has computed it too
+                return hidden_states
+            if self is stack.blocks[0]:
+                return stack.compute(hidden_states, position_embeddings, batch, cache)
         x = hidden_states[0]
         tokens, heads, key_heads, d, dv = x.shape[0], self.heads, self.key_heads, self.d, self.dv
         cosine, sine = position_embeddings[0][0], position_embeddings[1][0]
@@ -86,6 +98,89 @@ class Block:
     def _norm(self, number: int, x: Tensor) -> Tensor:
         norm = self.norms[number]
         return elementwise.norm(x, norm.weight, norm.eps, norm.shift)
+
+
+_FUNCTIONS = (
+    (elementwise.LIBRARY, "norm"), (elementwise.LIBRARY, "turn"), (native.LOOPS, "attend"), (native.LINEAR, "linear"),
+    (elementwise.LIBRARY, "gate"),
+)  # fmt: skip
+
+
+class _Block(ctypes.Structure):
+    _fields_ = [
+        *((name, POINTER) for name in ["norm", "second_norm", "qkv", "o", "gated", "down", "keys", "values", "sinks"]),
+        *((name, INTEGER) for name in ["heads", "key_heads", "d", "dv", "inner", "tanh", "window"]),
+        *((name, ctypes.c_double) for name in ["eps", "shift", "second_eps", "second_shift", "scale", "softcap"]),
+    ]
+
+
+class Stack:
+    """Blocks one after the other, as one call.
+
+    Attributes:
+        result: the output of the last one in the present step, by which the blocks after the first know that it is theirs.
+    """
+
+    def __init__(self, blocks: Sequence[Block], context: ForwardContext) -> None:
+        self.blocks, self.context = blocks, context
+        self.result: Tensor | None = None
+        self.cache: Cache | None = None
+        functions = [library.find(name, torch.bfloat16) for library, name in _FUNCTIONS]
+        self.functions = (POINTER * len(functions))(*(ctypes.cast(one, POINTER).value for one in functions))  # type: ignore[arg-type]
+        self.few, self.many = (library.find("stack", torch.bfloat16) for library in (native.STACK, native.LONG_STACK))
+
+    def compute(
+        self, hidden_states: Tensor, position_embeddings: tuple[Tensor, Tensor], batch: Batch, cache: Cache
+    ) -> Tensor:
+        """The output of the last block for the input (1, tokens, hidden) of the first."""
+        if self.cache is not cache:
+            self.rows = (_Block * len(self.blocks))(*(self._row(block, cache) for block in self.blocks))
+            self.cache = cache
+        x = hidden_states if hidden_states.is_contiguous() else hidden_states.contiguous()
+        y = torch.empty_like(x)
+        cosine, sine = (angles.contiguous() for angles in position_embeddings)
+        function = self.few if x.shape[1] <= FEW else self.many
+        assert function is not None
+        function(
+            ctypes.addressof(self.functions), ctypes.addressof(self.rows), len(self.blocks), x.data_ptr(), y.data_ptr(),
+            x.shape[2], cosine.data_ptr(), sine.data_ptr(), *batch.structures,
+        )  # fmt: skip
+        self.result = y
+        return y
+
+    def _row(self, block: Block, cache: Cache) -> _Block:
+        asked, (first, second) = self.context.asked[block.layer], block.norms
+        layers = (group.product.address for group in (block.qkv, block.o, block.gated, block.down))  # type: ignore[attr-defined]
+        return _Block(
+            first.weight.data_ptr(), second.weight.data_ptr(), *layers,
+            cache.keys[block.layer].data_ptr(), cache.values[block.layer].data_ptr(), asked.address,
+            block.heads, block.key_heads, block.d, block.dv, block.gated.outs[0], block.kind == "gelu_tanh", asked.window,
+            first.eps, first.shift, second.eps, second.shift, asked.scale, asked.softcap,
+        )  # fmt: skip
+
+
+FEW = 64
+"""Tokens of a step up to which the interpreter's lock is kept while a stack is computed."""
+
+
+def stack(model: nn.Module, context: ForwardContext) -> Callable[[], None] | None:
+    """Let the blocks of a model be computed together where all their products are our own loops; returns what lets each be
+    computed alone again, or None where nothing was changed."""
+    found = [vars(module).get("forward") for module in model.modules()]
+    blocks = [block for block in found if isinstance(block, Block)]
+    ours = all(isinstance(group.product, Panels) for one in blocks for group in (one.qkv, one.o, one.gated, one.down))
+    in_order = [block.layer for block in blocks] == sorted(context.asked)
+    if not blocks or not ours or not in_order or native.STACK.obstacle is not None:
+        return None
+    made = Stack(blocks, context)
+    for block in blocks:
+        block.stack = made
+
+    def restore() -> None:
+        for block in blocks:
+            block.stack = None
+
+    return restore
 
 
 def fuse(model: nn.Module, context: ForwardContext) -> Callable[[], None] | None:

@@ -250,15 +250,7 @@ class Panels:
         x = x if x.stride(1) == 1 else x.contiguous()
         tokens = x.shape[0]
         block = x.new_empty(tokens * self.width)
-        adapters: tuple[int, ...] = (0,) * 8
-        if batch is not None and (mixture := batch.mixture) is not None:
-            order, begins = batch.tiles_of_adapters
-            # fmt: off
-            adapters = (
-                mixture.parts.data_ptr(), mixture.parts.shape[1], batch.row.data_ptr(), mixture.starts.data_ptr(),
-                mixture.weights.data_ptr(), order.data_ptr(), begins.data_ptr(), begins.shape[0] - 1,
-            )
-            # fmt: on
+        adapters = (0,) * 8 if batch is None else batch.adapters
         self.function(self.address, len(self.layers), x.data_ptr(), x.stride(0), tokens, block.data_ptr(), *adapters)
         return block
 

@@ -1,4 +1,4 @@
-"""The inner loops in C++ (`native.cpp`, `linear.cpp`); and why they are off, where they are.
+"""The inner loops in C++ (`native.cpp`, `linear.cpp`, `stack.cpp`); and why they are off, where they are.
 
 Where there is no compiler, or the model is not on a processor, or its numbers are neither float32 nor bfloat16, the engine
 takes the same steps in PyTorch: slower, not otherwise.
@@ -41,6 +41,16 @@ LINEAR = Library(
     {"linear": (*(POINTER, INTEGER) * 2, INTEGER, POINTER, POINTER, INTEGER, *[POINTER] * 5, INTEGER)},
     holding=True,
 )
+
+STACK, LONG_STACK = (
+    Library(
+        Path(__file__).with_name("stack.cpp"),
+        {"stack": (POINTER, POINTER, INTEGER, POINTER, POINTER, INTEGER, *[POINTER] * 4)},
+        holding=holding,
+    )
+    for holding in (True, False)
+)
+"""The same for steps of few tokens and of many: others wait for the interpreter's lock meanwhile."""
 
 
 @functools.cache
