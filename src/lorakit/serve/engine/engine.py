@@ -12,8 +12,10 @@ import time
 from collections import deque
 from collections.abc import Sequence
 from pathlib import Path
+from typing import cast
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from lorakit.errors import LorakitError
 from lorakit.serve.engine.pool import Lease, Pool
@@ -21,9 +23,10 @@ from lorakit.serve.engine.sampling import Choice, Chooser, NoChoice, choose
 from lorakit.serve.engine.scheduler import Job, Limits, Scheduler, Share
 from lorakit.serve.lifecycle import Lifecycle
 from lorakit.serve.model import native
+from lorakit.serve.model.alone import Alone
 from lorakit.serve.model.batch import Batch, Mixture, Run, assemble, mix
 from lorakit.serve.model.cache import PAGE, Cache, page_bytes
-from lorakit.serve.model.packed import AdapterReader, Formless
+from lorakit.serve.model.packed import AdapterReader, Formless, PackedAdapter
 from lorakit.serve.model.serving_model import ServingModel
 from lorakit.serve.request import (
     Failed,
@@ -53,7 +56,7 @@ class LocalEngine(Lifecycle):
         model: a causal model of transformers, with its weights. It is not changed for good: `stop` gives it back.
         store: a folder whose folders are adapters; their names are what requests call them. None: the base alone.
         limits: how much to take on.
-        formless: what becomes of adapters whose method has no `Form`: "refuse", "dense" or "svd".
+        formless: what becomes of adapters that no batch can share: "alone", "refuse", "dense" or "svd" (`Formless`).
         stand_in: with "svd", the rank of the stand-ins and the relative error allowed.
         readers: adapters that are read at once.
         compiled: use the compiled loops where they can be had.
@@ -70,7 +73,7 @@ class LocalEngine(Lifecycle):
         store: str | Path | None = None,
         limits: Limits | None = None,
         *,
-        formless: Formless = "refuse",
+        formless: Formless = "alone",
         stand_in: tuple[int, float] = (32, 0.1),
         readers: int = 2,
         compiled: bool = True,
@@ -246,10 +249,10 @@ class LocalEngine(Lifecycle):
         with self._lock:
             self._look_after()
             self._admit()
-            shares = self.scheduler.plan()
+            shares: Sequence[Share] = self.scheduler.plan()
         if not shares:
             return False
-        logits = self.model.forward(self._batch(shares), self.cache)
+        logits, shares = self._forward(shares)
         ending = [share for share in shares if share.ends]
         choices = choose(logits, [share.job.chooser for share in ending]) if ending else []
         with self._lock:
@@ -257,6 +260,32 @@ class LocalEngine(Lifecycle):
         tokens = sum(share.count for share in shares)
         self._rate += 0.05 * (tokens / (time.perf_counter() - begin) - self._rate)
         return True
+
+    def _forward(self, shares: Sequence[Share]) -> tuple[Tensor, Sequence[Share]]:
+        """The wanted logits of a step, and the shares that they are of, in their order; of a row that is computed by itself and
+        fails, that row alone ends."""
+        apart = [share for share in shares if share.job.alone]
+        if not apart:
+            return self.model.forward(self._batch(shares), self.cache), shares
+        done = [share for share in shares if not share.job.alone]
+        found = [self.model.forward(self._batch(done), self.cache)] if done else []
+        for share in apart:
+            try:
+                found.append(self._by_itself(share))
+                done.append(share)
+            except Exception as problem:
+                log.exception("serve: a row's own forward failed")
+                with self._lock:
+                    self._end(share.job, Failed(f"the forward failed: {str(problem) or type(problem).__name__}"))
+        return torch.cat(found) if found else torch.empty(0), done
+
+    def _by_itself(self, share: Share) -> Tensor:
+        job = share.job
+        assert job.alone is not None
+        alone, weight = job.alone
+        job.cache = alone.cache() if job.cache is None else job.cache
+        tokens = job.tokens[job.computed : job.computed + share.count]
+        return alone.forward(tokens, job.cache, weight, int(share.ends)).to(self.model.device)
 
     def _wake(self) -> None:
         """An adapter has come, or turned out to be unusable."""
@@ -302,6 +331,9 @@ class LocalEngine(Lifecycle):
             return None
         if placed:
             job.blend = [(lease.version.adapter, weight) for lease, weight in job.leases if lease.version is not None]
+            if job.alone and (reason := _obstacle(job.blend)):
+                self._end(job, Refused(reason, "adapters"))
+                return None
         return placed
 
     def _batch(self, shares: Sequence[Share]) -> Batch:
@@ -379,6 +411,19 @@ class LocalEngine(Lifecycle):
         for job in [*self.scheduler.jobs(), *self._arrivals]:
             self._end(job, failure)
         self._arrivals.clear()
+
+
+def _obstacle(blend: Sequence[tuple[PackedAdapter, float]]) -> str:
+    """Why no row can have this blend, one of whose adapters is computed by itself; "" where it can."""
+    names = [adapter.name for adapter, _ in blend if adapter.alone is not None]
+    if len(blend) > 1:
+        return f"adapter {names[0]!r} is computed by itself and takes no part in a blend; ask for it alone."
+    (adapter, weight), *_ = blend
+    try:
+        cast(Alone, adapter.alone).check(weight)
+    except LorakitError as problem:
+        return str(problem).replace("'served'", repr(adapter.name))
+    return ""
 
 
 def _end_tokens(model: nn.Module) -> frozenset[int]:

@@ -21,9 +21,11 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from lorakit.serve.engine.pool import Lease
 from lorakit.serve.engine.sampling import Chooser
+from lorakit.serve.model.alone import Alone
 from lorakit.serve.model.cache import PAGE, Cache, next_key, page_count, root_key
 from lorakit.serve.model.packed import PackedAdapter
 from lorakit.serve.request import Overloaded, Ticket
@@ -69,6 +71,7 @@ class Job:
         blend: the adapters as they were when it was first admitted; it ends with what it began with.
         keys: of its full pages, as far as they are published.
         passed: tokens admitted past it while it found no room.
+        cache: of a row that is computed by itself (`model/alone.py`): its keys and values, once it runs.
     """
 
     ticket: Ticket
@@ -82,9 +85,18 @@ class Job:
     root: bytes = b""
     keys: list[bytes] = field(default_factory=list)
     passed: int = 0
+    cache: Any = None
 
     def __post_init__(self) -> None:
         self.tokens = list(self.ticket.request.prompt)
+
+    @property
+    def alone(self) -> tuple[Alone, float] | None:
+        """What computes this row where it takes no part in the batch, and its weight."""
+        for adapter, weight in self.blend or ():
+            if adapter.alone is not None:
+                return adapter.alone, weight
+        return None
 
     @property
     def payer(self) -> str:
@@ -190,7 +202,7 @@ class Scheduler:
 
     def _release(self, job: Job) -> None:
         self.cache.give_back(job.pages)
-        job.pages, job.keys, job.computed = [], [], 0
+        job.pages, job.keys, job.computed, job.cache = [], [], 0, None
 
     # -- admission -----------------------------------------------------------------------------------------------------
     def heads(self) -> list[Job]:
@@ -225,7 +237,7 @@ class Scheduler:
         job.root = root_key(
             ((adapter.content, weight) for adapter, weight in job.blend or ()), job.ticket.request.domain
         )
-        shared, keys = self.cache.find(job.root, job.tokens)
+        shared, keys = self.cache.find(job.root, job.tokens) if job.alone is None else ([], [])
         fresh = page_count(len(job.tokens) + 1) - len(shared)
         # Each running job will soon want a page more; a margin saves sending one back at once.
         margin = len(self.running) if self.running else 0
@@ -261,7 +273,8 @@ class Scheduler:
             if job not in self.running:
                 continue  # sent back just now
             missing = len(job.tokens) - job.computed
-            count = 1 if missing == 1 else min(missing, max(left, 0))
+            # a row by itself is not cut: what it looks for in its prompt may stand anywhere
+            count = missing if missing == 1 or job.alone else min(missing, max(left, 0))
             if count and self._grow(job, job.computed + count):
                 shares.append(Share(job, count))
                 left -= count if missing > 1 else 0
@@ -291,7 +304,7 @@ class Scheduler:
         price = ANSWER_PRICE if generated else PROMPT_PRICE
         self.counters[job.payer] += share.count * price / job.ticket.request.weight
         job.computed += share.count
-        if not self.cache.reuse:
+        if not self.cache.reuse or job.alone:
             return
         while (len(job.keys) + 1) * PAGE <= job.computed:
             number = len(job.keys)
