@@ -16,6 +16,7 @@ from laws.cases import SPECS
 from lorakit.experts import MIXTURES, ROUTERS
 from lorakit.serve.engine.engine import LocalEngine
 from lorakit.serve.engine.scheduler import Limits
+from lorakit.serve.model.alone import Alone
 from serving.small import Oracle, greedy, model, prompt, write_adapter
 
 OWN: dict[str, Any] = {

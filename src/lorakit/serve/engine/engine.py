@@ -20,13 +20,13 @@ from torch import Tensor, nn
 from lorakit.errors import LorakitError
 from lorakit.serve.engine.pool import Lease, Pool
 from lorakit.serve.engine.sampling import Choice, Chooser, NoChoice, choose
-from lorakit.serve.engine.scheduler import Job, Limits, Scheduler, Share
+from lorakit.serve.engine.scheduler import Blend, Job, Limits, Scheduler, Share
 from lorakit.serve.lifecycle import Lifecycle
 from lorakit.serve.model import native
 from lorakit.serve.model.alone import Alone
 from lorakit.serve.model.batch import Batch, Mixture, Run, assemble, mix
 from lorakit.serve.model.cache import PAGE, Cache, page_bytes
-from lorakit.serve.model.packed import AdapterReader, Formless, PackedAdapter
+from lorakit.serve.model.packed import AdapterReader, Formless
 from lorakit.serve.model.serving_model import ServingModel
 from lorakit.serve.request import (
     Failed,
@@ -109,7 +109,7 @@ class LocalEngine(Lifecycle):
         self._steps = self._prompt_tokens = self._cached_tokens = self._generated_tokens = 0
         self._rate = 0.0
         self._woken = False
-        self._mixture: tuple[list[Job], Mixture | None] = ([], None)
+        self._mixture: tuple[Sequence[Blend], Mixture | None] = ([], None)
 
     # -- the contract's side -------------------------------------------------------------------------------------------
     @property
@@ -330,27 +330,25 @@ class LocalEngine(Lifecycle):
             self._end(job, refusal)
             return None
         if placed:
-            job.blend = [(lease.version.adapter, weight) for lease, weight in job.leases if lease.version is not None]
-            if job.alone and (reason := _obstacle(job.blend)):
-                self._end(job, Refused(reason, "adapters"))
+            blend = [(lease.version.adapter, weight) for lease, weight in job.leases if lease.version is not None]
+            if reason := job.begin(blend) or (job.alone and _obstacle(blend)):
+                self._end(job, Refused(reason))
                 return None
         return placed
 
     def _batch(self, shares: Sequence[Share]) -> Batch:
-        jobs = [share.job for share in shares]
-        if jobs != self._mixture[0]:
-            self._mixture = jobs, mix([job.blend or () for job in jobs])
-        runs = [
-            Run(
-                tokens=share.job.tokens[share.job.computed : share.job.computed + share.count],
-                start=share.job.computed,
-                pages=share.job.pages,
-                blend=share.job.blend or (),
-                wanted=int(share.ends),
-            )
-            for share in shares
-        ]
-        return assemble(runs, self.model.device, self._mixture[1])
+        runs = []
+        for share in shares:
+            job, begin = share.job, share.job.computed
+            for first, end, blend in job.pieces(begin, share.count):
+                last = end == begin + share.count
+                runs.append(Run(job.tokens[first:end], first, job.pages, blend, int(share.ends and last)))
+        blends = [run.blend for run in runs]
+        known, mixture = self._mixture
+        if len(known) != len(blends) or any(one is not other for one, other in zip(known, blends, strict=True)):
+            mixture = mix(blends)
+            self._mixture = blends, mixture
+        return assemble(runs, self.model.device, mixture)
 
     def _deliver(self, shares: Sequence[Share], choices: dict[Job, Choice | NoChoice]) -> None:
         self._steps += 1
@@ -413,7 +411,7 @@ class LocalEngine(Lifecycle):
         self._arrivals.clear()
 
 
-def _obstacle(blend: Sequence[tuple[PackedAdapter, float]]) -> str:
+def _obstacle(blend: Blend) -> str:
     """Why no row can have this blend, one of whose adapters is computed by itself; "" where it can."""
     names = [adapter.name for adapter, _ in blend if adapter.alone is not None]
     if len(blend) > 1:

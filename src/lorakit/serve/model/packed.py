@@ -85,6 +85,7 @@ class PackedAdapter:
         rank: the largest rank of a layer.
         alone: what computes its rows where they take no part in the batch.
         why: why they do not.
+        invocation: the tokens from whose last occurrence in a prompt on it acts; none: it acts from the first token on.
     """
 
     name: str
@@ -98,12 +99,19 @@ class PackedAdapter:
     rank: int
     alone: Alone | None = None
     why: str = ""
+    invocation: tuple[int, ...] = ()
 
     @property
     def bytes(self) -> int:
         """Memory that it takes."""
         own = self.buffer.numel() * self.buffer.element_size() + self.parts.numel() * 8
         return own if self.alone is None else self.alone.bytes
+
+    def start(self, prompt: Sequence[int]) -> int | None:
+        """The position in a prompt from which on it acts (PEFT's rule for activated LoRA); None where it is not invoked."""
+        wanted = self.invocation
+        places = range(len(prompt) - len(wanted), -1, -1) if wanted else (0,)
+        return next((place for place in places if tuple(prompt[place : place + len(wanted)]) == wanted), None)
 
     def facts(self) -> dict[str, Any]:
         """What `AdapterInfo` says of its content."""
@@ -239,11 +247,6 @@ class AdapterReader:
         return self._packed(name, built.adapter)
 
     def _packed(self, name: str, adapter: Adapter) -> PackedAdapter:
-        if adapter.method.name == "alora":
-            raise Refused(
-                f"adapter {name!r} acts from its invocation tokens on (aLoRA); the server gives an adapter all tokens of a "
-                "request. Use it by lorakit.load and generate."
-            )
         for path, replacement in adapter.replacements():
             raise Refused(
                 f"adapter {name!r} replaces {path}.{next(iter(replacement.tensors()))} whole, which rows of one batch cannot "
@@ -281,7 +284,8 @@ class AdapterReader:
             layers[self.index[path]] = _joined(parts)
         if not layers:
             raise Refused(f"adapter {name!r} changes no layer's weight, so there is nothing to serve in a batch.")
-        return self._pack(name, layers, adapter.method.name, exactness, error)
+        packed = self._pack(name, layers, adapter.method.name, exactness, error)
+        return replace(packed, invocation=getattr(adapter.method, "invocation", ()))
 
     def _experts(self, name: str, path: str, layer: Adapted, adapter: str) -> dict[int, LayerTensors]:
         """What an adapter adds to the stacks of one module of experts; an expert that it leaves alone gets zeros."""
