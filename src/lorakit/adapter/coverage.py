@@ -102,8 +102,8 @@ def _lowered(method: Method, targets: Targets, given: Iterable[tuple[str, Site, 
     said: dict[str, None] = {}
     for path, site, own in given:
         shape = site.layout.shape
-        asked, rank = (getattr(spec, "rank", 0) for spec in (targets.spec_for(method, path, site), own))
-        if rank < asked and rank == min(shape.out, shape.in_):
+        asked, rank = (getattr(spec, "rank", None) or 0 for spec in (targets.spec_for(method, path, site), own))
+        if 0 < rank < asked and rank == min(shape.out, shape.in_):
             words = f"{kind_of(site.place(path))} gets rank {rank} instead of {asked}"
             said[f"{words}, the most that its {shape.out} × {shape.in_} can use"] = None
     return tuple(said)

@@ -51,8 +51,9 @@ class Settings:
         int | None, typer.Option(min=2, help="Tokens of prompt and answer together; default: the model's.")
     ] = None
     formless: Annotated[
-        str, typer.Option(help="Adapters of methods that cannot be batched: refuse, dense (exact, slower) or svd.")
-    ] = "refuse"
+        str,
+        typer.Option(help="Adapters that cannot be batched: alone (by forwards of their own), refuse, dense or svd."),
+    ] = "alone"
     pin: Annotated[list[str] | None, typer.Option(help="An adapter to keep in memory; may be repeated.")] = None
     max_prompt: Annotated[int | None, typer.Option(min=1, help="Tokens of a prompt at most.")] = None
     max_output: Annotated[int | None, typer.Option(min=1, help="Tokens of an answer at most.")] = None

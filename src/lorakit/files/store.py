@@ -33,7 +33,7 @@ from lorakit.core.using import activate
 from lorakit.core.walking import exactly, has_suffix, value_for, walk
 from lorakit.edits.contract import EditMethod
 from lorakit.errors import LorakitError, advice
-from lorakit.experts import MEMBERS, RouterSpec
+from lorakit.experts import MEMBERS, MixLoRA, RouterSpec
 from lorakit.experts.attachment import build_router, over
 from lorakit.files.bundle import (
     CONFIG,
@@ -285,6 +285,11 @@ def _activate(model: nn.Module, name: str) -> None:
     if before:
         log.info("load: %s acts now instead of %s; lk.use and lk.activate choose.", name, ", ".join(before))
     activate(model, name)
+
+
+def stands_around(bundle: Bundle) -> bool:
+    """Whether a folder holds what stands around a model's calls, and not on its layers alone: an edit, a router, a mixture."""
+    return bool(bundle.own.get("members")) or isinstance(_method(bundle, lambda message: None), EditMethod | MixLoRA)
 
 
 def frame(bundle: Bundle) -> str:

@@ -342,10 +342,12 @@ class AdapterInfo:
 
     name: Annotated[str, About("what requests call it")]
     state: Annotated[State, About("where it is")]
-    reason: Annotated[str, About("why it is refused")] = ""
+    reason: Annotated[str, About("why it is refused, or computed by itself")] = ""
     pinned: Annotated[bool, About("stays in memory once it is there")] = False
     method: Annotated[str, About('"lora", "dora", …; "" until it has been read')] = ""
-    how: Annotated[str, About('"form" (exactly), "dense" (exactly, as ΔW), "svd" (a low-rank stand-in)')] = ""
+    how: Annotated[
+        str, About('"form", "dense" (as ΔW), "svd" (a low-rank stand-in), "alone" (by a forward of its own)')
+    ] = ""
     error: Annotated[float, About("relative Frobenius error of a stand-in, the largest over its layers")] = 0.0
     rank: Annotated[int, About("the largest rank of its layers; 0 until it has been read")] = 0
     bytes: Annotated[int, About("memory that it takes", "gauge")] = 0

@@ -12,15 +12,18 @@ import time
 from collections import deque
 from collections.abc import Sequence
 from pathlib import Path
+from typing import cast
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from lorakit.errors import LorakitError
 from lorakit.serve.engine.pool import Lease, Pool
 from lorakit.serve.engine.sampling import Choice, Chooser, NoChoice, choose
-from lorakit.serve.engine.scheduler import Job, Limits, Scheduler, Share
+from lorakit.serve.engine.scheduler import Blend, Job, Limits, Scheduler, Share
 from lorakit.serve.lifecycle import Lifecycle
 from lorakit.serve.model import native
+from lorakit.serve.model.alone import Alone
 from lorakit.serve.model.batch import Batch, Mixture, Run, assemble, mix
 from lorakit.serve.model.cache import PAGE, Cache, page_bytes
 from lorakit.serve.model.packed import AdapterReader, Formless
@@ -53,7 +56,7 @@ class LocalEngine(Lifecycle):
         model: a causal model of transformers, with its weights. It is not changed for good: `stop` gives it back.
         store: a folder whose folders are adapters; their names are what requests call them. None: the base alone.
         limits: how much to take on.
-        formless: what becomes of adapters whose method has no `Form`: "refuse", "dense" or "svd".
+        formless: what becomes of adapters that no batch can share: "alone", "refuse", "dense" or "svd" (`Formless`).
         stand_in: with "svd", the rank of the stand-ins and the relative error allowed.
         readers: adapters that are read at once.
         compiled: use the compiled loops where they can be had.
@@ -70,7 +73,7 @@ class LocalEngine(Lifecycle):
         store: str | Path | None = None,
         limits: Limits | None = None,
         *,
-        formless: Formless = "refuse",
+        formless: Formless = "alone",
         stand_in: tuple[int, float] = (32, 0.1),
         readers: int = 2,
         compiled: bool = True,
@@ -106,7 +109,7 @@ class LocalEngine(Lifecycle):
         self._steps = self._prompt_tokens = self._cached_tokens = self._generated_tokens = 0
         self._rate = 0.0
         self._woken = False
-        self._mixture: tuple[list[Job], Mixture | None] = ([], None)
+        self._mixture: tuple[Sequence[Blend], Mixture | None] = ([], None)
 
     # -- the contract's side -------------------------------------------------------------------------------------------
     @property
@@ -246,10 +249,10 @@ class LocalEngine(Lifecycle):
         with self._lock:
             self._look_after()
             self._admit()
-            shares = self.scheduler.plan()
+            shares: Sequence[Share] = self.scheduler.plan()
         if not shares:
             return False
-        logits = self.model.forward(self._batch(shares), self.cache)
+        logits, shares = self._forward(shares)
         ending = [share for share in shares if share.ends]
         choices = choose(logits, [share.job.chooser for share in ending]) if ending else []
         with self._lock:
@@ -257,6 +260,32 @@ class LocalEngine(Lifecycle):
         tokens = sum(share.count for share in shares)
         self._rate += 0.05 * (tokens / (time.perf_counter() - begin) - self._rate)
         return True
+
+    def _forward(self, shares: Sequence[Share]) -> tuple[Tensor, Sequence[Share]]:
+        """The wanted logits of a step, and the shares that they are of, in their order; of a row that is computed by itself and
+        fails, that row alone ends."""
+        apart = [share for share in shares if share.job.alone]
+        if not apart:
+            return self.model.forward(self._batch(shares), self.cache), shares
+        done = [share for share in shares if not share.job.alone]
+        found = [self.model.forward(self._batch(done), self.cache)] if done else []
+        for share in apart:
+            try:
+                found.append(self._by_itself(share))
+                done.append(share)
+            except Exception as problem:
+                log.exception("serve: a row's own forward failed")
+                with self._lock:
+                    self._end(share.job, Failed(f"the forward failed: {str(problem) or type(problem).__name__}"))
+        return torch.cat(found) if found else torch.empty(0), done
+
+    def _by_itself(self, share: Share) -> Tensor:
+        job = share.job
+        assert job.alone is not None
+        alone, weight = job.alone
+        job.cache = alone.cache() if job.cache is None else job.cache
+        tokens = job.tokens[job.computed : job.computed + share.count]
+        return alone.forward(tokens, job.cache, weight, int(share.ends)).to(self.model.device)
 
     def _wake(self) -> None:
         """An adapter has come, or turned out to be unusable."""
@@ -301,24 +330,25 @@ class LocalEngine(Lifecycle):
             self._end(job, refusal)
             return None
         if placed:
-            job.blend = [(lease.version.adapter, weight) for lease, weight in job.leases if lease.version is not None]
+            blend = [(lease.version.adapter, weight) for lease, weight in job.leases if lease.version is not None]
+            if reason := job.begin(blend) or (job.alone and _obstacle(blend)):
+                self._end(job, Refused(reason))
+                return None
         return placed
 
     def _batch(self, shares: Sequence[Share]) -> Batch:
-        jobs = [share.job for share in shares]
-        if jobs != self._mixture[0]:
-            self._mixture = jobs, mix([job.blend or () for job in jobs])
-        runs = [
-            Run(
-                tokens=share.job.tokens[share.job.computed : share.job.computed + share.count],
-                start=share.job.computed,
-                pages=share.job.pages,
-                blend=share.job.blend or (),
-                wanted=int(share.ends),
-            )
-            for share in shares
-        ]
-        return assemble(runs, self.model.device, self._mixture[1])
+        runs = []
+        for share in shares:
+            job, begin = share.job, share.job.computed
+            for first, end, blend in job.pieces(begin, share.count):
+                last = end == begin + share.count
+                runs.append(Run(job.tokens[first:end], first, job.pages, blend, int(share.ends and last)))
+        blends = [run.blend for run in runs]
+        known, mixture = self._mixture
+        if len(known) != len(blends) or any(one is not other for one, other in zip(known, blends, strict=True)):
+            mixture = mix(blends)
+            self._mixture = blends, mixture
+        return assemble(runs, self.model.device, mixture)
 
     def _deliver(self, shares: Sequence[Share], choices: dict[Job, Choice | NoChoice]) -> None:
         self._steps += 1
@@ -379,6 +409,19 @@ class LocalEngine(Lifecycle):
         for job in [*self.scheduler.jobs(), *self._arrivals]:
             self._end(job, failure)
         self._arrivals.clear()
+
+
+def _obstacle(blend: Blend) -> str:
+    """Why no row can have this blend, one of whose adapters is computed by itself; "" where it can."""
+    names = [adapter.name for adapter, _ in blend if adapter.alone is not None]
+    if len(blend) > 1:
+        return f"adapter {names[0]!r} is computed by itself and takes no part in a blend; ask for it alone."
+    (adapter, weight), *_ = blend
+    try:
+        cast(Alone, adapter.alone).check(weight)
+    except LorakitError as problem:
+        return str(problem).replace("'served'", repr(adapter.name))
+    return ""
 
 
 def _end_tokens(model: nn.Module) -> frozenset[int]:

@@ -107,14 +107,8 @@ class PoolEntry(Entry):
         version = self.current or (self.draining[-1] if self.draining else None)
         reason = self.now.reason if isinstance(self.now, Unusable) else ""
         known = {} if version is None else version.adapter.facts()
-        return AdapterInfo(
-            self.name,
-            self.state,
-            reason,
-            self.pinned,
-            **known | self.counts(),
-            bytes=self.bytes,
-        )
+        known["reason"] = reason or known.get("reason", "")
+        return AdapterInfo(self.name, self.state, pinned=self.pinned, **known | self.counts(), bytes=self.bytes)
 
 
 class Lease:

@@ -21,9 +21,11 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Any, cast
 
 from lorakit.serve.engine.pool import Lease
 from lorakit.serve.engine.sampling import Chooser
+from lorakit.serve.model.alone import Alone
 from lorakit.serve.model.cache import PAGE, Cache, next_key, page_count, root_key
 from lorakit.serve.model.packed import PackedAdapter
 from lorakit.serve.request import Overloaded, Ticket
@@ -55,6 +57,10 @@ class Limits:
     context: int | None = None
 
 
+Blend = Sequence[tuple[PackedAdapter, float]]
+"""Adapters and their weights."""
+
+
 @dataclass(eq=False)
 class Job:
     """One accepted request on its way.
@@ -69,6 +75,9 @@ class Job:
         blend: the adapters as they were when it was first admitted; it ends with what it began with.
         keys: of its full pages, as far as they are published.
         passed: tokens admitted past it while it found no room.
+        stages: (position, the adapters that act from there on), ascending from 0: more than one where an adapter waits for
+            its invocation.
+        cache: of a row that is computed by itself (`model/alone.py`): its keys and values, once it runs.
     """
 
     ticket: Ticket
@@ -78,13 +87,69 @@ class Job:
     number: int = -1
     computed: int = 0
     pages: list[int] = field(default_factory=list)
-    blend: list[tuple[PackedAdapter, float]] | None = None
+    blend: Blend | None = None
     root: bytes = b""
     keys: list[bytes] = field(default_factory=list)
     passed: int = 0
+    stages: list[tuple[int, Blend]] = field(default_factory=list)
+    cache: Any = None
 
     def __post_init__(self) -> None:
         self.tokens = list(self.ticket.request.prompt)
+
+    def begin(self, blend: Blend) -> str:
+        """The adapters are there; returns why they cannot answer this prompt, or ""."""
+        self.blend, self.stages = blend, [(0, blend)]
+        if any(adapter.invocation for adapter, _ in blend):
+            starts = [adapter.start(self.ticket.request.prompt) for adapter, _ in blend]
+            if None in starts:
+                name, ids = next(
+                    (one.name, one.invocation) for (one, _), at in zip(blend, starts, strict=True) if at is None
+                )
+                return (
+                    f"adapter {name!r} acts from its invocation on, the tokens {', '.join(map(str, ids))}, and the prompt does "
+                    "not hold them; add the text that they are, or ask the base model."
+                )
+            known = [(cast(int, at), entry) for at, entry in zip(starts, blend, strict=True)]
+            self.stages = [
+                (place, [entry for at, entry in known if at <= place])
+                for place in sorted({0, *(at for at, _ in known)})
+            ]
+        return ""
+
+    def pieces(self, first: int, count: int) -> Iterator[tuple[int, int, Blend]]:
+        """(first token, end, adapters) of each part of these tokens that has adapters of its own."""
+        ends = [place for place, _ in self.stages[1:]] + [first + count]
+        for (start, blend), end in zip(self.stages, ends, strict=True):
+            if max(start, first) < min(end, first + count):
+                yield max(start, first), min(end, first + count), blend
+
+    def root_key(self) -> bytes:
+        """The key before the first page: of the adapters that act from the first token on."""
+        writers = ((adapter.content, weight) for adapter, weight in self.stages[0][1])
+        return root_key(writers, self.ticket.request.domain)
+
+    def page_key(self, page: int) -> str:
+        """What the key of a page holds beyond its tokens and the pages before it: the adapters that begin to act later."""
+        if len(self.stages) == 1:
+            return ""
+        acting = {
+            id(adapter): start - page * PAGE for start, blend in reversed(self.stages[1:]) for adapter, _ in blend
+        }
+        own = [
+            (adapter.content, weight, max(0, acting[id(adapter)]))
+            for adapter, weight in self.blend or ()
+            if acting.get(id(adapter), PAGE) < PAGE
+        ]
+        return repr(sorted(own)) if own else ""
+
+    @property
+    def alone(self) -> tuple[Alone, float] | None:
+        """What computes this row where it takes no part in the batch, and its weight."""
+        for adapter, weight in self.blend or ():
+            if adapter.alone is not None:
+                return adapter.alone, weight
+        return None
 
     @property
     def payer(self) -> str:
@@ -190,7 +255,7 @@ class Scheduler:
 
     def _release(self, job: Job) -> None:
         self.cache.give_back(job.pages)
-        job.pages, job.keys, job.computed = [], [], 0
+        job.pages, job.keys, job.computed, job.cache = [], [], 0, None
 
     # -- admission -----------------------------------------------------------------------------------------------------
     def heads(self) -> list[Job]:
@@ -222,10 +287,8 @@ class Scheduler:
 
     def _take_pages(self, job: Job) -> bool:
         """Find the pages that are there already, and take those for the rest of its tokens and one more."""
-        job.root = root_key(
-            ((adapter.content, weight) for adapter, weight in job.blend or ()), job.ticket.request.domain
-        )
-        shared, keys = self.cache.find(job.root, job.tokens)
+        job.root = job.root_key()
+        shared, keys = self.cache.find(job.root, job.tokens, job.page_key) if job.alone is None else ([], [])
         fresh = page_count(len(job.tokens) + 1) - len(shared)
         # Each running job will soon want a page more; a margin saves sending one back at once.
         margin = len(self.running) if self.running else 0
@@ -261,7 +324,8 @@ class Scheduler:
             if job not in self.running:
                 continue  # sent back just now
             missing = len(job.tokens) - job.computed
-            count = 1 if missing == 1 else min(missing, max(left, 0))
+            # a row by itself is not cut: what it looks for in its prompt may stand anywhere
+            count = missing if missing == 1 or job.alone else min(missing, max(left, 0))
             if count and self._grow(job, job.computed + count):
                 shares.append(Share(job, count))
                 left -= count if missing > 1 else 0
@@ -291,10 +355,10 @@ class Scheduler:
         price = ANSWER_PRICE if generated else PROMPT_PRICE
         self.counters[job.payer] += share.count * price / job.ticket.request.weight
         job.computed += share.count
-        if not self.cache.reuse:
+        if not self.cache.reuse or job.alone:
             return
         while (len(job.keys) + 1) * PAGE <= job.computed:
             number = len(job.keys)
             before = job.keys[-1] if job.keys else job.root
-            job.keys.append(next_key(before, job.tokens[number * PAGE : (number + 1) * PAGE]))
+            job.keys.append(next_key(before, job.tokens[number * PAGE : (number + 1) * PAGE], job.page_key(number)))
             self.cache.publish(job.pages[number], job.keys[-1])

@@ -2,7 +2,8 @@
 
 A request takes pages as it grows, so memory is what its tokens need and no more. A full page has a key: a digest of who wrote
 it (the adapters' contents and weights), of whose it is (`Request.domain`) and of all tokens up to its end. A later prompt of
-the same domain that begins the same, under the same adapters of the same content, takes the pages instead of computing them. A
+the same domain that begins the same, under the same adapters of the same content, takes the pages instead of computing them.
+An adapter that acts from an invocation on is part of the keys from there on alone: before it the pages are the base's. A
 reloaded adapter has another content, so nothing stale is ever found. Pages that nobody uses stay findable until the room is
 needed, the longest unused going first.
 """
@@ -11,7 +12,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import OrderedDict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -42,9 +43,9 @@ def root_key(writers: Iterable[tuple[str, float]], domain: str = "") -> bytes:
     return hashlib.blake2b(repr((sorted(writers), domain)).encode(), digest_size=16).digest()
 
 
-def next_key(before: bytes, tokens: Sequence[int]) -> bytes:
-    """The key of a page from that of the page before it and its own tokens."""
-    return hashlib.blake2b(before + repr(tuple(tokens)).encode(), digest_size=16).digest()
+def next_key(before: bytes, tokens: Sequence[int], own: str = "") -> bytes:
+    """The key of a page from that of the page before it, its own tokens and what else it is computed by."""
+    return hashlib.blake2b(before + (repr(tuple(tokens)) + own).encode(), digest_size=16).digest()
 
 
 class Cache:
@@ -94,16 +95,18 @@ class Cache:
             taken.append(page)
         return taken
 
-    def find(self, root: bytes, tokens: Sequence[int]) -> tuple[list[int], list[bytes]]:
+    def find(
+        self, root: bytes, tokens: Sequence[int], own: Callable[[int], str] = lambda page: ""
+    ) -> tuple[list[int], list[bytes]]:
         """Pages that hold the beginning of `tokens`, and their keys; they are not taken yet. The last token is always left
-        to compute, since its logits are wanted."""
+        to compute, since its logits are wanted. `own` says what else the n-th page is computed by."""
         pages: list[int] = []
         keys: list[bytes] = []
         if not self.reuse:
             return pages, keys
         key = root
         for start in range(0, (len(tokens) - 1) // PAGE * PAGE, PAGE):
-            key = next_key(key, tokens[start : start + PAGE])
+            key = next_key(key, tokens[start : start + PAGE], own(start // PAGE))
             page = self._page_of.get(key)
             if page is None:
                 break

@@ -9,7 +9,6 @@ the serving model, and everything that `files.store.load` checks is checked.
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import logging
 import threading
@@ -37,14 +36,16 @@ from lorakit.files import store
 from lorakit.files.bundle import CONTENT, TENSORS, Bundle, read_bundle
 from lorakit.files.vocabulary import tokens_trained
 from lorakit.serve.limits import check_files, without_path
+from lorakit.serve.model.alone import Alone, sharing
 from lorakit.serve.model.native import large_pages, padded
 from lorakit.serve.request import Refused
 from lorakit.serve.store import signature
 
 log = logging.getLogger("lorakit")
 
-Formless = Literal["refuse", "dense", "svd"]
-"""What becomes of a delta without a form: nothing; ΔW itself, as large as the layer; a low-rank stand-in at a stated error."""
+Formless = Literal["alone", "refuse", "dense", "svd"]
+"""What becomes of a delta without a form: a forward of its own, with whatever else no batch can share; nothing; ΔW itself, as
+large as the layer; a low-rank stand-in at a stated error."""
 
 FRAMES = 4
 """Adapters kept on the skeleton, to be filled with the numbers of others that are built alike."""
@@ -79,9 +80,12 @@ class PackedAdapter:
         parts: (layers, 5) int64: addresses of A (rank, in), B (rank, out), gain, bias within `buffer` (0: none), and the rank.
         layers: layer -> the same as tensors, views of `buffer`.
         method: its method's name.
-        how: "form", "dense" or "svd", the least exact over its layers.
+        how: "form", "dense" or "svd", the least exact over its layers; "alone".
         error: the largest relative Frobenius error over its layers.
         rank: the largest rank of a layer.
+        alone: what computes its rows where they take no part in the batch.
+        why: why they do not.
+        invocation: the tokens from whose last occurrence in a prompt on it acts; none: it acts from the first token on.
     """
 
     name: str
@@ -93,15 +97,26 @@ class PackedAdapter:
     how: str
     error: float
     rank: int
+    alone: Alone | None = None
+    why: str = ""
+    invocation: tuple[int, ...] = ()
 
     @property
     def bytes(self) -> int:
         """Memory that it takes."""
-        return self.buffer.numel() * self.buffer.element_size() + self.parts.numel() * 8
+        own = self.buffer.numel() * self.buffer.element_size() + self.parts.numel() * 8
+        return own if self.alone is None else self.alone.bytes
+
+    def start(self, prompt: Sequence[int]) -> int | None:
+        """The position in a prompt from which on it acts (PEFT's rule for activated LoRA); None where it is not invoked."""
+        wanted = self.invocation
+        places = range(len(prompt) - len(wanted), -1, -1) if wanted else (0,)
+        return next((place for place in places if tuple(prompt[place : place + len(wanted)]) == wanted), None)
 
     def facts(self) -> dict[str, Any]:
         """What `AdapterInfo` says of its content."""
-        return {name: getattr(self, name) for name in ("method", "how", "error", "rank", "content")}
+        known = {name: getattr(self, name) for name in ("method", "how", "error", "rank", "content")}
+        return {**known, "reason": self.why}
 
 
 def linear_layers(model: nn.Module) -> dict[str, nn.Module]:
@@ -140,11 +155,7 @@ class AdapterReader:
         if formless not in get_args(Formless):
             raise unknown("value of formless", formless, get_args(Formless))
         self.formless, self.rank, self.error = formless, rank, error
-        shared = {id(tensor): tensor for tensor in [*model.parameters(), *model.buffers()]}
-        config = getattr(model, "config", None)
-        if config is not None:
-            shared[id(config)] = config
-        self.skeleton = copy.deepcopy(model, shared)
+        self.skeleton, self.bare = sharing(model), sharing(model)
         first = next(model.parameters())
         self.device = first.device
         self.dtype = first.dtype if first.is_floating_point() else torch.bfloat16
@@ -188,6 +199,37 @@ class AdapterReader:
     def _read(self, name: str, folder: Path) -> PackedAdapter:
         check_files(folder)
         bundle = read_bundle(folder, later=True)  # `read` looks whether the files have stayed the same
+        try:
+            packed = self._in_batch(name, folder, bundle)
+        except Refused as refusal:
+            if self.formless != "alone":
+                raise
+            alone = Alone(self.bare, folder)
+            nothing = torch.zeros(len(self.index), 5, dtype=torch.int64)
+            packed = PackedAdapter(
+                name,
+                "",
+                torch.empty(0, dtype=self.dtype),
+                nothing,
+                {},
+                alone.method,
+                "alone",
+                0.0,
+                0,
+                alone,
+                refusal.reason,
+            )
+        if bundle.stale:
+            raise LorakitError(bundle.stale)
+        return replace(packed, content=digest(bundle))
+
+    def _in_batch(self, name: str, folder: Path, bundle: Bundle) -> PackedAdapter:
+        """An adapter as the batch reads it; Refused where no batch can share it."""
+        if store.stands_around(bundle):
+            raise Refused(
+                f"adapter {name!r} acts around the model's calls or chooses by token, which is no change of a linear layer. "
+                "The operator can serve it with formless alone, by a forward of its own."
+            )
         if tokens_trained(folder):
             raise Refused(
                 f"adapter {name!r} has rows of its own in the embedding for tokens that it has trained; adapters are served in "
@@ -203,17 +245,9 @@ class AdapterReader:
             built = self._built[frame] = _Built(adapter)
         else:
             built.places = store.refill(built.adapter, bundle, built.places)
-        packed = self._packed(name, built.adapter)
-        if bundle.stale:
-            raise LorakitError(bundle.stale)
-        return replace(packed, content=digest(bundle))
+        return self._packed(name, built.adapter)
 
     def _packed(self, name: str, adapter: Adapter) -> PackedAdapter:
-        if adapter.method.name == "alora":
-            raise Refused(
-                f"adapter {name!r} acts from its invocation tokens on (aLoRA); the server gives an adapter all tokens of a "
-                "request. Use it by lorakit.load and generate."
-            )
         for path, replacement in adapter.replacements():
             raise Refused(
                 f"adapter {name!r} replaces {path}.{next(iter(replacement.tensors()))} whole, which rows of one batch cannot "
@@ -251,7 +285,8 @@ class AdapterReader:
             layers[self.index[path]] = _joined(parts)
         if not layers:
             raise Refused(f"adapter {name!r} changes no layer's weight, so there is nothing to serve in a batch.")
-        return self._pack(name, layers, adapter.method.name, exactness, error)
+        packed = self._pack(name, layers, adapter.method.name, exactness, error)
+        return replace(packed, invocation=getattr(adapter.method, "invocation", ()))
 
     def _experts(self, name: str, path: str, layer: Adapted, adapter: str) -> dict[int, LayerTensors]:
         """What an adapter adds to the stacks of one module of experts; an expert that it leaves alone gets zeros."""
@@ -289,7 +324,7 @@ class AdapterReader:
         try:
             return delta.form(W, bias), "form", 0.0
         except LorakitError:
-            if self.formless == "refuse":
+            if self.formless in ("refuse", "alone"):
                 raise Refused(
                     f"adapter {name!r}: {delta.spec.name} cannot be written as `gain · y + bias + B A x`, which a batch can "
                     "share. The operator can serve it with formless dense (exact, as large as the base) or formless svd (a "

@@ -109,7 +109,7 @@ class ClusterEngine(RemoteEngine):
         *,
         most: int | None = None,
         dtype: str = "auto",
-        formless: str = "refuse",
+        formless: str = "alone",
         limits: Mapping[str, Any],
     ) -> None:
         self.replicas, self.most = replicas, most or replicas
