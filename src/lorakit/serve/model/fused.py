@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from lorakit.core.storage.contract import FLOATS
+from lorakit.core.storage.blocks import BlockLinear
 from lorakit.native import elementwise, replacement
 from lorakit.serve.model.attention import ForwardContext
 
@@ -65,11 +65,13 @@ def fuse(model: nn.Module, context: ForwardContext) -> Callable[[], None]:
     def gate(found: replacement.Gated) -> Gate | None:
         part = found.module
         layer = part.gate_proj
-        weight = layer.weight if isinstance(layer, nn.Linear) else getattr(layer, "codes", None)  # as of BlockLinear
-        dtype = (
-            layer.dtype if weight is not None and not isinstance(layer, nn.Linear) else getattr(weight, "dtype", None)
-        )
-        if weight is None or dtype not in FLOATS or not elementwise.available(weight.device, dtype):
+        if isinstance(layer, BlockLinear):
+            device, dtype = layer.codes.device, layer.dtype
+        elif isinstance(layer, nn.Linear):
+            device, dtype = layer.weight.device, layer.weight.dtype
+        else:
+            return None
+        if not elementwise.available(device, dtype):
             return None
         return Gate(part.forward, context, part.gate_proj, part.up_proj, part.down_proj, found.kind)
 
