@@ -174,7 +174,7 @@ def test_layers_with_their_adapters(way: str, in_: int, outs: tuple[int, ...], m
 
     a, b, c, d = everywhere(5), everywhere(16), everywhere(4, gain=True, bias=True), everywhere(0, dense=True)
     blends = [[(a, 1.0)], [(b, 2.0)], [], [(a, 1.0)], [(a, 0.5), (b, -0.7)], [(c, 1.0)], [(d, 1.0)], [(a, 1.0)]]
-    for counts in ([1] * 8, [3, 9, 2, 1, 4, 2, 2, 13], [1, 6, 1, 1, 7, 1, 1, 5]):
+    for counts in ([1] * 8, [3, 9, 2, 1, 4, 2, 2, 13], [1, 6, 1, 1, 7, 1, 1, 5], [LONG + 3, 1, 2, 1, LONG, 1, 1, 2]):
         runs = [Run([0] * n, 0, [0] * page_count(n), blend) for n, blend in zip(counts, blends, strict=True)]
         context.batch = batch = assemble(runs, torch.device("cpu"), mix(blends))
         order, begins = batch.tiles_of_adapters

@@ -108,9 +108,17 @@ class Batch:
     @functools.cached_property
     def adapters(self) -> tuple[int, ...]:
         """A step's arguments of the products in `linear.cpp`, the same for every layer."""
+        return self._adapters(False)
+
+    @functools.cached_property
+    def short_adapters(self) -> tuple[int, ...]:
+        """`adapters` without the tokens of long runs."""
+        return self._adapters(True) if self.long else self.adapters
+
+    def _adapters(self, short: bool) -> tuple[int, ...]:
         if (mixture := self.mixture) is None:
             return (0,) * 8
-        order, begins = self.tiles_of_adapters
+        order, begins = self.short_tiles if short else self.tiles_of_adapters
         return (
             *(mixture.parts.data_ptr(), mixture.parts.shape[1], self.row.data_ptr(), mixture.starts.data_ptr()),
             *(mixture.weights.data_ptr(), order.data_ptr(), begins.data_ptr(), begins.shape[0] - 1),
@@ -139,8 +147,17 @@ class Batch:
     def tiles_of_adapters(self) -> tuple[Tensor, Tensor]:
         """Tokens of the same adapters together: the tokens with any, sorted by them, and where in that order each tile of at
         most `TOGETHER` begins, and the last ends; both int32."""
+        return self._tiles(self.row)
+
+    @functools.cached_property
+    def short_tiles(self) -> tuple[Tensor, Tensor]:
+        """`tiles_of_adapters` without the tokens of long runs."""
+        return self._tiles(self.short)
+
+    def _tiles(self, row: Tensor) -> tuple[Tensor, Tensor]:
         assert self.mixture is not None
-        kinds = self.mixture.kinds[self.row.numpy()]
+        own = row.numpy()
+        kinds = np.where(own < 0, -1, self.mixture.kinds[own])
         order = np.argsort(kinds, kind="stable").astype(np.int32)
         order = order[np.searchsorted(kinds[order], 0) :]
         own = kinds[order]

@@ -14,7 +14,8 @@
 
 constexpr int64_t BLOCK = 32;
 
-enum Kind : int64_t { PLAIN = 0, Q8_0 = 8, Q4_0 = 4 };
+// READY: the product is there already, and the adapters alone are added to it.
+enum Kind : int64_t { PLAIN = 0, READY = 1, Q8_0 = 8, Q4_0 = 4 };
 
 // Bytes of 16 outputs of a block.
 template <int K>

@@ -256,7 +256,8 @@ static void linear(const Layer* layers, int64_t count, const bf16* x, int64_t x_
     static thread_local Bytes inputs;
     const int64_t tiles = adapters.tiles * count;
     begins.assign(count + 1, 0);
-    for (int64_t l = 0; l < count; l++) begins[l + 1] = begins[l] + (layers[l].out + PANEL - 1) / PANEL;
+    for (int64_t l = 0; l < count; l++)
+        begins[l + 1] = begins[l] + (layers[l].kind == READY ? 0 : (layers[l].out + PANEL - 1) / PANEL);
     places.assign(tiles + 1, 0);  // where the product A x of a tile and layer lies; the same as the next one's: it has none
     for (int64_t n = 0; n < tiles; n++) {
         int64_t from, to, pairs;
@@ -271,7 +272,7 @@ static void linear(const Layer* layers, int64_t count, const bf16* x, int64_t x_
     late.set(tiles, threads);
     Stretches &first = early, &second = late;  // thread_local names would be each thread's own below
     Bytes& bytes = inputs;
-    const bool blocked = layers[0].kind != PLAIN;
+    const bool blocked = layers[0].kind == Q8_0 || layers[0].kind == Q4_0;
     if (blocked) {
         bytes.room(tokens, layers[0].in);
         if (tokens < TOGETHER)

@@ -160,7 +160,7 @@ class Group:
             self.outs, inputs = [one.out_features for one in blocks], blocks[0].in_features
             packed = [(pack_blocks(one), bias) for one, bias in zip(blocks, self.biases, strict=True)]
             self.width = sum(self.outs)
-            self.product = Panels(self, inputs, packed, KIND[blocks[0].kind])
+            self.product = Panels(self, inputs, packed, blocks[0].kind)
             return
         self.weights = [cast(Tensor, layer.weight) for layer in layers]
         self.outs = [weight.shape[0] for weight in self.weights]
@@ -216,47 +216,61 @@ class Product(Protocol):
     def __call__(self, x: Tensor, batch: Batch | None) -> Tensor: ...
 
 
+KIND = {"bfloat16": 0, "ready": 1, "q8_0": 8, "q4_0": 4}
+"""What a weight lies in, as `blocked.h` numbers it; "ready": its product is there already."""
+
+
 class _Layer(ctypes.Structure):
     _fields_ = [(name, ctypes.c_int64) for name in ("weight", "bias", "width", "out", "number", "kind")]
 
 
-KIND = {"": 0, "q8_0": 8, "q4_0": 4}
-"""What weights lie in, as `blocked.h` numbers it; "" is bfloat16."""
-
-
-class Panels:
-    """By our own loops, adapters in the same pass.
+class Loops:
+    """The loops of `linear.cpp` over a group's layers.
 
     Args:
         inputs: numbers of a token.
-        packed: each layer's weight in panels, and its bias.
+        packed: each layer's weight in panels, and its bias; None of "ready".
         kind: one of `KIND`.
     """
 
     def __init__(
-        self, group: Group, inputs: int, packed: Sequence[tuple[Tensor, Tensor | None]], kind: int = 0
+        self, group: Group, inputs: int, packed: Sequence[tuple[Tensor | None, Tensor | None]], kind: str
     ) -> None:
-        self.width = group.width
         self.tensors = packed  # must live as long as their addresses
         addresses = ([0 if tensor is None else tensor.data_ptr() for tensor in pair] for pair in packed)
         about = zip(addresses, group.outs, group.numbers, strict=True)
-        self.layers = (_Layer * len(packed))(*(_Layer(*own, inputs, out, number, kind) for own, out, number in about))
+        self.layers = (_Layer * len(packed))(
+            *(_Layer(*own, inputs, out, number, KIND[kind]) for own, out, number in about)
+        )
         self.address = ctypes.addressof(self.layers)
         function = native.find("linear", torch.bfloat16)
         assert function is not None
         self.function = function
 
+    def run(self, x: Tensor, y: Tensor, adapters: tuple[int, ...]) -> None:
+        """Fill y, all layers' outputs one after the other, for x (tokens, in); `adapters` is one of a `Batch`, or zeros."""
+        self.function(self.address, len(self.layers), x.data_ptr(), x.stride(0), x.shape[0], y.data_ptr(), *adapters)
+
+
+class Panels(Loops):
+    """By our own loops, adapters in the same pass."""
+
+    def __init__(
+        self, group: Group, inputs: int, packed: Sequence[tuple[Tensor, Tensor | None]], kind: str = "bfloat16"
+    ) -> None:
+        super().__init__(group, inputs, packed, kind)
+        self.width = group.width
+
     def __call__(self, x: Tensor, batch: Batch | None) -> Tensor:
         x = x if x.stride(1) == 1 else x.contiguous()
-        tokens = x.shape[0]
-        block = x.new_empty(tokens * self.width)
-        adapters = (0,) * 8 if batch is None else batch.adapters
-        self.function(self.address, len(self.layers), x.data_ptr(), x.stride(0), tokens, block.data_ptr(), *adapters)
+        block = x.new_empty(x.shape[0] * self.width)
+        self.run(x, block, (0,) * 8 if batch is None else batch.adapters)
         return block
 
 
 class Ordered:
-    """By oneDNN, all layers as one product over weights that it has ordered for itself; adapters after."""
+    """By oneDNN, all layers as one product over weights that it has ordered for itself; adapters after, in one pass of our own
+    loops where these can be had, and those of long runs by matmuls."""
 
     def __init__(self, group: Group) -> None:
         self.numbers, self.outs, weights = group.numbers, group.outs, group.weights
@@ -266,15 +280,25 @@ class Ordered:
         if any(bias is not None for bias in group.biases):
             pairs = zip(weights, group.biases, strict=True)
             self.bias = torch.cat([weight.new_zeros(len(weight)) if bias is None else bias for weight, bias in pairs])
+        self.loops: Loops | None = None
+        if native.find("linear", torch.bfloat16) is not None:
+            self.loops = Loops(group, whole.shape[1], [(None, None)] * len(self.outs), "ready")
 
     def __call__(self, x: Tensor, batch: Batch | None) -> Tensor:
         y: Tensor = torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
         parts = y.split(self.outs, dim=1)
-        if batch is not None and (mixture := batch.mixture) is not None:
-            for number, part in zip(self.numbers, parts, strict=True):
-                if mixture.touched[number]:
-                    adapt(batch, number, x, part, compiled=True)
-        return y.flatten() if len(parts) == 1 else torch.cat([part.flatten() for part in parts])
+        block = y.flatten() if len(parts) == 1 else torch.cat([part.flatten() for part in parts])
+        if batch is None or batch.mixture is None:
+            return block
+        x = x if x.stride(1) == 1 else x.contiguous()
+        if self.loops is None or batch.long:
+            own = block.split([x.shape[0] * out for out in self.outs])
+            for number, part, out in zip(self.numbers, own, self.outs, strict=True):
+                if batch.mixture.touched[number]:
+                    adapt(batch, number, x, part.view(-1, out), compiled=True, only_long=self.loops is not None)
+        if self.loops is not None and (adapters := batch.short_adapters)[-1]:
+            self.loops.run(x, block, adapters)
+        return block
 
 
 def join(layers: Iterable[LinearForward]) -> None:

@@ -17,8 +17,9 @@ from lorakit.serve.model.batch import Batch, Mixture
 from lorakit.serve.model.packed import LayerTensors
 
 
-def adapt(batch: Batch, layer: int, x: Tensor, y: Tensor, compiled: bool) -> None:
-    """Add to a layer's output `y` (tokens, out), in place, what the adapters of the present step make of `x` (tokens, in)."""
+def adapt(batch: Batch, layer: int, x: Tensor, y: Tensor, compiled: bool, only_long: bool = False) -> None:
+    """Add to a layer's output `y` (tokens, out), in place, what the adapters of the present step make of `x` (tokens, in);
+    with `only_long`, those of long runs."""
     mixture = batch.mixture
     assert mixture is not None
     function = native.find("adapt", x.dtype) if compiled else None
@@ -27,6 +28,8 @@ def adapt(batch: Batch, layer: int, x: Tensor, y: Tensor, compiled: bool) -> Non
         return
     if batch.long:
         _by_matmuls(batch, mixture, layer, x, y, batch.long)
+    if only_long:
+        return
     function(
         x.data_ptr(),
         x.stride(0),
