@@ -237,11 +237,11 @@ def set_precision(adapter: Adapter, full: bool) -> None:
     for layer in adapter.layers.values():
         base = next((one.dtype for one in layer.base.parameters() if one.is_floating_point()), torch.float32)
         held = [held[adapter.name] for held in (layer.deltas, layer.replacements) if adapter.name in held]
-        for parameter in [one for module in held for one in module.parameters()]:
-            if full and parameter.dtype in _NARROW:
-                parameter.data = parameter.data.float()
-            elif not full and base in _NARROW and parameter.is_floating_point():
-                parameter.data = parameter.data.to(base)
+        for tensor in [one for module in held for one in (*module.parameters(), *module.buffers())]:
+            if full and tensor.dtype in _NARROW and isinstance(tensor, nn.Parameter):
+                tensor.data = tensor.data.float()
+            elif not full and base in _NARROW and tensor.is_floating_point():
+                tensor.data = tensor.data.to(base)
 
 
 # -- starts that measure ----------------------------------------------------------------------------------------------------

@@ -134,9 +134,28 @@ def set_peft_model_state_dict(
     def refuse(message: str) -> None:
         raise LorakitError(message)
 
-    named = names_in(peft_model_state_dict, plain, where)
+    named = _without_biases(adapter, names_in(peft_model_state_dict, plain, where), plain)
     fill(adapter, format_of(adapter.method.name).from_file(adapter.method, named, {}, ()), plain, where, refuse)
     return torch.nn.modules.module._IncompatibleKeys([], [])
+
+
+def _without_biases(adapter: Adapter, named: dict[str, Tensor], plain: Mapping[str, str]) -> dict[str, Tensor]:
+    """The tensors without those biases that this adapter does not train; as in PEFT the base takes them."""
+    own = {f"{plain[path]}.{name}" for path, replacement in adapter.replacements() for name in replacement.names}
+    base = {
+        f"{plain[path]}.bias": module.bias
+        for path, module in walk(adapter.model)
+        if path in plain and isinstance(getattr(module, "bias", None), Tensor)
+    }
+    rest = {}
+    for key, tensor in named.items():
+        name = key.replace(".base_layer.", ".")
+        if name in base and name not in own:
+            with torch.no_grad():
+                base[name].copy_(tensor)
+        else:
+            rest[key] = tensor
+    return rest
 
 
 def load_peft_weights(model_id: str | Path, device: str | None = None, **_: Any) -> dict[str, Tensor]:

@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cache
 from typing import Any, cast
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lorakit.adapter.adapter import adapters
@@ -57,7 +56,7 @@ class Factor(nn.Module):
     """What PEFT has as a small layer, such as `lora_A["default"]`: its tensors are the adapter's own, also where one is set."""
 
     def __init__(self, delta: Delta, letters: Mapping[str, str], shown: Mapping[str, Tensor]) -> None:
-        super().__init__()
+        nn.Module.__init__(self)
         self.__dict__.update(_delta=delta, _letters=dict(letters))
         for name, tensor in shown.items():
             held: dict[str, Any] = self._parameters if isinstance(tensor, nn.Parameter) else self._buffers
@@ -69,9 +68,13 @@ class Factor(nn.Module):
             setattr(self.__dict__["_delta"], letters[name], value)
         super().__setattr__(name, value)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """The product with its weight."""
-        return F.linear(x, cast(Tensor, self.weight))
+
+class LinearFactor(Factor, nn.Linear):
+    """One that is a matrix, which PEFT has as a linear layer."""
+
+    def __init__(self, delta: Delta, letters: Mapping[str, str], shown: Mapping[str, Tensor]) -> None:
+        Factor.__init__(self, delta, letters, {"bias": None, **shown})  # type: ignore[dict-item]
+        self.__dict__.update(in_features=shown["weight"].shape[1], out_features=shown["weight"].shape[0])
 
 
 class _Switched(Adapted):
@@ -188,20 +191,24 @@ class BaseTunerLayer(_Switched):
 
     def _named(self, adapter: str, name: str) -> Any:
         """An adapter's tensors under a name of PEFT's files: one tensor, or a small layer of them; None where there is none."""
-        for key, delta in self.deltas_of(adapter).items():
-            layout, letters, shown = self.sites[key].layout, {}, {}
-            for letter, (path, axes) in names_of(delta, layout.kind).items():
-                first, _, rest = f"{path}.weight".partition(".") if path in _AS_LAYERS else path.partition(".")
-                tensor = getattr(delta, letter, None)
-                if first != name or tensor is None:
-                    continue
-                packed = pack(layout, tensor, axes)
-                shown[rest] = tensor if packed.shape == tensor.shape else packed
-                letters[rest] = letter
-            if "" in shown:
-                return shown[""]
-            if shown:
-                return Factor(delta, letters, shown)
+        for key, whole in self.deltas_of(adapter).items():
+            layout = self.sites[key].layout
+            for delta in filter(None, (whole, cast(Any, getattr(whole, "inner", None)))):  # DoRA's, and a start's
+                letters: dict[str, str] = {}
+                shown: dict[str, Tensor] = {}
+                for letter, (path, axes) in names_of(delta, layout.kind).items():
+                    first, _, rest = f"{path}.weight".partition(".") if path in _AS_LAYERS else path.partition(".")
+                    tensor = getattr(delta, letter, None)
+                    if first != name or tensor is None:
+                        continue
+                    packed = pack(layout, tensor, axes)
+                    shown[rest] = tensor if packed.shape == tensor.shape else packed
+                    letters[rest] = letter
+                if "" in shown:
+                    return shown[""]
+                if shown:
+                    matrix = isinstance(shown.get("weight"), nn.Parameter) and shown["weight"].ndim == 2
+                    return (LinearFactor if matrix else Factor)(delta, letters, shown)
         return None
 
     def get_delta_weight(self, adapter: str) -> Tensor:
@@ -212,7 +219,8 @@ class BaseTunerLayer(_Switched):
 
     def _of_deltas(self, value: Callable[[Any], Any]) -> ByAdapter:
         return ByAdapter(
-            lambda: self.deltas, lambda name: next((value(delta) for delta in self.deltas_of(name).values()), None)
+            lambda: self.deltas,
+            lambda name: next((value(getattr(one, "inner", one)) for one in self.deltas_of(name).values()), None),
         )
 
     @property
