@@ -249,8 +249,8 @@ def _filled(
             own = getattr(delta, letter)
             _put(delta, letter, getattr(cuts[place].change, letter) if place in cuts else torch.zeros(own.shape))
     for path, replacement in adapter.replacements():
-        for index, key in enumerate(replacement.names):
-            _put(replacement, f"tensor_{index}", theirs[f"{path}.{key}"])
+        for key in replacement.names:
+            _put(replacement, replacement.attribute(key), theirs[f"{path}.{key}"])
     return adapter
 
 

@@ -22,6 +22,7 @@ from lorakit.core.state import ModelState, state_of
 from lorakit.core.storage import FLOAT, Snapshot, Storage, owner, storage_of, value_of
 from lorakit.core.walking import walk
 from lorakit.errors import LorakitError
+from lorakit.models.evaluating import evaluating
 from lorakit.models.floats import cast_parameters, float_layer, is_packed, unpack
 
 
@@ -112,7 +113,7 @@ def _agreed(layers: dict[str, Adapted], tied: Mapping[str, list[str]], blend: We
     """The values of layers that share a weight and would all hold the same one, as a vocabulary that is saved whole under each
     of its names: it stays shared."""
     with torch.no_grad():
-        values = {path: layer.substitutes(blend) for path, layer in layers.items() if path in tied}
+        values = {path: _values(layer, blend) for path, layer in layers.items() if path in tied}
 
     def agrees(path: str, other: str) -> bool:
         if other not in values:
@@ -128,7 +129,7 @@ def _agreed(layers: dict[str, Adapted], tied: Mapping[str, list[str]], blend: We
 def _check_values(layer: Adapted, blend: Weighted, dtype: torch.dtype | None) -> None:
     """What one layer would hold, in the format that it would be written in; only then is anything written."""
     with torch.no_grad():
-        values = layer.substitutes(blend)
+        values = _values(layer, blend)
     for name, value in values.items():
         storage = _storage(layer, name)
         if value.is_floating_point():
@@ -146,6 +147,12 @@ def _storage(layer: Adapted, name: str) -> Storage:
     return storage_of(layer.base, name, layer.path) if name in weights else FLOAT
 
 
+def _values(layer: Adapted, blend: Weighted) -> dict[str, Tensor]:
+    """The layer's tensors under a blend; what training drops of an adapter is not dropped here."""
+    with evaluating(layer.deltas):
+        return layer.substitutes(blend)
+
+
 def _write(
     layer: Adapted,
     blend: Weighted,
@@ -157,7 +164,7 @@ def _write(
     that were there; where they are `shared` with another layer, this one gets its own."""
     error = 0.0
     with torch.no_grad():
-        values = layer.substitutes(blend) if values is None else values
+        values = _values(layer, blend) if values is None else values
     for name, value in values.items():
         storage = _storage(layer, name)
         if kept is not None:
@@ -169,7 +176,7 @@ def _write(
 def _into_floats(layer: Adapted, blend: Weighted, dtype: torch.dtype) -> None:
     """One layer's blend in floats of this dtype, rounded once; a packed layer becomes a float one."""
     with torch.no_grad():
-        values = layer.substitutes(blend)
+        values = _values(layer, blend)
     if is_packed(layer.base):
         layer.base = float_layer(layer.base, dtype, values)
         return

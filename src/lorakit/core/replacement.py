@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -28,22 +28,33 @@ class Replacement(nn.Module):
         super().__init__()
         self.names = tuple(names)
         self.shared = {name: tensor for name, tensor in (shared or {}).items() if name in names}
-        for index, name in enumerate(names):
+        for name in names:
             if name in self.shared:
                 continue
             value = value_of(base, name).detach().clone()
-            if not value.is_floating_point():
-                self.register_buffer(f"tensor_{index}", value)
-                continue
-            value = value.to(torch.promote_types(value.dtype, dtype or value.dtype))
-            if isinstance(value_of(base, name), nn.Parameter):
-                setattr(self, f"tensor_{index}", nn.Parameter(value))
+            if value.is_floating_point():
+                value = value.to(torch.promote_types(value.dtype, dtype or value.dtype))
+            if value.is_floating_point() and isinstance(value_of(base, name), nn.Parameter):
+                self.register_parameter(self.attribute(name), nn.Parameter(value))
             else:
-                self.register_buffer(f"tensor_{index}", value)
+                self.register_buffer(self.attribute(name), value)
+
+    def attribute(self, name: str) -> str:
+        """Where it keeps the layer's tensor of this name; the end stays, by which optimisers know biases."""
+        return f"own_{name.replace('.', '_')}"
+
+    def __getattr__(self, name: str) -> Any:
+        """Its own values by the names that they have in the layer."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name not in self.__dict__.get("names", ()):
+                raise
+            return self.tensors()[name]
 
     def tensors(self) -> dict[str, Tensor]:
         """The layer's tensor names -> this adapter's values."""
         return {
-            name: self.shared[name] if name in self.shared else cast(Tensor, getattr(self, f"tensor_{index}"))
-            for index, name in enumerate(self.names)
+            name: self.shared[name] if name in self.shared else cast(Tensor, getattr(self, self.attribute(name)))
+            for name in self.names
         }

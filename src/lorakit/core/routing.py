@@ -44,6 +44,11 @@ class Routing:
         """The number of rows that the routing names."""
         return 0 if self.table is None else self.table.shape[0]
 
+    @property
+    def asks_for_base(self) -> bool:
+        """Whether it, or any of its rows, is the model without an adapter."""
+        return not self.names or (self.table is not None and not bool(self.table.abs().sum(1).all()))
+
     def table_on(self, device: torch.device) -> Tensor:
         """The table (rows, names) on a device, in float64 where the device has it."""
         if device not in self._moved:

@@ -98,6 +98,11 @@ class ModelState:
             raise LorakitError(
                 f"use: adapter {merged[0]!r} is merged into the weights just now, so it acts already; leave `merged` first."
             )
+        if self.merged and routing.asks_for_base:
+            raise LorakitError(
+                f"use: adapter {min(self.merged)!r} is merged into the weights just now, so that the model is not its base; "
+                "leave `merged` first."
+            )
         if self.edits is not None:
             self.edits.check(routing)
         before, self.routing = self.routing, routing

@@ -26,6 +26,7 @@ from lorakit.core.layout import Layout, Linear, Rows, Site, Stored
 from lorakit.core.routing import BASE, Route, Routing
 from lorakit.core.rows import first_tensor
 from lorakit.core.state import found_state
+from lorakit.core.storage import value_of
 from lorakit.core.using import routed
 from lorakit.errors import LorakitError
 from lorakit.init import CalibrationRequest, Measured
@@ -59,6 +60,20 @@ class Matrix:
         return layout.inner if isinstance(layout, Stored) and not self.site.named_only else layout
 
 
+class Gradients(dict[int, Tensor]):
+    """In the place of batches: dL/dW that somebody has measured, by the `id` of the weight."""
+
+    def of(self, matrices: Mapping[str, Matrix], start: CalibrationRequest) -> Iterator[tuple[str, Tensor]]:
+        """`(name, gradient)` of each matrix. LorakitError where one has none."""
+        for name, matrix in matrices.items():
+            G = self.get(id(value_of(matrix.layer, matrix.site.weight)))
+            if G is None:
+                raise LorakitError(
+                    f"{start.request} measures gradients, and the steps gave {name} none. {start.otherwise}"
+                )
+            yield name, matrix.site.layout.matrix(G.float())
+
+
 def calibrate(
     model: nn.Module,
     matrices: Mapping[str, Matrix],
@@ -80,6 +95,9 @@ def calibrate(
     Raises:
         LorakitError: no batches, a layer that cannot be measured or that no batch reaches, no loss where one is needed.
     """
+    if isinstance(batches, Gradients):
+        yield from batches.of(matrices, start)
+        return
     given = _checked(batches, start)
     for name, matrix in matrices.items():
         _check_layer(name, matrix, start)

@@ -72,7 +72,7 @@ class DEFTDelta(FromWeight, of=DEFT):
         """P and K."""
         if self.spec.decomposition == "relu":
             return self.P, F.relu(self.P).T
-        Q = torch.linalg.qr(self.P).Q
+        Q = torch.linalg.qr(self.P.to(torch.promote_types(self.P.dtype, torch.float32))).Q.to(self.P)
         return Q, Q.T
 
     def factors_of(self, W: Tensor) -> tuple[Tensor, Tensor]:

@@ -24,7 +24,6 @@ from types import ModuleType
 from typing import Any
 
 from lorakit.adapter.adapter import adapters as adapters
-from lorakit.core.replacement import Replacement as ModulesToSaveWrapper
 from lorakit.errors import LorakitError as PeftError
 from lorakit.files.formats import UNSUPPORTED
 from lorakit.peft import within
@@ -46,6 +45,7 @@ from lorakit.peft.functions import (
     AutoPeftModel,
     cast_mixed_precision_params,
     check_if_peft_model,
+    convert_to_lora,
     create_loraplus_optimizer,
     delete_adapter,
     get_base_model_state_dict,
@@ -57,13 +57,22 @@ from lorakit.peft.functions import (
     inject_adapter_in_model,
     load_peft_weights,
     prepare_model_for_kbit_training,
+    rescale_adapter_scale,
+    save_as_lora,
     set_base_model_state_dict,
     set_peft_model_state_dict,
     update_signature,
 )
-from lorakit.peft.layers import BaseTunerLayer
+from lorakit.peft.layers import (
+    LAYERS,
+    AuxiliaryTrainingWrapper,
+    BaseTunerLayer,
+    ModulesToSaveWrapper,
+    TrainableTokensWrapper,
+)
 from lorakit.peft.model import (
     MODEL_TYPE_TO_PEFT_MODEL_MAPPING,
+    TUNERS,
     PeftMixedModel,
     PeftModel,
     PeftModelForCausalLM,
@@ -77,21 +86,27 @@ from lorakit.peft.model import (
 )
 from lorakit.peft.targets import DEFAULT_TARGETS
 
+NoMatchingPeftModuleError = PeftError
+
+
+class PeftWarning(UserWarning):
+    """PEFT's class of warnings; those here are UserWarning, or lines of the logger lorakit."""
+
+
 __version__ = "0.21.2"
 """The version of PEFT whose names these are."""
 TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING = DEFAULT_TARGETS
-AuxiliaryTrainingWrapper = ModulesToSaveWrapper
-BaseTuner = LoraModel = Tuner
-LoraLayer = BaseTunerLayer
-PEFT_TYPE_TO_TUNER_MAPPING = dict.fromkeys(PEFT_TYPE_TO_CONFIG_MAPPING, Tuner)
-"""PEFT type -> what is between the wrapper and the model: the same for all of them."""
+BaseTuner = Tuner
+PEFT_TYPE_TO_TUNER_MAPPING = TUNERS
+PEFT_TYPE_TO_MIXED_MODEL_MAPPING = dict.fromkeys(TUNERS, Tuner)
+"""All of them: one class of layer has all methods."""
+
+_MODELS = {one.__name__: one for one in TUNERS.values()}
 
 _ELSEWHERE = {
     "ArrowConfig": "lorakit.route with a router over adapters",
     "XLoraConfig": "lorakit.route(model, lorakit.XLoRA(), names)",
     "XLoraModel": "lorakit.route(model, lorakit.XLoRA(), names)",
-    "convert_to_lora": "lorakit.resize",
-    "save_as_lora": "lorakit.resize and Adapter.save",
     "create_arrow_model": "lorakit.route with a router over adapters",
     "create_lorafa_optimizer": "lorakit.LoRAFA",
     "build_peft_weight_mapping": "lorakit.load(model, folder)",
@@ -99,17 +114,12 @@ _ELSEWHERE = {
     "get_eva_state_dict": "initialize_lora_eva_weights",
     "prepare_model_for_compiled_hotswap": "lorakit.swap, which needs no preparation: give the adapter the largest rank",
     "replace_lora_weights_loftq": 'init_lora_weights="loftq"',
-    "rescale_adapter_scale": "lorakit.use(model, {name: weight})",
-    "PeftWarning": "the logger lorakit",
-    "NoMatchingPeftModuleError": "PeftError, which is lorakit.LorakitError",
     "shift_tokens_right": "the model's own function in transformers",
     "bloom_model_postprocess_past_key_value": "prefix tuning, which needs no table of architectures",
     "TRANSFORMERS_MODELS_TO_PREFIX_TUNING_POSTPROCESS_MAPPING": "prefix tuning, which needs no table of architectures",
-    "PEFT_TYPE_TO_MIXED_MODEL_MAPPING": "PEFT_TYPE_TO_CONFIG_MAPPING: one class of layer has all methods here",
     "PrefixEncoder": "lorakit.PrefixTuning",
     "PromptEmbedding": "lorakit.PromptTuning",
     "PromptEncoder": "lorakit.PTuning",
-    **{f"{name.removesuffix('Config')}Model": "get_peft_model" for name in CONFIGS if name != "LoraConfig"},
     "CPTEmbedding": "",
     "KasaConfig": "",
     "MontecloraConfig": "",
@@ -130,7 +140,7 @@ class MissingNameError(PeftError, ImportError):
 
 
 def __getattr__(name: str) -> Any:
-    for table in (CONFIGS, AUTO, vars(within)):
+    for table in (CONFIGS, AUTO, LAYERS, _MODELS, vars(within)):
         if name in table:
             return table[name]
     kind = name.removesuffix("Config").removesuffix("Model").upper()
@@ -192,10 +202,9 @@ __all__ = [
     "PEFT_TYPE_TO_TUNER_MAPPING",
     "TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING",
     "AutoPeftModel",
+    "AuxiliaryTrainingWrapper",
     "BaseTunerLayer",
     "LoraConfig",
-    "LoraLayer",
-    "LoraModel",
     "ModulesToSaveWrapper",
     "PeftConfig",
     "PeftError",
@@ -212,8 +221,10 @@ __all__ = [
     "PromptLearningConfig",
     "PromptTuningInit",
     "TaskType",
+    "TrainableTokensWrapper",
     "cast_mixed_precision_params",
     "check_if_peft_model",
+    "convert_to_lora",
     "create_loraplus_optimizer",
     "delete_adapter",
     "get_base_model_state_dict",
@@ -229,9 +240,13 @@ __all__ = [
     "prepare_model_for_kbit_training",
     "preprocess_corda",
     "preprocess_loraga",
+    "rescale_adapter_scale",
+    "save_as_lora",
     "set_base_model_state_dict",
     "set_peft_model_state_dict",
     "update_signature",
     *CONFIGS,
     *AUTO,
+    *LAYERS,
+    *_MODELS,
 ]

@@ -13,7 +13,7 @@ from torch import nn
 
 from lorakit.adapter.adapter import Adapter
 from lorakit.adapter.attachment import attach
-from lorakit.adapter.targets import input_embedding
+from lorakit.adapter.targets import Targets, input_embedding, select
 from lorakit.core.delta import LowRank, Method
 from lorakit.core.options import options_of
 from lorakit.core.walking import has_suffix, walk
@@ -23,7 +23,7 @@ from lorakit.files.formats import FORMATS, format_of, known_entries, spec_from_p
 from lorakit.files.interchange import COMMON, asked_targets, heads_for
 from lorakit.files.table import TABLE
 from lorakit.init import EVA, CorDA, Initialiser, LoftQ, LoRAGA, Orthogonal, PiSSA
-from lorakit.init.calibration import Batch
+from lorakit.init.calibration import Batch, Gradients
 from lorakit.methods.options import lenient
 from lorakit.methods.tokens import TokenRows
 from lorakit.models.replication import replicate_layers
@@ -31,8 +31,8 @@ from lorakit.peft.configs import PeftConfig, default_of
 from lorakit.peft.layers import as_tuner_layers
 from lorakit.peft.targets import default_targets, feedforward_targets, todays_names
 
-_seen: WeakKeyDictionary[nn.Module, list[Batch]] = WeakKeyDictionary()
-"""Base model -> the batches that `preprocess_corda` or `preprocess_loraga` saw, until the adapter that they are for is made."""
+_seen: WeakKeyDictionary[nn.Module, list[Batch] | Gradients] = WeakKeyDictionary()
+"""Base model -> what `preprocess_corda` or `preprocess_loraga` measured, until the adapter that it is for is made."""
 
 _NARROW = (torch.float16, torch.bfloat16)
 _STARTS = frozenset({"init_lora_weights", "init_weights", "init_ia3_weights"})
@@ -147,6 +147,21 @@ def _targets(model: nn.Module, options: dict[str, Any]) -> Any:
     return asked_targets(targets if isinstance(targets, str) else tuple(targets or ()), parameters)
 
 
+def layers_asked(model: nn.Module, config: PeftConfig) -> list[str]:
+    """The layers that a configuration names in a model."""
+    options = {**config.to_dict(), "peft_type": str(config.peft_type)}
+    layers, pattern, excluded = (
+        options.get(name) or None for name in ("layers_to_transform", "layers_pattern", "exclude_modules")
+    )
+    targets = Targets(
+        target_modules=_targets(model, options),
+        exclude_modules=excluded if excluded is None or isinstance(excluded, str) else tuple(excluded),
+        layers=(layers,) if isinstance(layers, int) else None if layers is None else tuple(layers),
+        layers_pattern=(pattern,) if isinstance(pattern, str) else None if pattern is None else tuple(pattern),
+    )
+    return select(model, targets)
+
+
 def _start(options: dict[str, Any], spec: Any, default: Any) -> str | Initialiser:
     """The initialiser that PEFT's `init_lora_weights` names, with its options."""
     value = options.get("init_lora_weights", options.get("init_weights", True))
@@ -222,11 +237,11 @@ def set_precision(adapter: Adapter, full: bool) -> None:
     for layer in adapter.layers.values():
         base = next((one.dtype for one in layer.base.parameters() if one.is_floating_point()), torch.float32)
         held = [held[adapter.name] for held in (layer.deltas, layer.replacements) if adapter.name in held]
-        for parameter in [one for module in held for one in module.parameters()]:
-            if full and parameter.dtype in _NARROW:
-                parameter.data = parameter.data.float()
-            elif not full and base in _NARROW and parameter.is_floating_point():
-                parameter.data = parameter.data.to(base)
+        for tensor in [one for module in held for one in (*module.parameters(), *module.buffers())]:
+            if full and tensor.dtype in _NARROW and isinstance(tensor, nn.Parameter):
+                tensor.data = tensor.data.float()
+            elif not full and base in _NARROW and tensor.is_floating_point():
+                tensor.data = tensor.data.to(base)
 
 
 # -- starts that measure ----------------------------------------------------------------------------------------------------
@@ -252,16 +267,50 @@ def _watch(model: nn.Module, run: Callable[[], Any]) -> None:
     _seen[model] = batches
 
 
-def preprocess_corda(model: nn.Module, lora_config: PeftConfig, run_model: Callable[[], Any] | None = None) -> None:
+def preprocess_corda(
+    model: nn.Module,
+    lora_config: PeftConfig,
+    run_model: Callable[[], Any] | None = None,
+    hooked_model: nn.Module | None = None,
+) -> None:
     """Note what `run_model` feeds the model; the next adapter with init_lora_weights="corda" starts from it."""
     if run_model is None:
         raise LorakitError("preprocess_corda: run_model is needed; files of covariances are not read.")
-    _watch(model, run_model)
+    _watch(hooked_model or model, run_model)
+    if hooked_model is not None and hooked_model is not model:
+        _seen[model] = _seen.pop(hooked_model)
 
 
-def preprocess_loraga(model: nn.Module, lora_config: PeftConfig, train_step: Callable[[], Any]) -> None:
-    """Note what `train_step` feeds the model; the next adapter with init_lora_weights="lora_ga" starts from its gradients."""
-    _watch(model, train_step)
+def preprocess_loraga(
+    model: nn.Module, lora_config: PeftConfig, train_step: Callable[[], Any], cache_file: str | None = None
+) -> None:
+    """Measure the gradients of `train_step`, whatever loss it has; the next adapter with init_lora_weights="lora_ga" starts
+    from them. The weights and their own gradients stay as they are."""
+    if cache_file is not None:
+        raise LorakitError(
+            "preprocess_loraga: cache_file is not offered; files of gradients are neither read nor written."
+        )
+    before = [(one, one.requires_grad, one.grad) for one in model.parameters() if one.is_floating_point()]
+    calls = [0]
+
+    def count(*_: Any) -> None:
+        calls[0] += 1
+
+    handle = model.register_forward_hook(count)
+    try:
+        for parameter, _, _ in before:
+            parameter.grad = None
+            parameter.requires_grad_(parameter.ndim > 1)
+        train_step()
+        found = {id(one): one.grad / max(1, calls[0]) for one, _, _ in before if one.grad is not None}
+    finally:
+        handle.remove()
+        for parameter, asked, own in before:
+            parameter.requires_grad_(asked)
+            parameter.grad = own
+    if not found:
+        raise LorakitError("preprocess_loraga: train_step computed no gradients; it must call loss.backward().")
+    _seen[model] = Gradients(found)
 
 
 def eva_start(config: PeftConfig, batches: Iterable[Batch]) -> tuple[EVA, list[Batch]]:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
-from collections.abc import Iterable, Mapping
+import warnings
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
 
@@ -13,19 +16,22 @@ from torch import Tensor, nn
 from lorakit.adapter.adapter import Adapter, adapters
 from lorakit.adapter.attachment import detach
 from lorakit.adapter.pretrained import is_ours
+from lorakit.algebra.resizing import resize
 from lorakit.algebra.swapping import swap
 from lorakit.core.state import state_of
-from lorakit.core.using import activate
+from lorakit.core.using import activate, use
+from lorakit.core.walking import walk
 from lorakit.errors import LorakitError, unknown
 from lorakit.files.bundle import read_tensors
 from lorakit.files.filling import fill
 from lorakit.files.formats import format_of
-from lorakit.files.interchange import PREFIX, names_in, plain_names, tensors_of
+from lorakit.files.interchange import PREFIX, bare, config_of, names_in, plain_names, tensors_of
 from lorakit.optim.groups import parameter_groups
-from lorakit.peft.attaching import attach_config, eva_start, set_precision
+from lorakit.peft.attaching import attach_config, eva_start, layers_asked, set_precision
 from lorakit.peft.configs import PeftConfig
 from lorakit.peft.model import MODEL_TYPE_TO_PEFT_MODEL_MAPPING, PeftModel
 from lorakit.peft.status import TunerLayerStatus, TunerModelStatus, layer_status, model_status
+from lorakit.peft.targets import feedforward_targets
 
 
 def _base(model: nn.Module) -> nn.Module:
@@ -46,20 +52,60 @@ def inject_adapter_in_model(
     low_cpu_mem_usage: bool = False,
     state_dict: Mapping[str, Tensor] | None = None,
 ) -> nn.Module:
-    """A new adapter on the model itself, without a wrapper."""
-    adapter = attach_config(model, peft_config, adapter_name)
-    if low_cpu_mem_usage and state_dict is None:
-        for _, _, delta in adapter.deltas():
-            delta.to("meta")
+    """A new adapter on the model itself, without a wrapper.
+
+    With `state_dict`, tensors under the names of PEFT's files, the layers that it has are adapted, whatever the configuration
+    says; nothing is loaded yet. `low_cpu_mem_usage` leaves the adapter's tensors on the meta device until they are.
+    """
+    config = peft_config if state_dict is None else _as_in(model, peft_config, state_dict)
+    adapter = attach_config(model, config, adapter_name)
+    for _, _, delta in adapter.deltas() if low_cpu_mem_usage else ():
+        delta.to("meta")
     cast(Any, model).peft_config = {**getattr(model, "peft_config", {}), adapter_name: peft_config}
-    if state_dict is not None:
-        set_peft_model_state_dict(model, state_dict, adapter_name)
     return model
+
+
+def _as_in(model: nn.Module, config: PeftConfig, state: Mapping[str, Tensor]) -> PeftConfig:
+    """The configuration with the layers that a state dict has; a warning where it asks for others."""
+    if getattr(config, "target_parameters", None):
+        raise LorakitError(
+            "Trying to inject a PEFT adapter from a state_dict but the PEFT config uses `target_parameters`: the names in the "
+            "state dict do not tell a parameter from a layer. Leave state_dict out."
+        )
+    paths = {path for path, _ in walk(model) if path}
+    names: set[str] = set()
+    for key in state:
+        steps = bare(key).split(".")
+        place = next((".".join(steps[:n]) for n in range(len(steps) - 1, 0, -1) if ".".join(steps[:n]) in paths), None)
+        if place is not None and key.removeprefix(PREFIX).removeprefix(place) not in (".weight", ".bias"):
+            names.add(place)
+    asked = set(layers_asked(model, config))
+    for more, less, whose in (asked, names, "PEFT config"), (names, asked, "state_dict"):
+        if more - less:
+            warnings.warn(
+                "While injecting the PEFT adapters, an inconsistency was discovered between the PEFT config and the provided "
+                "state_dict. This is not necessarily an issue and can be ignored if this was the intent. "
+                f"The {whose} contained these additional target modules: {sorted(more - less)}. ",
+                RuntimeWarning,
+                stacklevel=3,
+            )
+    changed: dict[str, Any] = {"target_modules": sorted(names), "exclude_modules": None, "layers_to_transform": None}
+    if config.peft_type == "IA3" and getattr(config, "target_modules", None) is None:
+        changed["feedforward_modules"] = feedforward_targets(
+            getattr(getattr(model, "config", None), "model_type", None)
+        )
+    known = {one.name for one in dataclasses.fields(cast(Any, config))}
+    return cast(
+        PeftConfig,
+        dataclasses.replace(cast(Any, config), **{key: value for key, value in changed.items() if key in known}),
+    )
 
 
 def delete_adapter(model: nn.Module, adapter_name: str, prefix: str = "") -> None:
     """Take an adapter off the model itself."""
     detach(_base(model), adapter_name)
+    if isinstance(getattr(model, "peft_config", None), dict):
+        cast(Any, model).peft_config.pop(adapter_name, None)
 
 
 def get_peft_model_state_dict(
@@ -88,9 +134,28 @@ def set_peft_model_state_dict(
     def refuse(message: str) -> None:
         raise LorakitError(message)
 
-    named = names_in(peft_model_state_dict, plain, where)
+    named = _without_biases(adapter, names_in(peft_model_state_dict, plain, where), plain)
     fill(adapter, format_of(adapter.method.name).from_file(adapter.method, named, {}, ()), plain, where, refuse)
     return torch.nn.modules.module._IncompatibleKeys([], [])
+
+
+def _without_biases(adapter: Adapter, named: dict[str, Tensor], plain: Mapping[str, str]) -> dict[str, Tensor]:
+    """The tensors without those biases that this adapter does not train; as in PEFT the base takes them."""
+    own = {f"{plain[path]}.{name}" for path, replacement in adapter.replacements() for name in replacement.names}
+    base = {
+        f"{plain[path]}.bias": module.bias
+        for path, module in walk(adapter.model)
+        if path in plain and isinstance(getattr(module, "bias", None), Tensor)
+    }
+    rest = {}
+    for key, tensor in named.items():
+        name = key.replace(".base_layer.", ".")
+        if name in base and name not in own:
+            with torch.no_grad():
+                base[name].copy_(tensor)
+        else:
+            rest[key] = tensor
+    return rest
 
 
 def load_peft_weights(model_id: str | Path, device: str | None = None, **_: Any) -> dict[str, Tensor]:
@@ -132,12 +197,15 @@ def prepare_model_for_kbit_training(
     model: nn.Module,
     use_gradient_checkpointing: bool = True,
     gradient_checkpointing_kwargs: Mapping[str, Any] | None = None,
+    auto_clear_cache: bool = True,
 ) -> nn.Module:
     """Freeze a quantised model, put its float parameters into float32, and turn gradient checkpointing on."""
     model.requires_grad_(False)
     for parameter in model.parameters():
         if parameter.dtype in (torch.float16, torch.bfloat16):
             parameter.data = parameter.data.float()
+    if auto_clear_cache and torch.cuda.is_available():
+        torch.cuda.empty_cache()
     if use_gradient_checkpointing:
         options = dict(gradient_checkpointing_kwargs or {"use_reentrant": True})
         if options.get("use_reentrant", True):
@@ -185,12 +253,82 @@ def hotswap_adapter(
 
 def get_model_status(model: nn.Module) -> TunerModelStatus:
     """Which adapters are on a model, and how they are."""
-    return model_status(_base(model), model)
+    return model_status(_base(model), model if isinstance(model, PeftModel) else None)
 
 
 def get_layer_status(model: nn.Module) -> list[TunerLayerStatus]:
     """The adapters of each adapted layer."""
-    return layer_status(_base(model))
+    return layer_status(_base(model), isinstance(model, PeftModel))
+
+
+# -- other methods as LoRA, and scales ----------------------------------------------------------------------------------------
+
+
+@contextmanager
+def _resized(model: nn.Module, rank: float, name: str) -> Iterator[Adapter]:
+    """Within the block, the adapter as a plain LoRA beside it: of this rank, or with this share of the squares."""
+    if isinstance(rank, float) and not 0 < rank <= 1:
+        raise LorakitError(
+            f"If rank is a float, it is interpreted as a threshold. It must be between 0 and 1 but got {rank}."
+        )
+    if rank == 0:
+        raise LorakitError("Passing a rank of 0 doesn't make sense, please pass a valid value.")
+    adapter, base = _adapter(model, name), _base(model)
+    if adapter.edits or adapter.saved == tuple(adapter.layers):
+        raise TypeError("Could not detect any layer that supports LoRA conversion.")
+    config = getattr(model, "peft_config", {}).get(name)
+    if config is not None and config.peft_type == "LORA":
+        warnings.warn(
+            "Converting a PEFT adapter to LoRA that is already a LoRA adapter. There is typically no need for that.",
+            stacklevel=4,
+        )
+    wanted: dict[str, Any] = {"energy": rank} if isinstance(rank, float) else {"rank": rank}
+    made = resize(adapter, name=f"{name}-as-lora", **wanted).adapter
+    assert made is not None
+    try:
+        yield made
+    finally:
+        detach(base, made.name)
+
+
+def convert_to_lora(
+    model: nn.Module, rank: float, adapter_name: str = "default", progressbar: bool = False, compile_kwargs: Any = None
+) -> tuple[PeftConfig, dict[str, Tensor]]:
+    """The nearest LoRA of an adapter of any method that adds to weights: its configuration and tensors. A `rank` of type
+    float is a share of the squared singular values of each layer."""
+    with _resized(model, rank, adapter_name) as made:
+        config: PeftConfig = PeftConfig.from_peft_type(**config_of(made))
+        return config, get_peft_model_state_dict(model, adapter_name=made.name)
+
+
+def save_as_lora(
+    path: str | Path,
+    model: nn.Module,
+    rank: float,
+    adapter_name: str = "default",
+    progressbar: bool = False,
+    compile_kwargs: Any = None,
+) -> None:
+    """`convert_to_lora`, as a folder."""
+    with _resized(model, rank, adapter_name) as made:
+        made.save(path)
+
+
+@contextmanager
+def rescale_adapter_scale(model: nn.Module, multiplier: float) -> Iterator[None]:
+    """Within the block the adapters that act do so by `multiplier`."""
+    if not isinstance(multiplier, int | float) or isinstance(multiplier, bool):
+        raise TypeError(f"Argument multiplier should be of type float, got {type(multiplier)}")
+    base = _base(model)
+    if not adapters(base):
+        raise LorakitError("scaling is only supported for models with `LoraLayer`s")
+    routing = state_of(base).routing
+    if routing.weights is None:
+        raise LorakitError(
+            "rescale_adapter_scale: rows have adapters of their own; give each its weight in lorakit.use."
+        )
+    with use(base, {name: weight * multiplier for name, weight in zip(routing.names, routing.weights, strict=True)}):
+        yield
 
 
 class AutoPeftModel:

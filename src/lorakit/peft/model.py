@@ -7,10 +7,11 @@ import inspect
 import logging
 import tempfile
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import cache
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import torch
 import yaml
@@ -20,15 +21,18 @@ from lorakit.adapter.adapter import Adapter, adapters
 from lorakit.adapter.attachment import detach
 from lorakit.algebra.combining import combine
 from lorakit.algebra.merging import merge, merged
+from lorakit.core.routing import BASE
 from lorakit.core.state import found_state, state_of
 from lorakit.core.using import activate, use
-from lorakit.core.walking import walk
+from lorakit.core.walking import has_suffix, walk
 from lorakit.errors import LorakitError
 from lorakit.files.bundle import locate, read_bundle, read_config
 from lorakit.files.store import load, refill
 from lorakit.peft.attaching import attach_config, set_precision
-from lorakit.peft.configs import AlsoPefts, PeftConfig, PromptLearningConfig
+from lorakit.peft.configs import PEFT_TYPE_TO_CONFIG_MAPPING, AlsoPefts, PeftConfig, PromptLearningConfig
+from lorakit.peft.layers import ByAdapter, as_tuner_layers
 from lorakit.peft.status import TunerLayerStatus, TunerModelStatus, layer_status, model_status
+from lorakit.train.schedules.ranking import Budget
 
 log = logging.getLogger("lorakit")
 
@@ -39,7 +43,6 @@ _NOT_HERE = {
     "prompt_encoder": "the adapter's edits: lorakit.adapters(model)[name].edits",
     "set_additional_trainable_modules": "modules_to_save in the configuration",
     "subtract_mutated_init": "save_pretrained, which always writes a file for the base as it was",
-    "update_and_allocate": "lorakit.train, which moves AdaLoRA's ranks at each step",
     "update_layer": "add_adapter",
 }
 """Names of PEFT's that the wrapper lacks -> what to use. They must not reach the base model, which may have such a name too."""
@@ -76,6 +79,7 @@ class Switches:
         """Let one adapter act, or several added up. As in PEFT these train from now on and others do not, unless
         `inference_mode`; nothing else changes a `requires_grad`."""
         names = [adapter_name] if isinstance(adapter_name, str) else list(adapter_name)
+        self._tuner.named(names)
         self._tuner.let_act(names)
         for name, adapter in adapters(self._tuner.model).items():
             adapter.requires_grad_(name in names and not inference_mode)
@@ -92,8 +96,12 @@ class Switches:
             adapter.requires_grad_(requires_grad)
 
     def disable_adapter_layers(self) -> None:
-        """Let no adapter act until `enable_adapter_layers`."""
-        self._tuner.off = tuple(self.active_adapters)
+        """Let no adapter act until `enable_adapter_layers`; what `merge_adapter` wrote is taken out of the weights first."""
+        names = tuple(
+            self._tuner.off or dict.fromkeys([*sorted(state_of(self._tuner.model).merged), *self.active_adapters])
+        )
+        self._tuner.merged.close()
+        self._tuner.off = names
         activate(self._tuner.model, None)
 
     def enable_adapter_layers(self) -> None:
@@ -101,26 +109,28 @@ class Switches:
         if self._tuner.off:
             self._tuner.let_act(self._tuner.off)
 
-    def delete_adapter(self, adapter_name: str) -> None:
-        """Take one adapter off. Where it acted, the first of the others acts now, and the log says which."""
-        model = self._tuner.model
-        known = adapters(model)
-        if adapter_name not in known:
-            raise LorakitError(f"Adapter {adapter_name} does not exist; there are: {', '.join(known) or 'none'}.")
-        if adapter_name in state_of(model).merged:
-            raise LorakitError(
-                f"Cannot delete adapter(s) [{adapter_name!r}] while they are merged. Please unmerge them first."
-            )
-        if adapter_name in self.active_adapters:
+    def delete_adapter(self, adapter_name: str | Sequence[str]) -> None:
+        """Take adapters off, all or none. Where all that acted go, the first of the others acts now, and the log says which."""
+        names = [adapter_name] if isinstance(adapter_name, str) else list(adapter_name)
+        model, known = self._tuner.model, adapters(self._tuner.model)
+        for name in names:
+            if name not in known:
+                raise LorakitError(f"Adapter {name} does not exist; there are: {', '.join(known) or 'none'}.")
+        if merged := [name for name in names if name in state_of(model).merged]:
+            raise LorakitError(f"Cannot delete adapter(s) {merged} while they are merged. Please unmerge them first.")
+        acted = self.active_adapters
+        if set(acted).intersection(names):
             off = bool(self._tuner.off)
-            rest = [name for name in self.active_adapters if name != adapter_name]
-            rest = rest or [name for name in known if name != adapter_name][:1]
+            left = [name for name in known if name not in names and name not in state_of(model).merged]
+            rest = [name for name in acted if name in left] or left[:1]
             self._tuner.let_act(rest)
             if off:
                 self.disable_adapter_layers()
-            log.warning("delete_adapter: %s acted; %s acts now.", adapter_name, ", ".join(rest) or "no adapter")
-        detach(model, adapter_name)
-        self._tuner.peft_config.pop(adapter_name, None)
+            log.warning("delete_adapter: %s acted; %s acts now.", ", ".join(acted), ", ".join(rest) or "no adapter")
+        for name in names:
+            detach(model, name)
+            self._tuner.peft_config.pop(name, None)
+        as_tuner_layers(model)
 
     # -- into the weights and out -------------------------------------------------------------------------------------
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
@@ -169,8 +179,27 @@ class Switches:
     def targeted_module_names(self) -> list[str]:
         """The layers that adapters change."""
         known = adapters(self._tuner.model).values()
-        paths = {path for one in known for path, layer in one.layers.items() if layer.deltas_of(one.name)}
+        paths = {
+            path
+            for one in known
+            for path, layer in one.layers.items()
+            if not all(one.beside(delta) for delta in layer.deltas_of(one.name).values())
+        }
         return [path for path, _ in walk(self._tuner.model) if path in paths]
+
+    @property
+    def targeted_parameter_names(self) -> list[str]:
+        """The parameters that adapters change by name, as `target_parameters` asks for them."""
+        asked = {
+            name for one in self._tuner.peft_config.values() for name in getattr(one, "target_parameters", None) or ()
+        }
+        own = [
+            f"{path}.{site.weight}" if path else site.weight
+            for one in adapters(self._tuner.model).values()
+            for path, layer in one.layers.items()
+            for site in layer.sites.values()
+        ]
+        return [name for name in dict.fromkeys(own) if any(has_suffix(name, one) for one in asked)]
 
 
 @contextmanager
@@ -192,13 +221,58 @@ class Tuner(Switches, nn.Module):
     uses_shared_state = False
     """Every method can be put on a model without a wrapper."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        peft_config: PeftConfig | Mapping[str, PeftConfig] | None = None,
+        adapter_name: str = "default",
+        low_cpu_mem_usage: bool = False,
+    ) -> None:
         super().__init__()
         self.model = model
         self.peft_config: dict[str, PeftConfig] = {}
         self.off: tuple[str, ...] = ()
         """The adapters that are switched off for a while."""
         self.merged = ExitStack()
+        self.schedules: dict[str, Any] = {}
+        """The schedules of AdaLoRA that `update_and_allocate` moves ranks by."""
+        given = peft_config if isinstance(peft_config, Mapping) else {adapter_name: peft_config}
+        for name, config in given.items():
+            if config is not None:
+                self.add(name, config, empty=low_cpu_mem_usage)
+
+    def add(self, name: str, config: PeftConfig, full: bool = True, empty: bool = False) -> None:
+        """Put one more new adapter on the model; the active one stays, and the first one acts. `empty`: on the meta device."""
+        state = found_state(self.model)
+        before = state.routing if state is not None and self.peft_config else None
+        if name in adapters(self.model):
+            raise LorakitError(f"Adapter with name {name!r} already exists. Delete it first, or use another name.")
+        if config.base_model_name_or_path is None:
+            config.base_model_name_or_path = getattr(self.model, "name_or_path", None) or None
+        adapter = attach_config(self.model, config, name)
+        set_precision(adapter, full)
+        for _, _, delta in adapter.deltas() if empty else ():
+            delta.to("meta")
+        if before is not None:
+            state_of(self.model).routing = before
+            adapter.requires_grad_(False)  # until set_adapter, as in PEFT
+        self.note(name, config)
+
+    def note(self, name: str, config: PeftConfig) -> None:
+        """Remember an adapter's configuration; the first one says which class this is."""
+        if not self.peft_config and type(self) is Tuner:
+            self.__class__ = TUNERS.get(str(config.peft_type), Tuner)
+        self.peft_config[name] = config
+        if config.peft_type == "ADALORA" and not self._forward_hooks:
+            self.register_forward_hook(_penalty)
+
+    @staticmethod
+    def get_model_config(model: nn.Module) -> dict[str, Any]:
+        """The model's configuration as a dict."""
+        config: Any = getattr(model, "config", {"model_type": "custom"})
+        if hasattr(config, "to_dict"):
+            return cast("dict[str, Any]", config.to_dict())
+        return dataclasses.asdict(config) if dataclasses.is_dataclass(config) else config  # type: ignore[arg-type]
 
     @property
     def _tuner(self) -> Tuner:  # type: ignore[override]
@@ -217,14 +291,18 @@ class Tuner(Switches, nn.Module):
     def let_act(self, names: Sequence[str]) -> None:
         """Let these adapters act, added up."""
         self.off = ()
-        activate(self.model, dict.fromkeys(names, 1.0) if names else None)
+        state = state_of(self.model)
+        if names:
+            state.set(dict.fromkeys(names, 1.0))
+        else:  # what is merged stays so
+            state.routing, state.decided = BASE, True
 
-    def named(self, names: Iterable[str]) -> list[Adapter]:
+    def named(self, names: Sequence[str]) -> list[Adapter]:
         """The adapters of these names."""
         known = adapters(self.model)
-        for name in names:
-            if name not in known:
-                raise LorakitError(f"Adapter {name} not found; available adapters: {list(known)}.")
+        missing = [name for name in names if name not in known]
+        if missing:
+            raise LorakitError(f"Adapter(s) {missing} not found, available adapters: {sorted(known)}")
         return [known[name] for name in names]
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -237,7 +315,58 @@ class Tuner(Switches, nn.Module):
         except AttributeError:
             if name == "model" or name in _NOT_HERE or name == "prefix":
                 raise
-            return getattr(self.model, name)
+            own = ByAdapter(
+                lambda: adapters(self.model),
+                lambda adapter: adapters(self.model)[adapter].pool.state_dict(keep_vars=True).get(name),
+            )  # what all layers share, such as VeRA's projections
+            return own if own else getattr(self.model, name)
+
+
+class MixedModel(Tuner):
+    """PEFT's name of it where adapters are of several methods."""
+
+
+class _Ranks(Tuner):
+    """AdaLoRA's, whose ranks are moved by the loop that trains."""
+
+    def update_and_allocate(self, global_step: int) -> None:
+        """After an optimiser step and before `zero_grad`: note how much each triplet matters, and keep the best of them."""
+        for adapter in self.named(self.active_adapters):
+            config: Any = self.peft_config[adapter.name]
+            if config.peft_type != "ADALORA":
+                continue
+            if adapter.name not in self.schedules:
+                if not config.total_step:
+                    raise LorakitError("AdaLoraConfig: total_step is None; the number of the run's steps is needed.")
+                deltas: Any = {
+                    site.place(path): delta for path, site, delta in adapter.deltas() if not adapter.beside(delta)
+                }
+                self.schedules[adapter.name] = Budget(adapter.method, deltas, seed=0)
+                self.schedules[adapter.name].begin(config.total_step)
+            schedule: Any = self.schedules[adapter.name]
+            schedule.before_update(global_step, None)
+            schedule.after_update(global_step, None)
+
+
+@cache
+def _tuner_class(config: type) -> type[Tuner]:
+    """The class for a configuration: LoraModel for LoraConfig."""
+    above = config.__mro__[1]
+    bases: tuple[type[Tuner], ...] = (Tuner,) if above is PeftConfig else (_tuner_class(above),)
+    name = f"{config.__name__.removesuffix('Config')}Model"
+    bases = (_Ranks, *bases) if name == "AdaLoraModel" else bases
+    return type(
+        name, bases, {"__module__": __name__, "__doc__": f"What is between the wrapper and the model. {config.__doc__}"}
+    )
+
+
+TUNERS: dict[str, type[Tuner]] = {
+    kind: _tuner_class(config)
+    for kind, config in PEFT_TYPE_TO_CONFIG_MAPPING.items()
+    if not issubclass(config, PromptLearningConfig)
+}
+"""PEFT type -> the class between the wrapper and the model."""
+globals().update({one.__name__: one for one in TUNERS.values()})  # where they are looked for when a model is unpickled
 
 
 def _penalty(tuner: Any, args: Any, output: Any) -> Any:
@@ -312,6 +441,9 @@ def _signed(cls: type[PeftModel], model: type[nn.Module]) -> Any:
 class PeftModel(AlsoPefts, Switches, nn.Module):
     """A model with adapters behind PEFT's interface. Attributes that PEFT has not either are the model's."""
 
+    between: ClassVar[type[Tuner]] = Tuner
+    """What stands between this and the model."""
+
     def __new__(cls, model: nn.Module, *args: Any, **kwargs: Any) -> PeftModel:
         """An instance whose forward has the signature of this model's."""
         return cast(PeftModel, nn.Module.__new__(_signed(cls, type(model))))
@@ -325,7 +457,7 @@ class PeftModel(AlsoPefts, Switches, nn.Module):
         low_cpu_mem_usage: bool = False,
     ) -> None:
         super().__init__()
-        self.base_model = Tuner(model)
+        self.base_model = self.between(model)
         if peft_config is not None:
             self.add_adapter(adapter_name, peft_config, low_cpu_mem_usage, autocast_adapter_dtype)
 
@@ -357,7 +489,10 @@ class PeftModel(AlsoPefts, Switches, nn.Module):
                 raise AttributeError(
                     f"{type(self).__name__}.{name} is not offered; in lorakit it is {_NOT_HERE[name]}."
                 ) from None
-            return getattr(self.base_model.model, name)
+            held = self.base_model.peft_config.values()
+            if held and all(isinstance(one, PromptLearningConfig) for one in held):
+                return getattr(self.base_model.model, name)  # PEFT has nothing between the two for soft prompts
+            return getattr(self.base_model, name)
 
     @classmethod
     def from_pretrained(
@@ -424,7 +559,8 @@ class PeftModel(AlsoPefts, Switches, nn.Module):
                 adapter.requires_grad_(is_trainable)
             config = config or read
             config.inference_mode = not is_trainable
-            self.peft_config[adapter_name] = config
+            self.base_model.note(adapter_name, config)
+            as_tuner_layers(model)
             set_precision(adapter, autocast_adapter_dtype)
         elif known[adapter_name].edits:
             twin = load(model, folder, name=f"{adapter_name}-read", active=False)
@@ -446,22 +582,7 @@ class PeftModel(AlsoPefts, Switches, nn.Module):
         autocast_adapter_dtype: bool = True,
     ) -> None:
         """Put one more new adapter on the model; the active one stays."""
-        model, state = self.base_model.model, found_state(self.base_model.model)
-        before = state.routing if state is not None and adapters(model) else None
-        if adapter_name in adapters(model):
-            raise LorakitError(
-                f"Adapter with name {adapter_name!r} already exists. Delete it first, or use another name."
-            )
-        if peft_config.base_model_name_or_path is None:
-            peft_config.base_model_name_or_path = getattr(model, "name_or_path", None) or None
-        adapter = attach_config(model, peft_config, adapter_name)
-        set_precision(adapter, autocast_adapter_dtype)
-        if before is not None:
-            activate(model, before)
-            adapter.requires_grad_(False)  # until set_adapter, as in PEFT
-        if peft_config.peft_type == "ADALORA" and not self.base_model._forward_hooks:
-            self.base_model.register_forward_hook(_penalty)
-        self.peft_config[adapter_name] = peft_config
+        self.base_model.add(adapter_name, peft_config, autocast_adapter_dtype, low_cpu_mem_usage)
 
     def add_weighted_adapter(
         self,
@@ -623,11 +744,20 @@ class PeftModel(AlsoPefts, Switches, nn.Module):
 
     def get_model_status(self) -> TunerModelStatus:
         """Which adapters are on the model, and how they are."""
+        self._has_layers("get_model_status")
         return model_status(self.base_model.model, self)
 
     def get_layer_status(self) -> list[TunerLayerStatus]:
         """The adapters of each adapted layer."""
-        return layer_status(self.base_model.model)
+        self._has_layers("get_layer_status")
+        return layer_status(self.base_model.model, wrapped=True)
+
+    def _has_layers(self, what: str) -> None:
+        if all(one.edits for one in adapters(self.base_model.model).values()):
+            raise TypeError(
+                f"{what}() got an invalid PeftModel instance; prefix tuning and adaption prompt are not supported: they change "
+                "no layer."
+            )
 
     # -- counts -------------------------------------------------------------------------------------------------------
     def get_nb_trainable_parameters(self) -> tuple[int, int]:
@@ -654,6 +784,16 @@ def _rows(names: list[str]) -> list[str | None]:
 
 class PeftMixedModel(PeftModel):
     """The same: adapters of different methods act together on any model here."""
+
+    between = MixedModel
+
+    def add_adapter(self, adapter_name: str, peft_config: PeftConfig, *args: Any, **kwargs: Any) -> None:
+        """As of a PeftModel, but for soft prompts."""
+        if peft_config.is_prompt_learning:
+            raise LorakitError(
+                f"The provided `peft_type` '{peft_config.peft_type}' is not compatible with the `PeftMixedModel`."
+            )
+        super().add_adapter(adapter_name, peft_config, *args, **kwargs)
 
 
 class PeftModelForCausalLM(PeftModel):
@@ -695,6 +835,21 @@ def _class_for(cls: type[PeftModel], task: str | None) -> type[PeftModel]:
     return MODEL_TYPE_TO_PEFT_MODEL_MAPPING.get(str(task), cls) if cls is PeftModel else cls
 
 
+def _bare(model: nn.Module, name: str) -> nn.Module:
+    """The model for a new adapter: without its wrapper, and without an earlier adapter of this name."""
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    if found_state(base) is None:
+        return base
+    warnings.warn(
+        "You are trying to modify a model with PEFT for a second time. The adapters that are on it stay, but for one of the "
+        "same name, which is replaced; `.unload()` takes all off, and `.add_adapter(name, config)` adds one more.",
+        stacklevel=3,
+    )
+    if name in adapters(base) and not isinstance(model, PeftModel):
+        detach(base, name)
+    return base
+
+
 def get_peft_model(
     model: nn.Module,
     peft_config: PeftConfig,
@@ -713,9 +868,10 @@ def get_peft_model(
         mixed: whether the result calls itself PeftMixedModel; adapters of several methods act together anyway.
         autocast_adapter_dtype: keep the adapter in float32 where the base is float16 or bfloat16.
         revision: of the base model, for the configuration.
-        low_cpu_mem_usage: nothing to save here.
+        low_cpu_mem_usage: the adapter's tensors on the meta device, until `set_peft_model_state_dict` fills them.
     """
     if revision is not None:
         peft_config.revision = revision
+    model = _bare(model, adapter_name)
     made = PeftMixedModel if mixed else _class_for(PeftModel, peft_config.task_type)
-    return made(model, peft_config, adapter_name, autocast_adapter_dtype)
+    return made(model, peft_config, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage)
