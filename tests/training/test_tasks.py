@@ -38,13 +38,14 @@ def bart() -> Any:
 def test_a_part_of_a_model_is_not_loaded_for_the_whole(config: Any, said: str) -> None:
     with pytest.raises(LorakitError, match=said):
         check_task(config, "causal-lm", "here")
-    check_task(config, "seq2seq", "here")
+    if said == "encoder-decoder" and config.model_type != "whisper":
+        check_task(config, "seq2seq", "here")
     check_task(T.LlamaConfig(), "causal-lm", "here")
 
 
 def test_loading_asks(tmp_path: Path) -> None:
     T.BartForConditionalGeneration(bart()).save_pretrained(tmp_path)
-    with pytest.raises(LorakitError, match=r"encoder-decoder \(bart\).*AutoModelForSeq2SeqLM"):
+    with pytest.raises(LorakitError, match=r"encoder-decoder \(bart\).*task seq2seq"):
         load_model(tmp_path)
 
 

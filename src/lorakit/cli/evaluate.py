@@ -62,29 +62,30 @@ def evaluate(
     from lorakit.files.prompt import Prompt, Prompter
     from lorakit.files.vocabulary import make_room
     from lorakit.models.loading import load_tokenizer
-    from lorakit.train.check import prepared_for, readable
-    from lorakit.train.data.classification import class_names
+    from lorakit.train.check import readable, with_task
     from lorakit.train.data.formats import with_prompt
     from lorakit.train.data.reading import load_splits
     from lorakit.train.evaluate import Evaluation, EvaluationSet, tabulate
-    from lorakit.train.run import class_list, evaluation_set, examine, load_base, path_for
+    from lorakit.train.run import evaluation_set, examine, load_for
+    from lorakit.train.tasks import check_columns, task_of
 
+    config = with_task(config)
+    task = task_of(config)
     train_rows, rows = load_splits(config.data)
     if rows is None:
         raise LorakitError(
             f"eval: {file} names no rows to evaluate on; give --data.evaluation FILE or --data.evaluation-size N"
         )
-    if (
-        place := readable(config.model)
-    ) is not None:  # what is wrong with rows or adapters does not wait for the weights
-        names = class_names(train_rows, config.data) if config.task == "seq-cls" else None
-        prepared_for(rows, load_tokenizer(place, {}), config, names)
+    # what is wrong with rows or adapters does not wait for the weights
+    check_columns(task, rows, config)
+    classes = task.classes(train_rows, config)
+    if (place := readable(config.model)) is not None:
+        task.prepare(rows, load_tokenizer(place, {}), config, classes)
     check_adapters(adapters)
-    model, tokenizer = load_base(config, train_rows)
-    classes = class_list(model) if config.task == "seq-cls" else None
+    model, tokenizer = load_for(config, classes)
     make_room(model, adapters)
     loaded = [lk.load(model, folder, active=False) for folder in adapters]
-    path = path_for(config, model)
+    path = task.path(model, config)
 
     def ask(prompt: Prompt | None) -> tuple[Any, EvaluationSet, TrainConfig]:
         """The rows in the form in which an adapter was trained: its tokenizer, its examples, its configuration."""

@@ -132,7 +132,7 @@ def memory_lines(checked: Checked, config: TrainConfig) -> list[str]:
     from lorakit.insight.plan import gigabytes, plan
     from lorakit.models.device import resolve_device
     from lorakit.models.loading import resolve_dtype
-    from lorakit.train.check import state_bytes
+    from lorakit.train.check import state_bytes, with_task
 
     if checked.adapter is None or checked.prepared is None:
         return []
@@ -141,7 +141,7 @@ def memory_lines(checked: Checked, config: TrainConfig) -> list[str]:
     known = {"adapter": 4 * trained, "gradients": 4 * trained, f"state of {config.train.optimizer}": state}
     told = "memory of the base and the activations: not counted"
     method = checked.adapter.method  # which --from may have brought
-    if config.task == "causal-lm" and isinstance(method, Method):
+    if with_task(config).task == "causal-lm" and isinstance(method, Method):
         report, quantize = checked.prepared.report, config.quantize
         try:
             one = plan(

@@ -11,6 +11,7 @@ import logging
 import platform
 import re
 import subprocess
+import weakref
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -22,21 +23,10 @@ from safetensors import SafetensorError
 from lorakit.errors import LorakitError, advice, first_line, plural, unknown
 from lorakit.models import gguf, hub
 from lorakit.models.quantisation import Quantisation, existing, holding, quantisation
-from lorakit.models.tasks import check_task
+from lorakit.models.tasks import TASKS, check_task
 from lorakit.reading import neighbours, read_json
 
 logger = logging.getLogger(__name__)
-
-TASKS: dict[str, str] = {
-    "causal-lm": "AutoModelForCausalLM",
-    "seq2seq": "AutoModelForSeq2SeqLM",
-    "masked-lm": "AutoModelForMaskedLM",
-    "seq-cls": "AutoModelForSequenceClassification",
-    "token-cls": "AutoModelForTokenClassification",
-    "question-answering": "AutoModelForQuestionAnswering",
-    "features": "AutoModel",
-}
-"""What the model is asked to do, and the transformers class for it (another head on the same body)."""
 
 DTYPES: dict[str, torch.dtype] = {
     name: getattr(torch, f"{kind}{bits}")
@@ -246,6 +236,14 @@ def find_local(name_or_path: str | Path) -> Path | None:
     return path
 
 
+_random: weakref.WeakKeyDictionary[Any, tuple[str, ...]] = weakref.WeakKeyDictionary()
+
+
+def random_modules(model: Any) -> tuple[str, ...]:
+    """The modules whose weights the checkpoint of a model lacked, so that transformers drew them at random."""
+    return _random.get(model, ())
+
+
 def from_pretrained(class_name: str, where: str, **options: Any) -> Any:
     """transformers' own loading, its failures in one line that names the place.
 
@@ -263,7 +261,9 @@ def from_pretrained(class_name: str, where: str, **options: Any) -> Any:
             f'load model: "{where}" cannot be loaded; transformers says: {first_line(error).rstrip(".")}. What works: a folder '
             "written by save_pretrained (config.json and whole *.safetensors), a hub name, or a .gguf file."
         ) from error
-    if class_name == TASKS["causal-lm"] and (lacks := sorted(found["missing_keys"])):
+    lacks = sorted(found["missing_keys"])
+    _random[model] = tuple(dict.fromkeys(key.rpartition(".")[0] for key in lacks if not key.endswith("bias")))
+    if class_name in (TASKS["causal-lm"], TASKS["seq2seq"]) and lacks:
         more = f" and {len(lacks) - 3} more" if len(lacks) > 3 else ""
         raise LorakitError(
             f'load model: "{where}" lacks {plural(len(lacks), "weight")}, which would be random: {", ".join(lacks[:3])}{more}. '

@@ -29,22 +29,22 @@ from lorakit.files.bundle import read_bundle, read_config, read_own
 from lorakit.files.vocabulary import grow, make_room, token_rows
 from lorakit.models import hub
 from lorakit.models.device import resolve_device
-from lorakit.models.loading import TASKS, find_local, load_tokenizer
+from lorakit.models.loading import find_local, load_tokenizer
 from lorakit.models.stored import outline, stored_config
 from lorakit.models.stored import read_config as stored_settings
-from lorakit.models.tasks import check_task
+from lorakit.models.tasks import TASKS, check_task
 from lorakit.optim import parameter_groups
 from lorakit.optim.optimisers import averages
 from lorakit.train.config.options import TrainConfig, TrainOptions
 from lorakit.train.continuing import Source, continued, resolved, source_of, speaking
-from lorakit.train.data.classification import class_names, prepare_labels
-from lorakit.train.data.examples import Prepared, prepare
+from lorakit.train.data.encoded import Encoded
+from lorakit.train.data.examples import Prepared
 from lorakit.train.data.reading import load_splits
 from lorakit.train.data.rows import Rows
 from lorakit.train.data.store import Example
-from lorakit.train.data.streaming import streamed
 from lorakit.train.data.tokenise import IGNORED
 from lorakit.train.rate import with_rate
+from lorakit.train.tasks import check_columns, settled, task_of
 from lorakit.train.trainer import make_optimizer, make_scheduler, training_arguments
 
 if TYPE_CHECKING:
@@ -89,8 +89,10 @@ class Checked:
         return [marked(one, self.tokenizer) for one in islice(self.prepared.examples if self.prepared else (), count)]
 
 
-def marked(example: Example, tokenizer: Any) -> str:
-    """An example's text, each learned stretch between ⟦ and ⟧."""
+def marked(example: Example | Encoded, tokenizer: Any) -> str:
+    """An example's text, each learned stretch between ⟦ and ⟧; of a task whose label is no token, the label behind it."""
+    if isinstance(example, Encoded):
+        return f"{tokenizer.decode(example.input_ids)} ⟦{example.expected}⟧"
     pieces, start = [], 0
     flags = [label != IGNORED for label in example.labels]
     for at in range(1, len(flags) + 1):
@@ -164,6 +166,7 @@ def check(config: TrainConfig, *, told: bool = True, console: Console | None = N
     if config.quantize is not None:
         config.quantize.config(torch.float32)  # refuses a format whose package is missing
     find_local(config.model)
+    config = with_task(config)
     for folder in config.adapters:
         read_config(Path(folder))
     source = source_of(config)
@@ -171,13 +174,15 @@ def check(config: TrainConfig, *, told: bool = True, console: Console | None = N
         read_bundle(source.folder)  # refuses one that is damaged
     rows, held = load_splits(config.data)
     training_arguments(config, evaluates=held is not None)
-    classes = class_names(rows, config.data) if config.task == "seq-cls" else None
+    task = task_of(config)
+    check_columns(task, rows, config)
+    classes = task.classes(rows, config)
     tokenizer = adapter = prepared = evaluation = None
     if (place := readable(config.model)) is not None:
         with _quiet(not told):
             config, tokenizer, tokens = speaking(config, rows, load_tokenizer(place, {}), source)
-        prepared = prepared_for(rows, tokenizer, config, classes, console, streaming=config.data.streaming)
-        evaluation = prepared_for(held, tokenizer, config, classes) if held is not None else None
+        prepared = task.prepare(rows, tokenizer, config, classes, console, streaming=config.data.streaming)
+        evaluation = task.prepare(held, tokenizer, config, classes) if held is not None else None
         with _quiet(not told):
             adapter = on_shapes(config, place, tokenizer, source, tokens)
     if adapter is not None:
@@ -214,18 +219,9 @@ def readable(model: str) -> str | None:
     return place
 
 
-def prepared_for(
-    rows: Rows,
-    tokenizer: Any,
-    config: TrainConfig,
-    classes: Sequence[str] | None,
-    console: Console | None = None,
-    streaming: bool = False,
-) -> Prepared:
-    """Rows as examples for the task of a run; `classes` are those of a classifier. `streaming`: they are the first of many."""
-    if classes is not None:
-        return prepare_labels(rows, tokenizer, config.data, classes)
-    return streamed(rows, tokenizer, config.data) if streaming else prepare(rows, tokenizer, config.data, console)
+def with_task(config: TrainConfig) -> TrainConfig:
+    """The run with its task by name, read off its base where it is left open."""
+    return config if config.task != "auto" else settled(config, _config_of(config.model))
 
 
 @contextmanager

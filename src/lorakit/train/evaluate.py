@@ -55,7 +55,8 @@ class Answer:
 class Evaluation:
     """What was measured on one set of rows. What was not asked for is None.
 
-    `loss` in nats per labelled token; `accuracy`, `exact_match` and `token_accuracy` are shares between 0 and 1.
+    `loss` in nats per labelled token; `accuracy`, `exact_match` and `token_accuracy` are shares between 0 and 1. `metrics` are
+    the task's own, by name.
     """
 
     rows: int
@@ -64,13 +65,14 @@ class Evaluation:
     token_accuracy: float | None = None
     accuracy: float | None = None
     exact_match: float | None = None
+    metrics: Mapping[str, float] = field(default_factory=dict)
     seconds: float = 0.0
     answers: tuple[Answer, ...] = field(default=(), repr=False)
 
     def numbers(self) -> dict[str, float]:
         """The measured numbers by name, for a table, a model card or a line of JSON."""
         names = ("loss", "perplexity", "token_accuracy", "accuracy", "exact_match")
-        return {name: value for name in names if (value := getattr(self, name)) is not None}
+        return {name: value for name in names if (value := getattr(self, name)) is not None} | dict(self.metrics)
 
 
 @dataclass(frozen=True)
@@ -200,7 +202,9 @@ def measure(
             accuracy = fmean(named) if named else None
     return Evaluation(
         rows=len(held.examples),
-        **sums.numbers(),
+        loss=sums.mean,
+        perplexity=sums.perplexity,
+        token_accuracy=sums.token_accuracy,
         accuracy=accuracy,
         exact_match=exact,
         seconds=time.perf_counter() - start,
@@ -304,6 +308,6 @@ def _spaced(name: str) -> str:
 
 def written(name: str, value: float) -> str:
     """A measured number as a person reads it: shares in percent, losses with four digits."""
-    if name in ("accuracy", "exact_match", "token_accuracy"):
+    if name.endswith(("accuracy", "exact_match", "f1", "precision", "recall")):
         return f"{100 * value:.1f}%"
-    return f"{value:.4f}" if name == "loss" else f"{value:,.2f}"
+    return f"{value:,.2f}" if name == "perplexity" else f"{value:.4f}"

@@ -15,13 +15,14 @@ import json
 import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from lorakit.adapter.coverage import Coverage
 from lorakit.errors import plural
 from lorakit.files.folder import write_whole
+from lorakit.models.tasks import TASKS as MODELS
 from lorakit.train.evaluate import Answer, Evaluation, compared
 
 CARD, CONFIG, METRICS, CURVES = "README.md", "train.yaml", "metrics.jsonl", "curves.png"
@@ -33,7 +34,8 @@ class RunRecord:
     classifier's, by their index; `lineage` the adapters that it continues from, the oldest first; `prompt` is what an answer
     follows in the first training row, as text.
 
-    `folder` is where the run saved the adapter, for the card's code.
+    `task` is the run's, `facts` what else of it prediction needs. `folder` is where the run saved the adapter, for the card's
+    code.
     """
 
     name: str
@@ -70,6 +72,8 @@ class RunRecord:
     coverage: Coverage | None = None
     lineage: Sequence[Mapping[str, Any]] = ()
     folder: str = "path/to/this/folder"
+    task: str = "causal-lm"
+    facts: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def measured(self) -> dict[str, Evaluation]:
@@ -280,6 +284,7 @@ The exact configuration is in [`{CONFIG}`]({CONFIG}), every logged number in [`{
 def _facts(record: RunRecord) -> list[tuple[str, str]]:
     options = [(name.replace("_", " "), _plain(value)) for name, value in record.method_options.items()]
     return [
+        ("task", ", ".join([record.task, *(f"{name} {value}" for name, value in record.facts.items())])),
         ("method", record.method),
         *options,
         ("targets", f"`{record.targets}`"),
@@ -334,15 +339,18 @@ def _results(record: RunRecord) -> list[str]:
 
 
 def _loading(record: RunRecord) -> str:
-    model, head = "AutoModelForCausalLM", ""
+    model, head = MODELS[record.task], ""
     if record.classes:
-        model, head = "AutoModelForSequenceClassification", f", num_labels={len(record.classes)}"
+        head = f", num_labels={len(record.classes)}"
+    elif model == MODELS["seq-cls"]:
+        head = ", num_labels=1"
     imported, loaded = f"from transformers import {model}", f'model = {model}.from_pretrained("{record.base}"{head})'
     if record.quantize is not None or record.base.endswith(".gguf"):
         # A quantised base is exact on that alone; transformers flags what it reads from a GGUF file as quantised.
         quantize = "" if record.quantize is None else f', quantize="{record.quantize}"'
+        task = "" if record.task == "causal-lm" else f', task="{record.task}"'
         imported = "from lorakit.models.loading import load_model"
-        loaded = f'model, tokenizer = load_model("{record.base}"{quantize})'
+        loaded = f'model, tokenizer = load_model("{record.base}"{quantize}{task}{head})'
     place = json.dumps(record.folder)
     lines = [
         "```python",

@@ -32,27 +32,26 @@ from lorakit.edits.contract import EditMethod
 from lorakit.errors import LorakitError, plural
 from lorakit.experts import RouterSpec
 from lorakit.experts.attachment import route
-from lorakit.files.interchange import heads_for
 from lorakit.files.prompt import Prompt, read_prompt
 from lorakit.files.store import load
 from lorakit.files.vocabulary import grow, make_room, token_rows
 from lorakit.models.device import resolve_device
-from lorakit.models.evaluating import evaluating
-from lorakit.models.loading import load_model
+from lorakit.models.loading import load_model, random_modules
 from lorakit.models.quantisation import Holding, holding
-from lorakit.models.tasks import check_causal, check_finite
+from lorakit.models.tasks import check_finite
 from lorakit.train import run_checkpoint as checkpoint
-from lorakit.train.check import check, prepared_for
-from lorakit.train.config.run import TrainConfig, to_tree, to_yaml
+from lorakit.train.check import check, with_task
+from lorakit.train.config.run import TrainConfig, to_yaml
 from lorakit.train.continuing import continued, plain_options, resolved, speaking
 from lorakit.train.data.calibration_batches import calibration_batches
-from lorakit.train.data.classification import LabelledExample, class_names
-from lorakit.train.data.examples import Prepared, choice_ids, questions
-from lorakit.train.evaluate import Answer, Evaluation, EvaluationSet, in_words, measure
+from lorakit.train.data.classification import LabelledExample
+from lorakit.train.data.encoded import Encoded
+from lorakit.train.data.examples import Prepared
+from lorakit.train.evaluate import Answer, Evaluation, EvaluationSet, in_words
 from lorakit.train.report import RunRecord, write_report
 from lorakit.train.step.loss import LossPath, prompt_length
 from lorakit.train.step.memory import recomputing
-from lorakit.train.step.support import choose_path
+from lorakit.train.tasks import task_of
 from lorakit.train.trainer import LoraTrainer
 
 if TYPE_CHECKING:
@@ -114,21 +113,22 @@ def _run(config: TrainConfig, console: Console | None, beside: Path) -> TrainRes
         config = config.replace(
             data__date=checkpoint.date_of(checkpoint.find_checkpoint(Path(options.output), options.resume))
         )
+    config = with_task(config)
+    task = task_of(config)
     checked = check(config, told=False, console=console)
     train_rows, held_rows, source = checked.rows, checked.held, checked.source
     device = resolve_device(options.device)
     model, tokenizer = load_base(config, train_rows, device=None if device.type == "cpu" else str(device))
     check_finite(model, config.model)
-    if config.task == "causal-lm":
-        check_causal(model, config.model)
-    classes = class_list(model) if config.task == "seq-cls" else None
+    task.check_model(model, config.model)
+    classes = task.classes(train_rows, config)
     config, tokenizer, tokens = speaking(config, train_rows, tokenizer, source)
     if source is not None:
         make_room(model, [source.folder])
     if tokens:
         grow(model, len(tokenizer))
     streaming = config.data.streaming
-    prepared = checked.prepared or prepared_for(train_rows, tokenizer, config, classes, console, streaming)
+    prepared = checked.prepared or task.prepare(train_rows, tokenizer, config, classes, console, streaming=streaming)
     _report("data", prepared)
     held = None
     if held_rows is not None:
@@ -136,7 +136,8 @@ def _run(config: TrainConfig, console: Console | None, beside: Path) -> TrainRes
 
     base = holding(model)
     transformers.set_seed(options.seed)
-    batches = calibration_batches(prepared.examples, config.init, options.seed) if source is None else None
+    drawn = (prepared.examples, config.init, options.seed, task.calibration(model))
+    batches = calibration_batches(*drawn) if source is None else None
     if batches is not None:
         needs = (config.init.name, config.init.needs, plural(len(batches), "batch", "batches"))
         log.info("init %s measures the %s of every layer on %s", *needs)
@@ -156,7 +157,7 @@ def _run(config: TrainConfig, console: Console | None, beside: Path) -> TrainRes
         tokenizer.save_pretrained(beside)
         adapter.prompt = dataclasses.replace(adapter.prompt or Prompt(None), tokenizer=beside)
     log.info("adapter: %s", describe(adapter, base.numbers))
-    path = path_for(config, model)
+    path = task.path(model, config)
     with contextlib.ExitStack() as stack:
         if options.compile == "auto":
             _fuse(model, stack)
@@ -197,20 +198,22 @@ def end_processes() -> None:
 
 
 def load_base(config: TrainConfig, train_rows: Rows, device: str | None = None) -> tuple[Any, Any]:
-    """The base of a run and its tokenizer; for a classifier with a new head for the classes of the training rows, which
-    is the same for the same seed."""
-    precision = config.train.precision
-    if config.task == "causal-lm":
-        return load_model(config.model, dtype=precision, device=device, quantize=config.quantize)
-    names = class_names(train_rows, config.data)
-    log.info("classes: %s", ", ".join(names))
-    transformers.set_seed(config.train.seed)
-    known: dict[str, Any] = {
-        "id2label": dict(enumerate(names)),
-        "label2id": {name: place for place, name in enumerate(names)},
-    }
-    known |= {"task": config.task, "num_labels": len(names), "quantize": config.quantize}
-    return load_model(config.model, dtype=precision, device=device, **known)
+    """The base of a run and its tokenizer; for a task with a new head (for the classes of the training rows), one that is the
+    same for the same seed."""
+    task = task_of(config)
+    names = task.classes(train_rows, config)
+    if names is not None:
+        log.info("classes: %s", ", ".join(names))
+    return load_for(config, names, device)
+
+
+def load_for(config: TrainConfig, classes: Sequence[str] | None, device: str | None = None) -> tuple[Any, Any]:
+    """The base of a run and its tokenizer, with a head for classes that are known."""
+    task = task_of(config)
+    if task.head != "none":
+        transformers.set_seed(config.train.seed)
+    options = {"task": config.task, "quantize": config.quantize, **task.model_options(classes)}
+    return load_model(config.model, dtype=config.train.precision, device=device, **options)
 
 
 def float_weights(config: TrainConfig, model: Any) -> dict[str, Any] | None:
@@ -231,33 +234,32 @@ def _float_dtype(model: Any) -> str:
     return str(next(p.dtype for p in model.parameters() if p.is_floating_point())).removeprefix("torch.")
 
 
-def class_list(model: Any) -> list[str]:
-    """The names of a classifier's classes by their index."""
-    return [model.config.id2label[place] for place in range(model.config.num_labels)]
-
-
-def path_for(config: TrainConfig, model: Any) -> LossPath:
-    """How the loss of this run's task is computed on this model."""
-    if config.task == "causal-lm":
-        return choose_path(model, config.train.fast_path)
-    from lorakit.train.step.classes import choose_class_path
-
-    return choose_class_path(model, "off" if config.train.neftune else config.train.fast_path)
-
-
 def attach_arguments(config: TrainConfig, model: Any) -> dict[str, Any]:
-    """The arguments of `attach`: those of the configuration, and for a classifier its head, which starts at random and
-    must be trained."""
+    """The arguments of `attach`: those of the configuration, and the modules that start at random and must be trained: the
+    task's head, and what else the checkpoint lacks."""
     arguments = config.attach_arguments()
-    if config.task == "seq-cls" and not config.modules_to_save:
-        heads = [name for name in heads_for("SEQ_CLS") if isinstance(getattr(model, name, None), torch.nn.Module)]
-        if not heads:
-            raise LorakitError(
-                f"train: {type(model).__name__} has no classification head named {' or '.join(heads_for('SEQ_CLS'))}; name the "
-                "head in modules_to_save, since it starts at random and must be trained"
-            )
-        arguments["modules_to_save"] = heads
+    task = task_of(config)
+    if task.head != "none" and not config.modules_to_save:
+        heads = list(random_modules(model))
+        if task.head == "outside":
+            outside = heads_of(model)
+            if not outside:
+                raise LorakitError(
+                    f"train: {type(model).__name__} has no head beside its backbone; name it in modules_to_save, since it "
+                    "starts at random and must be trained"
+                )
+            heads = [*outside, *(name for name in heads if name.partition(".")[0] not in outside)]
+        arguments["modules_to_save"] = heads or None
     return arguments
+
+
+def heads_of(model: Any) -> list[str]:
+    """The modules with parameters that stand beside a transformers model's backbone."""
+    return [
+        name
+        for name, child in model.named_children()
+        if name != model.base_model_prefix and child is not model.base_model and any(True for _ in child.parameters())
+    ]
 
 
 def evaluation_set(
@@ -267,17 +269,12 @@ def evaluation_set(
     classes: Sequence[str] | None = None,
     prepared: Prepared | None = None,
 ) -> EvaluationSet:
-    """Evaluation rows made ready for what the configuration measures on them; `classes` are those of a classifier, `prepared`
-    the examples if they are made already."""
-    prepared = prepared or prepared_for(rows, tokenizer, config, classes)
+    """Evaluation rows made ready for what the task measures on them; `classes` are the task's, `prepared` the examples if they
+    are made already."""
+    task = task_of(config)
+    prepared = prepared or task.prepare(rows, tokenizer, config, classes)
     _report("evaluation data", prepared)
-    examples, options = prepared.examples, config.evaluate
-    if classes is not None or options.answers == "none":
-        return EvaluationSet(examples)
-    asked = questions(rows, tokenizer, config.data)
-    choices = choice_ids(options.choices, rows, tokenizer, config.data) if options.answers == "score" else ()
-    stops = prepared.prompt.stop if prepared.prompt is not None else ()
-    return EvaluationSet(examples, asked, choices, tokenizer.convert_tokens_to_ids(list(stops)))
+    return task.held(rows, tokenizer, config, classes, prepared)
 
 
 def _report(what: str, prepared: Prepared) -> None:
@@ -287,13 +284,8 @@ def _report(what: str, prepared: Prepared) -> None:
 
 
 def examine(model: Any, tokenizer: Any, held: EvaluationSet, config: TrainConfig, path: LossPath) -> Evaluation:
-    """Measure the route in use on the held-out rows, by the loss path of the run."""
-    with path.opened(model), evaluating(model):
-        how: dict[str, Any] = {"batch_size": config.train.evaluation_batch_size, "loss_of": path.loss}
-        found = measure(model, tokenizer, held, config.evaluate, **how)
-    if config.task == "seq-cls":  # one label a text: its "tokens" are texts
-        return dataclasses.replace(found, accuracy=found.token_accuracy, token_accuracy=None, perplexity=None)
-    return found
+    """Measure the route in use on the held-out rows, by the loss path of the run and the metric of its task."""
+    return task_of(config).examine(model, tokenizer, held, config, path)
 
 
 def describe_targets(config: TrainConfig) -> str:
@@ -367,17 +359,16 @@ def _record(
 ) -> RunRecord:
     options = config.train
     assert options.learning_rate is not None
-    tree = to_tree(config)
     names = ("lorakit", "torch", "transformers", "peft")
     versions = {"python": platform.python_version()} | {name: found for name in names if (found := _version(name))}
-    learned = "completions only" if tree["data"]["completion_only_loss"] else "all tokens"
-    if config.task == "seq-cls":
-        learned = "the class of each text"
+    task = task_of(config)
     world = trainer.args.world_size
     return RunRecord(
         name=Path(options.output).name,
         base=config.model,
-        classes=class_list(trainer.bare) if config.task == "seq-cls" else (),
+        task=config.task,
+        facts=task.facts(trainer.bare),
+        classes=list(prepared.names),
         prompt=_shown_prompt(tokenizer, next(iter(prepared.examples))),
         method=type(config.method).__name__,
         method_options=plain_options(config.method),
@@ -391,7 +382,7 @@ def _record(
         path=trainer.path.name,
         train_rows=len(prepared),
         eval_rows=len(held.examples) if held else 0,
-        data=[*prepared.report.lines(), f"loss on {learned}"],
+        data=[*prepared.report.lines(), f"loss on {task.learns(config)}"],
         steps=trainer.state.global_step,
         epochs=float(trainer.state.epoch or 0.0),
         batch_size=options.batch_size * options.gradient_accumulation * world,
@@ -412,8 +403,8 @@ def _record(
 
 
 def _shown_prompt(tokenizer: Any, example: Any) -> str:
-    """What the first answer of an example follows, as text; of a classifier the whole text; empty where all is learned."""
-    if isinstance(example, LabelledExample):
+    """What the first answer of an example follows, as text; of another task the whole text; empty where all is learned."""
+    if isinstance(example, LabelledExample | Encoded):
         return str(tokenizer.decode(example.input_ids, skip_special_tokens=True))
     length = prompt_length(example.labels)
     return str(tokenizer.decode(example.input_ids[:length])) if length > 1 else ""

@@ -37,7 +37,6 @@ from lorakit.train import run_checkpoint as checkpoint
 from lorakit.train.config.run import TrainConfig, TrainOptions, to_tree, to_yaml
 from lorakit.train.data.blocks import documents
 from lorakit.train.data.store import lengths_of
-from lorakit.train.data.tokenise import IGNORED
 from lorakit.train.evaluate import evaluate_loss
 from lorakit.train.health import HealthCallback, HealthWatch
 from lorakit.train.interruption import Interruption
@@ -180,7 +179,7 @@ class LoraTrainer(transformers.Trainer):
             raise LorakitError(
                 "compute_loss: return_outputs is not supported; the logits are never computed as a whole"
             )
-        items = float(num_items_in_batch) if num_items_in_batch is not None else float(_count_labels(inputs))
+        items = float(num_items_in_batch) if num_items_in_batch is not None else float(self.path.count(inputs))
         with noted(self.bare) as extra:
             smoothing = self.args.label_smoothing_factor
             loss, stats = self.path.loss(model, inputs, num_items=max(items, 1.0), label_smoothing=smoothing)
@@ -193,8 +192,9 @@ class LoraTrainer(transformers.Trainer):
         return loss if self.scaler is None else self.scaler.scale(loss)
 
     def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> int:
-        """Labelled tokens in all micro-batches of an optimiser step, over all processes."""
-        count = sum(_count_labels(batch) for batch in batch_samples)
+        """What the loss of an optimiser step is divided by (labelled tokens, say): that of all its micro-batches, over all
+        processes."""
+        count = sum(self.path.count(batch) for batch in batch_samples)
         if self.args.world_size > 1:
             total = torch.tensor(count, device=device)
             torch.distributed.all_reduce(total)
@@ -241,7 +241,8 @@ class LoraTrainer(transformers.Trainer):
         """Adds token accuracy and tokens per second to what is logged about training."""
         if "loss" in logs:
             now, tokens = time.perf_counter(), self.state.num_input_tokens_seen
-            logs["token_accuracy"] = float(self._right) / max(self._labels, 1)
+            if "token_accuracy" in self.path.measures:
+                logs["token_accuracy"] = float(self._right) / max(self._labels, 1)
             logs["tokens_per_second"] = round((tokens - self._tokens_at_log) / max(now - self._since, 1e-9), 1)
             self._right, self._labels = torch.zeros(()), 0
             self._since, self._tokens_at_log = now, tokens
@@ -255,7 +256,7 @@ class LoraTrainer(transformers.Trainer):
         """Loss, perplexity and token accuracy over all labelled tokens of the evaluation examples."""
         examples: Any = self.eval_dataset if eval_dataset is None else eval_dataset
         numbers = self.loss_sums(examples).numbers()
-        metrics = {f"{metric_key_prefix}_{name}": value for name, value in numbers.items()}
+        metrics = {f"{metric_key_prefix}_{name}": numbers[name] for name in self.path.measures}
         self.log(dict(metrics))
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
@@ -509,8 +510,3 @@ def make_scheduler(options: TrainOptions, optimizer: Any, warmup: int, total: in
         return build_scheduler(name, optimizer, warmup, total, options.scheduler_options)
     except LorakitError as problem:
         raise LorakitError(f"train.scheduler_options: {problem}") from None
-
-
-def _count_labels(examples: Sequence[Example]) -> int:
-    """Labelled tokens that are predicted: the first token of a row never is."""
-    return sum(label != IGNORED for example in examples for label in example.labels[1:])

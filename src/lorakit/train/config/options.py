@@ -330,11 +330,14 @@ class TrainConfig(Section, frozen=True):
     HEADINGS: ClassVar[Mapping[str, str]] = {"model": "The run", "target_modules": "Which layers are adapted"}
 
     model: str = Field(description="the base model: a hub name, a local folder, or a GGUF file")
-    task: Literal["causal-lm", "seq-cls"] = option(
-        "causal-lm",
-        "objective: causal-lm (text generation) or seq-cls (text classification, from rows of text and label; trains the "
-        "classification head too)",
-    )
+    task: Literal[
+        "auto", "causal-lm", "seq2seq", "masked-lm", "seq-cls", "pair-cls", "multi-label", "regression", "reranker",
+        "token-cls", "question-answering", "embeddings",
+    ] = option(
+        "auto",
+        "the objective, which decides the model's head, the columns of rows, the loss and the metric: causal-lm (text "
+        "generation), seq-cls (a class of each text), and others; auto: that which the base was saved for",
+    )  # fmt: skip
     quantize: Annotated[Any, QUANTISATION] = option(
         None,
         "quantise the base (QLoRA): nf4, fp4, int8 (bitsandbytes), torchao-int8, hqq, or {name: nf4, double: true, "
@@ -425,19 +428,23 @@ class TrainConfig(Section, frozen=True):
                 )
         yield from self._optimizer_conflicts()
         method, answers, layout = METHOD.name_of(self.method), self.evaluate.answers, self.data.format
-        classifies, routes = self.task == "seq-cls", isinstance(self.method, RouterSpec)
+        routes = isinstance(self.method, RouterSpec)
+        task = None if self.task in ("auto", "causal-lm") else self.task
         if routes and not self.adapters and self.continue_from is None:
             yield f"method is {method}, which routes adapters; name their folders in adapters"
         if routes and self.data.special_tokens:
             yield f"data.special_tokens is given, but method is {method}, which trains no embeddings; give them to an adapter"
         if self.adapters and not routes:
             yield f"method is {method}, which routes none; adapters are for routers"
-        if classifies and layout not in ("auto", "classification"):
-            yield f"data.format is {layout} while task is seq-cls, for rows of text and label; use classification or auto"
-        if layout == "classification" and not classifies:
+        if task and layout not in ("auto", "classification"):
+            yield f"data.format is {layout} while task is {task}, which knows rows by their columns; use classification or auto"
+        if layout == "classification" and self.task != "seq-cls":
             yield "data.format is classification, which needs task: seq-cls"
-        if classifies and answers != "none":
-            yield f"evaluate.answers is {answers} while task is seq-cls, whose accuracy is measured anyway; leave it at none"
+        if task and answers != "none":
+            yield f"evaluate.answers is {answers} while task is {task}, whose metric is measured anyway; leave it at none"
+        for name in ("template", "system", "pack_to", "special_tokens") if task else ():
+            if getattr(self.data, name):
+                yield f"data.{name} is given while task is {task}, whose rows are no prompts; leave it out"
         if self.data.streaming:
             if self.train.max_steps is None:
                 yield "train.max_steps is not given, and rows that are streamed have no end; say how many steps to train"
@@ -445,8 +452,8 @@ class TrainConfig(Section, frozen=True):
                 yield f"init is {INIT.name_of(self.init)}, which measures rows drawn from all; with data.streaming use default"
             if self.train.group_by_length:
                 yield "train.group_by_length orders all rows, and data.streaming has them one after another; turn one off"
-            if classifies:
-                yield "data.streaming is on while task is seq-cls, whose classes are found in all rows; turn it off"
+            if task:
+                yield f"data.streaming is on while task is {task}, whose rows are all read first; turn it off"
             if self.data.evaluation_split is not None and self.data.evaluation is None:
                 yield "data.evaluation_split is a split of what is streamed; name the rows by data.evaluation too"
         if layout in ("text", "tokens") and answers != "none":

@@ -7,7 +7,7 @@ right, with a mask, labels beside them. Examples of like length share a batch, s
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
@@ -17,14 +17,17 @@ from lorakit.train.step.packing import pad
 
 if TYPE_CHECKING:
     from lorakit.init import Initialiser
-    from lorakit.train.data.store import Example
 
 ROWS = 8
 """Examples in a batch."""
 
 
 def calibration_batches(
-    examples: Sequence[Example], start: Initialiser, seed: int = 0, rows: int = ROWS
+    examples: Sequence[Any],
+    start: Initialiser,
+    seed: int = 0,
+    batch: Callable[[Sequence[Any]], dict[str, Tensor]] = pad,
+    rows: int = ROWS,
 ) -> list[dict[str, Tensor]] | None:
     """The batches that a start asks for, or None where it measures nothing.
 
@@ -32,6 +35,7 @@ def calibration_batches(
         examples: what the run trains on; the start's `examples` says how many of them are used.
         start: the initialiser.
         seed: decides which examples, and the order of the batches.
+        batch: the model's arguments for some examples.
         rows: examples in a batch.
     """
     if start.needs not in ("inputs", "gradients"):
@@ -41,7 +45,7 @@ def calibration_batches(
     chosen = draw.sample(range(len(examples)), min(wanted.examples, len(examples)))
     by_length = sorted(chosen, key=lambda index: (len(examples[index].input_ids), index))
     batches = [
-        pad(documents(examples[index] for index in by_length[first : first + rows]))
+        batch(documents(examples[index] for index in by_length[first : first + rows]))
         for first in range(0, len(by_length), rows)
     ]
     draw.shuffle(batches)  # a start that stops early must not have seen the short ones alone

@@ -103,6 +103,32 @@ def _names(rows: Rows, options: DataOptions) -> tuple[str, ...]:
     return tuple(rows.label_names or sorted(found, key=int if numeric else None))
 
 
+def names_of(labels: Iterable[Any], rows: Rows, wanted: str, least: int = 2) -> tuple[str, ...]:
+    """The classes that occur among labels, in the order of their indices; those of the data set where it names them.
+
+    Raises LorakitError where there are fewer than `least`.
+    """
+    found = {str(label) for label in labels}
+    numeric = all(re.fullmatch(r"-?\d+", label) for label in found)
+    names = tuple(rows.label_names or sorted(found, key=int if numeric else None))
+    if len(names) < least:
+        raise LorakitError(
+            f"{rows.source}: rows of {wanted} need at least {least} different labels; found {', '.join(names) or 'none'}"
+        )
+    return names
+
+
+def label_of(label: Any, names: Sequence[str]) -> int:
+    """The index of a label; raises UnusableRow for one that is none."""
+    if isinstance(label, bool) or not isinstance(label, str | int) or label == "":
+        raise UnusableRow(f'"label" is {label!r}, expected a name or an integer')
+    if str(label) in names:
+        return list(names).index(str(label))
+    if isinstance(label, int) and 0 <= label < len(names) and not any(re.fullmatch(r"-?\d+", one) for one in names):
+        return label
+    raise UnusableRow(f'"label" is "{label}", which is not among {", ".join(names)}')
+
+
 def prepare_labels(rows: Rows, tokenizer: Any, options: DataOptions, names: Sequence[str] | None = None) -> Prepared:
     """Rows of `text` and `label` for a model that classifies sequences.
 

@@ -80,17 +80,25 @@ class LossStats:
         return {"loss": self.mean, "perplexity": self.perplexity, "token_accuracy": self.token_accuracy}
 
 
+def count_labels(examples: Sequence[Example]) -> int:
+    """Labelled tokens that are predicted: the first token of a row never is."""
+    return sum(label != IGNORED for example in examples for label in example.labels[1:])
+
+
 @dataclass(frozen=True)
 class LossPath:
     """How the loss of a batch of examples is computed.
 
     `loss(model, examples, num_items=..., label_smoothing=...)` gives the summed loss divided by `num_items` (None: by its
     own targets) and its stats. `opened(model)` is held open around forward and backward. `name` is for logs and the model card.
+    `count(examples)` is what they add to `num_items`, `measures` the numbers of `LossStats` that mean something here.
     """
 
     name: str
     loss: Callable[..., tuple[Tensor, LossStats]]
     opened: Callable[[nn.Module], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext
+    count: Callable[[Sequence[Any]], int] = count_labels
+    measures: tuple[str, ...] = ("loss", "perplexity", "token_accuracy")
 
 
 @dataclass(frozen=True)
