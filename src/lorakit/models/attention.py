@@ -7,8 +7,10 @@ keys and values, a packed training batch, a server's cache. Taking one off leave
 
 from __future__ import annotations
 
+import contextlib
+import contextvars
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -60,6 +62,29 @@ class Override:
 
 
 _OVERRIDES: dict[str, Override] = {}
+
+
+_unsearched: contextvars.ContextVar[bool] = contextvars.ContextVar("lorakit_unsearched", default=False)
+
+
+@contextlib.contextmanager
+def no_search_for_texts() -> Iterator[None]:
+    """Within, transformers does not look through position ids for several texts in one row: whoever calls knows where they
+    are, and looking makes the host wait for the device at every forward."""
+    from transformers import masking_utils
+
+    search = getattr(masking_utils, "find_packed_sequence_indices", None)
+    if search is not None and not isinstance(search, partial):
+        masking_utils.find_packed_sequence_indices = partial(_search, search)
+    token = _unsearched.set(True)
+    try:
+        yield
+    finally:
+        _unsearched.reset(token)
+
+
+def _search(original: Function, position_ids: Any) -> Any:
+    return None if _unsearched.get() else original(position_ids)
 
 
 def register(name: str, function: Function) -> None:

@@ -203,8 +203,12 @@ class HealthCallback(TrainerCallback):
     """Connects a `HealthWatch` to a running Trainer: reads the gradient before each optimiser step, and lets the step pass,
     skips it (by taking the gradients away) or stops the run.
 
-    The Trainer tells it the loss of every micro-batch through `add_loss`.
+    The Trainer tells it the loss of every micro-batch through `add_loss`. On a GPU, reading a number waits for all that was
+    asked of it, so a step is judged later there, with those before it, whenever the host reads something anyway: an optimizer
+    that can skips a step that is not finite by itself, on the device. `at_once`: something else follows the judgement.
     """
+
+    MOST_UNREAD = 64
 
     def __init__(self, watch: HealthWatch, named_parameters: Iterable[tuple[str, Tensor]]) -> None:
         self.watch = watch
@@ -213,6 +217,8 @@ class HealthCallback(TrainerCallback):
         """Whether the loss scale of fp16 was too large for this step, which is then skipped as a matter of course."""
         self._parameters = dict(named_parameters)
         self._losses: list[Tensor] = []
+        self._unread: list[tuple[int, list[str], Tensor]] = []
+        self.at_once = False
 
     def add_loss(self, loss: Tensor) -> None:
         """Note one micro-batch's share of the step's loss (a detached scalar); the shares of a step add up."""
@@ -221,25 +227,53 @@ class HealthCallback(TrainerCallback):
     def on_step_begin(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self._losses.clear()
 
-    def on_pre_optimizer_step(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+    def on_pre_optimizer_step(self, args: Any, state: TrainerState, control: TrainerControl, **given: Any) -> None:
         if self.overflowed:
             return
-        step = state.global_step + 1
-        loss = float(torch.stack(self._losses).sum()) if self._losses else 0.0
         gradients = {name: p.grad for name, p in self._parameters.items() if p.grad is not None}
         norms = torch.stack(torch._foreach_norm(list(gradients.values()))) if gradients else torch.zeros(1)
-        found = self.watch.step(step, loss, float(torch.linalg.vector_norm(norms)))
-        if any(finding.action != "told" for finding in found):
-            for parameter in self._parameters.values():
-                parameter.grad = None  # an optimiser skips a tensor without a gradient: no decay, no moment
-        elif self.watch.watches_gradients:
-            known = dict(zip(gradients, norms.tolist(), strict=False))
-            found += self.watch.gradients(step, {name: known.get(name, 0.0) for name in self._parameters})
-        self._say(found)
-        for finding in found:
-            if finding.action == "stopped":
-                self.stopped = str(finding)
-                control.should_training_stop = True
+        total = torch.linalg.vector_norm(norms)
+        loss = torch.stack(self._losses).sum().to(total) if self._losses else torch.zeros_like(total)
+        judged = torch.stack([loss, total])
+        numbers = torch.cat([judged, norms]) if self.watch.watches_gradients else judged
+        self._unread.append((state.global_step + 1, list(gradients), numbers))
+        optimizer: Any = getattr(given.get("optimizer"), "optimizer", None)
+        if getattr(optimizer, "_step_supports_amp_scaling", False) and self._judges_later(total.device):
+            # as under a GradScaler, whose scale is 1
+            optimizer.grad_scale, optimizer.found_inf = None, judged.isfinite().all().logical_not().to(torch.float32)
+        else:
+            self._read(control)
+
+    def _judges_later(self, device: torch.device) -> bool:
+        return device.type != "cpu" and not self.at_once
+
+    def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        reads = control.should_log or control.should_evaluate or control.should_save or control.should_training_stop
+        if reads or len(self._unread) >= self.MOST_UNREAD:
+            self._read(control)
+
+    def on_epoch_end(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        self._read(control)
+
+    def _read(self, control: TrainerControl) -> None:
+        """Judge the steps that have not been: one copy from the device."""
+        unread, self._unread = self._unread, []
+        values = iter(torch.cat([numbers for *_, numbers in unread]).tolist() if unread else ())
+        for step, names, numbers in unread:
+            loss, norm, *norms = (next(values) for _ in range(len(numbers)))
+            found = self.watch.step(step, loss, norm)
+            if any(finding.action != "told" for finding in found):
+                for parameter in self._parameters.values():
+                    parameter.grad = None  # an optimiser skips a tensor without a gradient: no decay, no moment
+            elif self.watch.watches_gradients:
+                known = dict(zip(names, norms, strict=False))
+                found += self.watch.gradients(step, {name: known.get(name, 0.0) for name in self._parameters})
+            self._say(found)
+            for finding in found:
+                if finding.action == "stopped":
+                    self.stopped = str(finding)
+                    control.should_training_stop = True
+                    return
 
     def on_evaluate(self, args: Any, state: TrainerState, control: TrainerControl, **given: Any) -> None:
         metrics = given.get("metrics") or {}

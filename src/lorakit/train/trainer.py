@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -119,6 +120,7 @@ class LoraTrainer(transformers.Trainer):
                 callbacks=[*own, *callbacks],
             )
         self.scaler = torch.amp.GradScaler(self.args.device.type) if config.train.precision == "fp16" else None
+        self.health.at_once = self.schedule is not None or self.scaler is not None
         # What transformers prints at every log event is said by the progress callback.
         self.remove_callback(transformers.PrinterCallback)
         self.model_accepts_loss_kwargs = True
@@ -136,7 +138,7 @@ class LoraTrainer(transformers.Trainer):
         with self.path.opened(self.bare), embedding_noise(self.bare, self.lora_config.train.neftune):
             loss: Tensor = super().training_step(self.bare, inputs, num_items_in_batch)
         if self.scaler is not None:
-            loss = loss / self.scaler.get_scale()
+            loss = loss / cast(Tensor, self.scaler._get_scale_async())
         if self.args.world_size > 1:
             if self.accelerator.sync_gradients:
                 for parameter in self.adapter.parameters():
@@ -150,16 +152,22 @@ class LoraTrainer(transformers.Trainer):
         if self.schedule is not None and self.accelerator.sync_gradients:
             self.schedule.penalise()
         self.health.add_loss(loss)
-        return loss
+        # A loss that is not finite counts as the mean so far in what is logged; the health watch names it.
+        so_far = getattr(self, "_tr_loss", torch.zeros(())) / (
+            1 + self.state.global_step - self._globalstep_last_logged
+        )
+        return torch.where(loss.isfinite(), loss, so_far.to(loss))
 
     def _unscale(self, scaler: torch.amp.GradScaler) -> None:
         """Take the loss scale out of the gradients. Where it made them overflow they are dropped, so that the optimiser skips
         the step, and the scale falls; at a scale of 1 they are left to the health watch, which ends such a run."""
         scaler.unscale_(cast(Any, self.optimizer).optimizer)
-        gradients = [p.grad for p in self.adapter.parameters() if p.grad is not None]
-        self.health.overflowed = scaler.get_scale() > 1 and not all(bool(g.isfinite().all()) for g in gradients)
+        norms = torch._foreach_norm([p.grad for p in self.adapter.parameters() if p.grad is not None], float("inf"))
+        known = cast(Tensor, scaler._get_scale_async())
+        scale, *found = torch.stack([known, *(norm.to(known) for norm in norms)]).tolist()  # one copy from the device
+        self.health.overflowed = scale > 1 and not all(map(math.isfinite, found))
         if self.health.overflowed:
-            log.debug("fp16: the gradients overflow at a loss scale of %g; the step is skipped", scaler.get_scale())
+            log.debug("fp16: the gradients overflow at a loss scale of %g; the step is skipped", scale)
             for parameter in self.adapter.parameters():
                 parameter.grad = None
         scaler.update()
@@ -445,7 +453,7 @@ def training_arguments(config: TrainConfig, *, evaluates: bool) -> transformers.
         logging_strategy="steps",
         logging_steps=options.logging_steps,
         logging_first_step=True,
-        logging_nan_inf_filter=True,  # a step that was skipped is not in the mean; the health watch names it
+        logging_nan_inf_filter=False,  # it reads the loss of every step; `training_step` does the same on the device
         eval_strategy=evaluation,
         eval_steps=options.eval_steps,
         save_strategy="epoch" if save_steps is None else "steps",

@@ -79,26 +79,47 @@ LEAST_TEMPERATURE = 1e-6
 LEAST_LOGPROB = -9999.0
 """What is reported of a token that cannot come: JSON has no infinity."""
 
-_NOT_FINITE = NoChoice("gives numbers that are not finite", finite=False)
+FAULTS = {
+    -1: NoChoice("gives numbers that are not finite", finite=False),
+    -2: NoChoice("has logits that are not finite any more under these penalties; ask for weaker ones"),
+}
+"""What stands for a token where there is none: why."""
 
 
 def choose(logits: Tensor, choosers: Sequence[Chooser]) -> list[Choice | NoChoice]:
-    """One token for every row of `logits` (rows, vocabulary). What is wrong with a row is that row's alone."""
-    if all(chooser.plain for chooser in choosers):
-        return _greedy(logits)
+    """One token for every row of `logits` (rows, vocabulary). What is wrong with a row is that row's alone.
+
+    All that is found comes from the device in one copy: reading a number waits for all that a GPU was asked before.
+    """
     plain = [row for row, chooser in enumerate(choosers) if chooser.plain]
-    greedy = dict(zip(plain, _greedy(logits[plain]), strict=True)) if plain else {}
+    own = logits if len(plain) == len(choosers) else logits[plain]
+    found = {row: _choose(logits[row].float(), one) for row, one in enumerate(choosers) if not one.plain}
+    precise = torch.float32 if logits.device.type == "mps" else torch.float64  # whole numbers stay whole in either
+    numbers = torch.cat(
+        [part.to(precise) for part in ([_greedy(own)] if plain else []) + list(found.values())]
+    ).tolist()
+    greedy, rest = dict(zip(plain, numbers, strict=False)), iter(numbers[len(plain) :])
     return [
-        greedy[row] if row in greedy else _choose(logits[row].float(), chooser) for row, chooser in enumerate(choosers)
+        _told([greedy[row]] if row in greedy else [next(rest) for _ in range(len(found[row]))])
+        for row in range(len(choosers))
     ]
 
 
-def _greedy(logits: Tensor) -> list[Choice | NoChoice]:
+def _told(numbers: list[float]) -> Choice | NoChoice:
+    """A token, and where asked for its log probability, the likeliest tokens and theirs."""
+    token, *others = numbers
+    if token < 0:
+        return FAULTS[int(token)]
+    if not others:
+        return Choice(int(token))
+    most = len(others) // 2
+    return Choice(int(token), others[0], tuple(zip(map(int, others[1 : 1 + most]), others[1 + most :], strict=True)))
+
+
+def _greedy(logits: Tensor) -> Tensor:
+    """The likeliest tokens (rows,)."""
     tokens = _greatest(logits)
-    finite = logits.gather(1, tokens[:, None])[:, 0].isfinite()
-    return [
-        Choice(token) if sound else _NOT_FINITE for token, sound in zip(tokens.tolist(), finite.tolist(), strict=True)
-    ]
+    return tokens.where(logits.gather(1, tokens[:, None])[:, 0].isfinite(), -1)
 
 
 def _greatest(logits: Tensor) -> Tensor:
@@ -107,24 +128,20 @@ def _greatest(logits: Tensor) -> Tensor:
     return logits.argmax(-1)
 
 
-def _choose(logits: Tensor, chooser: Chooser) -> Choice | NoChoice:
-    """One token from one row of logits (vocabulary,)."""
+def _choose(logits: Tensor, chooser: Chooser) -> Tensor:
+    """One token from one row of logits (vocabulary,), as `_told` reads it."""
     s = chooser.sampling
-    if not logits.max().isfinite():  # NaN is the largest of all
-        return _NOT_FINITE
+    sound = logits.max().isfinite()  # NaN is the largest of all
     logits = _penalised(logits, chooser)
     top = logits.max()
-    if not top.isfinite():
-        return NoChoice("has logits that are not finite any more under these penalties; ask for weaker ones")
-    try:
-        token = int(logits.argmax()) if s.temperature == 0 else _draw(logits - top, chooser)
-    except RuntimeError as problem:  # one row's numbers must not end the step of all
-        return NoChoice(f"has probabilities that cannot be drawn from ({problem})")
+    kept = top.isfinite()
+    token = logits.argmax() if s.temperature == 0 else _draw(logits - top, chooser)
+    told = token.where(kept, -2).where(sound, -1)[None]
     if s.logprobs is None:
-        return Choice(token)
+        return told
     logprobs = logits.log_softmax(-1).clamp(min=LEAST_LOGPROB)
     values, ids = logprobs.topk(min(s.logprobs, logprobs.shape[0]))
-    return Choice(token, float(logprobs[token]), tuple(zip(ids.tolist(), values.tolist(), strict=True)))
+    return torch.cat([part.double() for part in (told, logprobs.gather(0, token[None]), ids, values)])
 
 
 def _penalised(logits: Tensor, chooser: Chooser) -> Tensor:
@@ -135,7 +152,7 @@ def _penalised(logits: Tensor, chooser: Chooser) -> Tensor:
         own = logits[met]
         logits[met] = torch.where(own > 0, own / s.repetition_penalty, own * s.repetition_penalty)
     if (s.presence_penalty or s.frequency_penalty) and chooser.answer:
-        ids, counts = torch.tensor(chooser.answer, device=logits.device).unique(return_counts=True)
+        ids, counts = (one.to(logits.device) for one in torch.tensor(chooser.answer).unique(return_counts=True))
         logits[ids] -= s.presence_penalty + s.frequency_penalty * counts
     for token, number in s.logit_bias.items():
         if 0 <= token < logits.shape[0]:
@@ -145,7 +162,7 @@ def _penalised(logits: Tensor, chooser: Chooser) -> Tensor:
     return logits
 
 
-def _draw(logits: Tensor, chooser: Chooser) -> int:
+def _draw(logits: Tensor, chooser: Chooser) -> Tensor:
     """A random token from what top-k, top-p and min-p leave of logits whose largest is 0."""
     s = chooser.sampling
     logits = logits / max(s.temperature, LEAST_TEMPERATURE)
@@ -160,5 +177,6 @@ def _draw(logits: Tensor, chooser: Chooser) -> int:
         p = p * (p.cumsum(-1) - p < s.top_p)  # the token that crosses the line is in
     if s.min_p:
         p = p * (p >= s.min_p * p.max())
-    drawn = int(torch.multinomial(p, 1, generator=chooser.generator(p.device)))
-    return drawn if ids is None else int(ids[drawn])
+    # What torch.multinomial does for one draw, without its checks, each of which waits for the device.
+    drawn = (p / torch.empty_like(p).exponential_(generator=chooser.generator(p.device))).argmax()
+    return drawn if ids is None else ids.gather(0, drawn[None])[0]  # ids[drawn] would read drawn

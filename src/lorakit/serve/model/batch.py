@@ -79,7 +79,7 @@ class Batch:
         table: (runs, most pages) int32: the pages of each run.
         tiles: (tiles, 2) int32: first token and length of each piece of at most `TILE` tokens of one run.
         spans: first token and length of every run.
-        last: tokens whose logits are wanted.
+        last: tokens whose logits are wanted; `wanted` the same on the host.
         pages: page numbers of each run, for the torch execution.
         mixture: the adapters, or None where no run has any.
     """
@@ -93,6 +93,7 @@ class Batch:
     spans: list[tuple[int, int]]
     last: Tensor
     pages: list[Sequence[int]]
+    wanted: list[int]
     mixture: Mixture | None = None
 
     @functools.cached_property
@@ -150,7 +151,7 @@ class Batch:
     @functools.cached_property
     def head(self) -> Batch:
         """The same step as the output layer sees it: only the tokens whose logits are wanted."""
-        row = self.row[self.last.cpu()]
+        row = self.row[self.wanted]
         counts = torch.bincount(row.long(), minlength=len(self.spans)).tolist()
         firsts = [0, *np.cumsum(counts).tolist()]
         spans = list(zip(firsts, counts, strict=False))
@@ -210,5 +211,6 @@ def assemble(runs: Sequence[Run], device: torch.device, mixture: Mixture | None)
         spans=spans,
         last=torch.tensor(last, dtype=torch.long, device=device),
         pages=[run.pages for run in runs],
+        wanted=last,
         mixture=mixture,
     )

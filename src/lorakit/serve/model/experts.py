@@ -51,10 +51,10 @@ class ExpertForward:
             raise Refused(
                 f"experts were called with {tuple(hidden.shape)} for {len(row)} tokens, so that whose each is is not known."
             )
-        kinds = torch.from_numpy(mixture.kinds)[row].to(hidden.device)
+        kinds = torch.from_numpy(mixture.kinds)[row]  # on the host, where sizes are known
         result: Tensor | None = None
         for kind in kinds.unique().tolist():
-            own = (kinds == kind).repeat(times).nonzero().flatten()
+            own = (kinds == kind).repeat(times).nonzero().flatten().to(hidden.device)
             given, named = (
                 [one[own] if isinstance(one, Tensor) else one for one in choice],
                 {key: one[own] if isinstance(one, Tensor) else one for key, one in options.items()},
@@ -78,10 +78,8 @@ class ExpertForward:
             if not held:
                 continue
             W = cast(Tensor, value_of(self.module, name))
-            A = torch.cat([cast(Tensor, own.A) for own, _ in held], 1).to(W.device)  # (experts, rank, in)
-            B = torch.cat([cast(Tensor, own.B) * weight for own, weight in held], 1).to(
-                W.device
-            )  # (experts, rank, out)
+            A = torch.cat([cast(Tensor, own.A) for own, _ in held], 1)  # (experts, rank, in)
+            B = torch.cat([cast(Tensor, own.B) * weight for own, weight in held], 1)  # (experts, rank, out)
             turned = isinstance(self.stacks[name].inner, Transposed)
             sums[name] = LazySum(W, (A.mT, B) if turned else (B.mT, A))
         self.inside = True

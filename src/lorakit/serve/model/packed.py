@@ -146,6 +146,7 @@ class AdapterReader:
             shared[id(config)] = config
         self.skeleton = copy.deepcopy(model, shared)
         first = next(model.parameters())
+        self.device = first.device
         self.dtype = first.dtype if first.is_floating_point() else torch.bfloat16
         self.index = {path: number for number, path in enumerate([*linear_layers(model), *expert_stacks(model)])}
         self.unfit: frozenset[str] = frozenset()
@@ -313,7 +314,7 @@ class AdapterReader:
         self, name: str, layers: Mapping[int, LayerTensors], method: str, how: str, error: float
     ) -> PackedAdapter:
         count = sum(padded(tensor.numel()) for change in layers.values() for _, tensor in change.tensors())
-        buffer = torch.empty(count, dtype=self.dtype)
+        buffer = torch.empty(count, dtype=self.dtype, device=self.device)
         large_pages(buffer)
         parts = [[0] * 5 for _ in self.index]
         rank, start = 0, 0

@@ -59,7 +59,7 @@ def _by_matmuls(batch: Batch, mixture: Mixture, layer: int, x: Tensor, y: Tensor
 
 def change_of(tensors: LayerTensors, x: Tensor, y: Tensor) -> Tensor:
     """`gain · y + bias + B A x` for tokens x (tokens, in) whose base output is y (tokens, out)."""
-    A, B, gain, bias = (None if tensor is None else tensor.to(x.device) for tensor in tensors)
+    A, B, gain, bias = tensors
     total = torch.zeros((), dtype=y.dtype, device=y.device)
     if B is not None:
         total = total + (x if A is None else x @ A.T) @ B

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lorakit.models.attention import no_search_for_texts
 from lorakit.serve.model import blocks, fused, native
 from lorakit.serve.model.attention import ForwardContext, serve_attention
 from lorakit.serve.model.batch import Batch, Run, assemble
@@ -105,7 +106,7 @@ class ServingModel:
         self.context.batch, self.context.cache, fused.THREAD.serving = batch, cache, True
         arguments: dict[str, Any] = {"logits_to_keep": batch.last} if self._keeps else {}
         try:
-            with torch.inference_mode():
+            with torch.inference_mode(), no_search_for_texts():
                 logits: Tensor = self.model(
                     input_ids=batch.ids, position_ids=batch.positions, use_cache=False, return_dict=True, **arguments
                 ).logits[0]

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from lorakit.adapter.adapter import adapters
 from lorakit.edits.attention import with_edits
-from lorakit.models.attention import Override
+from lorakit.models.attention import Override, no_search_for_texts
 from lorakit.train.step import last_block, tree
 from lorakit.train.step.batched_attention import PackedAttention, plan_attention
 from lorakit.train.step.encoder_attention import attend_both_ways
@@ -172,13 +172,14 @@ def packed_call(model: torch.nn.Module, batch: PackedBatch | PackedTexts, **argu
     """Call a model, or one without its head, on a packed batch, inside `packed_attention`."""
     token = _in_packed_forward.set(True)
     try:
-        return model(
-            input_ids=batch.input_ids,
-            position_ids=batch.position_ids,
-            return_dict=True,
-            packed_batch=batch,
-            **arguments,
-        )
+        with no_search_for_texts():
+            return model(
+                input_ids=batch.input_ids,
+                position_ids=batch.position_ids,
+                return_dict=True,
+                packed_batch=batch,
+                **arguments,
+            )
     finally:
         _in_packed_forward.reset(token)
 

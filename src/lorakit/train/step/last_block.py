@@ -45,7 +45,7 @@ def asked_rows(decoder: Any, batch: PackedBatch, try_out: Callable[[nn.Module, P
     come out the same.
     """
     block = _block(decoder)
-    asked, place = batch.hidden_index.unique(return_inverse=True)
+    asked, place = batch.labelled, batch.labelled_place
     if block is None or not 0 < len(asked) <= SHARE * batch.tokens or not _alone(decoder, block):
         return batch
     fill = asked[-1:].expand(-len(asked) % MULTIPLE)

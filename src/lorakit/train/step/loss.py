@@ -334,15 +334,18 @@ def padded_loss(
     """The same on a right-padded batch, through the model's own forward and logits: slower, and right for any causal
     model. The padding-free path is tested against it."""
     device = next(model.parameters()).device
-    batch = {name: tensor.to(device) for name, tensor in pad(examples).items()}
-    labels = batch.pop("labels")[:, 1:]
+    padded = pad(examples)
+    labels = padded.pop("labels").roll(-1, 1)
+    labels[:, -1] = IGNORED
+    labels = labels.flatten()
+    chosen = (labels != IGNORED).nonzero()[:, 0]  # on the host, where sizes are known
+    batch = {name: tensor.to(device) for name, tensor in padded.items()}
     tell_lengths(model, lambda: batch["attention_mask"].sum(1, keepdim=True).float())
     with prompts_known(model, [prompt_length(example.labels) for example in examples]):
         outputs = model(**batch, use_cache=False)
     note_balance(model, outputs)
-    logits = outputs.logits[:, :-1]
-    chosen = labels != IGNORED
-    return class_loss(logits[chosen], labels[chosen], num_items=num_items, label_smoothing=label_smoothing)
+    logits = outputs.logits.flatten(0, 1).index_select(0, chosen.to(device))
+    return class_loss(logits, labels[chosen].to(device), num_items=num_items, label_smoothing=label_smoothing)
 
 
 def class_loss(

@@ -52,6 +52,7 @@ class PackedBatch:
     `[targets]`: the hidden state at `hidden_index[i]` predicts `targets[i]`, which counts `weights[i]` times. Of the
     row only the first `used` tokens are real; `counts` `[1, tokens]` says how many examples hold each token, 0 for the
     rest. `num_targets` is the number of labels in the examples,
+    `labelled` the distinct rows of `hidden_index` and `labelled_place` where among them each target's is,
     `places` the packed row of each token of each example. `asked` are the
     rows that the last block gives, in this order, and then `hidden_index` counts among them; None is every row. `plans` is
     where attention keeps what it works out once per batch, `windows` which sliding windows layers gave it (None: all is seen).
@@ -66,6 +67,8 @@ class PackedBatch:
     segments: tuple[Segment, ...]
     used: int
     num_targets: int
+    labelled: Tensor
+    labelled_place: Tensor
     places: tuple[list[int], ...] = ()
     asked: Tensor | None = None
     plans: dict[Any, Any] = field(default_factory=dict, compare=False, repr=False)
@@ -156,6 +159,8 @@ def pack(
     input_ids += [input_ids[-1]] * fill
     position_ids += [0] * fill
     pairs = sorted(counts)
+    labelled = sorted({row for row, _ in pairs})
+    place_of = {row: place for place, row in enumerate(labelled)}
     return PackedBatch(
         input_ids=torch.tensor([input_ids]),
         position_ids=torch.tensor([position_ids]),
@@ -166,6 +171,8 @@ def pack(
         segments=tuple(trie.segments),
         used=used,
         num_targets=num_targets,
+        labelled=torch.tensor(labelled, dtype=torch.long),
+        labelled_place=torch.tensor([place_of[row] for row, _ in pairs], dtype=torch.long),
         places=tuple(places.values()),
     )
 
