@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import logging
 import shutil
+import time
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,6 +14,7 @@ import torch
 import transformers as tf
 from torch import Tensor
 
+from lorakit.native.choice import FORCED
 from lorakit.train.step import attention, tree
 from lorakit.train.step.attention import packed_attention
 from lorakit.train.step.batched_attention import PackedAttention, plan_attention
@@ -164,8 +167,11 @@ def test_a_model_goes_that_way(kind: str, monkeypatch: pytest.MonkeyPatch) -> No
         assert torch.allclose(found[name], parameter.grad, rtol=1e-4, atol=1e-6), name
 
 
-def test_long_rows_where_the_processor_multiplies_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
-    """There torch's own attention takes long rows that share nothing; elsewhere the compiled pass does."""
+@pytest.mark.parametrize("slow", ["tree", "torch"])
+def test_long_rows_go_the_way_that_was_measured_to_be_the_faster(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, slow: str
+) -> None:
+    """Rows that share nothing have two ways; a planted slow one is avoided, and either can be forced."""
     calls: list[int] = []
     original = attention._attend_long
     monkeypatch.setattr(attention, "LONG", 7)
@@ -173,12 +179,26 @@ def test_long_rows_where_the_processor_multiplies_tiles(monkeypatch: pytest.Monk
     packed = batch(0, [40])
     q = torch.randn(1, 2, packed.tokens, 16)
     layer: Any = torch.nn.Module()
+    monkeypatch.setattr(attention, "_ways", {})
+    monkeypatch.setenv("LORAKIT_CACHE", str(tmp_path))
+
+    def attend() -> Tensor:
+        calls.clear()
+        attention._ways.clear()
+        return attention.packed_attention_forward(layer, q, q, q, None, packed_batch=packed)[0][:, : packed.used]
+
     found = []
-    for tiles in (True, False):
-        monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda tiles=tiles: tiles)
-        found.append(attention.packed_attention_forward(layer, q, q, q, None, packed_batch=packed)[0][:, : packed.used])
-    assert len(calls) == 1
+    for way in ("torch", "tree"):
+        monkeypatch.setenv(FORCED, f"attention={way}")
+        found.append(attend())
+        assert len(calls) == (way == "torch")
     assert torch.allclose(found[0], found[1], atol=1e-5)
+    monkeypatch.delenv(FORCED)
+    where = (attention, "_attend_long") if slow == "torch" else (tree.TreeAttention, "apply")
+    usual = getattr(*where)
+    monkeypatch.setattr(*where, lambda *rest: time.sleep(5e-2) or usual(*rest))
+    attend()
+    assert set(attention._ways.values()) == {"tree" if slow == "torch" else "torch"}
 
 
 def test_without_a_compiler(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:

@@ -1,8 +1,9 @@
 """Elementwise operations of a transformer and their derivatives: RMSNorm, gated activations, rotary positions.
 
-Each is written once in plain PyTorch, which every device and dtype takes and torch.compile fuses, and once in C++ for
+Each is written once in plain PyTorch, which every device and dtype takes and torch.compile fuses, once in C++ for
 processors (`elementwise.cpp`): there a call costs a few microseconds where one of torch.compile's costs fifty, and waits for
-no compiler. Both round where the modules of transformers round, so that they stand in for these.
+no compiler; and once in Triton for GPUs (`triton/elementwise.py`). All round where the modules of transformers round, so that
+they stand in for these.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from lorakit.native import triton
 from lorakit.native.library import INTEGER, POINTER, REAL, TYPES, Library
 
 LIBRARY = Library(
@@ -109,7 +111,7 @@ def rotate_back(grad: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return (g * wide(cos[:, None]) + turned).to(grad.dtype)
 
 
-# -- in C++ ----------------------------------------------------------------------------------------------------------------
+# -- in C++, or on a GPU in Triton -----------------------------------------------------------------------------------------
 
 
 def suit(tensors: tuple[Tensor | None, ...], halves: bool = False, masters: bool = False) -> bool:
@@ -135,16 +137,31 @@ def suit(tensors: tuple[Tensor | None, ...], halves: bool = False, masters: bool
     return True
 
 
+def available(device: torch.device, dtype: torch.dtype) -> bool:
+    """Are there `norm`, `gate` and `turn` for numbers of this type on this device?"""
+    return LIBRARY.find("norm", dtype) is not None if device.type == "cpu" else triton.obstacle(device, dtype) is None
+
+
+def _kernels() -> Any:
+    from lorakit.native.triton import elementwise
+
+    return elementwise
+
+
 def norm(x: Tensor, weight: Tensor, eps: float, shift: float, scale: Tensor | None = None) -> Tensor:
     """RMSNorm over the last axis of a contiguous x (..., width) of any width. `scale` is filled with 1 / root mean square."""
-    y = torch.empty_like(x)
     width = x.shape[-1]
+    if x.is_cuda:
+        return _kernels().norm(x.view(-1, width), weight, eps=eps, shift=shift)[0].view(x.shape)  # type: ignore[no-any-return]
+    y = torch.empty_like(x)
     LIBRARY.call("norm", x.dtype, x, weight, y, scale, x.numel() // width, width, eps, shift)
     return y
 
 
 def gate(kind: str, gate: Tensor, up: Tensor) -> Tensor:
     """act(gate) * up of two contiguous tensors of one shape, for an activation of `GATES`."""
+    if gate.is_cuda:
+        return _kernels().gate(kind, gate, up)  # type: ignore[no-any-return]
     y = torch.empty_like(gate)
     LIBRARY.call("gate", gate.dtype, gate, up, y, gate.numel(), kind == "gelu_tanh")
     return y
@@ -153,6 +170,8 @@ def gate(kind: str, gate: Tensor, up: Tensor) -> Tensor:
 def turn(x: Tensor, cosine: Tensor, sine: Tensor, back: bool = False) -> Tensor:
     """Rotary positions: x (1, heads, tokens, d) turned by contiguous angles (tokens, d); the result lies tokens first in
     memory. `back` is the transpose of that."""
+    if x.is_cuda:
+        return _kernels().turn(x[0].transpose(0, 1), cosine, sine, back)[None].transpose(1, 2)  # type: ignore[no-any-return]
     _, heads, tokens, d = x.shape
     y = x.new_empty(1, tokens, heads, d)
     LIBRARY.call("turn", x.dtype, x, x.stride(1), x.stride(2), cosine, sine, y, heads, tokens, d, back)
@@ -202,3 +221,26 @@ COMPILED: dict[Callable[..., Any], Callable[..., Any]] = {
     rotate_back: partial(_rotate, True),
 }
 """A function in PyTorch -> the same in C++, for tensors that `suit`."""
+
+
+def kernel(function: Callable[..., Any], tensors: tuple[Tensor | None, ...]) -> Callable[..., Any] | None:
+    """A function in PyTorch as a Triton kernel, where there is one and these tensors suit: contiguous, of one type on
+    one GPU."""
+    first = tensors[0]
+    if first is None or function not in COMPILED or triton.obstacle(first.device, first.dtype) is not None:
+        return None
+    for one in tensors:
+        if one is None or not one.is_contiguous() or not (one.dtype == first.dtype or one.shape[-1] == 1):
+            return None
+    own = _kernels()
+    kernels: dict[Callable[..., Any], Callable[..., Any]] = {
+        norm_rows: own.norm,
+        norm_rows_backward: own.norm_backward,
+        gate_silu: partial(own.gate, "silu"),
+        gate_silu_backward: partial(own.gate_backward, "silu"),
+        gate_gelu: partial(own.gate, "gelu_tanh"),
+        gate_gelu_backward: partial(own.gate_backward, "gelu_tanh"),
+        rotate: own.turn,
+        rotate_back: partial(own.turn, back=True),
+    }
+    return kernels.get(function)

@@ -1,4 +1,4 @@
-"""Elementwise operations of the serving model (RMSNorm, rotary positions, gated activations) in C++.
+"""Elementwise operations of the serving model (RMSNorm, rotary positions, gated activations) in C++, or on a GPU in Triton.
 
 A step of a small model spends as much time between its matmuls as in them: RMSNorm alone is seven passes of PyTorch over
 the tokens. `native/replacement.py` finds the parts and tries them; outside of a step every one computes as it did.
@@ -10,11 +10,11 @@ import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor, nn
 
 from lorakit.core.storage.contract import FLOATS
 from lorakit.native import elementwise, replacement
+from lorakit.native.choice import CPU
 from lorakit.serve.model.attention import ForwardContext
 
 THREAD = threading.local()
@@ -55,20 +55,20 @@ class Gate:
 
 
 def fuse(model: nn.Module, context: ForwardContext) -> Callable[[], None]:
-    """Put the C++ operations into a model; returns what takes them out again."""
+    """Put these operations into a model; returns what takes them out again."""
 
     def norm(found: replacement.Norm) -> Norm | None:
         module, weight = found.module, found.module.weight
         assert isinstance(weight, Tensor)
-        return Norm(module.forward, context, weight, found.eps, found.shift) if _compiled(weight.dtype) else None
+        there = elementwise.available(weight.device, weight.dtype)
+        return Norm(module.forward, context, weight, found.eps, found.shift) if there else None
 
     def gate(found: replacement.Gated) -> Gate | None:
         part = found.module
         layer = part.gate_proj
-        dtype = (
-            layer.weight.dtype if isinstance(layer, nn.Linear) else getattr(layer, "dtype", None)
-        )  # as of BlockLinear
-        if dtype not in FLOATS or not _compiled(dtype):
+        own = layer.weight if isinstance(layer, nn.Linear) else layer  # BlockLinear has a dtype, on processors alone
+        dtype, device = getattr(own, "dtype", None), getattr(own, "device", CPU)
+        if dtype not in FLOATS or not elementwise.available(device, dtype):
             return None
         return Gate(part.forward, context, part.gate_proj, part.up_proj, part.down_proj, found.kind)
 
@@ -82,14 +82,9 @@ def _turn(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tenso
         and k.shape[0] == 1
         and q.dtype == k.dtype == cos.dtype == sin.dtype
         and q.stride(3) == k.stride(3) == 1
-        and _compiled(q.dtype)
+        and elementwise.available(q.device, q.dtype)
     )
     if not plain:
         return None
     cos, sin = cos.contiguous(), sin.contiguous()
     return elementwise.turn(q, cos, sin), elementwise.turn(k, cos, sin)
-
-
-def _compiled(dtype: torch.dtype) -> bool:
-    """Are there C++ operations for numbers of this type?"""
-    return elementwise.LIBRARY.find("norm", dtype) is not None

@@ -1,8 +1,9 @@
 """Attention over a packed batch: every example sees itself and the shared prefixes above it, exactly, without padding.
 
-It is computed in one of three ways: on a processor with a compiler by C++ over the tree of runs (tree.py); where long examples
-share nothing, by torch's own attention, one example after another; else by batched products (batched_attention.py), which take
-every device, dtype and kind of score. An encoder's texts are padded inside (encoder_attention.py).
+It is computed in one of three ways: by C++ or Triton kernels over the tree of runs (tree.py); where long examples share
+nothing, by torch's own attention, one example after another; or by batched products (batched_attention.py), which take
+every device, dtype and kind of score. Where there is a choice it is measured (`_fastest`). An encoder's texts are
+padded inside (encoder_attention.py).
 
 `packed_attention(model)` puts the function over the model's own. The batch travels as the keyword argument `packed_batch` of
 the model's forward, which gradient checkpointing stores and repeats by itself. Calls without that argument (evaluation,
@@ -22,14 +23,16 @@ from torch import Tensor
 from lorakit.adapter.adapter import adapters
 from lorakit.edits.attention import with_edits
 from lorakit.models.attention import Override, no_search_for_texts
+from lorakit.native.choice import Way, fastest
 from lorakit.train.step import last_block, tree
 from lorakit.train.step.batched_attention import PackedAttention, plan_attention
 from lorakit.train.step.encoder_attention import attend_both_ways
 from lorakit.train.step.packing import PackedBatch, PackedTexts
 
 LONG = 512
-"""From this mean length on, examples that share nothing go through torch's own attention, one by one, if there is no compiler
-or the processor multiplies tiles (AMX): there it takes 0.74 of the time of batched products at 1,536 tokens."""
+"""From this mean length on, examples that share nothing may go through torch's own attention, one by one: shorter ones lose."""
+
+_ways: dict[tuple[object, ...], str] = {}
 
 _in_packed_forward: contextvars.ContextVar[bool] = contextvars.ContextVar("lorakit_packed_forward", default=False)
 
@@ -72,19 +75,58 @@ def packed_attention_forward(
         raise ValueError("packed attention: this layer is not causal")
     packed_batch.windows.add(sliding_window)
     plain = softcap is None and s_aux is None
-    compiled = plain and tree.suits(packed_batch, query)
-    if plain and _is_long(packed_batch, sliding_window) and not (compiled and not _torch_is_faster()):
-        return _attend_long(packed_batch, query, key, value, scaling), None
+    alone = plain and _is_long(packed_batch, sliding_window)
+    scale = query.shape[3] ** -0.5 if scaling is None else float(scaling)
+    if alone and not query.is_cuda and not tree.suits(packed_batch, query):
+        return _attend_long(packed_batch, query, key, value, scale), None
     q, k, v = (tensor[0].transpose(0, 1).contiguous() for tensor in (query, key, value))
     if q.shape[2] != k.shape[2] or v.shape[2] != k.shape[2]:
         raise ValueError("packed attention: keys and values differ in width; use train.fast_path: off")
-    scale = q.shape[2] ** -0.5 if scaling is None else float(scaling)
-    if compiled:
-        attended: Tensor = tree.TreeAttention.apply(q, k, v, packed_batch, scale, sliding_window)  # type: ignore[no-untyped-call]
-        return attended[None], None
-    plan = plan_attention(packed_batch, q.shape[1], k.shape[1], q.shape[2], sliding_window)
-    out: Tensor = PackedAttention.apply(q, k, v, s_aux, plan, scale, softcap, sliding_window)  # type: ignore[no-untyped-call]
-    return out[None], None
+
+    def by_torch(*one: Tensor) -> Tensor:
+        rows = (part.transpose(0, 1)[None] for part in one)
+        return _attend_long(packed_batch, next(rows), next(rows), next(rows), scale)[0]
+
+    def by_tree(*one: Tensor) -> Tensor:
+        run: Any = tree.TreeAttention.apply
+        return run(*one, packed_batch, scale, sliding_window)  # type: ignore[no-any-return]
+
+    def by_blocks(*one: Tensor) -> Tensor:
+        run: Any = PackedAttention.apply
+        plan = plan_attention(packed_batch, q.shape[1], k.shape[1], q.shape[2], sliding_window)
+        return run(*one, s_aux, plan, scale, softcap, sliding_window)  # type: ignore[no-any-return]
+
+    ways: dict[str, Callable[..., Tensor]] = {}
+    if plain and tree.suits(packed_batch, query):
+        ways["tree"] = by_tree
+    if alone:
+        ways["torch"] = by_torch
+    if query.is_cuda or not ways:  # on processors batched products have never been the fastest of several
+        ways["blocks"] = by_blocks
+    return ways[_fastest(ways, packed_batch, (q, k, v))](q, k, v)[None], None
+
+
+def _fastest(ways: dict[str, Callable[..., Tensor]], batch: PackedBatch, given: tuple[Tensor, ...]) -> str:
+    """The fastest way to attend over a batch like this one, forward and backward, measured on the first of its kind."""
+    if len(ways) == 1:
+        return next(iter(ways))
+    q, k, _ = given
+    mean = batch.used // len(batch.segments)
+    shape = (str(q.dtype).removeprefix("torch."), *q.shape[1:], k.shape[1], "about", 1 << mean.bit_length())
+    key = (*ways, *shape, q.device)
+    if key not in _ways:
+
+        def case(way: Callable[..., Tensor]) -> Callable[[], object]:
+            def run() -> None:
+                with torch.enable_grad():
+                    leaves = [one.detach().requires_grad_() for one in given]
+                    way(*leaves).sum().backward()
+
+            return run
+
+        cases: dict[str, Way] = {name: lambda way=way: [case(way)] for name, way in ways.items()}  # type: ignore[misc]
+        _ways[key] = fastest("attention", shape, cases, q.device)
+    return _ways[key]
 
 
 def _is_long(batch: PackedBatch, window: int | None) -> bool:
@@ -93,12 +135,6 @@ def _is_long(batch: PackedBatch, window: int | None) -> bool:
     alone = all(segment.parent < 0 for segment in segments)
     longest = max(segment.length for segment in segments)
     return alone and batch.used >= LONG * len(segments) and (window is None or longest <= window)
-
-
-def _torch_is_faster() -> bool:
-    """Is torch's attention faster than ours on long rows? Not without AMX: 1.5 times its time at 2,000 tokens, three
-    times at 300 (docs/benchmarks.md); with AMX nobody has measured."""
-    return bool(torch.cpu._is_amx_tile_supported())
 
 
 def _attend_long(batch: PackedBatch, query: Tensor, key: Tensor, value: Tensor, scaling: float | None) -> Tensor:

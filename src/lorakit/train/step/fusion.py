@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from lorakit.core.kernel import gain_backward, small_functions
 from lorakit.errors import LorakitError, plural
 from lorakit.native import elementwise
+from lorakit.native.choice import Way, fastest
 from lorakit.native.elementwise import GATES, norm_rows, norm_rows_backward, rotate, rotate_back, wide
 from lorakit.native.replacement import Gated, Norm, Replaced, replace
 
@@ -60,6 +61,7 @@ _report: FusionReport | None = None
 _compiled: dict[Any, Callable[..., Any]] = {}
 _plain: dict[Any, Callable[..., Any]] = {}
 _met: set[Any] = set()
+_ways: dict[Any, str] = {}
 
 
 def call(function: Callable[..., Any], *tensors: Tensor | None, **constants: Any) -> Any:
@@ -67,9 +69,44 @@ def call(function: Callable[..., Any], *tensors: Tensor | None, **constants: Any
     report = _report
     if report is None or report.reason is not None:
         return function(*tensors, **constants)
+    first = tensors[0]
+    if first is not None and first.is_cuda:
+        if (kernel := elementwise.kernel(function, tensors)) is not None:
+            return _on_gpu(report, kernel, function, tensors, constants)
+        return _by_compiler(report, function, tensors, constants)
     in_cpp = COMPILED.get(function)
     if in_cpp is not None and elementwise.suit(tensors, function in (rotate, rotate_back), function is gain_backward):
         return in_cpp(*tensors, **constants)
+    return _by_compiler(report, function, tensors, constants)
+
+
+def _on_gpu(
+    report: FusionReport,
+    kernel: Callable[..., Any],
+    function: Callable[..., Any],
+    tensors: tuple[Tensor | None, ...],
+    constants: dict[str, Any],
+) -> Any:
+    """By a kernel in Triton, or by torch.compile: whichever is the faster for this width."""
+    first = tensors[0]
+    assert first is not None
+    key = (function, first.shape[-1], first.dtype, first.device)
+    way = _ways.get(key)
+    if way is None:
+        ways: dict[str, Way] = {
+            "triton": lambda: [lambda: kernel(*tensors, **constants)],
+            "torch.compile": lambda: [lambda: _by_compiler(report, function, tensors, constants)],
+        }
+        shape = (str(first.dtype).removeprefix("torch."), *first.shape[1:])
+        way = _ways[key] = fastest(function.__name__, shape, ways, first.device)
+    if way == "triton":
+        return kernel(*tensors, **constants)
+    return _by_compiler(report, function, tensors, constants)
+
+
+def _by_compiler(
+    report: FusionReport, function: Callable[..., Any], tensors: tuple[Tensor | None, ...], constants: dict[str, Any]
+) -> Any:
     key = (function, *constants.items())
     if key in _plain:
         return function(*tensors, **constants)

@@ -1,7 +1,9 @@
-"""Attention over a packed batch on a processor, in C++ over the tree of its runs (`tree.cpp`), forward and backward.
+"""Attention over a packed batch over the tree of its runs, forward and backward: in C++ on a processor (`tree.cpp`), in
+Triton on a GPU (`native/triton/tree.py`).
 
-It takes the place of batched_attention.py where there is a compiler and nothing is special about the scores: that one copies
-each run's queries, keys and values into padded lanes and back, and takes forty calls a layer. Sums are in float32.
+It takes the place of batched_attention.py where there is a compiler or a GPU and nothing is special about the scores:
+that one copies each run's queries, keys and values into padded lanes and back, and takes forty calls a layer. Sums are
+in float32.
 """
 
 from __future__ import annotations
@@ -15,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from lorakit.native import INTEGER, POINTER, REAL, TYPES, Library
+from lorakit.native import INTEGER, POINTER, REAL, TYPES, Library, triton
 from lorakit.train.step.packing import PackedBatch
 
 log = logging.getLogger("lorakit.train")
@@ -25,6 +27,9 @@ MULTIPLE = 16
 
 WORKERS = 16
 """Threads that the backward pass shares its work among at most: each keeps a sum of its own for keys that several see."""
+
+MOST = 256
+"""The widest head on a GPU: a block of keys must fit into what one of its cores holds."""
 
 _SHAPE = (POINTER, *[INTEGER] * 6, REAL, INTEGER)
 LIBRARY = Library(
@@ -41,10 +46,26 @@ def _available() -> bool:
 
 
 def suits(batch: PackedBatch, q: Tensor) -> bool:
-    """Can the C++ take these queries `[..., head_dim]`?"""
+    """Can the C++, or the Triton kernels, take these queries `[..., head_dim]`?"""
+    if q.is_cuda:
+        runs = None if triton.obstacle(q.device, q.dtype) is not None or q.shape[-1] > MOST else runs_of(batch)
+        return runs is not None and _kernels().walks(runs)
     if q.device.type != "cpu" or q.dtype not in TYPES or q.shape[-1] % MULTIPLE:
         return False
     return _available() and runs_of(batch) is not None
+
+
+def _kernels() -> Any:
+    from lorakit.native.triton import tree
+
+    return tree
+
+
+def tree_on(batch: PackedBatch, device: torch.device) -> Any:
+    """The tree as the Triton kernels read it, made once for a batch."""
+    if device not in batch.plans:
+        batch.plans[device] = _kernels().Tree(runs_of(batch), device)
+    return batch.plans[device]
 
 
 def runs_of(batch: PackedBatch) -> Tensor | None:
@@ -72,6 +93,11 @@ class TreeAttention(torch.autograd.Function):
     ) -> Tensor:
         runs = runs_of(batch)
         assert runs is not None  # `suits` has looked
+        if q.is_cuda:
+            ctx.shape = (tree_on(batch, q.device), scale, window)
+            out, log_sums = _kernels().attend(q, k, v, *ctx.shape)
+            ctx.save_for_backward(None, q, k, v, out, log_sums)
+            return out  # type: ignore[no-any-return]
         out, log_sums = torch.empty_like(q), q.new_empty(q.shape[:2], dtype=torch.float32)
         ctx.shape = (len(runs), batch.tokens, batch.used, q.shape[1], k.shape[1], q.shape[2], scale, window or 0)
         LIBRARY.call("attend", q.dtype, runs, *ctx.shape, q, k, v, out, log_sums)
@@ -82,6 +108,13 @@ class TreeAttention(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         runs, q, k, v, out, log_sums = ctx.saved_tensors
+        if q.is_cuda:
+            return (
+                *_kernels().attend_backward(q, k, v, out, log_sums, grad.contiguous(), *ctx.shape),
+                None,
+                None,
+                None,
+            )
         dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
         workers = min(torch.get_num_threads(), WORKERS)
         given = (q, k, v, out, log_sums, grad.contiguous())
