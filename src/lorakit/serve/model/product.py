@@ -21,6 +21,15 @@ def adapt(batch: Batch, layer: int, x: Tensor, y: Tensor, compiled: bool) -> Non
     """Add to a layer's output `y` (tokens, out), in place, what the adapters of the present step make of `x` (tokens, in)."""
     mixture = batch.mixture
     assert mixture is not None
+    if batch.kernels:
+        from lorakit.native.triton import adapters
+
+        on = batch.on_gpu
+        assert on.parts is not None
+        assert on.weights is not None
+        given = (on.parts[layer], on.starts, on.weights, on.row, on.order, on.begins)
+        adapters.adapt(x, y, *given, mixture.slots, mixture.rank)
+        return
     function = native.find("adapt", x.dtype) if compiled else None
     if function is None:
         _by_matmuls(batch, mixture, layer, x, y, range(len(batch.spans)))
