@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+import lorakit as lk
 from lorakit.native.elementwise import (
     GATES,
     norm_rows,
@@ -17,14 +20,18 @@ from lorakit.native.elementwise import (
     rotate_back,
 )
 from lorakit.native.triton import adapters, elementwise, paged, tree
+from lorakit.serve.engine.engine import LocalEngine
+from lorakit.serve.engine.scheduler import Limits
 from lorakit.serve.model.attention import ForwardContext, attend
 from lorakit.serve.model.batch import TILE as BATCH_TILE
 from lorakit.serve.model.batch import Run, assemble, mix
 from lorakit.serve.model.cache import Cache, LayerShape, page_count
+from lorakit.serve.model.graphs import Graphs
 from lorakit.serve.model.packed import LayerTensors, PackedAdapter
 from lorakit.serve.model.product import adapt
 from lorakit.train.step.batched_attention import PackedAttention, plan_attention
 from lorakit.train.step.tree import runs_of
+from serving.small import greedy, model, prompt, write_adapter
 from training.test_tree import batch
 
 KINDS = [torch.float32, torch.bfloat16]
@@ -198,11 +205,13 @@ def test_the_product_over_adapters(dtype: torch.dtype, in_: int, out: int) -> No
     mixture = mix(blends)
     assert mixture is not None
     step = assemble(runs, torch.device("cpu"), mixture)
-    order, begins = adapters.tiles_of(torch.from_numpy(mixture.kinds)[step.row.long()])
+    assert (mixture.slots, mixture.rank) == (2, max(in_, 40))
     x, y = torch.randn(sum(counts), in_).to(dtype), torch.randn(sum(counts), 2 * out).to(dtype)[:, :out]
     expected, before = y.clone(), y.clone()
     adapt(step, 0, x, expected, compiled=False)
-    adapters.adapt(x, y, mixture.parts[0], mixture.starts, mixture.weights, step.row, order, begins, 2, 40)
+    adapters.adapt(
+        x, y, mixture.parts[0], mixture.starts, mixture.weights, step.row, *step.tiles_of_tokens, 2, mixture.rank
+    )
     close(y, expected, WITHIN[dtype])
     assert torch.equal(y[3:5], before[3:5])
 
@@ -219,3 +228,49 @@ def adapter(in_: int, out: int, dtype: torch.dtype, rank: int, gain: bool = Fals
         parts[0, column] = tensor.data_ptr()
     parts[0, 4] = rank
     return PackedAdapter("", "", torch.zeros(0), parts, {0: piece}, "", "form", 0.0, rank)
+
+
+class Again:
+    """In the place of a CUDA graph: what it would replay is called again, over the same tensors."""
+
+    def record(self, run: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
+        """See `Recorder`."""
+        result = run().clone()
+
+        def replay() -> None:
+            result.copy_(run())
+
+        return replay, result
+
+
+def test_an_engine_by_kernels_and_graphs_answers_as_by_torch(tmp_path: Path) -> None:
+    """Mixed adapters and a blend; steps of decoding are replayed with room for more requests and ranks than there are."""
+    base = model("llama")
+    for seed, (name, rank) in enumerate({"one": 2, "two": 5}.items()):
+        write_adapter(base, tmp_path / name, lk.LoRA(rank=rank), seed=seed)
+    blends: list[dict[str, float]] = [{}, {"one": 1.0}, {"one": 0.5, "two": 0.5}]
+
+    def answers(kernels: bool) -> tuple[list[list[int]], Graphs | None]:
+        engine = LocalEngine(base, tmp_path, Limits(batch=4, step_tokens=24, cache_bytes=1 << 20), compiled=False)
+        engine.pool.start()
+        serving = engine.model
+        if kernels:
+            serving.context.kernels = True
+            serving.graphs = Graphs(serving._forward, engine.cache, Again())
+        try:
+            for name in ("one", "two"):
+                engine.pool.load(name)
+            tickets = [engine.submit(greedy(n, prompt(n, 9 + n), blend, 3)) for n, blend in enumerate(blends)]
+            while engine.step():
+                pass
+            return [ticket.tokens() for ticket in tickets], serving.graphs
+        finally:
+            engine.pool.stop()
+            serving.close()
+
+    expected, _ = answers(False)
+    found, graphs = answers(True)
+    assert found == expected
+    assert graphs is not None
+    assert graphs.recorded
+    assert 4 in {one.batch.row.shape[0] for one in graphs.recorded.values()}, "three requests in the place of four"

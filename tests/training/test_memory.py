@@ -15,10 +15,11 @@ from torch import Tensor, nn
 import lorakit as lk
 from lorakit.errors import LorakitError
 from lorakit.train.step import fusion
+from lorakit.train.step import memory as step_memory
 from lorakit.train.step.attention import packed_attention
 from lorakit.train.step.fusion import fused
 from lorakit.train.step.loss import causal_loss
-from lorakit.train.step.memory import recomputing
+from lorakit.train.step.memory import offloading, recomputing
 from lorakit.train.step.packing import pack
 
 
@@ -108,3 +109,31 @@ def test_the_log_says_what_compiling_took() -> None:
         forward(model).backward()
     assert report.compiled > 0
     assert f"{report.norms} norms, {report.gates} gates; torch.compile made {report.compiled} kernel" in report.line()
+
+
+def test_what_is_offloaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Activations leave, each once however many functions keep it; weights and small tensors stay; gradients are the same."""
+    moved: list[tuple[int, ...]] = []
+
+    class Seen(step_memory._Away):
+        def __init__(self, tensor: Tensor, device: torch.device) -> None:
+            super().__init__(tensor, device)
+            moved.append(tuple(tensor.shape))
+
+    monkeypatch.setattr(step_memory, "_Away", Seen)
+    expected = gradients("fast")
+    model, adapter = adapted()
+    with fused(model), offloading(model, 500), packed_attention(model):
+        forward(model).backward()
+    for name, parameter in adapter.named_parameters():
+        torch.testing.assert_close(parameter.grad, expected[name], rtol=1e-9, atol=1e-12)
+    assert moved
+    assert min(torch.Size(shape).numel() for shape in moved) >= 500
+    weights = {tuple(parameter.shape) for parameter in model.parameters()}
+    assert not weights.intersection(moved)
+
+
+def test_offload_is_for_a_gpu() -> None:
+    model, _ = adapted()
+    with pytest.raises(LorakitError, match="the model is on the host"), recomputing(model, "offload"):
+        pass

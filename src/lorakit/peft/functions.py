@@ -142,7 +142,7 @@ def set_peft_model_state_dict(
 def _without_biases(adapter: Adapter, named: dict[str, Tensor], plain: Mapping[str, str]) -> dict[str, Tensor]:
     """The tensors without those biases that this adapter does not train; as in PEFT the base takes them."""
     own = {f"{plain[path]}.{name}" for path, replacement in adapter.replacements() for name in replacement.names}
-    base = {
+    base: dict[str, Any] = {
         f"{plain[path]}.bias": module.bias
         for path, module in walk(adapter.model)
         if path in plain and isinstance(getattr(module, "bias", None), Tensor)

@@ -9,7 +9,6 @@ Tokens with the same adapters stand in tiles. `_shrink` makes `A x` of a tile fo
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -144,14 +143,3 @@ def adapt(
         x, x.stride(0), h, y, y.stride(0), parts, starts, weights, row, order, begins, out, slots, rank,
         TILE=TILE, RANKS=ranks, WIDTH=WIDTH,
     )  # fmt: skip
-
-
-def tiles_of(kinds: Tensor) -> tuple[Tensor, Tensor]:
-    """Tokens of the same adapters together, from a number for each token's adapters (-1: none), on the host: the tokens
-    that have any, sorted, and where in that order each tile of at most `TILE` begins, and the last ends; both int32."""
-    order = torch.argsort(kinds, stable=True)
-    order = order[int((kinds < 0).sum()) :]
-    own = kinds[order]
-    place = torch.arange(len(own)) - torch.searchsorted(own, own)
-    begins = torch.cat([(place % TILE == 0).nonzero()[:, 0], torch.tensor([len(own)])])
-    return order.to(torch.int32), begins.to(torch.int32)

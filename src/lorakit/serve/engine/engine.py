@@ -98,6 +98,7 @@ class LocalEngine(Lifecycle):
                 "cache_bytes (--cache)."
             )
         self.cache = Cache(self.model.shapes, pages, self.model.dtype, self.model.device, reuse)
+        self.model.record(self.cache)
         self.scheduler = Scheduler(limits, self.cache)
         self.pool = Pool(adapter_readers, None if store is None else Path(store), limits.adapter_bytes, self._wake)
         self._arrivals: deque[Job] = deque()

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from lorakit.models.attention import Override
 from lorakit.serve.model import native
-from lorakit.serve.model.batch import Batch
+from lorakit.serve.model.batch import TILE, Batch
 from lorakit.serve.model.cache import PAGE, Cache, LayerShape, gathered
 from lorakit.serve.request import Refused
 
@@ -47,6 +47,7 @@ class ForwardContext:
         seen: layer -> its shape, filled while the engine looks at the model for the first time.
         asked: layer -> what its attention was asked for in the last step.
         compiled: whether the loops of `native.cpp` are used.
+        kernels: whether Triton's kernels are, on a GPU.
         trial: whether this is the trial of a model: weights in blocks are multiplied as floats, since rounding the inputs to
             bytes makes more of a difference than what the trial looks for.
     """
@@ -56,6 +57,7 @@ class ForwardContext:
     seen: dict[int, LayerShape] = field(default_factory=dict)
     asked: dict[int, Asked] = field(default_factory=dict)
     compiled: bool = True
+    kernels: bool = False
     trial: bool = False
 
 
@@ -130,6 +132,14 @@ def attend(
     scale = d**-0.5 if scaling is None else float(scaling)
     sinks = None if s_aux is None else s_aux.float().contiguous()
     asked = context.asked[layer] = Asked(scale, softcap or 0.0, sliding_window or 0, sinks)
+    if batch.kernels:
+        from lorakit.native.triton import paged
+
+        if not query.stride(3) == key.stride(3) == value.stride(3) == 1:
+            query, key, value = query.contiguous(), key.contiguous(), value.contiguous()
+        on = batch.on_gpu
+        where = (keys, values, on.table, on.row, on.place, on.tiles, TILE)
+        return paged.attend(query, key, value, *where, scale, asked.softcap, asked.window, sinks)
     if context.compiled and (function := native.find("attend", query.dtype)) is not None:
         if not query.stride(3) == key.stride(3) == value.stride(3) == 1:
             query, key, value = query.contiguous(), key.contiguous(), value.contiguous()

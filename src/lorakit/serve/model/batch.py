@@ -10,7 +10,7 @@ import ctypes
 import dataclasses
 import functools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -24,6 +24,9 @@ TILE = 4
 
 LONG = 192
 """From this many tokens of one request on, its adapters go through matmuls, the faster execution then."""
+
+TOKENS = 16
+"""Tokens that read an adapter together in `native/triton/adapters.py`, which is written for this number."""
 
 TOGETHER = 8
 """Tokens that read an adapter together in `linear.cpp`, which is written for this number."""
@@ -49,6 +52,37 @@ class Run:
 
 
 @dataclass
+class OnGPU:
+    """What the Triton kernels read of a step, on the GPU: int32 tensors as in `Batch` and `Mixture`, brought over in one copy.
+
+    Attributes:
+        order, begins: see `Batch.tiles_of_tokens`; empty without adapters, as `starts` is.
+        parts, weights: of the mixture.
+    """
+
+    table: Tensor
+    row: Tensor
+    place: Tensor
+    tiles: Tensor
+    order: Tensor
+    begins: Tensor
+    starts: Tensor
+    parts: Tensor | None = None
+    weights: Tensor | None = None
+
+    @staticmethod
+    def sizes(runs: int, width: int, mixed: bool) -> list[int]:
+        """Numbers of each tensor for so many runs of one token, and pages of each; with adapters or without."""
+        return [runs * width, runs, runs, 2 * runs, *((runs, runs + 1, runs + 1) if mixed else (0, 0, 0))]
+
+    @classmethod
+    def of(cls, numbers: Tensor, runs: int, tokens: int, width: int, mixed: bool) -> OnGPU:
+        """From all of them in one row, for runs of one token."""
+        table, row, place, tiles, *rest = numbers.split(cls.sizes(runs, width, mixed))
+        return cls(table.view(runs, width), row, place, tiles.view(-1, 2), *rest)
+
+
+@dataclass
 class Mixture:
     """The adapters of a step, one entry for each run and adapter.
 
@@ -59,6 +93,7 @@ class Mixture:
         weights: (entries,).
         kinds: (runs,): the same number for runs with the same adapters and weights, -1 for the base alone.
         touched: layer -> whether any of the adapters changes it.
+        slots, rank: the most adapters of a run, and the largest rank of any.
     """
 
     entries: list[tuple[int, PackedAdapter, float]]
@@ -67,6 +102,15 @@ class Mixture:
     weights: Tensor
     kinds: np.ndarray[Any, np.dtype[np.int64]]
     touched: list[bool]
+    slots: int = 1
+    rank: int = 1
+    _moved: dict[torch.device, tuple[Tensor, Tensor]] = field(default_factory=dict, repr=False)
+
+    def to(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """`parts` and `weights` on a device, copied once."""
+        if device not in self._moved:
+            self._moved[device] = self.parts.to(device), self.weights.to(device)
+        return self._moved[device]
 
 
 @dataclass
@@ -82,6 +126,7 @@ class Batch:
         last: tokens whose logits are wanted; `wanted` the same on the host.
         pages: page numbers of each run, for the torch execution.
         mixture: the adapters, or None where no run has any.
+        kernels: whether attention and adapters go through Triton's kernels.
     """
 
     ids: Tensor
@@ -95,6 +140,32 @@ class Batch:
     pages: list[Sequence[int]]
     wanted: list[int]
     mixture: Mixture | None = None
+    kernels: bool = False
+
+    @functools.cached_property
+    def tiles_of_tokens(self) -> tuple[Tensor, Tensor]:
+        """Tokens of the same adapters together, as the Triton kernels take them: see `native/triton/adapters.py`."""
+        assert self.mixture is not None
+        kinds = torch.from_numpy(self.mixture.kinds)[self.row.long()]
+        order = torch.argsort(kinds, stable=True)
+        order = order[int((kinds < 0).sum()) :]
+        own = kinds[order]
+        place = torch.arange(len(own)) - torch.searchsorted(own, own)
+        begins = torch.cat([(place % TOKENS == 0).nonzero()[:, 0], torch.tensor([len(own)])])
+        return order.to(torch.int32), begins.to(torch.int32)
+
+    @functools.cached_property
+    def on_gpu(self) -> OnGPU:
+        """What the Triton kernels read of this step."""
+        device, none = self.ids.device, torch.empty(0, dtype=torch.int32)
+        order, begins = (none, none) if self.mixture is None else self.tiles_of_tokens
+        parts = [self.table, self.row, self.place, self.tiles, order, begins]
+        parts.append(none if self.mixture is None else self.mixture.starts)
+        whole = torch.cat([part.flatten() for part in parts])
+        whole = (whole.pin_memory() if device.type == "cuda" else whole).to(device, non_blocking=True)
+        pieces = whole.split([part.numel() for part in parts])
+        moved = (None, None) if self.mixture is None else self.mixture.to(device)
+        return OnGPU(*(piece.view(part.shape) for piece, part in zip(pieces, parts, strict=True)), *moved)
 
     @functools.cached_property
     def addresses(self) -> tuple[int, ...]:
@@ -191,6 +262,8 @@ def mix(blends: Sequence[Sequence[tuple[PackedAdapter, float]]]) -> Mixture | No
         weights=torch.tensor([weight for _, _, weight in entries]),
         kinds=np.array([known.setdefault(key, len(known) - 1) for key in keys]),
         touched=parts.ne(0).any(-1).any(-1).tolist(),
+        slots=max(map(len, blends)),
+        rank=max(1, *(adapter.rank for _, adapter, _ in entries)),
     )
 
 

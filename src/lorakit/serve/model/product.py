@@ -22,6 +22,15 @@ def adapt(batch: Batch, layer: int, x: Tensor, y: Tensor, compiled: bool, only_l
     with `only_long`, those of long runs."""
     mixture = batch.mixture
     assert mixture is not None
+    if batch.kernels:
+        from lorakit.native.triton import adapters
+
+        on = batch.on_gpu
+        assert on.parts is not None
+        assert on.weights is not None
+        given = (on.parts[layer], on.starts, on.weights, on.row, on.order, on.begins)
+        adapters.adapt(x, y, *given, mixture.slots, mixture.rank)
+        return
     function = native.find("adapt", x.dtype) if compiled else None
     if function is None:
         _by_matmuls(batch, mixture, layer, x, y, range(len(batch.spans)))

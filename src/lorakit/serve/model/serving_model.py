@@ -9,6 +9,7 @@ found out by trying, before the first request.
 
 from __future__ import annotations
 
+import functools
 import inspect
 import logging
 from collections.abc import Callable, Sequence
@@ -18,11 +19,14 @@ import torch
 from torch import Tensor, nn
 
 from lorakit.models.attention import no_search_for_texts
+from lorakit.native import triton
+from lorakit.native.choice import Way, fastest
 from lorakit.serve.model import blocks, fused, native
 from lorakit.serve.model.attention import ForwardContext, serve_attention
 from lorakit.serve.model.batch import Batch, Run, assemble
 from lorakit.serve.model.cache import Cache, LayerShape, page_count
 from lorakit.serve.model.experts import ExpertForward
+from lorakit.serve.model.graphs import CudaRecorder, Graphs
 from lorakit.serve.model.linear_layers import LinearForward, join
 from lorakit.serve.model.packed import expert_stacks, linear_layers
 from lorakit.serve.request import Refused
@@ -46,6 +50,7 @@ class ServingModel:
         obstacle = native.obstacle(model) if compiled else "switched off"
         self.compiled = obstacle
         self.context = ForwardContext(compiled=obstacle is None)
+        self.graphs: Graphs | None = None
         self._keeps = "logits_to_keep" in inspect.signature(model.forward).parameters
         self._training = model.training
         self._undo: list[Callable[[], None]] = []
@@ -73,11 +78,46 @@ class ServingModel:
                         self._undo.append(restore)
                         if not self._gives(logits, expected):
                             self._undo.pop()()
+                if compiled and triton.obstacle(self.device, self.dtype) is None:
+                    obstacle = self._take_kernels(expected)
         except BaseException:
             self.close()
             raise
         if obstacle is not None:
             log.info("serve: without compiled loops: %s", obstacle)
+
+    def _take_kernels(self, expected: Sequence[Tensor]) -> str | None:
+        """Compute by Triton's kernels if these give the same and are the faster here; else why not."""
+        restore = fused.fuse(self.model, self.context)
+        self._undo.append(restore)
+        self.context.kernels = True
+        try:
+            self._trial(expected)
+        except Exception as problem:  # whatever a compiler for GPUs may raise: without it all is right, and slower
+            reason = f"Triton's kernels do not give what the model gives: {problem}"
+        else:
+            runs = [
+                [Run([0] * count, 0, [at], wanted=1) for at in range(rows)]
+                for rows, count in ((1, 1), (32, 1), (8, 16))
+            ]
+            cache = Cache(self.shapes, 32, self.dtype, self.device, reuse=False)
+
+            def cases(kernels: bool) -> list[Callable[[], object]]:
+                def run(own: list[Run]) -> Tensor:
+                    self.context.kernels = kernels
+                    return self.forward(assemble(own, self.device, None), cache)
+
+                return [functools.partial(run, own) for own in runs]
+
+            ways: dict[str, Way] = {"triton": lambda: cases(True), "torch": lambda: cases(False)}
+            shape = (len(self.shapes), self.shapes[0].heads, self.shapes[0].key, str(self.dtype).removeprefix("torch."))
+            self.context.kernels = fastest("serving", shape, ways, self.device) == "triton"
+            if self.context.kernels:
+                return None
+            reason = "torch's operations are the faster here"
+        self.context.kernels = False
+        self._undo.pop()()
+        return reason
 
     def _replace_forward(self, path: str, module: nn.Module, number: int, pack: bool) -> None:
         forward = self.layers[path] = LinearForward(module, number, self.context, pack)
@@ -103,16 +143,27 @@ class ServingModel:
 
     def forward(self, batch: Batch, cache: Cache) -> Tensor:
         """The logits (wanted tokens, vocabulary) of a step; keys and values go into their pages."""
+        batch.kernels = self.context.kernels
+        if self.graphs is not None and cache is self.graphs.cache and (logits := self.graphs.run(batch)) is not None:
+            return logits
+        return self._forward(batch, cache)
+
+    def record(self, cache: Cache) -> None:
+        """Replay steps of decoding over this cache as CUDA graphs from now on, where that can be (`graphs.py`)."""
+        if self.context.kernels and self.device.type == "cuda" and not self.experts:
+            self.graphs = Graphs(self._forward, cache, CudaRecorder())
+
+    def _forward(self, batch: Batch, cache: Cache) -> Tensor:
         self.context.batch, self.context.cache, fused.THREAD.serving = batch, cache, True
         arguments: dict[str, Any] = {"logits_to_keep": batch.last} if self._keeps else {}
         try:
             with torch.inference_mode(), no_search_for_texts():
-                logits: Tensor = self.model(
+                found: Tensor = self.model(
                     input_ids=batch.ids, position_ids=batch.positions, use_cache=False, return_dict=True, **arguments
                 ).logits[0]
         finally:
             self.context.batch, fused.THREAD.serving = None, False
-        return logits if self._keeps else logits[batch.last]
+        return found if self._keeps else found[batch.last]
 
     # -- is it right? --------------------------------------------------------------------------------------------------
     def _prompts(self) -> list[list[int]]:

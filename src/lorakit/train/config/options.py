@@ -271,9 +271,10 @@ class TrainOptions(Section, frozen=True):
         "number format (dtype) of the base and of compute; auto: bf16 where the device supports it, else fp32; fp16 scales "
         "the loss",
     )
-    memory: Literal["fast", "balanced", "small"] = option(
+    memory: Literal["fast", "balanced", "small", "offload"] = option(
         "fast",
-        "gradient checkpointing: fast = off, balanced = recompute cheap activations, small = full (recompute blocks)",
+        "gradient checkpointing: fast = off, balanced = recompute cheap activations, small = full (recompute blocks); "
+        "offload = keep activations in the memory of the host",
     )
     fast_path: Literal["auto", "off"] = option(
         "auto",
