@@ -292,10 +292,11 @@ class Ordered:
             return block
         x = x if x.stride(1) == 1 else x.contiguous()
         if self.loops is None or batch.long:
-            own = block.split([x.shape[0] * out for out in self.outs])
-            for number, part, out in zip(self.numbers, own, self.outs, strict=True):
+            first = 0
+            for number, out in zip(self.numbers, self.outs, strict=True):
+                own = block[first : (first := first + x.shape[0] * out)].view(-1, out)
                 if batch.mixture.touched[number]:
-                    adapt(batch, number, x, part.view(-1, out), compiled=True, only_long=self.loops is not None)
+                    adapt(batch, number, x, own, compiled=True, only_long=self.loops is not None)
         if self.loops is not None and (adapters := batch.short_adapters)[-1]:
             self.loops.run(x, block, adapters)
         return block
