@@ -9,14 +9,15 @@ from __future__ import annotations
 import ctypes
 import dataclasses
 import functools
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from lorakit.serve.model.around import Edited, Edits
 from lorakit.serve.model.packed import PackedAdapter
 
 TILE = 4
@@ -39,6 +40,7 @@ class Run:
         pages: the request's pages, enough for all of them.
         blend: the adapters and their weights; empty is the base.
         wanted: how many logits are wanted, counted from the end: 1 for the last token's, 0 in the middle of a prompt.
+        chosen: adapter -> the positions at which its changes act, where these are not all.
     """
 
     tokens: Sequence[int]
@@ -46,6 +48,7 @@ class Run:
     pages: Sequence[int]
     blend: Sequence[tuple[PackedAdapter, float]] = ()
     wanted: int = 1
+    chosen: Mapping[PackedAdapter, frozenset[int]] = field(default_factory=dict)
 
 
 @dataclass
@@ -59,6 +62,7 @@ class Mixture:
         weights: (entries,).
         kinds: (runs,): the same number for runs with the same adapters and weights, -1 for the base alone.
         touched: layer -> whether any of the adapters changes it.
+        edited: whether any of the adapters has edits.
     """
 
     entries: list[tuple[int, PackedAdapter, float]]
@@ -67,6 +71,7 @@ class Mixture:
     weights: Tensor
     kinds: np.ndarray[Any, np.dtype[np.int64]]
     touched: list[bool]
+    edited: bool = False
 
 
 @dataclass
@@ -82,6 +87,7 @@ class Batch:
         last: tokens whose logits are wanted; `wanted` the same on the host.
         pages: page numbers of each run, for the torch execution.
         mixture: the adapters, or None where no run has any.
+        edits: what acts around the model's calls, or None where nothing does.
     """
 
     ids: Tensor
@@ -95,6 +101,7 @@ class Batch:
     pages: list[Sequence[int]]
     wanted: list[int]
     mixture: Mixture | None = None
+    edits: Edits | None = None
 
     @functools.cached_property
     def addresses(self) -> tuple[int, ...]:
@@ -174,6 +181,7 @@ def mix(blends: Sequence[Sequence[tuple[PackedAdapter, float]]]) -> Mixture | No
         weights=torch.tensor([weight for _, _, weight in entries]),
         kinds=np.array([known.setdefault(key, len(known) - 1) for key in keys]),
         touched=parts.ne(0).any(-1).any(-1).tolist(),
+        edited=any(adapter.around is not None for _, adapter, _ in entries),
     )
 
 
@@ -200,6 +208,16 @@ def assemble(runs: Sequence[Run], device: torch.device, mixture: Mixture | None)
             tiles += [(first + t, min(TILE, count - t)) for t in range(0, count, TILE)]
         last += range(first + count - run.wanted, first + count)
         first += count
+    edits: Edits | None = None
+    if mixture is not None and mixture.edited:
+        ids = ids.clip(0)  # what stands before a text has no id
+        edits = Edits(
+            [
+                Edited(*spans[run], runs[run].start, adapter.around, weight, runs[run].chosen.get(adapter))
+                for run, adapter, weight in mixture.entries
+                if adapter.around is not None
+            ]
+        )
     places = torch.from_numpy(place)
     return Batch(
         ids=torch.from_numpy(ids)[None].to(device),
@@ -213,4 +231,5 @@ def assemble(runs: Sequence[Run], device: torch.device, mixture: Mixture | None)
         pages=[run.pages for run in runs],
         wanted=last,
         mixture=mixture,
+        edits=edits,
     )
