@@ -115,7 +115,7 @@ def test_a_prompt_without_the_invocation_is_refused(store: Any) -> None:
 
 def test_the_answer_is_pefts(store: Any) -> None:
     peft = pytest.importorskip("peft")
-    _, folder, _ = store
+    folder = store[1]
     engine = engine_over(store)
     found, _ = ask(engine, TURNS, {"one": 1.0})
     engine.stop()

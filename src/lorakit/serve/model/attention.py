@@ -130,6 +130,9 @@ def attend(
     _, heads, tokens, d = query.shape
     _, key_heads, _, dv = value.shape
     scale = d**-0.5 if scaling is None else float(scaling)
+    edits = batch.edits
+    if edits is not None:
+        key, value = edits.before(layer, key, value)
     sinks = None if s_aux is None else s_aux.float().contiguous()
     asked = context.asked[layer] = Asked(scale, softcap or 0.0, sliding_window or 0, sinks)
     if batch.kernels:
@@ -151,6 +154,8 @@ def attend(
             *batch.addresses, heads, key_heads, d, dv, scale, asked.softcap, asked.window, asked.address,
         )
         # fmt: on
+        if edits is not None:
+            edits.beside(layer, query, scale, out)
         return out
     pieces = []
     for (first, count), pages in zip(batch.spans, batch.pages, strict=True):
@@ -160,7 +165,10 @@ def attend(
         seen = -(-(start + count) // PAGE)
         k, v = gathered(keys, values, torch.tensor(pages[:seen], device=keys.device))
         pieces.append(_attend_run(query[0, :, part], k, v, start, scale, softcap, sliding_window, sinks))
-    return torch.cat(pieces, 0)[None]
+    out = torch.cat(pieces, 0)[None]
+    if edits is not None:
+        edits.beside(layer, query, scale, out)
+    return out
 
 
 def _write(keys: Tensor, values: Tensor, pages: Any, start: int, key: Tensor, value: Tensor) -> None:

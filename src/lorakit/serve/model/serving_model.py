@@ -13,6 +13,7 @@ import functools
 import inspect
 import logging
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -157,7 +158,8 @@ class ServingModel:
         self.context.batch, self.context.cache, fused.THREAD.serving = batch, cache, True
         arguments: dict[str, Any] = {"logits_to_keep": batch.last} if self._keeps else {}
         try:
-            with torch.inference_mode(), no_search_for_texts():
+            edits = batch.edits.on(self.model) if batch.edits else nullcontext()
+            with torch.inference_mode(), no_search_for_texts(), edits:
                 found: Tensor = self.model(
                     input_ids=batch.ids, position_ids=batch.positions, use_cache=False, return_dict=True, **arguments
                 ).logits[0]
