@@ -174,8 +174,6 @@ class Batch:
         moved = (None, None) if self.mixture is None else self.mixture.to(device)
         return OnGPU(*(piece.view(part.shape) for piece, part in zip(pieces, parts, strict=True)), *moved)
 
-    edits: Edits | None = None
-
     @functools.cached_property
     def addresses(self) -> tuple[int, ...]:
         """A step's arguments of the attention in `native.cpp`, the same for every layer."""
