@@ -50,7 +50,7 @@ class _Absent(type):
 
 def _absent(name: str) -> Any:
     refuse: Callable[..., NoReturn] = lambda *_: _refuse(name)  # noqa: E731
-    operators = ("__iter__", "__len__", "__getitem__", "__contains__", "__enter__")
+    operators = ("__iter__", "__len__", "__getitem__", "__contains__", "__enter__", "__add__", "__lt__", "__gt__")
     return _Absent(name, (), {}) if not name.isupper() else type(name, (), dict.fromkeys(operators, refuse))()
 
 

@@ -172,7 +172,7 @@ def _start(options: dict[str, Any], spec: Any, default: Any) -> str | Initialise
                 f"{options['peft_type']}: init_weights={value!r} is not offered; {default!r} and False are."
             )
         return "default"
-    name, _, rounds = str(value).partition("_niter_")
+    name, _, rounds = str(value).lower().partition("_niter_")
     used = {"eva": "eva_config", "corda": "corda_config", "lora_ga": "lora_ga_config", "loftq": "loftq_config"}
     for entry in _OF_STARTS:
         if options[entry] and used.get(name) != entry:
