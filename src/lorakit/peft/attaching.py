@@ -108,6 +108,12 @@ def _spec(config: PeftConfig, options: dict[str, Any]) -> Any:
     for name, value in options.items():
         if (name not in known or name in dropped) and value not in (default_of(config, name), None, False, {}, []):
             raise LorakitError(f"{type(config).__name__}: {name}={value!r} is not offered.")
+    if options["peft_type"] == "ADALORA" and options.get("use_dora"):
+        raise LorakitError("AdaLoraConfig: ADALORA does not support DoRA.")
+    if options.get("layers_pattern") and options.get("layers_to_transform") in (None, []):
+        raise LorakitError(
+            f"{type(config).__name__}: When `layers_pattern` is specified, `layers_to_transform` must also be specified."
+        )
     if (options.get("runtime_config") or {}).get("ephemeral_gpu_offload"):
         raise LorakitError("LoraConfig: runtime_config.ephemeral_gpu_offload is not offered.")
     if options["peft_type"] == "PREFIX_TUNING":
