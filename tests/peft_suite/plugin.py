@@ -50,7 +50,7 @@ class _Absent(type):
 
 def _absent(name: str) -> Any:
     refuse: Callable[..., NoReturn] = lambda *_: _refuse(name)  # noqa: E731
-    operators = ("__iter__", "__len__", "__getitem__", "__contains__", "__enter__")
+    operators = ("__iter__", "__len__", "__getitem__", "__contains__", "__enter__", "__add__", "__lt__", "__gt__")
     return _Absent(name, (), {}) if not name.isupper() else type(name, (), dict.fromkeys(operators, refuse))()
 
 
@@ -113,6 +113,10 @@ def _quotes(name: str, *args: Any, **kwargs: Any) -> Any:
     return DatasetDict(train=Dataset.from_dict({"quote": [f"Be yourself, {n} is already taken." for n in range(200)]}))
 
 
+_WEIGHTS: dict[str, int] = {}
+"""File -> how many tests each of its tests that run stands for."""
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
     """How much runs, and where the results go."""
     parser.addoption("--share", type=int, default=1, help="of huge files every n-th test, by a hash of its name")
@@ -132,6 +136,7 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """The share that was asked for; files of less than a thousand tests run whole."""
     share, sizes = config.getoption("--share"), Counter(one.path for one in items)
+    _WEIGHTS.update({one.name: share for one, size in sizes.items() if size >= 1000})
     items[:] = [one for one in items if sizes[one.path] < 1000 or crc32(one.nodeid.encode()) % share == 0]
 
 
@@ -155,6 +160,7 @@ def pytest_runtest_logreport(report: Any) -> None:
         return
     if report.when == "call" or (report.when == "setup" and not report.passed):
         line: dict[str, Any] = {"test": report.nodeid, "outcome": report.outcome, "seconds": round(report.duration, 2)}
+        line["weight"] = _WEIGHTS.get(Path(report.nodeid.partition("::")[0]).name, 1)
         if hasattr(report, "wasxfail"):
             line["outcome"] = "skipped"
             line["cause"] = f"xfail: {report.wasxfail}"

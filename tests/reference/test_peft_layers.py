@@ -266,3 +266,23 @@ def test_mixed_models_refuse_soft_prompts() -> None:
     assert type(model.base_model).__name__ == "MixedModel"
     with pytest.raises(LorakitError, match="not compatible with the `PeftMixedModel`"):
         model.add_adapter("prompt", shim.PrefixTuningConfig(num_virtual_tokens=2))
+
+
+@pytest.mark.parametrize(
+    ("config", "text"),
+    [
+        (lambda: shim.AdaLoraConfig(target_modules=["0"], use_dora=True, total_step=9), "does not support DoRA"),
+        (lambda: shim.LoraConfig(target_modules=["0"], layers_pattern="h"), "layers_to_transform"),
+        (lambda: shim.PsoftConfig(target_modules=["0"], r=11), "lower the rank"),
+    ],
+)
+def test_no_field_is_dropped(config: Any, text: str) -> None:
+    with pytest.raises(LorakitError, match=text):
+        shim.get_peft_model(net(), config())
+
+
+def test_least_asymmetric_wavelets_of_low_order() -> None:
+    for name in ("sym2", "sym3"):
+        theirs, ours = both(peft.WaveFTConfig(target_modules=["0"], n_frequency=20, wavelet_family=name))
+        x = torch.randn(2, 8)
+        assert torch.allclose(theirs(x), ours(x), atol=1e-5)

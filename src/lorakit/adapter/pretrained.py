@@ -136,7 +136,7 @@ def give_back(model: nn.Module) -> None:
 
 # -- tensors of an adapter that no layer holds -----------------------------------------------------------------------------
 
-SHARED = "lorakit_shared"
+SHARED = "lorakit_deltas"
 """The module of a model in which pools and routers live, so that its `parameters()`, `to` and `state_dict` reach them."""
 
 

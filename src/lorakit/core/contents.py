@@ -44,7 +44,7 @@ class ByName(nn.ModuleDict):
     def _load_from_state_dict(
         self, state_dict: Any, prefix: str, metadata: Any, strict: bool, missing: Any, unexpected: Any, errors: Any
     ) -> None:
-        """There is nothing to load here. For torch a name has no dots, and an expert's matrix has one ("down_proj.3")."""
+        """There is nothing to load here. For torch a name has no dots, and an adapter's may have one."""
         known = tuple(f"{prefix}{name}." for name in self._modules)
         if strict:
             unexpected += [key for key in state_dict if key.startswith(prefix) and not key.startswith(known)]
@@ -71,7 +71,7 @@ class LayerContents(nn.Module):
         super().__init__()
         self.base = base
         self.deltas = ByName()
-        """adapter -> site -> Delta; the site's empty name is written "self"."""
+        """adapter -> site -> Delta; the site's empty name is written "self", its dots ":", since modules' names have none."""
         self.replacements = ByName()
         own = {site.name: site for site in sites}
         # Past a module's own __setattr__, which is most of the time that attaching takes.
@@ -127,7 +127,7 @@ class LayerContents(nn.Module):
         if adapter not in self.deltas:
             return {}
         held = cast(nn.ModuleDict, self.deltas[adapter])
-        return {"" if name == "self" else name: cast(Delta, delta) for name, delta in held.items()}
+        return {"" if name == "self" else name.replace(":", "."): cast(Delta, one) for name, one in held.items()}
 
     def replaced_by(self, adapter: str) -> dict[str, Tensor]:
         """The tensors of the base that an adapter replaces: name -> its own values."""
@@ -136,7 +136,7 @@ class LayerContents(nn.Module):
     def add(self, adapter: str, deltas: dict[str, Delta], replacement: Replacement | None) -> None:
         """Give this layer an adapter's deltas (by site name) and replaced tensors."""
         if deltas:
-            self.deltas[adapter] = ByName({name or "self": delta for name, delta in deltas.items()})
+            self.deltas[adapter] = ByName({name.replace(".", ":") or "self": delta for name, delta in deltas.items()})
         if replacement is not None:
             self.replacements[adapter] = replacement
 

@@ -40,12 +40,12 @@ class Kaiming(Initialiser):
 
 @dataclass(frozen=True, kw_only=True)
 class Gaussian(Initialiser):
-    """PEFT's "gaussian": A normal with standard deviation 1 / rank."""
+    """PEFT's "gaussian": A normal with standard deviation 1 / rank; lookups start as by default, from a standard normal."""
 
     name = "gaussian"
 
     def factors(self, start: Start) -> Factors:
-        return _start(start, 1.0 / start.rank)
+        return _start(start, None if start.shape.lookup else 1.0 / start.rank)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from lorakit.core.delta import Card, LowRank, Pool, Shape
 from lorakit.core.options import option
+from lorakit.errors import LorakitError
 from lorakit.methods.options import Bounded, Scaled, alpha_option, dropout_option, rank_option
 from lorakit.methods.rotation import cayley, series, skew, within
 
@@ -74,6 +75,13 @@ class PSOFT(Bounded, Scaled):
     svd: Literal["full", "lowrank"] = option("full", "an exact or a randomised decomposition", peft="psoft_svd")
     iterations: int = option(10, "power iterations of the randomised one", minimum=0, peft="psoft_svd_lowrank_niter")
     seed: int = option(0, "what the randomised one is drawn from", peft="random_seed")
+
+    def check(self, shape: Shape, path: str) -> None:
+        super().check(shape, path)
+        if self.rank > min(shape.out, shape.in_):
+            raise LorakitError(
+                f"attach: psoft takes {self.rank} directions of {path}, which has {min(shape.out, shape.in_)}; lower the rank."
+            )
 
 
 class PSOFTDelta(LowRank, of=PSOFT):

@@ -41,8 +41,9 @@ def daubechies(order: int) -> tuple[float, ...]:
 
 
 def _order(wavelet: str) -> int:
-    """The order of a wavelet of Daubechies; 0 for any other."""
-    return int(wavelet[2:]) if wavelet in {f"db{order}" for order in range(1, LONGEST + 1)} else 0
+    """The order of a wavelet of Daubechies; 0 for any other. The least asymmetric ones of orders 2 and 3 are the same."""
+    known = {f"db{order}" for order in range(1, LONGEST + 1)} | {"sym2", "sym3"}
+    return int(wavelet.removeprefix("db").removeprefix("sym")) if wavelet in known else 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,8 +67,9 @@ class WaveFT(Frequencies):
         25.0, "factor of the transform", allows=bool, shown="a finite number other than 0", peft="scaling"
     )
     wavelet: str = option(
-        "db1", f"which wavelet of Daubechies, db1 to db{LONGEST}", allows=lambda name: _order(name) > 0,
-        shown=f"db1 to db{LONGEST}; the filters of other wavelets are tables of numbers", peft="wavelet_family",
+        "db1", f"which wavelet of Daubechies, db1 to db{LONGEST} (sym2 and sym3 are db2 and db3)",
+        allows=lambda name: _order(name) > 0,
+        shown=f"db1 to db{LONGEST}, sym2 or sym3; the filters of other wavelets are tables of numbers", peft="wavelet_family",
     )  # fmt: skip
     transform: bool = option(True, "transform the coefficients; else they are entries of ΔW", peft="use_idwt")
 

@@ -108,6 +108,12 @@ def _spec(config: PeftConfig, options: dict[str, Any]) -> Any:
     for name, value in options.items():
         if (name not in known or name in dropped) and value not in (default_of(config, name), None, False, {}, []):
             raise LorakitError(f"{type(config).__name__}: {name}={value!r} is not offered.")
+    if options["peft_type"] == "ADALORA" and options.get("use_dora"):
+        raise LorakitError("AdaLoraConfig: ADALORA does not support DoRA.")
+    if options.get("layers_pattern") and options.get("layers_to_transform") in (None, []):
+        raise LorakitError(
+            f"{type(config).__name__}: When `layers_pattern` is specified, `layers_to_transform` must also be specified."
+        )
     if (options.get("runtime_config") or {}).get("ephemeral_gpu_offload"):
         raise LorakitError("LoraConfig: runtime_config.ephemeral_gpu_offload is not offered.")
     if options["peft_type"] == "PREFIX_TUNING":
@@ -172,7 +178,7 @@ def _start(options: dict[str, Any], spec: Any, default: Any) -> str | Initialise
                 f"{options['peft_type']}: init_weights={value!r} is not offered; {default!r} and False are."
             )
         return "default"
-    name, _, rounds = str(value).partition("_niter_")
+    name, _, rounds = str(value).lower().partition("_niter_")
     used = {"eva": "eva_config", "corda": "corda_config", "lora_ga": "lora_ga_config", "loftq": "loftq_config"}
     for entry in _OF_STARTS:
         if options[entry] and used.get(name) != entry:

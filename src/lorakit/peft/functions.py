@@ -25,7 +25,7 @@ from lorakit.errors import LorakitError, unknown
 from lorakit.files.bundle import read_tensors
 from lorakit.files.filling import fill
 from lorakit.files.formats import format_of
-from lorakit.files.interchange import PREFIX, bare, config_of, names_in, plain_names, tensors_of
+from lorakit.files.interchange import PREFIX, config_of, names_in, plain_names, tensors_of
 from lorakit.optim.groups import parameter_groups
 from lorakit.peft.attaching import attach_config, eva_start, layers_asked, set_precision
 from lorakit.peft.configs import PeftConfig
@@ -72,13 +72,14 @@ def _as_in(model: nn.Module, config: PeftConfig, state: Mapping[str, Tensor]) ->
             "Trying to inject a PEFT adapter from a state_dict but the PEFT config uses `target_parameters`: the names in the "
             "state dict do not tell a parameter from a layer. Leave state_dict out."
         )
-    paths = {path for path, _ in walk(model) if path}
+    plain = plain_names(model)
+    paths = {name: path for path, name in plain.items() if path}
     names: set[str] = set()
-    for key in state:
-        steps = bare(key).split(".")
+    for key in names_in(state, plain, "state_dict"):
+        steps = key.split(".")
         place = next((".".join(steps[:n]) for n in range(len(steps) - 1, 0, -1) if ".".join(steps[:n]) in paths), None)
-        if place is not None and key.removeprefix(PREFIX).removeprefix(place) not in (".weight", ".bias"):
-            names.add(place)
+        if place is not None and key.removeprefix(place) not in (".weight", ".bias"):
+            names.add(paths[place])
     asked = set(layers_asked(model, config))
     for more, less, whose in (asked, names, "PEFT config"), (names, asked, "state_dict"):
         if more - less:
@@ -142,8 +143,8 @@ def set_peft_model_state_dict(
 def _without_biases(adapter: Adapter, named: dict[str, Tensor], plain: Mapping[str, str]) -> dict[str, Tensor]:
     """The tensors without those biases that this adapter does not train; as in PEFT the base takes them."""
     own = {f"{plain[path]}.{name}" for path, replacement in adapter.replacements() for name in replacement.names}
-    base: dict[str, Any] = {
-        f"{plain[path]}.bias": module.bias
+    base: dict[str, Tensor] = {
+        f"{plain[path]}.bias": cast(Tensor, module.bias)
         for path, module in walk(adapter.model)
         if path in plain and isinstance(getattr(module, "bias", None), Tensor)
     }
@@ -182,12 +183,16 @@ def get_base_model_state_dict(model: nn.Module) -> dict[str, Tensor]:
     return {key: one for key, one in _base(model).state_dict().items() if not is_ours(key)}
 
 
+class _StateError(LorakitError, RuntimeError):
+    """Tensors that do not fit a model, which torch reports by RuntimeError."""
+
+
 def set_base_model_state_dict(model: nn.Module, state_dict: Mapping[str, Tensor], strict: bool = True) -> Any:
     """Put tensors under the base's own names into the base, below the adapters."""
     found = _base(model).load_state_dict(dict(state_dict), strict=False)
     missing = [key for key in found.missing_keys if not is_ours(key)]
     if strict and (missing or found.unexpected_keys):
-        raise LorakitError(
+        raise _StateError(
             f"set_base_model_state_dict: the base lacks {found.unexpected_keys}, and the tensors lack {missing}."
         )
     return torch.nn.modules.module._IncompatibleKeys(missing, found.unexpected_keys)

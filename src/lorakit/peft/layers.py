@@ -58,6 +58,7 @@ class Factor(nn.Module):
     def __init__(self, delta: Delta, letters: Mapping[str, str], shown: Mapping[str, Tensor]) -> None:
         nn.Module.__init__(self)
         self.__dict__.update(_delta=delta, _letters=dict(letters))
+        self._parameters["bias"] = None
         for name, tensor in shown.items():
             held: dict[str, Any] = self._parameters if isinstance(tensor, nn.Parameter) else self._buffers
             held[name] = tensor
@@ -73,7 +74,7 @@ class LinearFactor(Factor, nn.Linear):
     """One that is a matrix, which PEFT has as a linear layer."""
 
     def __init__(self, delta: Delta, letters: Mapping[str, str], shown: Mapping[str, Tensor]) -> None:
-        Factor.__init__(self, delta, letters, {"bias": None, **shown})  # type: ignore[dict-item]
+        Factor.__init__(self, delta, letters, shown)
         self.__dict__.update(in_features=shown["weight"].shape[1], out_features=shown["weight"].shape[0])
 
 
