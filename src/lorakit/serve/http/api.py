@@ -36,6 +36,7 @@ from lorakit.serve.http.front import Front, front_of, new_key, tenant_of
 from lorakit.serve.http.guard import KEY, Guard
 from lorakit.serve.http.tenants import Tenant
 from lorakit.serve.http.text import encode_messages, encode_prompt
+from lorakit.serve.http.tokens import router as tokens
 
 _UNKNOWN_KEY = errors(e401="No key, or a wrong one.")
 _ERRORS = _UNKNOWN_KEY | errors(
@@ -72,7 +73,7 @@ def application(front: Front, lifespan: Callable[[Any], Any] | None = None) -> F
         lifespan=lifespan or _nothing,
     )
     app.state.front = front
-    for part in (public, router, admin):
+    for part in (public, router, tokens, admin):
         app.include_router(part)
     app.add_exception_handler(RequestValidationError, _invalid)
     app.add_exception_handler(HTTPException, _http)
@@ -186,7 +187,7 @@ async def _generate(
     front.metrics.tenant.labels(front.metrics.label("tenant", tenant.name)).inc()
     order = front.submit(asked, tenant, blend, prompts, sampling, new_key(kind), prompter)
     shape: Shape = (
-        Chat(front, asked, prompter) if isinstance(asked, ChatRequest) else Completion(front, asked, prompter)
+        Chat(front, asked, prompter) if isinstance(asked, ChatRequest) else Completion(front, asked, prompter, prompts)
     )
     return await respond(front, shape, order, request.receive, note)
 
@@ -241,11 +242,11 @@ async def models(request: Request) -> Models:
     return Models(data=await _models(request))
 
 
-@router.get("/v1/models/{model}", responses=_UNKNOWN_KEY | errors(e404="No such model for this key."))
+@router.get("/v1/models/{model:path}", responses=_UNKNOWN_KEY | errors(e404="No such model for this key."))
 async def model(request: Request, model: str) -> Model:
     """One of them."""
     for found in await _models(request):
-        if found.id == model:
+        if found.id == (front_of(request).name if model in front_of(request).reserved else model):
             return found
     raise Fault(404, f'this key has no model "{model}".', "model_not_found", "model")
 

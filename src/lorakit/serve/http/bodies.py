@@ -181,6 +181,11 @@ class Generation(Strict):
         """How many answers to each prompt."""
         return self.n or 1
 
+    @property
+    def scored(self) -> int | None:
+        """How many probable tokens to report with each token of the prompt; None: no probabilities of the prompt."""
+        return None
+
 
 class ChatRequest(Generation):
     """The body of /v1/chat/completions."""
@@ -215,16 +220,55 @@ class CompletionRequest(Generation):
     """The body of /v1/completions."""
 
     prompt: Text | Annotated[list[Text], SOME] | TokenIds | Annotated[list[TokenIds], SOME]
-    echo: bool | None = Field(default=None, description="The prompt before the answer.")
+    max_tokens: int | None = Field(
+        default=None, ge=0, description="0 with echo or prompt_logprobs: the prompt's log probabilities alone."
+    )
+    echo: bool | None = Field(default=None, description="The prompt before the answer; with logprobs, its own as well.")
     logprobs: int | None = Field(default=None, ge=0, le=20)
+    prompt_logprobs: int | None = Field(
+        default=None, ge=0, le=20, description="Log probabilities of the prompt by token id, in vLLM's form."
+    )
+    best_of: int | None = Field(
+        default=None, ge=1, le=128, description="Answers to make; the n of the greatest mean log probability are given."
+    )
+    return_token_ids: bool | None = Field(default=None, description="The ids of prompt and answer beside their texts.")
+    return_tokens_as_token_ids: bool | None = Field(
+        default=None, description='Tokens of log probabilities as "token_id:123".'
+    )
 
     @model_validator(mode="after")
     def _whole(self) -> CompletionRequest:
-        if self.echo and self.logprobs is not None:
+        if self.max_tokens == 0 and not self.echo and self.prompt_logprobs is None:
             raise Wrong(
-                "logprobs", "echo with logprobs asks for the prompt's probabilities, which are not computed; drop one."
+                "max_tokens", "max_tokens: 0 goes with echo or prompt_logprobs only: nothing else is to be answered."
+            )
+        if self.prompt_logprobs is not None and self.stream:
+            raise Wrong("prompt_logprobs", "prompt_logprobs does not go with stream: true; echo with logprobs does.")
+        if self.return_token_ids and self.stream:
+            raise Wrong("return_token_ids", "return_token_ids does not go with stream: true.")
+        if self.best_of is not None and self.best_of < (self.n or 1):
+            raise Wrong("best_of", f"best_of was given as {self.best_of}, below n, which is {self.n}.")
+        if self.ranked and self.stream:
+            raise Wrong(
+                "best_of", "best_of above n does not go with stream: true: all answers are compared at the end."
             )
         return self
+
+    @property
+    def ranked(self) -> bool:
+        """Whether more answers are made than given."""
+        return (self.best_of or 1) > (self.n or 1)
+
+    @property
+    def choices(self) -> int:
+        """How many answers to each prompt are made."""
+        return self.best_of or self.n or 1
+
+    @property
+    def scored(self) -> int | None:
+        """How many probable tokens to report with each token of the prompt; None: no probabilities of the prompt."""
+        asked = [self.prompt_logprobs, self.logprobs if self.echo else None, 0 if self.max_tokens == 0 else None]
+        return max((one for one in asked if one is not None), default=None)
 
     @property
     def prompt_count(self) -> int:
@@ -243,12 +287,12 @@ class CompletionRequest(Generation):
     @property
     def limit(self) -> int | None:
         """Generated tokens at most; OpenAI's own default, which old clients count on."""
-        return self.max_tokens or 16
+        return 16 if self.max_tokens is None else self.max_tokens
 
     @property
     def reported(self) -> int | None:
         """How many probable tokens to report with each; None: no probabilities."""
-        return self.logprobs
+        return 0 if self.logprobs is None and self.ranked else self.logprobs
 
 
 # -- answers -----------------------------------------------------------------------------------------------------------------
@@ -295,8 +339,16 @@ class CompletionLogprobs(BaseModel):
 
     tokens: list[str]
     token_logprobs: list[float | None]
-    top_logprobs: list[dict[str, float]]
+    top_logprobs: list[dict[str, float] | None]
     text_offset: list[int]
+
+
+class PromptLogprob(BaseModel):
+    """A token of a prompt, or one that could have stood there, in vLLM's form."""
+
+    logprob: float
+    rank: int
+    decoded_token: str
 
 
 class AnswerMessage(BaseModel):
@@ -326,6 +378,9 @@ class CompletionChoice(Choice):
 
     text: str
     logprobs: CompletionLogprobs | None
+    prompt_logprobs: list[dict[int, PromptLogprob] | None] | None = None
+    prompt_token_ids: list[int] | None = None
+    token_ids: list[int] | None = None
 
 
 class Answer(BaseModel):

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from starlette.requests import HTTPConnection
 
@@ -25,11 +25,23 @@ from lorakit.serve.request import Engine, Request, Sampling, Ticket, UnknownAdap
 
 log = logging.getLogger("lorakit")
 
+
+class Named(Protocol):
+    """A body that names a model."""
+
+    @property
+    def model(self) -> str:
+        """The base model's name, or an adapter's."""
+
+
 NOTHING = 1e-6
 """A blend whose weights add up to less is the base model."""
 
 ESTIMATE = 1024
 """Tokens of an answer that a quota sets aside where the request does not limit it."""
+
+SCORES = 250_000
+"""Log probabilities of prompts in one answer: some 10 MB of it."""
 
 
 @dataclass(frozen=True)
@@ -63,6 +75,7 @@ class Front:
         engine: what generates.
         tokenizer: of the base model.
         name: what requests call the base model; "base" does as well.
+        also: further names of the base model, such as its full name on the hub.
         tenants: who may ask.
         bounds: what a request may cost.
         admin: whether the admin endpoints are there. They are not where anyone may ask from another machine.
@@ -82,6 +95,7 @@ class Front:
     metrics: Metrics = field(default_factory=Metrics)
     clock: Callable[[], float] = time.monotonic
     store: Path | None = None
+    also: frozenset[str] = frozenset()
     created: int = field(default_factory=lambda: int(time.time()))
     _scanned: float = -1e9
 
@@ -92,19 +106,19 @@ class Front:
         self.prompts = Prompts(self.tokenizer, check_files)
         self.token_texts = TokenTexts(self.tokenizer)
         self.metrics.watch(self.engine)
-        self.reserved = frozenset({self.name, "base"})
+        self.reserved = frozenset({self.name, "base", *self.also})
         self._said: set[str] = set()
         self._say_reserved(self.engine.adapters.names())
 
     # -- names -----------------------------------------------------------------------------------------------------------
-    def blend(self, asked: Generation, tenant: Tenant) -> dict[str, float]:
+    def blend(self, asked: Named, tenant: Tenant) -> dict[str, float]:
         """The adapters that a request names, each known to the store and allowed to the tenant.
 
         A name is only ever compared with those of the store: it is no path, no URL and no hub name. One that is not there
         and one that is not allowed get the same answer, so that nobody learns the names of others.
         """
         base = asked.model in self.reserved
-        if asked.adapters is not None:
+        if isinstance(asked, Generation) and asked.adapters is not None:
             if not base:
                 raise Fault(
                     400,
@@ -259,7 +273,7 @@ class Front:
                 f"{asked.prompt_count} prompts with n={asked.choices} ask for {answers} answers; {self.bounds.answers} in one "
                 "request are the most.",
                 "too_many_answers",
-                "n" if asked.choices > 1 else "prompt",
+                "prompt" if asked.choices == 1 else "n" if asked.choices == asked.n else "best_of",
             )
 
     def sampling(
@@ -285,7 +299,10 @@ class Front:
             "top_k": max(0, asked.top_k or 0),
             "seed": None if asked.seed is None else asked.seed % 2**63,
             "logprobs": asked.reported,
+            "prompt_logprobs": asked.scored,
         }
+        if asked.scored is not None:
+            self._check_scores(sum(map(len, prompts)) * asked.choices * (asked.scored + 1))
         for param in ("logit_bias", "stop_token_ids"):
             for token in given[param]:
                 if token >= len(self.tokenizer):
@@ -307,7 +324,7 @@ class Front:
             Fault: the prompt, or `limit` tokens more, do not fit into the model.
         """
         window, bounds = self.engine.context, self.bounds
-        most, room = min(window - 1, bounds.prompt or window), window - prompt
+        most, room = min(window - (limit != 0), bounds.prompt or window), window - prompt
         if not prompt:
             raise Fault(400, "the prompt is empty; it needs one token at least.", "empty_prompt", "prompt")
         if prompt > most:
@@ -321,7 +338,17 @@ class Front:
                 "answer included.",
                 "max_tokens",
             )
-        return limit or min(room, bounds.output or room)
+        return min(room, bounds.output or room) if limit is None else limit
+
+    def _check_scores(self, numbers: int) -> None:
+        if numbers > SCORES:
+            raise Fault(
+                400,
+                f"{numbers:,} log probabilities of prompts are asked for, those of the most probable tokens included; "
+                f"{SCORES:,} in one request are the most.",
+                "too_many_logprobs",
+                "prompt",
+            )
 
     def fingerprint(self, blend: Mapping[str, float]) -> str:
         """Which weights answered: the content of the adapters, as far as it has been read."""
