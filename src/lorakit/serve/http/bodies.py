@@ -116,6 +116,13 @@ class Message(Strict):
         return self.content or ""
 
 
+class Scale(Strict):
+    """An entry of llama.cpp's `lora`: the id that /lora-adapters gives, and a weight."""
+
+    id: int
+    scale: float
+
+
 class Generation(Strict):
     """What both kinds of completion take."""
 
@@ -124,6 +131,12 @@ class Generation(Strict):
     model: Name = Field(description="The base model's name, or an adapter's.")
     adapters: dict[Name, float] | None = Field(
         None, description="A blend over the base model: adapter -> weight.", min_length=1, max_length=16
+    )
+    lora_path: Name | None = Field(None, description="SGLang's: an adapter's name, over the base model.")
+    adapter_id: Name | None = Field(None, description="LoRAX's: an adapter's name, over the base model.")
+    adapter_source: Literal["local"] | None = Field(None, description="LoRAX's; adapters come from the store alone.")
+    lora: Annotated[list[Scale], Field(min_length=1, max_length=16)] | None = Field(
+        None, description="llama.cpp's: a blend by the ids of /lora-adapters."
     )
     max_tokens: int | None = Field(default=None, ge=1)
     temperature: float | None = Field(default=None, ge=0, le=2)
@@ -169,6 +182,9 @@ class Generation(Strict):
     def _agree(self) -> Generation:
         if self.stream_options is not None and not self.stream:
             raise Wrong("stream_options", "stream_options goes with stream: true only.")
+        given = [name for name in ("adapters", "lora_path", "adapter_id", "lora") if getattr(self, name) is not None]
+        if len(given) > 1:
+            raise Wrong(given[1], f"{given[0]} and {given[1]} both name adapters; give one of them.")
         return self
 
     @property
@@ -415,6 +431,11 @@ class Model(BaseModel):
     created: int
     owned_by: Literal["lorakit"] = "lorakit"
     parent: str | None = Field(default=None, description="The base model, for an adapter.")
+    root: str = Field(description="The base model.")
+    max_model_len: int = Field(description="Tokens of prompt and answer together.")
+    lorakit: dict[str, str | int] | None = Field(
+        default=None, description="Of an adapter that has been read: its method, its rank, and a digest of its files."
+    )
 
 
 class Models(BaseModel):

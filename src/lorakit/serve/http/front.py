@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 import uuid
+import zlib
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, fields, replace
@@ -118,26 +119,53 @@ class Front:
         and one that is not allowed get the same answer, so that nobody learns the names of others.
         """
         base = asked.model in self.reserved
-        if isinstance(asked, Generation) and asked.adapters is not None:
+        param, adapters = self._named(asked, tenant) if isinstance(asked, Generation) else ("", None)
+        if adapters is not None:
             if not base:
                 raise Fault(
                     400,
-                    f'a blend names its adapters itself, so model is the base ("{self.name}"); it was "{asked.model}".',
+                    f'{param} names its adapters itself, so model is the base ("{self.name}"); it was "{asked.model}".',
                     "blend_over_adapter",
                     "model",
                 )
-            for name in asked.adapters:
-                self._known(name, tenant, f"adapters.{name}")
+            for name in adapters:
+                self._known(name, tenant, f"{param}.{name}" if param == "adapters" else param)
             # what leaves the base as it is asks for the base, and needs the right to it
-            if sum(map(abs, asked.adapters.values())) < NOTHING and not tenant.base:
-                raise self._absent(asked.model, tenant, "adapters")
-            return {name: weight for name, weight in asked.adapters.items() if weight}
+            if sum(map(abs, adapters.values())) < NOTHING and not tenant.base:
+                raise self._absent(asked.model, tenant, param)
+            return {name: weight for name, weight in adapters.items() if weight}
+        if asked.model == "default" and tenant.default:
+            self._known(tenant.default, tenant, "model")
+            return {tenant.default: 1.0}
         if base:
             if not tenant.base:
                 raise self._absent(asked.model, tenant, "model")
             return {}
         self._known(asked.model, tenant, "model")
         return {asked.model: 1.0}
+
+    def _named(self, asked: Generation, tenant: Tenant) -> tuple[str, dict[str, float] | None]:
+        """The parameter by which a request names adapters beside `model`, and their weights; None where there is none."""
+        for param in ("lora_path", "adapter_id"):
+            if (name := getattr(asked, param)) is not None:
+                return param, {name: 1.0}
+        if asked.lora is None:
+            return "adapters", asked.adapters
+        names: dict[int, list[str]] = {}
+        for name in self.allowed(tenant):
+            names.setdefault(number_of(name), []).append(name)
+        blend: dict[str, float] = {}
+        for one in asked.lora:
+            found = names.get(one.id, [])
+            if len(found) != 1:
+                raise Fault(
+                    404,
+                    f"this key has no adapter with the id {one.id}; GET /lora-adapters lists them.",
+                    "model_not_found",
+                    "lora",
+                )
+            blend[found[0]] = blend.get(found[0], 0.0) + one.scale
+        return "lora", blend
 
     def prompter(self, blend: Mapping[str, float], chat: bool) -> Prompter:
         """How these adapters are asked.
@@ -391,6 +419,14 @@ class Order:
         self.front.tenants.ledger(self.tenant).leave(
             self.tenant, self.answers, generated - self.reserved, self.front.clock()
         )
+        ledger = self.front.tenants.ledger(self.tenant)
+        ledger.used.update(
+            requests=1,
+            answers=self.answers,
+            prompt_tokens=sum(ticket.usage.prompt for ticket in self.tickets),
+            cached_tokens=sum(ticket.usage.cached for ticket in self.tickets),
+            completion_tokens=generated,
+        )
         self.front.metrics.finished(self.blend, self.tickets)
 
     def note(self) -> dict[str, Any]:
@@ -405,6 +441,11 @@ class Order:
             "generated_tokens": sum(one.generated for one in usages),
             "first_token_seconds": round(min(firsts), 4) if firsts else None,
         }
+
+
+def number_of(name: str) -> int:
+    """llama.cpp's id of an adapter: there its place in a list, here a number of its name, which no other adapter changes."""
+    return zlib.crc32(name.encode())
 
 
 def front_of(request: HTTPConnection) -> Front:
