@@ -118,6 +118,7 @@ def serve(**given: Any) -> None:
         tokenizer,
         store=settings.store,
         name=settings.name or model_name(settings.base),
+        also=frozenset() if Path(settings.base).expanduser().exists() else frozenset({settings.base}),
         tenants=tenants,
         bounds=Bounds(prompt=settings.max_prompt, output=settings.max_output, seconds=settings.timeout),
         admin=not (tenants.open and settings.outside),

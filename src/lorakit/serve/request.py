@@ -72,6 +72,8 @@ class Sampling:
         frequency_penalty: taken off the logit of a generated token as often as it was.
         repetition_penalty: divides positive and multiplies negative logits of tokens of prompt and answer; 1 is none.
         logprobs: how many of the most probable tokens to report with each chosen one; None reports no probabilities.
+        prompt_logprobs: how many of them to report with each token of the prompt; None reports no probabilities. With it
+            `max_tokens` may be 0.
     """
 
     max_tokens: int = 256
@@ -88,14 +90,16 @@ class Sampling:
     frequency_penalty: float = 0.0
     repetition_penalty: float = 1.0
     logprobs: int | None = None
+    prompt_logprobs: int | None = None
 
     RANGES: ClassVar[Mapping[str, tuple[float, float]]] = {
         "max_tokens": (1, inf), "temperature": (0, 100), "top_p": (1e-6, 1), "top_k": (0, inf), "min_p": (0, 1),
         "presence_penalty": (-2, 2), "frequency_penalty": (-2, 2), "repetition_penalty": (0.01, 100), "logprobs": (0, 100),
+        "prompt_logprobs": (0, 100),
     }  # fmt: skip
 
     def __post_init__(self) -> None:
-        for name, (low, high) in {**self.RANGES, "min_tokens": (0, self.max_tokens)}.items():
+        for name, (low, high) in {**self.RANGES, **self._bounds}.items():
             value = getattr(self, name)
             if not (value is None or low <= value <= high):  # also refuses nan
                 raise Refused(f"{name} was given as {value}; expected a number from {low} to {high}.", name)
@@ -105,6 +109,14 @@ class Sampling:
                     f"logit_bias of token {token} was given as {number}; expected a number from -1000 to 1000.",
                     "logit_bias",
                 )
+
+    @property
+    def _bounds(self) -> dict[str, tuple[float, float]]:
+        """The ranges that depend on other fields."""
+        return {
+            "max_tokens": (1 if self.prompt_logprobs is None else 0, inf),
+            "min_tokens": (0, self.max_tokens),
+        }
 
 
 @dataclass(frozen=True)
@@ -151,6 +163,23 @@ class Request:
 
 
 @dataclass(frozen=True)
+class PromptToken:
+    """One token of a prompt, under the model as it is: before temperature, penalties and every bias.
+
+    Attributes:
+        id: the token.
+        logprob: its log probability after the tokens before it; None for the first.
+        rank: its place among all tokens, 1 for the most probable; None for the first.
+        top: the most probable (token, log probability) pairs, most probable first.
+    """
+
+    id: int
+    logprob: float | None = None
+    rank: int | None = None
+    top: tuple[tuple[int, float], ...] = ()
+
+
+@dataclass(frozen=True)
 class Token:
     """One step of an answer.
 
@@ -159,12 +188,14 @@ class Token:
         logprob: log probability of the token under the model (after penalties, before temperature, top-k and top-p).
         top: the most probable (token, log probability) pairs, most probable first.
         finish: why the answer ends with this step, or None.
+        prompt: with the first step, every token of the prompt, where its log probabilities were asked for.
     """
 
     id: int | None
     logprob: float | None = None
     top: tuple[tuple[int, float], ...] = ()
     finish: Finish | None = None
+    prompt: tuple[PromptToken, ...] = ()
 
 
 @dataclass

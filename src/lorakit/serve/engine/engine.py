@@ -21,6 +21,7 @@ from lorakit.errors import LorakitError
 from lorakit.serve.engine.pool import Lease, Pool
 from lorakit.serve.engine.sampling import Choice, Chooser, NoChoice, choose
 from lorakit.serve.engine.scheduler import Blend, Job, Limits, Scheduler, Share
+from lorakit.serve.engine.scores import rows_of, score
 from lorakit.serve.lifecycle import Lifecycle
 from lorakit.serve.model import native
 from lorakit.serve.model.alone import Alone
@@ -32,6 +33,7 @@ from lorakit.serve.request import (
     Failed,
     Finish,
     Overloaded,
+    PromptToken,
     Refused,
     Request,
     Stats,
@@ -100,13 +102,13 @@ class LocalEngine(Lifecycle):
             )
         self.cache = Cache(self.model.shapes, pages, self.model.dtype, self.model.device, reuse)
         self.model.record(self.cache)
-        self.scheduler = Scheduler(limits, self.cache)
         self.pool = Pool(adapter_readers, None if store is None else Path(store), limits.adapter_bytes, self._wake)
         self._arrivals: deque[Job] = deque()
         self._thread: threading.Thread | None = None
         self._ids: set[str] = set()
         self._ends = _end_tokens(model)
         self._vocabulary = int(model.get_input_embeddings().num_embeddings)  # type: ignore[operator]
+        self.scheduler = Scheduler(limits, self.cache, rows_of(self._vocabulary))
         self._context = min(limits.context or _context(model), self.cache.pages * PAGE)
         self._steps = self._prompt_tokens = self._cached_tokens = self._generated_tokens = 0
         self._rate = 0.0
@@ -255,10 +257,11 @@ class LocalEngine(Lifecycle):
         if not shares:
             return False
         logits, shares = self._forward(shares)
-        ending = [share for share in shares if share.ends]
+        logits, scores = _scored(logits, shares)
+        ending = [share for share in shares if share.ends and share.job.ticket.request.sampling.max_tokens]
         choices = choose(logits, [share.job.chooser for share in ending]) if ending else []
         with self._lock:
-            self._deliver(shares, dict(zip((share.job for share in ending), choices, strict=True)))
+            self._deliver(shares, dict(zip((share.job for share in ending), choices, strict=True)), scores)
         tokens = sum(share.count for share in shares)
         self._rate += 0.05 * (tokens / (time.perf_counter() - begin) - self._rate)
         return True
@@ -275,6 +278,9 @@ class LocalEngine(Lifecycle):
             try:
                 found.append(self._by_itself(share))
                 done.append(share)
+            except Refused as refusal:
+                with self._lock:
+                    self._end(share.job, refusal)
             except Exception as problem:
                 log.exception("serve: a row's own forward failed")
                 with self._lock:
@@ -285,9 +291,15 @@ class LocalEngine(Lifecycle):
         job = share.job
         assert job.alone is not None
         alone, weight = job.alone
+        if share.rows > self.scheduler.rows:
+            raise Refused(
+                f"this adapter is computed by itself, a prompt in one piece, and {share.rows} log probabilities of the prompt "
+                f"are asked for; {self.scheduler.rows} are the most.",
+                "prompt",
+            )
         job.cache = alone.cache() if job.cache is None else job.cache
         tokens = job.tokens[job.computed : job.computed + share.count]
-        return alone.forward(tokens, job.cache, weight, int(share.ends)).to(self.model.device)
+        return alone.forward(tokens, job.cache, weight, share.rows).to(self.model.device)
 
     def _wake(self) -> None:
         """An adapter has come, or turned out to be unusable."""
@@ -353,8 +365,8 @@ class LocalEngine(Lifecycle):
         for share in shares:
             job, begin = share.job, share.job.computed
             for first, end, blend in job.pieces(begin, share.count):
-                last = end == begin + share.count
-                runs.append(Run(job.tokens[first:end], first, job.pages, blend, int(share.ends and last), job.chosen))
+                wanted = min(end - first, max(0, end - (begin + share.count - share.rows)))
+                runs.append(Run(job.tokens[first:end], first, job.pages, blend, wanted, job.chosen))
         blends = [run.blend for run in runs]
         known, mixture = self._mixture
         if len(known) != len(blends) or any(one is not other for one, other in zip(known, blends, strict=True)):
@@ -362,15 +374,24 @@ class LocalEngine(Lifecycle):
             self._mixture = blends, mixture
         return assemble(runs, self.model.device, mixture)
 
-    def _deliver(self, shares: Sequence[Share], choices: dict[Job, Choice | NoChoice]) -> None:
+    def _deliver(
+        self, shares: Sequence[Share], choices: dict[Job, Choice | NoChoice], scores: dict[Job, Scores]
+    ) -> None:
         self._steps += 1
         for share in shares:
             job = share.job
             fresh = min(job.computed + share.count, job.asked) - job.computed
             self._prompt_tokens += max(fresh, 0)
+            ends = share.ends
             self.scheduler.done(share)
-            choice = choices.get(job)
+            choice, scored = choices.get(job), scores.get(job, ())
+            if isinstance(scored, NoChoice):
+                choice = scored
+            else:
+                job.scores += scored
             if choice is None:
+                if ends:  # nothing is to be generated
+                    self._end(job, Token(None, finish="length", prompt=job.scored_prompt()))
                 continue
             if isinstance(choice, NoChoice):
                 self._end(job, self._fault(job, choice))
@@ -383,7 +404,8 @@ class LocalEngine(Lifecycle):
                 finish = "stop"
             elif len(job.tokens) >= job.limit:
                 finish = "length"
-            step = Token(choice.token, choice.logprob, choice.top, finish)
+            prompt = job.scored_prompt() if len(job.chooser.answer) == 1 else ()
+            step = Token(choice.token, choice.logprob, choice.top, finish, prompt)
             if finish is None:
                 job.ticket.put(step)
             else:
@@ -421,6 +443,27 @@ class LocalEngine(Lifecycle):
         for job in [*self.scheduler.jobs(), *self._arrivals]:
             self._end(job, failure)
         self._arrivals.clear()
+
+
+Scores = Sequence[PromptToken] | NoChoice
+"""What a step has found of a prompt's log probabilities."""
+
+
+def _scored(logits: Tensor, shares: Sequence[Share]) -> tuple[Tensor, dict[Job, Scores]]:
+    """The logits from which tokens are chosen, and the log probabilities of prompts that the others hold."""
+    scores: dict[Job, Scores] = {}
+    if all(share.job.ticket.request.sampling.prompt_logprobs is None for share in shares):
+        return logits, scores
+    first, last = 0, []
+    for share in shares:
+        job, end, how = share.job, share.job.computed + share.count, share.job.ticket.request.sampling
+        if job.scoring:
+            tokens = job.tokens[end - share.rows + 1 : min(end + 1, job.asked)]
+            scores[job] = score(logits[first : first + len(tokens)], tokens, how.prompt_logprobs or 0)
+        first += share.rows
+        if share.ends and how.max_tokens:
+            last.append(first - 1)
+    return logits[last], scores
 
 
 def _obstacle(blend: Blend) -> str:

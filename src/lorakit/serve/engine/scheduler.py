@@ -28,7 +28,7 @@ from lorakit.serve.engine.sampling import Chooser
 from lorakit.serve.model.alone import Alone
 from lorakit.serve.model.cache import PAGE, Cache, next_key, page_count, root_key
 from lorakit.serve.model.packed import PackedAdapter
-from lorakit.serve.request import Overloaded, Ticket
+from lorakit.serve.request import Overloaded, PromptToken, Ticket
 
 PROMPT_PRICE, ANSWER_PRICE = 1.0, 2.0
 """Virtual tokens of a token: a generated one takes a forward of its own."""
@@ -74,6 +74,7 @@ class Job:
         computed: how many of these have keys and values in `pages`.
         blend: the adapters as they were when it was first admitted; it ends with what it began with.
         keys: of its full pages, as far as they are published.
+        scores: of its prompt from the second token on, where its log probabilities are asked for.
         passed: tokens admitted past it while it found no room.
         stages: (position, the adapters that act from there on), ascending from 0: more than one where an adapter waits for
             its invocation.
@@ -92,6 +93,7 @@ class Job:
     blend: Blend | None = None
     root: bytes = b""
     keys: list[bytes] = field(default_factory=list)
+    scores: list[PromptToken] = field(default_factory=list)
     passed: int = 0
     stages: list[tuple[int, Blend]] = field(default_factory=list)
     before: int = 0
@@ -185,6 +187,22 @@ class Job:
         return self.ticket.request.payer
 
     @property
+    def scoring(self) -> bool:
+        """Whether log probabilities of its prompt are still to be found."""
+        request = self.ticket.request
+        return request.sampling.prompt_logprobs is not None and len(self.scores) < len(request.prompt) - 1
+
+    @property
+    def unscored(self) -> int:
+        """The first of its tokens whose logits are still to be read for the prompt's sake."""
+        return self.before + len(self.scores)
+
+    def scored_prompt(self) -> tuple[PromptToken, ...]:
+        """Its prompt with the log probabilities that were asked for; () where none were."""
+        request = self.ticket.request
+        return () if request.sampling.prompt_logprobs is None else (PromptToken(request.prompt[0]), *self.scores)
+
+    @property
     def limit(self) -> int:
         """Tokens of prompt and answer at most."""
         return self.asked + self.ticket.request.sampling.max_tokens
@@ -212,12 +230,25 @@ class Share:
         """Whether it reaches the job's last token, so that the next one is chosen."""
         return self.job.computed + self.count == len(self.job.tokens)
 
+    @property
+    def rows(self) -> int:
+        """How many of its last tokens' logits are wanted."""
+        if self.job.scoring:
+            return max(0, self.job.computed + self.count - max(self.job.computed, self.job.unscored))
+        return int(self.ends)
+
 
 class Scheduler:
-    """The queues, the batch, and the counters. Used by the engine's thread; `check` may be called from any."""
+    """The queues, the batch, and the counters. Used by the engine's thread; `check` may be called from any.
 
-    def __init__(self, limits: Limits, cache: Cache) -> None:
-        self.limits, self.cache = limits, cache
+    Args:
+        limits: how much to take on.
+        cache: the pages.
+        rows: tokens of prompts whose logits one step may hold.
+    """
+
+    def __init__(self, limits: Limits, cache: Cache, rows: int = 1 << 30) -> None:
+        self.limits, self.cache, self.rows = limits, cache, rows
         self.waiting: dict[str, deque[Job]] = {}
         self.running: list[Job] = []
         self.counters: dict[str, float] = {}
@@ -323,6 +354,8 @@ class Scheduler:
         """Find the pages that are there already, and take those for the rest of its tokens and one more."""
         job.root = job.root_key()
         shared, keys = self.cache.find(job.root, job.tokens, job.page_key) if job.alone is None else ([], [])
+        if job.scoring:  # a cached page has no logits
+            del shared[job.unscored // PAGE :], keys[job.unscored // PAGE :]
         fresh = page_count(len(job.tokens) + 1) - len(shared)
         # Each running job will soon want a page more; a margin saves sending one back at once.
         margin = len(self.running) if self.running else 0
@@ -353,6 +386,7 @@ class Scheduler:
     def plan(self) -> list[Share]:
         """What each running job computes in the next step: one token of every answer, and chunks of prompts."""
         shares = []
+        rows = self.rows
         left = self.limits.step_tokens - sum(len(job.tokens) - job.computed == 1 for job in self.running)
         for job in list(self.running):
             if job not in self.running:
@@ -360,8 +394,11 @@ class Scheduler:
             missing = len(job.tokens) - job.computed
             # a row by itself is not cut: what it looks for in its prompt may stand anywhere
             count = missing if missing == 1 or job.alone else min(missing, max(left, 0))
+            if job.scoring and not job.alone:
+                count = min(count, max(0, job.unscored - job.computed) + rows)
             if count and self._grow(job, job.computed + count):
                 shares.append(Share(job, count))
+                rows -= shares[-1].rows if job.scoring else 0
                 left -= count if missing > 1 else 0
         return [share for share in shares if share.job in self.running]
 

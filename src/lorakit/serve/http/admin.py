@@ -75,6 +75,13 @@ for _verb, _about in ACTIONS.items():
     router.post(f"/adapters/{{name}}/{_verb}", name=_verb, description=_about)(_action(_verb))
 
 
+@router.get("/usage")
+def usage(request: Request) -> dict[str, dict[str, int]]:
+    """What every tenant has used since the server was started."""
+    tenants = front_of(request).tenants
+    return {name: dict(tenants.ledger(tenant).used) for name, tenant in list(tenants.tenants.items())}
+
+
 @router.post("/keys/reload")
 def reload_keys(request: Request) -> TenantList:
     """Read the file of keys again."""

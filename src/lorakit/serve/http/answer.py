@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from pydantic import BaseModel
+from starlette.concurrency import run_in_threadpool
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
@@ -28,6 +29,7 @@ from lorakit.serve.http.bodies import (
     CompletionLogprobs,
     CompletionRequest,
     PromptDetails,
+    PromptLogprob,
     TokenLogprob,
     TopLogprob,
     Usage,
@@ -35,7 +37,7 @@ from lorakit.serve.http.bodies import (
 from lorakit.serve.http.faults import Fault, fault_of
 from lorakit.serve.http.front import Front, Order, unfinished
 from lorakit.serve.http.text import Detokenizer, TokenTexts
-from lorakit.serve.request import Ticket, Token, arrivals
+from lorakit.serve.request import PromptToken, Ticket, Token, arrivals
 
 Reason = Literal["stop", "length"]
 
@@ -197,14 +199,31 @@ class Completion(Shape):
     whole, chunk_object = CompletionAnswer, "text_completion"
     asked: CompletionRequest
 
-    def __init__(self, front: Front, asked: CompletionRequest, prompter: Prompter) -> None:
+    def __init__(
+        self, front: Front, asked: CompletionRequest, prompter: Prompter, prompts: Sequence[Sequence[int]]
+    ) -> None:
         super().__init__(front, asked, prompter)
         decode = prompter.tokenizer.decode
+        self.prompts, self.count = prompts, asked.n or 1
         self.echoes = [given if isinstance(given, str) else decode(given) for given in asked.prompts if asked.echo]
-        self._written = [0] * (len(asked.prompts) * asked.choices)
+        self._written = [len(self._echo(index)) for index in range(len(asked.prompts) * self.count)]
 
     def _echo(self, index: int) -> str:
-        return self.echoes[index // self.asked.choices] if self.echoes else ""
+        return self.echoes[index // self.count] if self.echoes else ""
+
+    def _name(self, token: int) -> str:
+        return f"token_id:{token}" if self.asked.return_tokens_as_token_ids else self.texts(token)[0]
+
+    def answer(self, head: dict[str, Any], answers: Sequence[Sequence[Step]], usage: Usage) -> Answer:
+        """Everything at once; of the answers to each prompt the best, where more were made than are given."""
+        if self.asked.ranked:
+            made = self.asked.choices
+            groups = (answers[first : first + made] for first in range(0, len(answers), made))
+            answers = [one for group in groups for one in sorted(group, key=_mean, reverse=True)[: self.count]]
+        return super().answer(head, answers, usage)
+
+    def _logprobs(self, index: int, steps: Iterable[Step]) -> BaseModel | None:
+        return None if self.asked.logprobs is None else self.probabilities(index, steps)
 
     def opening(self, index: int) -> dict[str, Any] | None:
         """The prompt, where it is to be echoed."""
@@ -216,20 +235,58 @@ class Completion(Shape):
 
     def choice(self, steps: Sequence[Step], *, index: int, **rest: Any) -> CompletionChoice:
         """The answer as a text."""
+        if self.asked.prompt_logprobs is not None:
+            rest["prompt_logprobs"] = [self._scored(one) for step in steps for one in step.token.prompt]
+        if self.asked.return_token_ids:
+            rest["prompt_token_ids"] = list(self.prompts[index // self.count])
+            rest["token_ids"] = [step.token.id for step in steps if step.token.id is not None]
         return CompletionChoice(index=index, text=self._echo(index) + "".join(step.text for step in steps), **rest)
+
+    def _scored(self, token: PromptToken) -> dict[int, PromptLogprob] | None:
+        """One token of a prompt in vLLM's form: it, and the most probable ones."""
+        if token.logprob is None or token.rank is None:
+            return None
+        known = [(token.id, token.logprob, token.rank)]
+        known += [
+            (one, logprob, rank) for rank, (one, logprob) in enumerate(token.top[: self.asked.prompt_logprobs], 1)
+        ]
+        return {
+            one: PromptLogprob(logprob=logprob, rank=rank, decoded_token=self.texts(one)[0])
+            for one, logprob, rank in reversed(known)
+        }
 
     def probabilities(self, index: int, steps: Iterable[Step]) -> CompletionLogprobs:
         """In parallel lists."""
         found = CompletionLogprobs(tokens=[], token_logprobs=[], top_logprobs=[], text_offset=[])
-        name = self.texts
+
+        def add(token: int, logprob: float | None, top: Sequence[tuple[int, float]], offset: int) -> None:
+            found.tokens.append(self._name(token))
+            found.token_logprobs.append(logprob)
+            named: dict[str, float] | None = None
+            if logprob is not None:
+                named = {}
+                # two tokens may have one text: the more probable one's number stays
+                for one, number in (*top[: self.asked.logprobs], (token, logprob)):
+                    named.setdefault(self._name(one), number)
+            found.top_logprobs.append(named)
+            found.text_offset.append(offset)
+
         for step in steps:
+            if self.asked.echo:
+                place, end = 0, len(self._echo(index))
+                for scored in step.token.prompt:
+                    add(scored.id, scored.logprob, scored.top, min(place, end))
+                    place += len(self.texts(scored.id)[0])
             if step.token.id is not None:
-                found.tokens.append(name(step.token.id)[0])
-                found.token_logprobs.append(step.token.logprob)
-                found.top_logprobs.append({name(one)[0]: logprob for one, logprob in step.token.top})
-                found.text_offset.append(self._written[index])
+                add(step.token.id, step.token.logprob, step.token.top, self._written[index])
             self._written[index] += len(step.text)
         return found
+
+
+def _mean(steps: Sequence[Step]) -> float:
+    """The mean log probability of an answer's tokens."""
+    found = [step.token.logprob for step in steps if step.token.logprob is not None]
+    return sum(found) / max(1, len(found))
 
 
 # -- answering -----------------------------------------------------------------------------------------------------------------
@@ -273,8 +330,15 @@ async def respond(front: Front, shape: Shape, order: Order, receive: Receive, no
         async for place, step in steps:
             answers[place].append(step)
         generated = sum(step.token.id is not None for answer in answers for step in answer)
-        whole = shape.answer(head, answers, usage_of(order, asked.choices, generated))
-        return Response(whole.model_dump_json(), media_type="application/json")
+        usage = usage_of(order, asked.choices, generated)
+
+        def body() -> str:
+            return shape.answer(head, answers, usage).model_dump_json()
+
+        # log probabilities of prompts are many numbers, for which nobody else should wait
+        return Response(
+            body() if asked.scored is None else await run_in_threadpool(body), media_type="application/json"
+        )
     except Fault:
         if watch.left:
             raise Fault(499, "the client disconnected before its answer was complete.", "client_left") from None

@@ -31,11 +31,13 @@ from lorakit.serve.http.bodies import (
     Models,
     errors,
 )
+from lorakit.serve.http.dialects import router as dialects
 from lorakit.serve.http.faults import Fault, fault_of
 from lorakit.serve.http.front import Front, front_of, new_key, tenant_of
 from lorakit.serve.http.guard import KEY, Guard
 from lorakit.serve.http.tenants import Tenant
 from lorakit.serve.http.text import encode_messages, encode_prompt
+from lorakit.serve.http.tokens import router as tokens
 
 _UNKNOWN_KEY = errors(e401="No key, or a wrong one.")
 _ERRORS = _UNKNOWN_KEY | errors(
@@ -72,7 +74,7 @@ def application(front: Front, lifespan: Callable[[Any], Any] | None = None) -> F
         lifespan=lifespan or _nothing,
     )
     app.state.front = front
-    for part in (public, router, admin):
+    for part in (public, router, tokens, dialects, admin):
         app.include_router(part)
     app.add_exception_handler(RequestValidationError, _invalid)
     app.add_exception_handler(HTTPException, _http)
@@ -186,7 +188,7 @@ async def _generate(
     front.metrics.tenant.labels(front.metrics.label("tenant", tenant.name)).inc()
     order = front.submit(asked, tenant, blend, prompts, sampling, new_key(kind), prompter)
     shape: Shape = (
-        Chat(front, asked, prompter) if isinstance(asked, ChatRequest) else Completion(front, asked, prompter)
+        Chat(front, asked, prompter) if isinstance(asked, ChatRequest) else Completion(front, asked, prompter, prompts)
     )
     return await respond(front, shape, order, request.receive, note)
 
@@ -229,9 +231,16 @@ async def _models(request: Request) -> list[Model]:
     front, tenant = front_of(request), tenant_of(request)
     with suppress(LorakitError):  # a store that is away for a moment: what is known is answered
         await run_in_threadpool(front.scan)
-    base = [Model(id=front.name, created=front.created)] if tenant.base else []
+    common: dict[str, Any] = {"created": front.created, "root": front.name, "max_model_len": front.engine.context}
+    base = [Model(id=front.name, **common)] if tenant.base else []
+    infos = {info.name: info for info in await run_in_threadpool(front.engine.adapters.all)}
+
+    def about(name: str) -> dict[str, str | int] | None:
+        info = infos.get(name)
+        return {"method": info.method, "rank": info.rank, "content": info.content} if info and info.content else None
+
     usable = await run_in_threadpool(front.usable, tenant)
-    return base + [Model(id=name, created=front.created, parent=front.name) for name in usable]
+    return base + [Model(id=name, parent=front.name, lorakit=about(name), **common) for name in usable]
 
 
 @router.get("/v1/models", responses=_UNKNOWN_KEY)
@@ -241,13 +250,20 @@ async def models(request: Request) -> Models:
     return Models(data=await _models(request))
 
 
-@router.get("/v1/models/{model}", responses=_UNKNOWN_KEY | errors(e404="No such model for this key."))
+@router.get("/v1/models/{model:path}", responses=_UNKNOWN_KEY | errors(e404="No such model for this key."))
 async def model(request: Request, model: str) -> Model:
     """One of them."""
     for found in await _models(request):
-        if found.id == model:
+        if found.id == (front_of(request).name if model in front_of(request).reserved else model):
             return found
     raise Fault(404, f'this key has no model "{model}".', "model_not_found", "model")
+
+
+@router.get("/v1/usage", responses=_UNKNOWN_KEY)
+async def usage(request: Request) -> dict[str, int | str]:
+    """What this key's tenant has used since the server was started."""
+    tenant = tenant_of(request)
+    return {"tenant": tenant.name, **front_of(request).tenants.ledger(tenant).used}
 
 
 @public.get("/health", response_model=Health, responses={503: {"model": Health}})

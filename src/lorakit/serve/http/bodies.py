@@ -116,6 +116,13 @@ class Message(Strict):
         return self.content or ""
 
 
+class Scale(Strict):
+    """An entry of llama.cpp's `lora`: the id that /lora-adapters gives, and a weight."""
+
+    id: int
+    scale: float
+
+
 class Generation(Strict):
     """What both kinds of completion take."""
 
@@ -124,6 +131,12 @@ class Generation(Strict):
     model: Name = Field(description="The base model's name, or an adapter's.")
     adapters: dict[Name, float] | None = Field(
         None, description="A blend over the base model: adapter -> weight.", min_length=1, max_length=16
+    )
+    lora_path: Name | None = Field(None, description="SGLang's: an adapter's name, over the base model.")
+    adapter_id: Name | None = Field(None, description="LoRAX's: an adapter's name, over the base model.")
+    adapter_source: Literal["local"] | None = Field(None, description="LoRAX's; adapters come from the store alone.")
+    lora: Annotated[list[Scale], Field(min_length=1, max_length=16)] | None = Field(
+        None, description="llama.cpp's: a blend by the ids of /lora-adapters."
     )
     max_tokens: int | None = Field(default=None, ge=1)
     temperature: float | None = Field(default=None, ge=0, le=2)
@@ -169,6 +182,9 @@ class Generation(Strict):
     def _agree(self) -> Generation:
         if self.stream_options is not None and not self.stream:
             raise Wrong("stream_options", "stream_options goes with stream: true only.")
+        given = [name for name in ("adapters", "lora_path", "adapter_id", "lora") if getattr(self, name) is not None]
+        if len(given) > 1:
+            raise Wrong(given[1], f"{given[0]} and {given[1]} both name adapters; give one of them.")
         return self
 
     @property
@@ -180,6 +196,11 @@ class Generation(Strict):
     def choices(self) -> int:
         """How many answers to each prompt."""
         return self.n or 1
+
+    @property
+    def scored(self) -> int | None:
+        """How many probable tokens to report with each token of the prompt; None: no probabilities of the prompt."""
+        return None
 
 
 class ChatRequest(Generation):
@@ -215,16 +236,55 @@ class CompletionRequest(Generation):
     """The body of /v1/completions."""
 
     prompt: Text | Annotated[list[Text], SOME] | TokenIds | Annotated[list[TokenIds], SOME]
-    echo: bool | None = Field(default=None, description="The prompt before the answer.")
+    max_tokens: int | None = Field(
+        default=None, ge=0, description="0 with echo or prompt_logprobs: the prompt's log probabilities alone."
+    )
+    echo: bool | None = Field(default=None, description="The prompt before the answer; with logprobs, its own as well.")
     logprobs: int | None = Field(default=None, ge=0, le=20)
+    prompt_logprobs: int | None = Field(
+        default=None, ge=0, le=20, description="Log probabilities of the prompt by token id, in vLLM's form."
+    )
+    best_of: int | None = Field(
+        default=None, ge=1, le=128, description="Answers to make; the n of the greatest mean log probability are given."
+    )
+    return_token_ids: bool | None = Field(default=None, description="The ids of prompt and answer beside their texts.")
+    return_tokens_as_token_ids: bool | None = Field(
+        default=None, description='Tokens of log probabilities as "token_id:123".'
+    )
 
     @model_validator(mode="after")
     def _whole(self) -> CompletionRequest:
-        if self.echo and self.logprobs is not None:
+        if self.max_tokens == 0 and not self.echo and self.prompt_logprobs is None:
             raise Wrong(
-                "logprobs", "echo with logprobs asks for the prompt's probabilities, which are not computed; drop one."
+                "max_tokens", "max_tokens: 0 goes with echo or prompt_logprobs only: nothing else is to be answered."
+            )
+        if self.prompt_logprobs is not None and self.stream:
+            raise Wrong("prompt_logprobs", "prompt_logprobs does not go with stream: true; echo with logprobs does.")
+        if self.return_token_ids and self.stream:
+            raise Wrong("return_token_ids", "return_token_ids does not go with stream: true.")
+        if self.best_of is not None and self.best_of < (self.n or 1):
+            raise Wrong("best_of", f"best_of was given as {self.best_of}, below n, which is {self.n}.")
+        if self.ranked and self.stream:
+            raise Wrong(
+                "best_of", "best_of above n does not go with stream: true: all answers are compared at the end."
             )
         return self
+
+    @property
+    def ranked(self) -> bool:
+        """Whether more answers are made than given."""
+        return (self.best_of or 1) > (self.n or 1)
+
+    @property
+    def choices(self) -> int:
+        """How many answers to each prompt are made."""
+        return self.best_of or self.n or 1
+
+    @property
+    def scored(self) -> int | None:
+        """How many probable tokens to report with each token of the prompt; None: no probabilities of the prompt."""
+        asked = [self.prompt_logprobs, self.logprobs if self.echo else None, 0 if self.max_tokens == 0 else None]
+        return max((one for one in asked if one is not None), default=None)
 
     @property
     def prompt_count(self) -> int:
@@ -243,12 +303,12 @@ class CompletionRequest(Generation):
     @property
     def limit(self) -> int | None:
         """Generated tokens at most; OpenAI's own default, which old clients count on."""
-        return self.max_tokens or 16
+        return 16 if self.max_tokens is None else self.max_tokens
 
     @property
     def reported(self) -> int | None:
         """How many probable tokens to report with each; None: no probabilities."""
-        return self.logprobs
+        return 0 if self.logprobs is None and self.ranked else self.logprobs
 
 
 # -- answers -----------------------------------------------------------------------------------------------------------------
@@ -295,8 +355,16 @@ class CompletionLogprobs(BaseModel):
 
     tokens: list[str]
     token_logprobs: list[float | None]
-    top_logprobs: list[dict[str, float]]
+    top_logprobs: list[dict[str, float] | None]
     text_offset: list[int]
+
+
+class PromptLogprob(BaseModel):
+    """A token of a prompt, or one that could have stood there, in vLLM's form."""
+
+    logprob: float
+    rank: int
+    decoded_token: str
 
 
 class AnswerMessage(BaseModel):
@@ -326,6 +394,9 @@ class CompletionChoice(Choice):
 
     text: str
     logprobs: CompletionLogprobs | None
+    prompt_logprobs: list[dict[int, PromptLogprob] | None] | None = None
+    prompt_token_ids: list[int] | None = None
+    token_ids: list[int] | None = None
 
 
 class Answer(BaseModel):
@@ -360,6 +431,11 @@ class Model(BaseModel):
     created: int
     owned_by: Literal["lorakit"] = "lorakit"
     parent: str | None = Field(default=None, description="The base model, for an adapter.")
+    root: str = Field(description="The base model.")
+    max_model_len: int = Field(description="Tokens of prompt and answer together.")
+    lorakit: dict[str, str | int] | None = Field(
+        default=None, description="Of an adapter that has been read: its method, its rank, and a digest of its files."
+    )
 
 
 class Models(BaseModel):

@@ -5,11 +5,12 @@ from __future__ import annotations
 import logging
 import time
 import uuid
+import zlib
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from starlette.requests import HTTPConnection
 
@@ -25,11 +26,23 @@ from lorakit.serve.request import Engine, Request, Sampling, Ticket, UnknownAdap
 
 log = logging.getLogger("lorakit")
 
+
+class Named(Protocol):
+    """A body that names a model."""
+
+    @property
+    def model(self) -> str:
+        """The base model's name, or an adapter's."""
+
+
 NOTHING = 1e-6
 """A blend whose weights add up to less is the base model."""
 
 ESTIMATE = 1024
 """Tokens of an answer that a quota sets aside where the request does not limit it."""
+
+SCORES = 250_000
+"""Log probabilities of prompts in one answer: some 10 MB of it."""
 
 
 @dataclass(frozen=True)
@@ -63,6 +76,7 @@ class Front:
         engine: what generates.
         tokenizer: of the base model.
         name: what requests call the base model; "base" does as well.
+        also: further names of the base model, such as its full name on the hub.
         tenants: who may ask.
         bounds: what a request may cost.
         admin: whether the admin endpoints are there. They are not where anyone may ask from another machine.
@@ -82,6 +96,7 @@ class Front:
     metrics: Metrics = field(default_factory=Metrics)
     clock: Callable[[], float] = time.monotonic
     store: Path | None = None
+    also: frozenset[str] = frozenset()
     created: int = field(default_factory=lambda: int(time.time()))
     _scanned: float = -1e9
 
@@ -92,38 +107,65 @@ class Front:
         self.prompts = Prompts(self.tokenizer, check_files)
         self.token_texts = TokenTexts(self.tokenizer)
         self.metrics.watch(self.engine)
-        self.reserved = frozenset({self.name, "base"})
+        self.reserved = frozenset({self.name, "base", *self.also})
         self._said: set[str] = set()
         self._say_reserved(self.engine.adapters.names())
 
     # -- names -----------------------------------------------------------------------------------------------------------
-    def blend(self, asked: Generation, tenant: Tenant) -> dict[str, float]:
+    def blend(self, asked: Named, tenant: Tenant) -> dict[str, float]:
         """The adapters that a request names, each known to the store and allowed to the tenant.
 
         A name is only ever compared with those of the store: it is no path, no URL and no hub name. One that is not there
         and one that is not allowed get the same answer, so that nobody learns the names of others.
         """
         base = asked.model in self.reserved
-        if asked.adapters is not None:
+        param, adapters = self._named(asked, tenant) if isinstance(asked, Generation) else ("", None)
+        if adapters is not None:
             if not base:
                 raise Fault(
                     400,
-                    f'a blend names its adapters itself, so model is the base ("{self.name}"); it was "{asked.model}".',
+                    f'{param} names its adapters itself, so model is the base ("{self.name}"); it was "{asked.model}".',
                     "blend_over_adapter",
                     "model",
                 )
-            for name in asked.adapters:
-                self._known(name, tenant, f"adapters.{name}")
+            for name in adapters:
+                self._known(name, tenant, f"{param}.{name}" if param == "adapters" else param)
             # what leaves the base as it is asks for the base, and needs the right to it
-            if sum(map(abs, asked.adapters.values())) < NOTHING and not tenant.base:
-                raise self._absent(asked.model, tenant, "adapters")
-            return {name: weight for name, weight in asked.adapters.items() if weight}
+            if sum(map(abs, adapters.values())) < NOTHING and not tenant.base:
+                raise self._absent(asked.model, tenant, param)
+            return {name: weight for name, weight in adapters.items() if weight}
+        if asked.model == "default" and tenant.default:
+            self._known(tenant.default, tenant, "model")
+            return {tenant.default: 1.0}
         if base:
             if not tenant.base:
                 raise self._absent(asked.model, tenant, "model")
             return {}
         self._known(asked.model, tenant, "model")
         return {asked.model: 1.0}
+
+    def _named(self, asked: Generation, tenant: Tenant) -> tuple[str, dict[str, float] | None]:
+        """The parameter by which a request names adapters beside `model`, and their weights; None where there is none."""
+        for param in ("lora_path", "adapter_id"):
+            if (name := getattr(asked, param)) is not None:
+                return param, {name: 1.0}
+        if asked.lora is None:
+            return "adapters", asked.adapters
+        names: dict[int, list[str]] = {}
+        for name in self.allowed(tenant):
+            names.setdefault(number_of(name), []).append(name)
+        blend: dict[str, float] = {}
+        for one in asked.lora:
+            found = names.get(one.id, [])
+            if len(found) != 1:
+                raise Fault(
+                    404,
+                    f"this key has no adapter with the id {one.id}; GET /lora-adapters lists them.",
+                    "model_not_found",
+                    "lora",
+                )
+            blend[found[0]] = blend.get(found[0], 0.0) + one.scale
+        return "lora", blend
 
     def prompter(self, blend: Mapping[str, float], chat: bool) -> Prompter:
         """How these adapters are asked.
@@ -259,7 +301,7 @@ class Front:
                 f"{asked.prompt_count} prompts with n={asked.choices} ask for {answers} answers; {self.bounds.answers} in one "
                 "request are the most.",
                 "too_many_answers",
-                "n" if asked.choices > 1 else "prompt",
+                "prompt" if asked.choices == 1 else "n" if asked.choices == asked.n else "best_of",
             )
 
     def sampling(
@@ -285,7 +327,10 @@ class Front:
             "top_k": max(0, asked.top_k or 0),
             "seed": None if asked.seed is None else asked.seed % 2**63,
             "logprobs": asked.reported,
+            "prompt_logprobs": asked.scored,
         }
+        if asked.scored is not None:
+            self._check_scores(sum(map(len, prompts)) * asked.choices * (asked.scored + 1))
         for param in ("logit_bias", "stop_token_ids"):
             for token in given[param]:
                 if token >= len(self.tokenizer):
@@ -307,7 +352,7 @@ class Front:
             Fault: the prompt, or `limit` tokens more, do not fit into the model.
         """
         window, bounds = self.engine.context, self.bounds
-        most, room = min(window - 1, bounds.prompt or window), window - prompt
+        most, room = min(window - (limit != 0), bounds.prompt or window), window - prompt
         if not prompt:
             raise Fault(400, "the prompt is empty; it needs one token at least.", "empty_prompt", "prompt")
         if prompt > most:
@@ -321,7 +366,17 @@ class Front:
                 "answer included.",
                 "max_tokens",
             )
-        return limit or min(room, bounds.output or room)
+        return min(room, bounds.output or room) if limit is None else limit
+
+    def _check_scores(self, numbers: int) -> None:
+        if numbers > SCORES:
+            raise Fault(
+                400,
+                f"{numbers:,} log probabilities of prompts are asked for, those of the most probable tokens included; "
+                f"{SCORES:,} in one request are the most.",
+                "too_many_logprobs",
+                "prompt",
+            )
 
     def fingerprint(self, blend: Mapping[str, float]) -> str:
         """Which weights answered: the content of the adapters, as far as it has been read."""
@@ -364,6 +419,14 @@ class Order:
         self.front.tenants.ledger(self.tenant).leave(
             self.tenant, self.answers, generated - self.reserved, self.front.clock()
         )
+        ledger = self.front.tenants.ledger(self.tenant)
+        ledger.used.update(
+            requests=1,
+            answers=self.answers,
+            prompt_tokens=sum(ticket.usage.prompt for ticket in self.tickets),
+            cached_tokens=sum(ticket.usage.cached for ticket in self.tickets),
+            completion_tokens=generated,
+        )
         self.front.metrics.finished(self.blend, self.tickets)
 
     def note(self) -> dict[str, Any]:
@@ -378,6 +441,11 @@ class Order:
             "generated_tokens": sum(one.generated for one in usages),
             "first_token_seconds": round(min(firsts), 4) if firsts else None,
         }
+
+
+def number_of(name: str) -> int:
+    """llama.cpp's id of an adapter: there its place in a list, here a number of its name, which no other adapter changes."""
+    return zlib.crc32(name.encode())
 
 
 def front_of(request: HTTPConnection) -> Front:

@@ -28,6 +28,8 @@ KEY = HTTPBearer(auto_error=False, description="A key made by `lorakit keys`; it
 
 PUBLIC = frozenset({"/health", "/ready", "/openapi.json"})
 """Paths that say nothing of any tenant and need no key."""
+ADMIN = frozenset(f"{root}/{verb}load_lora_adapter" for root in ("", "/v1") for verb in ("", "un"))
+"""Paths beside /admin that are the admin's."""
 _ID = re.compile(r"[\w.:-]{1,128}")
 _CLOSE = {"Connection": "close"}
 
@@ -59,7 +61,7 @@ class Guard:
             Fault: no key, a wrong key, or an endpoint that is the admin's.
         """
         front = self.front
-        admin = path.startswith("/admin")
+        admin = path.startswith("/admin") or path in ADMIN
         if path in PUBLIC:
             return None
         scheme, _, key = headers.get("authorization", "").partition(" ")

@@ -21,6 +21,7 @@ import logging
 import secrets
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import fields
 from pathlib import Path
@@ -88,6 +89,7 @@ class Tenant:
         weight: its share of the machine under load.
         cache: whose computed beginnings of prompts it may find: its "own", or those of all tenants that say "shared". Who
             shares can learn from the time to a first token what others have asked.
+        default: the adapter that requests get who call the model "default".
         admin: may use the admin endpoints.
     """
 
@@ -100,6 +102,7 @@ class Tenant:
     concurrent: Count = 0
     weight: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.0
     cache: Literal["own", "shared"] = "own"
+    default: str = ""
     admin: bool = False
 
     def may_use(self, adapter: str) -> bool:
@@ -140,6 +143,7 @@ class Ledger:
 
     def __init__(self) -> None:
         self.running = 0
+        self.used: Counter[str] = Counter()
         self._buckets: dict[str, Bucket] = {}
         self._lock = threading.Lock()
 

@@ -238,5 +238,10 @@ def continued(request: Request, tokens: Sequence[int], attempt: int) -> Request 
         request,
         id=f"{request.id}-{attempt}",
         prompt=(*request.prompt, *tokens),
-        sampling=replace(how, max_tokens=how.max_tokens - len(tokens), min_tokens=max(0, how.min_tokens - len(tokens))),
+        sampling=replace(
+            how,
+            max_tokens=how.max_tokens - len(tokens),
+            min_tokens=max(0, how.min_tokens - len(tokens)),
+            prompt_logprobs=None,
+        ),
     )

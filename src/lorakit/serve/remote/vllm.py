@@ -177,6 +177,8 @@ class VllmEngine(RemoteEngine):
 
     async def _answer(self, ticket: Ticket) -> None:
         request = ticket.request
+        if request.sampling.prompt_logprobs is not None:
+            raise Refused("log probabilities of a prompt are computed by lorakit's own engine alone.", "logprobs")
         lora = None
         if request.blend:
             if len(request.blend) > 1 or set(request.blend.values()) != {1.0}:
