@@ -11,8 +11,6 @@ import torch
 import transformers as tf
 from click.testing import Result
 
-from conftest import WORDS, words_tokenizer  # type: ignore[import-not-found]
-
 ROWS = [
     {"tokens": f"the {word} {thing} was so {word}".split(), "ner_tags": ["O", "B-Q", "O", "O", "O", "B-Q"]}
     for word in ("good", "bad", "fine", "dull")
@@ -21,14 +19,13 @@ ROWS = [
 
 
 @pytest.fixture(scope="module")
-def tagger(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, Path]:
+def tagger(base: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, Path]:
     """A tiny BERT, rows for it, and where its adapter goes."""
     root = tmp_path_factory.mktemp("tagger")
-    tokenizer = words_tokenizer(None)
-    tokenizer.save_pretrained(root / "bert")
+    tf.AutoTokenizer.from_pretrained(base).save_pretrained(root / "bert")
     torch.manual_seed(0)
     size = {"hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 2, "num_attention_heads": 4}
-    tf.BertModel(tf.BertConfig(vocab_size=len(WORDS) + 5, pad_token_id=0, **size)).save_pretrained(root / "bert")
+    tf.BertModel(tf.BertConfig(vocab_size=32, pad_token_id=0, **size)).save_pretrained(root / "bert")
     (root / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
     asked = [{"tokens": row["tokens"]} for row in ROWS[:5]]
     (root / "asked.jsonl").write_text("".join(json.dumps(row) + "\n" for row in asked))
@@ -40,7 +37,16 @@ def test_a_tagger_is_trained_asked_merged_and_verified(
 ) -> None:
     base, rows, asked = tagger
     out, merged = tmp_path / "tagger", tmp_path / "merged"
-    short = ("--task", "token-cls", "--train.max-steps", "30", "--train.learning-rate", "1e-2", "--train.precision", "fp32")
+    short = (
+        "--task",
+        "token-cls",
+        "--train.max-steps",
+        "30",
+        "--train.learning-rate",
+        "1e-2",
+        "--train.precision",
+        "fp32",
+    )
     made = lorakit("train", "--model", str(base), "--data.train", str(rows), "--data.evaluation-size", "4", *short,
                    "--train.output", str(out), "--train.compile", "off")  # fmt: skip
     assert made.exit_code == 0, made.output
@@ -52,7 +58,8 @@ def test_a_tagger_is_trained_asked_merged_and_verified(
     answers = [json.loads(line) for line in (tmp_path / "given.jsonl").read_text().splitlines()]
     assert [one["tokens"] for one in answers] == [row["tokens"] for row in ROWS[:5]]
     assert [one["prediction"] for one in answers] == [row["ner_tags"] for row in ROWS[:5]]
-    wrong = lorakit("predict", str(out), str(base / "config.json"))
+    (tmp_path / "texts.jsonl").write_text('{"text": "a film"}\n')
+    wrong = lorakit("predict", str(out), str(tmp_path / "texts.jsonl"))
     assert wrong.exit_code == 2
     assert "task token-cls needs tokens" in wrong.output
     report = lorakit("eval", str(out), "--json")
