@@ -60,7 +60,7 @@ def test_a_tagger_is_trained_asked_merged_and_verified(
     assert [one["prediction"] for one in answers] == [row["ner_tags"] for row in ROWS[:5]]
     (tmp_path / "texts.jsonl").write_text('{"text": "a film"}\n')
     wrong = lorakit("predict", str(out), str(tmp_path / "texts.jsonl"))
-    assert wrong.exit_code == 2
+    assert wrong.exit_code == 2, wrong.output
     assert "task token-cls needs tokens" in wrong.output
     report = lorakit("eval", str(out), "--json")
     assert report.exit_code == 0, report.output

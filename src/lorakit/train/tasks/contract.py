@@ -58,7 +58,7 @@ class Task(ABC):
 
     name: ClassVar[str]
     columns: ClassVar[Columns]
-    answer: ClassVar[tuple[str, ...]]
+    answer: ClassVar[tuple[str, ...]] = ()
     head: ClassVar[Literal["none", "missing", "outside"]] = "none"
     learned: ClassVar[str]
     known_by_columns: ClassVar[bool] = True
