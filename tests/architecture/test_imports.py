@@ -226,3 +226,21 @@ def test_no_asserts_on_what_users_give() -> None:
                 caught = "" if node.type is None else ast.unparse(node.type)
                 silent = all(isinstance(statement, ast.Pass) for statement in node.body)
                 assert not (silent and caught in ("", "Exception", "BaseException")), f"{path.name}:{node.lineno}"
+
+
+def test_adapters_and_methods_know_no_task() -> None:
+    """A task is a row of `lorakit.train.tasks`; what an adapter is on a model does not depend on it."""
+    from lorakit.models.tasks import TASKS
+
+    names = set(TASKS) - {"embeddings", "features"}  # which are words of their own
+    found = [
+        f"{path.relative_to(PACKAGE)}:{node.lineno} says {node.value!r}"
+        for below in ("core", "methods", "init", "edits", "adapter")
+        for path in (PACKAGE / below).rglob("*.py")
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Constant) and node.value in names
+    ]
+    assert not found, found
+    assert any(isinstance(node, ast.Constant) and node.value in names for node in ast.walk(ast.parse(
+        (PACKAGE / "train" / "tasks" / "token_cls.py").read_text()
+    )))  # fmt: skip

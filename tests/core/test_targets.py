@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
+import torch
+import transformers as tf
 from torch import nn
 
 import lorakit as lk
@@ -242,3 +244,33 @@ def test_a_shared_layer_is_adapted_once(monkeypatch: pytest.MonkeyPatch) -> None
         monkeypatch.setattr(module, "walk", _walks_every_name)
     with pytest.raises(AssertionError, match="under each of its names"):
         a_shared_layer_is_adapted_once()
+
+
+def test_presets_of_parts_divide_a_model() -> None:
+    """A vision-language model is tower, projector and language, and nothing else; cross-attention is part of attention."""
+    size = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
+    llava = tf.LlavaConfig(
+        vision_config=tf.CLIPVisionConfig(**size, image_size=8, patch_size=4),
+        text_config=tf.LlamaConfig(**size, vocab_size=16),
+    )
+    bart = tf.BartConfig(
+        vocab_size=16, d_model=8, encoder_layers=1, decoder_layers=1, encoder_attention_heads=2, decoder_attention_heads=2,
+        encoder_ffn_dim=8, decoder_ffn_dim=8,
+    )  # fmt: skip
+    with torch.device("meta"):
+        seeing, writing = tf.LlavaForConditionalGeneration(llava), tf.BartForConditionalGeneration(bart)
+
+    def named(model: Any, preset: str) -> set[str]:
+        return set(select(model, Targets(preset)))
+
+    parts = [named(seeing, preset) for preset in ("vision", "projector", "language")]
+    assert set.union(*parts) == named(seeing, "all-linear")
+    assert sum(map(len, parts)) == len(set.union(*parts))
+    assert all("vision" in path for path in parts[0])
+    assert {path.rpartition(".")[2] for path in parts[1]} == {"linear_1", "linear_2"}
+    across = named(writing, "cross-attention")
+    assert len(across) == 4
+    assert across < named(writing, "attention")
+    assert named(writing, "attention") | named(writing, "mlp") == named(writing, "all-linear")
+    with pytest.raises(LorakitError, match='"projector" found no such linear layer'):
+        named(writing, "projector")

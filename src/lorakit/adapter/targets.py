@@ -7,6 +7,7 @@ was asked for may match nothing.
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -24,7 +25,28 @@ from lorakit.core.stacks import stacked_sites
 from lorakit.core.walking import block_of, has_suffix, in_attention, value_for, walk
 from lorakit.errors import LorakitError
 
-PRESETS = ("all-linear", "attention", "mlp")
+_TOWER = re.compile(r"(^|\.)(vision|visual|image|audio|speech)[^.]*(\.|$)", re.IGNORECASE)
+_PROJECTOR = re.compile(r"(^|\.)[^.]*(projector|connector|merger|language_projection|modality_projection)[^.]*(\.|$)")
+_CROSS = re.compile(r"(^|\.)(encoder_attn|EncDecAttention|crossattention|cross_attn|attn2|encdec_attn)(\.|$)")
+_TEXT = re.compile(r"(^|\.)text_(encoder|model)[^.]*(\.|$)")
+
+
+def _of_language(path: str) -> bool:
+    return not (_TOWER.search(path) or _PROJECTOR.search(path))
+
+
+PRESETS: Mapping[str, Callable[[str], bool]] = {
+    "all-linear": lambda path: True,
+    "attention": in_attention,
+    "mlp": lambda path: not in_attention(path),
+    "cross-attention": lambda path: bool(_CROSS.search(path)),
+    "vision": lambda path: bool(_TOWER.search(path)) and not _PROJECTOR.search(path),
+    "language": _of_language,
+    "projector": lambda path: bool(_PROJECTOR.search(path)),
+    "text-encoder": lambda path: bool(_TEXT.search(path)),
+}
+"""Names for groups of linear layers outside the output head -> whether a path is of the group. `cross-attention`, which is over
+another sequence (encoder-decoders, UNets), is part of `attention`; `language` is what is neither tower nor projector."""
 
 Parts = Mapping[str, Mapping[str, Any]]
 
@@ -247,11 +269,7 @@ def _chosen(model: nn.Module, modules: list[tuple[str, nn.Module]], targets: Tar
         heads = head_paths(model)
         paths = []
         for path, module in modules:
-            if (
-                _in_presets(module)
-                and path not in heads
-                and (wanted == "all-linear" or in_attention(path) == (wanted == "attention"))
-            ):
+            if _in_presets(module) and path not in heads and PRESETS[cast(str, wanted)](path):
                 paths.append(path)
         if not paths:
             raise LorakitError(

@@ -256,6 +256,10 @@ def _logits(model: nn.Module, batch: Batch) -> Tensor:
     """(tokens, vocabulary) of the tokens that are no padding, in float64."""
     output = model(**batch)
     logits = output if isinstance(output, Tensor) else getattr(output, "logits", None)
+    if logits is None and isinstance(getattr(output, "start_logits", None), Tensor):
+        logits = torch.stack([output.start_logits, output.end_logits], -1)  # where an answer begins and ends
+    if logits is None:  # of a model without a head
+        logits = getattr(output, "last_hidden_state", None)
     if not isinstance(logits, Tensor):
         raise LorakitError(f"verify: {type(model).__name__} gives no logits for a batch with {', '.join(batch)}.")
     flat = logits.double().reshape(-1, logits.shape[-1])

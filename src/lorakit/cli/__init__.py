@@ -33,6 +33,7 @@ from lorakit.cli import keys as keys_verb
 from lorakit.cli import merge as merge_verb
 from lorakit.cli import methods as methods_verb
 from lorakit.cli import plan as plan_verb
+from lorakit.cli import predict as predict_verb
 from lorakit.cli import prune as prune_verb
 from lorakit.cli import push as push_verb
 from lorakit.cli import resize as resize_verb
@@ -156,6 +157,7 @@ app.command(name="train", cls=Verb, help=train_verb.HELP, context_settings=train
 )
 app.command(name="init", cls=Verb, help=init_verb.HELP)(init_verb.init)
 app.command(name="eval", cls=Verb, help=eval_verb.HELP, context_settings=eval_verb.CONTEXT)(eval_verb.evaluate)
+app.command(name="predict", cls=Verb, help=predict_verb.HELP)(predict_verb.predict)
 app.command(name="generate", cls=Verb, help=generate_verb.HELP)(generate_verb.generate)
 app.command(name="chat", cls=Verb, help=chat_verb.HELP)(chat_verb.chat)
 app.command(name="merge", cls=Verb, help=merge_verb.HELP)(merge_verb.merge)

@@ -52,6 +52,7 @@ def merge(
     from lorakit.models.loading import load_model, resolve_dtype
     from lorakit.models.quantisation import as_config, existing, holding
     from lorakit.models.stored import stored_config, stored_dtype
+    from lorakit.train.tasks.record import recorded
 
     tools = None
     if gguf is not None:
@@ -73,7 +74,9 @@ def merge(
     elif not quantised:
         # The sum is made in float32 and rounded once; adding in bf16 would round it to the grid of the base's weights.
         options = {"dtype": torch.float32}
-    model, tokenizer = load_model(base, **options)
+    task, _, classes = recorded(adapter, base)
+    model, tokenizer = load_model(base, task=task.name, **options, **task.model_options(classes))
+    task.settle(model)
     make_room(model, [adapter])
     loaded = lk.load(model, adapter, active=False)
     prompt = loaded.prompt
@@ -94,6 +97,7 @@ def merge(
     def write(folder: Path) -> None:
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
+        task.export(model, folder)
         if tools is not None and gguf is not None:
             from lorakit.conversion.model_gguf import modelfile, write_gguf
 

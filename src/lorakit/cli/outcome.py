@@ -103,6 +103,7 @@ def on_base(
     import lorakit as lk
     from lorakit.files.vocabulary import make_room
     from lorakit.models.loading import load_model
+    from lorakit.train.tasks.record import recorded
 
     names = dict.fromkeys(str(config.get("base_model_name_or_path") or "") for config in configs)
     place = base or next(iter(names))
@@ -110,7 +111,9 @@ def on_base(
         raise LorakitError(f"{verb}: {folders[0]} does not name its base model; give --base.")
     if base is None and len(names) > 1:
         raise LorakitError(f"{verb}: the adapters name different base models: {', '.join(names)}; give --base.")
-    model, tokenizer = load_model(place, dtype=torch.float32)
+    task, _, classes = recorded(folders[0], place)
+    model, tokenizer = load_model(place, dtype=torch.float32, task=task.name, **task.model_options(classes))
+    task.settle(model)
     make_room(model, folders)
     loaded = [lk.load(model, folder, name=f"given-{index}", active=False) for index, folder in enumerate(folders)]
     yield Given(folders, output, place, loaded, tokenizer)

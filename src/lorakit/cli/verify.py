@@ -34,6 +34,7 @@ def verify(
     from lorakit.algebra.verification import verify as verify_adapter
     from lorakit.models.loading import resolve_dtype
     from lorakit.models.stored import stored_dtype
+    from lorakit.models.tasks import task_of_base
 
     texts = list(prompt or ())
     if file is not None:
@@ -46,6 +47,8 @@ def verify(
         wanted = stored_dtype(str(given.base)) if dtype == "auto" else resolve_dtype(dtype)[0]
         prompts = [dict(given.tokenizer(text, return_tensors="pt")) for text in texts or PROMPTS]
         prompts = [{key: value for key, value in one.items() if key != "token_type_ids"} for one in prompts]
+        if task_of_base(getattr(given.loaded[0].model, "config", None)) == "seq2seq":
+            prompts = [{**one, "decoder_input_ids": one["input_ids"]} for one in prompts]
         found = verify_adapter(given.loaded[0], prompts, dtype=wanted)
     out.print(found.words(str(adapter)), markup=False)
     if card:

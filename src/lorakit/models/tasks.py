@@ -67,7 +67,10 @@ def check_task(config: Any, task: str, where: str) -> None:
     name = getattr(config, "model_type", type(config).__name__)
     if task != "causal-lm":
         if not _knows(TASKS[task], config):
-            able = ", ".join(one for one, loader in TASKS.items() if one != "features" and _knows(loader, config))
+            known = [one for one, loader in TASKS.items() if one != "features" and _knows(loader, config)]
+            if "masked-lm" in known:  # an encoder sees what it shall predict
+                known = [one for one in known if one != "causal-lm"]
+            able = ", ".join(known)
             raise LorakitError(
                 f'load model: "{where}" is a {name}, of which transformers makes no model for {task} ({TASKS[task]}). What '
                 f"works: {f'task {able}' if able else 'another base'}."

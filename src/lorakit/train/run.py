@@ -213,7 +213,9 @@ def load_for(config: TrainConfig, classes: Sequence[str] | None, device: str | N
     if task.head != "none":
         transformers.set_seed(config.train.seed)
     options = {"task": config.task, "quantize": config.quantize, **task.model_options(classes)}
-    return load_model(config.model, dtype=config.train.precision, device=device, **options)
+    model, tokenizer = load_model(config.model, dtype=config.train.precision, device=device, **options)
+    task.settle(model)
+    return model, tokenizer
 
 
 def float_weights(config: TrainConfig, model: Any) -> dict[str, Any] | None:

@@ -365,7 +365,9 @@ class TrainConfig(Section, frozen=True):
         validate_default=True,
     )
     target_modules: str | Names = option(
-        "all-linear", "layers to adapt: all-linear, attention, mlp, a list of name endings, or one regular expression"
+        "all-linear",
+        "layers to adapt: all-linear, attention, mlp, cross-attention, vision, language, projector, text-encoder, a list of "
+        "name endings, or one regular expression",
     )
     exclude_modules: str | Names | None = option(None, "layers to leave out: name endings or one regular expression")
     layers: int | tuple[int, ...] | None = option(None, "adapt only the blocks with these numbers")

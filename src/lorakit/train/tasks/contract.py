@@ -58,7 +58,7 @@ class Task(ABC):
 
     name: ClassVar[str]
     columns: ClassVar[Columns]
-    answer: ClassVar[tuple[str, ...]]
+    answer: ClassVar[tuple[str, ...]] = ()
     head: ClassVar[Literal["none", "missing", "outside"]] = "none"
     learned: ClassVar[str]
     known_by_columns: ClassVar[bool] = True
@@ -100,6 +100,9 @@ class Task(ABC):
 
     def check_model(self, model: Any, where: str) -> None:  # noqa: B027 - most can be asked for nothing more
         """LorakitError where a loaded model cannot do the task."""
+
+    def settle(self, model: Any) -> None:  # noqa: B027 - most leave it as it is
+        """Takes off a loaded model what the task does not use."""
 
     def facts(self, model: Any) -> dict[str, Any]:
         """What of the task is stored with the adapter beside its name and classes."""

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from lorakit.errors import LorakitError
+from lorakit.models.loading import random_modules
 from lorakit.native.elementwise import wide
 from lorakit.train import metrics
 from lorakit.train.data.encoded import Encoded
@@ -135,6 +136,10 @@ class Embeddings(PaddedTask):
 
     def is_right(self, given: Any, expected: Any) -> bool:
         return True
+
+    def settle(self, model: Any) -> None:
+        if any(name.startswith("pooler.") for name in random_modules(model)):
+            model.pooler = None  # the checkpoint has none, and vectors are pooled here
 
     def facts(self, model: Any) -> dict[str, Any]:
         return {"pooling": pooling_of(model)}

@@ -84,12 +84,15 @@ class QuestionAnswering(PaddedTask):
         return {"start_positions": places[:, 0], "end_positions": places[:, 1]}
 
     def score(self, outputs: Any, examples: Sequence[Encoded], smoothing: float) -> tuple[Tensor, Tensor]:
-        """The mean of the losses of begin and end; right where both are."""
+        """The mean of the losses of begin and end, which are not smoothed; right where both are."""
         device = outputs.start_logits.device
         starts = torch.tensor([one.label[0] for one in examples], device=device)
         ends = torch.tensor([one.label[1] for one in examples], device=device)
-        begin, _ = class_sums(outputs.start_logits, starts, smoothing)
-        end, _ = class_sums(outputs.end_logits, ends, smoothing)
+        lengths = torch.tensor([len(one.input_ids) for one in examples], device=device)
+        # padding is no answer: without this a row's loss would depend on the longest of its batch
+        padding = torch.arange(outputs.start_logits.shape[1], device=device)[None] >= lengths[:, None]
+        begin, _ = class_sums(outputs.start_logits.masked_fill(padding, -torch.inf), starts, 0.0)
+        end, _ = class_sums(outputs.end_logits.masked_fill(padding, -torch.inf), ends, 0.0)
         right = (outputs.start_logits.argmax(-1) == starts) & (outputs.end_logits.argmax(-1) == ends)
         return (begin + end) / 2, right.sum()
 
