@@ -204,6 +204,8 @@ def test_p_tunings_rows_are_its_networks() -> None:
         Bottleneck(size=4, placement="parallel"),
         LLaMAAdapter(tokens=3, top=1),
         PTuning(tokens=3, width=4),
+        PrefixTuning(tokens=3, width=4),
+        PrefixTuning(tokens=3, width=None),
     ],
     ids=lambda s: s.name,
 )
@@ -226,16 +228,21 @@ def test_flat_rows_are_the_padded_batch(spec: Any) -> None:
     assert max(grad.abs().max() for grad in found[0]) > 1e-3
 
 
-@pytest.mark.parametrize("spec", [PrefixTuning(tokens=3), LoReFT(rank=2)], ids=lambda s: s.name)
+@pytest.mark.parametrize("spec", [LoReFT(rank=2)], ids=lambda s: s.name)
 def test_what_cannot_be_flat_is_padded_and_says_so(spec: Any, caplog: pytest.LogCaptureFixture) -> None:
     model = tiny_llama()
     lk.attach(model, spec)
     with caplog.at_level("INFO", logger="lorakit"):
         assert choose_path(model) is PADDED
     assert f"padded batches ({spec.name} does not support packing: {spec.needs_padding})" in caplog.text
-    if spec.name == "prefix-tuning":
-        with PACKED.opened(model), pytest.raises(LorakitError, match="use the padded path"):
-            PACKED.loss(model, rows(2), num_items=1.0)
+
+
+def test_two_prefixes_are_refused_in_a_packed_batch() -> None:
+    model = tiny_llama()
+    for name in ("one", "two"):
+        lk.attach(model, PrefixTuning(tokens=3), name=name)
+    with PACKED.opened(model), lk.use(model, ["one"]), pytest.raises(LorakitError, match="use the padded path"):
+        PACKED.loss(model, rows(2), num_items=1.0)
 
 
 @pytest.mark.parametrize(

@@ -24,6 +24,7 @@ from lorakit.adapter.targets import Targets, input_embedding
 from lorakit.core.delta import Method
 from lorakit.core.injection import parents_of, replace_module
 from lorakit.core.routing import BASE
+from lorakit.core.sites import sites_remembered
 from lorakit.core.state import close_state, state_of
 from lorakit.core.using import activate
 from lorakit.edits.contract import EditMethod
@@ -35,6 +36,7 @@ from lorakit.methods import LoRA, TrainableTokens
 log = logging.getLogger("lorakit")
 
 
+@sites_remembered()
 def attach(
     model: nn.Module,
     method: Method | EditMethod | None = None,

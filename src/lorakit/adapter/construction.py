@@ -364,6 +364,8 @@ def _warn_of_ties(tied: Mapping[str, list[str]], paths: list[str], following: se
 
 def _settle_pool(adapter: Adapter) -> None:
     """The shared tensors on the model's device, in the widest dtype of the deltas that use them."""
+    if not any(True for _ in (*adapter.pool.parameters(), *adapter.pool.buffers())):
+        return
     reference = next(adapter.model.parameters(), None)
     dtype = torch.float32
     for _, _, delta in adapter.deltas():

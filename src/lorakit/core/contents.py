@@ -57,6 +57,10 @@ class LayerContents(nn.Module):
     like keep working.
     """
 
+    base: nn.Module
+    deltas: ByName
+    """adapter -> site -> Delta; the site's empty name is written "self", its dots ":", since modules' names have none."""
+    replacements: ByName
     sites: dict[str, Site]
     path: str
     state: ModelState
@@ -69,12 +73,9 @@ class LayerContents(nn.Module):
 
     def __init__(self, base: nn.Module, sites: list[Site], state: ModelState, path: str) -> None:
         super().__init__()
-        self.base = base
-        self.deltas = ByName()
-        """adapter -> site -> Delta; the site's empty name is written "self", its dots ":", since modules' names have none."""
-        self.replacements = ByName()
         own = {site.name: site for site in sites}
         # Past a module's own __setattr__, which is most of the time that attaching takes.
+        self._modules.update(base=base, deltas=ByName(), replacements=ByName())
         self.__dict__.update(sites=own, path=path, state=state, tokens=False, read=frozenset(), unmerged={})
         self.register_load_state_dict_post_hook(_own_names)  # type: ignore[no-untyped-call]
 
@@ -124,10 +125,10 @@ class LayerContents(nn.Module):
 
     def deltas_of(self, adapter: str) -> dict[str, Delta]:
         """This layer's deltas of one adapter, by site name."""
-        if adapter not in self.deltas:
-            return {}
-        held = cast(nn.ModuleDict, self.deltas[adapter])
-        return {"" if name == "self" else name.replace(":", "."): cast(Delta, one) for name, one in held.items()}
+        # Past a module's own __getattr__, which this is asked most often through.
+        held = cast(nn.Module, self._modules["deltas"])._modules.get(adapter)
+        found = {} if held is None else held._modules
+        return {"" if key == "self" else key.replace(":", "."): cast(Delta, one) for key, one in found.items()}
 
     def replaced_by(self, adapter: str) -> dict[str, Tensor]:
         """The tensors of the base that an adapter replaces: name -> its own values."""

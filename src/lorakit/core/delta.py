@@ -253,6 +253,10 @@ class Pool(nn.Module):
 class Delta(nn.Module, ABC):
     """What one adapter adds to one matrix. Trainable tensors are attributes named with the paper's letters."""
 
+    spec: Method
+    shape: Shape
+    dropout: float
+    _pool: tuple[Pool]
     leader: tuple[Any, ...] = ()
     """The delta whose tensors it has, where its layer shares a weight with that one's. In a tuple: it is no child of this."""
 
@@ -263,10 +267,8 @@ class Delta(nn.Module, ABC):
 
     def __init__(self, spec: Method, shape: Shape, pool: Pool) -> None:
         super().__init__()
-        self.spec = spec
-        self.shape = shape
-        self.dropout: float = getattr(spec, "dropout", 0.0)
-        self._pool = (pool,)  # in a tuple: the pool is the adapter's, not a child of every delta
+        # Past a module's own __setattr__. The pool in a tuple: it is the adapter's, not a child of every delta.
+        self.__dict__.update(spec=spec, shape=shape, dropout=getattr(spec, "dropout", 0.0), _pool=(pool,))
 
     @property
     def pool(self) -> Pool:

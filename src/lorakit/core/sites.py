@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any, cast
 
 import torch
@@ -45,6 +47,21 @@ def has_linear_face(module: nn.Module) -> bool:
     return all(isinstance(size, int) and size > 0 for size in sizes) and not module._modules
 
 
+_remembered: ContextVar[dict[int, tuple[nn.Module, list[Site] | LorakitError]] | None] = ContextVar(
+    "lorakit_sites", default=None
+)
+
+
+@contextmanager
+def sites_remembered() -> Iterator[None]:
+    """Within, each module is asked for its sites once: for work that asks several times and changes no layer of the base."""
+    token = _remembered.set({})
+    try:
+        yield
+    finally:
+        _remembered.reset(token)
+
+
 def sites_of(module: nn.Module) -> list[Site]:
     """The matrices of a layer that a delta can change; empty where there is none.
 
@@ -54,6 +71,21 @@ def sites_of(module: nn.Module) -> list[Site]:
     Raises:
         LorakitError: the layer has a matrix that nothing can be added to, with the reason.
     """
+    remembered = _remembered.get()
+    if remembered is None:
+        return _sites_of(module)
+    if id(module) not in remembered:
+        try:
+            remembered[id(module)] = module, _sites_of(module)
+        except LorakitError as problem:
+            remembered[id(module)] = module, problem
+    found = remembered[id(module)][1]
+    if isinstance(found, LorakitError):
+        raise found
+    return list(found)
+
+
+def _sites_of(module: nn.Module) -> list[Site]:
     bias = "bias" if isinstance(getattr(module, "bias", None), Tensor) else None
     if reason := computed_weight(module):
         raise LorakitError(

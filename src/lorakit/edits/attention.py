@@ -12,6 +12,7 @@ layer twice, and encoders, which have no cache, are no special case.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -51,11 +52,9 @@ class AttentionEdits:
             return inner(module, *args, **kwargs)
         query, key, value, mask, *rest = args if len(args) > 3 else (*args, kwargs.pop("attention_mask", None))
         prefixes = choose(self.state.routing, {name: edit for name, edit in self.edits.items() if edit.joint})
-        if prefixes.names:
-            if packed:
-                raise LorakitError(
-                    f"{self.path}: a prefix cannot act in a padding-free batch; use the padded path (train.fast_path: off)."
-                )
+        if prefixes.names and packed:
+            inner = partial(self._under, prefixes, inner)
+        elif prefixes.names:
             own = key.shape[2]
             key, value, mask = self._prefixed(prefixes, module, query, key, value, mask, kwargs)
             if kwargs.get("position_bias") is not None:
@@ -77,6 +76,21 @@ class AttentionEdits:
 
         keys, values = edit.keys_values(project)
         return keys.to(like.dtype), values.to(like.dtype)
+
+    def _under(self, who: RowChoice, inner: Callable[..., Any], module: Any, *args: Any, **kwargs: Any) -> Any:
+        """A padding-free batch below a prefix: its keys and values are a run above everything, whose queries nobody reads."""
+        query, key, value, *rest = args
+        if who.index is not None or len(who.names) != 1 or not hasattr(kwargs["packed_batch"], "under"):
+            raise LorakitError(
+                f"{self.path}: a padding-free batch takes one prefix for all rows; use the padded path (train.fast_path: off)."
+            )
+        keys, values = self.tensors(self.edits[who.names[0]], module, key)
+        width = keys.shape[1]
+        kwargs["packed_batch"] = kwargs["packed_batch"].under(width)
+        query = torch.cat([query.new_zeros(*query.shape[:2], width, query.shape[3]), query], dim=2)
+        key, value = torch.cat([keys[None], key], dim=2), torch.cat([values[None], value], dim=2)
+        found = inner(module, query, key, value, *rest, **kwargs)
+        return (found[0][:, width:], *found[1:])
 
     # -- one softmax for both ------------------------------------------------------------------------------------------
     def _prefixed(

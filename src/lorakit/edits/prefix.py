@@ -32,7 +32,6 @@ class PrefixTuning(EditMethod):
     blends = False
     family = "prefix"
     reason = "its keys share a softmax with the text's, so that no weight could stand for them"
-    needs_padding = "its keys and values are those of no token in the row"
     card = Card(
         title="Prefix tuning, P-tuning v2",
         formula="softmax(q [P_K; K]ᵀ s) [P_V; V]",

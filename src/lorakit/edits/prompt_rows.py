@@ -207,19 +207,16 @@ class _StackCall:
 
     def _add_to_packed(self, packed: Any) -> int:
         """A padding-free batch of training: one prompt above all of it, computed once."""
-        if (
-            self.columns.lengths is not None
-            or isinstance(self.prefix, Tensor)
-            or self.prefix
-            or not hasattr(packed, "under")
-        ):
+        if self.columns.lengths is not None or isinstance(self.prefix, Tensor) or not hasattr(packed, "under"):
             raise LorakitError(
-                "a padding-free batch takes one prompt for all rows, and no prefix; use the padded path (train.fast_path: off)."
+                "a padding-free batch takes one prompt or prefix for all rows; use the padded path (train.fast_path: off)."
             )
         if self.columns.width:
             self.given["packed_batch"] = packed.under(self.columns.width)
             self._set_positions()
             self._add_rows()
+        elif self.prefix:
+            self._set_positions()
         return self.columns.width
 
     def _check_cache(self) -> None:

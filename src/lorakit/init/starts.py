@@ -173,7 +173,9 @@ def _delta(
         return site.layout.matrix(storage.rounded(layer, site.weight, site.layout.weight(W, W)))
 
     delta = planned.specs[site.name].build(shape, pool)
-    delta = delta.to(device=stored.device, dtype=torch.promote_types(stored.dtype, torch.float32))
+    dtype = torch.promote_types(stored.dtype, torch.float32)
+    if any(own.device != stored.device or own.dtype != dtype for own in (*delta.parameters(), *delta.buffers())):
+        delta = delta.to(device=stored.device, dtype=dtype)
     W: Tensor | None = None
     if not isinstance(start, Default):
         low = cast(LowRank, delta.low_rank())

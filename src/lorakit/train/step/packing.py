@@ -97,11 +97,16 @@ class PackedBatch:
         The rows are the caller's to put in front of the embeddings, and to count in positions; `hidden_index` counts without
         them.
         """
+        if ("under", rows) in self.plans:  # every layer of a prefix asks
+            known: PackedBatch = self.plans["under", rows]
+            return known
         root = Segment(0, rows, 0, -1)
         below = (Segment(one.start + rows, one.length, one.position + rows, one.parent + 1) for one in self.segments)
         ids = torch.cat([self.input_ids.new_zeros(1, rows), self.input_ids], dim=1)
         counts = torch.cat([self.counts.new_zeros(1, rows), self.counts], dim=1)
-        return replace(self, input_ids=ids, counts=counts, segments=(root, *below), used=self.used + rows, plans={})
+        lower = replace(self, input_ids=ids, counts=counts, segments=(root, *below), used=self.used + rows, plans={})
+        self.plans["under", rows] = lower
+        return lower
 
 
 def pack(
