@@ -65,8 +65,8 @@ class AttentionEdits:
         extra = self._apart(apart, module, query, kwargs.get("scaling")) if apart else None
         return result if extra is None else (result[0] + extra.to(result[0].dtype), *result[1:])
 
-    def _tensors(self, edit: Attention, module: Any, like: Tensor) -> tuple[Tensor, Tensor]:
-        """(key heads, tokens, head size) twice, in the dtype of what the layer computes with."""
+    def tensors(self, edit: Attention, module: Any, like: Tensor) -> tuple[Tensor, Tensor]:
+        """An edit's keys and values at this attention, (key heads, tokens, head size) twice, in the dtype of `like`."""
 
         def project(hidden: Tensor) -> tuple[Tensor, Tensor]:
             keys, values = keys_and_values(module, hidden.to(like.dtype))
@@ -89,7 +89,7 @@ class AttentionEdits:
         mask: Tensor | None,
         kwargs: dict[str, Any],
     ) -> tuple[Tensor, Tensor, Tensor | None]:
-        pairs = [self._tensors(self.edits[name], module, key) for name in who.names]
+        pairs = [self.tensors(self.edits[name], module, key) for name in who.names]
         columns = who.columns(
             {name: one[0].shape[1] for name, one in zip(who.names, pairs, strict=True)}, key.device, True
         )
@@ -123,7 +123,7 @@ class AttentionEdits:
         scale = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
         for name in names:
             edit = self.edits[name]
-            keys, values = self._tensors(edit, module, query)
+            keys, values = self.tensors(edit, module, query)
             groups = query.shape[1] // keys.shape[0]
             keys, values = (one.repeat_interleave(groups, dim=0) for one in (keys, values))
             scores = torch.matmul(query, keys.transpose(1, 2)) * scale

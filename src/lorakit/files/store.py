@@ -16,7 +16,7 @@ import re
 import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -287,9 +287,12 @@ def _activate(model: nn.Module, name: str) -> None:
     activate(model, name)
 
 
-def stands_around(bundle: Bundle) -> bool:
-    """Whether a folder holds what stands around a model's calls, and not on its layers alone: an edit, a router, a mixture."""
-    return bool(bundle.own.get("members")) or isinstance(_method(bundle, lambda message: None), EditMethod | MixLoRA)
+def kind_of(bundle: Bundle) -> Literal["delta", "edit", "mixture"]:
+    """What a folder holds: changes of weights, something around a model's calls, or experts that are weighed by token."""
+    if bundle.own.get("members"):
+        return "mixture"
+    method = _method(bundle, lambda message: None)
+    return "edit" if isinstance(method, EditMethod) else "mixture" if isinstance(method, MixLoRA) else "delta"
 
 
 def frame(bundle: Bundle) -> str:

@@ -90,6 +90,7 @@ class LocalEngine(Lifecycle):
         self.model = ServingModel(model, compiled, pack)
         for reader in adapter_readers:
             reader.unfit = frozenset(self.model.unfit)
+            reader.windows = any(one.window for one in self.model.context.asked.values())
         size = page_bytes(self.model.shapes, self.model.dtype)
         pages = limits.cache_bytes // size
         if pages < 2:
@@ -335,6 +336,16 @@ class LocalEngine(Lifecycle):
             if reason := job.begin(blend) or (job.alone and _obstacle(blend)):
                 self._end(job, Refused(reason))
                 return None
+            if job.limit > self._context:
+                self._end(
+                    job,
+                    TooLong(
+                        f"prompt, answer and the {job.before} tokens of the adapter before them are {job.limit} tokens; "
+                        f"{self._context} is the most.",
+                        "max_tokens",
+                    ),
+                )
+                return None
         return placed
 
     def _batch(self, shares: Sequence[Share]) -> Batch:
@@ -343,7 +354,7 @@ class LocalEngine(Lifecycle):
             job, begin = share.job, share.job.computed
             for first, end, blend in job.pieces(begin, share.count):
                 last = end == begin + share.count
-                runs.append(Run(job.tokens[first:end], first, job.pages, blend, int(share.ends and last)))
+                runs.append(Run(job.tokens[first:end], first, job.pages, blend, int(share.ends and last), job.chosen))
         blends = [run.blend for run in runs]
         known, mixture = self._mixture
         if len(known) != len(blends) or any(one is not other for one, other in zip(known, blends, strict=True)):
@@ -355,7 +366,7 @@ class LocalEngine(Lifecycle):
         self._steps += 1
         for share in shares:
             job = share.job
-            fresh = min(job.computed + share.count, len(job.ticket.request.prompt)) - job.computed
+            fresh = min(job.computed + share.count, job.asked) - job.computed
             self._prompt_tokens += max(fresh, 0)
             self.scheduler.done(share)
             choice = choices.get(job)

@@ -77,6 +77,8 @@ class Job:
         passed: tokens admitted past it while it found no room.
         stages: (position, the adapters that act from there on), ascending from 0: more than one where an adapter waits for
             its invocation.
+        before: tokens that an adapter puts before the prompt; they are in `tokens`, with negative ids.
+        chosen: adapter -> the positions at which its changes act, where these are not all.
         cache: of a row that is computed by itself (`model/alone.py`): its keys and values, once it runs.
     """
 
@@ -92,6 +94,8 @@ class Job:
     keys: list[bytes] = field(default_factory=list)
     passed: int = 0
     stages: list[tuple[int, Blend]] = field(default_factory=list)
+    before: int = 0
+    chosen: dict[PackedAdapter, frozenset[int]] = field(default_factory=dict)
     cache: Any = None
 
     def __post_init__(self) -> None:
@@ -100,6 +104,23 @@ class Job:
     def begin(self, blend: Blend) -> str:
         """The adapters are there; returns why they cannot answer this prompt, or ""."""
         self.blend, self.stages = blend, [(0, blend)]
+        edited = [(adapter, adapter.around, weight) for adapter, weight in blend if adapter.around is not None]
+        fronts = [(adapter.name, own.tokens, weight) for adapter, own, weight in edited if own.tokens]
+        if len(fronts) > 1 or any(weight != 1 for *_, weight in fronts):
+            names = " and ".join(repr(name) for name, *_ in fronts)
+            return f"adapter {names} puts tokens before the prompt, so that a request has one such adapter, by the weight 1."
+        gated = [adapter.name for adapter, own, _ in edited if own.gated]
+        if gated and any(adapter.layers for adapter, _ in blend):
+            return (
+                f"the tokens of adapter {gated[0]!r} go through the layers' own matrices, which another adapter of this blend "
+                "changes; ask for it without that one."
+            )
+        self.before = sum(tokens for _, tokens, _ in fronts)
+        self.tokens = [*range(-self.before, 0), *self.tokens]
+        for adapter, own, _ in edited:
+            places = own.chosen(self.before, len(self.ticket.request.prompt))
+            if places is not None:
+                self.chosen[adapter] = places
         if any(adapter.invocation for adapter, _ in blend):
             starts = [adapter.start(self.ticket.request.prompt) for adapter, _ in blend]
             if None in starts:
@@ -110,7 +131,10 @@ class Job:
                     f"adapter {name!r} acts from its invocation on, the tokens {', '.join(map(str, ids))}, and the prompt does "
                     "not hold them; add the text that they are, or ask the base model."
                 )
-            known = [(cast(int, at), entry) for at, entry in zip(starts, blend, strict=True)]
+            known = [
+                (cast(int, at) + self.before if entry[0].invocation else 0, entry)
+                for at, entry in zip(starts, blend, strict=True)
+            ]
             self.stages = [
                 (place, [entry for at, entry in known if at <= place])
                 for place in sorted({0, *(at for at, _ in known)})
@@ -131,7 +155,7 @@ class Job:
 
     def page_key(self, page: int) -> str:
         """What the key of a page holds beyond its tokens and the pages before it: the adapters that begin to act later."""
-        if len(self.stages) == 1:
+        if len(self.stages) == 1 and not self.chosen:
             return ""
         acting = {
             id(adapter): start - page * PAGE for start, blend in reversed(self.stages[1:]) for adapter, _ in blend
@@ -141,7 +165,12 @@ class Job:
             for adapter, weight in self.blend or ()
             if acting.get(id(adapter), PAGE) < PAGE
         ]
-        return repr(sorted(own)) if own else ""
+        first = page * PAGE
+        at = [
+            (adapter.content, [place - first for place in sorted(places) if first <= place < first + PAGE])
+            for adapter, places in self.chosen.items()
+        ]
+        return repr((sorted(own), sorted(at))) if own or any(places for _, places in at) else ""
 
     @property
     def alone(self) -> tuple[Alone, float] | None:
@@ -158,7 +187,12 @@ class Job:
     @property
     def limit(self) -> int:
         """Tokens of prompt and answer at most."""
-        return len(self.ticket.request.prompt) + self.ticket.request.sampling.max_tokens
+        return self.asked + self.ticket.request.sampling.max_tokens
+
+    @property
+    def asked(self) -> int:
+        """Tokens of the prompt, and of what an adapter puts before it."""
+        return self.before + len(self.ticket.request.prompt)
 
     def deadline(self) -> float:
         """When it times out, on the monotonic clock."""
@@ -307,7 +341,7 @@ class Scheduler:
         self.running.append(job)
         usage = job.ticket.usage
         if usage.started is None:
-            usage.started, usage.cached = time.monotonic() - job.ticket.submitted, job.computed
+            usage.started, usage.cached = time.monotonic() - job.ticket.submitted, max(0, job.computed - job.before)
         cost = job.limit - job.computed
         for other in skipped:
             other.passed += cost
@@ -351,7 +385,7 @@ class Scheduler:
     def done(self, share: Share) -> None:
         """A share is computed: charge for it, and publish the pages that it filled."""
         job = share.job
-        generated = share.count == 1 and job.computed >= len(job.ticket.request.prompt)
+        generated = share.count == 1 and job.computed >= job.asked
         price = ANSWER_PRICE if generated else PROMPT_PRICE
         self.counters[job.payer] += share.count * price / job.ticket.request.weight
         job.computed += share.count

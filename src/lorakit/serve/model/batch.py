@@ -9,7 +9,7 @@ from __future__ import annotations
 import ctypes
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lorakit.serve.model.around import Edited, Edits
 from lorakit.serve.model.packed import PackedAdapter
 
 TILE = 4
@@ -42,6 +43,7 @@ class Run:
         pages: the request's pages, enough for all of them.
         blend: the adapters and their weights; empty is the base.
         wanted: how many logits are wanted, counted from the end: 1 for the last token's, 0 in the middle of a prompt.
+        chosen: adapter -> the positions at which its changes act, where these are not all.
     """
 
     tokens: Sequence[int]
@@ -49,6 +51,7 @@ class Run:
     pages: Sequence[int]
     blend: Sequence[tuple[PackedAdapter, float]] = ()
     wanted: int = 1
+    chosen: Mapping[PackedAdapter, frozenset[int]] = field(default_factory=dict)
 
 
 @dataclass
@@ -94,6 +97,7 @@ class Mixture:
         kinds: (runs,): the same number for runs with the same adapters and weights, -1 for the base alone.
         touched: layer -> whether any of the adapters changes it.
         slots, rank: the most adapters of a run, and the largest rank of any.
+        edited: whether any of the adapters has edits.
     """
 
     entries: list[tuple[int, PackedAdapter, float]]
@@ -102,6 +106,7 @@ class Mixture:
     weights: Tensor
     kinds: np.ndarray[Any, np.dtype[np.int64]]
     touched: list[bool]
+    edited: bool = False
     slots: int = 1
     rank: int = 1
     _moved: dict[torch.device, tuple[Tensor, Tensor]] = field(default_factory=dict, repr=False)
@@ -127,6 +132,7 @@ class Batch:
         pages: page numbers of each run, for the torch execution.
         mixture: the adapters, or None where no run has any.
         kernels: whether attention and adapters go through Triton's kernels.
+        edits: what acts around the model's calls, or None where nothing does.
     """
 
     ids: Tensor
@@ -140,6 +146,7 @@ class Batch:
     pages: list[Sequence[int]]
     wanted: list[int]
     mixture: Mixture | None = None
+    edits: Edits | None = None
     kernels: bool = False
 
     @functools.cached_property
@@ -264,6 +271,7 @@ def mix(blends: Sequence[Sequence[tuple[PackedAdapter, float]]]) -> Mixture | No
         touched=parts.ne(0).any(-1).any(-1).tolist(),
         slots=max(map(len, blends)),
         rank=max(1, *(adapter.rank for _, adapter, _ in entries)),
+        edited=any(adapter.around is not None for _, adapter, _ in entries),
     )
 
 
@@ -290,6 +298,16 @@ def assemble(runs: Sequence[Run], device: torch.device, mixture: Mixture | None)
             tiles += [(first + t, min(TILE, count - t)) for t in range(0, count, TILE)]
         last += range(first + count - run.wanted, first + count)
         first += count
+    edits: Edits | None = None
+    if mixture is not None and mixture.edited:
+        ids = ids.clip(0)  # what stands before a text has no id
+        edits = Edits(
+            [
+                Edited(*spans[run], runs[run].start, adapter.around, weight, runs[run].chosen.get(adapter))
+                for run, adapter, weight in mixture.entries
+                if adapter.around is not None
+            ]
+        )
     places = torch.from_numpy(place)
     return Batch(
         ids=torch.from_numpy(ids)[None].to(device),
@@ -303,4 +321,5 @@ def assemble(runs: Sequence[Run], device: torch.device, mixture: Mixture | None)
         pages=[run.pages for run in runs],
         wanted=last,
         mixture=mixture,
+        edits=edits,
     )

@@ -63,6 +63,7 @@ class Block:
             or asked is None
             or past_key_values is not None
             or position_embeddings is None
+            or batch.edits is not None
         ):
             return self.original(
                 hidden_states,

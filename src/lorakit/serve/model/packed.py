@@ -20,7 +20,7 @@ from typing import Any, Literal, NamedTuple, cast, get_args
 import torch
 from torch import Tensor, nn
 
-from lorakit.adapter.adapter import Adapter
+from lorakit.adapter.adapter import Adapter, adapters
 from lorakit.adapter.attachment import detach
 from lorakit.core.delta import Delta, Form
 from lorakit.core.layer import Adapted
@@ -37,6 +37,7 @@ from lorakit.files.bundle import CONTENT, TENSORS, Bundle, read_bundle
 from lorakit.files.vocabulary import tokens_trained
 from lorakit.serve.limits import check_files, without_path
 from lorakit.serve.model.alone import Alone, sharing
+from lorakit.serve.model.around import Around, around
 from lorakit.serve.model.native import large_pages, padded
 from lorakit.serve.request import Refused
 from lorakit.serve.store import signature
@@ -69,7 +70,7 @@ class LayerTensors(NamedTuple):
         return ((column, tensor) for column, tensor in enumerate(self) if tensor is not None)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class PackedAdapter:
     """One adapter, ready to serve.
 
@@ -85,6 +86,7 @@ class PackedAdapter:
         rank: the largest rank of a layer.
         alone: what computes its rows where they take no part in the batch.
         why: why they do not.
+        around: its edits, where it has some.
         invocation: the tokens from whose last occurrence in a prompt on it acts; none: it acts from the first token on.
     """
 
@@ -100,12 +102,13 @@ class PackedAdapter:
     alone: Alone | None = None
     why: str = ""
     invocation: tuple[int, ...] = ()
+    around: Around | None = None
 
     @property
     def bytes(self) -> int:
         """Memory that it takes."""
         own = self.buffer.numel() * self.buffer.element_size() + self.parts.numel() * 8
-        return own if self.alone is None else self.alone.bytes
+        return own + sum(one.bytes for one in (self.alone, self.around) if one is not None)
 
     def start(self, prompt: Sequence[int]) -> int | None:
         """The position in a prompt from which on it acts (PEFT's rule for activated LoRA); None where it is not invoked."""
@@ -161,6 +164,7 @@ class AdapterReader:
         self.dtype = first.dtype if first.is_floating_point() else torch.bfloat16
         self.index = {path: number for number, path in enumerate([*linear_layers(model), *expert_stacks(model)])}
         self.unfit: frozenset[str] = frozenset()
+        self.windows = False
         self._lock = threading.Lock()
         self._built: dict[str, _Built] = {}
         self._number = 0
@@ -225,10 +229,13 @@ class AdapterReader:
 
     def _in_batch(self, name: str, folder: Path, bundle: Bundle) -> PackedAdapter:
         """An adapter as the batch reads it; Refused where no batch can share it."""
-        if store.stands_around(bundle):
+        kind = store.kind_of(bundle)
+        if kind == "edit" and self.formless != "refuse":
+            return self._edited(name, folder)
+        if kind != "delta":
             raise Refused(
-                f"adapter {name!r} acts around the model's calls or chooses by token, which is no change of a linear layer. "
-                "The operator can serve it with formless alone, by a forward of its own."
+                f"adapter {name!r} is {'an edit' if kind == 'edit' else 'a mixture whose experts are weighed token by token'}, "
+                "no change of a linear layer. The operator can serve it with formless alone."
             )
         if tokens_trained(folder):
             raise Refused(
@@ -246,6 +253,18 @@ class AdapterReader:
         else:
             built.places = store.refill(built.adapter, bundle, built.places)
         return self._packed(name, built.adapter)
+
+    def _edited(self, name: str, folder: Path) -> PackedAdapter:
+        """An adapter of edits as the batch reads it."""
+        adapter = store.load(self.skeleton, folder, name="served", active=False)
+        try:
+            edits = around(adapter, self.dtype)
+        finally:
+            for added in set(adapters(self.skeleton)) - {one.adapter.name for one in self._built.values()}:
+                detach(self.skeleton, added)
+        if edits.prefix and self.windows:
+            raise Refused(f"adapter {name!r} has a prefix, and this model's attention sees a window of its tokens.")
+        return replace(self._pack(name, {}, adapter.method.name, "form", 0.0), around=edits)
 
     def _packed(self, name: str, adapter: Adapter) -> PackedAdapter:
         for path, replacement in adapter.replacements():

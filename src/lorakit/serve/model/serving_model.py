@@ -13,6 +13,7 @@ import functools
 import inspect
 import logging
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -144,7 +145,8 @@ class ServingModel:
     def forward(self, batch: Batch, cache: Cache) -> Tensor:
         """The logits (wanted tokens, vocabulary) of a step; keys and values go into their pages."""
         batch.kernels = self.context.kernels
-        if self.graphs is not None and cache is self.graphs.cache and (logits := self.graphs.run(batch)) is not None:
+        graphs = self.graphs if batch.edits is None else None  # which have hooks, that no graph runs
+        if graphs is not None and cache is graphs.cache and (logits := graphs.run(batch)) is not None:
             return logits
         return self._forward(batch, cache)
 
@@ -157,7 +159,8 @@ class ServingModel:
         self.context.batch, self.context.cache, fused.THREAD.serving = batch, cache, True
         arguments: dict[str, Any] = {"logits_to_keep": batch.last} if self._keeps else {}
         try:
-            with torch.inference_mode(), no_search_for_texts():
+            edits = batch.edits.on(self.model) if batch.edits else nullcontext()
+            with torch.inference_mode(), no_search_for_texts(), edits:
                 found: Tensor = self.model(
                     input_ids=batch.ids, position_ids=batch.positions, use_cache=False, return_dict=True, **arguments
                 ).logits[0]
