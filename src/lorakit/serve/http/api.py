@@ -231,14 +231,17 @@ async def _models(request: Request) -> list[Model]:
         await run_in_threadpool(front.scan)
     base = [Model(id=front.name, created=front.created)] if tenant.base else []
     usable = await run_in_threadpool(front.usable, tenant)
-    return base + [Model(id=name, created=front.created, parent=front.name) for name in usable]
+    return base + [
+        Model(id=one.name, created=front.created, parent=front.name, how=one.how or None, reason=one.reason or None)
+        for one in usable
+    ]
 
 
 @router.get("/v1/models", responses=_UNKNOWN_KEY)
 async def models(request: Request) -> Models:
-    """The base model and the adapters that this key may use; without those that have turned out to be unusable, of which
-    /admin/adapters says why."""
-    return Models(data=await _models(request))
+    """The base model and the adapters that this key may use; those that cannot be served stand apart, with the reason."""
+    refused = await run_in_threadpool(front_of(request).refused, tenant_of(request))
+    return Models(data=await _models(request), refused=refused)
 
 
 @router.get("/v1/models/{model}", responses=_UNKNOWN_KEY | errors(e404="No such model for this key."))

@@ -360,6 +360,8 @@ class Model(BaseModel):
     created: int
     owned_by: Literal["lorakit"] = "lorakit"
     parent: str | None = Field(default=None, description="The base model, for an adapter.")
+    how: str | None = Field(default=None, description="How its rows are computed, once it has been read.")
+    reason: str | None = Field(default=None, description="Why they are computed apart from the batch, where they are.")
 
 
 class Models(BaseModel):
@@ -367,6 +369,7 @@ class Models(BaseModel):
 
     object: Literal["list"] = "list"
     data: list[Model]
+    refused: dict[str, str] = Field(default={}, description="Adapters that cannot be served, and why.")
 
 
 class ErrorBody(BaseModel):

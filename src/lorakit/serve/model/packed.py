@@ -33,7 +33,7 @@ from lorakit.core.storage.contract import finite
 from lorakit.core.uniform import is_product
 from lorakit.errors import LorakitError, unknown
 from lorakit.files import store
-from lorakit.files.bundle import CONTENT, TENSORS, Bundle, read_bundle
+from lorakit.files.bundle import CONTENT, TENSORS, Bundle, read_bundle, read_config, read_own
 from lorakit.files.vocabulary import tokens_trained
 from lorakit.serve.limits import check_files, without_path
 from lorakit.serve.model.alone import Alone, sharing
@@ -199,6 +199,27 @@ class AdapterReader:
             f"adapter {name!r}: its files changed three times while they were read; load it again when it is whole."
         )
 
+    def look(self, name: str, folder: Path) -> str:
+        """Why an adapter cannot be served, as far as its configuration alone says; "" where it says nothing against it."""
+        try:
+            check_files(folder)
+            self._kind(name, Bundle(folder, read_config(folder), read_own(folder), {}))
+        except Refused as refusal:
+            return "" if self.formless == "alone" else refusal.reason
+        except LorakitError as problem:
+            return f"adapter {name!r}: {without_path(str(problem), folder)}"
+        return ""
+
+    def _kind(self, name: str, bundle: Bundle) -> str:
+        """What an adapter is; Refused where no batch takes that."""
+        kind = store.kind_of(bundle)
+        if kind == "delta" or (kind == "edit" and self.formless != "refuse"):
+            return kind
+        raise Refused(
+            f"adapter {name!r} is {'an edit' if kind == 'edit' else 'a mixture whose experts are weighed token by token'}, "
+            "no change of a linear layer. The operator can serve it with formless alone."
+        )
+
     @torch.no_grad()
     def _read(self, name: str, folder: Path) -> PackedAdapter:
         check_files(folder)
@@ -229,14 +250,8 @@ class AdapterReader:
 
     def _in_batch(self, name: str, folder: Path, bundle: Bundle) -> PackedAdapter:
         """An adapter as the batch reads it; Refused where no batch can share it."""
-        kind = store.kind_of(bundle)
-        if kind == "edit" and self.formless != "refuse":
+        if self._kind(name, bundle) == "edit":
             return self._edited(name, folder)
-        if kind != "delta":
-            raise Refused(
-                f"adapter {name!r} is {'an edit' if kind == 'edit' else 'a mixture whose experts are weighed token by token'}, "
-                "no change of a linear layer. The operator can serve it with formless alone."
-            )
         if tokens_trained(folder):
             raise Refused(
                 f"adapter {name!r} has rows of its own in the embedding for tokens that it has trained; adapters are served in "
