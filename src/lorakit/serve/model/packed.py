@@ -165,6 +165,8 @@ class AdapterReader:
         self.index = {path: number for number, path in enumerate([*linear_layers(model), *expert_stacks(model)])}
         self.unfit: frozenset[str] = frozenset()
         self.windows = False
+        # layers that see only the tokens whose logits are wanted
+        self.heads = {path for path, module in model.named_modules() if module is model.get_output_embeddings()}  # type: ignore[operator]
         self._lock = threading.Lock()
         self._built: dict[str, _Built] = {}
         self._number = 0
@@ -288,6 +290,7 @@ class AdapterReader:
                 "share a forward with. Serve it from a base into which it is merged, or train it without modules_to_save."
             )
         layers: dict[int, LayerTensors] = {}
+        gains: dict[str, Tensor] = {}
         exactness, error = "form", 0.0
         for path, layer in adapter.layers.items():
             if layer.stack is not None:
@@ -303,9 +306,13 @@ class AdapterReader:
                     f"adapter {name!r} changes {path}, which does not see every token of a batch (an expert), so that "
                     "it cannot tell whose they are. Merge it into a base of its own."
                 )
-            parts = []
+            parts: list[LayerTensors] = []
             for site_name, delta in layer.deltas_of(adapter.name).items():
                 site = layer.sites[site_name]
+                gain = delta.input_gain() if path not in self.heads and not isinstance(site.layout, Rows) else None
+                if gain is not None:
+                    gains[path] = gain.detach().clone()
+                    continue
                 W = torch.empty(0)  # factors are served as they are; quantised weights cost time to read
                 if not is_product(delta):
                     W = site.layout.matrix(storage_of(layer.base, site.weight, path).read(layer.base, site.weight))
@@ -316,11 +323,14 @@ class AdapterReader:
                 parts.append(_whole(form, site))
                 exactness = max(exactness, how, key=("form", "dense", "svd").index)
                 error = max(error, lost)
-            layers[self.index[path]] = _joined(parts)
-        if not layers:
+            if parts:
+                layers[self.index[path]] = _joined(parts)
+        if not layers and not gains:
             raise Refused(f"adapter {name!r} changes no layer's weight, so there is nothing to serve in a batch.")
         packed = self._pack(name, layers, adapter.method.name, exactness, error)
-        return replace(packed, invocation=getattr(adapter.method, "invocation", ()))
+        size = sum(gain.numel() * gain.element_size() for gain in gains.values())
+        edits = Around(None, {}, {}, {}, 0, size, gains) if gains else None
+        return replace(packed, invocation=getattr(adapter.method, "invocation", ()), around=edits)
 
     def _experts(self, name: str, path: str, layer: Adapted, adapter: str) -> dict[int, LayerTensors]:
         """What an adapter adds to the stacks of one module of experts; an expert that it leaves alone gets zeros."""
