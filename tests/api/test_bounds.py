@@ -365,3 +365,4 @@ def test_an_adapter_whose_files_are_refused_is_offered_no_more(serve: Serve, tmp
         assert refused.json()["error"]["message"].startswith("adapter 'sql': ")
         assert str(tmp_path) not in refused.text
     assert offered() == ["tiny", "law"]
+    assert httpx.get(f"{served.url}/v1/models").json()["refused"] == {"sql": "planted"}

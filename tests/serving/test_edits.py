@@ -27,11 +27,13 @@ METHODS: dict[str, Any] = {
     "loreft": lk.LoReFT(rank=2, first=2, last=3),
     "lora": lk.LoRA(rank=3),
     "alora": lk.ALoRA(rank=3, invocation=(7, 8)),
+    "gain": lk.IA3(feedforward_modules=("down_proj", "gate_proj")),
 }
 BLENDS: list[dict[str, float]] = [
     {},
     *({name: 1.0} for name in METHODS),
     {"houlsby": 0.5, "lora": 0.5},
+    {"gain": 0.5},
     {"prompt": 1.0, "lora": 0.7, "parallel": -0.5},
     {"prompt": 1.0, "gated": -0.5},
     {"prefix": 1.0, "alora": 0.7, "loreft": 0.5},
@@ -48,6 +50,8 @@ SLOW = [pytest.param(kind, marks=pytest.mark.slow) for kind in ("gemma2", "gpt2"
 def store(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Path, Oracle]:
     base, folder = model(request.param), tmp_path_factory.mktemp("edits")
     for seed, (name, method) in enumerate(METHODS.items()):
+        if name == "gain" and request.param == "gpt2":
+            method = lk.IA3(feedforward_modules=("mlp.c_proj",))
         write_adapter(base, folder / name, method, std=0.4, seed=seed)
     return base, folder, Oracle(base, folder)
 
@@ -128,6 +132,7 @@ def test_what_stands_before_a_prompt_is_shared_and_counts(store: Any) -> None:
     for words, blend in (
         ("has one such adapter, by the weight 1", {"prompt": 1.0, "p-tuning": 1.0}),
         ("has one such adapter, by the weight 1", {"prompt": 0.5}),
+        ("scales inputs, which others", {"gain": 0.5, "lora": 0.5}),
         ("matrices, which another adapter of this blend changes", {"lora": 0.5, "gated": 0.5}),
     ):
         refused = engine.submit(greedy(words + str(blend), TEXT, blend, 2))

@@ -300,3 +300,19 @@ def test_what_was_changed_afterwards_is_refused_in_every_way_of_reading(base: An
     with pytest.raises(Refused, match="a NaN or an infinity"):
         one.read("nan", tmp_path / "nan")
     assert torch.equal(one.read("d", tmp_path / "d").buffer, AdapterReader(base).read("d", tmp_path / "d").buffer)
+
+
+def test_what_cannot_be_served_is_said_at_the_start(base: Any, tmp_path: Path) -> None:
+    """By its configuration alone, before anybody asks; the others are left on disk."""
+    write_adapter(base, tmp_path / "good")
+    write_adapter(base, tmp_path / "edit", lk.Bottleneck(size=3))
+    write_adapter(base, tmp_path / "shadow")
+    for name in ("lorakit.json", "adapter_config.json"):
+        (tmp_path / "shadow" / name).unlink()
+    (tmp_path / "shadow" / "adapter_config.json").write_text('{"peft_type": "SHADOW"}')
+    pool = pool_of(base, tmp_path, formless="refuse")
+    pool._looking.join(20)
+    assert {info.name: info.state for info in pool.all()} == {"good": "on disk", "edit": "refused", "shadow": "refused"}
+    assert "is an edit" in pool.info("edit").reason
+    assert "SHADOW" in pool.info("shadow").reason
+    pool.stop()

@@ -316,6 +316,10 @@ class Delta(nn.Module, ABC):
             return call.linear(call.W + self.dense(call.W))
         return None
 
+    def input_gain(self) -> Tensor | None:
+        """What multiplies the layer's input (in,), where that is all that the delta does; else None."""
+        return None
+
     def form(self, W: Tensor, b: Tensor | None) -> Form:
         """The delta lowered for serving, or LorakitError where it has no such form."""
         raise LorakitError(

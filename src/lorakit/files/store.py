@@ -288,7 +288,8 @@ def _activate(model: nn.Module, name: str) -> None:
 
 
 def kind_of(bundle: Bundle) -> Literal["delta", "edit", "mixture"]:
-    """What a folder holds: changes of weights, something around a model's calls, or experts that are weighed by token."""
+    """What a folder holds, by its configuration: changes of weights, something around a model's calls, or experts that are
+    weighed by token. LorakitError where that is nothing that lorakit reads."""
     if bundle.own.get("members"):
         return "mixture"
     method = _method(bundle, lambda message: None)

@@ -123,6 +123,9 @@ class InputGain(Delta):
     def dense(self, W: Tensor) -> Tensor:
         return W * (self.l - 1).repeat_interleave(self.shape.taps)
 
+    def input_gain(self) -> Tensor | None:
+        return self.l if self.shape.taps == 1 else None
+
     def act(self, call: Call) -> Tensor:
         return self._scaled(call, self.l - 1)
 

@@ -138,26 +138,29 @@ class Pool(AdapterStore[PoolEntry]):
     ) -> None:
         self.budget = budget
         self.hits = self.misses = self.loads = self.evictions = 0
-        self._changed = changed
+        self._changed, self._stopped = changed, False
         self._uses = itertools.count(1)
         self._jobs: queue.SimpleQueue[PoolEntry | None] = queue.SimpleQueue()
         self._threads = [
             threading.Thread(target=self._work, args=(reader,), name=f"lorakit-load-{number}", daemon=True)
             for number, reader in enumerate(readers)
         ]
+        self._look = readers[0].look
+        self._looking = threading.Thread(target=self._look_through, name="lorakit-look", daemon=True)
         super().__init__(folder, PoolEntry)
 
     def start(self) -> None:
-        """Start the reading threads."""
-        for thread in self._threads:
-            if not thread.is_alive():
+        """Start the reading threads, and look through the store for what cannot be served."""
+        for thread in (*self._threads, self._looking):
+            if thread.ident is None:
                 thread.start()
 
     def stop(self) -> None:
         """End the reading threads when they have read what they began."""
+        self._stopped = True
         for _ in self._threads:
             self._jobs.put(None)
-        for thread in self._threads:
+        for thread in (*self._threads, self._looking):
             if thread.is_alive():
                 thread.join(timeout=30)
 
@@ -341,6 +344,23 @@ class Pool(AdapterStore[PoolEntry]):
         return True
 
     # -- the reading threads ---------------------------------------------------------------------------------------------
+    def _look_through(self) -> None:
+        """Say of every adapter at the start whether its configuration alone shows that it cannot be served."""
+        with self._lock:
+            entries = list(self._entries.values())
+        for entry in entries:
+            if self._stopped or not isinstance(entry.now, OnDisk):
+                continue
+            before = signature(entry.folder)
+            try:
+                reason = self._look(entry.name, entry.folder)
+            except Exception:  # whoever reads it will say what is wrong
+                continue
+            with self._lock:
+                if reason and isinstance(entry.now, OnDisk):
+                    entry.now = Unusable(reason, before)
+                    log.warning("serve: refused: %s", reason)
+
     def _work(self, reader: AdapterReader) -> None:
         native.alone()
         while (entry := self._jobs.get()) is not None:

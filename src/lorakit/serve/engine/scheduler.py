@@ -111,6 +111,9 @@ class Job:
         if len(fronts) > 1 or any(weight != 1 for *_, weight in fronts):
             names = " and ".join(repr(name) for name, *_ in fronts)
             return f"adapter {names} puts tokens before the prompt, so that a request has one such adapter, by the weight 1."
+        scaled = [adapter.name for adapter, own, _ in edited if own.gains]
+        if scaled and len(blend) > 1:
+            return f"adapter {scaled[0]!r} scales inputs, which others of a blend would see; ask for it alone."
         gated = [adapter.name for adapter, own, _ in edited if own.gated]
         if gated and any(adapter.layers for adapter, _ in blend):
             return (

@@ -38,6 +38,7 @@ from lorakit.serve.http.guard import KEY, Guard
 from lorakit.serve.http.tenants import Tenant
 from lorakit.serve.http.text import encode_messages, encode_prompt
 from lorakit.serve.http.tokens import router as tokens
+from lorakit.serve.request import AdapterInfo
 
 _UNKNOWN_KEY = errors(e401="No key, or a wrong one.")
 _ERRORS = _UNKNOWN_KEY | errors(
@@ -233,21 +234,29 @@ async def _models(request: Request) -> list[Model]:
         await run_in_threadpool(front.scan)
     common: dict[str, Any] = {"created": front.created, "root": front.name, "max_model_len": front.engine.context}
     base = [Model(id=front.name, **common)] if tenant.base else []
-    infos = {info.name: info for info in await run_in_threadpool(front.engine.adapters.all)}
 
-    def about(name: str) -> dict[str, str | int] | None:
-        info = infos.get(name)
-        return {"method": info.method, "rank": info.rank, "content": info.content} if info and info.content else None
+    def about(info: AdapterInfo) -> dict[str, str | int] | None:
+        return {"method": info.method, "rank": info.rank, "content": info.content} if info.content else None
 
     usable = await run_in_threadpool(front.usable, tenant)
-    return base + [Model(id=name, parent=front.name, lorakit=about(name), **common) for name in usable]
+    return base + [
+        Model(
+            id=one.name,
+            parent=front.name,
+            lorakit=about(one),
+            how=one.how or None,
+            reason=one.reason or None,
+            **common,
+        )
+        for one in usable
+    ]
 
 
 @router.get("/v1/models", responses=_UNKNOWN_KEY)
 async def models(request: Request) -> Models:
-    """The base model and the adapters that this key may use; without those that have turned out to be unusable, of which
-    /admin/adapters says why."""
-    return Models(data=await _models(request))
+    """The base model and the adapters that this key may use; those that cannot be served stand apart, with the reason."""
+    refused = await run_in_threadpool(front_of(request).refused, tenant_of(request))
+    return Models(data=await _models(request), refused=refused)
 
 
 @router.get("/v1/models/{model:path}", responses=_UNKNOWN_KEY | errors(e404="No such model for this key."))

@@ -436,6 +436,8 @@ class Model(BaseModel):
     lorakit: dict[str, str | int] | None = Field(
         default=None, description="Of an adapter that has been read: its method, its rank, and a digest of its files."
     )
+    how: str | None = Field(default=None, description="How its rows are computed, once it has been read.")
+    reason: str | None = Field(default=None, description="Why they are computed apart from the batch, where they are.")
 
 
 class Models(BaseModel):
@@ -443,6 +445,7 @@ class Models(BaseModel):
 
     object: Literal["list"] = "list"
     data: list[Model]
+    refused: dict[str, str] = Field(default={}, description="Adapters that cannot be served, and why.")
 
 
 class ErrorBody(BaseModel):

@@ -118,8 +118,8 @@ async def _sglang(request: Request, act: Any) -> dict[str, Any]:
 @router.get("/lora-adapters")
 async def lora_adapters(request: Request) -> list[dict[str, Any]]:
     """llama.cpp's: the adapters that this key may use. `id` goes into `lora` of a request."""
-    names = await run_in_threadpool(front_of(request).usable, tenant_of(request))
-    return [{"id": number_of(name), "path": name, "scale": 0.0} for name in names]
+    usable = await run_in_threadpool(front_of(request).usable, tenant_of(request))
+    return [{"id": number_of(one.name), "path": one.name, "scale": 0.0} for one in usable]
 
 
 @router.post("/lora-adapters")

@@ -22,7 +22,7 @@ from lorakit.serve.http.metrics import Metrics
 from lorakit.serve.http.tenants import ANYONE, Tenant, Tenants
 from lorakit.serve.http.text import TokenTexts
 from lorakit.serve.limits import check_files, without_path
-from lorakit.serve.request import Engine, Request, Sampling, Ticket, UnknownAdapter
+from lorakit.serve.request import AdapterInfo, Engine, Request, Sampling, Ticket, UnknownAdapter
 
 log = logging.getLogger("lorakit")
 
@@ -206,10 +206,17 @@ class Front:
         """The names of all adapters that a tenant may use."""
         return [name for name in self.engine.adapters.names() if tenant.may_use(name) and name not in self.reserved]
 
-    def usable(self, tenant: Tenant) -> list[str]:
+    def usable(self, tenant: Tenant) -> list[AdapterInfo]:
         """Of these, the ones that have not turned out to be unusable."""
-        refused = {info.name for info in self.engine.adapters.all() if info.state == "refused"}
-        return [name for name in self.allowed(tenant) if name not in refused]
+        allowed = set(self.allowed(tenant))
+        return [info for info in self.engine.adapters.all() if info.name in allowed and info.state != "refused"]
+
+    def refused(self, tenant: Tenant) -> dict[str, str]:
+        """Of these, the ones that have, and why."""
+        allowed = set(self.allowed(tenant))
+        return {
+            one.name: one.reason for one in self.engine.adapters.all() if one.name in allowed and one.state == "refused"
+        }
 
     def scan(self) -> bool:
         """Look for new folders in the store, unless that was done a moment ago; whether it was done now."""

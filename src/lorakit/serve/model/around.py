@@ -3,6 +3,7 @@
     prompt rows      embeddings in place of token ids, at the positions before the text
     prefixes         tokens before the text whose keys and values are given, whatever the layers make of them
     gated prompts    a softmax of their own beside the attention's (LLaMA-Adapter)
+    input gains      the input of a linear layer, times numbers of its own (IA3)
     changes          something added to what a module gives, for all tokens or for chosen ones (bottlenecks, LoReFT)
 
 Rows with prompts and prefixes thus have further tokens, with negative ids, and pages for them, which requests of the same
@@ -38,6 +39,7 @@ class Around:
         changes: where something is added, and what.
         tokens: how many tokens stand before the text.
         bytes: memory that all this takes.
+        gains: linear layer -> (in,), what multiplies its input.
     """
 
     rows: Tensor | None
@@ -46,6 +48,7 @@ class Around:
     changes: Mapping[Place, Change]
     tokens: int
     bytes: int
+    gains: Mapping[str, Tensor] = field(default_factory=dict)
 
     def chosen(self, before: int, prompt: int) -> frozenset[int] | None:
         """The positions of a request at which its changes act, its prompt of so many tokens standing behind `before` others;
@@ -142,6 +145,8 @@ class Edits:
                 return output
 
             handles.append(model.get_input_embeddings().register_forward_hook(embed))
+        for path in dict.fromkeys(path for one in self.rows for path in one.around.gains):
+            handles.append(model.get_submodule(path).register_forward_pre_hook(self._scaling(path)))
         for place in dict.fromkeys(place for one in self.rows for place in one.around.changes):
             if place.source:
                 source = model.get_submodule(place.source)
@@ -152,6 +157,18 @@ class Edits:
         finally:
             for handle in handles:
                 handle.remove()
+
+    def _scaling(self, path: str) -> Any:
+        def scale(module: nn.Module, args: tuple[Any, ...]) -> Any:
+            x = args[0].clone()
+            flat = x.view(-1, x.shape[-1])
+            for one in self.rows:
+                gain = one.around.gains.get(path)
+                if gain is not None:
+                    flat[one.tokens] *= (gain if one.weight == 1 else 1 + one.weight * (gain - 1)).to(x)
+            return (x, *args[1:])
+
+        return scale
 
     def _keeping(self, place: Place) -> Any:
         def keep(module: nn.Module, args: tuple[Any, ...]) -> None:

@@ -142,8 +142,8 @@ def attend(
             query, key, value = query.contiguous(), key.contiguous(), value.contiguous()
         on = batch.on_gpu
         where = (keys, values, on.table, on.row, on.place, on.tiles, TILE)
-        return paged.attend(query, key, value, *where, scale, asked.softcap, asked.window, sinks)
-    if context.compiled and (function := native.find("attend", query.dtype)) is not None:
+        out = paged.attend(query, key, value, *where, scale, asked.softcap, asked.window, sinks)
+    elif context.compiled and (function := native.find("attend", query.dtype)) is not None:
         if not query.stride(3) == key.stride(3) == value.stride(3) == 1:
             query, key, value = query.contiguous(), key.contiguous(), value.contiguous()
         out = query.new_empty(1, tokens, heads, dv)
@@ -154,18 +154,16 @@ def attend(
             *batch.addresses, heads, key_heads, d, dv, scale, asked.softcap, asked.window, asked.address,
         )
         # fmt: on
-        if edits is not None:
-            edits.beside(layer, query, scale, out)
-        return out
-    pieces = []
-    for (first, count), pages in zip(batch.spans, batch.pages, strict=True):
-        part = slice(first, first + count)
-        start = int(batch.place[first])
-        _write(keys, values, pages, start, key[0, :, part], value[0, :, part])
-        seen = -(-(start + count) // PAGE)
-        k, v = gathered(keys, values, torch.tensor(pages[:seen], device=keys.device))
-        pieces.append(_attend_run(query[0, :, part], k, v, start, scale, softcap, sliding_window, sinks))
-    out = torch.cat(pieces, 0)[None]
+    else:
+        pieces = []
+        for (first, count), pages in zip(batch.spans, batch.pages, strict=True):
+            part = slice(first, first + count)
+            start = int(batch.place[first])
+            _write(keys, values, pages, start, key[0, :, part], value[0, :, part])
+            seen = -(-(start + count) // PAGE)
+            k, v = gathered(keys, values, torch.tensor(pages[:seen], device=keys.device))
+            pieces.append(_attend_run(query[0, :, part], k, v, start, scale, softcap, sliding_window, sinks))
+        out = torch.cat(pieces, 0)[None]
     if edits is not None:
         edits.beside(layer, query, scale, out)
     return out

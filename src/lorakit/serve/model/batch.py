@@ -106,9 +106,9 @@ class Mixture:
     weights: Tensor
     kinds: np.ndarray[Any, np.dtype[np.int64]]
     touched: list[bool]
+    edited: bool = False
     slots: int = 1
     rank: int = 1
-    edited: bool = False
     _moved: dict[torch.device, tuple[Tensor, Tensor]] = field(default_factory=dict, repr=False)
 
     def to(self, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -146,8 +146,8 @@ class Batch:
     pages: list[Sequence[int]]
     wanted: list[int]
     mixture: Mixture | None = None
-    kernels: bool = False
     edits: Edits | None = None
+    kernels: bool = False
 
     @functools.cached_property
     def tiles_of_tokens(self) -> tuple[Tensor, Tensor]:

@@ -33,7 +33,7 @@ from lorakit.core.storage.contract import finite
 from lorakit.core.uniform import is_product
 from lorakit.errors import LorakitError, unknown
 from lorakit.files import store
-from lorakit.files.bundle import CONTENT, TENSORS, Bundle, read_bundle
+from lorakit.files.bundle import CONTENT, TENSORS, Bundle, read_bundle, read_config, read_own
 from lorakit.files.vocabulary import tokens_trained
 from lorakit.serve.limits import check_files, without_path
 from lorakit.serve.model.alone import Alone, sharing
@@ -165,6 +165,8 @@ class AdapterReader:
         self.index = {path: number for number, path in enumerate([*linear_layers(model), *expert_stacks(model)])}
         self.unfit: frozenset[str] = frozenset()
         self.windows = False
+        # layers that see only the tokens whose logits are wanted
+        self.heads = {path for path, module in model.named_modules() if module is model.get_output_embeddings()}  # type: ignore[operator]
         self._lock = threading.Lock()
         self._built: dict[str, _Built] = {}
         self._number = 0
@@ -199,6 +201,27 @@ class AdapterReader:
             f"adapter {name!r}: its files changed three times while they were read; load it again when it is whole."
         )
 
+    def look(self, name: str, folder: Path) -> str:
+        """Why an adapter cannot be served, as far as its configuration alone says; "" where it says nothing against it."""
+        try:
+            check_files(folder)
+            self._kind(name, Bundle(folder, read_config(folder), read_own(folder), {}))
+        except Refused as refusal:
+            return "" if self.formless == "alone" else refusal.reason
+        except LorakitError as problem:
+            return f"adapter {name!r}: {without_path(str(problem), folder)}"
+        return ""
+
+    def _kind(self, name: str, bundle: Bundle) -> str:
+        """What an adapter is; Refused where no batch takes that."""
+        kind = store.kind_of(bundle)
+        if kind == "delta" or (kind == "edit" and self.formless != "refuse"):
+            return kind
+        raise Refused(
+            f"adapter {name!r} is {'an edit' if kind == 'edit' else 'a mixture whose experts are weighed token by token'}, "
+            "no change of a linear layer. The operator can serve it with formless alone."
+        )
+
     @torch.no_grad()
     def _read(self, name: str, folder: Path) -> PackedAdapter:
         check_files(folder)
@@ -229,14 +252,8 @@ class AdapterReader:
 
     def _in_batch(self, name: str, folder: Path, bundle: Bundle) -> PackedAdapter:
         """An adapter as the batch reads it; Refused where no batch can share it."""
-        kind = store.kind_of(bundle)
-        if kind == "edit" and self.formless != "refuse":
+        if self._kind(name, bundle) == "edit":
             return self._edited(name, folder)
-        if kind != "delta":
-            raise Refused(
-                f"adapter {name!r} is {'an edit' if kind == 'edit' else 'a mixture whose experts are weighed token by token'}, "
-                "no change of a linear layer. The operator can serve it with formless alone."
-            )
         if tokens_trained(folder):
             raise Refused(
                 f"adapter {name!r} has rows of its own in the embedding for tokens that it has trained; adapters are served in "
@@ -273,6 +290,7 @@ class AdapterReader:
                 "share a forward with. Serve it from a base into which it is merged, or train it without modules_to_save."
             )
         layers: dict[int, LayerTensors] = {}
+        gains: dict[str, Tensor] = {}
         exactness, error = "form", 0.0
         for path, layer in adapter.layers.items():
             if layer.stack is not None:
@@ -288,9 +306,13 @@ class AdapterReader:
                     f"adapter {name!r} changes {path}, which does not see every token of a batch (an expert), so that "
                     "it cannot tell whose they are. Merge it into a base of its own."
                 )
-            parts = []
+            parts: list[LayerTensors] = []
             for site_name, delta in layer.deltas_of(adapter.name).items():
                 site = layer.sites[site_name]
+                gain = delta.input_gain() if path not in self.heads and not isinstance(site.layout, Rows) else None
+                if gain is not None:
+                    gains[path] = gain.detach().clone()
+                    continue
                 W = torch.empty(0)  # factors are served as they are; quantised weights cost time to read
                 if not is_product(delta):
                     W = site.layout.matrix(storage_of(layer.base, site.weight, path).read(layer.base, site.weight))
@@ -301,11 +323,14 @@ class AdapterReader:
                 parts.append(_whole(form, site))
                 exactness = max(exactness, how, key=("form", "dense", "svd").index)
                 error = max(error, lost)
-            layers[self.index[path]] = _joined(parts)
-        if not layers:
+            if parts:
+                layers[self.index[path]] = _joined(parts)
+        if not layers and not gains:
             raise Refused(f"adapter {name!r} changes no layer's weight, so there is nothing to serve in a batch.")
         packed = self._pack(name, layers, adapter.method.name, exactness, error)
-        return replace(packed, invocation=getattr(adapter.method, "invocation", ()))
+        size = sum(gain.numel() * gain.element_size() for gain in gains.values())
+        edits = Around(None, {}, {}, {}, 0, size, gains) if gains else None
+        return replace(packed, invocation=getattr(adapter.method, "invocation", ()), around=edits)
 
     def _experts(self, name: str, path: str, layer: Adapted, adapter: str) -> dict[int, LayerTensors]:
         """What an adapter adds to the stacks of one module of experts; an expert that it leaves alone gets zeros."""

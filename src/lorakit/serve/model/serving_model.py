@@ -145,7 +145,8 @@ class ServingModel:
     def forward(self, batch: Batch, cache: Cache) -> Tensor:
         """The logits (wanted tokens, vocabulary) of a step; keys and values go into their pages."""
         batch.kernels = self.context.kernels
-        if self.graphs is not None and cache is self.graphs.cache and (logits := self.graphs.run(batch)) is not None:
+        graphs = self.graphs if batch.edits is None else None  # which have hooks, that no graph runs
+        if graphs is not None and cache is graphs.cache and (logits := graphs.run(batch)) is not None:
             return logits
         return self._forward(batch, cache)
 
