@@ -166,7 +166,8 @@ class AdapterReader:
         self.unfit: frozenset[str] = frozenset()
         self.windows = False
         # layers that see only the tokens whose logits are wanted
-        self.heads = {path for path, module in model.named_modules() if module is model.get_output_embeddings()}  # type: ignore[operator]
+        head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None  # type: ignore[operator]
+        self.heads = {path for path, module in model.named_modules() if module is head}
         self._lock = threading.Lock()
         self._built: dict[str, _Built] = {}
         self._number = 0
