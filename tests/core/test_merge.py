@@ -99,8 +99,8 @@ def test_merged_nests_and_restores_in_any_order_of_failure() -> None:
     def fails() -> None:
         with lk.merged(model, "one"):
             assert torch.allclose(logits(model), both, atol=1e-12)  # "two" stays active beside it
-            with lk.use(model, None):
-                assert torch.allclose(logits(model), one, atol=1e-12)
+            with pytest.raises(LorakitError, match="merged into the weights"), lk.use(model, None):
+                pass  # this is not the base
             with lk.merged(model, "two"):
                 assert torch.allclose(logits(model), both, atol=1e-12)
                 raise KeyError("anything")
@@ -109,8 +109,10 @@ def test_merged_nests_and_restores_in_any_order_of_failure() -> None:
         fails()
     assert same(model, before)
     assert all(parameter is objects[name] for name, parameter in model.named_parameters())
-    with lk.merged(model, "one"), lk.merged(model, "two"), lk.use(model, None):
+    with lk.merged(model, "one"), lk.merged(model, "two"):
         assert torch.allclose(logits(model), both, atol=1e-12)
+    with lk.use(model, None), lk.merged(model, "one"):  # switched off before, "two" does not act beside it
+        assert torch.allclose(logits(model), one, atol=1e-12)
     assert same(model, before)
     assert all(parameter is objects[name] for name, parameter in model.named_parameters())
 

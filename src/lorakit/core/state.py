@@ -101,7 +101,7 @@ class ModelState:
         if self.merged and routing.asks_for_base:
             raise LorakitError(
                 f"use: adapter {min(self.merged)!r} is merged into the weights just now, so that the model is not its base; "
-                "leave `merged` first."
+                "leave `merged` first. What shall not act beside it is switched off before."
             )
         if self.edits is not None:
             self.edits.check(routing)
