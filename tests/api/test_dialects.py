@@ -137,3 +137,36 @@ def test_the_dashboard_shows_metrics_that_there_are(serve: Callable[..., Served]
     }
     assert asked
     assert asked <= shown
+
+
+def test_an_alias_its_shares_and_the_way_back(serve: Callable[..., Served]) -> None:
+    served = serve(StubEngine(["v1", "v2"]))
+
+    def adapter(user: str) -> str:
+        served.client().completions.create(model="sql", prompt="x", max_tokens=1, user=user)
+        return next(iter(served.engine.tickets[-1].request.blend))  # type: ignore[attr-defined]
+
+    users = [f"user {number}" for number in range(60)]
+    assert ask(served, "/admin/aliases/sql", {"adapters": {"v1": 1.0}}) == (200, {"sql": {"v1": 1.0}})
+    assert {adapter(one) for one in users[:5]} == {"v1"}
+    ask(served, "/admin/aliases/sql", {"adapters": {"v1": 0.8, "v2": 0.2}})
+    few = {one for one in users if adapter(one) == "v2"}
+    assert 2 <= len(few) <= 25
+    assert {one for one in users if adapter(one) == "v2"} == few
+    ask(served, "/admin/aliases/sql", {"adapters": {"v1": 0.4, "v2": 0.6}})
+    assert few < {one for one in users if adapter(one) == "v2"}
+    assert ask(served, "/admin/aliases/sql/rollback", {})[1] == {"sql": {"v1": 0.8, "v2": 0.2}}
+    assert {one for one in users if adapter(one) == "v2"} == few
+    for path, body, status, param in [
+        ("/admin/aliases/v1", {"adapters": {"v2": 1.0}}, 400, "name"),
+        ("/admin/aliases/base", {"adapters": {"v2": 1.0}}, 400, "name"),
+        ("/admin/aliases/x", {"adapters": {"no": 1.0}}, 404, "adapters.no"),
+        ("/admin/aliases/x", {"adapters": {"v1": 0.5}}, 400, "adapters"),
+        ("/admin/aliases/x/rollback", {}, 404, "name"),
+    ]:
+        found, answer = ask(served, path, body)
+        assert (found, answer["error"]["param"]) == (status, param)
+    for _ in range(2):
+        ask(served, "/admin/aliases/sql/rollback", {})
+    with pytest.raises(openai.NotFoundError):
+        adapter("anybody")

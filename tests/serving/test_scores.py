@@ -27,7 +27,8 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
     base = model()
     for seed, name in enumerate(["one", "two"]):
         write_adapter(base, folder / name, seed=seed)
-    write_adapter(base, folder / "alone", lk.PromptTuning(tokens=3))
+    write_adapter(base, folder / "front", lk.PromptTuning(tokens=3))
+    write_adapter(base, folder / "alone", lk.SHiRA(rank=2))
     return folder
 
 
@@ -94,7 +95,7 @@ def test_every_prompt_of_a_mixed_batch(store: Path, monkeypatch: pytest.MonkeyPa
         return logits
 
     engine.model.forward = watched  # type: ignore[method-assign]
-    blends: list[dict[str, float]] = [{}, {"one": 1.0}, {"two": 1.0}, {"one": 0.7, "two": 0.3}]
+    blends: list[dict[str, float]] = [{}, {"one": 1.0}, {"front": 1.0}, {"one": 0.7, "two": 0.3}]
     asked = [scored(n, prompt(n, 5 + 9 * n), blends[n % 4], count=n % 3) for n in range(6)]
     tickets = [engine.submit(one) for one in [*asked, greedy(9, prompt(9, 40), {"one": 1.0}, 12)]]
     run(engine, tickets)

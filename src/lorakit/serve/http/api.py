@@ -19,6 +19,7 @@ from lorakit import __version__
 from lorakit.errors import LorakitError
 from lorakit.files.prompt import Prompter
 from lorakit.serve.http.admin import router as admin
+from lorakit.serve.http.alias_admin import router as aliases
 from lorakit.serve.http.answer import Chat, Completion, Shape, respond
 from lorakit.serve.http.bodies import (
     ChatAnswer,
@@ -75,7 +76,7 @@ def application(front: Front, lifespan: Callable[[Any], Any] | None = None) -> F
         lifespan=lifespan or _nothing,
     )
     app.state.front = front
-    for part in (public, router, tokens, dialects, admin):
+    for part in (public, router, tokens, dialects, aliases, admin):
         app.include_router(part)
     app.add_exception_handler(RequestValidationError, _invalid)
     app.add_exception_handler(HTTPException, _http)

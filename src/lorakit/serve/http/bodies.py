@@ -14,7 +14,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstra
 from lorakit.serve.request import AdapterInfo
 
 INERT = frozenset(
-    {"user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "prompt_cache_retention",
+    {"metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "prompt_cache_retention",
      "prompt_cache_options", "prediction", "parallel_tool_calls"}
 )  # fmt: skip
 """Parameters that change nothing about the answer."""
@@ -157,6 +157,9 @@ class Generation(Strict):
     repetition_penalty: float | None = Field(default=None, ge=0.01, le=100)
     cache_salt: Annotated[Text, StringConstraints(min_length=1, max_length=1024)] | None = Field(
         default=None, description="Prompts share cached beginnings with those of the same salt alone."
+    )
+    user: Text | None = Field(
+        default=None, description="Of several adapters behind an alias, a user gets always the same."
     )
     stream: bool | None = None
     stream_options: StreamOptions | None = None

@@ -16,6 +16,7 @@ from starlette.requests import HTTPConnection
 
 from lorakit.errors import LorakitError
 from lorakit.files.prompt import Prompter, Prompts
+from lorakit.serve.http.aliases import Aliases
 from lorakit.serve.http.bodies import ChatRequest, CompletionRequest, Generation
 from lorakit.serve.http.faults import Fault, too_long
 from lorakit.serve.http.metrics import Metrics
@@ -106,6 +107,7 @@ class Front:
     def __post_init__(self) -> None:
         self.prompts = Prompts(self.tokenizer, check_files)
         self.token_texts = TokenTexts(self.tokenizer)
+        self.aliases = Aliases()
         self.metrics.watch(self.engine)
         self.reserved = frozenset({self.name, "base", *self.also})
         self._said: set[str] = set()
@@ -141,8 +143,12 @@ class Front:
             if not tenant.base:
                 raise self._absent(asked.model, tenant, "model")
             return {}
-        self._known(asked.model, tenant, "model")
-        return {asked.model: 1.0}
+        who = (asked.user if isinstance(asked, Generation) else None) or tenant.name
+        name = self.aliases.find(asked.model, who) or asked.model
+        if not tenant.may_use(name):  # the answer is the same whether the name is an alias or nothing
+            raise self._absent(asked.model, tenant, "model")
+        self._known(name, tenant, "model")
+        return {name: 1.0}
 
     def _named(self, asked: Generation, tenant: Tenant) -> tuple[str, dict[str, float] | None]:
         """The parameter by which a request names adapters beside `model`, and their weights; None where there is none."""
