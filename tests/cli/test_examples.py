@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from click.testing import Result
 from jsonschema import Draft202012Validator, ValidationError
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from conftest import MODEL
 from lorakit.core.options import options_of
@@ -21,6 +24,7 @@ from lorakit.train.config.choices import METHOD
 from lorakit.train.config.document import dump, parse_document
 from lorakit.train.config.run import TrainConfig, load_config, to_tree
 from lorakit.train.config.schema import json_schema
+from lorakit.train.metrics import pearson
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 RECIPES = sorted(EXAMPLES.glob("*.yaml"))
@@ -100,3 +104,38 @@ def test_a_prompt_trains_as_its_recipe_says(tmp_path: Path, lorakit: Callable[..
     assert "prompt-tuning" in seen.stdout
     assert "11,520" in seen.stdout
     assert (tmp_path / "out" / "adapter_model.safetensors").stat().st_size < 50_000
+
+
+@pytest.mark.model
+@pytest.mark.slow
+def test_ratings_are_learned_predicted_and_merged(tmp_path: Path, lorakit: Callable[..., Result]) -> None:
+    """The recipe in a small setting: better than the base, predicted as it was evaluated, the same merged."""
+    rows, encoder = MODEL.parent / "ratings", MODEL.parent / "all-MiniLM-L6-v2"
+    if not (rows / "held_out.jsonl").exists() or not (encoder / "config.json").exists():
+        pytest.skip("the encoder and the ratings are not fetched; `make data` does")
+    out, merged, held = tmp_path / "out", tmp_path / "merged", tmp_path / "held.jsonl"
+    lines = (rows / "held_out.jsonl").read_text().splitlines(keepends=True)[:100]
+    held.write_text("".join(lines))
+    short = ["--train.max-steps", "40", "--data.limit", "640", "--train.compile", "off", "--train.precision", "fp32"]
+    short += ["--model", str(encoder), "--data.train", str(rows / "train.jsonl"), "--data.evaluation", str(held)]
+    done = lorakit("train", str(EXAMPLES / "ratings.yaml"), *short, "--train.output", str(out))
+    assert done.exit_code == 0, done.output
+    record = json.loads((out / "lorakit.json").read_text())["record"]
+    before, after = record["before"], record["after"]
+    assert after["loss"] < 0.8 * before["loss"]
+    assert after["pearson"] > before["pearson"] + 0.3
+
+    def answers(*arguments: str) -> list[float]:
+        given = lorakit("predict", *arguments, str(held), "-o", str(tmp_path / "given.jsonl"), "--overwrite")
+        assert given.exit_code == 0, given.output
+        return [json.loads(line)["prediction"] for line in (tmp_path / "given.jsonl").read_text().splitlines()]
+
+    labels, found = [json.loads(line)["label"] for line in lines], answers(str(out))
+    assert pearson(found, labels) == pytest.approx(after["pearson"], abs=1e-5)
+    assert lorakit("merge", str(encoder), str(out), "--output", str(merged)).exit_code == 0
+    model: Any = AutoModelForSequenceClassification.from_pretrained(merged).eval()
+    tokenizer = AutoTokenizer.from_pretrained(merged)
+    asked = tokenizer([json.loads(line)["text"] for line in lines[:8]], return_tensors="pt", padding=True)
+    with torch.no_grad():
+        whole = model(**asked).logits[:, 0]
+    torch.testing.assert_close(whole, torch.tensor(found[:8]), rtol=1e-3, atol=1e-3)
