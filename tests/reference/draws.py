@@ -123,6 +123,8 @@ def draw(seed: int, base: Any) -> str:
         try:
             back = peft.PeftModel.from_pretrained(twin(base), str(Path(folder) / "own")).eval()
         except RuntimeError as error:  # an error is no wrong number, and is counted by itself
+            if name == "HiraConfig" and options["rank_pattern"]:  # see test_wrong_behaviours.py
+                return "same but for PEFT, which builds HiRA's layers without its rank_pattern"
             return f"refused by PEFT reading lorakit's file: {name}, {str(error).splitlines()[-1].strip()[:40]}"
         if (far := _apart(name, logits(back, "llama"), wanted)) > 1:
             return f"WRONG: {name} {options} read by PEFT is {far:.1e} of rounding apart"

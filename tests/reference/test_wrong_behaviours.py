@@ -423,3 +423,31 @@ def test_unmerging_restores_the_very_bits(dtype: torch.dtype) -> None:
         same, value = before[key]
         assert one is same
         assert torch.equal(one, value), key
+
+
+def test_hira_has_the_ranks_of_its_pattern(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """PEFT 0.21 takes HiRA's rank_pattern and builds every layer with `r`, so that it cannot read a file with two ranks."""
+    options = {"r": 4, "target_modules": ["q_proj", "v_proj"], "rank_pattern": {"q_proj": 3}}
+    with quiet():
+        theirs = peft.get_peft_model(twin(MODELS["llama"]()), peft.HiraConfig(**options))
+    assert {one.shape[0] for name, one in theirs.named_parameters() if "hira_A" in name} == {4}
+    model = MODELS["llama"]()
+    adapter = lk.attach(model, lk.HiRA(rank=4), target_modules=["q_proj", "v_proj"], patterns={"rank": {"q_proj": 3}})
+    assert {delta.spec.rank for path, _, delta in adapter.deltas() if path.endswith("q_proj")} == {3}
+    adapter.save(tmp_path)
+    assert "different ranks" in caplog.text
+    again = lk.load(MODELS["llama"](), tmp_path)
+    assert {delta.spec.rank for _, _, delta in again.deltas()} == {3, 4}
+
+
+def test_a_pattern_that_matches_nothing_in_a_file_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """PEFT passes over it in silence."""
+    with quiet():
+        theirs = peft.get_peft_model(
+            twin(MODELS["llama"]()), peft.LoraConfig(r=2, target_modules=["v_proj"], alpha_pattern={"q_proj": 3})
+        )
+        theirs.save_pretrained(str(tmp_path))
+    lk.load(MODELS["llama"](), tmp_path)
+    assert "alpha_pattern has the pattern 'q_proj'" in caplog.text
+    with pytest.raises(LorakitError, match="matches none of the"):
+        lk.attach(MODELS["llama"](), lk.LoRA(rank=2), target_modules=["v_proj"], patterns={"alpha": {"q_proj": 3}})

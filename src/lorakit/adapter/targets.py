@@ -7,9 +7,10 @@ was asked for may match nothing.
 from __future__ import annotations
 
 import dataclasses
+import logging
 import re
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
@@ -24,6 +25,9 @@ from lorakit.core.sites import adaptable_sites, refusal, sites_of
 from lorakit.core.stacks import stacked_sites
 from lorakit.core.walking import block_of, has_suffix, in_attention, value_for, walk
 from lorakit.errors import LorakitError
+from lorakit.methods.options import is_lenient
+
+log = logging.getLogger("lorakit")
 
 _TOWER = re.compile(r"(^|\.)(vision|visual|image|audio|speech)[^.]*(\.|$)", re.IGNORECASE)
 _PROJECTOR = re.compile(r"(^|\.)[^.]*(projector|connector|merger|language_projection|modality_projection)[^.]*(\.|$)")
@@ -202,21 +206,33 @@ def select(model: nn.Module, targets: Targets) -> list[str]:
             f"attach: target_modules={targets.target_modules!r} leaves no layer after exclude_modules, layers and "
             f"modules_to_save. Layers here: {describe_layers(model)}."
         )
-    modules_by = dict(modules) if targets.patterns else {}
-    sites = [name for path in chosen for name in _site_names(path, modules_by[path])] if targets.patterns else []
-    names = [*chosen, *_part_names(chosen, targets.parts), *sites]
-    for option, patterns in targets.patterns.items():
-        for pattern in patterns:
-            _compile(pattern, f"{option}_pattern")
-            if not any(value_for({pattern: 1}, name) for name in names):
-                raise LorakitError(
-                    f"attach: {option}_pattern has the pattern {pattern!r}, which matches none of the {len(chosen)} adapted "
-                    f"layers (the first is {chosen[0] if chosen else '-'}). A pattern matches the end of a layer's name."
-                )
+    for option, pattern in unmatched(targets, chosen, dict(modules)):
+        words = (
+            f"{option}_pattern has the pattern {pattern!r}, which matches none of the {len(chosen)} adapted layers "
+            f"(the first is {chosen[0] if chosen else '-'})"
+        )
+        if not is_lenient():
+            raise LorakitError(f"attach: {words}. A pattern matches the end of a layer's name.")
+        log.warning("attach: %s, and changes nothing, as in PEFT.", words)
     for suffix in targets.parts:
         if not any(has_suffix(path, suffix) for path in chosen):
             raise LorakitError(f"attach: parts names {suffix!r}, which is none of the adapted layers.")
     return chosen
+
+
+def unmatched(targets: Targets, chosen: Sequence[str], modules: Mapping[str, nn.Module]) -> list[tuple[str, str]]:
+    """`(option, pattern)` of the patterns that match none of the chosen layers."""
+    if not targets.patterns:
+        return []
+    sites = [name for path in chosen for name in _site_names(path, modules[path])]
+    names = [*chosen, *_part_names(chosen, targets.parts), *sites]
+    found = []
+    for option, patterns in targets.patterns.items():
+        for pattern in patterns:
+            _compile(pattern, f"{option}_pattern")
+            if not any(value_for({pattern: 1}, name) for name in names):
+                found.append((option, pattern))
+    return found
 
 
 def asked_sites(path: str, sites: list[Site], targets: Targets) -> list[Site]:
@@ -256,7 +272,7 @@ def _site_names(path: str, module: nn.Module) -> list[str]:
     return list(dict.fromkeys([*own, *(name for site in stacked_sites(module) for name in _own_names(path, site))]))
 
 
-def _part_names(paths: list[str], parts: Parts) -> list[str]:
+def _part_names(paths: Sequence[str], parts: Parts) -> list[str]:
     """The names that parts of fused layers have, under which patterns give them ranks of their own."""
     return [
         f"{path}.{part}" for layer, own in parts.items() for path in paths if has_suffix(path, layer) for part in own

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from lorakit.adapter.adapter import Adapter, adapters
 from lorakit.adapter.attachment import detach
 from lorakit.adapter.construction import build, build_edits
-from lorakit.adapter.targets import Targets, select
+from lorakit.adapter.targets import Targets, select, unmatched
 from lorakit.core.injection import ties
 from lorakit.core.layout import Stored
 from lorakit.core.stacks import stacked_sites
@@ -403,6 +403,7 @@ def _put(model: nn.Module, bundle: Bundle, name: str, complain: Complain) -> Ada
     found = _layers_in(named, plain, method, bundle.folder, model)
     if not found and not format_of(method.name).apart:
         found = select(model, targets)
+    targets = _of_use(targets, found, model)
     halves = bool(bundle.own.get("shifted"))  # what is trained, and the start that is taken off it
     _check_targets(model, config, method.pattern_fields, [plain[path] for path in found], complain)
     adapter = build(
@@ -588,6 +589,18 @@ def _layers_in(
     return [path for path, name in plain.items() if name in found]
 
 
+def _of_use(targets: Targets, paths: list[str], model: nn.Module) -> Targets:
+    """The request without patterns that match no layer of the file, which PEFT passes over; a warning names them."""
+    idle = set(unmatched(targets, paths, dict(walk(model))))
+    for option, pattern in sorted(idle):
+        log.warning("load: %s_pattern has the pattern %r, which matches no layer of the file.", option, pattern)
+    kept = {
+        option: {pattern: value for pattern, value in own.items() if (option, pattern) not in idle}
+        for option, own in targets.patterns.items()
+    }
+    return dataclasses.replace(targets, patterns=kept)
+
+
 def _resolved(
     targets: Targets, paths: list[str], plain: Mapping[str, str], parameters: Mapping[str, Sequence[str]]
 ) -> Targets:
@@ -615,10 +628,8 @@ def _check_targets(
     targets = targets_from(config, model, fields)
     if not targets.target_modules or any(path != name for path, name in plain_names(model).items()):
         return
-    # a rank of nothing says nothing, nor does a pattern of what is excluded: what the tensors are decides
-    patterns = {option: own for option, own in targets.patterns.items() if option != "rank"}
     try:
-        selected = select(model, dataclasses.replace(targets, exclude_modules=None, patterns=patterns))
+        selected = select(model, dataclasses.replace(targets, exclude_modules=None, patterns={}))
         if targets.exclude_modules:
             with contextlib.suppress(LorakitError):  # an exclusion of nothing
                 selected = select(model, dataclasses.replace(targets, patterns={}))

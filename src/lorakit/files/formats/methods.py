@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -16,6 +17,8 @@ from lorakit.methods import LoRA
 from lorakit.methods.peanut import DEEPEST
 
 # -- LoRA and its kin --------------------------------------------------------------------------------------------------------
+
+log = logging.getLogger("lorakit")
 
 _REFUSED = {
     "arrow_config": "it is a router over other adapters",
@@ -231,6 +234,16 @@ def _rotations(config: Config) -> dict[str, Any]:
     return {}
 
 
+def _one_rank(adapter: Any, specs: Mapping[str, Any]) -> dict[str, Any]:
+    """Nothing, and a warning where ranks differ: PEFT 0.21 has HiRA's rank_pattern, and builds every layer with `r`."""
+    if len({spec.rank for spec in specs.values()}) > 1:
+        log.warning(
+            "save: the layers of this HiRA adapter have different ranks, which PEFT 0.21 writes down and then builds alike, so "
+            "that it cannot read the file; lorakit can. With one rank for all layers PEFT can too."
+        )
+    return {}
+
+
 OTHER_AXES = "LOKR_CONV1D"
 """What a file calls itself where PEFT would read another function of it: LoKr with a whole D on a Conv1d."""
 
@@ -364,6 +377,7 @@ METHODS: dict[str, Format] = {
         {"A": "hira_A:in", "B": "hira_B:out"},
         {"embedding": {"A": "hira_embedding_A:in", "B": "hira_embedding_B:out"}},
         ignored=frozenset({"hira_dropout"}),
+        whole=_one_rank,
     ),
     "ia3": Format(
         "IA3",
