@@ -141,9 +141,10 @@ def test_the_dashboard_shows_metrics_that_there_are(serve: Callable[..., Served]
 
 def test_an_alias_its_shares_and_the_way_back(serve: Callable[..., Served]) -> None:
     served = serve(StubEngine(["v1", "v2"]))
+    client = served.client()
 
     def adapter(user: str) -> str:
-        served.client().completions.create(model="sql", prompt="x", max_tokens=1, user=user)
+        client.completions.create(model="sql", prompt="x", max_tokens=1, user=user)
         return next(iter(served.engine.tickets[-1].request.blend))  # type: ignore[attr-defined]
 
     users = [f"user {number}" for number in range(60)]
