@@ -231,7 +231,7 @@ def test_an_answer_can_be_sent_back(shared: Served) -> None:
     ("options", "param", "words"),
     [
         ({"tools": [{"type": "function", "function": {"name": "f"}}]}, None, "tools"),
-        ({"response_format": {"type": "json_object"}}, None, "response_format"),
+        ({"functions": [{"name": "f"}]}, None, "functions"),
         ({"extra_body": {"tempreature": 1}}, "tempreature", "not a parameter"),
         ({"temperature": 3}, "temperature", "2"),
         ({"n": 100}, "n", "32"),

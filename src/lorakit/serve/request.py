@@ -119,6 +119,27 @@ class Sampling:
         }
 
 
+class Constraint(Protocol):
+    """What an answer must keep to, and how far it has come: `serve/grammar.py` has one."""
+
+    def copy(self) -> Constraint:
+        """The same at its present state, to go on by itself."""
+
+    def allowed(self, width: int, ends: frozenset[int]) -> Any:
+        """Which tokens may follow: booleans (width,) of NumPy. `ends` may where the answer may end."""
+
+    def accept(self, token: int) -> None:
+        """A token that was chosen, none of the ends."""
+
+    @property
+    def ended(self) -> bool:
+        """Whether nothing may follow any more."""
+
+    @property
+    def problem(self) -> str:
+        """What went wrong with it, or ""."""
+
+
 @dataclass(frozen=True)
 class Request:
     """One answer to generate.
@@ -133,6 +154,7 @@ class Request:
         domain: requests of one domain share the pages of equal beginnings; those of another never do, so that nobody learns
             from an answer's time what another has asked.
         sampling: how to choose tokens.
+        constraint: what the answer must keep to, at its beginning, or None.
     """
 
     id: str
@@ -143,6 +165,7 @@ class Request:
     deadline: float | None = None
     domain: str = ""
     sampling: Sampling = Sampling()
+    constraint: Constraint | None = None
 
     def __post_init__(self) -> None:
         if not self.prompt:

@@ -30,6 +30,7 @@ from lorakit.serve.model.cache import PAGE, Cache, page_bytes
 from lorakit.serve.model.packed import AdapterReader, Formless
 from lorakit.serve.model.serving_model import ServingModel
 from lorakit.serve.request import (
+    Constraint,
     Failed,
     Finish,
     Overloaded,
@@ -215,7 +216,10 @@ class LocalEngine(Lifecycle):
                     self.pool.release(lease)
                 raise
             self._ids.add(request.id)
-            self._arrivals.append(Job(ticket, Chooser(request.sampling, request.prompt, ends), leases))
+            own_state = None if request.constraint is None else request.constraint.copy()
+            self._arrivals.append(
+                Job(ticket, Chooser(request.sampling, request.prompt, ends, constraint=own_state), leases)
+            )
             self._woken = True
             self._lock.notify_all()
         return ticket
@@ -408,8 +412,19 @@ class LocalEngine(Lifecycle):
             step = Token(choice.token, choice.logprob, choice.top, finish, prompt)
             if finish is None:
                 job.ticket.put(step)
+                if (constraint := job.chooser.constraint) is not None:
+                    self._follow(job, constraint, choice.token)
             else:
                 self._end(job, step)
+
+    def _follow(self, job: Job, constraint: Constraint, token: int) -> None:
+        """A token of an answer that keeps to a grammar: the answer ends where nothing may follow."""
+        constraint.accept(token)
+        if problem := constraint.problem:
+            log.warning("serve: a grammar failed: %s", problem)
+            self._end(job, Failed("the grammar of this request failed; this answer ends here."))
+        elif constraint.ended:
+            self._end(job, Token(None, finish="stop"))
 
     def _fault(self, job: Job, why: NoChoice) -> Failed:
         """What ends a request whose row gave no token; its adapters are told apart where the numbers are theirs."""

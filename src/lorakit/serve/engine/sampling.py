@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lorakit.serve.model import native
-from lorakit.serve.request import Sampling
+from lorakit.serve.request import Constraint, Sampling
 
 
 @dataclass
@@ -43,17 +43,20 @@ class Chooser:
         prompt: tokens of the prompt.
         ends: the token ids that end the answer.
         answer: tokens so far.
+        constraint: what the answer must keep to, or None.
     """
 
     sampling: Sampling
     prompt: Sequence[int]
     ends: frozenset[int]
     answer: list[int] = field(default_factory=list)
+    constraint: Constraint | None = None
 
     def __post_init__(self) -> None:
         s = self.sampling
         self.plain = (
             s.temperature == 0
+            and self.constraint is None
             and s.logprobs is None
             and not s.logit_bias
             and s.presence_penalty == s.frequency_penalty == 0
@@ -81,6 +84,7 @@ LEAST_LOGPROB = -9999.0
 
 FAULTS = {
     -1: NoChoice("gives numbers that are not finite", finite=False),
+    -3: NoChoice("may give no token that the grammar allows"),
     -2: NoChoice("has logits that are not finite any more under these penalties; ask for weaker ones"),
 }
 """What stands for a token where there is none: why."""
@@ -136,7 +140,7 @@ def _choose(logits: Tensor, chooser: Chooser) -> Tensor:
     top = logits.max()
     kept = top.isfinite()
     token = logits.argmax() if s.temperature == 0 else _draw(logits - top, chooser)
-    told = token.where(kept, -2).where(sound, -1)[None]
+    told = token.where(kept, -2 if chooser.constraint is None else -3).where(sound, -1)[None]
     if s.logprobs is None:
         return told
     logprobs = logits.log_softmax(-1).clamp(min=LEAST_LOGPROB)
@@ -159,6 +163,9 @@ def _penalised(logits: Tensor, chooser: Chooser) -> Tensor:
             logits[token] += number
     if len(chooser.answer) < s.min_tokens:
         logits[sorted(end for end in chooser.ends if end < logits.shape[0])] = float("-inf")
+    if chooser.constraint is not None:
+        allowed = torch.from_numpy(chooser.constraint.allowed(logits.shape[0], chooser.ends))
+        logits.masked_fill_(~allowed.to(logits.device), float("-inf"))
     return logits
 
 

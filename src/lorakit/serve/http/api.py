@@ -188,7 +188,8 @@ async def _generate(
     prompts = await run_in_threadpool(read, prompter, window) if long else read(prompter, window)
     sampling = front.sampling(asked, prompts, prompter)
     front.metrics.tenant.labels(front.metrics.label("tenant", tenant.name)).inc()
-    order = front.submit(asked, tenant, blend, prompts, sampling, new_key(kind), prompter)
+    constraint = await run_in_threadpool(front.constraint, asked, prompter) if asked.form is not None else None
+    order = front.submit(asked, tenant, blend, prompts, sampling, new_key(kind), prompter, constraint)
     shape: Shape = (
         Chat(front, asked, prompter) if isinstance(asked, ChatRequest) else Completion(front, asked, prompter, prompts)
     )

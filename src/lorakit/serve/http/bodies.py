@@ -2,15 +2,17 @@
 
 A parameter that would change the answer and is not supported is refused by name; one that changes nothing about it
 (`user`, `metadata`, …) is accepted, since OpenAI's clients send them. So are the values of an unsupported parameter that
-mean "nothing" (`tools: []`, `response_format: {"type": "text"}`). Types are strict: "1" is no number.
+mean "nothing" (`tools: []`, `tool_choice: "none"`). Types are strict: "1" is no number.
 """
 
 from __future__ import annotations
 
+import json
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints, model_validator
 
+from lorakit.serve.grammar import Grammar
 from lorakit.serve.request import AdapterInfo
 
 INERT = frozenset(
@@ -24,7 +26,6 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "tool_choice": ("none", "auto"),
     "functions": ([],),
     "function_call": ("none", "auto"),
-    "response_format": ({"type": "text"},),
     "modalities": (["text"],),
     "audio": (),
     "reasoning_effort": (),
@@ -123,6 +124,47 @@ class Scale(Strict):
     scale: float
 
 
+class NamedSchema(Strict):
+    """The schema of `response_format`."""
+
+    name: Text | None = None
+    description: Text | None = None
+    schema_: dict[str, Any] | None = Field(default=None, alias="schema")
+    strict: bool | None = Field(default=None, description="Accepted: a schema is always kept to.")
+
+
+class ResponseFormat(Strict):
+    """OpenAI's way to ask for JSON."""
+
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: NamedSchema | None = None
+
+    @model_validator(mode="after")
+    def _whole(self) -> ResponseFormat:
+        if (self.type == "json_schema") != (self.json_schema is not None):
+            raise Wrong(
+                "response_format", 'response_format: json_schema goes with type "json_schema", and only with it.'
+            )
+        return self
+
+
+class Structured(Strict):
+    """vLLM's way to ask for an answer of a form; one of them."""
+
+    json_: dict[str, Any] | Text | None = Field(default=None, alias="json")
+    json_object: Literal[True] | None = None
+    regex: Text | None = None
+    choice: Annotated[list[Text], Field(min_length=1, max_length=1000)] | None = None
+    grammar: Text | None = Field(default=None, description="llama.cpp's GBNF, or Lark.")
+
+
+_FORMS: dict[str, Literal["json", "regex", "choice", "rules"]] = {
+    "guided_json": "json", "guided_regex": "regex", "guided_choice": "choice", "guided_grammar": "rules",
+    "json_schema": "json", "regex": "regex", "ebnf": "rules", "grammar": "rules",
+}  # fmt: skip
+"""Other servers' parameters for the form of an answer -> what they are."""
+
+
 class Generation(Strict):
     """What both kinds of completion take."""
 
@@ -158,6 +200,16 @@ class Generation(Strict):
     cache_salt: Annotated[Text, StringConstraints(min_length=1, max_length=1024)] | None = Field(
         default=None, description="Prompts share cached beginnings with those of the same salt alone."
     )
+    response_format: ResponseFormat | None = None
+    structured_outputs: Structured | None = Field(None, description="vLLM's: json, regex, choice or grammar.")
+    guided_json: dict[str, Any] | Text | None = Field(None, description="vLLM's older name.")
+    guided_regex: Text | None = None
+    guided_choice: Annotated[list[Text], Field(min_length=1, max_length=1000)] | None = None
+    guided_grammar: Text | None = None
+    json_schema: dict[str, Any] | Text | None = Field(None, description="SGLang's and llama.cpp's.")
+    regex: Text | None = Field(None, description="SGLang's.")
+    ebnf: Text | None = Field(None, description="SGLang's.")
+    grammar: Text | None = Field(None, description="llama.cpp's GBNF.")
     user: Text | None = Field(
         default=None, description="Of several adapters behind an alias, a user gets always the same."
     )
@@ -188,7 +240,36 @@ class Generation(Strict):
         given = [name for name in ("adapters", "lora_path", "adapter_id", "lora") if getattr(self, name) is not None]
         if len(given) > 1:
             raise Wrong(given[1], f"{given[0]} and {given[1]} both name adapters; give one of them.")
+        if len(forms := self._forms) > 1:
+            raise Wrong(forms[1].param, f"{forms[0].param} and {forms[1].param} both give the answer a form; give one.")
         return self
+
+    @property
+    def form(self) -> Grammar | None:
+        """What the answer must keep to."""
+        return next(iter(self._forms), None)
+
+    @property
+    def _forms(self) -> list[Grammar]:
+        found: list[Grammar] = []
+        if (asked := self.response_format) is not None and asked.type != "text":
+            schema = asked.json_schema.schema_ if asked.json_schema is not None else None
+            found.append(Grammar("json", json.dumps(schema or {"type": "object"}), "response_format"))
+        given: list[tuple[str, Literal["json", "regex", "choice", "rules"], Any]] = [
+            (name, kind, getattr(self, name)) for name, kind in _FORMS.items()
+        ]
+        if (own := self.structured_outputs) is not None:
+            given += [
+                ("structured_outputs.json", "json", own.json_),
+                ("structured_outputs.json_object", "json", {"type": "object"} if own.json_object else None),
+                ("structured_outputs.regex", "regex", own.regex),
+                ("structured_outputs.choice", "choice", own.choice),
+                ("structured_outputs.grammar", "rules", own.grammar),
+            ]
+        for param, kind, value in given:
+            if value is not None:
+                found.append(Grammar(kind, value if isinstance(value, str) else json.dumps(value), param))
+        return found
 
     @property
     def stops(self) -> tuple[str, ...]:

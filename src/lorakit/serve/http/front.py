@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import threading
 import time
 import uuid
 import zlib
@@ -16,6 +17,7 @@ from starlette.requests import HTTPConnection
 
 from lorakit.errors import LorakitError
 from lorakit.files.prompt import Prompter, Prompts
+from lorakit.serve.grammar import Grammars
 from lorakit.serve.http.aliases import Aliases
 from lorakit.serve.http.bodies import ChatRequest, CompletionRequest, Generation
 from lorakit.serve.http.faults import Fault, too_long
@@ -23,7 +25,7 @@ from lorakit.serve.http.metrics import Metrics
 from lorakit.serve.http.tenants import ANYONE, Tenant, Tenants
 from lorakit.serve.http.text import TokenTexts
 from lorakit.serve.limits import check_files, without_path
-from lorakit.serve.request import AdapterInfo, Engine, Request, Sampling, Ticket, UnknownAdapter
+from lorakit.serve.request import AdapterInfo, Constraint, Engine, Request, Sampling, Ticket, UnknownAdapter
 
 log = logging.getLogger("lorakit")
 
@@ -69,6 +71,10 @@ class Bounds:
     stall: float = 30.0
 
 
+TOKENIZERS = 8
+"""Tokenizers for which grammars are kept: the base's, and those that adapters bring."""
+
+
 @dataclass
 class Front:
     """One server.
@@ -108,6 +114,8 @@ class Front:
         self.prompts = Prompts(self.tokenizer, check_files)
         self.token_texts = TokenTexts(self.tokenizer)
         self.aliases = Aliases()
+        self._grammars: dict[int, Grammars] = {}
+        self._grammars_lock = threading.Lock()
         self.metrics.watch(self.engine)
         self.reserved = frozenset({self.name, "base", *self.also})
         self._said: set[str] = set()
@@ -265,6 +273,7 @@ class Front:
         sampling: Sequence[Sampling],
         key: str,
         prompter: Prompter,
+        constraint: Constraint | None = None,
     ) -> Order:
         """Hand every answer of a request to the engine, all of them or none.
 
@@ -294,12 +303,29 @@ class Front:
                     deadline=self.bounds.seconds,
                     domain=f"{domain}\0{asked.cache_salt or ''}",
                     sampling=how if how.seed is None else replace(how, seed=(how.seed + choice) % 2**63),
+                    constraint=constraint,
                 )
                 order.tickets.append(self.engine.submit(request))
         except BaseException:
             order.close()
             raise
         return order
+
+    def constraint(self, asked: ChatRequest | CompletionRequest, prompter: Prompter) -> Constraint | None:
+        """What the answers must keep to, compiled; takes milliseconds, for the first one a second.
+
+        Raises:
+            Refused: it cannot be enforced.
+        """
+        if asked.form is None:
+            return None
+        with self._grammars_lock:
+            key = id(prompter.tokenizer)  # which lives as long as its entry
+            known = self._grammars.pop(key, None) or Grammars(prompter.tokenizer)
+            self._grammars[key] = known
+            if len(self._grammars) > TOKENIZERS:
+                self._grammars.pop(next(iter(self._grammars)))
+        return known.find(asked.form)
 
     def check_count(self, asked: ChatRequest | CompletionRequest) -> None:
         """Refuse too many answers before time is spent on any.

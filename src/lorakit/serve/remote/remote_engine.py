@@ -14,7 +14,7 @@ from typing import Any, Literal
 from lorakit.errors import LorakitError
 from lorakit.serve.lifecycle import Lifecycle
 from lorakit.serve.remote.folders import Folders
-from lorakit.serve.request import Failed, Finish, Overloaded, Request, Stats, Ticket, Token, TooLong
+from lorakit.serve.request import Failed, Finish, Overloaded, Refused, Request, Stats, Ticket, Token, TooLong
 
 log = logging.getLogger("lorakit.serve")
 
@@ -71,6 +71,8 @@ class RemoteEngine(Lifecycle):
         total = len(request.prompt) + request.sampling.max_tokens
         if total > self._context:
             raise TooLong(f"prompt and answer have {total} tokens; this model reads {self._context}.")
+        if request.constraint is not None:
+            raise Refused("answers of a given form need lorakit's own engine in one process.", "response_format")
         for name in request.blend:
             self.folders.info(name)
         with self._lock:
