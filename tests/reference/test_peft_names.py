@@ -180,8 +180,8 @@ def test_every_name_of_pefts_is_here_or_raises_by_name() -> None:
         ImportError, match=r"no PolyConfig: PEFT type POLY is not supported because each call must be told"
     ):
         from lorakit.peft import PolyConfig  # noqa: F401
-    with pytest.raises(ImportError, match=r"XLoraConfig; in lorakit it is lorakit\.route"):
-        from lorakit.peft import XLoraConfig  # noqa: F401
+    with pytest.raises(ImportError, match=r"create_arrow_model; in lorakit it is lorakit\.route"):
+        from lorakit.peft import create_arrow_model  # noqa: F401
     assert not hasattr(ours, "nothing_of_peft")
 
 
@@ -452,3 +452,38 @@ def test_some_random_draws_both_ways() -> None:
     found = [draw(seed, base) for seed in range(100, 112)]
     assert not [one for one in found if one.startswith("WRONG")]
     assert found.count("same") >= 8
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"layerwise_scalings": True, "xlora_depth": 2, "xlora_size": 6}], ids=["one", "deep"]
+)
+def test_xlora_by_its_configuration(options: dict[str, Any], tmp_path: Path) -> None:
+    """As many trained numbers as PEFT's, the same function with the same classifier, and a step of training."""
+    made = MODELS["llama"]().eval()
+    made.config.use_cache = False
+    for index, rank in enumerate((2, 3)):
+        scramble(lk.attach(made, lk.LoRA(rank=rank), name="ab"[index]).named_parameters(), seed=index, size=0.4)
+    folders = {str(index): str(lk.adapters(made)[name].save(tmp_path / name)) for index, name in enumerate("ab")}
+    given = {"task_type": "CAUSAL_LM", "hidden_size": made.config.hidden_size, "adapters": folders, **options}
+
+    def base() -> Any:
+        model = MODELS["llama"]().eval()
+        model.config.use_cache = False
+        return model
+
+    with quiet():
+        theirs = peft.get_peft_model(base(), peft.XLoraConfig(**given)).eval()
+    own = ours.get_peft_model(base(), ours.XLoraConfig(**given)).eval()
+    assert own.get_nb_trainable_parameters()[0] == theirs.get_nb_trainable_parameters()[0]
+    classifier = theirs.base_model.internal_xlora_classifier
+    scramble(classifier.named_parameters(), seed=5, size=0.6)
+    trained = [one for one in own.parameters() if one.requires_grad]
+    for mine, other in zip(trained, classifier.parameters(), strict=True):
+        mine.data = other.detach().clone()
+    assert_same(logits(own, "llama"), logits(theirs, "llama"))
+    ids = inputs("llama")["input_ids"]
+    own(input_ids=ids, labels=ids).loss.backward()
+    assert all(one.grad is not None and one.grad.abs().sum() > 0 for one in trained if one.ndim > 1)
+    for wrong in ({"adapters": {}}, {"scaling_pass_value": 1.0}, {"top_k_lora": 1}):
+        with pytest.raises(LorakitError, match="XLoraConfig"):
+            ours.get_peft_model(base(), ours.XLoraConfig(**{**given, **wrong}))

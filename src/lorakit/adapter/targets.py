@@ -207,13 +207,10 @@ def select(model: nn.Module, targets: Targets) -> list[str]:
             f"modules_to_save. Layers here: {describe_layers(model)}."
         )
     for option, pattern in unmatched(targets, chosen, dict(modules)):
-        words = (
-            f"{option}_pattern has the pattern {pattern!r}, which matches none of the {len(chosen)} adapted layers "
-            f"(the first is {chosen[0] if chosen else '-'})"
+        _idle(
+            f"attach: {option}_pattern has the pattern {pattern!r}, which matches none of the {len(chosen)} adapted layers "
+            f"(the first is {chosen[0] if chosen else '-'}). A pattern matches the end of a layer's name."
         )
-        if not is_lenient():
-            raise LorakitError(f"attach: {words}. A pattern matches the end of a layer's name.")
-        log.warning("attach: %s, and changes nothing, as in PEFT.", words)
     for suffix in targets.parts:
         if not any(has_suffix(path, suffix) for path in chosen):
             raise LorakitError(f"attach: parts names {suffix!r}, which is none of the adapted layers.")
@@ -332,6 +329,13 @@ def left_out(model: nn.Module, pattern: str) -> dict[str, str]:
     return {path: reason for path, module in walk(model) if matches(pattern, path) and (reason := refusal(module))}
 
 
+def _idle(words: str) -> None:
+    """LorakitError of something that was asked for and has no effect; a warning where options are PEFT's, which takes it."""
+    if not is_lenient():
+        raise LorakitError(words)
+    log.warning("%s", words)
+
+
 def _without_excluded(paths: list[str], targets: Targets) -> list[str]:
     excluded = targets.exclude_modules
     if not excluded:
@@ -340,13 +344,11 @@ def _without_excluded(paths: list[str], targets: Targets) -> list[str]:
         _compile(excluded, "exclude_modules")
         left = [path for path in paths if not matches(excluded, path)]
         if len(left) == len(paths):
-            raise LorakitError(
-                f'attach: the expression exclude_modules="{excluded}" matches none of the targeted layers.'
-            )
+            _idle(f'attach: the expression exclude_modules="{excluded}" matches none of the targeted layers.')
         return left
     for suffix in excluded:
         if not any(has_suffix(path, suffix) for path in paths):
-            raise LorakitError(
+            _idle(
                 f'attach: exclude_modules names "{suffix}", which is none of the {len(paths)} targeted layers; their names '
                 f"end in {', '.join(sorted({path.rpartition('.')[2] for path in paths}))}."
             )

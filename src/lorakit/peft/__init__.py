@@ -105,7 +105,6 @@ _MODELS = {one.__name__: one for one in TUNERS.values()}
 
 _ELSEWHERE = {
     "ArrowConfig": "lorakit.route with a router over adapters",
-    "XLoraConfig": "lorakit.route(model, lorakit.XLoRA(), names)",
     "XLoraModel": "lorakit.route(model, lorakit.XLoRA(), names)",
     "create_arrow_model": "lorakit.route with a router over adapters",
     "create_lorafa_optimizer": "lorakit.LoRAFA",

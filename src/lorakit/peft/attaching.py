@@ -19,8 +19,11 @@ from lorakit.core.options import options_of
 from lorakit.core.walking import has_suffix, walk
 from lorakit.edits.contract import EditMethod
 from lorakit.errors import LorakitError
+from lorakit.experts.attachment import route
+from lorakit.experts.xlora import XLoRA
 from lorakit.files.formats import FORMATS, format_of, known_entries, spec_from_peft
 from lorakit.files.interchange import COMMON, asked_targets, heads_for
+from lorakit.files.store import load
 from lorakit.files.table import TABLE
 from lorakit.init import EVA, CorDA, Initialiser, LoftQ, LoRAGA, Orthogonal, PiSSA
 from lorakit.init.calibration import Batch, Gradients
@@ -51,6 +54,8 @@ def attach_config(
         )
     options = config.to_dict()
     options["peft_type"] = str(config.peft_type)
+    if options["peft_type"] == "XLORA":
+        return _mixture(model, options, name)
     spec = _spec(config, options)
     saved = list(options.get("modules_to_save") or [])
     paths = [path for path, _ in walk(model)]
@@ -92,6 +97,34 @@ def attach_config(
     if config.inference_mode:
         adapter.requires_grad_(False)
     return adapter
+
+
+def _mixture(model: nn.Module, options: dict[str, Any], name: str) -> Adapter:
+    """X-LoRA over the adapters in the folders that its configuration names: its classifier trains, and they do not."""
+    members = options["adapters"]
+    if not isinstance(members, dict) or not members:
+        raise LorakitError(f"XLoraConfig: adapters={members!r}; it is a dictionary of names and adapter folders.")
+    for option, value in (("use_trainable_adapters", False), ("scaling_pass_value", 0.0)):
+        if options[option] != value:
+            raise LorakitError(f"XLoraConfig: {option}={options[option]!r} is not offered.")
+    if options["enable_softmax"] == options["enable_softmax_topk"] or options["enable_softmax_topk"] != (
+        options["top_k_lora"] is not None
+    ):
+        raise LorakitError(
+            "XLoraConfig: enable_softmax weighs all adapters, enable_softmax_topk with top_k_lora the best of them; lorakit "
+            "offers one or the other."
+        )
+    names = [str(load(model, folder, name=f"{name}_{key}", active=False).name) for key, folder in members.items()]
+    spec = XLoRA(
+        layerwise=options["layerwise_scalings"],
+        top_k=options["top_k_lora"],
+        temperature=options["softmax_temperature"],
+        scale=options["global_scaling_weight"],
+        depth=options["xlora_depth"],
+        width=options["xlora_size"],
+        classifier_dropout=options["xlora_dropout_p"],
+    )
+    return route(model, spec, names, name=name)
 
 
 def _spec(config: PeftConfig, options: dict[str, Any]) -> Any:

@@ -261,6 +261,14 @@ _TABLE: dict[str, tuple[str, type, dict[str, Any]]] = {
         {"target_r": 8, "init_r": 12, "tinit": 0, "tfinal": 0, "deltaT": 1, "beta1": 0.85, "beta2": 0.85}
         | {"orth_reg_weight": 0.5, "total_step": None, "rank_pattern": None},
     ),
+    "XLoraConfig": (
+        "XLORA",
+        PeftConfig,
+        {"hidden_size": 4096, "adapters": {}, "enable_softmax": True, "enable_softmax_topk": False}
+        | {"layerwise_scalings": False, "xlora_depth": 1, "xlora_size": 2048, "xlora_dropout_p": 0.2}
+        | {"use_trainable_adapters": False, "softmax_temperature": 1.0, "top_k_lora": None, "scaling_pass_value": 0.0}
+        | {"global_scaling_weight": 1.0},
+    ),
     "AdaptionPromptConfig": (
         "ADAPTION_PROMPT",
         PeftConfig,

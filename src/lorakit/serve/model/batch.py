@@ -152,14 +152,7 @@ class Batch:
     @functools.cached_property
     def tiles_of_tokens(self) -> tuple[Tensor, Tensor]:
         """Tokens of the same adapters together, as the Triton kernels take them: see `native/triton/adapters.py`."""
-        assert self.mixture is not None
-        kinds = torch.from_numpy(self.mixture.kinds)[self.row.long()]
-        order = torch.argsort(kinds, stable=True)
-        order = order[int((kinds < 0).sum()) :]
-        own = kinds[order]
-        place = torch.arange(len(own)) - torch.searchsorted(own, own)
-        begins = torch.cat([(place % TOKENS == 0).nonzero()[:, 0], torch.tensor([len(own)])])
-        return order.to(torch.int32), begins.to(torch.int32)
+        return self._tiles(self.row, TOKENS)
 
     @functools.cached_property
     def on_gpu(self) -> OnGPU:
@@ -225,14 +218,14 @@ class Batch:
     def tiles_of_adapters(self) -> tuple[Tensor, Tensor]:
         """Tokens of the same adapters together: the tokens with any, sorted by them, and where in that order each tile of at
         most `TOGETHER` begins, and the last ends; both int32."""
-        return self._tiles(self.row)
+        return self._tiles(self.row, TOGETHER)
 
     @functools.cached_property
     def short_tiles(self) -> tuple[Tensor, Tensor]:
         """`tiles_of_adapters` without the tokens of long runs."""
-        return self._tiles(self.short)
+        return self._tiles(self.short, TOGETHER)
 
-    def _tiles(self, row: Tensor) -> tuple[Tensor, Tensor]:
+    def _tiles(self, row: Tensor, most: int) -> tuple[Tensor, Tensor]:
         assert self.mixture is not None
         own = row.numpy()
         kinds = np.where(own < 0, -1, self.mixture.kinds[own])
@@ -240,7 +233,7 @@ class Batch:
         order = order[np.searchsorted(kinds[order], 0) :]
         own = kinds[order]
         place = np.arange(len(own)) - np.searchsorted(own, own)
-        begins = np.append(np.flatnonzero(place % TOGETHER == 0), len(own)).astype(np.int32)
+        begins = np.append(np.flatnonzero(place % most == 0), len(own)).astype(np.int32)
         return torch.from_numpy(order), torch.from_numpy(begins)
 
     @functools.cached_property
