@@ -340,10 +340,6 @@ DAMAGE: dict[str, tuple[Any, str]] = {
         lambda folder: edit(folder / CONFIG, target_modules=["up", "down", "gate"]),
         r'the configuration does not fit this model: attach: no layer matches "gate"',
     ),
-    "pattern": (
-        lambda folder: edit(folder / CONFIG, alpha_pattern={"gate": 3}),
-        r"alpha_pattern has the pattern 'gate', which matches none",
-    ),
     "saved": (
         lambda folder: edit(folder / CONFIG, modules_to_save=["clasifier"]),
         r'modules_to_save names "clasifier", but no module of that name has parameters',

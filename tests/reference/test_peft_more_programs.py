@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import socket
 import subprocess
 import sys
@@ -281,3 +282,54 @@ except ModuleNotFoundError:
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
     assert done.stdout.strip() == "ran", done.stderr[-2000:]
+
+
+@pytest.mark.slow
+def test_deepspeed(tmp_path: Path) -> None:
+    """ZeRO's stages 0 to 3 over one process on a processor, in a process of its own, since DeepSpeed changes torch's state.
+
+    It is no part of the tests' environment (its installation compiles): pip install --no-build-isolation deepspeed.
+    """
+    pytest.importorskip("deepspeed")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    script = f"""
+import os, sys, json
+import torch
+os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="{port}", RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", DS_ACCELERATOR="cpu")
+sys.path.insert(0, {str(Path(__file__).parent.parent)!r})
+import deepspeed, peft
+import lorakit.peft as ours
+from reference.models import MODELS, inputs, quiet
+deepspeed.init_distributed("gloo")
+ids = inputs("llama")["input_ids"]
+
+def losses(library, stage):
+    options = library.LoraConfig(r=2, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
+    with quiet():
+        model = library.get_peft_model(MODELS["llama"]().float(), options)
+    draw = torch.Generator().manual_seed(1)
+    state = sorted(library.get_peft_model_state_dict(model).items())
+    start = {{key: 0.1 * torch.randn(value.shape, generator=draw) for key, value in state}}
+    library.set_peft_model_state_dict(model, start)
+    optimizer = torch.optim.AdamW([one for one in model.parameters() if one.requires_grad], lr=1e-2)
+    config = {{"train_micro_batch_size_per_gpu": 2, "zero_optimization": {{"stage": stage}}}}
+    config |= {{"zero_allow_untested_optimizer": True, "zero_force_ds_cpu_optimizer": False}}
+    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
+    found = []
+    for _ in range(4):
+        loss = engine(input_ids=ids, labels=ids).loss
+        engine.backward(loss)
+        engine.step()
+        found.append(float(loss.detach()))
+    return found
+
+print("found", json.dumps([[losses(library, stage) for library in (peft, ours)] for stage in range(4)]))
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False, cwd=tmp_path)
+    lines = [line for line in done.stdout.splitlines() if line.startswith("found ")]
+    assert lines, done.stderr[-2000:]
+    for theirs, own in json.loads(lines[0].removeprefix("found ")):
+        assert own == theirs
+        assert own[-1] < own[0]

@@ -16,10 +16,11 @@ SEES: dict[str, set[str]] = {
     "store": {"request"},
     "lifecycle": {"request"},
     "limits": set(),
+    "grammar": {"request"},
     "model": {"request", "store", "limits"},
     "engine": {"request", "store", "lifecycle", "model"},
     "remote": {"request", "store", "lifecycle", "limits"},
-    "http": {"request", "limits"},
+    "http": {"request", "limits", "grammar"},
 }
 """Room or file of `serve` -> what else of `serve` it imports."""
 
